@@ -1,0 +1,276 @@
+"""What a run is: one frozen, typed, validated tree read from one YAML file.
+
+Every class refuses unknown keys. Cross-field rules are checked here, before any compute; checks
+that need the model or the data (is the vocabulary large enough, does the file exist) happen when
+the run is resolved, still before any compute.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from r1jax.grpo.losses import GRPOConfig
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which policy. Either `path` (weights exist) or `config` (from scratch), never both."""
+
+    path: str | None = Field(None, description="Hugging Face directory or hub name.")
+    config: dict[str, Any] | None = Field(
+        None, description="A Hugging Face `config.json` as a mapping: random initial weights."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Directory or hub name, or `characters:NAME` for the alphabet of a task; "
+        "default: the model's path.",
+    )
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "xla", "splash", "flash"] = "auto"
+    remat: Literal["none", "dots", "full"] = "full"
+    scan_layers: bool | Literal["auto"] = "auto"
+    log_prob_chunk: int = Field(256, ge=1, description="Time steps whose logits exist at once.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path and model.config")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("model.config needs model.tokenizer (a directory or characters:NAME)")
+        return self
+
+
+class MeshSection(Section):
+    """Named axes with sizes (one may be -1) and overrides of the logical-axis rules."""
+
+    axes: dict[str, int] = Field(default_factory=lambda: {"data": 1, "fsdp": -1, "tensor": 1})
+    rules: dict[str, str | list[str] | None] = Field(
+        default_factory=dict, description="logical axis -> mesh axis, several, or null."
+    )
+
+    @model_validator(mode="after")
+    def _sizes(self) -> MeshSection:
+        if sum(size == -1 for size in self.axes.values()) > 1:
+            raise ValueError("mesh.axes: at most one axis may be -1")
+        for name, size in self.axes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.axes.{name} = {size}: a size is at least 1, or -1")
+        return self
+
+
+class DataSection(Section):
+    """One named dataset, mapped to `r1jax.data.Example`."""
+
+    source: str = Field(description="tfds:NAME, jsonl:PATH, hf:NAME or task:NAME.")
+    split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="Example field (prompt, answer, text) -> source column."
+    )
+    answer_pattern: str | None = Field(
+        None, description="Regular expression; group 1 of its last match is the answer."
+    )
+    template: str = Field(
+        "chat", description="chat (the tokenizer's), r1_zero (the paper's), or plain."
+    )
+    system_prompt: str | None = None
+    prompt_suffix: str = ""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    held_out_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
+    )
+    limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of a task.")
+
+
+class RewardSection(Section):
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class VerifierSection(Section):
+    """The worker processes in which rule rewards run."""
+
+    workers: int = Field(1, ge=1)
+    deadline_seconds: float = Field(5.0, gt=0)
+    memory_mb: int = Field(2048, ge=64)
+    tasks_per_worker: int = Field(10_000, ge=1, description="A worker is recycled after so many.")
+
+
+class OptimizerSection(Section):
+    """AdamW with a schedule, built with optax."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_fraction: float = Field(
+        0.0, ge=0, le=1, description="Floor of cosine/linear as a share of learning_rate."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class SamplingSection(Section):
+    """How completions are drawn. Temperature 0 is greedy."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off.")
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop: list[str] = Field(default_factory=list)
+
+
+class LengthChange(Section):
+    """From optimizer step `step` on, completions may have `tokens` tokens."""
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+
+
+class StageBase(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
+    checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
+    keep_checkpoints: int = Field(2, ge=1)
+    max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
+
+
+class PretrainStage(StageBase):
+    """Next-token prediction on packed rows of a dataset's `text`."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    data: str
+    steps: int = Field(ge=1)
+    rows_per_step: int = Field(ge=1)
+    row_tokens: int = Field(ge=8)
+    micro_batches: int = Field(1, ge=1)
+    log_every: int = Field(10, ge=1)
+    optimizer: OptimizerSection
+
+    @model_validator(mode="after")
+    def _divisible(self) -> PretrainStage:
+        if self.rows_per_step % self.micro_batches:
+            raise ValueError(
+                f"rows_per_step = {self.rows_per_step} is not a multiple of "
+                f"micro_batches = {self.micro_batches}"
+            )
+        return self
+
+
+class GRPOStage(StageBase):
+    """Reinforcement learning with group-relative advantages.
+
+    A step is one policy update. A rollout phase samples `questions_per_step *
+    mini_batches_per_rollout` questions and feeds that many steps (paper: 32 x 16 = 512).
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    data: str
+    steps: int = Field(ge=1)
+    questions_per_step: int = Field(32, ge=1)
+    outputs_per_question: int = Field(16, ge=2)
+    mini_batches_per_rollout: int = Field(1, ge=1)
+    micro_batches: int = Field(1, ge=1)
+    rollout_batches: int = Field(
+        1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
+    )
+    max_new_tokens: int | list[LengthChange] = 1024
+    length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+    sampling: SamplingSection = SamplingSection()
+    loss: GRPOConfig = GRPOConfig()
+    mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
+    reference_refresh_every: int | None = Field(400, ge=1)
+    optimizer: OptimizerSection
+    samples_every: int = Field(10, ge=1, description="Steps between stored sample completions.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> GRPOStage:
+        rows = self.questions_per_step * self.outputs_per_question
+        if rows % self.micro_batches:
+            raise ValueError(
+                f"questions_per_step x outputs_per_question = {rows} is not a multiple of "
+                f"micro_batches = {self.micro_batches}"
+            )
+        questions = self.questions_per_step * self.mini_batches_per_rollout
+        if questions % self.rollout_batches:
+            raise ValueError(
+                f"questions_per_step x mini_batches_per_rollout = {questions} is not a multiple "
+                f"of rollout_batches = {self.rollout_batches}"
+            )
+        if self.steps % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}"
+            )
+        if self.checkpoint_every % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"checkpoint_every = {self.checkpoint_every} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: checkpoints are "
+                "taken between rollout phases"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
+        if isinstance(self.max_new_tokens, list):
+            steps = [change.step for change in self.max_new_tokens]
+            if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+                raise ValueError("max_new_tokens: steps must start at 0 and increase")
+        return self
+
+
+class EvaluateStage(StageBase):
+    """pass@1, pass@k and cons@k on a dataset, every sample stored."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    data: str
+    problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
+    samples_per_problem: int = Field(16, ge=1)
+    problems_per_batch: int = Field(32, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    # The paper's protocol, recipe section "results and protocol".
+    sampling: SamplingSection = SamplingSection(temperature=0.6, top_p=0.95)
+
+
+Stage = Annotated[PretrainStage | GRPOStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class RunConfig(Section):
+    """A whole run: model, mesh, data, rewards, and an ordered list of stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
+    seed: int = Field(0, ge=0)
+    output: str = Field("runs", description="The run lives in OUTPUT/NAME-sSEED.")
+    title: str = ""
+    notes: str = Field("", description="Shown in the report: choices, deviations from the paper.")
+    model: ModelSection
+    mesh: MeshSection = MeshSection()
+    data: dict[str, DataSection]
+    rewards: dict[str, RewardSection] = Field(default_factory=dict)
+    verifier: VerifierSection = VerifierSection()
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _references(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"stages: the name {name!r} is used twice")
+        for stage in self.stages:
+            if stage.data not in self.data:
+                raise ValueError(
+                    f"stages.{stage.name}.data = {stage.data!r}: not one of the datasets "
+                    f"{sorted(self.data)}"
+                )
+            if stage.kind in ("grpo", "evaluate") and not self.rewards:
+                raise ValueError(f"stages.{stage.name} needs at least one entry in rewards")
+        return self

@@ -1,0 +1,25 @@
+"""Decoders as pure functions over pytrees of weights."""
+
+from r1jax.models.attention import choose_attention
+from r1jax.models.config import Execution, Llama3RopeScaling, ModelConfig
+from r1jax.models.decoder import Decoder, decode, forward, logits, prefill
+from r1jax.models.parameters import ParamSpec, abstract_params, declare, init_params
+from r1jax.models.scores import TokenScores, token_scores
+
+__all__ = [
+    "Decoder",
+    "Execution",
+    "Llama3RopeScaling",
+    "ModelConfig",
+    "ParamSpec",
+    "TokenScores",
+    "abstract_params",
+    "choose_attention",
+    "declare",
+    "decode",
+    "forward",
+    "init_params",
+    "logits",
+    "prefill",
+    "token_scores",
+]

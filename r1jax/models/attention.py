@@ -1,0 +1,214 @@
+"""Causal attention over whole rows (training, prefill), chosen by backend, and over a cache.
+
+All backends compute the same function: token t attends to the tokens s <= t of its own segment;
+segment 0 is padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from r1jax.models.config import Execution
+from r1jax.sharding import Layout
+
+_MASKED = -1e30  # finite: a fully masked (padding) row must give numbers, not NaN
+_QUERY_CHUNK = 1024  # rows longer than this are attended in blocks of queries
+
+
+def row_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    execution: Execution,
+    layout: Layout,
+) -> jax.Array:
+    """Attend within each row.
+
+    Args:
+      q: [batch, time, heads, head_dim].
+      k, v: [batch, time, kv_heads, head_dim]; heads is a multiple of kv_heads.
+      segment_ids: int32 [batch, time]; equal ids see each other, 0 is padding.
+
+    Returns:
+      [batch, time, heads, head_dim]; undefined (but finite) where segment_ids is 0.
+    """
+    if execution.attention == "splash":
+        return _splash(q, k, v, segment_ids, layout)
+    if execution.attention == "flash":
+        return _flash(q, k, v, segment_ids, layout)
+    return _xla(q, k, v, segment_ids)
+
+
+def choose_attention(requested: str, backend: str) -> Any:
+    """`auto` becomes the kernel of the backend; an impossible choice is refused.
+
+    Args:
+      requested: `auto`, `xla`, `splash` or `flash`.
+      backend: `cpu`, `gpu` or `tpu`.
+    """
+    home = {"splash": "tpu", "flash": "gpu"}
+    if requested == "auto":
+        return {"tpu": "splash", "gpu": "flash"}.get(backend, "xla")
+    if requested in home and backend != home[requested]:
+        raise ValueError(
+            f"model.attention = {requested!r} needs a {home[requested]}, this is a {backend}; "
+            "use auto or xla"
+        )
+    return requested
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    batch, time, heads, head_dim = q.shape
+    if time <= _QUERY_CHUNK:
+        return _attend_block(q, k, v, segment_ids, segment_ids, jnp.int32(0))
+    # Blocks of queries, each recomputed in the backward pass: memory stays linear in time.
+    padded = -(-time // _QUERY_CHUNK) * _QUERY_CHUNK
+    blocks = padded // _QUERY_CHUNK
+    q = jnp.pad(q, ((0, 0), (0, padded - time), (0, 0), (0, 0)))
+    query_ids = jnp.pad(segment_ids, ((0, 0), (0, padded - time)))
+    q = q.reshape(batch, blocks, _QUERY_CHUNK, heads, head_dim).swapaxes(0, 1)
+    query_ids = query_ids.reshape(batch, blocks, _QUERY_CHUNK).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def block(_: None, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        queries, ids, index = xs
+        return None, _attend_block(queries, k, v, ids, segment_ids, index * _QUERY_CHUNK)
+
+    _, out = jax.lax.scan(block, None, (q, query_ids, jnp.arange(blocks, dtype=jnp.int32)))
+    return out.swapaxes(0, 1).reshape(batch, padded, heads, head_dim)[:, :time]
+
+
+def _attend_block(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_ids: jax.Array,
+    key_ids: jax.Array,
+    offset: jax.Array,
+) -> jax.Array:
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    steps = jnp.arange(queries, dtype=jnp.int32) + offset
+    causal = steps[:, None] >= jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    visible = causal & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
+    scores = jnp.where(visible[:, None, None], scores / math.sqrt(head_dim), _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
+    return out.reshape(batch, queries, heads, head_dim)
+
+
+def _per_shard(function: Any, layout: Layout) -> Any:
+    """Run a kernel on each device's own rows and heads; kernels know nothing of meshes."""
+    if layout.mesh.size == 1:
+        return function
+    rows = layout.spec(("batch",))[0]
+    q_spec = PartitionSpec(rows, None, layout.spec(("heads",))[0], None)
+    kv_spec = PartitionSpec(rows, None, layout.spec(("kv_heads",))[0], None)
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(rows, None)),
+        out_specs=q_spec,
+        check_vma=False,
+    )
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, layout: Layout
+) -> jax.Array:
+    """Pallas splash attention (TPU); time and head_dim are padded to what the kernel tiles."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        time, heads, head_dim = q.shape[1:]
+        padded = -(-time // 128) * 128
+        grow = ((0, 0), (0, padded - time), (0, 0), (0, -head_dim % 128))
+        q, k, v = (jnp.pad(x, grow).swapaxes(1, 2) for x in (q / math.sqrt(head_dim), k, v))
+        ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
+        block = next(size for size in (512, 256, 128) if padded % size == 0)
+        sizes = splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+        mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+        repeat = heads // k.shape[1]
+        k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+        return out.swapaxes(1, 2)[:, :time, :, :head_dim]
+
+    return _per_shard(local, layout)(q, k, v, segment_ids)
+
+
+def _flash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, layout: Layout
+) -> jax.Array:
+    """Pallas flash attention (GPU, Triton)."""
+    from jax.experimental.pallas.ops.gpu import attention as flash
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        time, heads, head_dim = q.shape[1:]
+        padded = -(-time // 128) * 128
+        grow = ((0, 0), (0, padded - time), (0, 0), (0, 0))
+        repeat = heads // k.shape[2]
+        k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
+        q, k, v = (jnp.pad(x, grow) for x in (q, k, v))
+        ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
+        kernel = functools.partial(flash.mha, sm_scale=1 / math.sqrt(head_dim), causal=True)
+        return kernel(q, k, v, ids)[:, :time]
+
+    return _per_shard(local, layout)(q, k, v, segment_ids)
+
+
+def cached_attention(
+    q: jax.Array,
+    prompt_k: jax.Array,
+    prompt_v: jax.Array,
+    prompt_lengths: jax.Array,
+    new_k: jax.Array,
+    new_v: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """One new token of each sample attends to its prompt and to the tokens sampled so far.
+
+    The prompt's keys and values exist once and are shared by the prompt's samples.
+
+    Args:
+      q: [batch, samples, heads, head_dim].
+      prompt_k, prompt_v: [batch, kv_heads, prompt_time, head_dim], padded on the right.
+      prompt_lengths: int32 [batch].
+      new_k, new_v: [batch, samples, kv_heads, capacity, head_dim].
+      step: int32 scalar; entries 0..step of new_k, new_v are filled.
+
+    Returns:
+      [batch, samples, heads, head_dim].
+    """
+    batch, samples, heads, head_dim = q.shape
+    kv_heads, prompt_time = prompt_k.shape[1:3]
+    q = q.reshape(batch, samples, kv_heads, heads // kv_heads, head_dim)
+    old = jnp.einsum("bshgd,bhkd->bshgk", q, prompt_k, preferred_element_type=jnp.float32)
+    new = jnp.einsum("bshgd,bshkd->bshgk", q, new_k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(prompt_time)[None, :] < prompt_lengths[:, None]
+    old = jnp.where(seen[:, None, None, None], old, _MASKED)
+    new = jnp.where(jnp.arange(new_k.shape[3]) <= step, new, _MASKED)
+    scores = jnp.concatenate([old, new], axis=-1) / math.sqrt(head_dim)
+    weights = jax.nn.softmax(scores, axis=-1).astype(new_v.dtype)
+    old, new = weights[..., :prompt_time], weights[..., prompt_time:]
+    out = jnp.einsum("bshgk,bhkd->bshgd", old, prompt_v)
+    out = out + jnp.einsum("bshgk,bshkd->bshgd", new, new_v)
+    return out.reshape(batch, samples, heads, head_dim)

@@ -1,0 +1,95 @@
+"""Log-probabilities and entropies of given tokens, in chunks over time.
+
+The logits of a whole batch are the largest array of a language model's train step
+(128 x 4096 x 152,000 floats are 319 GB) and nothing needs them at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.models.decoder import Decoder, forward, unembedding
+from r1jax.models.parameters import Params
+
+
+class TokenScores(NamedTuple):
+    """Per token, float32 [batch, time]. The entropy carries no gradient."""
+
+    log_probs: jax.Array
+    entropy: jax.Array
+
+
+def score_hidden(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    temperature: jax.Array | float = 1.0,
+) -> TokenScores:
+    """log softmax(hidden @ matrix / temperature)[targets], `chunk` time steps at once.
+
+    Each chunk's logits are recomputed in the backward pass.
+
+    Args:
+      hidden: [batch, time, hidden].
+      matrix: [hidden, vocab].
+      targets: int32 [batch, time].
+    """
+    batch, time, width = hidden.shape
+    chunk = min(chunk, time)
+    padded = -(-time // chunk) * chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padded - time), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padded - time)))
+
+    @jax.checkpoint
+    def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
+        raw = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
+        total = jax.nn.logsumexp(raw, axis=-1)
+        chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
+        frozen, frozen_total = jax.lax.stop_gradient((raw, total))
+        mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
+        return TokenScores(chosen - total, frozen_total - mean)
+
+    if padded == chunk:
+        scores = score(hidden, targets)
+    else:
+        hidden = hidden.reshape(batch, padded // chunk, chunk, width).swapaxes(0, 1)
+        targets = targets.reshape(batch, padded // chunk, chunk).swapaxes(0, 1)
+        _, scores = jax.lax.scan(lambda _, xs: (None, score(*xs)), None, (hidden, targets))
+        scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, padded), scores)
+    return jax.tree.map(lambda x: x[:, :time], scores)
+
+
+def token_scores(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    model: Decoder,
+    *,
+    temperature: jax.Array | float = 1.0,
+) -> TokenScores:
+    """Score each token given the tokens before it in its segment.
+
+    Args:
+      tokens, positions, segment_ids: int32 [batch, time].
+      temperature: the policy is softmax(logits / temperature).
+
+    Returns:
+      Scores [batch, time]; entry t is about tokens[:, t]. The first token of a segment and
+      padding, about which the model says nothing, have 0.
+    """
+    hidden = forward(params, tokens, positions, segment_ids, model)
+    scores = score_hidden(
+        hidden[:, :-1],
+        unembedding(params, model),
+        tokens[:, 1:],
+        chunk=model.execution.log_prob_chunk,
+        temperature=temperature,
+    )
+    follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    return TokenScores(*(jnp.pad(jnp.where(follows, x, 0.0), ((0, 0), (1, 0))) for x in scores))
