@@ -1,0 +1,335 @@
+"""What k samples for each of P problems say about a model, with 95 % intervals.
+
+Pure numpy: no files, no tokenizer, no mathematics on text (how two answers are recognised as the
+same is a function that the caller passes in).
+
+Intervals. Samples of one problem are correlated, and what we want to know is how the figure would
+move with *other problems*; so the problem is the unit. Each figure is first computed per problem
+and then averaged; its interval is a percentile bootstrap over problems (`RESAMPLES` resamples,
+fixed seed, so the same samples always give the same file). The bootstrap says "no uncertainty" when
+all problems have the same value, which for a share is wrong (30 of 30 right is not certainty):
+there we give Wilson's score interval with P trials, which counts each problem once, however many
+samples it has.
+
+Samples that the verifier failed on are neither right nor wrong. They are left out of every figure
+of correctness, and counted. A problem with fewer than k scored samples contributes its figure at
+the number it has (a vote over 15 in place of 16; for pass@k a lower bound), so that all figures
+speak of the same problems; a problem with none is left out, and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+_Z = 1.959963984540054  # the 97.5 % quantile of the standard normal
+_BOOTSTRAP_SEED = 20250122  # any constant; the day the paper appeared
+_NO_ANSWER = -1
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval; `low` and `high` are nan where the data cannot say."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """`{"value", "low", "high"}`; nan, which JSON lacks, becomes null."""
+        fields = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: None if math.isnan(x) else float(x) for name, x in fields.items()}
+
+
+# --- one problem ------------------------------------------------------------------------------
+
+
+def unbiased_pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
+
+    1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (arXiv 2107.03374, eq. 1).
+
+    Raises:
+      ValueError: unless 1 <= k <= n and 0 <= c <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k with k = {k} of n = {n} samples: k must lie in 1..n")
+    if not 0 <= c <= n:
+        raise ValueError(f"pass@k with c = {c} right of n = {n} samples: c must lie in 0..n")
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
+    """Expected correctness of a majority vote over k of n samples, drawn without replacement.
+
+    The class with the most votes wins; classes that tie share the win equally. Samples without
+    an answer do not vote, and a draw with no vote at all is wrong. The expectation is exact, not
+    sampled. Where a class holds right and wrong samples (two spellings that the verifier tells
+    apart and the grouping does not), it counts with its share of right ones.
+
+    Args:
+      classes: [n] integers, equal for equal answers; negative: no answer.
+      correct: [n] booleans.
+      k: votes drawn, in 1..n.
+
+    Returns:
+      A number in [0, 1].
+    """
+    labels = np.asarray(classes)
+    right = np.asarray(correct, dtype=np.float64)
+    n = len(labels)
+    if not 1 <= k <= n:
+        raise ValueError(f"cons@k with k = {k} of n = {n} samples: k must lie in 1..n")
+    found = np.unique(labels[labels >= 0])
+    sizes = np.array([np.sum(labels == label) for label in found], dtype=np.int64)
+    shares = np.array([right[labels == label].mean() for label in found], dtype=np.float64)
+    if not np.any(shares > 0):
+        return 0.0
+    if k == n:
+        return float(shares[sizes == sizes.max()].mean())
+
+    # Drawing k of n without replacement is drawing each sample independently with probability
+    # p = k/n, given that k come out. So class counts are independent binomials, given their sum:
+    # every number below is a probability, and nothing overflows whatever n is.
+    p = k / n
+    silent = _binomial(int(np.sum(labels < 0)), p)[: k + 1]
+    total = 0.0
+    for winner in np.flatnonzero(shares > 0):
+        own = _binomial(int(sizes[winner]), p)
+        rivals = np.delete(sizes, winner)
+        for votes in range(1, min(int(sizes[winner]), k) + 1):
+            win = _rest_below(rivals, silent, p, votes=votes, rest=k - votes)
+            total += shares[winner] * own[votes] * win
+    return float(total / _binomial(n, p)[k])
+
+
+def _rest_below(sizes: NDArray[np.int64], silent: Floats, p: float, votes: int, rest: int) -> float:
+    """P(the rivals and the silent draw `rest`, no rival above `votes`) x share of a tied win."""
+    # joint[t, s]: t rivals so far have exactly `votes`, and s samples are drawn so far.
+    joint = np.zeros((rest // votes + 1, rest + 1))
+    joint[0, : len(silent)] = silent[: rest + 1]
+    for size in sizes:
+        pmf = _binomial(int(size), p)
+        after = np.zeros_like(joint)
+        for drawn in range(min(int(size), votes - 1, rest) + 1):
+            after[:, drawn:] += pmf[drawn] * joint[:, : rest + 1 - drawn]
+        if votes <= min(size, rest):
+            after[1:, votes:] += pmf[votes] * joint[:-1, : rest + 1 - votes]
+        joint = after
+    return float(np.sum(joint[:, rest] / (1.0 + np.arange(len(joint)))))
+
+
+def _binomial(n: int, p: float) -> Floats:
+    """[n + 1] probabilities of 0..n successes, for 0 < p < 1."""
+    u = np.arange(n + 1)
+    log_factorial = np.array([math.lgamma(i + 1.0) for i in range(n + 1)])
+    log_choose = log_factorial[n] - log_factorial[u] - log_factorial[n - u]
+    return np.exp(log_choose + u * math.log(p) + (n - u) * math.log1p(-p))
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share seen in `trials` trials (JASA 22, 1927)."""
+    z2 = _Z * _Z
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = share * (1 - share) / trials + z2 / (4 * trials * trials)
+    half = _Z * math.sqrt(spread) / (1 + z2 / trials)
+    # At share 0 and 1 one end is the share itself; rounding must not push it past.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
+    """The mean of one value per problem, with a bootstrap over problems.
+
+    Args:
+      values: [P] floats.
+      is_share: the values lie in [0, 1]; decides what is said where the bootstrap is degenerate
+        (all values equal): Wilson's interval for a share; otherwise the value itself, or nan
+        for a single problem, which says nothing about others.
+
+    Raises:
+      ValueError: if there is no value, or one is not finite.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"an estimate needs one value per problem, got shape {x.shape}")
+    if not np.all(np.isfinite(x)):
+        raise ValueError(f"values of problems at {np.flatnonzero(~np.isfinite(x))} are not finite")
+    mean = float(x.mean())
+    if np.all(x == x[0]):
+        mean = float(x[0])  # the mean of equal values can be off in the last bit
+        if is_share:
+            return Estimate(mean, *wilson(mean, x.size))
+        edge = math.nan if x.size == 1 else mean
+        return Estimate(mean, edge, edge)
+    rng = np.random.Generator(np.random.Philox(_BOOTSTRAP_SEED))
+    chunk = max(1, 4_000_000 // x.size)  # bounds memory for large sets
+    means = np.concatenate(
+        [
+            x[rng.integers(0, x.size, (min(chunk, RESAMPLES - start), x.size))].mean(axis=1)
+            for start in range(0, RESAMPLES, chunk)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, float(low), float(high))
+
+
+# --- many problems ----------------------------------------------------------------------------
+
+
+def pass_at_1(correct: ArrayLike, scored: ArrayLike | None = None) -> Estimate:
+    """Mean correctness over samples, then over problems (the paper's pass@1).
+
+    Args:
+      correct: [P, n] booleans.
+      scored: [P, n] booleans, False where the verifier failed; default: all scored.
+    """
+    return pass_at_k(correct, 1, scored)
+
+
+def pass_at_k(correct: ArrayLike, k: int, scored: ArrayLike | None = None) -> Estimate:
+    """Unbiased pass@k; see `unbiased_pass_at_k`. Arguments as in `pass_at_1`."""
+    right, mask = _rows(correct, scored, k)
+    values = [
+        unbiased_pass_at_k(len(row), int(row.sum()), min(k, len(row)))
+        for row in (r[m] for r, m in zip(right, mask, strict=True))
+        if len(row)
+    ]
+    return mean_over_problems(values, is_share=True)
+
+
+def cons_at_k(
+    classes: ArrayLike, correct: ArrayLike, k: int, scored: ArrayLike | None = None
+) -> Estimate:
+    """Majority vote over k extracted answers; see `expected_vote`.
+
+    Args:
+      classes: [P, n] integers, equal within a row for equal answers; negative: no answer.
+      correct: [P, n] booleans.
+      k: votes; fewer than n gives the expectation over all subsets.
+      scored: [P, n] booleans, False where the verifier failed; default: all scored.
+    """
+    right, mask = _rows(correct, scored, k)
+    labels = np.asarray(classes)
+    if labels.shape != right.shape:
+        raise ValueError(f"classes {labels.shape} and correct {right.shape} differ in shape")
+    values = [
+        expected_vote(c[m], r[m], min(k, int(m.sum())))
+        for c, r, m in zip(labels, right, mask, strict=True)
+        if m.any()
+    ]
+    return mean_over_problems(values, is_share=True)
+
+
+def _rows(
+    correct: ArrayLike, scored: ArrayLike | None, k: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    right = np.asarray(correct, dtype=bool)
+    mask = np.ones_like(right) if scored is None else np.asarray(scored, dtype=bool)
+    if right.ndim != 2 or mask.shape != right.shape:
+        raise ValueError(
+            f"correct {right.shape} and scored {mask.shape} must both be [problems, samples]"
+        )
+    if not 1 <= k <= right.shape[1]:
+        raise ValueError(f"k = {k} with {right.shape[1]} samples per problem: must lie in 1..n")
+    if not mask.any():
+        raise ValueError("no sample was scored: the verifier failed on every one")
+    return right, mask
+
+
+def summarise(
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    same_answer: Callable[[str], str],
+    ks: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """All figures of one evaluation, from its stored samples.
+
+    Args:
+      samples: rows of `samples.jsonl`: `problem_id`, `sample`, `outcome` (right, wrong,
+        unparseable, verifier_failed), `extracted` (text or None), `length` (tokens) and, where
+        known, `finish_reason`. Read once, so a generator over a large file will do.
+      same_answer: text of an answer -> text that is equal for equal answers.
+      ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
+
+    Returns:
+      A JSON-able mapping: `pass_at_1`, `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over
+      all samples), each `{"value", "low", "high"}`; counts `problems`, `samples` (per problem),
+      `outcomes`, `unscored_samples`, `unscored_problems`, `unanswered_samples`,
+      `truncated_samples`. Where the verifier failed on every sample, figures of correctness are
+      null.
+
+    Raises:
+      ValueError: no samples, a sample twice, or problems with different numbers of samples.
+    """
+    problems: dict[Any, dict[int, tuple[str, str | None, float]]] = {}
+    outcomes: Counter[str] = Counter()
+    truncated = 0
+    for row in samples:
+        problem, index = row["problem_id"], row["sample"]
+        group = problems.setdefault(problem, {})
+        if index in group:
+            raise ValueError(f"problem_id = {problem!r} has sample = {index!r} twice")
+        outcome = str(row["outcome"])
+        extracted = row["extracted"]
+        key = None if extracted is None else same_answer(extracted)
+        group[index] = (outcome, key, float(row["length"]))
+        outcomes[outcome] += 1
+        truncated += row.get("finish_reason") in ("length", "truncated")
+    if not problems:
+        raise ValueError("no samples: nothing was evaluated")
+    n = len(next(iter(problems.values())))
+    for problem, group in problems.items():
+        if len(group) != n:
+            raise ValueError(
+                f"problem_id = {problem!r} has {len(group)} samples, the first problem has {n}: "
+                "every problem needs the same number; was the file cut short?"
+            )
+
+    # Sorted, so that the figures do not depend on the order in which samples were finished.
+    ordered = [[group[i] for i in sorted(group)] for _, group in sorted(problems.items())]
+    correct = np.array([[outcome == "right" for outcome, _, _ in row] for row in ordered])
+    scored = np.array([[outcome != "verifier_failed" for outcome, _, _ in row] for row in ordered])
+    classes = np.array([_classes([key for _, key, _ in row]) for row in ordered])
+    lengths = np.array([[length for _, _, length in row] for row in ordered])
+
+    if ks is None:
+        ks = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
+    figures: dict[str, Estimate] = {}
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    any_scored = bool(scored.any())
+    figures["pass_at_1"] = pass_at_1(correct, scored) if any_scored else nothing
+    for k in (k for k in ks if k > 1):
+        figures[f"pass_at_{k}"] = pass_at_k(correct, k, scored) if any_scored else nothing
+    for k in ks:
+        figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if any_scored else nothing
+    figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
+    return {name: figure.to_json() for name, figure in figures.items()} | {
+        "problems": len(ordered),
+        "samples": n,
+        "outcomes": dict(sorted(outcomes.items())),
+        "unscored_samples": int(np.sum(~scored)),
+        "unscored_problems": int(np.sum(~scored.any(axis=1))),
+        "unanswered_samples": int(np.sum((classes < 0) & scored)),
+        "truncated_samples": truncated,
+    }
+
+
+def _classes(keys: Sequence[str | None]) -> list[int]:
+    """Numbers each distinct answer of a problem in order of appearance; no answer is -1."""
+    seen: dict[str, int] = {}
+    return [_NO_ANSWER if key is None else seen.setdefault(key, len(seen)) for key in keys]

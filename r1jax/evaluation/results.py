@@ -1,0 +1,78 @@
+"""`results.json`: what the model could do before and after, and what that cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+
+
+def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
+    """The two evaluations to compare, finished or not.
+
+    `after` is the last evaluation of the config, `before` the first one on the same data. A lone
+    evaluation is the one before if it precedes all reinforcement learning, else the one after.
+    """
+    evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
+    if not evaluations:
+        return None, None
+    last = evaluations[-1]
+    first = next(stage for stage in evaluations if stage.config["data"] == last.config["data"])
+    if first is not last:
+        return first, last
+    kinds = [stage.kind for stage in run.stages]
+    learns = "grpo" in kinds
+    trained = "grpo" in kinds[: run.stages.index(last)]
+    return (last, None) if learns and not trained else (None, last)
+
+
+def wall_seconds(run: Run) -> dict[str, float]:
+    """Seconds by phase (rollout, update, ...) over all stages, and their `total`."""
+    seconds: dict[str, float] = {}
+    for stage in run.stages:
+        for phase, spent in stage.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    return seconds | {"total": sum(seconds.values())}
+
+
+def results(run: Run) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    `before` and `after` are the summaries of the two evaluations with the stage's name and data
+    (null where there is none yet); `wall_seconds` by phase and `stage_seconds` by stage and
+    phase; `complete`, and if not, `missing` in words.
+    """
+    before, after = before_and_after(run)
+
+    def figures(stage: StageRecord | None) -> dict[str, Any] | None:
+        if stage is None or stage.summary is None:
+            return None
+        return {"stage": stage.name, "data": stage.config["data"], **stage.summary}
+
+    missing = run.missing()
+    return {
+        "name": run.info.get("name", run.config.get("name")),
+        "seed": run.info.get("seed", run.config.get("seed")),
+        "complete": not missing,
+        "missing": missing,
+        "before": figures(before),
+        "after": figures(after),
+        "wall_seconds": wall_seconds(run),
+        "stage_seconds": {stage.name: stage.seconds for stage in run.stages if stage.seconds},
+        "versions": run.info.get("versions", {}),
+        "hardware": run.info.get("hardware", {}),
+    }
+
+
+def write_results(run_dir: str | Path) -> Path:
+    """Writes `results.json` into a run directory; a reader never sees half a file."""
+    run = read_run(run_dir)
+    path = run.directory / "results.json"
+    text = json.dumps(results(run), indent=2, ensure_ascii=False, allow_nan=False)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
