@@ -1,0 +1,141 @@
+"""One line that says how a stage is doing: step, reward, length, tokens/s, time left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Progress of one stage, on the terminal.
+
+    On a terminal it is a live bar. Elsewhere (a log file, CI) it is one plain line every
+    `every_seconds`, and one for the last step. In a process other than 0 it is silent.
+
+    Args:
+      stage: its name.
+      total: steps of the stage.
+      start: steps already done, when resumed.
+      process_index: of this process.
+      console: where to write; default: standard output.
+      every_seconds: least time between two plain lines.
+      clock: seconds, monotonic.
+
+    Example:
+      with Progress("zero", total=200) as progress:
+          progress.update(1, reward=0.4, length=120.0, tokens_per_second=5300.0)
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        *,
+        start: int = 0,
+        process_index: int = 0,
+        console: Console | None = None,
+        every_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage, self.total, self.start = stage, total, start
+        self._silent = process_index != 0
+        self._console = console or Console()
+        self._every_seconds = every_seconds
+        self._clock = clock
+        self._began = self._printed = clock()
+        self._bar: RichProgress | None = None
+        if self._console.is_terminal and not self._silent:
+            self._bar = RichProgress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
+
+    def update(self, step: int, **figures: float | None) -> None:
+        """Shows that `step` steps are done, with `figures` in the order given.
+
+        `reward`, `loss` and the like are shown as numbers, `length` in tokens and
+        `tokens_per_second` as tok/s; None is left out. Values are host numbers.
+        """
+        if self._silent:
+            return
+        now = self._clock()
+        text = _figures(figures)
+        left = self._seconds_left(step, now)
+        if left is not None and step < self.total:
+            text = f"{text}  {_duration(left)} left" if text else f"{_duration(left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=text)
+            return
+        if step >= self.total or now - self._printed >= self._every_seconds:
+            self._printed = now
+            self._line(f"{self.stage} {step}/{self.total}  {text}".rstrip())
+
+    def print(self, message: str) -> None:
+        """Writes a line of its own, above a live bar."""
+        if not self._silent:
+            self._line(message)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _line(self, text: str) -> None:
+        # Literal text: a completion in a message must not be taken for rich's markup.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        done = step - self.start
+        if done <= 0:
+            return None
+        return (now - self._began) / done * (self.total - step)
+
+
+def _figures(figures: Mapping[str, float | None]) -> str:
+    shown = []
+    for name, value in figures.items():
+        if value is None:
+            continue
+        value = float(value)
+        if name == "tokens_per_second":
+            shown.append(f"{_short(value)} tok/s")
+        elif name == "length":
+            shown.append(f"length {value:.0f}")
+        else:
+            shown.append(f"{name.replace('_', ' ')} {value:.3g}")
+    return "  ".join(shown)
+
+
+def _short(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

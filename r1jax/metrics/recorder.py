@@ -1,0 +1,188 @@
+"""What a stage measured, as files that a resumed run continues to the byte.
+
+`metrics.jsonl` and `samples.jsonl` hold only what the seed determines, so two runs of one config
+have equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte offset per file) is
+saved in the checkpoint; a resumed run cuts the files there and writes on. Trackers show the same
+numbers elsewhere and are never read back.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from r1jax.metrics.json_lines import encode_line, end_of_last_line
+from r1jax.metrics.trackers import Tracker, open_tracker
+
+FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+
+
+class Recorder:
+    """Writes the metric files of one stage, and shows them in the trackers.
+
+    Args:
+      directory: of the stage; made if it is missing.
+      trackers: any of "tensorboard", "wandb".
+      run_name: name of the whole run, for trackers.
+      config: the resolved config as a JSON mapping, for trackers.
+      process_index: a process other than 0 writes nothing, and its cursor is empty.
+
+    Raises:
+      ModuleNotFoundError: a tracker's package is not installed; the message says how to get it.
+
+    Opening a directory keeps what is in it, except for a last line that a killed process left
+    unfinished. Call `rewind` next: with the checkpoint's cursor, or with {} when there is none.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        trackers: Sequence[str] = (),
+        *,
+        run_name: str = "",
+        config: Mapping[str, Any] | None = None,
+        process_index: int = 0,
+    ) -> None:
+        self.directory = Path(directory)
+        self._active = process_index == 0
+        self._files: dict[str, BinaryIO] = {}
+        self._trackers: list[Tracker] = []
+        if self._active:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                self._files[name] = open(self.directory / name, "ab")
+                self._cut(name, end_of_last_line(self.directory / name))
+            self._trackers = [
+                open_tracker(
+                    name,
+                    self.directory,
+                    run_name=run_name or self.directory.name,
+                    config=config or {},
+                )
+                for name in trackers
+            ]
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends {"step": step, **metrics} to metrics.jsonl.
+
+        Args:
+          step: of the stage, counted in optimizer updates.
+          metrics: numbers, numpy scalars or zero-dimensional jax arrays. Device values are fetched
+            together, once. nan and infinities become the strings "nan", "inf", "-inf", as JSON has
+            no such numbers.
+
+        Raises:
+          TypeError: a value is not one number (the metric is named).
+        """
+        self._log("metrics.jsonl", step, metrics, time.time())
+
+    def log_timings(self, step: int, timings: Mapping[str, Any]) -> None:
+        """Appends {"step", "time" (seconds since 1970), **timings} to timings.jsonl; like `log`."""
+        now = time.time()
+        self._log("timings.jsonl", step, {"time": now, **timings}, now)
+
+    def log_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows (JSON mappings; numpy and jax scalars allowed) to samples.jsonl."""
+        if self._active:
+            self._append("samples.jsonl", b"".join(encode_line(row) for row in rows))
+
+    def cursor(self) -> dict[str, int]:
+        """Bytes per file after everything logged so far, which is on the disk when this returns."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        for tracker in self._trackers:
+            tracker.flush()
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def rewind(self, cursor: Mapping[str, int]) -> None:
+        """Cuts the files to `cursor`, so that the run writes on as if it had never gone further.
+
+        Args:
+          cursor: from `cursor()`; a file that it does not name is emptied, so {} starts over.
+
+        Raises:
+          ValueError: a file is shorter than the cursor says.
+        """
+        if not self._active:
+            return
+        offsets = {name: int(cursor.get(name, 0)) for name in FILES}
+        for name, offset in offsets.items():
+            size = os.path.getsize(self.directory / name)
+            if size < offset:
+                raise ValueError(
+                    f"{self.directory / name} has {size} bytes, but the checkpoint was saved when "
+                    f"it had {offset}: it was changed or removed since. Put it back, or remove "
+                    f"{self.directory} to run the stage again"
+                )
+        for name, offset in offsets.items():
+            self._cut(name, offset)
+        for tracker in self._trackers:
+            tracker.rewind()
+
+    def close(self) -> None:
+        """Closes files and trackers; calling it twice is fine."""
+        if self._files:
+            self.cursor()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _log(self, name: str, step: int, values: Mapping[str, Any], now: float) -> None:
+        if not self._active:
+            return
+        numbers = _numbers(values)
+        self._append(name, encode_line({"step": int(step), **numbers}))
+        shown = {key: float(value) for key, value in numbers.items() if key != "time"}
+        for tracker in self._trackers:
+            tracker.write(int(step), shown, now)
+
+    def _append(self, name: str, data: bytes) -> None:
+        if name not in self._files:
+            raise ValueError(f"{self.directory / name} is closed")
+        self._files[name].write(data)
+        self._files[name].flush()
+
+    def _cut(self, name: str, offset: int) -> None:
+        # The file is open for appending, so the next write goes to the new end.
+        self._files[name].truncate(offset)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+    # A list, because a dict would come back with sorted keys; together, because each fetch waits.
+    fetched = jax.device_get(list(values.values()))
+    numbers: dict[str, int | float] = {}
+    for key, value in zip(values, fetched, strict=True):
+        array = np.asarray(value)
+        if array.size != 1 or not (
+            np.issubdtype(array.dtype, np.number)
+            or array.dtype == np.bool_
+            or array.dtype.kind == "V"  # bfloat16 and the 8-bit floats
+        ):
+            raise TypeError(
+                f"metric {key!r} is {value!r} (shape {array.shape}, {array.dtype}): log one number"
+            )
+        exact = array.dtype.kind in "iub"
+        numbers[key] = int(array.item()) if exact else float(array.astype(np.float64).item())
+    return numbers

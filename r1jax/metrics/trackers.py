@@ -1,0 +1,150 @@
+"""Other places where the numbers of a stage are shown: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+
+from r1jax.metrics.json_lines import read_rows
+
+TRACKERS = ("tensorboard", "wandb")
+_FLUSH_SECONDS = 10.0
+
+
+class Tracker(Protocol):
+    """Shows scalars by step. It is a copy: nothing reads it back."""
+
+    def write(self, step: int, numbers: Mapping[str, float], wall_time: float) -> None: ...
+
+    def rewind(self) -> None:
+        """The metric files were cut: forget what is no longer in them."""
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_tracker(
+    name: str, directory: Path, *, run_name: str, config: Mapping[str, Any]
+) -> Tracker:
+    """Opens the tracker `name` for a stage whose metric files are in `directory`."""
+    if name == "tensorboard":
+        return TensorBoard(directory)
+    if name == "wandb":
+        return WeightsAndBiases(directory, run_name=run_name, config=config)
+    raise ValueError(f"tracker = {name!r}: not one of {', '.join(TRACKERS)}")
+
+
+class TensorBoard:
+    """An event file in DIRECTORY/tensorboard, made anew from the metric files when opened.
+
+    The files of a killed run end in a torn record, and hold steps that the resumed run takes again.
+    Readers disagree on both, so what the (already rewound) JSON lines say is written once more:
+    every step is there once, whoever reads.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: EventsWriter | None = None
+        self.rewind()
+
+    def rewind(self) -> None:
+        self.close()
+        target = self._directory / "tensorboard"
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in target.glob("events.out.tfevents.*"):
+            stale.unlink()
+        # The plain writer: SummaryWriter adds a queue, a thread and one event per number, and its
+        # flush() does not empty the queue.
+        self._writer = EventsWriter(str(target / "events"))
+        self._flushed = time.monotonic()
+        self._replay()
+        self.flush()
+
+    def write(self, step: int, numbers: Mapping[str, Any], wall_time: float) -> None:
+        if self._writer is None:
+            raise ValueError(f"the event file in {self._directory} is closed")
+        values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in numbers.items()]
+        self._writer.write_event(
+            Event(step=step, wall_time=wall_time, summary=Summary(value=values))
+        )
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._flushed = time.monotonic()
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _replay(self) -> None:
+        wall_times: dict[int, float] = {}
+        timings = self._directory / "timings.jsonl"
+        if timings.exists():
+            for row in read_rows(timings):
+                step, wall_time = row.pop("step"), row.pop("time")
+                wall_times[step] = wall_time
+                self.write(step, row, wall_time)
+        metrics = self._directory / "metrics.jsonl"
+        if metrics.exists():
+            written = metrics.stat().st_mtime
+            for row in read_rows(metrics):
+                step = row.pop("step")
+                self.write(step, row, wall_times.get(step, written))
+
+
+class WeightsAndBiases:
+    """One W&B run per stage; a resumed stage goes on in the same W&B run.
+
+    The run's id is drawn once and kept in DIRECTORY/wandb_id. W&B ignores steps that it already
+    has, and a resumed run repeats those with the same numbers.
+    """
+
+    def __init__(self, directory: Path, *, run_name: str, config: Mapping[str, Any]) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            if error.name != "wandb":
+                raise
+            raise ModuleNotFoundError(
+                "trackers names wandb, which is not installed: pip install 'r1jax[wandb]', or "
+                "leave it out of trackers",
+                name="wandb",
+            ) from error
+        id_file = directory / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid4().hex[:8])
+        self._run = wandb.init(
+            project="r1jax",
+            group=run_name,
+            name=f"{run_name}/{directory.name}",
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(directory),
+            config=dict(config),
+        )
+
+    def write(self, step: int, numbers: Mapping[str, float], wall_time: float) -> None:
+        # W&B keeps its own clock.
+        self._run.log(dict(numbers), step=step)
+
+    def rewind(self) -> None:
+        """W&B cannot forget; it ignores the repeated steps."""
+
+    def flush(self) -> None:
+        """W&B sends on its own."""
+
+    def close(self) -> None:
+        self._run.finish()
