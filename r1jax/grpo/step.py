@@ -1,0 +1,205 @@
+"""One GRPO update for any model and any optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from r1jax.grpo.losses import GRPOConfig, token_terms, token_weights
+
+
+@struct.dataclass
+class GRPOBatch:
+    """What one update reads. N rows of T tokens; every leaf's first dimension is N.
+
+    inputs: whatever `log_prob_fn` needs (tokens, positions, images, ...), any pytree.
+    mask: [N, T], 1 where `log_prob_fn`'s value at (n, t) is a trained token: sampled tokens with
+        their EOS, not the prompt, not padding; a row of zeros leaves a sample out.
+    advantages: [N], or [N, T] for packed rows.
+    old_log_probs: [N, T], or None when the batch was sampled by the present weights.
+    reference_log_probs: [N, T], or None when kl_coefficient is 0.
+    sampler_log_probs: [N, T], or None for no importance correction.
+    """
+
+    inputs: Any
+    mask: jax.Array
+    advantages: jax.Array
+    old_log_probs: jax.Array | None = None
+    reference_log_probs: jax.Array | None = None
+    sampler_log_probs: jax.Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """Weights, optimizer state and the number of updates so far."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+# (params, batch) -> log-probs [N, T], or a pair of log-probs and entropies [N, T].
+LogProbFn = Callable[[Any, GRPOBatch], Any]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, GRPOBatch], tuple[TrainState, Metrics]]
+
+
+def accumulate_gradients(
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
+    params: Any,
+    batch: Any,
+    micro_batches: int,
+) -> tuple[jax.Array, Any, Any]:
+    """Sum of losses and gradients over `micro_batches` equal parts of the rows.
+
+    Exact when loss_fn is a weighted sum over rows, as all losses here are. Rows are dealt out in
+    turn (row n goes to part n % micro_batches), which keeps them spread over the mesh.
+
+    Returns:
+      Loss, gradients, and loss_fn's auxiliary values of each part, stacked [micro_batches, ...].
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        (loss, aux), gradients = value_and_grad(params, batch)
+        return loss, gradients, jax.tree.map(lambda leaf: leaf[None], aux)
+
+    def deal(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] % micro_batches:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows does not split into {micro_batches} micro-batches"
+            )
+        return leaf.reshape(-1, micro_batches, *leaf.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(deal, batch)
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        (loss, aux), gradients = value_and_grad(params, part)
+        return jax.tree.map(jnp.add, total, (loss, gradients)), aux
+
+    (loss, gradients), aux = jax.lax.scan(add, zeros, parts)
+    return loss, gradients, aux
+
+
+def apply_if_finite(
+    state: TrainState,
+    loss: jax.Array,
+    gradients: Any,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """The optimizer's update; a non-finite loss or gradient leaves weights and moments as they were.
+
+    The step counter advances either way: it counts batches.
+    """
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old)
+
+    new_state = TrainState(
+        state.step + 1,
+        jax.tree.map(keep, params, state.params),
+        jax.tree.map(keep, opt_state, state.opt_state),
+    )
+    metrics = {
+        "loss": loss,
+        "optimizer/grad_norm": norm,
+        "optimizer/finite": finite.astype(jnp.float32),
+    }
+    return new_state, metrics
+
+
+def make_grpo_step(
+    log_prob_fn: LogProbFn,
+    optimizer: optax.GradientTransformation,
+    config: GRPOConfig = GRPOConfig(),
+    *,
+    micro_batches: int = 1,
+) -> Step:
+    """Build `step(state, batch) -> (state, metrics)`, to be jitted, with the state donated:
+
+        step = jax.jit(make_grpo_step(log_prob_fn, optax.adam(1e-6)), donate_argnums=0)
+
+    The gradients with several micro-batches equal those with one: each token's weight is fixed
+    from the whole batch's mask before it is split.
+
+    Args:
+      log_prob_fn: (params, batch) -> log-probs [N, T] aligned with batch.mask, or a pair
+        (log-probs, entropies). Differentiated with respect to params.
+      optimizer: any optax transformation (put gradient clipping and schedules in it).
+      config: the objective.
+      micro_batches: parts that the rows are split into, to bound activation memory.
+
+    Returns:
+      A pure function. Metrics are float32 scalars, means over trained tokens: loss, policy/kl,
+      policy/entropy (when given), policy/clip_fraction, policy/ratio_mean, sampler/gap_mean,
+      sampler/gap_max, optimizer/grad_norm, optimizer/finite. On policy the loss is near 0 by
+      construction (advantages of a group sum to 0); read the reward and the gradient norm.
+    """
+
+    def loss_fn(params: Any, part: tuple[GRPOBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
+        batch, weights = part
+        scored = log_prob_fn(params, batch)
+        log_probs, entropy = scored if isinstance(scored, tuple) else (scored, None)
+        # A token outside the mask may hold anything, NaN included: it must not reach the sum.
+        trained = batch.mask > 0
+        log_probs = jnp.where(trained, log_probs, 0.0)
+
+        def masked(values: jax.Array | None) -> jax.Array | None:
+            return None if values is None else jnp.where(trained, values, 0.0)
+
+        terms = token_terms(
+            log_probs,
+            batch.advantages,
+            config=config,
+            old_log_probs=masked(batch.old_log_probs),
+            reference_log_probs=masked(batch.reference_log_probs),
+            sampler_log_probs=masked(batch.sampler_log_probs),
+        )
+        mask = trained.astype(jnp.float32)
+        sums = {
+            "policy/kl": terms.kl,
+            "policy/clip_fraction": terms.clipped,
+            "policy/ratio_mean": terms.ratio,
+        }
+        if entropy is not None:
+            sums["policy/entropy"] = entropy
+        if batch.sampler_log_probs is not None:
+            old = batch.old_log_probs
+            mine = jax.lax.stop_gradient(log_probs) if old is None else masked(old)
+            gap = jnp.abs(mine - masked(batch.sampler_log_probs))
+            sums["sampler/gap_mean"] = gap
+        aux = {name: jnp.sum(jnp.where(trained, value, 0.0)) for name, value in sums.items()}
+        aux["tokens"] = mask.sum()
+        if batch.sampler_log_probs is not None:
+            aux["sampler/gap_max"] = jnp.max(jnp.where(trained, gap, 0.0))
+        return jnp.sum(terms.loss * weights), aux
+
+    def step(state: TrainState, batch: GRPOBatch) -> tuple[TrainState, Metrics]:
+        weights = token_weights(
+            batch.mask, config.normalisation, constant_length=config.constant_length
+        )
+        loss, gradients, aux = accumulate_gradients(
+            loss_fn, state.params, (batch, weights), micro_batches
+        )
+        tokens = jnp.maximum(aux.pop("tokens").sum(), 1.0)
+        gap_max = aux.pop("sampler/gap_max", None)
+        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        metrics |= {name: value.sum() / tokens for name, value in aux.items()}
+        if gap_max is not None:
+            metrics["sampler/gap_max"] = gap_max.max()
+        return state, metrics
+
+    return step

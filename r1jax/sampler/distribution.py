@@ -1,0 +1,111 @@
+"""The distribution that tokens are drawn from, and keys that do not depend on the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+_REMOVED = -1e30
+
+
+@struct.dataclass
+class Sampling:
+    """Sampling parameters as scalars or [batch] arrays, so that a change compiles nothing.
+
+    temperature: 0 is greedy. top_p: 1 is off. top_k: 0 is off. min_p: 0 is off.
+    """
+
+    temperature: Any = 1.0
+    top_p: Any = 1.0
+    top_k: Any = 0
+    min_p: Any = 0.0
+
+
+def sample_keys(seed: Any, step: Any, prompt_ids: jax.Array, samples: jax.Array) -> jax.Array:
+    """One key per (prompt, sample), a function of (seed, step, prompt id, sample index) alone.
+
+    Args:
+      prompt_ids: uint32 [batch]. samples: int32 [samples], the samples' indices.
+
+    Returns:
+      Typed keys [batch, samples]: sample i of a prompt is the same in any batch and on any mesh.
+    """
+    run = jax.random.fold_in(jax.random.key(seed), step)
+    prompts = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompt_ids)
+    return jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(samples))(prompts)
+
+
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature, then top-k, top-p and min-p in transformers' order.
+
+    Ties with the last kept logit are kept. Sorting is skipped at run time unless a filter is on.
+
+    Args:
+      logits: float32 [batch, samples, vocab].
+
+    Returns:
+      The sampling distribution's unnormalised log-probabilities [batch, samples, vocab].
+    """
+
+    def column(value: Any) -> jax.Array:
+        value = jnp.asarray(value)
+        return value.reshape(value.shape + (1,) * (3 - value.ndim)) if value.ndim else value
+
+    temperature = column(sampling.temperature)
+    top_p, top_k, min_p = column(sampling.top_p), column(sampling.top_k), column(sampling.min_p)
+    scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
+    vocab = logits.shape[-1]
+
+    def by_rank(scaled: jax.Array) -> jax.Array:
+        ordered = -jnp.sort(-scaled, axis=-1)
+        k = jnp.where(top_k == 0, vocab, jnp.clip(top_k, 1, vocab))
+        ordered = jnp.where(jnp.arange(vocab) < k, ordered, _REMOVED)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        # A token is kept while the mass before it is below top_p: the first always is.
+        kept = (jnp.cumsum(probs, axis=-1) - probs < top_p) & (ordered > _REMOVED)
+        lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(scaled >= lowest, scaled, _REMOVED)
+
+    ranked = jnp.any(top_p < 1) | jnp.any(top_k > 0)
+    filtered = jax.lax.cond(ranked, by_rank, lambda x: x, scaled)
+    best = jnp.max(filtered, axis=-1, keepdims=True)
+    floor = jnp.where(min_p > 0, best + jnp.log(jnp.maximum(min_p, 1e-30)), -jnp.inf)
+    filtered = jnp.where(filtered >= floor, filtered, _REMOVED)
+    peak = jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocab, dtype=bool)
+    return jnp.where(temperature == 0, jnp.where(peak, 0.0, _REMOVED), filtered)
+
+
+def draw(
+    logits: jax.Array, keys: jax.Array, position: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draw one token per sample.
+
+    Args:
+      logits: float32 [batch, samples, vocab].
+      keys: [batch, samples] from `sample_keys`.
+      position: int32 scalar, the index of the new token, folded into the keys.
+
+    Returns:
+      Tokens int32, the log-prob under the policy softmax(logits / temperature) (temperature 1 when
+      greedy), and the log-prob under the filtered distribution really drawn from; all
+      [batch, samples].
+    """
+    filtered = filter_logits(logits, sampling)
+
+    def noise(key: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:])
+
+    tokens = jnp.argmax(filtered + jax.vmap(jax.vmap(noise))(keys), axis=-1).astype(jnp.int32)
+    temperature = jnp.asarray(sampling.temperature)
+    temperature = jnp.where(temperature == 0, 1.0, temperature)
+    if temperature.ndim:
+        temperature = temperature[:, None, None]
+
+    def log_prob(scores: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(scores, axis=-1)
+
+    return tokens, log_prob(logits / temperature), log_prob(filtered)
