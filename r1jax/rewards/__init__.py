@@ -1,0 +1,43 @@
+"""Rule rewards on the host: named functions, run in worker processes with deadlines.
+
+    with Verifier(config.rewards, config.verifier) as verifier:
+        pending = verifier.submit(rows)  # returns at once
+        ...                              # generate the next batch
+        scores = pending.result()        # in order
+
+Workers import this package, so nothing here imports jax, transformers or sympy.
+"""
+
+from r1jax.rewards import format as _format  # noqa: F401  (registers its reward)
+from r1jax.rewards.maths import equivalent_key, final_answer, same_answer
+from r1jax.rewards.registry import (
+    REWARDS,
+    Answered,
+    Outcome,
+    RewardEntry,
+    RewardFunction,
+    Score,
+    check_reward,
+    reward,
+)
+from r1jax.rewards.scoring import score_file
+from r1jax.rewards.verifier import Pending, RowScore, Verifier, VerifierError
+
+__all__ = [
+    "REWARDS",
+    "Answered",
+    "Outcome",
+    "Pending",
+    "RewardEntry",
+    "RewardFunction",
+    "RowScore",
+    "Score",
+    "Verifier",
+    "VerifierError",
+    "check_reward",
+    "equivalent_key",
+    "final_answer",
+    "reward",
+    "same_answer",
+    "score_file",
+]

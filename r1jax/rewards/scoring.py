@@ -1,0 +1,125 @@
+"""Scoring a file of completions: `r1jax score --reward NAME --in ROWS.jsonl --out SCORED.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1jax.rewards.registry import Answered, Outcome
+from r1jax.rewards.verifier import Pending, Verifier
+
+if TYPE_CHECKING:
+    from r1jax.config.schema import VerifierSection
+
+_WINDOW = 4096  # rows in memory at once, twice
+
+
+def score_file(
+    reward: str,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    section: VerifierSection | None = None,
+) -> dict[Outcome, int]:
+    """Scores JSON lines and writes them with `reward`, `outcome` and `extracted` added.
+
+    Args:
+      reward: a registered name or `package.module:function`.
+      source: rows with `prompt`, `completion` and `answer` (text; `answer` may be a number), and
+        perhaps `domain` and `truncated`. Other columns are kept.
+      target: written whole or not at all; may be `source`. The reward of a row that the verifier
+        failed on is null.
+      options: the reward's options.
+      section: how workers run; default: one per two cores.
+
+    Returns:
+      How many rows had each outcome; all four are there.
+
+    Raises:
+      ValueError: the first bad row, as `file:line: what is wrong`, before anything is scored;
+        an unknown reward; options it refuses.
+    """
+    from r1jax.config.schema import RewardSection, VerifierSection
+
+    source, target = Path(source), Path(target)
+    if section is None:
+        section = VerifierSection(workers=max(1, (os.cpu_count() or 1) // 2))
+    for _ in _rows(source):  # all are checked before the first is scored
+        pass
+    counts = Counter({outcome: 0 for outcome in Outcome})
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    rewards = {reward: RewardSection(options=dict(options or {}))}
+    try:
+        with Verifier(rewards, section) as verifier, partial.open("w", encoding="utf-8") as out:
+            waiting: list[tuple[list[dict[str, Any]], Pending]] = []
+            rows = _rows(source)
+            while True:
+                window = list(islice(rows, _WINDOW))
+                if window:
+                    pending = verifier.submit([answered for _, answered in window])
+                    waiting.append(([row for row, _ in window], pending))
+                if not waiting:
+                    break
+                if window and len(waiting) < 2:
+                    continue  # the next window is read while this one is scored
+                written, pending = waiting.pop(0)
+                for row, score in zip(written, pending.result(), strict=True):
+                    counts[score.outcome] += 1
+                    row["reward"] = None if math.isnan(score.reward) else score.reward
+                    row["outcome"] = score.outcome.value
+                    row["extracted"] = score.extracted
+                    out.write(_line(row))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return dict(counts)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, from a cut token: only as an escape
+        line = json.dumps(row)
+    return line + "\n"
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Answered]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a row is an object, not {type(row).__name__}")
+            yield row, _answered(row, where)
+
+
+def _answered(row: Mapping[str, Any], where: str) -> Answered:
+    texts = {}
+    for column in ("prompt", "completion", "answer"):
+        if column not in row:
+            raise ValueError(f"{where}: no column {column!r}; there are {sorted(row)}")
+        value = row[column]
+        if column == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = json.dumps(value)
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {column} = {value!r}: must be text")
+        texts[column] = value
+    domain, truncated = row.get("domain", ""), row.get("truncated", False)
+    if not isinstance(domain, str):
+        raise ValueError(f"{where}: domain = {domain!r}: must be text")
+    if not isinstance(truncated, bool):
+        raise ValueError(f"{where}: truncated = {truncated!r}: must be true or false")
+    return Answered(**texts, domain=domain, truncated=truncated)

@@ -1,0 +1,518 @@
+"""The pool of worker processes in which reward functions run.
+
+A symbolic verifier on a model's text may hang, fill the memory or crash. So each worker is a
+process of its own with a memory limit, and a thread of the parent's keeps its deadline: a worker
+that is late is killed with SIGKILL, a new one takes over the rest, and only the guilty part fails.
+
+Neither signals nor the main thread are needed, so a `Verifier` works from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from r1jax.rewards.registry import Answered, Outcome, Score, check_reward
+
+if TYPE_CHECKING:  # pydantic and jax stay out of whoever imports this
+    from r1jax.config.schema import RewardSection, VerifierSection
+
+_log = logging.getLogger(__name__)
+
+# A batch is one message. Its rows are bounded so that workers share the load, its characters so
+# that the message stays small.
+_BATCH_ROWS = 64
+_BATCH_CHARACTERS = 1_000_000
+# Starting is imports, not rows; on a crowded machine they take a while.
+_START_SECONDS = 120.0
+# A worker that dies between rows is replaced; one that always does is an error.
+_RETRIES = 3
+
+
+class VerifierError(RuntimeError):
+    """The pool itself cannot work: workers do not start, or it is closed."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """All rewards of one row.
+
+    Attributes:
+      reward: weighted sum of the parts; nan when a part with a weight failed.
+      scored: every part with a weight has a value. Rows without are to be masked, not taken for 0.
+      parts: reward name -> score, in the config's order.
+    """
+
+    reward: float
+    scored: bool
+    parts: dict[str, Score] = field(default_factory=dict)
+
+    @property
+    def _main(self) -> Score:
+        return self.parts.get("accuracy") or next(iter(self.parts.values()))
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of `accuracy`; without it, of the first reward."""
+        return self._main.outcome
+
+    @property
+    def extracted(self) -> str | None:
+        """The final answer as read by `accuracy`; without it, by the first reward."""
+        return self._main.extracted
+
+
+def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> RowScore:
+    """The weighted sum of a row's parts; a failed part of weight 0 does not spoil it."""
+    weighted = [name for name in parts if weights[name] != 0]
+    if any(parts[name].outcome is Outcome.VERIFIER_FAILED for name in weighted):
+        return RowScore(math.nan, False, dict(parts))
+    total = math.fsum(weights[name] * parts[name].reward for name in weighted)
+    return RowScore(total, True, dict(parts))
+
+
+class Pending:
+    """Rows on their way; made by `Verifier.submit`."""
+
+    def __init__(
+        self, rows: Sequence[Answered], rewards: Sequence[str], weights: Mapping[str, float]
+    ) -> None:
+        self._rows = rows
+        self._weights = weights
+        self._parts: list[dict[str, Score | None]] = [dict.fromkeys(rewards) for _ in rows]
+        self._left = len(rows) * len(rewards)
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        if not self._left:
+            self._done.set()
+
+    def _set(self, row: int, name: str, score: Score) -> None:
+        with self._lock:
+            self._parts[row][name] = score
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self._left:
+                self._error = error
+                self._done.set()
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._done.is_set()
+
+    def result(self, timeout: float | None = None) -> list[RowScore]:
+        """Waits, and returns one score per submitted row, in order.
+
+        Raises:
+          TimeoutError: `timeout` seconds passed; the rows are still being scored.
+          VerifierError: the pool was closed, or cannot start workers any more.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"{self._left} rewards are not scored after {timeout} s")
+        if self._error is not None:
+            raise VerifierError(str(self._error)) from self._error
+        return [
+            combine({name: part for name, part in parts.items() if part is not None}, self._weights)
+            for parts in self._parts
+        ]
+
+
+@dataclass
+class _Batch:
+    """Parts (row index, reward name) of one `Pending`, for one worker, in order."""
+
+    pending: Pending
+    parts: list[tuple[int, str]]
+
+    def message(self, start: int) -> bytes:
+        rows: dict[int, list[str]] = {}
+        for row, name in self.parts[start:]:
+            rows.setdefault(row, []).append(name)
+        items = [
+            {"row": asdict(self.pending._rows[row]), "rewards": names}
+            for row, names in rows.items()
+        ]
+        return json.dumps({"rows": items}).encode() + b"\n"
+
+
+class _Died(Exception):
+    """The worker is gone; `str` says how."""
+
+
+class _Late(Exception):
+    """The worker did not answer before its deadline."""
+
+
+class _Worker:
+    """The parent's end of one process. Used by one thread, killed by any."""
+
+    def __init__(self, start: Mapping[str, Any]) -> None:
+        self.rows = 0
+        self._received = b""
+        self._lines: deque[bytes] = deque()
+        self._ended = threading.Lock()
+        self._process = subprocess.Popen(
+            # -P: a file of the working directory does not hide a module of the library.
+            [sys.executable, "-P", "-m", "r1jax.rewards.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            # A group of its own: Ctrl-C is the parent's to handle, and a kill takes along
+            # whatever a reward function started.
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        for stream in (self._stdin, self._stdout):
+            os.set_blocking(stream.fileno(), False)
+        # No answer is read here: workers of a pool start side by side, and `start` may be waited
+        # for when the pool closes, which must be able to kill this process.
+        self._start = json.dumps(start).encode() + b"\n"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Sends the start message; raises VerifierError if the worker refuses it."""
+        try:
+            self.send(self._start, _START_SECONDS)
+            reply = self.receive(_START_SECONDS)
+        except _Late:
+            raise VerifierError(f"a worker did not start in {_START_SECONDS:.0f} s") from None
+        except _Died as death:
+            raise VerifierError(f"a worker did not start: {death}") from None
+        if "error" in reply:
+            raise VerifierError(reply["error"])
+
+    def send(self, message: bytes, seconds: float) -> None:
+        """Writes all of `message`; the worker, which is idle, reads it at once."""
+        until = time.monotonic() + seconds
+        left = memoryview(message)
+        while left:
+            remaining = max(0.0, until - time.monotonic())
+            if not select.select([], [self._stdin], [], remaining)[1]:
+                raise _Late
+            try:
+                left = left[os.write(self._stdin.fileno(), left) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise _Died(self._death()) from None
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """The next reply. What has arrived counts, however late this thread is to look."""
+        until = time.monotonic() + seconds
+        while not self._lines:
+            remaining = max(0.0, until - time.monotonic())
+            if not select.select([self._stdout], [], [], remaining)[0]:
+                raise _Late
+            chunk = os.read(self._stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise _Died(self._death())
+            *lines, self._received = (self._received + chunk).split(b"\n")
+            self._lines.extend(lines)
+        try:
+            reply = json.loads(self._lines.popleft())
+        except ValueError:
+            raise _Died("its reply is not JSON") from None
+        if not isinstance(reply, dict):
+            raise _Died("its reply is not an object")
+        return reply
+
+    def _death(self) -> str:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exit status {code}"
+
+    def kill(self) -> None:
+        """SIGKILL to the process and what it started; safe to call twice, from any thread."""
+        with self._ended:
+            try:
+                # Not after it was waited for: the number may be another process's by then.
+                if self._process.returncode is None:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """Kills, and closes the pipes; by the thread that reads them."""
+        self.kill()
+        self._stdin.close()
+        self._stdout.close()
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, with its import path: a worker finds the modules that the parent finds."""
+    path = [entry or os.getcwd() for entry in sys.path]
+    package_root = str(Path(__file__).resolve().parents[2])
+    if package_root not in path:
+        path.insert(0, package_root)
+    # Many workers share the machine, and per-thread stacks count against the memory limit.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+class Verifier:
+    """Scores rows in worker processes. A context manager; `close` leaves no process behind.
+
+    Args:
+      rewards: reward name -> section (weight, options), as in the config.
+      section: number of workers, deadline per row and reward, memory limit, recycling.
+
+    Raises:
+      ValueError: no rewards, an unknown one, or options it refuses.
+      VerifierError: the workers do not start, such as for a module that does not import.
+    """
+
+    def __init__(self, rewards: Mapping[str, RewardSection], section: VerifierSection) -> None:
+        if not rewards:
+            raise ValueError("rewards is empty: name at least one")
+        for name, reward in rewards.items():
+            check_reward(name, reward.options)
+        self._names = list(rewards)
+        self._weights = {name: reward.weight for name, reward in rewards.items()}
+        self._section = section
+        self._start = {
+            "rewards": {name: dict(reward.options) for name, reward in rewards.items()},
+            "memory_bytes": section.memory_mb << 20,
+        }
+        self._changed = threading.Condition()
+        self._batches: deque[_Batch] = deque()
+        self._open: set[Pending] = set()
+        self._workers: set[_Worker] = set()
+        self._ready = 0
+        self._closing = False
+        self._error: BaseException | None = None
+        self._warned: set[tuple[str, str]] = set()
+        # One thread per worker, for as long as the pool lives: Linux ends a worker with the
+        # thread that started it.
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"verifier-{index}", daemon=True)
+            for index in range(section.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._await_start()
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+
+    def _await_start(self) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error is not None or self._ready == self._section.workers
+            )
+            if self._error is not None:
+                raise self._error
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that live now."""
+        with self._changed:
+            return sorted(worker.pid for worker in self._workers)
+
+    def submit(self, rows: Sequence[Answered]) -> Pending:
+        """Queues the rows and returns at once; `Pending.result` has the scores, in order.
+
+        Raises:
+          VerifierError: the pool is closed or broken.
+        """
+        rows = tuple(rows)
+        pending = Pending(rows, self._names, self._weights)
+        batches = []
+        share = math.ceil(len(rows) / (2 * len(self._threads)))  # some for every worker
+        limit = max(1, min(_BATCH_ROWS, self._section.tasks_per_worker, share))
+        parts: list[tuple[int, str]] = []
+        count = characters = 0
+        for index, row in enumerate(rows):
+            parts.extend((index, name) for name in self._names)
+            count += 1
+            characters += len(row.completion) + len(row.prompt)
+            if count == limit or characters >= _BATCH_CHARACTERS:
+                batches.append(_Batch(pending, parts))
+                parts, count, characters = [], 0, 0
+        if parts:
+            batches.append(_Batch(pending, parts))
+        with self._changed:
+            if self._error is not None:
+                raise VerifierError(str(self._error)) from self._error
+            if self._closing:
+                raise VerifierError("the verifier is closed")
+            self._open = {each for each in self._open if not each.done()}
+            self._open.add(pending)
+            self._batches.extend(batches)
+            self._changed.notify_all()
+        return pending
+
+    def close(self) -> None:
+        """Kills the workers and waits for them; rows still on their way raise VerifierError."""
+        with self._changed:
+            self._closing = True
+            self._batches.clear()
+            # Where a thread waits for its worker's reply, the end of the process is the reply.
+            for worker in self._workers:
+                worker.kill()
+            open_now, self._open = self._open, set()
+            self._changed.notify_all()
+        for pending in open_now:
+            pending._fail(VerifierError("the verifier was closed before all rows were scored"))
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # What follows runs in the threads.
+
+    def _serve(self) -> None:
+        worker: _Worker | None = None
+        try:
+            worker = self._new_worker()
+            with self._changed:
+                self._ready += 1
+                self._changed.notify_all()
+            while (batch := self._next_batch()) is not None:
+                worker = self._score(batch, worker)
+        except BaseException as error:
+            self._break(error)
+        finally:
+            if worker is not None:
+                self._drop(worker)
+
+    def _next_batch(self) -> _Batch | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or bool(self._batches))
+            return None if self._closing else self._batches.popleft()
+
+    def _score(self, batch: _Batch, worker: _Worker) -> _Worker:
+        """Scores a batch to its end and returns the worker that lives then."""
+        deadline = self._section.deadline_seconds
+        rows = len({row for row, _ in batch.parts})
+        if worker.rows and worker.rows + rows > self._section.tasks_per_worker:
+            worker = self._replace(worker)
+        position = 0
+        deaths_between = 0
+        while position < len(batch.parts):
+            try:
+                worker.send(batch.message(position), _START_SECONDS)
+            except (_Died, _Late) as death:
+                # It read no row, so none is guilty.
+                deaths_between += 1
+                if deaths_between > _RETRIES:
+                    raise VerifierError(f"workers die while idle: {death}") from None
+                worker = self._replace(worker)
+                continue
+            worker.rows += len({row for row, _ in batch.parts[position:]})
+            while position < len(batch.parts):
+                row, name = batch.parts[position]
+                replace = False
+                try:
+                    score = _read_score(worker.receive(deadline))
+                    # After one the heap may be full or in pieces: a new process, for the next row.
+                    replace = score.detail == "MemoryError"
+                except _Late:
+                    score = _failed(f"no answer in {deadline:g} s")
+                    replace = True
+                except _Died as death:
+                    score = _failed(f"the worker died: {death}")
+                    replace = True
+                if replace and self._closing:
+                    return worker
+                if score.outcome is Outcome.VERIFIER_FAILED:
+                    self._warn_once(name, score.detail or "")
+                position += 1
+                batch.pending._set(row, name, score)
+                if replace:
+                    worker = self._replace(worker)
+                    break
+        return worker
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        self._drop(worker)
+        return self._new_worker()
+
+    def _new_worker(self) -> _Worker:
+        with self._changed:  # so that close() sees every process, and none starts after it
+            if self._closing:
+                raise VerifierError("the verifier is closed")
+            worker = _Worker(self._start)
+            self._workers.add(worker)
+        try:
+            worker.wait_ready()
+        except BaseException:
+            self._drop(worker)
+            raise
+        return worker
+
+    def _drop(self, worker: _Worker) -> None:
+        worker.close()
+        with self._changed:
+            self._workers.discard(worker)
+
+    def _break(self, error: BaseException) -> None:
+        """The pool cannot go on: whoever waits or submits is told why."""
+        with self._changed:
+            if self._closing:
+                return
+            self._error = self._error or error
+            self._batches.clear()
+            open_now, self._open = self._open, set()
+            self._changed.notify_all()
+        for pending in open_now:
+            pending._fail(error)
+
+    def _warn_once(self, name: str, detail: str) -> None:
+        """The first failure of each kind goes to the log: a broken reward must not be silent."""
+        kind = (name, detail.partition(":")[0])
+        with self._changed:
+            if kind in self._warned or len(self._warned) > 50:
+                return
+            self._warned.add(kind)
+        _log.warning("reward %s failed on a row, which is not scored: %s", name, detail)
+
+
+def _failed(detail: str) -> Score:
+    return Score(math.nan, Outcome.VERIFIER_FAILED, None, detail)
+
+
+def _read_score(reply: Mapping[str, Any]) -> Score:
+    try:
+        return Score(
+            float(reply["reward"]), Outcome(reply["outcome"]), reply["extracted"], reply["detail"]
+        )
+    except (KeyError, TypeError, ValueError):
+        raise _Died("its reply is not a score") from None

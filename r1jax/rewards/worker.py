@@ -1,0 +1,143 @@
+"""A verifier worker: one process that scores rows, one part (row, reward) after the other.
+
+Started by `r1jax.rewards.verifier` as `python -m r1jax.rewards.worker`, so that it never runs
+the user's `__main__`, and imports neither jax nor transformers. It speaks JSON lines:
+
+  in   {"rewards": {name: options}, "memory_bytes": n}          once
+  out  {"ready": true} or {"error": why}
+  in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
+  out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once
+
+Each part is answered before the next one starts: the parent knows by counting which part it is
+waiting for, and keeps the deadline. JSON, not pickle: what comes out of a process that handled
+a model's text is data, never code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from r1jax.rewards.registry import Answered, Outcome, RewardEntry, Score, load_reward
+
+
+def _die_with_parent() -> None:
+    """Asks Linux for a SIGKILL when the parent's thread that started us is gone.
+
+    Elsewhere an idle worker still ends with its pipe, and a busy one after its current part.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    # The parent may have died before the call: then its pipe is closed, and the first read ends.
+
+
+def _limit_memory(limit: int) -> str | None:
+    """Sets the limit of the address space; says what is wrong if it is taken already."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not sys.platform.startswith("linux"):  # macOS does not keep RLIMIT_AS
+        return None
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    if used + (16 << 20) > limit:
+        return (
+            f"verifier.memory_mb = {limit >> 20}: a worker takes {used >> 20} MB before its first "
+            f"row; give at least {(used >> 20) + 256}"
+        )
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return None
+
+
+def _own_channels() -> tuple[BinaryIO, BinaryIO]:
+    """The parent's pipes under descriptors of their own.
+
+    A reward function that prints must not write into the answers: standard output becomes
+    standard error, standard input is empty.
+    """
+    requests, replies = os.dup(0), os.dup(1)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.dup2(2, 1)
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb", buffering=0)
+
+
+def failed(detail: str) -> Score:
+    """The score of a part that nobody could judge."""
+    return Score(math.nan, Outcome.VERIFIER_FAILED, None, detail)
+
+
+def score_part(entry: RewardEntry, row: Answered, options: Mapping[str, Any]) -> Score:
+    """Runs one reward function; whatever it raises is a failed verifier, not a wrong answer."""
+    try:
+        score: object = entry.function(row, options)  # a user's function may return anything
+        if not isinstance(score, Score):
+            return failed(f"returned {type(score).__name__}, not a Score")
+        outcome = Outcome(score.outcome)
+        value = float(score.reward)
+        if outcome is Outcome.VERIFIER_FAILED:
+            return failed(score.detail or "the reward function says so")
+        if not math.isfinite(value):
+            return failed(f"returned the reward {value}")
+        extracted = None if score.extracted is None else str(score.extracted)
+        return Score(value, outcome, extracted, score.detail)
+    except MemoryError:
+        return failed("MemoryError")
+    except BaseException as error:  # SystemExit too: a reward function does not end the worker
+        return failed(f"{type(error).__name__}: {str(error)[:500]}")
+
+
+def _send(replies: BinaryIO, message: Mapping[str, Any]) -> None:
+    data = memoryview(json.dumps(message).encode() + b"\n")
+    while data:
+        data = data[replies.write(data) :]
+
+
+def main() -> None:
+    """Serves until the parent closes the pipe."""
+    requests, replies = _own_channels()
+    _die_with_parent()
+    try:
+        start = json.loads(requests.readline() or b"null")
+        if start is None:
+            return
+        entries: dict[str, tuple[RewardEntry, Mapping[str, Any]]] = {}
+        try:
+            for name, options in start["rewards"].items():
+                entry = load_reward(name, options)
+                entry.prepare(options)
+                entries[name] = (entry, options)
+        except Exception as error:
+            _send(replies, {"error": str(error) or type(error).__name__})
+            return
+        problem = _limit_memory(start["memory_bytes"])
+        if problem is not None:
+            _send(replies, {"error": problem})
+            return
+        _send(replies, {"ready": True})
+        while line := requests.readline():
+            for item in json.loads(line)["rows"]:
+                row = Answered(**item["row"])
+                for name in item["rewards"]:
+                    score = score_part(entries[name][0], row, entries[name][1])
+                    reply = {
+                        "reward": score.reward,
+                        "outcome": score.outcome.value,
+                        "extracted": score.extracted,
+                        "detail": score.detail,
+                    }
+                    _send(replies, reply)
+    except BrokenPipeError:  # the parent is gone
+        pass
+
+
+if __name__ == "__main__":
+    main()
