@@ -1,0 +1,354 @@
+"""The command line: `r1jax run tiny/r1_zero seed=1`.
+
+Each command reads its arguments, calls one function of the package and prints what that returns.
+Imports are inside the commands, so that `--help` and a mistyped config need not wait for JAX.
+
+Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
+message and exit status 2. R1JAX_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from r1jax.config.schema import RunConfig
+
+
+class _Commands(TyperGroup):
+    """Prints the user's mistakes as messages."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `r1jax configs | head`: nobody is left to read a message.
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("R1JAX_DEBUG") == "1":
+                raise
+            _complain(error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="The DeepSeek-R1 recipe in JAX: train, evaluate and sample models that reason.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        help="Changes to the config, such as seed=1 or stages.rl.optimizer.learning_rate=1e-6.",
+        show_default=False,
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("r1jax"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved config, parameters, shardings and memory; run nothing.",
+        ),
+    ] = False,
+) -> None:
+    """Run a config's stages; the same command again resumes a run that was stopped."""
+    from r1jax.config.load import find_config, load_config
+
+    source = find_config(config)
+    settings = load_config(source, overrides or ())
+
+    from r1jax.stages import recipe
+
+    if dry_run:
+        _print_description(settings, recipe.describe(settings))
+        return
+    code = recipe.run(settings, source)
+    report = _run_directory(settings) / "report.html"
+    if code == 0 and report.is_file():
+        typer.echo(f"report: {report.resolve()}")
+    raise typer.Exit(code)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
+    ],
+    overrides: Overrides = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Where data, rewards and the stage are described; default: the run's."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Which evaluate stage; default: the config's last.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the samples and summary.json.")
+    ] = None,
+) -> None:
+    """Evaluate a model, or a run's final weights, as one of a config's evaluate stages does."""
+    from r1jax.config.load import ConfigError, load_config
+
+    own = Path(model) / "config.yaml"
+    if config is None and not own.is_file():
+        raise ConfigError([f"{model} is not a run's directory: say how to evaluate with --config"])
+    settings = load_config(config or own, overrides or ())
+    stages = [entry.name for entry in settings.stages if entry.kind == "evaluate"]
+    if not stages:
+        raise ConfigError([f"{config or own} has no stage of kind evaluate"])
+    if stage is not None and stage not in stages:
+        raise ConfigError([f"--stage {stage}: the evaluate stages are {', '.join(stages)}"])
+
+    from r1jax.stages import recipe
+
+    summary = recipe.evaluate_command(model, settings, stage or stages[-1], out)
+    _print_summary(summary)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Default: read from standard input.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="Completions; the first is streamed.")
+    ] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="0: off.")] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends a completion; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    template: Annotated[
+        Literal["chat", "r1_zero", "plain"],
+        typer.Option(help="chat: the tokenizer's own. plain: for base models."),
+    ] = "chat",
+) -> None:
+    """Print a model's completions of a prompt as they are made."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            typer.secho("prompt, then Ctrl-D:", dim=True, err=True)
+        prompt = sys.stdin.read().rstrip("\n")
+    if not prompt:
+        raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
+
+    from r1jax.config.schema import SamplingSection
+    from r1jax.stages.sample import stream_completions
+
+    sampling = SamplingSection(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop or []
+    )
+    rest = [""] * samples
+    _heading(0, samples)
+    for index, text in stream_completions(
+        model, prompt, sampling, samples, max_new_tokens, seed, template
+    ):
+        # Several streams at once cannot be read; the others are kept until the first is over.
+        if index == 0:
+            _write(text)
+        else:
+            rest[index] += text
+    _write("\n")
+    for index in range(1, samples):
+        _heading(index, samples)
+        _write(rest[index] + "\n")
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Option(help="A registered name or package.module:function.")],
+    source: Annotated[
+        Path, typer.Option("--in", help="JSON lines with prompt, completion and answer.")
+    ],
+    target: Annotated[
+        Path, typer.Option("--out", help="The rows with reward, outcome and extracted added.")
+    ],
+) -> None:
+    """Score a file of completions with a reward function."""
+    from r1jax.rewards import score_file
+
+    counts = score_file(reward, source, target)
+    typer.echo(", ".join(f"{outcome}: {count}" for outcome, count in counts.items()))
+
+
+@app.command()
+def export(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new directory.")],
+    stage: Annotated[
+        str | None, typer.Option(help="Weights as this stage left them; default: the last.")
+    ] = None,
+) -> None:
+    """Write a run's weights and tokenizer as a Hugging Face directory."""
+    _require_run(run_directory)
+    from r1jax.stages import recipe
+
+    recipe.export_run(run_directory, destination, stage)
+    typer.echo(f"exported: {destination}")
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
+    """Write report.html of a run, finished or not."""
+    _require_run(run_directory)
+    from r1jax.report import write_report
+
+    typer.echo(f"report: {write_report(run_directory).resolve()}")
+
+
+@app.command()
+def configs() -> None:
+    """List the configs that come with r1jax."""
+    from rich.table import Table
+
+    from r1jax.config.load import load_config, packaged_configs
+
+    table = Table("config", "title", box=None)
+    for name, path in packaged_configs().items():
+        table.add_row(name, load_config(path).title)
+    _console().print(table)
+
+
+def main() -> None:
+    app()
+
+
+def _complain(error: Exception) -> None:
+    """The message, and for errors that may be a fault of r1jax, where it was raised."""
+    from r1jax.config.load import ConfigError
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    typer.secho(text, fg=typer.colors.RED, err=True)
+    if isinstance(error, ConfigError):
+        return
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if f"{os.sep}r1jax{os.sep}" in frame.filename]
+    if own:
+        place = f"{own[-1].filename}:{own[-1].lineno}"
+        typer.secho(f"({place}; R1JAX_DEBUG=1 shows the traceback)", dim=True, err=True)
+
+
+def _require_run(directory: Path) -> None:
+    from r1jax.config.load import ConfigError
+
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError([f"{directory} is not a run's directory: it has no config.yaml"])
+
+
+def _run_directory(config: RunConfig) -> Path:
+    return Path(config.output) / f"{config.name}-s{config.seed}"
+
+
+def _heading(index: int, samples: int) -> None:
+    if samples > 1:
+        typer.secho(f"--- {index + 1} of {samples} ---", dim=True)
+
+
+def _write(text: str) -> None:
+    """Model text, at once. A terminal gets no control characters from a model."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Not cut to 80 columns when read by another program.
+    return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
+
+
+def _print_description(config: RunConfig, description: Mapping[str, Any]) -> None:
+    """What a dry run says: config, devices, each weight, and the memory estimate."""
+    from rich.table import Table
+
+    from r1jax.config.load import dump_config
+
+    typer.echo(dump_config(config))
+    typer.echo(f"devices: {description['devices']}")
+    typer.echo(f"parameters: {description['parameters']:,}")
+    console = _console()
+    weights = Table("weight", "shape", "dtype", "sharding", box=None, title_justify="left")
+    weights.add_column("bytes", justify="right")
+    for weight in description["weights"]:
+        shape = " x ".join(map(str, weight["shape"]))
+        weights.add_row(
+            weight["name"], shape, weight["dtype"], str(weight["sharding"]), _size(weight["bytes"])
+        )
+    console.print(weights, markup=False)
+    memory = Table("memory per device", box=None)
+    memory.add_column("bytes", justify="right")
+    for entry in description["memory"]:
+        memory.add_row(entry["what"], _size(entry["bytes"]))
+    console.print(memory, markup=False)
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    """Estimates with their 95 % intervals, then the plain figures."""
+    from rich.table import Table
+
+    table = Table("figure", box=None)
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval")
+    for name, figure in summary.items():
+        if isinstance(figure, Mapping) and {"value", "low", "high"} <= set(figure):
+            interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
+            table.add_row(name, f"{figure['value']:.3f}", interval)
+        elif isinstance(figure, int | float | str):
+            table.add_row(name, str(figure), "")
+    _console().print(table, markup=False)
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
