@@ -11,8 +11,8 @@ A directory is renamed when all of its files are closed, so a name without the s
 checkpoint and a process killed at any moment leaves either the old name set or the new one. Older
 checkpoints are removed after the commit, oldest first, so the newest finished one is never at risk.
 What a dead process left behind under the temporary suffix is never read, and is removed when the
-directory is opened again. (The guarantee is against killed processes. Orbax does not call fsync,
-so surviving a power cut is up to the file system.)
+directory is opened again. (The guarantee is against killed processes. Not every file is synced
+before the rename, so surviving a power cut is up to the file system.)
 
 Every process of a `jax.distributed` run makes the same calls in the same order: Orbax writes each
 process's shards, synchronises, and commits from process 0.
@@ -55,6 +55,7 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         self._manager = ocp.CheckpointManager(
             self.directory,
+            handler_registry=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 # Whether to save is the train loop's decision, so every call is honoured.
@@ -105,8 +106,10 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays),
-                metadata=ocp.args.JsonSave(_json_mapping(metadata)),
+                **{
+                    _ARRAYS: ocp.args.StandardSave(arrays),
+                    _METADATA: ocp.args.JsonSave(_json_mapping(metadata)),
+                }
             ),
         )
 
@@ -131,7 +134,10 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(abstract), metadata=ocp.args.JsonRestore()
+                **{
+                    _ARRAYS: ocp.args.StandardRestore(abstract),
+                    _METADATA: ocp.args.JsonRestore(),
+                }
             ),
         )
         return step, restored[_ARRAYS], restored[_METADATA]
@@ -179,6 +185,18 @@ class Checkpoints:
                 + "\n  ".join(shown)
                 + "\nRun it with the config that wrote it, or start in an empty directory."
             )
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Who reads and writes each item: needed to look at one that this process did not write."""
+    registry = ocp.DefaultCheckpointHandlerRegistry()
+    for item, save, restore in (
+        (_ARRAYS, ocp.args.StandardSave, ocp.args.StandardRestore),
+        (_METADATA, ocp.args.JsonSave, ocp.args.JsonRestore),
+    ):
+        registry.add(item, save)
+        registry.add(item, restore)
+    return registry
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
