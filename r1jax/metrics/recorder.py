@@ -79,7 +79,7 @@ class Recorder:
             no such numbers.
 
         Raises:
-          TypeError: a value is not one number (the metric is named).
+          TypeError: a value has not exactly one element, or is no number (the metric is named).
         """
         self._log("metrics.jsonl", step, metrics, time.time())
 
