@@ -1,0 +1,41 @@
+"""The one type that every source is mapped to, and the split of a dataset by what it asks."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One problem.
+
+    Attributes:
+        id: Position in the source, before any split or limit. It is part of the key of every
+            sample drawn for this problem, so it must not depend on the split or the limit.
+        prompt: The question, without template.
+        answer: The reference answer that rewards compare with; empty when there is none.
+        text: A whole document (question and solution) for pretraining, or None.
+        domain: Free label, passed on to rewards and metrics.
+    """
+
+    id: int
+    prompt: str
+    answer: str
+    text: str | None = None
+    domain: str = ""
+
+
+def split_of(problem: str, held_out_fraction: float) -> Split:
+    """The split that a problem belongs to, from a hash of its text alone.
+
+    Because neither position nor seed has a say, a problem that occurs twice, or is generated again
+    from another index, falls on the same side both times: the splits are disjoint by construction.
+    White space is collapsed first, so copies that differ in it stay together.
+    """
+    digest = hashlib.blake2b(" ".join(problem.split()).encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "little") / 2.0**64
+    return "held_out" if share < held_out_fraction else "train"

@@ -1,0 +1,201 @@
+"""Reads a dataset named in the config as a sequence of `Example`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from r1jax.data.example import Example, split_of
+from r1jax.data.sources import Rows, read_hub, read_jsonl, read_tfds
+from r1jax.data.tasks import TASKS, Task, task_options
+
+if TYPE_CHECKING:
+    from r1jax.config.schema import DataSection
+
+TASK_EXAMPLES = 100_000
+"""Examples of a `task:NAME` without `limit`; a task has no end of its own."""
+
+_FIELDS = ("prompt", "answer", "text", "domain")
+
+
+def load_examples(section: DataSection) -> Sequence[Example]:
+    """The examples of one dataset section, in the source's order.
+
+    `task:`, `tfds:` and `hf:` examples are made when they are indexed, and not kept. With
+    `held_out_fraction` the prompts are read once, to split the rows by a hash of each.
+
+    Raises:
+        ValueError: the source, the split, a field or an option is unknown, a row cannot be read
+            (the message says which), or no rows are left.
+        FileNotFoundError: `jsonl:PATH` does not exist.
+        ImportError: the source needs a package that is not installed.
+    """
+    kind, _, name = section.source.partition(":")
+    if kind == "task" and name:
+        return _task_examples(section, name)
+    if kind not in _READERS or not name:
+        raise ValueError(
+            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME"
+        )
+    return _row_examples(section, _READERS[kind], name)
+
+
+class LazyExamples(Sequence[Example]):
+    """Examples made by a function of an index when asked for."""
+
+    def __init__(self, make: Callable[[int], Example], indices: Sequence[int]) -> None:
+        self._make = make
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> LazyExamples: ...
+    def __getitem__(self, at: int | slice) -> Example | LazyExamples:
+        if isinstance(at, slice):
+            return LazyExamples(self._make, self._indices[at])
+        return self._make(self._indices[at])
+
+
+def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
+    where = f"source = {section.source!r}"
+    if name not in TASKS:
+        raise ValueError(f"{where}: no task {name!r}; known: {', '.join(sorted(TASKS))}")
+    for setting in ("fields", "answer_pattern", "held_out_fraction"):
+        if getattr(section, setting):
+            raise ValueError(
+                f"{where}: {setting} = {getattr(section, setting)!r} has no effect on a task; "
+                "remove it (a task makes its own fields and splits)"
+            )
+    split = section.split
+    if split != "train" and split != "held_out":
+        raise ValueError(f"{where}: split = {split!r}; a task has train and held_out")
+    task: Task = task_options(TASKS[name], section.options, where)
+    return LazyExamples(
+        lambda index: task.example(index, split), range(section.limit or TASK_EXAMPLES)
+    )
+
+
+# A reader gets the name after the colon, the split and the section's options.
+_Reader = Callable[[str, str, Mapping[str, Any]], Rows]
+_READERS: Mapping[str, _Reader] = {"jsonl": read_jsonl, "tfds": read_tfds, "hf": read_hub}
+
+
+def _row_examples(section: DataSection, reader: _Reader, name: str) -> Sequence[Example]:
+    options = dict(section.options)
+    fraction = section.held_out_fraction
+    split = section.split
+    if fraction > 0:
+        if split not in ("train", "held_out"):
+            raise ValueError(
+                f"source = {section.source!r}: split = {split!r} with held_out_fraction = "
+                f"{fraction:g}; the split must be train or held_out (options.from_split names the "
+                "source's own split that is divided)"
+            )
+        split = str(options.pop("from_split", "train"))
+    rows = reader(name, split, options)
+    count = len(rows.rows)
+    to_example = _mapping(section, rows)
+    indices: Sequence[int] = range(count)
+    if fraction > 0:
+        indices = [
+            i for i in indices if split_of(_problem(to_example(i)), fraction) == section.split
+        ]
+    indices = indices[: section.limit]
+    if not indices:
+        raise ValueError(
+            f"source = {section.source!r}: split = {section.split!r} has no rows"
+            + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else "")
+        )
+    examples = LazyExamples(to_example, indices)
+    examples = LazyExamples(to_example, indices)
+    if rows.in_memory:
+        return list(examples)
+    # Rows that are read later can only be checked later, but a wrong column or pattern is wrong
+    # in the first row already: better now than after the first compilation.
+    examples[0]
+    return examples
+
+
+def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
+    """A function of a row's index to its example, by `fields` and `answer_pattern`."""
+    where = f"source = {section.source!r}"
+    for field in section.fields:
+        if field not in _FIELDS:
+            near = difflib.get_close_matches(field, _FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{where}: fields.{field}: {hint}known: {', '.join(_FIELDS)}")
+    columns: dict[str, str] = {field: section.fields.get(field, field) for field in _FIELDS}
+    # Pretraining text may come alone; a question always has an answer to be compared with.
+    required = set(section.fields)
+    if "text" not in section.fields or required & {"prompt", "answer"}:
+        required |= {"prompt", "answer"}
+    pattern = _compiled(section)
+
+    def to_example(index: int) -> Example:
+        row, place = rows.rows[index], f"{where}: {rows.label(index)}"
+        values: dict[str, str] = {}
+        for field, column in columns.items():
+            if column in row and row[column] is not None:
+                values[field] = _as_text(row[column], f"{place}: column {column!r}")
+            elif field in required:
+                found = ", ".join(sorted(map(str, row)))
+                state = "is null" if column in row else "does not exist"
+                raise ValueError(
+                    f"{place}: column {column!r} (for {field}) {state}; "
+                    f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
+                )
+        answer = values.get("answer", "")
+        if pattern is not None:
+            matches = list(pattern.finditer(answer))
+            if not matches:
+                raise ValueError(
+                    f"{place}: answer_pattern = {pattern.pattern!r} does not occur in the "
+                    f"answer, which ends in {answer[-80:]!r}"
+                )
+            answer = (matches[-1].group(1) or "").strip()
+        return Example(
+            id=index,
+            prompt=values.get("prompt", ""),
+            answer=answer,
+            text=values.get("text"),
+            domain=values.get("domain", ""),
+        )
+
+    return to_example
+
+
+def _problem(example: Example) -> str:
+    """What a row is split by: its question, or its text where it has nothing else."""
+    return example.prompt or example.text or ""
+
+
+def _as_text(value: Any, where: str) -> str:
+    """Text of a column; TFDS gives text as bytes and numbers as NumPy scalars."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+        return value.decode() if isinstance(value, bytes) else str(value)
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise ValueError(f"{where} is a {type(value).__name__}; needs text or a number")
+
+
+def _compiled(section: DataSection) -> re.Pattern[str] | None:
+    if section.answer_pattern is None:
+        return None
+    try:
+        pattern = re.compile(section.answer_pattern)
+    except re.error as error:
+        raise ValueError(f"answer_pattern = {section.answer_pattern!r}: {error}") from error
+    if pattern.groups < 1:
+        raise ValueError(
+            f"answer_pattern = {section.answer_pattern!r} has no group; put the answer in ( )"
+        )
+    return pattern

@@ -1,0 +1,198 @@
+"""Prompts ready for the sampler, and the order in which a run visits them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from r1jax.data.example import Example
+from r1jax.data.order import permutation
+from r1jax.data.templates import Prompt, check_template, render_text, to_prompt
+from r1jax.data.tokenizers import encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from r1jax.config.schema import DataSection
+
+_BATCH = 4096  # Texts per tokenizer call: large enough to be fast, small enough for memory.
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """What became of a dataset's examples.
+
+    Attributes:
+        total: Examples that were rendered.
+        too_long: Those dropped for having more than `max_prompt_tokens` tokens.
+        longest: Tokens of the longest example, dropped ones included.
+    """
+
+    total: int
+    too_long: int
+    longest: int
+
+    def __str__(self) -> str:
+        kept = f"{self.total - self.too_long} of {self.total} prompts"
+        if not self.too_long:
+            return f"{kept}, the longest has {self.longest} tokens"
+        return f"{kept}; {self.too_long} too long (the longest has {self.longest} tokens)"
+
+
+def encode_prompts(
+    examples: Sequence[Example], section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], PromptReport]:
+    """Renders and encodes every example; drops and counts those that are too long.
+
+    Returns:
+        The prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens.
+
+    Raises:
+        ValueError: all prompts are too long, one has no tokens, or a template does not apply.
+    """
+    check_template(section)
+    prompts: list[Prompt] = []
+    longest = total = 0
+    for start in range(0, len(examples), _BATCH):
+        batch = [examples[i] for i in range(start, min(start + _BATCH, len(examples)))]
+        rendered = [render_text(example, section, tokenizer) for example in batch]
+        encoded = encode_texts([text for text, _ in rendered], tokenizer)
+        for example, (text, prefill), ids in zip(batch, rendered, encoded, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"{section.source}: row {example.id} has an empty prompt; the sampler needs at "
+                    "least one token. Use another template or remove the row."
+                )
+            total, longest = total + 1, max(longest, len(ids))
+            if len(ids) <= section.max_prompt_tokens:
+                prompts.append(to_prompt(example, text, prefill, ids))
+    if not total:
+        raise ValueError(f"{section.source}: there are no examples to make prompts of")
+    if not prompts:
+        raise ValueError(
+            f"{section.source}: all {total} prompts have more than max_prompt_tokens = "
+            f"{section.max_prompt_tokens} tokens (the longest has {longest})"
+        )
+    return prompts, PromptReport(total=total, too_long=total - len(prompts), longest=longest)
+
+
+class PromptIterator:
+    """An endless, seeded, resumable walk over prompts, sharded by process.
+
+    Each epoch visits every prompt once in an order that depends on (seed, epoch) alone. A take may
+    span two epochs, so nothing is dropped. The global order is the same for any number of
+    processes, hence a run may be resumed on another number of machines.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """
+        Args:
+            prompts: The same on every process.
+            seed: Decides the order; at least 0.
+            process_index, process_count: Which contiguous slice of each take is this process's.
+        """
+        if not prompts:
+            raise ValueError("PromptIterator needs at least one prompt")
+        check_process(process_index, process_count)
+        self._prompts = prompts
+        self._seed = seed
+        self._process_index = process_index
+        self._process_count = process_count
+        self._epoch = 0
+        self._position = 0
+        self._order = permutation(len(prompts), seed, 0)
+        self._fingerprint = _fingerprint(prompts)
+
+    def take(self, n_global: int) -> list[Prompt]:
+        """The next `n_global` prompts of the global order; returns this process's slice of them.
+
+        Raises:
+            ValueError: `n_global` is not a positive multiple of the process count.
+        """
+        n_local = share_of_process(n_global, self._process_count)
+        first = self._process_index * n_local
+        taken: list[int] = []
+        while len(taken) < n_global:
+            part = self._order[self._position : self._position + n_global - len(taken)]
+            taken.extend(part.tolist())
+            self._position += len(part)
+            if self._position == len(self._prompts):
+                self._begin_epoch(self._epoch + 1)
+        return [self._prompts[i] for i in taken[first : first + n_local]]
+
+    def state(self) -> dict[str, Any]:
+        """Where the walk is, as JSON; the same on every process."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state` was taken.
+
+        Raises:
+            ValueError: the state belongs to other prompts or another seed.
+        """
+        check_state(state, seed=self._seed, fingerprint=self._fingerprint)
+        self._begin_epoch(int(state["epoch"]))
+        self._position = int(state["position"])
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        self._order = permutation(len(self._prompts), self._seed, epoch)
+
+
+def check_process(index: int, count: int) -> None:
+    """Raises ValueError unless 0 <= index < count."""
+    if not 0 <= index < count:
+        raise ValueError(f"process_index = {index} is not in 0 .. process_count - 1 = {count - 1}")
+
+
+def share_of_process(n_global: int, process_count: int) -> int:
+    """How many of `n_global` items each process gets; ValueError unless they divide evenly."""
+    if n_global < 1 or n_global % process_count:
+        raise ValueError(
+            f"cannot take {n_global} items: needs a positive multiple of the {process_count} "
+            "processes, or the processes would disagree on shapes"
+        )
+    return n_global // process_count
+
+
+def check_state(state: Mapping[str, Any], *, seed: int, fingerprint: str) -> None:
+    """Raises ValueError unless a saved state fits this data and seed."""
+    if state["seed"] != seed:
+        raise ValueError(
+            f"the checkpoint's data order has seed {state['seed']}, this run has {seed}; resume "
+            "with the seed it began with, or start a new run"
+        )
+    if state["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"the checkpoint's data (fingerprint {state['fingerprint']}) is not this run's "
+            f"({fingerprint}): the data, its template or the tokenizer has changed. Put them back "
+            "as they were, or start a new run."
+        )
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        ids = np.asarray(prompt.token_ids, "<i4").tobytes()
+        answer = prompt.answer.encode()
+        # Lengths first, so that no two lists of prompts give the same bytes.
+        digest.update(b"%d %d %d " % (prompt.id, len(ids), len(answer)))
+        digest.update(ids)
+        digest.update(answer)
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Where rows come from: JSON lines, TFDS and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows by index, as their source has them.
+
+    Attributes:
+        rows: Column -> value for each row; indexing may read from disk.
+        label: How an error names the row at an index.
+        in_memory: Whether indexing is free.
+    """
+
+    rows: Sequence[Row]
+    label: Callable[[int], str]
+    in_memory: bool
+
+
+def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+    """`jsonl:PATH`: one JSON object per line of a UTF-8 file; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object (names file and line), or the split is not train.
+    """
+    _known_options("jsonl", options, ())
+    if split != "train":
+        raise ValueError(
+            f"source = 'jsonl:{name}': split = {split!r}; a file is one split, train. For a held "
+            "out share of it set held_out_fraction in both datasets"
+        )
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"source = 'jsonl:{name}': no file {path} (looked in {Path.cwd()})")
+    rows: list[Row] = []
+    lines: list[int] = []
+    with path.open("rb") as file:  # Bytes, so that only "\n" ends a line and bad UTF-8 has one.
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a JSON line: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}:{number}: a {type(row).__name__}; needs one JSON object per line"
+                )
+            rows.append(row)
+            lines.append(number)
+    return Rows(rows=rows, label=lambda index: f"{path}:{lines[index]}", in_memory=True)
+
+
+def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+    """`tfds:NAME`, `tfds:NAME/CONFIG` or with `:VERSION`, read by index and without TensorFlow.
+
+    Options: `data_dir`, where prepared datasets lie. A dataset that is not there yet is prepared
+    (downloaded, if need be) as ArrayRecord files, the format that can be read by index.
+
+    Raises:
+        ImportError: TFDS or what it needs to work without TensorFlow is missing.
+        ValueError: no such dataset or split, or it lies there in a format without random access.
+    """
+    _known_options("tfds", options, ("data_dir",))
+    where = f"source = 'tfds:{name}'"
+    try:
+        import array_record  # noqa: F401
+        import importlib_resources  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"{where}: {error.name} is missing; "
+            "pip install tensorflow-datasets array_record importlib_resources"
+        ) from error
+    import r1jax.data.tfds.r1jax_tasks  # noqa: F401  (importing a builder registers it)
+
+    try:
+        builder = tfds.builder(
+            name, data_dir=options.get("data_dir"), file_format="array_record", try_gcs=False
+        )
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"{where}: split = {split!r}; the dataset has {', '.join(sorted(builder.info.splits))}"
+        )
+    try:
+        rows = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{where}: {builder.data_dir} holds {builder.info.file_format}, which cannot be read "
+            "by index; set options.data_dir to another folder to prepare it as array_record"
+        ) from error
+    return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
+
+
+def read_hub(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+    """`hf:NAME` with the package `datasets`. Options: `config`, `revision`, `data_files`.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: no such dataset, config or split.
+    """
+    _known_options("hf", options, ("config", "revision", "data_files"))
+    where = f"source = 'hf:{name}'"
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{where}: the package datasets is missing; pip install 'r1jax[hf]' (or datasets)"
+        ) from error
+    try:
+        rows = datasets.load_dataset(
+            name,
+            options.get("config"),
+            split=split,
+            revision=options.get("revision"),
+            data_files=options.get("data_files"),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: split = {split!r}: {error}") from error
+    return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
+
+
+def _known_options(kind: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    # What divides any source is taken out before a reader sees the options.
+    everything = (*known, "from_split (with held_out_fraction)")
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"options.{option} is not an option of {kind}: {hint}known: {', '.join(everything)}"
+            )

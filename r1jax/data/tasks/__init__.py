@@ -1,0 +1,12 @@
+"""Procedural tasks: problems made from their index, for the demo and for tests."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from r1jax.data.tasks.running_total import RunningTotal
+from r1jax.data.tasks.task import HELD_OUT_SHARE, Task, task_options
+
+TASKS: Mapping[str, type[Task]] = MappingProxyType({"running_total": RunningTotal})
+"""Name in `task:NAME` and `characters:NAME` -> the task."""
+
+__all__ = ["HELD_OUT_SHARE", "TASKS", "RunningTotal", "Task", "task_options"]

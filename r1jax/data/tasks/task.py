@@ -1,0 +1,46 @@
+"""What a procedural task is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar, Protocol
+
+from r1jax.data.example import Example, Split
+
+HELD_OUT_SHARE = 0.1
+"""Share of the problem space that is held out, by `split_of`; the same for every task."""
+
+
+class Task(Protocol):
+    """A frozen dataclass whose fields are the task's options.
+
+    `example` is a pure function of (options, index, split): no seed. Two seeds that start two
+    ranges of a generator overlap before long; an index cannot. What a seed decides is the order in
+    which a run visits the examples.
+    """
+
+    alphabet: ClassVar[str]
+    """Every character that a prompt, an answer or a text may hold, tags aside."""
+
+    def example(self, index: int, split: Split) -> Example:
+        """The index-th example of a split; any index >= 0 has one."""
+        ...
+
+
+def task_options(kind: type[Task], options: dict[str, Any], where: str) -> Task:
+    """Builds a task from the `options` of a config.
+
+    Raises:
+        ValueError: an option is unknown (the message has the nearest one) or has a bad value.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}: options.{name} is not an option of this task; {hint}")
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
