@@ -362,7 +362,7 @@ def _step(node: Any, parts: list[str], path: KeyPath) -> tuple[str | int, int]:
     if re.fullmatch(r"[0-9]+", parts[0]) and int(parts[0]) < len(node):
         return int(parts[0]), 1
     known = [name for name in names if isinstance(name, str)]
-    near = difflib.get_close_matches(parts[0], known, n=1)
+    near = difflib.get_close_matches(parts[0], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}" if known else ""
     raise LookupError(
         f"{where} has {len(node)} entries and none is {parts[0]!r}" + (f"; {hint}" if hint else "")
