@@ -3,7 +3,8 @@
 Nothing here imports jax: worker processes and tools may use it without claiming an accelerator.
 """
 
-from r1jax.data.examples import Example, load_examples
+from r1jax.data.example import Example
+from r1jax.data.examples import load_examples
 from r1jax.data.packing import PackedRows
 from r1jax.data.prompts import PromptIterator, PromptReport, encode_prompts
 from r1jax.data.templates import TEMPLATES, Prompt, render

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, get_args, overload
 
-from r1jax.data.example import Example, split_of
+from r1jax.data.example import Example, Split, split_of
 from r1jax.data.sources import Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 
@@ -72,9 +72,9 @@ def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
                 f"{where}: {setting} = {getattr(section, setting)!r} has no effect on a task; "
                 "remove it (a task makes its own fields and splits)"
             )
-    split = section.split
-    if split != "train" and split != "held_out":
-        raise ValueError(f"{where}: split = {split!r}; a task has train and held_out")
+    if section.split not in get_args(Split):
+        raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
+    split = cast(Split, section.split)
     task: Task = task_options(TASKS[name], section.options, where)
     return LazyExamples(
         lambda index: task.example(index, split), range(section.limit or TASK_EXAMPLES)

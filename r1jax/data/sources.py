@@ -85,14 +85,18 @@ def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
         ) from error
     import r1jax.data.tfds.r1jax_tasks  # noqa: F401  (importing a builder registers it)
 
+    data_dir = options.get("data_dir")
     try:
-        builder = tfds.builder(
-            name, data_dir=options.get("data_dir"), file_format="array_record", try_gcs=False
-        )
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        # Without file_format first: what lies there is read as it was prepared.
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        if not builder.is_prepared():
+            builder = tfds.builder(
+                name, data_dir=data_dir, try_gcs=False, file_format="array_record"
+            )
+            builder.download_and_prepare()
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        # TFDS reports an unknown version by a failed assertion.
         raise ValueError(f"{where}: {str(error).strip().splitlines()[0]}") from error
-    if not builder.is_prepared():
-        builder.download_and_prepare()
     if split not in builder.info.splits:
         raise ValueError(
             f"{where}: split = {split!r}; the dataset has {', '.join(sorted(builder.info.splits))}"

@@ -32,15 +32,23 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return _character_tokenizer(TASKS[name].alphabet)
     # Imported here because transformers takes seconds, and this package must stay light.
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = Path(name_or_path).expanduser()
+    source = str(path) if path.is_dir() else name_or_path
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        declared = get_tokenizer_config(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer {name_or_path!r}: neither a directory with tokenizer files nor a hub name "
             f"that can be reached ({str(error).splitlines()[0]})"
         ) from error
+    if declared.get("add_bos_token") and not begins_with_bos(tokenizer):
+        # transformers 5 drops this flag when there is a tokenizer.json. DeepSeek-R1's has no step
+        # that adds BOS, yet its models never saw a text without one.
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # mypy misses the setter.
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -114,17 +122,9 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[li
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts of this tokenizer's models begin with BOS.
-
-    True when encoding adds it, and also when the configuration says `add_bos_token` though the
-    fast tokenizer does not act on it (DeepSeek-R1's: transformers 5 ignores the flag when
-    `tokenizer.json` has no step that adds BOS, yet the model never saw a text without).
-    """
+    """Whether the tokenizer puts BOS before a text that is encoded with special tokens."""
     if tokenizer.bos_token_id is None:
         return False
-    declared = getattr(tokenizer, "init_kwargs", {}).get("add_bos_token")
-    if declared is not None:
-        return bool(declared)
     ids = tokenizer("", add_special_tokens=True)["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 

@@ -29,7 +29,7 @@ _TASK_KEY = 0x72756E74  # Keeps this task's random streams apart from any other 
 
 @dataclass(frozen=True)
 class RunningTotal:
-    """Options of `task:running_total`.
+    """Add and subtract from left to right. Options of `task:running_total`:
 
     Attributes:
         min_terms, max_terms: Numbers in a problem, drawn evenly from this range (inclusive).

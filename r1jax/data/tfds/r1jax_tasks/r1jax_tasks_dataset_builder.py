@@ -17,7 +17,7 @@ from r1jax.data.tasks import TASKS
 
 
 @dataclasses.dataclass(eq=False)
-class TaskConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
+class TaskConfig(tfds.core.BuilderConfig):
     """A task with its default options.
 
     Attributes:
@@ -28,7 +28,7 @@ class TaskConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     held_out: int = 2_000
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+class Builder(tfds.core.GeneratorBasedBuilder):
     """`r1jax_tasks/NAME`: prompt, answer, text and domain of the examples of a task."""
 
     VERSION = tfds.core.Version("1.0.0")
