@@ -1,0 +1,212 @@
+"""The reinforcement learning loop: sample, score, update; read it from top to bottom."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.config.schema import GRPOStage
+from r1jax.data import PromptIterator, encode_prompts, load_examples
+from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step
+from r1jax.models import token_scores
+from r1jax.rewards import RowScore, Verifier
+from r1jax.sampler import Finish
+from r1jax.stages.context import Context
+from r1jax.stages.loop import TrainLoop
+from r1jax.stages.optimizer import make_optimizer, make_schedule
+from r1jax.stages.rollout import Completion, sample_batch, stop_search, to_sampling
+
+
+def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -> Any:
+    """Train with GRPO, resuming where a former process stopped; returns the weights."""
+    model, tokenizer = context.model, context.tokenizer
+    section = context.config.data[stage.data]
+    prompts, report = encode_prompts(load_examples(section), section, tokenizer)
+    questions = PromptIterator(prompts, seed=context.seed(stage.name))
+    schedule = make_schedule(stage.optimizer, stage.steps)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    temperature = stage.sampling.temperature
+    with_reference = stage.loss.kl_coefficient > 0
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
+        return token_scores(params, **batch.inputs, model=model, temperature=temperature)
+
+    @jax.jit
+    def score(params: Any, inputs: Any) -> jax.Array:
+        def part(inputs: Any) -> jax.Array:
+            return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
+
+        deal = jax.tree.map(lambda x: x.reshape(stage.micro_batches, -1, x.shape[-1]), inputs)
+        scored = part(inputs) if stage.micro_batches == 1 else jax.lax.map(part, deal)
+        return scored.reshape(-1, scored.shape[-1])
+
+    update = make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
+    group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
+    per_phase = stage.questions_per_step * phase
+    part = per_phase // stage.rollout_batches
+    loop = TrainLoop(
+        stage, context, directory, params, optimizer, update, with_reference=with_reference
+    )
+    with loop, Verifier(context.config.rewards, context.config.verifier) as verifier:
+        loop.restore(questions)
+        loop.progress.print(f"{stage.name}: {report}")
+        while loop.step < stage.steps:
+            first = loop.step
+            # 1. Sample. Each part is scored by the workers while the next one is generated.
+            asked = questions.take(per_phase)
+            completions: list[Completion] = []
+            pending = []
+            for start in range(0, per_phase, part):
+                batch = sample_batch(
+                    loop.state.params,
+                    asked[start : start + part],
+                    model,
+                    tokenizer,
+                    samples=group,
+                    max_new_tokens=max_new_tokens(stage, first),
+                    seed=context.seed(stage.name, "rollout"),
+                    step=first,
+                    sampling=to_sampling(stage.sampling),
+                    eos_ids=context.eos_ids,
+                    stop=stop_search(tokenizer, stage.sampling),
+                )
+                pending.append(verifier.submit([completion.answered() for completion in batch]))
+                completions.extend(batch)
+            sampled = sum(len(completion.token_ids) for completion in completions)
+            rollout_seconds = loop.clock.lap("rollout")
+            scores = [score_ for each in pending for score_ in each.result()]
+            score_seconds = loop.clock.lap("score_wait")
+
+            # 2. Advantages within each question's group.
+            rewards = np.asarray([s.reward for s in scores], np.float32)
+            advantages = group_advantages(
+                jnp.asarray(rewards.reshape(per_phase, group)), scale=stage.loss.advantage_scale
+            )
+            rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
+            facts = rollout_metrics(completions, scores, np.asarray(advantages.zero_variance))
+
+            # 3. Update: the phase's outputs, split at random into mini-batches.
+            order = np.arange(len(completions))
+            if phase > 1:
+                order = np.random.default_rng(context.seed(stage.name, "split", first)).permutation(
+                    order
+                )
+            mini_batches = [
+                loop.place(jax.tree.map(lambda x, i=index: x[i], rows))
+                for index in np.split(order, phase)
+            ]
+            if phase > 1:  # these weights sampled the phase; the updates below move away from them
+                mini_batches = [
+                    b.replace(old_log_probs=score(loop.state.params, b.inputs))
+                    for b in mini_batches
+                ]
+            for batch in mini_batches:
+                if with_reference:
+                    reference = score(loop.reference, batch.inputs)
+                    batch = batch.replace(reference_log_probs=reference)
+                metrics = loop.update(batch)
+                metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
+                loop.recorder.log(loop.step, {**facts, **metrics})
+                every = stage.reference_refresh_every
+                if with_reference and every and loop.step % every == 0:
+                    loop.reference = jax.tree.map(jnp.copy, loop.state.params)
+            update_seconds = loop.clock.lap("update")
+
+            # 4. Tell, and save between phases.
+            if first == 0 or loop.step // stage.samples_every > first // stage.samples_every:
+                loop.recorder.log_samples(
+                    completion.row(score_, step=loop.step)
+                    for completion, score_ in zip(completions[:group], scores, strict=False)
+                )
+            trained = sum(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
+            loop.log_timings(
+                {
+                    "seconds/rollout": rollout_seconds,
+                    "seconds/score_wait": score_seconds,
+                    "seconds/update": update_seconds,
+                    "tokens_per_second/rollout": sampled / rollout_seconds,
+                    "tokens_per_second/update": trained / update_seconds,
+                }
+            )
+            loop.progress.update(
+                loop.step,
+                reward=facts["reward/mean"],
+                length=facts["length/mean"],
+                tokens_per_second=sampled / rollout_seconds,
+            )
+            loop.save_if_due(questions)
+        return loop.finish()
+
+
+def max_new_tokens(stage: GRPOStage, step: int) -> int:
+    """The completion limit that is in force at a step."""
+    if isinstance(stage.max_new_tokens, int):
+        return stage.max_new_tokens
+    return [change.tokens for change in stage.max_new_tokens if change.step <= step][-1]
+
+
+def training_rows(
+    stage: GRPOStage,
+    completions: Sequence[Completion],
+    scores: Sequence[RowScore],
+    advantages: np.ndarray,
+) -> GRPOBatch:
+    """Prompt and completion of each sample as one right-padded row, host arrays [N, T].
+
+    T is rounded up to a multiple of `length_bucket`. Ids are those that were sampled, never
+    re-encoded text. Unscored samples, and truncated ones if the stage says so, are masked out.
+    """
+    longest = max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
+    time = -(-longest // stage.length_bucket) * stage.length_bucket
+    shape = (len(completions), time)
+    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    mask, sampler = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for i, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+        start = len(completion.prompt.token_ids)
+        end = start + len(completion.token_ids)
+        tokens[i, :start], tokens[i, start:end] = completion.prompt.token_ids, completion.token_ids
+        segment_ids[i, :end] = 1
+        sampler[i, start:end] = completion.sampler_log_probs
+        left_out = stage.mask_truncated and completion.finish == Finish.LENGTH
+        mask[i, start:end] = 0.0 if left_out or not score.scored else 1.0
+    positions = np.broadcast_to(np.arange(time, dtype=np.int32), shape)
+    return GRPOBatch(
+        inputs={"tokens": tokens, "positions": positions, "segment_ids": segment_ids},
+        mask=mask,
+        advantages=advantages.reshape(-1),
+        sampler_log_probs=sampler,
+    )
+
+
+def rollout_metrics(
+    completions: Sequence[Completion], scores: Sequence[RowScore], zero_variance: np.ndarray
+) -> dict[str, float]:
+    """What a rollout phase looked like; rewards are means over scored samples."""
+    lengths = np.asarray([len(c.token_ids) for c in completions])
+    outcomes = Counter(str(score.outcome) for score in scores)
+    scored = [score for score in scores if score.scored]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return {
+        "reward/mean": mean([score.reward for score in scored]),
+        **{
+            f"reward/{name}": mean([score.parts[name].reward for score in scored])
+            for name in scores[0].parts
+        },
+        **{
+            f"outcome/{name}": outcomes[name] / len(scores)
+            for name in ("right", "wrong", "unparseable", "verifier_failed")
+        },
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/truncated": float(np.mean([c.finish == Finish.LENGTH for c in completions])),
+        "groups/zero_variance": float(zero_variance.mean()),
+    }

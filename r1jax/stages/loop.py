@@ -1,0 +1,176 @@
+"""What every train loop needs around its steps: state, checkpoints, metrics, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from r1jax.checkpoints import Checkpoints
+from r1jax.config.schema import GRPOStage, PretrainStage
+from r1jax.grpo import TrainState
+from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
+from r1jax.stages.context import Clock, Context, Preempted, RunError
+from r1jax.stages.optimizer import (
+    abstract_train_state,
+    create_train_state,
+    shardings_of,
+)
+
+
+class Resumable(Protocol):
+    """A data stream whose place is JSON."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TrainLoop:
+    """The state of one train loop and its one atomic checkpoint.
+
+    A checkpoint holds weights, optimizer, step, the data cursor, the reference policy and the
+    metrics cursor. Random numbers are functions of (seed, step, ids), so there is no key to keep.
+    """
+
+    def __init__(
+        self,
+        stage: PretrainStage | GRPOStage,
+        context: Context,
+        directory: Path,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+        *,
+        with_reference: bool = False,
+    ) -> None:
+        self._stage, self._context, self._directory = stage, context, directory
+        self._layout = context.model.layout
+        self._abstract = abstract_train_state(params, optimizer, self._layout)
+        # The reference is a copy of its own: the update donates the policy's arrays.
+        self.reference = jax.tree.map(lambda x: x.copy(), params) if with_reference else None
+        self.state = create_train_state(params, optimizer, self._abstract)
+        self._update = jax.jit(
+            update, donate_argnums=0, out_shardings=(shardings_of(self._abstract), None)
+        )
+        self.step = 0
+        self._bad_in_a_row = 0
+        config = context.config
+        self.recorder = Recorder(
+            directory,
+            config.trackers,
+            run_name=f"{context.directory.name}/{stage.name}",
+            config=config.model_dump(mode="json"),
+        )
+        self.checkpoints = Checkpoints(directory / "checkpoints", keep=stage.keep_checkpoints)
+        self.compilations = CompilationCounter()
+        self.clock = Clock()
+
+    def __enter__(self) -> TrainLoop:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if hasattr(self, "progress"):
+            self.progress.__exit__(kind, error, trace)
+        self.compilations.close()
+        self.recorder.close()
+        self.checkpoints.close()
+
+    def restore(self, data: Resumable) -> None:
+        """Go to the newest checkpoint, or to the start; metric files are cut to match."""
+        abstract = {"state": self._abstract}
+        if self.reference is not None:
+            abstract["reference"] = self._abstract.params
+        found = self.checkpoints.restore_latest(abstract)
+        if found is None:
+            self.recorder.rewind({})
+        else:
+            self.step, arrays, metadata = found
+            self.state = arrays["state"]
+            self.reference = arrays.get("reference")
+            data.restore(metadata["data"])
+            self.recorder.rewind(metadata["metrics"])
+            self._bad_in_a_row = metadata["bad_in_a_row"]
+            self.clock = Clock(metadata["seconds"])
+        self.progress = Progress(self._stage.name, self._stage.steps, start=self.step)
+        self.progress.__enter__()
+        if found is not None:
+            self.progress.print(f"{self._stage.name}: resumed at step {self.step}")
+        self.clock.lap("setup")
+
+    def place(self, batch: Any) -> Any:
+        """Host rows [N, ...] onto the mesh, split along the batch."""
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            axes = ("batch", *(None,) * (leaf.ndim - 1))
+            return jax.device_put(leaf, self._layout.sharding(axes, shape=leaf.shape, name="rows"))
+
+        return jax.tree.map(put, batch)
+
+    def update(self, batch: Any) -> dict[str, Any]:
+        """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
+        self.state, metrics = self._update(self.state, batch)
+        self.step += 1
+        if float(metrics["optimizer/finite"]):
+            self._bad_in_a_row = 0
+            return metrics
+        self._bad_in_a_row += 1
+        path = self._directory / "bad_batches" / f"step-{self.step:06d}.npz"
+        path.parent.mkdir(exist_ok=True)
+        leaves = jax.tree.leaves_with_path(jax.device_get(batch))
+        np.savez(path, **{jax.tree_util.keystr(key): leaf for key, leaf in leaves})
+        self.progress.print(f"step {self.step}: loss or gradient not finite, update skipped ({path})")
+        if self._bad_in_a_row >= self._stage.max_bad_steps:
+            raise RunError(
+                f"{self._stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "
+                f"last at step {self.step}; their batches are in {path.parent}. Lower "
+                "optimizer.learning_rate or optimizer.max_grad_norm, use compute_dtype: float32 to "
+                "see whether it is a matter of range, and look at sampler/gap_max in metrics.jsonl"
+            )
+        return metrics
+
+    def log_timings(self, timings: Mapping[str, Any]) -> None:
+        """Figures that differ from run to run stay out of metrics.jsonl."""
+        counts = {"compile_count": self.compilations.count, **memory()}
+        self.recorder.log_timings(self.step, {**timings, **counts})
+
+    def save(self, data: Resumable) -> None:
+        if self.checkpoints.latest_step == self.step:
+            return
+        arrays: dict[str, Any] = {"state": self.state}
+        if self.reference is not None:
+            arrays["reference"] = self.reference
+        metadata = {
+            "data": data.state(),
+            "metrics": self.recorder.cursor(),
+            "bad_in_a_row": self._bad_in_a_row,
+            "seconds": self.clock.seconds,
+        }
+        self.checkpoints.save(self.step, arrays, metadata)
+        self.clock.lap("checkpoint")
+
+    def save_if_due(self, data: Resumable) -> None:
+        """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
+        stop = self._context.stop_requested
+        if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._stage.steps:
+            self.save(data)
+            self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
+        if stop and self.step < self._stage.steps:
+            raise Preempted(f"{self._stage.name}: saved at step {self.step}")
+
+    def finish(self) -> Any:
+        """Export the weights as a Hugging Face directory; returns them."""
+        self._context.export(self._directory / "model", self.state.params)
+        self.clock.lap("export")
+        self._context.mark(self._stage.name, self._stage.kind, "done", self.clock.seconds)
+        return self.state.params

@@ -1,0 +1,156 @@
+"""Between the device's samples and the host's rows: sampling batches of prompts, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from r1jax.config.schema import SamplingSection
+from r1jax.data import Prompt
+from r1jax.models import Decoder
+from r1jax.rewards import Answered, RowScore
+from r1jax.sampler import Finish, Prompts, Sampling, StopSearch, generate
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample of one prompt, on the host.
+
+    token_ids, sampler_log_probs: [length], EOS included; the log-probs are those of the
+    distribution that was drawn from.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: np.ndarray
+    sampler_log_probs: np.ndarray
+    finish: Finish
+    text: str
+
+    def answered(self) -> Answered:
+        """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
+        return Answered(
+            prompt=self.prompt.text,
+            completion=self.prompt.prefill + self.text,
+            answer=self.prompt.answer,
+            domain=self.prompt.domain,
+            truncated=self.finish == Finish.LENGTH,
+        )
+
+    def row(self, score: RowScore, **extra: Any) -> dict[str, Any]:
+        """The row of samples.jsonl."""
+        return {
+            **extra,
+            "problem_id": self.prompt.id,
+            "sample": self.sample,
+            "prompt": self.prompt.text,
+            "completion": self.text,
+            "answer": self.prompt.answer,
+            "reward": score.reward,
+            "parts": {name: part.reward for name, part in score.parts.items()},
+            "outcome": str(score.outcome),
+            "extracted": score.extracted,
+            "length": len(self.token_ids),
+            "finish_reason": self.finish.name.lower(),
+        }
+
+
+def to_sampling(section: SamplingSection) -> Sampling:
+    return Sampling(section.temperature, section.top_p, section.top_k, section.min_p)
+
+
+class StopStrings:
+    """Finds where stop strings end, in tokens; text is only looked at, ids are never re-encoded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._strings = tuple(strings)
+
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        ends = [self._end(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+        return np.asarray(ends, np.int32)
+
+    def _end(self, tokens: np.ndarray) -> int:
+        if not self._contains(tokens):
+            return -1
+        low, high = 0, len(tokens)  # a prefix of `high` tokens contains one, of `low` none
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._contains(tokens[:middle]) else (middle, high)
+        return high
+
+    def _contains(self, tokens: np.ndarray) -> bool:
+        text = decode(self._tokenizer, tokens)
+        return any(string in text for string in self._strings)
+
+
+def stop_search(tokenizer: PreTrainedTokenizerBase, section: SamplingSection) -> StopSearch | None:
+    return StopStrings(tokenizer, section.stop) if section.stop else None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
+    return str(tokenizer.decode(token_ids.tolist(), clean_up_tokenization_spaces=False))
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next power of two: few distinct sizes, each of which compiles once."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return size
+
+
+def pad_prompts(prompts: Sequence[Prompt], model: Decoder, rows: int | None = None) -> Prompts:
+    """Right-padded arrays, rows up to `rows` and to a multiple of the mesh by repeating the last."""
+    shards = model.layout.shards("batch")
+    count = -(-max(len(prompts), rows or 0) // shards) * shards
+    filled = [*prompts, *[prompts[-1]] * (count - len(prompts))]
+    time = bucket(max(len(p.token_ids) for p in filled))
+    tokens = np.zeros((count, time), np.int32)
+    for row, prompt in zip(tokens, filled, strict=True):
+        row[: len(prompt.token_ids)] = prompt.token_ids
+    lengths = np.asarray([len(p.token_ids) for p in filled], np.int32)
+    ids = np.asarray([p.id for p in filled], np.uint32)
+    layout = model.layout
+    return Prompts(
+        jax.device_put(tokens, layout.sharding(("batch", "time"))),
+        jax.device_put(lengths, layout.sharding(("batch",))),
+        jax.device_put(ids, layout.sharding(("batch",))),
+    )
+
+
+def sample_batch(
+    params: Any,
+    prompts: Sequence[Prompt],
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """Sample every prompt and bring the completions to the host, prompt by prompt.
+
+    Args:
+      rows: pad the batch to so many prompts (a smaller last batch compiles nothing new).
+      options: of `r1jax.sampler.generate`.
+    """
+    samples = generate(params, pad_prompts(prompts, model, rows), model, **options)
+    tokens, lengths, finish, log_probs = jax.device_get(
+        (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
+    )
+    kept, texts_of = [], []
+    for i in range(len(prompts)):
+        for j in range(tokens.shape[1]):
+            n, reason = int(lengths[i, j]), Finish(int(finish[i, j]))
+            kept.append((i, j, n, reason))
+            texts_of.append(tokens[i, j, : n - (reason == Finish.EOS)].tolist())
+    texts = tokenizer.batch_decode(texts_of, clean_up_tokenization_spaces=False)
+    return [
+        Completion(prompts[i], j, tokens[i, j, :n], log_probs[i, j, :n], reason, text)
+        for (i, j, n, reason), text in zip(kept, texts, strict=True)
+    ]
