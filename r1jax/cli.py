@@ -4,11 +4,13 @@ Each command reads its arguments, calls one function of the package and prints w
 Imports are inside the commands, so that `--help` and a mistyped config need not wait for JAX.
 
 Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
-message and exit status 2. R1JAX_DEBUG=1 shows the traceback instead.
+message and exit status 2; a run that gives up with advice is one with status 1. R1JAX_DEBUG=1 shows
+the traceback instead.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -31,11 +33,17 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # `r1jax configs | head`: nobody is left to read a message.
-        except (ValueError, OSError, ImportError) as error:
-            if os.environ.get("R1JAX_DEBUG") == "1":
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            # The package's own errors are worded for users; another library's RuntimeError, such
+            # as XLA's, needs its traceback.
+            own = type(error).__module__.startswith("r1jax.")
+            failed = isinstance(error, RuntimeError)
+            # Python's import errors have a name; those that ask for an extra are only text.
+            broken = isinstance(error, ImportError) and error.name is not None
+            if os.environ.get("R1JAX_DEBUG") == "1" or broken or (failed and not own):
                 raise
-            _complain(error)
-            raise typer.Exit(2) from None
+            _complain(error, own)
+            raise typer.Exit(1 if failed else 2) from None
 
 
 app = typer.Typer(
@@ -88,21 +96,16 @@ def run(
     ] = False,
 ) -> None:
     """Run a config's stages; the same command again resumes a run that was stopped."""
-    from r1jax.config.load import find_config, load_config
+    from r1jax.config.load import load_config
 
-    source = find_config(config)
-    settings = load_config(source, overrides or ())
+    settings = load_config(config, overrides or ())
 
     from r1jax.stages import recipe
 
     if dry_run:
         _print_description(settings, recipe.describe(settings))
         return
-    code = recipe.run(settings, source)
-    report = _run_directory(settings) / "report.html"
-    if code == 0 and report.is_file():
-        typer.echo(f"report: {report.resolve()}")
-    raise typer.Exit(code)
+    raise typer.Exit(recipe.run(settings))
 
 
 @app.command(name="eval")
@@ -119,7 +122,11 @@ def evaluate(
         str | None, typer.Option(help="Which evaluate stage; default: the config's last.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for the samples and summary.json.")
+        Path | None,
+        typer.Option(
+            help="Folder for the evaluation's own run directory; default: RUN_DIR/evaluations, or "
+            "the config's output."
+        ),
     ] = None,
 ) -> None:
     """Evaluate a model, or a run's final weights, as one of a config's evaluate stages does."""
@@ -129,16 +136,20 @@ def evaluate(
     if config is None and not own.is_file():
         raise ConfigError([f"{model} is not a run's directory: say how to evaluate with --config"])
     settings = load_config(config or own, overrides or ())
-    stages = [entry.name for entry in settings.stages if entry.kind == "evaluate"]
-    if not stages:
-        raise ConfigError([f"{config or own} has no stage of kind evaluate"])
-    if stage is not None and stage not in stages:
-        raise ConfigError([f"--stage {stage}: the evaluate stages are {', '.join(stages)}"])
 
     from r1jax.stages import recipe
 
-    summary = recipe.evaluate_command(model, settings, stage or stages[-1], out)
-    _print_summary(summary)
+    if own.is_file():
+        settings = settings.model_copy(update={"output": str(Path(model) / "evaluations")})
+        model = _final_weights(Path(model), settings)
+    if out is not None:
+        settings = settings.model_copy(update={"output": str(out)})
+    settings = recipe.evaluation_config(settings, model, stage)
+    code = recipe.run(settings)
+    if code == 0:
+        (summary,) = _run_directory(settings).glob("stages/*/summary.json")
+        _print_summary(json.loads(summary.read_text(encoding="utf-8")))
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -255,20 +266,17 @@ def main() -> None:
     app()
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception, own: bool) -> None:
     """The message, and for errors that may be a fault of r1jax, where it was raised."""
-    from r1jax.config.load import ConfigError
-
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     typer.secho(text, fg=typer.colors.RED, err=True)
-    if isinstance(error, ConfigError):
-        return
+    package = f"{Path(__file__).parent}{os.sep}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if f"{os.sep}r1jax{os.sep}" in frame.filename]
-    if own:
-        place = f"{own[-1].filename}:{own[-1].lineno}"
+    inside = [frame for frame in frames if frame.filename.startswith(package)]
+    if inside and not own:
+        place = f"{inside[-1].filename}:{inside[-1].lineno}"
         typer.secho(f"({place}; R1JAX_DEBUG=1 shows the traceback)", dim=True, err=True)
 
 
@@ -281,6 +289,16 @@ def _require_run(directory: Path) -> None:
 
 def _run_directory(config: RunConfig) -> Path:
     return Path(config.output) / f"{config.name}-s{config.seed}"
+
+
+def _final_weights(run_directory: Path, config: RunConfig) -> str:
+    """The weights that a run's last train stage left, or those that it only evaluated."""
+    trained = sorted(run_directory.glob("stages/*/model"))
+    if trained:
+        return str(trained[-1])
+    if config.model.path is None:
+        raise ValueError(f"{run_directory} has no finished train stage to evaluate")
+    return config.model.path
 
 
 def _heading(index: int, samples: int) -> None:
@@ -313,8 +331,8 @@ def _print_description(config: RunConfig, description: Mapping[str, Any]) -> Non
     typer.echo(f"devices: {description['devices']}")
     typer.echo(f"parameters: {description['parameters']:,}")
     console = _console()
-    weights = Table("weight", "shape", "dtype", "sharding", box=None, title_justify="left")
-    weights.add_column("bytes", justify="right")
+    weights = Table("weight", "shape", "dtype", "sharding", box=None)
+    weights.add_column("bytes per device", justify="right")
     for weight in description["weights"]:
         shape = " x ".join(map(str, weight["shape"]))
         weights.add_row(

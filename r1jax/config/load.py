@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ErrorDetails
 
 from r1jax.config.schema import RunConfig
 
 KeyPath = tuple[str | int, ...]
 JsonSchema = dict[str, Any]
+ErrorDetails = Mapping[str, Any]
+"""Pydantic's: `type`, `loc`, `msg`, `input`."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

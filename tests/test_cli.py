@@ -1,0 +1,382 @@
+"""Each command hands on what was typed, and each mistake is a message with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from r1jax.cli import app
+from r1jax.config.load import dump_config, load_config, packaged_configs, parse_config
+
+CONFIG = """\
+name: small
+seed: 3
+model: {path: some/model}
+data: {train: {source: "task:running_total"}}
+rewards: {accuracy: {}}
+stages:
+  - {name: first, kind: evaluate, data: train}
+  - {name: last, kind: evaluate, data: train}
+"""
+
+Replace = Callable[..., MagicMock]
+
+
+def invoke(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(part) for part in arguments], input=stdin)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "small-s3"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(dump_config(parse_config(CONFIG, "test")))
+    return path
+
+
+@pytest.fixture
+def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
+    """Replaces a function by a mock that refuses calls the real one would refuse."""
+
+    def replace(module: Any, name: str, **behaviour: Any) -> MagicMock:
+        mock: MagicMock = create_autospec(getattr(module, name), **behaviour)
+        monkeypatch.setattr(module, name, mock)
+        return mock
+
+    return replace
+
+
+@pytest.fixture
+def recipe() -> Any:
+    from r1jax.stages import recipe
+
+    return recipe
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_run_gives_the_resolved_config_and_the_exit_status(
+    config: Path, recipe: Any, replace: Replace, code: int
+) -> None:
+    run = replace(recipe, "run", return_value=code)
+    result = invoke("run", config, "seed=5", "stages.last.problems=2")
+    assert result.exit_code == code, result.output
+    run.assert_called_once_with(load_config(config, ["seed=5", "stages.last.problems=2"]))
+
+
+def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Replace) -> None:
+    run = replace(recipe, "run")
+    weight = {
+        "name": "layers.[q]",
+        "shape": (2, 48),
+        "dtype": "float32",
+        "sharding": "P(None, 'fsdp')",
+        "bytes": 384,
+    }
+    description = {
+        "parameters": 1234567,
+        "devices": "8 x TPU",
+        "weights": [weight],
+        "memory": [{"what": "optimizer", "bytes": 3 * 2**20}],
+    }
+    replace(recipe, "describe", return_value=description)
+    result = invoke("run", config, "--dry-run", "seed=5")
+    assert result.exit_code == 0, result.output
+    run.assert_not_called()
+    # The resolved config comes first, whole, as YAML.
+    yaml_text, _, rest = result.output.partition("devices: ")
+    assert parse_config(yaml_text, "output") == load_config(config, ["seed=5"])
+    for part in (
+        "8 x TPU",
+        "1,234,567",
+        "layers.[q]",
+        "2 x 48",
+        "P(None, 'fsdp')",
+        "384 B",
+        "3 MiB",
+    ):
+        assert part in rest, part
+
+
+def test_mistakes_in_a_config_are_one_message_each(config: Path) -> None:
+    result = invoke("run", config, "sede=1", "stages.last.problems=none")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    first, second = result.stderr.splitlines()
+    assert first.startswith("command line: sede = 1: unknown key")
+    assert second.startswith('command line: stages.last.problems = "none": should be an integer')
+
+
+def test_debug_shows_the_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R1JAX_DEBUG", "1")
+    assert isinstance(invoke("run", config, "sede=1").exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("data.train: no rows"), 2, "data.train: no rows"),
+        (FileNotFoundError(2, "No such file or directory", "rows.jsonl"), 2, "rows.jsonl: No such"),
+        (ImportError("pip install 'r1jax[hf]'"), 2, "pip install 'r1jax[hf]'"),
+    ],
+)
+def test_errors_with_a_reason_are_messages(
+    config: Path, recipe: Any, replace: Replace, error: Exception, code: int, text: str
+) -> None:
+    replace(recipe, "run", side_effect=error)
+    result = invoke("run", config)
+    assert result.exit_code == code
+    assert result.stderr.startswith(text)
+    # Such an error may be a fault of r1jax after all: it says how to find out.
+    assert "R1JAX_DEBUG=1" in result.stderr
+
+
+def test_a_run_that_gives_up_exits_with_its_advice(
+    config: Path, recipe: Any, replace: Replace
+) -> None:
+    replace(recipe, "run", side_effect=recipe.RunError("5 non-finite steps: lower the rate"))
+    result = invoke("run", config)
+    assert (result.exit_code, result.stderr) == (1, "5 non-finite steps: lower the rate\n")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("XLA"), KeyError("bug"), ModuleNotFoundError("x", name="x")]
+)
+def test_faults_keep_their_traceback(
+    config: Path, recipe: Any, replace: Replace, error: Exception
+) -> None:
+    replace(recipe, "run", side_effect=error)
+    assert invoke("run", config).exception is error
+
+
+# --- eval ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(recipe: Any, replace: Replace) -> MagicMock:
+    """`recipe.run` that leaves the summary an evaluate stage leaves."""
+
+    def run(config: Any) -> int:
+        stage = Path(config.output) / f"{config.name}-s{config.seed}" / "stages" / "00-x"
+        stage.mkdir(parents=True)
+        summary = {"problems": 7, "pass_at_1": {"value": 0.25, "low": 0.2, "high": 0.3125}}
+        (stage / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    return replace(recipe, "run", side_effect=run)
+
+
+def test_eval_of_a_run_takes_its_config_and_final_weights(
+    run_directory: Path, evaluated: MagicMock
+) -> None:
+    for name in ("01-sft", "02-rl"):
+        (run_directory / "stages" / name / "model").mkdir(parents=True)
+    result = invoke("eval", run_directory, "stages.last.samples_per_problem=2")
+    assert result.exit_code == 0, result.output
+    config = evaluated.call_args.args[0]
+    assert config.model.path == str(run_directory / "stages" / "02-rl" / "model")
+    assert [stage.name for stage in config.stages] == ["last"]
+    assert config.stages[0].samples_per_problem == 2
+    assert Path(config.output) == run_directory / "evaluations"
+    for part in ("pass_at_1", "0.250", "0.200 to 0.312", "problems", "7"):
+        assert part in result.output
+
+
+def test_eval_of_another_model_needs_a_config(
+    tmp_path: Path, config: Path, evaluated: MagicMock
+) -> None:
+    result = invoke("eval", "org/model")
+    assert result.exit_code == 2
+    assert "--config" in result.stderr
+    result = invoke(
+        "eval", "org/model", "--config", config, "--stage", "first", "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    settings = evaluated.call_args.args[0]
+    assert settings.model.path == "org/model"
+    assert [stage.name for stage in settings.stages] == ["first"]
+    assert Path(settings.output) == tmp_path / "out"
+
+
+def test_eval_names_an_unknown_stage(config: Path) -> None:
+    result = invoke("eval", "org/model", "--config", config, "--stage", "lost")
+    assert result.exit_code == 2
+    assert "'lost'" in result.stderr
+
+
+# --- sample --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(replace: Replace) -> MagicMock:
+    from r1jax.stages import sample
+
+    def pieces(*_: Any, **__: Any) -> Iterator[tuple[int, str]]:
+        yield from [(0, "one "), (1, "[red]second"), (0, "more"), (1, " too")]
+
+    return replace(sample, "stream_completions", side_effect=pieces)
+
+
+def test_sample_hands_on_every_setting(stream: MagicMock) -> None:
+    result = invoke(
+        *("sample", "dir", "--prompt", "1+1=", "-n", 2, "--max-new-tokens", 9, "--seed", 4),
+        *("--temperature", 0.5, "--top-p", 0.8, "--top-k", 7, "--min-p", 0.1, "--stop", "x"),
+        *("--stop", "y", "--template", "plain"),
+    )
+    assert result.exit_code == 0, result.output
+    model, prompt, sampling, *rest = stream.call_args.args
+    assert (model, prompt, rest) == ("dir", "1+1=", [2, 9, 4, "plain"])
+    assert sampling.model_dump() == {
+        "temperature": 0.5,
+        "top_p": 0.8,
+        "top_k": 7,
+        "min_p": 0.1,
+        "stop": ["x", "y"],
+    }
+    # Whole completions one after the other, though they arrive interleaved.
+    assert result.stdout == "--- 1 of 2 ---\none more\n--- 2 of 2 ---\n[red]second too\n"
+
+
+def test_sample_reads_the_prompt_from_standard_input(stream: MagicMock) -> None:
+    result = invoke("sample", "dir", "--samples", 2, stdin="two\nlines\n")
+    assert result.exit_code == 0, result.output
+    assert stream.call_args.args[1] == "two\nlines"
+    assert invoke("sample", "dir", stdin="\n").exit_code == 2
+
+
+def test_sample_streams(stream: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def pieces(*_: Any, **__: Any) -> Iterator[tuple[int, str]]:
+        yield 0, "early"
+        assert written == ["early"], "the first piece waited for the second"
+        yield 0, " late"
+
+    stream.side_effect = pieces
+    monkeypatch.setattr("r1jax.cli._write", written.append)
+    result = invoke("sample", "dir", "--prompt", "x")
+    assert result.exit_code == 0, result.exception
+    assert written == ["early", " late", "\n"]
+
+
+def test_a_terminal_gets_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from r1jax.cli import _write
+
+    text = "a\x1b]0;title\x07\tb\n\u2028\u00e9"
+    _write(text)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _write(text)
+    assert capsys.readouterr().out == text + "a]0;title\tb\n\u00e9"
+
+
+@pytest.mark.parametrize("setting", [("--top-p", 0), ("--temperature", -1), ("-n", 0)])
+def test_sample_refuses_settings_out_of_range(
+    stream: MagicMock, setting: tuple[str, object]
+) -> None:
+    assert invoke("sample", "dir", "--prompt", "x", *setting).exit_code == 2
+    stream.assert_not_called()
+
+
+# --- score, export, report, configs --------------------------------------------------------------
+
+
+def test_score_for_real(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    completion = "<think>1+1</think><answer>{}</answer>"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": "1+1=", "completion": completion.format(n), "answer": "2"}) + "\n"
+            for n in (2, 3)
+        )
+    )
+    out = tmp_path / "out.jsonl"
+    result = invoke("score", "--reward", "accuracy", "--in", rows, "--out", out)
+    assert result.exit_code == 0, result.output
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["reward"] for row in scored] == [1.0, 0.0]
+    assert "right: 1" in result.stdout.lower()
+    assert "wrong: 1" in result.stdout.lower()
+
+
+def test_score_errors_are_messages(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    arguments = ("--in", rows, "--out", tmp_path / "out.jsonl")
+    assert str(rows) in invoke("score", "--reward", "accuracy", *arguments).stderr
+    rows.write_text('{"prompt": "x"}\n')
+    result = invoke("score", "--reward", "accuracy", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{rows}:1")
+    assert not (tmp_path / "out.jsonl").exists()
+    rows.write_text('{"prompt": "x", "completion": "y", "answer": "z"}\n')
+    assert "acuracy" in invoke("score", "--reward", "acuracy", *arguments).stderr
+
+
+def test_export(run_directory: Path, recipe: Any, replace: Replace, tmp_path: Path) -> None:
+    export = replace(recipe, "export_run")
+    result = invoke("export", run_directory, tmp_path / "out", "--stage", "rl")
+    assert result.exit_code == 0, result.output
+    export.assert_called_once_with(run_directory, tmp_path / "out", "rl")
+
+
+def test_report(run_directory: Path, replace: Replace) -> None:
+    import r1jax.report
+
+    write = replace(r1jax.report, "write_report", return_value=run_directory / "report.html")
+    result = invoke("report", run_directory)
+    assert result.exit_code == 0, result.output
+    write.assert_called_once_with(run_directory)
+    assert result.stdout == f"report: {run_directory / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("command", [("report",), ("export", "out")])
+def test_a_directory_that_is_no_run_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
+    result = invoke(command[0], tmp_path, *command[1:])
+    assert result.exit_code == 2
+    assert result.stderr == f"{tmp_path} is not a run's directory: it has no config.yaml\n"
+
+
+def test_configs_lists_every_name_with_its_title() -> None:
+    lines = invoke("configs").stdout.splitlines()[1:]
+    names = packaged_configs()
+    assert len(lines) == len(names)
+    for line, name in zip(lines, names, strict=True):
+        assert line.split()[0] == name
+        assert load_config(name).title in line
+
+
+def test_help_and_config_mistakes_wait_for_no_heavy_import() -> None:
+    code = (
+        "import sys; from r1jax.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('jax', 'transformers', 'pydantic') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_module_is_the_same_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "r1jax", "run", "nope"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("nope: neither a file nor a packaged config")
