@@ -1,0 +1,192 @@
+"""Small line plots as inline SVG that take their colours from the page.
+
+Matplotlib is given stand-in colours that no plot uses otherwise; in the SVG they become CSS
+variables, so one plot serves light and dark mode. Text stays text: it is searchable and uses the
+page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Stand-in colour -> CSS. Series first, in the order in which they are handed out.
+_SERIES = ("#010101", "#020202", "#030303", "#040404", "#050505")
+_INK, _RULE = "#060606", "#070707"
+_CSS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)} | {
+    _INK: "var(--muted)",
+    _RULE: "var(--rule)",
+}
+# Inches. A plot is shown about 300 pixels wide, on a phone too: text of 9 points becomes 11 pixels.
+_SIZE = (3.4, 1.95)
+_SMOOTH_FROM = 40  # points from which on a curve is drawn smoothed, over its raw values
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: name, steps and finite values."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A measured figure with its interval, drawn at a step."""
+
+    step: float
+    value: float
+    low: float
+    high: float
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred moving average over about a twentieth of the curve, over what there is at the ends.
+
+    (Windows that shrink to one point at the ends would turn the last step's noise into a trend.)
+    """
+    x = np.asarray(values, dtype=np.float64)
+    half = max(1, len(x) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(x)])
+    at = np.arange(len(x))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(x))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def line_plot(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    percent: bool = False,
+    log: bool = False,
+    x_label: str = "step",
+    x_ticks: Sequence[float] | None = None,
+    markers: Sequence[Marker] = (),
+) -> str:
+    """An `<svg>` element; colour i of the page's `--series-i` goes to curve i (at most five).
+
+    Args:
+      curves: lines over steps; those without points are left out.
+      title: read out by screen readers; the page shows its own heading.
+      percent: values are shares, shown as per cent.
+      log: logarithmic values, where all are positive.
+      x_ticks: the steps are categories on a doubling scale, such as sizes of a vote.
+      markers: figures with intervals, in the colour of the first curve.
+    """
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
+    ):
+        figure = Figure(figsize=_SIZE)
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        every = [value for curve in curves for value in curve.values]
+        for colour, curve in zip(_SERIES, curves, strict=False):
+            if not len(curve.values):
+                continue
+            many = len(curve.values) >= _SMOOTH_FROM
+            if many:
+                axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.28)
+            axes.plot(
+                curve.steps,
+                smooth(curve.values) if many else curve.values,
+                color=colour,
+                linewidth=1.9,
+                solid_capstyle="round",
+                # A curve of few points is those points.
+                marker="o" if len(curve.values) < 12 else "",
+                markersize=3.5,
+            )
+        for m in markers:
+            axes.errorbar(
+                [m.step],
+                [m.value],
+                yerr=[[max(0.0, m.value - m.low)], [max(0.0, m.high - m.value)]],
+                color=_SERIES[0],
+                marker="D",
+                markersize=5,
+                capsize=3,
+                linewidth=1.2,
+                clip_on=False,
+            )
+        if log and every and min(every) > 0:
+            axes.set_yscale("log")
+        elif percent:
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{round(100 * y, 2):g}%"))
+            shown = every + [m.high for m in markers] + [m.low for m in markers]
+            if shown and min(shown) >= 0 and max(shown) > 0.5:
+                axes.set_ylim(0, 1.02)
+        else:
+            if every and min(every) == max(every) > 0:
+                axes.set_ylim(0, 2 * every[0])  # zoomed into a constant, all ticks read the same
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+        if x_ticks:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(x_ticks), [f"{x:g}" for x in x_ticks])
+            axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel(x_label, color=_INK)
+        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_RULE)
+        axes.tick_params(colors=_RULE, labelcolor=_INK, length=0, which="both")
+        # One frame for all plots, so that their axes line up in the grid.
+        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
+        out = io.StringIO()
+        canvas.print_svg(out, metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), title)
+
+
+def short(value: float) -> str:
+    """A number in few characters: 21k, 0.35, 2e-05."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    if size < 1e-3:
+        return re.sub(r"e-0", "e-", f"{value:.2g}")
+    return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
+
+
+def _inline(svg: str, title: str) -> str:
+    """Strips what a stand-alone file needs, and hands the colours to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # The paper-white rectangles behind figure and axes.
+    svg = re.sub(r'<g id="patch_[12]">.*?</g>\s*', "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)
+    # Several plots share one page: their ids must not meet, and only clip paths are referred to.
+    svg = re.sub(r' id="(?:figure|axes|patch|line2d|matplotlib|xtick|ytick|text)[^"]*"', "", svg)
+    # Matplotlib writes the long form for plain text and the short one for exponents.
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", svg)
+    for colour, css in _CSS.items():
+        svg = svg.replace(colour, css)
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    view = re.search(r'viewBox="[^"]*"', svg)
+    if view is None:
+        raise RuntimeError("matplotlib wrote an SVG without viewBox")
+    body = svg[svg.index(">") + 1 :].strip()
+    return f'<svg role="img" aria-label="{label}" {view[0]}>{body}'
+
+
+def endpoints(values: Sequence[float]) -> tuple[float, float]:
+    """Means over the first and the last twentieth of a curve (at least one value)."""
+    width = max(1, math.ceil(len(values) / 20))
+    return float(np.mean(values[:width])), float(np.mean(values[-width:]))

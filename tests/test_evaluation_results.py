@@ -1,0 +1,99 @@
+"""results.json: which evaluations it compares, and what it says of a run that is not done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from fabricated_run import fabricate
+
+from r1jax.evaluation import before_and_after, read_run, write_results
+
+
+def write_config(directory: Path, stages: list[tuple[str, str, str]]) -> Path:
+    directory.mkdir()
+    plan = [{"name": name, "kind": kind, "data": data} for name, kind, data in stages]
+    (directory / "config.yaml").write_text(yaml.safe_dump({"name": "x", "seed": 0, "stages": plan}))
+    return directory
+
+
+def test_results_of_a_finished_run(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=12, samples=4, steps=20)
+    results = json.loads(write_results(run_dir).read_text())
+    assert results["complete"] and results["missing"] == []
+    for side, stage in (("before", "base-eval"), ("after", "final-eval")):
+        assert results[side]["stage"] == stage
+        for name in ("pass_at_1", "cons_at_4", "mean_length"):
+            figure = results[side][name]
+            assert figure["low"] <= figure["value"] <= figure["high"]
+    assert results["after"]["pass_at_1"]["value"] > results["before"]["pass_at_1"]["value"]
+    # Phases are summed over stages: two evaluations and one grpo stage roll out.
+    assert results["wall_seconds"]["rollout"] == pytest.approx(2 * 14.1 + 141.0)
+    by_stage = sum(sum(phases.values()) for phases in results["stage_seconds"].values())
+    assert results["wall_seconds"]["total"] == pytest.approx(by_stage)
+    assert not list(run_dir.glob("*.partial"))
+
+
+def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=6, samples=2, steps=30, until="r1-zero")
+    results = json.loads(write_results(run_dir).read_text())
+    assert not results["complete"]
+    assert results["before"] is not None and results["after"] is None
+    assert results["missing"] == [
+        "stage r1-zero (grpo): running",
+        "stage final-eval (evaluate): not started",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([("a", "evaluate", "h"), ("t", "grpo", "d"), ("b", "evaluate", "h")], ("a", "b")),
+        # Figures on other data do not compare.
+        (
+            [
+                ("x", "evaluate", "other"),
+                ("a", "evaluate", "h"),
+                ("t", "grpo", "d"),
+                ("b", "evaluate", "h"),
+            ],
+            ("a", "b"),
+        ),
+        ([("a", "evaluate", "h"), ("t", "grpo", "d")], ("a", None)),
+        ([("t", "grpo", "d"), ("b", "evaluate", "h")], (None, "b")),
+        ([("b", "evaluate", "h")], (None, "b")),
+        ([("t", "grpo", "d")], (None, None)),
+    ],
+)
+def test_which_evaluations_are_compared(
+    tmp_path: Path,
+    stages: list[tuple[str, str, str]],
+    expected: tuple[str | None, str | None],
+) -> None:
+    before, after = before_and_after(read_run(write_config(tmp_path / "run", stages)))
+    assert (before and before.name, after and after.name) == expected
+
+
+def test_a_line_being_written_is_not_an_error_and_a_broken_one_is(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=3, samples=2, steps=20)
+    metrics = run_dir / "stages" / "02-r1-zero" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 20, "rew')
+    steps, _ = read_run(run_dir).stages[2].columns("metrics.jsonl")["reward/mean"]
+    assert steps == list(range(20))
+    metrics.write_text(whole + '{"step": 20, "rew\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:21: not JSON"):
+        read_run(run_dir).stages[2].columns("metrics.jsonl")
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=3, samples=2, steps=20)
+    steps, values = read_run(run_dir).stages[2].columns("metrics.jsonl")["policy/kl"]
+    assert 7 not in steps and len(values) == 19
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give the directory of a run"):
+        write_results(tmp_path)
