@@ -66,7 +66,9 @@ def _chat(
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     turn = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
     # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
-    opened = text[len(turn) :] if text.startswith(turn) else text[-len("\n<think>\n\n") :]
+    # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
+    follows = text.startswith(turn) and len(text) > len(turn)
+    opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
     at = opened.find("<think>")
     return text, opened[at:] if at >= 0 else ""
 
