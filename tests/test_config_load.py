@@ -243,7 +243,8 @@ def test_override_in_an_absent_section_keeps_its_other_defaults() -> None:
     # An evaluate stage samples at 0.6, not at SamplingSection's 1.0.
     assert (evaluation.sampling.temperature, evaluation.sampling.top_p) == (0.6, 0.5)
     # The default itself must not have been changed.
-    assert parse_config(GOOD, "a.yaml").mesh.axes["tensor"] == 1
+    config = parse_config(GOOD, "a.yaml", ["mesh.axes.data=4"])
+    assert config.mesh.axes == {"data": 4, "fsdp": -1, "tensor": 1}
 
 
 def test_override_of_a_key_with_dots() -> None:
