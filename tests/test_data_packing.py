@@ -52,7 +52,8 @@ def test_an_epoch_holds_every_document_once_whole_and_ended(tokenizer) -> None:
     expected = [(*tokenizer(e.text)["input_ids"], EOS) for e in examples]
     first, second = one_epoch(rows), one_epoch(rows)
     assert sorted(first) == sorted(second) == sorted(expected)
-    assert first != second
+    # Other documents meet in the first window, not just the same ones in another order.
+    assert set(first[:8]) != set(second[:8])
     assert rows.dropped == 0
 
 

@@ -78,6 +78,8 @@ class PackedRows:
         self._fingerprint = self._make_fingerprint()
         self._dropped = 0  # In windows before the current one.
         self._rows_this_epoch = 0
+        self._epoch = 0
+        self._order = permutation(len(examples), seed, 0)
         self._begin_window(0, 0)
 
     @property
@@ -151,8 +153,9 @@ class PackedRows:
         self._begin_window(self._epoch + 1, 0)
 
     def _begin_window(self, epoch: int, window: int) -> None:
-        order = permutation(len(self._examples), self._seed, epoch)
-        indices = order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
+        if epoch != self._epoch:
+            self._order = permutation(len(self._examples), self._seed, epoch)
+        indices = self._order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
         ids = encode_texts([self._document(i) for i in indices], self._tokenizer)
         fitting = [document for document in ids if len(document) <= self._row_tokens]
         bins = best_fit_decreasing([len(document) for document in fitting], self._row_tokens)
