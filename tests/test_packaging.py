@@ -36,7 +36,7 @@ def test_wheel_has_code_configs_and_templates(wheel: Path) -> None:
     templates = relative(ROOT / "r1jax", "*.j2")
     assert "configs/tiny/r1_zero.yaml" in configs and templates
     assert {f"r1jax/{name}" for name in configs} <= names
-    assert relative(ROOT / "r1jax", "*.py") | templates <= names
+    assert relative(ROOT / "r1jax", "*.py") | templates | {"r1jax/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "configs/")) for name in names)
 
