@@ -4,7 +4,6 @@ PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 BIN := .venv/bin
 # The version the tests were written against.
 TORCH := torch==2.13.0
-TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo demo-seeds test lint bench wheel clean
 .DELETE_ON_ERROR:
@@ -25,7 +24,7 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python -m r1jax.bench
+	$(BIN)/python benchmarks/rollout_and_update.py
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -41,10 +40,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-# On Linux, PyPI's torch drags in gigabytes of CUDA, of which the tests use nothing: its CPU build
-# goes in first. Where that index is out of reach, pip falls back on what it can reach.
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
-	  --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@

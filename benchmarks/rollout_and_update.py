@@ -66,9 +66,7 @@ def main() -> None:
         tokens = jnp.concatenate(
             [jnp.repeat(prompts.tokens, SAMPLES, 0), out.tokens.reshape(rows, -1)], axis=1
         )
-        drawn = jnp.pad(
-            out.sampling_log_probs.reshape(rows, -1), ((0, 0), (PROMPT_TOKENS, 0))
-        )
+        drawn = jnp.pad(out.sampling_log_probs.reshape(rows, -1), ((0, 0), (PROMPT_TOKENS, 0)))
         batch = GRPOBatch(
             inputs=tokens,
             mask=mask,

@@ -130,9 +130,7 @@ def make_layout(
         targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
         unknown = [t for t in targets if t not in axes]
         if unknown:
-            raise ValueError(
-                f"mesh.rules.{logical} = {target!r}: mesh axes are {', '.join(axes)}"
-            )
+            raise ValueError(f"mesh.rules.{logical} = {target!r}: mesh axes are {', '.join(axes)}")
         rules[logical] = targets
     mesh = Mesh(
         np.asarray(devices).reshape(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)

@@ -134,9 +134,7 @@ def table() -> dict[str, jax.Array]:
 def gradient(batch: GRPOBatch, config: GRPOConfig, micro_batches: int = 1) -> Any:
     """The gradient, read off an SGD step with rate 1."""
     optimizer = optax.sgd(1.0)
-    step = jax.jit(
-        make_grpo_step(table_log_probs, optimizer, config, micro_batches=micro_batches)
-    )
+    step = jax.jit(make_grpo_step(table_log_probs, optimizer, config, micro_batches=micro_batches))
     params = table()
     state, metrics = step(init_train_state(params, optimizer), batch)
     return jax.tree.map(lambda a, b: a - b, params, state.params), metrics

@@ -1,4 +1,4 @@
-"""The sampler against a plain loop without a cache, exact probabilities, and its own invariances."""
+"""The sampler against a loop without a cache, exact probabilities, and its invariances."""
 
 from __future__ import annotations
 

@@ -90,7 +90,10 @@ def test_logits_and_round_trip_agree_with_transformers(kind: str, tmp_path: Path
     config = ModelConfig.from_hugging_face(read_config(tmp_path / "from"))
     params = load_params(tmp_path / "from", config, single_device())
     export(
-        tmp_path / "to", params, config, generation_config={"eos_token_id": [1, 2]},
+        tmp_path / "to",
+        params,
+        config,
+        generation_config={"eos_token_id": [1, 2]},
         max_shard_bytes=20_000,
     )
     assert len(list((tmp_path / "to").glob("*.safetensors"))) > 1

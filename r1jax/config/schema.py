@@ -256,7 +256,7 @@ class RunConfig(Section):
     data: dict[str, DataSection]
     rewards: dict[str, RewardSection] = Field(default_factory=dict)
     verifier: VerifierSection = VerifierSection()
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")

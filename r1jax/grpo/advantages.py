@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 
 class Advantages(NamedTuple):
-    """values: float32 [prompts, samples]. zero_variance: bool [prompts], groups that teach nothing."""
+    """values: float32 [prompts, samples].
+
+    zero_variance: bool [prompts], the groups that teach nothing.
+    """
 
     values: jax.Array
     zero_variance: jax.Array

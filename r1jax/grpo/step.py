@@ -27,18 +27,18 @@ class GRPOBatch:
     """
 
     inputs: Any
-    mask: jax.Array
-    advantages: jax.Array
-    old_log_probs: jax.Array | None = None
-    reference_log_probs: jax.Array | None = None
-    sampler_log_probs: jax.Array | None = None
+    mask: Any
+    advantages: Any
+    old_log_probs: Any = None
+    reference_log_probs: Any = None
+    sampler_log_probs: Any = None
 
 
 @struct.dataclass
 class TrainState:
     """Weights, optimizer state and the number of updates so far."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -46,6 +46,8 @@ class TrainState:
 def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+
+DEFAULT = GRPOConfig()
 
 # (params, batch) -> log-probs [N, T], or a pair of log-probs and entropies [N, T].
 LogProbFn = Callable[[Any, GRPOBatch], Any]
@@ -96,7 +98,7 @@ def apply_if_finite(
     gradients: Any,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
-    """The optimizer's update; a non-finite loss or gradient leaves weights and moments as they were.
+    """The optimizer's update; a non-finite loss or gradient leaves weights and moments alone.
 
     The step counter advances either way: it counts batches.
     """
@@ -124,7 +126,7 @@ def apply_if_finite(
 def make_grpo_step(
     log_prob_fn: LogProbFn,
     optimizer: optax.GradientTransformation,
-    config: GRPOConfig = GRPOConfig(),
+    config: GRPOConfig = DEFAULT,
     *,
     micro_batches: int = 1,
 ) -> Step:
@@ -157,7 +159,7 @@ def make_grpo_step(
         trained = batch.mask > 0
         log_probs = jnp.where(trained, log_probs, 0.0)
 
-        def masked(values: jax.Array | None) -> jax.Array | None:
+        def masked(values: Any) -> Any:
             return None if values is None else jnp.where(trained, values, 0.0)
 
         terms = token_terms(

@@ -237,7 +237,7 @@ def decode(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             kept, new_k, new_v = write(k[..., None, :], v[..., None, :])
             return (
-                cached_attention(q, *prompt, prompt_lengths, new_k, new_v, step),
+                cached_attention(q, prompt[0], prompt[1], prompt_lengths, new_k, new_v, step),
                 kept,
             )
 

@@ -141,7 +141,10 @@ def declare(config: ModelConfig) -> dict[str, Any]:
     vocab = (config.vocab_size, hidden)
     tree: dict[str, Any] = {
         "embed": ParamSpec(
-            vocab, ("vocab", "embed"), "normal", Stored("model.embed_tokens.weight", vocab, (0, 1), vocab)
+            vocab,
+            ("vocab", "embed"),
+            "normal",
+            Stored("model.embed_tokens.weight", vocab, (0, 1), vocab),
         ),
         "layers": layer,
         "final_norm": ParamSpec(
@@ -173,7 +176,9 @@ def abstract_params(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Pa
             spec.shape,
             dtype,
             sharding=layout.sharding(
-                spec.axes, shape=spec.shape, name=jax.tree_util.keystr(path, simple=True, separator=".")
+                spec.axes,
+                shape=spec.shape,
+                name=jax.tree_util.keystr(path, simple=True, separator="."),
             ),
         )
         for path, spec in named
@@ -192,7 +197,8 @@ def init_params(
     def create(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(specs))
         return jax.tree.unflatten(
-            structure, [_initial(k, spec, config, dtype) for k, spec in zip(keys, specs, strict=True)]
+            structure,
+            [_initial(k, spec, config, dtype) for k, spec in zip(keys, specs, strict=True)],
         )
 
     return jax.jit(create, out_shardings=shardings)(key)

@@ -73,6 +73,9 @@ class Samples:
 StopSearch = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+UNFILTERED = Sampling()
+
+
 @struct.dataclass
 class _State:
     step: jax.Array
@@ -201,7 +204,7 @@ def generate_chunks(
     max_new_tokens: int,
     seed: int,
     step: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = UNFILTERED,
     eos_ids: tuple[int, ...] = (),
     stop: StopSearch | None = None,
     first_sample: int = 0,
@@ -210,9 +213,7 @@ def generate_chunks(
 ) -> Iterator[tuple[int, Samples]]:
     """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation."""
     if max_new_tokens < 1 or samples < 1:
-        raise ValueError(
-            f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each"
-        )
+        raise ValueError(f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each")
     integers = (jnp.uint32(seed & 0xFFFFFFFF), jnp.uint32(step), jnp.int32(first_sample))
     eos = jnp.asarray(eos_ids or (-1,), jnp.int32)
     # The same dtypes whatever the caller passes: a Python float and an array compile alike.
@@ -294,7 +295,7 @@ def generate(
     if options.get("stop") is not None:
         options.setdefault("sync_every", 32)
     result: Samples | None = None
-    for _, result in generate_chunks(params, prompts, model, **options):
-        pass
-    assert result is not None
+    for _, so_far in generate_chunks(params, prompts, model, **options):
+        result = so_far
+    assert result is not None  # there is at least one token to decode
     return result

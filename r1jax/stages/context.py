@@ -126,12 +126,16 @@ class Context:
         else:
             _write(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
         record = self.directory / "run.json"
-        self.record = json.loads(record.read_text()) if record.exists() else {
-            "name": self.config.name,
-            "seed": self.config.seed,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "stages": {},
-        }
+        self.record = (
+            json.loads(record.read_text())
+            if record.exists()
+            else {
+                "name": self.config.name,
+                "seed": self.config.seed,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "stages": {},
+            }
+        )
         self.record["versions"] = {
             name: version(name) for name in ("r1jax", "jax", "flax", "optax", "transformers")
         } | {"python": platform.python_version()}

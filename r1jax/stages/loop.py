@@ -129,7 +129,9 @@ class TrainLoop:
         path.parent.mkdir(exist_ok=True)
         leaves = jax.tree.leaves_with_path(jax.device_get(batch))
         np.savez(path, **{jax.tree_util.keystr(key): leaf for key, leaf in leaves})
-        self.progress.print(f"step {self.step}: loss or gradient not finite, update skipped ({path})")
+        self.progress.print(
+            f"step {self.step}: loss or gradient not finite, update skipped ({path})"
+        )
         if self._bad_in_a_row >= self._stage.max_bad_steps:
             raise RunError(
                 f"{self._stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "

@@ -183,9 +183,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _training_memory(
-    stages: Sequence[Any], context: Context, own: int
-) -> list[dict[str, Any]]:
+def _training_memory(stages: Sequence[Any], context: Context, own: int) -> list[dict[str, Any]]:
     model = context.model
     config, execution = model.config, model.execution
     shards = model.layout.shards("batch")

@@ -106,7 +106,10 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def pad_prompts(prompts: Sequence[Prompt], model: Decoder, rows: int | None = None) -> Prompts:
-    """Right-padded arrays, rows up to `rows` and to a multiple of the mesh by repeating the last."""
+    """Right-padded arrays on the mesh.
+
+    The last prompt is repeated up to `rows`, and up to a multiple of the mesh's split.
+    """
     shards = model.layout.shards("batch")
     count = -(-max(len(prompts), rows or 0) // shards) * shards
     filled = [*prompts, *[prompts[-1]] * (count - len(prompts))]

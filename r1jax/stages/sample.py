@@ -41,9 +41,7 @@ def stream_completions(
     tokenizer = load_tokenizer(str(directory))
     data = DataSection(source="jsonl:-", template=template)
     prompt = render(Example(id=0, prompt=prompt_text, answer=""), data, tokenizer)
-    params = hugging_face.load_params(
-        directory, model.config, layout, model.execution.param_dtype
-    )
+    params = hugging_face.load_params(directory, model.config, layout, model.execution.param_dtype)
     shown = [0] * samples
     chunks = generate_chunks(
         params,

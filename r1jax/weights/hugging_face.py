@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from r1jax.models.config import ModelConfig
-from r1jax.models.parameters import ParamSpec, Params, abstract_params, declare, is_spec
+from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, is_spec
 from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def _write_weights(
     if len(shards) == 1:
         (directory / "part-0").rename(directory / _SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"part-{index}").rename(directory / file)
