@@ -43,19 +43,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-MODELS = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=False)
-    ),
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
 }
+MODELS = [f"{family} {tied}" for family in FAMILIES for tied in ("tied", "untied")]
 
 
 def make(kind: str, directory: Path) -> torch.nn.Module:
     """A random model on disk, norms and biases moved away from their defaults."""
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    family, tied = kind.split()
+    build, config, options = FAMILIES[family]
+    model = build(config(**SIZES, **options, tie_word_embeddings=tied == "tied")).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -110,7 +111,7 @@ def test_logits_and_round_trip_agree_with_transformers(kind: str, tmp_path: Path
 
 
 def test_bfloat16_round_trip_is_exact(tmp_path: Path) -> None:
-    make("qwen2", tmp_path / "f32")
+    make("qwen2 tied", tmp_path / "f32")
     config = ModelConfig.from_hugging_face(read_config(tmp_path / "f32"))
     params = load_params(tmp_path / "f32", config, single_device(), jnp.bfloat16)
     export(tmp_path / "bf16", params, config)
@@ -121,7 +122,7 @@ def test_bfloat16_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_bad_tensors_are_all_named(tmp_path: Path) -> None:
-    make("llama", tmp_path)
+    make("llama untied", tmp_path)
     config = ModelConfig.from_hugging_face(read_config(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["stranger"] = tensors.pop("model.norm.weight")
@@ -136,7 +137,7 @@ def test_bad_tensors_are_all_named(tmp_path: Path) -> None:
 
 
 def test_unsupported_configs_are_refused(tmp_path: Path) -> None:
-    make("qwen2", tmp_path)
+    make("qwen2 tied", tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(ValueError, match="model_type = 'gpt2'"):
         ModelConfig.from_hugging_face({**raw, "model_type": "gpt2"})

@@ -6,8 +6,11 @@ What is read and written derives from `r1jax.models.declare`; there is no list o
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
 
 from r1jax.models.config import ModelConfig
 from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, is_spec
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Some repositories hold the same weights a second time, in their authors' own format.
+_OTHER_FORMATS = ["*/*", "consolidated*"]
+_DTYPES: dict[str, DTypeLike] = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+_CODES = {jnp.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_COMPARED_ROWS = 4096
 # Buffers that some exporters store although they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
@@ -47,11 +55,16 @@ def resolve(path_or_name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(path_or_name, allow_patterns=_PATTERNS))
+        return Path(
+            snapshot_download(
+                path_or_name, allow_patterns=_PATTERNS, ignore_patterns=_OTHER_FORMATS
+            )
+        )
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise ValueError(
             f"model {path_or_name!r}: not a directory here, and not to be had from the hub "
-            f"({str(error).splitlines()[0]})"
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Check the name; without "
+            "a network, copy the model's directory to this machine and give its path"
         ) from error
 
 
@@ -60,8 +73,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json: is it a Hugging Face model directory?")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return _read_mapping(path)
 
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
@@ -69,37 +81,64 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
     path = Path(directory) / "generation_config.json"
     if not path.is_file():
         return None
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return _read_mapping(path)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a mapping")
+    return content
 
 
 class Tensors:
-    """The tensors of a directory, by name; data is read when asked for, row range by row range."""
+    """The tensors of a directory, by name; data is read when asked for, box by box."""
 
     def __init__(self, directory: Path) -> None:
         index = directory / _INDEX
         if index.is_file():
-            names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+            names: Mapping[str, str] = _read_mapping(index).get("weight_map", {})
             files = sorted(set(names.values()))
             lost = [file for file in files if not (directory / file).is_file()]
             if lost:
-                raise ValueError(f"{directory} lacks {', '.join(lost)}, which {_INDEX} lists")
+                raise ValueError(
+                    f"{directory} lacks {', '.join(lost)}, which {_INDEX} lists; copy or download "
+                    "the missing files"
+                )
         elif (directory / _SINGLE).is_file():
             files = [_SINGLE]
         else:
-            raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
-        self._handles = [safe_open(directory / file, framework="numpy") for file in files]
-        self._of = {name: handle for handle in self._handles for name in handle.keys()}
+            others = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pth"})
+            raise ValueError(
+                f"{directory} has neither {_SINGLE} nor {_INDEX}"
+                + (f", only {', '.join(others[:3])}" if others else "")
+                + "; write safetensors with save_pretrained of transformers"
+            )
+        self._slices: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(directory / file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{directory / file} is not a whole safetensors file ({error}); copy or "
+                    "download it again"
+                ) from error
+            self._slices |= {name: handle.get_slice(name) for name in handle.keys()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, from the files' headers."""
-        return {
-            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._of.items()
-        }
+        return {name: tuple(part.get_shape()) for name, part in self._slices.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """tensor[start:stop]."""
-        part: np.ndarray = self._of[name].get_slice(name)[start:stop]
+    def dtypes(self) -> dict[str, str]:
+        """Name -> the format's name of the dtype (`BF16`), from the files' headers."""
+        return {name: str(part.get_dtype()) for name, part in self._slices.items()}
+
+    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+        """tensor[box]; only that is copied out of the (memory-mapped) file."""
+        part: np.ndarray = self._slices[name][box]
         return part
 
 
@@ -110,7 +149,8 @@ def stored_names(spec: ParamSpec) -> list[str]:
     return [spec.stored.name.format(layer=layer) for layer in range(spec.shape[0])]
 
 
-def _check(found: Mapping[str, tuple[int, ...]], model: ModelConfig, directory: Path) -> None:
+def _check(tensors: Tensors, model: ModelConfig, directory: Path) -> None:
+    found, dtypes = tensors.shapes(), tensors.dtypes()
     specs = jax.tree.leaves(declare(model), is_leaf=is_spec)
     expected = {name: spec.stored.file_shape for spec in specs for name in stored_names(spec)}
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
@@ -123,9 +163,19 @@ def _check(found: Mapping[str, tuple[int, ...]], model: ModelConfig, directory: 
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    unread = [
+        f"{name} is {dtypes[name]}"
+        for name in expected
+        if name in dtypes and dtypes[name] not in _DTYPES
+    ]
     problems = [
         f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for what, names in (("missing", missing), ("not known", extra), ("misshapen", wrong))
+        for what, names in (
+            ("missing", missing),
+            ("not known", extra),
+            ("misshapen", wrong),
+            (f"of a dtype other than {', '.join(_DTYPES)}", unread),
+        )
         if names
     ]
     if problems:
@@ -134,6 +184,27 @@ def _check(found: Mapping[str, tuple[int, ...]], model: ModelConfig, directory: 
             f"describes; {'; '.join(problems)}. Check that config.json and the weights belong "
             "together"
         )
+    # A tied checkpoint may hold a copy of the embedding; an output matrix of its own means that
+    # the weights are not tied, and transformers would use it.
+    output = "lm_head.weight"
+    if (
+        model.tie_word_embeddings
+        and output in found
+        and not _equal(tensors, output, "model.embed_tokens.weight")
+    ):
+        raise ValueError(
+            f"{directory}: config.json says tie_word_embeddings = true, but {output} differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false there"
+        )
+
+
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    shapes = tensors.shapes()
+    rows = shapes[a][0]
+    spans = (slice(at, min(at + _COMPARED_ROWS, rows)) for at in range(0, rows, _COMPARED_ROWS))
+    return shapes[a] == shapes[b] and all(
+        np.array_equal(tensors.read(a, (span,)), tensors.read(b, (span,))) for span in spans
+    )
 
 
 def load_params(
@@ -149,27 +220,31 @@ def load_params(
     """
     directory = resolve(str(path))
     tensors = Tensors(directory)
-    _check(tensors.shapes(), model, directory)
+    _check(tensors, model, directory)
     abstract = abstract_params(model, layout, dtype)
 
     def load(spec: ParamSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
         names = stored_names(spec)
         if not spec.per_layer:
             return _read(tensors, names[0], spec, spec.shape, dtype, target.sharding)
-        axes, shape = spec.axes[1:], spec.shape[1:]
-        sharding = layout.sharding(axes)
-        stack = jax.jit(lambda: jnp.zeros(spec.shape, dtype), out_shardings=target.sharding)()
-        put = jax.jit(_put_layer, donate_argnums=0, out_shardings=target.sharding)
+        shape, sharding = spec.shape[1:], layout.sharding(spec.axes[1:])
+        stack = jnp.zeros(spec.shape, dtype, device=target.sharding)
         for layer, name in enumerate(names):
             value = _read(tensors, name, spec, shape, dtype, sharding)
-            stack = put(stack, value, jnp.int32(layer))
+            # Waiting keeps the host from reading ahead of the transfers.
+            stack = _put_layer(stack, value, np.int32(layer), target.sharding)
+            stack = jax.block_until_ready(stack)
         return stack
 
     return jax.tree.map(load, declare(model), abstract, is_leaf=is_spec)
 
 
-def _put_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put_layer(
+    stack: jax.Array, value: jax.Array, layer: jax.Array, sharding: NamedSharding
+) -> jax.Array:
+    stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+    return jax.lax.with_sharding_constraint(stack, sharding)
 
 
 def _read(
@@ -180,21 +255,54 @@ def _read(
     dtype: DTypeLike,
     sharding: NamedSharding,
 ) -> jax.Array:
-    stored = spec.stored
-    rows_per_entry = stored.file_shape[0] // stored.shape[0]
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         wanted = index or tuple(slice(None) for _ in shape)
-        # The slice of our dimension j is one of the stored tensor's dimension order[j].
-        split = [slice(None)] * len(shape)
-        for ours, theirs in enumerate(stored.order):
-            split[theirs] = wanted[ours]
-        start, stop, _ = split[0].indices(stored.shape[0])
-        rows = tensors.rows(name, start * rows_per_entry, stop * rows_per_entry)
-        block = rows.reshape(stop - start, *stored.shape[1:])[(slice(None), *split[1:])]
-        return np.ascontiguousarray(block.transpose(stored.order)).astype(dtype)
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(wanted, shape, strict=True))
+        if bounds not in shards:  # devices with the same shard share one copy on the host
+            shards[bounds] = _read_part(tensors, name, spec, bounds, dtype)
+        return shards[bounds]
 
     return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read_part(
+    tensors: Tensors,
+    name: str,
+    spec: ParamSpec,
+    bounds: tuple[tuple[int, int], ...],
+    dtype: DTypeLike,
+) -> np.ndarray:
+    """The part `bounds` of a weight, [start, stop) by dimension.
+
+    A file merges dimensions ([heads * head_dim, hidden]), in which a range of heads is a range of
+    rows; dimensions within a merged one are read whole and cut afterwards.
+    """
+    stored = spec.stored
+    split = [(0, 0)] * len(bounds)
+    for ours, theirs in enumerate(stored.order):  # our dimension j is the file's order[j]
+        split[theirs] = bounds[ours]
+    box, sizes, cut = [], [], []
+    for group in _merged(stored.shape, stored.file_shape):
+        start, stop = split[group[0]]
+        inner = [stored.shape[i] for i in group[1:]]
+        box.append(slice(start * math.prod(inner), stop * math.prod(inner)))
+        sizes += [stop - start, *inner]
+        cut += [slice(None), *(slice(*split[i]) for i in group[1:])]
+    block = tensors.read(name, tuple(box)).reshape(sizes)[tuple(cut)]
+    return np.ascontiguousarray(block.transpose(stored.order), dtype)
+
+
+def _merged(split: tuple[int, ...], file_shape: tuple[int, ...]) -> Iterator[list[int]]:
+    """For each dimension of the file, those of `split` that it merges."""
+    position = 0
+    for size in file_shape:
+        group = [position]
+        while math.prod(split[i] for i in group) != size:
+            group.append(group[-1] + 1)
+        position = group[-1] + 1
+        yield group
 
 
 def export(
@@ -207,90 +315,174 @@ def export(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
-    """Write a directory that transformers loads; an existing one is replaced in one step.
+    """Write a directory that transformers loads; an earlier model there is replaced when complete.
+
+    Every process of a `jax.distributed` run calls this; process 0 writes.
 
     Args:
-      directory: made under another name and renamed when complete.
+      directory: written under a temporary name beside it and renamed, so that a killed export
+        leaves nothing half-written under this name.
       params: the tree of `declare(model)`.
       tokenizer: saved beside the weights.
-      generation_config: content of `generation_config.json` (EOS ids).
+      generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
+        are the tokenizer's.
       dtype: of the stored weights; default: that of each array.
-      max_shard_bytes: size of a safetensors file, and so about the host memory used.
+      max_shard_bytes: most bytes of a safetensors file, unless one tensor is larger.
+
+    Raises:
+      ValueError: `directory` holds something else than a model, a weight is not as `model` says,
+        or a dtype is none that is stored.
     """
-    target = Path(directory)
+    target = Path(os.path.abspath(directory))
+    if target.exists() and not (target / "config.json").is_file() and os.listdir(target):
+        raise ValueError(
+            f"{target} exists and has no config.json: an export replaces a model, nothing else; "
+            "choose another directory"
+        )
+    tensors = _stored_tensors(params, model, dtype)
+    if jax.process_index() == 0:
+        _export_here(target, tensors, model, tokenizer, generation_config, max_shard_bytes)
+    else:
+        for tensor in tensors:
+            tensor.gather()  # this process's part in the collectives
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {target.name}")
+
+
+def _export_here(
+    target: Path,
+    tensors: list[_Tensor],
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: Mapping[str, Any] | None,
+    max_shard_bytes: int,
+) -> None:
     partial_dir = target.with_name(target.name + ".partial")
     shutil.rmtree(partial_dir, ignore_errors=True)
     partial_dir.mkdir(parents=True)
-    kind = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
+    kinds = {jnp.dtype(_DTYPES[tensor.code]).name for tensor in tensors}
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
     config = {**model.to_hugging_face(), "dtype": kind, "torch_dtype": kind}
     generation = dict(generation_config or {})
-    if "eos_token_id" in generation:
-        config["eos_token_id"] = generation["eos_token_id"]
-    for key in ("bos_token_id", "pad_token_id"):
-        value = generation.get(key, getattr(tokenizer, key, None))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = generation.get(key)
+        if value is None:
+            value = getattr(tokenizer, key, None)
         if value is not None:
-            config[key] = value
-            generation.setdefault(key, value)
+            config[key] = generation[key] = value
     _write_json(partial_dir / "config.json", config)
     if generation:
         _write_json(partial_dir / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial_dir))
-    _write_weights(partial_dir, _stored_tensors(params, model, dtype), max_shard_bytes)
-    shutil.rmtree(target, ignore_errors=True)
-    partial_dir.rename(target)
+    _write_weights(partial_dir, tensors, max_shard_bytes)
+    if target.exists():
+        # Moved aside first: removing takes longer than a rename and can fail half-way.
+        replaced = target.with_name(target.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        partial_dir.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        partial_dir.rename(target)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@partial(jax.jit, static_argnames=("dtype",))
-def _layer_of(stack: jax.Array, layer: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).astype(dtype)
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written; `gather` brings it to the host as the file holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    code: str
+    gather: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(_DTYPES[self.code]).itemsize
 
 
-def _stored_tensors(
-    params: Params, model: ModelConfig, dtype: DTypeLike | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    specs = jax.tree.leaves(declare(model), is_leaf=is_spec)
-    for spec, leaf in zip(specs, jax.tree.leaves(params), strict=True):
+@jax.jit
+def _layer_of(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+def _stored_tensors(params: Params, model: ModelConfig, dtype: DTypeLike | None) -> list[_Tensor]:
+    declared = jax.tree.leaves_with_path(declare(model), is_leaf=is_spec)
+    leaves = dict(jax.tree.leaves_with_path(params))
+    misfits = sorted(
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path in leaves.keys() ^ {path for path, _ in declared}
+    )
+    if misfits:
+        raise ValueError(f"params and the model config differ in {', '.join(misfits)}")
+    tensors = []
+    for path, spec in declared:
+        leaf = leaves[path]
+        kind = jnp.dtype(dtype or leaf.dtype)
         if leaf.shape != spec.shape:
             raise ValueError(f"{spec.stored.name}: shape {leaf.shape}, expected {spec.shape}")
-        kind = jnp.dtype(dtype or leaf.dtype)
-        inverse = np.argsort(spec.stored.order)
+        if kind not in _CODES:
+            raise ValueError(
+                f"{spec.stored.name}: {kind} is not stored; give a dtype of "
+                f"{', '.join(known.name for known in _CODES)}"
+            )
         for layer, name in enumerate(stored_names(spec)):
-            value = _layer_of(leaf, layer, kind) if spec.per_layer else leaf.astype(kind)
-            array = np.asarray(value).transpose(inverse).reshape(spec.stored.file_shape)
-            yield name, np.ascontiguousarray(array)
+            gather = partial(_gather, leaf, spec, layer if spec.per_layer else None, kind)
+            tensors.append(_Tensor(name, spec.stored.file_shape, _CODES[kind], gather))
+    return tensors
 
 
-def _write_weights(
-    directory: Path, tensors: Iterator[tuple[str, np.ndarray]], max_shard_bytes: int
-) -> None:
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    total = 0
+def _gather(leaf: jax.Array, spec: ParamSpec, layer: int | None, kind: np.dtype) -> np.ndarray:
+    value = leaf if layer is None else _layer_of(leaf, np.int32(layer))
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        assert isinstance(value.sharding, NamedSharding)
+        everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
+        value = jax.jit(lambda x: x, out_shardings=everywhere)(value)
+    inverse = np.argsort(spec.stored.order)
+    array = np.asarray(value).transpose(inverse).reshape(spec.stored.file_shape)
+    return np.ascontiguousarray(array, kind)
 
-    def flush() -> None:
-        if held:
-            save_file(held, directory / f"part-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(held))
-            held.clear()
 
-    for name, array in tensors:
-        if held and sum(a.nbytes for a in held.values()) + array.nbytes > max_shard_bytes:
-            flush()
-        held[name] = array
-        total += array.nbytes
-    flush()
+def _write_weights(directory: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[_Tensor]] = [[]]
+    for tensor in tensors:
+        held = sum(other.nbytes for other in shards[-1])
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
     if len(shards) == 1:
-        (directory / "part-0").rename(directory / _SINGLE)
+        _write_safetensors(directory / _SINGLE, tensors)
         return
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):
+    for index, shard in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"part-{index}").rename(directory / file)
-        weight_map |= {name: file for name in names}
+        _write_safetensors(directory / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.nbytes for tensor in tensors)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(directory / _INDEX, content)
+
+
+def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
+    """Write one file tensor by tensor; the library's writer wants all of them in memory.
+
+    The format (huggingface.co/docs/safetensors): the header's length in 8 bytes, the JSON header
+    padded to a multiple of 8, then the data without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.code, "shape": tensor.shape, "data_offsets": offsets}
+        at += tensor.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            file.write(tensor.gather().view(np.uint8).data)
