@@ -1,0 +1,75 @@
+"""Run a config and die at a chosen point: `python killed_run.py POINT NUMBER CONFIG [key=value]`.
+
+POINT is `none`, or where the process ends itself at the NUMBER-th time it gets there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from r1jax.checkpoints import Checkpoints
+from r1jax.config.load import load_config
+from r1jax.metrics import Recorder
+from r1jax.stages import recipe
+from r1jax.weights import hugging_face
+
+
+def die_in(owner: Any, name: str, number: int, last_words: Callable[..., None]) -> None:
+    """Replace owner.name: its NUMBER-th call starts with `last_words(*arguments)`."""
+    original, calls = getattr(owner, name), [0]
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            last_words(*args)
+        return original(*args, **options)
+
+    setattr(owner, name, replaced)
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_once_half_written(checkpoints: Checkpoints, *_: Any) -> None:
+    def watch() -> None:
+        while not any(path.is_file() for path in _partial(checkpoints.directory)):
+            pass
+        kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _partial(directory: Path) -> list[Path]:
+    found: list[Path] = []
+    for folder in directory.glob("*tmp*"):
+        try:
+            found.extend(folder.rglob("*"))
+        except OSError:
+            continue  # renamed or removed while we looked
+    return found
+
+
+def main() -> int:
+    point, number = sys.argv[1], int(sys.argv[2])
+    if point == "log":
+        die_in(Recorder, "log", number, kill)
+    elif point == "samples":
+        die_in(Recorder, "log_samples", number, kill)
+    elif point == "save":
+        die_in(Checkpoints, "save", number, kill_once_half_written)
+    elif point == "export":
+        die_in(hugging_face, "_write_weights", number, kill)
+    elif point == "sigterm":
+        die_in(Recorder, "log", number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    return recipe.run(load_config(sys.argv[3], sys.argv[4:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
