@@ -155,6 +155,10 @@ class Context:
     def status(self, name: str) -> str | None:
         return self.record["stages"].get(name, {}).get("status")
 
+    def seconds(self, name: str) -> dict[str, float]:
+        """Seconds by phase that a stage has taken so far."""
+        return dict(self.record["stages"].get(name, {}).get("seconds", {}))
+
     @contextmanager
     def stopping_on_sigterm(self) -> Iterator[None]:
         """SIGTERM asks the train loop to save and leave at the next step boundary."""

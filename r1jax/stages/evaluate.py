@@ -28,7 +28,7 @@ def run_evaluate(stage: EvaluateStage, context: Context, directory: Path, params
             )
         examples = examples[: stage.problems]
     prompts, report = encode_prompts(examples, section, context.tokenizer)
-    clock = Clock(context.record["stages"].get(stage.name, {}).get("seconds"))
+    clock = Clock(context.seconds(stage.name))
     rewards = context.config.rewards or {"accuracy": RewardSection()}
     directory.mkdir(parents=True, exist_ok=True)
     with (

@@ -53,7 +53,7 @@ def run(config: RunConfig) -> int:
                 if params is None:
                     params = starting_weights(context, index)
                 directory.mkdir(parents=True, exist_ok=True)
-                context.mark(stage.name, stage.kind, "running", {})
+                context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))
                 if isinstance(stage, PretrainStage):
                     params = run_pretrain(stage, context, directory, params)
                 elif isinstance(stage, GRPOStage):

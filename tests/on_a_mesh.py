@@ -1,0 +1,75 @@
+"""Samples, log-probs and two GRPO updates on a mesh given as JSON; prints them as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.config.schema import OptimizerSection
+from r1jax.grpo import GRPOBatch, GRPOConfig, make_grpo_step
+from r1jax.models import Decoder, Execution, ModelConfig, abstract_params, init_params, token_scores
+from r1jax.sampler import Prompts, generate
+from r1jax.sharding import make_layout
+from r1jax.stages.optimizer import (
+    abstract_train_state,
+    create_train_state,
+    make_optimizer,
+    shardings_of,
+)
+
+CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4)
+
+
+def main(axes: dict[str, int], scan: bool) -> dict[str, object]:
+    count = int(np.prod(list(axes.values())))
+    layout = make_layout(axes, devices=jax.devices()[:count])
+    execution = Execution(compute_dtype=jnp.float32, scan_layers=scan, log_prob_chunk=4)
+    model = Decoder(CONFIG, execution, layout)
+    params = init_params(jax.random.key(0), CONFIG, layout)
+
+    def put(x: np.ndarray) -> jax.Array:
+        axes = ("batch", *(None,) * (x.ndim - 1))
+        return jax.device_put(x, layout.sharding(axes, shape=x.shape))
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (4, 8)).astype(np.int32)
+    prompts = Prompts(put(tokens), put(np.full(4, 8, np.int32)), put(np.arange(4, dtype=np.uint32)))
+    samples = generate(params, prompts, model, samples=2, max_new_tokens=6, seed=1)
+    rows = np.concatenate([np.repeat(tokens, 2, 0), np.asarray(samples.tokens).reshape(8, 6)], 1)
+    positions = np.broadcast_to(np.arange(14, dtype=np.int32), rows.shape)
+    inputs = {"tokens": rows, "positions": positions, "segment_ids": np.ones_like(rows)}
+    batch = GRPOBatch(
+        inputs, (positions >= 8).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    )
+    batch = jax.tree.map(put, batch)
+    optimizer = make_optimizer(OptimizerSection(learning_rate=1e-3), 10)
+    abstract = abstract_train_state(abstract_params(CONFIG, layout, jnp.float32), optimizer, layout)
+    step = make_grpo_step(
+        lambda p, b: token_scores(p, **b.inputs, model=model),
+        optimizer,
+        GRPOConfig(kl_coefficient=0.0),
+        micro_batches=2,
+    )
+    update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
+    state = create_train_state(params, optimizer, abstract)
+    norms = []
+    for _ in range(2):
+        state, metrics = update(state, batch)
+        norms.append(float(metrics["optimizer/grad_norm"]))
+    return {
+        "devices": count,
+        "tokens": np.asarray(samples.tokens).tolist(),
+        "log_probs": np.asarray(samples.policy_log_probs).tolist(),
+        "grad_norms": norms,
+        "weights": np.asarray(state.params["layers"]["q"]).ravel().tolist(),
+        "compilations": update._cache_size(),
+        "split": len({str(s.index) for s in state.params["layers"]["gate"].addressable_shards}),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))
