@@ -55,6 +55,16 @@ def test_saved_and_loaded_by_transformers_with_identical_ids(characters, tmp_pat
     assert not begins_with_bos(ours) and ours.unk_token_id is None
 
 
+def test_a_qwen2_directory_keeps_its_own_tokenizer(characters, tmp_path: Path) -> None:
+    """transformers' AutoTokenizer puts Qwen2's pre-tokenizer in its place, and loses the spaces."""
+    save_tokenizer(characters, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 20}))
+    ours = load_tokenizer(str(tmp_path))
+    assert encode_texts([TEXT], ours) == encode_texts([TEXT], characters)
+    assert ours.decode(encode_texts([TEXT], ours)[0]) == TEXT
+    assert len(ours) == len(characters)
+
+
 def test_a_foreign_character_is_an_error_that_names_it(characters) -> None:
     with pytest.raises(ValueError, match=r"'1\+x='.*no token for 'x'"):
         encode_texts(["1+1=", "1+x="], characters)

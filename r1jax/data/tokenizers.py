@@ -31,13 +31,19 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             )
         return _character_tokenizer(TASKS[name].alphabet)
     # Imported here because transformers takes seconds, and this package must stay light.
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = Path(name_or_path).expanduser()
     source = str(path) if path.is_dir() else name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        if path.is_dir() and (path / "tokenizer.json").is_file():
+            # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
+            # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
+            # tokenizer (DeepSeek-R1's distills, our demo) would get other ids, silently.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
         declared = get_tokenizer_config(source)
     except (OSError, ValueError) as error:
         raise ValueError(

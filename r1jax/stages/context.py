@@ -78,7 +78,10 @@ class Context:
         """Everything that can be refused is refused here: model, mesh, tokenizer, vocabulary."""
         layout = make_layout(config.mesh.axes, config.mesh.rules)
         model, generation = build_decoder(config.model, layout)
-        tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+        named = config.model.tokenizer
+        if named is None:  # the directory, not the hub name: its tokenizer.json is read as it is
+            named = str(hugging_face.resolve(str(config.model.path)))
+        tokenizer = load_tokenizer(named)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"model vocab_size = {model.config.vocab_size} is smaller than the tokenizer's "
