@@ -131,6 +131,13 @@ class SamplingSection(Section):
     stop: list[str] = Field(default_factory=list)
 
 
+class EvaluationSampling(SamplingSection):
+    """The paper's evaluation protocol, unless said otherwise: temperature 0.6, top-p 0.95."""
+
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
 class LengthChange(Section):
     """From optimizer step `step` on, completions may have `tokens` tokens."""
 
@@ -236,8 +243,7 @@ class EvaluateStage(StageBase):
     samples_per_problem: int = Field(16, ge=1)
     problems_per_batch: int = Field(32, ge=1)
     max_new_tokens: int = Field(1024, ge=1)
-    # The paper's protocol, recipe section "results and protocol".
-    sampling: SamplingSection = SamplingSection(temperature=0.6, top_p=0.95)
+    sampling: EvaluationSampling = EvaluationSampling()
 
 
 Stage = Annotated[PretrainStage | GRPOStage | EvaluateStage, Field(discriminator="kind")]
