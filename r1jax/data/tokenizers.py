@@ -53,7 +53,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if declared.get("add_bos_token") and not begins_with_bos(tokenizer):
         # transformers 5 drops this flag when there is a tokenizer.json. DeepSeek-R1's has no step
         # that adds BOS, yet its models never saw a text without one.
-        tokenizer.add_bos_token = True  # type: ignore[misc]  # mypy misses the setter.
+        tokenizer.add_bos_token = True
     return tokenizer
 
 
