@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, packaged_configs, parse_config
+from r1jax.stages.context import RunError
 
 CONFIG = """\
 name: small
@@ -151,7 +152,7 @@ def test_errors_with_a_reason_are_messages(
 def test_a_run_that_gives_up_exits_with_its_advice(
     config: Path, recipe: Any, replace: Replace
 ) -> None:
-    replace(recipe, "run", side_effect=recipe.RunError("5 non-finite steps: lower the rate"))
+    replace(recipe, "run", side_effect=RunError("5 non-finite steps: lower the rate"))
     result = invoke("run", config)
     assert (result.exit_code, result.stderr) == (1, "5 non-finite steps: lower the rate\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -190,8 +189,3 @@ class Execution:
     remat: Literal["none", "dots", "full"] = "full"
     scan_layers: bool = True
     log_prob_chunk: int = 256
-
-
-def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Number of weights in a flat mapping of name -> shape."""
-    return sum(math.prod(shape) for shape in shapes.values())

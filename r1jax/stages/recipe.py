@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from r1jax.config.schema import EvaluateStage, GRPOStage, PretrainStage, RunConfig
-from r1jax.data import encode_prompts, load_examples
+from r1jax.data import load_examples
 from r1jax.data.templates import check_template
 from r1jax.evaluation.results import write_results
 from r1jax.models import abstract_params, declare, init_params
 from r1jax.models.parameters import is_spec
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
-from r1jax.stages.context import Context, Preempted, RunError
+from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
 from r1jax.stages.pretrain import run_pretrain
@@ -116,8 +117,6 @@ def starting_weights(context: Context, index: int) -> Any:
 
 def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Path:
     """Copy the Hugging Face directory of a stage (default: the last that has one)."""
-    import shutil
-
     found = sorted(Path(run_dir).glob("stages/*/model"))
     if stage is not None:
         found = [path for path in found if path.parent.name.split("-", 1)[1] == stage]
@@ -221,16 +220,3 @@ def _training_memory(stages: Sequence[Any], context: Context, own: int) -> list[
         rows.append({"what": f"{stage.name}: activations", "bytes": activations // shards})
         rows.append({"what": f"{stage.name}: a chunk of logits", "bytes": chunk // shards})
     return rows
-
-
-__all__ = [
-    "EXIT_PREEMPTED",
-    "RunError",
-    "check",
-    "describe",
-    "encode_prompts",
-    "evaluation_config",
-    "export_run",
-    "run",
-    "starting_weights",
-]
