@@ -147,12 +147,17 @@ class LengthChange(Section):
 
 class StageBase(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
+
+
+class TrainStage(StageBase):
+    """What every train loop has: checkpoints, and a limit to updates that were skipped."""
+
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
     keep_checkpoints: int = Field(2, ge=1)
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
 
 
-class PretrainStage(StageBase):
+class PretrainStage(TrainStage):
     """Next-token prediction on packed rows of a dataset's `text`."""
 
     kind: Literal["pretrain"] = "pretrain"
@@ -174,7 +179,7 @@ class PretrainStage(StageBase):
         return self
 
 
-class GRPOStage(StageBase):
+class GRPOStage(TrainStage):
     """Reinforcement learning with group-relative advantages.
 
     A step is one policy update. A rollout phase samples `questions_per_step *
