@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from r1jax.data.tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizers import Encoding, Tokenizer
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 CHARACTERS = "characters:"
 PAD, EOS = "<pad>", "<eos>"
@@ -40,7 +42,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if path.is_dir() and (path / "tokenizer.json").is_file():
             # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
             # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
-            # tokenizer (DeepSeek-R1's distills, our demo) would get other ids, silently.
+            # tokenizer (DeepSeek-R1's distills) would get other ids, silently.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -63,18 +65,35 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) ->
 
 
 def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
-    """One token per character, one per tag; ids: pad, eos, tags, then the alphabet in order."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    """One token per character, one per tag; ids: pad, eos, tags, then the alphabet in order.
+
+    A byte-level BPE without merges: AutoTokenizer of transformers 5 takes any Qwen2 directory for
+    a byte-level BPE with Qwen2's pre-tokenizer. Wherever a pre-tokenizer cuts, the bytes between
+    the cuts stay single tokens, so the ids are the same with every family's.
+
+    Raises:
+        ValueError: a character occurs twice, or is not ASCII (and so more than one byte).
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if len(set(alphabet)) != len(alphabet):
         raise ValueError(f"alphabet {alphabet!r} has a character twice")
-    vocabulary = {token: i for i, token in enumerate((PAD, EOS, *TAGS, *alphabet))}
+    if not alphabet.isascii():
+        wide = "".join(character for character in alphabet if not character.isascii())
+        raise ValueError(
+            f"alphabet {alphabet!r}: {wide!r} would be several tokens per character, as its tokens "
+            "are bytes; use ASCII characters"
+        )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # The vocabulary holds printable symbols of bytes: a space is "\u0120".
+    symbols = [byte_level.pre_tokenize_str(character)[0][0] for character in alphabet]
+    vocabulary = {token: i for i, token in enumerate((PAD, EOS, *TAGS, *symbols))}
     # No unknown token on purpose: a character outside the alphabet is an error where it is
     # encoded (`encode_texts`), not a hole that the model learns to live with.
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=""))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
+    core = Tokenizer(models.BPE(vocabulary, merges=[]))
+    core.pre_tokenizer = byte_level
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens([PAD, EOS])
     # The tags are ordinary tokens: a special token would vanish from decoded completions, and
     # with it what the format reward looks for.
@@ -83,6 +102,9 @@ def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=EOS,
+        # Said although it is the default: what is not in the saved files gets the default of the
+        # model's family, and Qwen2's is a token more than the model has.
+        unk_token=None,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
@@ -97,25 +119,27 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     if not texts:
         return []
     try:
-        return _encode(texts, tokenizer)
+        encoded = _encode(texts, tokenizer)
     except Exception as batch_error:  # The Rust side raises bare Exception.
         for text in texts:
             try:
                 _encode([text], tokenizer)
             except Exception as error:
                 single = {character for character in text if character in tokenizer.get_vocab()}
-                foreign = sorted(set(text) - single)
-                raise ValueError(
-                    f"the tokenizer cannot encode {text[:80]!r}: {error}; it has no token for "
-                    f"{''.join(foreign)[:40]!r}. Use another tokenizer or template."
-                ) from error
+                raise _no_token(text, set(text) - single, f" ({error})") from error
         raise ValueError(
             f"the tokenizer failed on a batch of texts: {batch_error}"
         ) from batch_error
+    if symbols := _symbols_without_token(tokenizer):
+        for text, encoding in zip(texts, encoded.encodings or (), strict=True):
+            if dropped := _dropped(text, encoding, tokenizer.backend_tokenizer, symbols):
+                raise _no_token(text, dropped)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
-def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    return tokenizer(
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,
@@ -123,8 +147,71 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[li
         # A long text is no error here: whoever encodes it decides what too long means.
         verbose=False,
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+
+
+def _no_token(text: str, characters: set[str], detail: str = "") -> ValueError:
+    return ValueError(
+        f"the tokenizer cannot encode {text[:80]!r}: it has no token for "
+        f"{''.join(sorted(characters))[:40]!r}{detail}. Use another tokenizer or template."
+    )
+
+
+_without_token: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[str]] = WeakKeyDictionary()
+
+
+def _symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The byte symbols that a byte-level BPE drops without a word, for want of a token.
+
+    Found once per tokenizer. Empty for those of released models, which know all 256 bytes.
+    """
+    if tokenizer not in _without_token:
+        _without_token[tokenizer] = _find_symbols_without_token(tokenizer)
+    return _without_token[tokenizer]
+
+
+def _find_symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    from tokenizers import models, pre_tokenizers
+
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    # Other models, and a BPE that has an unknown token, drop nothing.
+    if core is None or not isinstance(core.model, models.BPE) or core.model.unk_token is not None:
+        return frozenset()
+    probe = "加"
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if not _symbols(probe, core).issuperset(byte_level.pre_tokenize_str(probe)[0][0]):
+        return frozenset()
+    model = core.model
+    return frozenset(symbol for symbol in byte_level.alphabet() if not model.tokenize(symbol))
+
+
+def _symbols(text: str, core: Tokenizer) -> set[str]:
+    """What the tokenizer's model is given of `text`, as single characters."""
+    if core.normalizer is not None:
+        text = core.normalizer.normalize_str(text)
+    if core.pre_tokenizer is None:
+        return set(text)
+    return {symbol for piece, _ in core.pre_tokenizer.pre_tokenize_str(text) for symbol in piece}
+
+
+def _dropped(
+    text: str, encoding: Encoding, core: Tokenizer, without_token: frozenset[str]
+) -> set[str]:
+    """The characters of `text` that have a byte without a token.
+
+    Those within an added token, such as the letters of `<think>`, need no token of their own.
+    """
+    added = core.get_added_tokens_decoder()
+    parts, at = [], 0
+    for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in added:
+            parts.append(text[at:start])
+            at = stop
+    parts.append(text[at:])
+    lossy = [part for part in parts if not without_token.isdisjoint(_symbols(part, core))]
+    characters = {character for part in lossy for character in part}
+    named = {c for c in characters if not without_token.isdisjoint(_symbols(c, core))}
+    # A normalizer may join characters to one that is missing: then no single one is to blame.
+    return named or characters
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
