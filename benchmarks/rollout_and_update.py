@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,40 +21,62 @@ import optax
 from r1jax.grpo import GRPOBatch, GRPOConfig, group_advantages, init_train_state, make_grpo_step
 from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
 from r1jax.sampler import Prompts, generate
-from r1jax.sharding import single_device
+from r1jax.sharding import make_layout, split_cpu
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 32, 64
+MICRO_BATCHES = 8  # their activations fit into a CPU's caches
 
 
 def main() -> None:
+    split_cpu("cores")
     config = ModelConfig(
         "qwen3", 512, 128, 512, 4, 4, 2, 32, rope_theta=10_000.0, tie_word_embeddings=True
     )
     execution = Execution(
         compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=32
     )
-    model = Decoder(config, execution, single_device())
+    model = Decoder(config, execution, make_layout({"data": -1}))
     params = init_params(jax.random.key(0), config, model.layout)
     optimizer = optax.adamw(1e-4)
     state = init_train_state(params, optimizer)
     rng = np.random.default_rng(0)
-    prompts = Prompts(
-        jnp.asarray(rng.integers(3, 512, (PROMPTS, PROMPT_TOKENS)), jnp.int32),
-        jnp.full((PROMPTS,), PROMPT_TOKENS, jnp.int32),
-        jnp.arange(PROMPTS, dtype=jnp.uint32),
-    )
     rows, length = PROMPTS * SAMPLES, PROMPT_TOKENS + NEW_TOKENS
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    segments = jnp.ones((rows, length), jnp.int32)
-    mask = (positions >= PROMPT_TOKENS).astype(jnp.float32)
+    over_rows = model.layout.sharding(("batch", "time"))
 
-    def log_prob_fn(params: dict, batch: GRPOBatch):  # type: ignore[no-untyped-def,type-arg]
-        return token_scores(params, batch.inputs, positions, segments, model)
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, model.layout.sharding(("batch", "time")[: array.ndim]))
 
-    step = jax.jit(
-        make_grpo_step(log_prob_fn, optimizer, GRPOConfig(kl_coefficient=0.04)), donate_argnums=0
+    prompts = Prompts(
+        place(rng.integers(3, 512, (PROMPTS, PROMPT_TOKENS)).astype(np.int32)),
+        place(np.full(PROMPTS, PROMPT_TOKENS, np.int32)),
+        place(np.arange(PROMPTS, dtype=np.uint32)),
     )
-    reference = jax.jit(lambda p, t: token_scores(p, t, positions, segments, model).log_probs)
+    steps = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    positions, segments = place(steps), place(np.ones((rows, length), np.int32))
+    mask = place((steps >= PROMPT_TOKENS).astype(np.float32))
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
+        return token_scores(params, *batch.inputs, model)
+
+    @jax.jit
+    def reference(params: Any, inputs: Any) -> jax.Array:
+        parts = jax.tree.map(lambda x: x.reshape(-1, MICRO_BATCHES, length).swapaxes(0, 1), inputs)
+        scored = jax.lax.map(lambda part: token_scores(params, *part, model).log_probs, parts)
+        return scored.swapaxes(0, 1).reshape(rows, length)
+
+    @jax.jit
+    def join(prompts: Prompts, out: Any) -> tuple[jax.Array, jax.Array]:
+        tokens = jnp.repeat(prompts.tokens, SAMPLES, 0), out.tokens.reshape(rows, -1)
+        drawn = jnp.pad(out.sampling_log_probs.reshape(rows, -1), ((0, 0), (PROMPT_TOKENS, 0)))
+        return jax.lax.with_sharding_constraint(
+            (jnp.concatenate(tokens, axis=1), drawn), (over_rows, over_rows)
+        )
+
+    objective = GRPOConfig(kl_coefficient=0.04)
+    step = jax.jit(
+        make_grpo_step(log_prob_fn, optimizer, objective, micro_batches=MICRO_BATCHES),
+        donate_argnums=0,
+    )
     rollout = partial(generate, samples=SAMPLES, max_new_tokens=NEW_TOKENS, seed=0)
     reference_params = jax.tree.map(jnp.copy, params)
 
@@ -63,15 +86,13 @@ def main() -> None:
         completions = np.asarray(out.tokens)
         sampled = time.perf_counter()
         rewards = (completions.sum(-1) % 7).astype(np.float32)
-        tokens = jnp.concatenate(
-            [jnp.repeat(prompts.tokens, SAMPLES, 0), out.tokens.reshape(rows, -1)], axis=1
-        )
-        drawn = jnp.pad(out.sampling_log_probs.reshape(rows, -1), ((0, 0), (PROMPT_TOKENS, 0)))
+        tokens, drawn = join(prompts, out)
+        inputs = (tokens, positions, segments)
         batch = GRPOBatch(
-            inputs=tokens,
+            inputs=inputs,
             mask=mask,
-            advantages=group_advantages(jnp.asarray(rewards)).values.reshape(-1),
-            reference_log_probs=reference(reference_params, tokens),
+            advantages=place(np.asarray(group_advantages(jnp.asarray(rewards)).values).ravel()),
+            reference_log_probs=reference(reference_params, inputs),
             sampler_log_probs=drawn,
         )
         jax.block_until_ready(batch)

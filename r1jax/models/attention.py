@@ -94,16 +94,27 @@ def _attend_block(
     offset: jax.Array,
 ) -> jax.Array:
     batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    kv_heads, keys = k.shape[2], k.shape[1]
+    # The query heads of one key head are more rows of the same matrix: [b, h, g * q, d] x [b, h, k,
+    # d] is half the matrices, twice as high, of a product for every query head.
+    q = (q / math.sqrt(head_dim)).astype(q.dtype)
+    q = q.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum("bhnd,bkhd->bhnk", q, k, preferred_element_type=jnp.float32)
     steps = jnp.arange(queries, dtype=jnp.int32) + offset
-    causal = steps[:, None] >= jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    causal = steps[:, None] >= jnp.arange(keys, dtype=jnp.int32)[None, :]
     visible = causal & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
-    scores = jnp.where(visible[:, None, None], scores / math.sqrt(head_dim), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
-    return out.reshape(batch, queries, heads, head_dim)
+    # Added, not selected: the gradient then need not look at the mask again.
+    hidden = jnp.where(visible, 0.0, _MASKED)[:, None, None]
+    scores = scores.reshape(batch, kv_heads, -1, queries, keys) + hidden
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    # Dividing the sums by the total weight is less work than dividing every weight.
+    total = jnp.sum(weights, axis=-1)[..., None]
+    weights = weights.reshape(batch, kv_heads, -1, keys).astype(v.dtype)
+    out = jnp.einsum("bhnk,bkhd->bhnd", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, -1, queries, head_dim) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim).astype(v.dtype)
 
 
 def _per_shard(function: Any, layout: Layout) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,30 +38,44 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
+def project(x: jax.Array, weight: jax.Array, layout: Layout, *, inputs: int = 1) -> jax.Array:
+    """x [..., *in] times weight [*in, *out] -> [..., *out]; `inputs` counts the dimensions *in*.
+
+    Computed as one product of two plain matrices: in the backward pass of a product with several
+    leading dimensions, XLA's CPU backend transposes whole activations element by element, which
+    takes longer than the products themselves. Where time is split over devices the dimensions
+    stay apart, because merging two split ones would gather them.
+    """
+    if layout.shards("time") > 1:
+        return jnp.tensordot(x, weight, inputs)
+    rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
+    out = rows @ weight.reshape(rows.shape[1], -1)
+    return out.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
+
+
 def _layer(
     x: jax.Array,
     weights: Params,
     cos: jax.Array,
     sin: jax.Array,
-    config: ModelConfig,
+    model: Decoder,
     attend: Attend,
 ) -> tuple[jax.Array, Any]:
     """One pre-norm block on x [..., hidden]; `attend` decides what the queries see."""
+    config, layout = model.config, model.layout
     w = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
     y = rms_norm(x, w["attention_norm"], config.rms_norm_eps)
-    q = jnp.einsum("...d,dhk->...hk", y, w["q"])
-    k = jnp.einsum("...d,dhk->...hk", y, w["k"])
-    v = jnp.einsum("...d,dhk->...hk", y, w["v"])
+    q, k, v = (project(y, w[name], layout) for name in ("q", "k", "v"))
     if config.qkv_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if config.qk_norm:
         q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
     attended, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x = x + jnp.einsum("...hk,hkd->...d", attended, w["o"])
+    x = x + project(attended, w["o"], layout, inputs=2)
     y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    inner = jax.nn.silu(y @ w["gate"]) * (y @ w["up"])
-    return x + inner @ w["down"], kept
+    inner = jax.nn.silu(project(y, w["gate"], layout)) * project(y, w["up"], layout)
+    return x + project(inner, w["down"], layout), kept
 
 
 def unstack_layers(params: Params, model: Decoder) -> Params:
@@ -123,7 +138,7 @@ def _run_rows(
             kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
             return out, kept
 
-        x, kept = _layer(x, weights, cos, sin, config, attend)
+        x, kept = _layer(x, weights, cos, sin, model, attend)
         return layout.constrain(x, activation), kept
 
     body = _remat(body, execution.remat)
@@ -241,7 +256,7 @@ def decode(
                 kept,
             )
 
-        return _layer(x, weights, cos, sin, config, attend)
+        return _layer(x, weights, cos, sin, model, attend)
 
     if not model.execution.scan_layers:
         kept_layers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -28,14 +29,16 @@ def sample_keys(seed: Any, step: Any, prompt_ids: jax.Array, samples: jax.Array)
     """One key per (prompt, sample), a function of (seed, step, prompt id, sample index) alone.
 
     Args:
-      prompt_ids: uint32 [batch]. samples: int32 [samples], the samples' indices.
+      prompt_ids: uint32 [batch]. samples: int32 [batch, samples], the samples' indices.
 
     Returns:
       Typed keys [batch, samples]: sample i of a prompt is the same in any batch and on any mesh.
     """
     run = jax.random.fold_in(jax.random.key(seed), step)
     prompts = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompt_ids)
-    return jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(samples))(prompts)
+    return jax.vmap(lambda k, row: jax.vmap(lambda i: jax.random.fold_in(k, i))(row))(
+        prompts, samples
+    )
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -94,18 +97,57 @@ def draw(
       [batch, samples].
     """
     filtered = filter_logits(logits, sampling)
-
-    def noise(key: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:])
-
-    tokens = jnp.argmax(filtered + jax.vmap(jax.vmap(noise))(keys), axis=-1).astype(jnp.int32)
+    best = jnp.max(filtered, axis=-1, keepdims=True)
+    weights = jnp.exp(filtered - best)
+    tokens = _inverse_cdf(weights, _two_uniforms(keys, position))
     temperature = jnp.asarray(sampling.temperature)
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     if temperature.ndim:
         temperature = temperature[:, None, None]
+    scaled = logits / temperature
 
-    def log_prob(scores: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(scores, axis=-1)
+    def at_token(scores: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
 
-    return tokens, log_prob(logits / temperature), log_prob(filtered)
+    policy = at_token(scaled) - jax.nn.logsumexp(scaled, axis=-1)
+    drawn = at_token(filtered) - best[..., 0] - jnp.log(jnp.sum(weights, axis=-1))
+    return tokens, policy, drawn
+
+
+def _two_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
+    """Two numbers in [0, 1) for each key and position, float32 [..., 2]."""
+
+    def uniforms(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+    return jax.vmap(jax.vmap(uniforms))(keys)
+
+
+def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """An index with probability proportional to its weight, int32 [...].
+
+    The vocabulary is cut into blocks: one number picks a block by its sum, the other a token of
+    the block. That takes two numbers a token where Gumbel noise takes one per vocabulary entry,
+    sums few enough terms to stay exact in float32, and resolves probabilities down to 2^-46.
+
+    Args:
+      weights: float32 [..., vocab], not negative, some positive. 0 is never drawn.
+      uniforms: [..., 2] in [0, 1).
+    """
+    vocab = weights.shape[-1]
+    width = math.isqrt(vocab - 1) + 1
+    count = -(-vocab // width)
+    padding = [(0, 0)] * (weights.ndim - 1) + [(0, count * width - vocab)]
+    blocks = jnp.pad(weights, padding).reshape(*weights.shape[:-1], count, width)
+    block = _first_above(jnp.sum(blocks, axis=-1), uniforms[..., 0])
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * width + _first_above(inside, uniforms[..., 1])
+
+
+def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulated weight exceeds uniform * total; its weight is positive."""
+    ends = jnp.cumsum(weights, axis=-1)
+    total = ends[..., -1]
+    # The product may round up to the total, which no end exceeds.
+    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.sum(ends <= target[..., None], axis=-1, dtype=jnp.int32)
