@@ -6,9 +6,12 @@ table that maps those names to mesh axes. A new sharding is a new table.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -102,6 +105,32 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
 
+def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
+    """This process's rows [n, ...] as its part of an array that is split along the batch.
+
+    Raises:
+      ValueError: the rows of all processes do not divide by the mesh's split of the batch.
+    """
+    sharding = layout.sharding(("batch", *(None,) * (rows.ndim - 1)))
+    mine = set(jax.local_devices())
+    placed = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
+    parts = len({str(index) for device, index in placed.items() if device in mine})
+    if len(rows) % parts:
+        raise ValueError(
+            f"{len(rows)} rows do not divide by {parts}, the parts of the batch on this process; "
+            "change the number of rows or mesh.axes"
+        )
+    return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def to_process_rows(array: jax.Array) -> np.ndarray:
+    """The rows of an array split along the batch that this process's devices hold."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def make_layout(
     axes: Mapping[str, int],
     overrides: Mapping[str, str | Sequence[str] | None] | None = None,
@@ -136,6 +165,22 @@ def make_layout(
         np.asarray(devices).reshape(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
     )
     return Layout(mesh, tuple(sorted(rules.items())))
+
+
+def split_cpu(devices: int | Literal["cores"]) -> None:
+    """Let JAX's CPU be several devices, so that a batch split over them keeps every core busy.
+
+    XLA runs the small operations of a decode loop on one core, however many there are. To be called
+    before JAX starts; later it changes nothing. Accelerators are not concerned.
+
+    Args:
+      devices: `cores` is one per core, rounded down to a power of two, which batches divide by.
+    """
+    if devices == "cores":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        devices = 1 << ((cores or 1).bit_length() - 1)
+    with contextlib.suppress(RuntimeError):  # JAX has already started
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def single_device() -> Layout:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from r1jax.config.schema import DataSection
-from r1jax.data import Example, Prompt, PromptIterator, encode_prompts, load_tokenizer, render
+from r1jax.data import (
+    Example,
+    Prompt,
+    PromptIterator,
+    Taken,
+    encode_prompts,
+    load_tokenizer,
+    render,
+)
 from r1jax.data.order import permutation
 
 
@@ -27,8 +35,8 @@ def make_prompts(tokenizer, count: int, start: int = 0) -> list[Prompt]:
     return encode_prompts(examples, section(), tokenizer)[0]
 
 
-def ids(prompts: list[Prompt]) -> list[int]:
-    return [prompt.id for prompt in prompts]
+def ids(prompts: list[Prompt] | Taken) -> list[int]:
+    return [prompt.id for prompt in (prompts.prompts if isinstance(prompts, Taken) else prompts)]
 
 
 def test_too_long_prompts_are_dropped_and_counted(tokenizer) -> None:
@@ -135,3 +143,17 @@ def test_a_permutation_is_fixed_for_ever() -> None:
     assert permutation(0, 1).tolist() == []
     firsts = np.bincount([permutation(4, seed)[0] for seed in range(2000)], minlength=4)
     assert firsts.min() > 420  # 500 expected, standard deviation 19.
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_repeats_count_what_a_take_holds_twice_on_any_process(tokenizer, processes) -> None:
+    prompts = make_prompts(tokenizer, 4)
+    shards = [
+        PromptIterator(prompts, seed=0, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    for _ in range(3):  # 6 of 4: every take holds two or more prompts twice
+        taken = [shard.take(6) for shard in shards]
+        pairs = [pair for part in taken for pair in zip(ids(part), part.repeats, strict=True)]
+        assert len(set(pairs)) == 6
+        assert sorted(repeat for _, repeat in pairs) == [0, 0, 0, 0, 1, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,11 +89,17 @@ def test_a_sample_is_the_same_in_any_batch_bucket_and_split() -> None:
     whole = sample(prompts([5, 8, 3, 7]), samples=3)
     alone = sample(prompts([8], first_id=1), samples=3)
     wider = sample(prompts([5, 8, 3, 7], time=16), samples=3, first_bucket=2, sync_every=1)
-    later = sample(prompts([5, 8, 3, 7]), samples=2, first_sample=1)
+    later = sample(replace(prompts([5, 8, 3, 7]), first_samples=1), samples=2)
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[1])
     np.testing.assert_array_equal(wider.tokens, whole.tokens)
     np.testing.assert_array_equal(later.tokens, whole.tokens[:, 1:])
     assert len({row.tobytes() for row in whole.tokens.reshape(-1, 8)}) > 6  # not all the same
+    # One prompt twice in a batch: its second row goes on where the first ended.
+    once = prompts([8], first_id=1)
+    twice = Prompts(*(jnp.repeat(x, 2, axis=0) for x in (once.tokens, once.lengths, once.ids)))
+    more = sample(replace(twice, first_samples=jnp.asarray([0, 2])), samples=2).tokens
+    np.testing.assert_array_equal(more.reshape(4, -1)[:3], whole.tokens[1])
+    assert not np.array_equal(more[0], more[1])
     other_step = sample(prompts([5, 8, 3, 7]), samples=3, step=1)
     assert (other_step.tokens != whole.tokens).any()
 

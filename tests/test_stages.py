@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,10 +15,11 @@ import pytest
 from r1jax.config.load import load_config
 from r1jax.config.schema import GRPOStage, LengthChange, OptimizerSection
 from r1jax.data import Prompt, load_tokenizer
+from r1jax.models import init_params
 from r1jax.rewards import Outcome, RowScore, Score
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context, RunError
-from r1jax.stages.grpo import max_new_tokens, rollout_metrics, training_rows
+from r1jax.stages.grpo import max_new_tokens, rollout_metrics, sample_facts, training_rows
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
 from r1jax.stages.recipe import check, run
@@ -77,7 +79,7 @@ def test_training_rows_by_hand() -> None:
 def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
     completions = [completion([4] * n, Finish.EOS, [8]) for n in (1, 2, 6)]
     scores = [scored(1.0), scored(0.0, Outcome.WRONG), scored(math.nan, Outcome.VERIFIER_FAILED)]
-    facts = rollout_metrics(completions, scores, np.asarray([True, False]))
+    facts = rollout_metrics(sample_facts(completions, scores), [True, False])
     assert facts["reward/mean"] == facts["reward/accuracy"] == 0.5
     assert facts["outcome/verifier_failed"] == pytest.approx(1 / 3)
     assert (facts["length/mean"], facts["length/max"]) == (3, 6)
@@ -148,8 +150,8 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
     config = load_config(str(TINY), [f"output={tmp_path}", "stages.base.max_bad_steps=2"])
     context = Context.resolve(config)
     context.open_record()
-    params = {"w": jnp.ones(3)}
-    params = {"w": context.model.layout.constrain(params["w"], (None,))}
+    model = context.model
+    key = jax.random.key(0)
 
     def update(state: Any, batch: Any) -> Any:
         finite = jnp.isfinite(batch.sum()).astype(jnp.float32)
@@ -166,7 +168,7 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
         config.stages[0],  # type: ignore[arg-type]
         context,
         tmp_path / "stage",
-        params,
+        lambda: init_params(key, model.config, model.layout),
         optax.sgd(1.0),
         update,
     ) as loop:

@@ -55,6 +55,9 @@ class MeshSection(Section):
     rules: dict[str, str | list[str] | None] = Field(
         default_factory=dict, description="logical axis -> mesh axis, several, or null."
     )
+    cpu_devices: Annotated[int, Field(ge=1)] | Literal["cores"] = Field(
+        1, description="Devices that a CPU counts as; `cores`: one per core (a power of two)."
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshSection:

@@ -113,7 +113,6 @@ def _row_examples(section: DataSection, reader: _Reader, name: str) -> Sequence[
             + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else "")
         )
     examples = LazyExamples(to_example, indices)
-    examples = LazyExamples(to_example, indices)
     if rows.in_memory:
         return list(examples)
     # Rows that are read later can only be checked later, but a wrong column or pattern is wrong

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +81,17 @@ def encode_prompts(
     return prompts, PromptReport(total=total, too_long=total - len(prompts), longest=longest)
 
 
+class Taken(NamedTuple):
+    """Prompts, and for each how often it occurs before in the same take, on any process.
+
+    A take that crosses the end of an epoch, or is longer than one, holds some prompts twice; they
+    must not be given the same random numbers.
+    """
+
+    prompts: list[Prompt]
+    repeats: list[int]
+
+
 class PromptIterator:
     """An endless, seeded, resumable walk over prompts, sharded by process.
 
@@ -114,7 +126,7 @@ class PromptIterator:
         self._order = permutation(len(prompts), seed, 0)
         self._fingerprint = _fingerprint(prompts)
 
-    def take(self, n_global: int) -> list[Prompt]:
+    def take(self, n_global: int) -> Taken:
         """The next `n_global` prompts of the global order; returns this process's slice of them.
 
         Raises:
@@ -129,7 +141,13 @@ class PromptIterator:
             self._position += len(part)
             if self._position == len(self._prompts):
                 self._begin_epoch(self._epoch + 1)
-        return [self._prompts[i] for i in taken[first : first + n_local]]
+        seen: Counter[int] = Counter()
+        repeats = []
+        for index in taken:
+            repeats.append(seen[index])
+            seen[index] += 1
+        own = slice(first, first + n_local)
+        return Taken([self._prompts[i] for i in taken[own]], repeats[own])
 
     def state(self) -> dict[str, Any]:
         """Where the walk is, as JSON; the same on every process."""

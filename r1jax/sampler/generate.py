@@ -7,6 +7,7 @@ have ended, and doubles the cache when it is full. No token passes through it on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from r1jax.models.decoder import (
 )
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import Sampling, draw, sample_keys
+from r1jax.sharding import Layout, from_process_rows, to_process_rows
 
 
 class Finish(IntEnum):
@@ -43,11 +45,14 @@ class Prompts:
     """Right-padded prompts.
 
     tokens: int32 [batch, time]. lengths: int32 [batch]. ids: uint32 [batch], part of the keys.
+    first_samples: int32 [batch] or a scalar, the index of a prompt's first sample, part of the
+        keys: more samples of a prompt, later or in the same batch, go on where the others ended.
     """
 
     tokens: Any
     lengths: Any
     ids: Any
+    first_samples: Any = 0
 
 
 @struct.dataclass
@@ -92,7 +97,6 @@ def _start(
     prompts: Prompts,
     seed: jax.Array,
     rollout: jax.Array,
-    first_sample: jax.Array,
     *,
     model: Decoder,
     count: int,
@@ -101,20 +105,26 @@ def _start(
 ) -> tuple[_State, Cache]:
     batch = prompts.tokens.shape[0]
     hidden, prompt_cache = prefill(params, prompts.tokens, prompts.lengths, model)
-    indices = first_sample + jnp.arange(count, dtype=jnp.int32)
     shape = (batch, count)
+    firsts = jnp.broadcast_to(prompts.first_samples, (batch,))
+    indices = firsts[:, None] + jnp.arange(count, dtype=jnp.int32)
     row = (*shape, max_new_tokens)
+
+    def over_batch(leaf: jax.Array) -> jax.Array:
+        axes = ("batch", "sample", *("time",) * (leaf.ndim - 2))
+        return model.layout.constrain(leaf, axes)
+
     state = _State(
         step=jnp.int32(0),
         hidden=jnp.broadcast_to(hidden[:, None], (*shape, hidden.shape[-1])),
         keys=sample_keys(seed, rollout, prompts.ids, indices),
-        running=jnp.ones(shape, bool),
+        running=over_batch(jnp.ones(shape, bool)),
         samples=Samples(
-            tokens=jnp.zeros(row, jnp.int32),
-            lengths=jnp.zeros(shape, jnp.int32),
-            finish=jnp.full(shape, Finish.LENGTH, jnp.int32),
-            policy_log_probs=jnp.zeros(row, jnp.float32),
-            sampling_log_probs=jnp.zeros(row, jnp.float32),
+            tokens=over_batch(jnp.zeros(row, jnp.int32)),
+            lengths=over_batch(jnp.zeros(shape, jnp.int32)),
+            finish=over_batch(jnp.full(shape, Finish.LENGTH, jnp.int32)),
+            policy_log_probs=over_batch(jnp.zeros(row, jnp.float32)),
+            sampling_log_probs=over_batch(jnp.zeros(row, jnp.float32)),
         ),
         cache=empty_cache(batch, count, capacity, model),
     )
@@ -207,14 +217,13 @@ def generate_chunks(
     sampling: Sampling = UNFILTERED,
     eos_ids: tuple[int, ...] = (),
     stop: StopSearch | None = None,
-    first_sample: int = 0,
     first_bucket: int = 128,
     sync_every: int | None = None,
 ) -> Iterator[tuple[int, Samples]]:
     """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation."""
     if max_new_tokens < 1 or samples < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each")
-    integers = (jnp.uint32(seed & 0xFFFFFFFF), jnp.uint32(step), jnp.int32(first_sample))
+    prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
     eos = jnp.asarray(eos_ids or (-1,), jnp.int32)
     # The same dtypes whatever the caller passes: a Python float and an array compile alike.
     sampling = Sampling(
@@ -227,7 +236,8 @@ def generate_chunks(
     state, prompt_cache = _start(
         params,
         prompts,
-        *integers,
+        jnp.uint32(seed & 0xFFFFFFFF),
+        jnp.uint32(step),
         model=model,
         count=samples,
         capacity=capacities[0],
@@ -248,7 +258,7 @@ def generate_chunks(
                 model=model,
             )
             if stop is not None:
-                ends = _search(stop, state)
+                ends = _search(stop, state, model.layout)
                 cut, running = _cut(state.samples, state.running, ends)
                 state = state.replace(samples=cut, running=running)
             done = until
@@ -260,10 +270,11 @@ def generate_chunks(
             state = state.replace(cache=cache)
 
 
-def _search(stop: StopSearch, state: _State) -> jax.Array:
-    tokens, lengths = np.asarray(state.samples.tokens), np.asarray(state.samples.lengths)
+def _search(stop: StopSearch, state: _State, layout: Layout) -> jax.Array:
+    samples = state.samples
+    tokens, lengths = to_process_rows(samples.tokens), to_process_rows(samples.lengths)
     ends = stop(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
-    return jnp.asarray(np.asarray(ends, np.int32).reshape(lengths.shape))
+    return from_process_rows(np.asarray(ends, np.int32).reshape(lengths.shape), layout)
 
 
 def generate(
@@ -285,7 +296,6 @@ def generate(
       eos_ids: every token id that ends a sample; it is part of the sample.
       stop: finds stop strings on the host (see `StopSearch`), asked every `sync_every` tokens. A
         sample keeps the tokens up to the one that completes the string.
-      first_sample: index of the first sample (to draw more of the same prompts later).
       first_bucket: initial capacity of the cache in tokens; it doubles as needed.
       sync_every: tokens between synchronisations with the host; default: a bucket.
 

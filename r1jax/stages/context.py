@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,9 +21,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.schema import ModelSection, RunConfig
-from r1jax.data import load_tokenizer, stop_token_ids
+from r1jax.data import Example, load_examples, load_tokenizer, stop_token_ids
 from r1jax.models import Decoder, Execution, ModelConfig, choose_attention
-from r1jax.sharding import Layout, make_layout
+from r1jax.processes import wait_for_all
+from r1jax.sharding import Layout, make_layout, split_cpu
 from r1jax.weights import hugging_face
 
 
@@ -72,10 +73,12 @@ class Context:
     generation_config: dict[str, Any] | None
     record: dict[str, Any] = field(default_factory=dict)
     stop_requested: bool = False
+    _examples: dict[str, Sequence[Example]] = field(default_factory=dict)
 
     @staticmethod
     def resolve(config: RunConfig) -> Context:
         """Everything that can be refused is refused here: model, mesh, tokenizer, vocabulary."""
+        split_cpu(config.mesh.cpu_devices)
         layout = make_layout(config.mesh.axes, config.mesh.rules)
         model, generation = build_decoder(config.model, layout)
         named = config.model.tokenizer
@@ -110,10 +113,21 @@ class Context:
             generation_config=generation,
         )
 
+    def examples(self, data: str) -> Sequence[Example]:
+        """The examples of a dataset of the config, read once for the check and all stages."""
+        if data not in self._examples:
+            self._examples[data] = load_examples(self.config.data[data])
+        return self._examples[data]
+
     # The record: run.json.
 
     def open_record(self) -> None:
-        """Create the run's directory, or continue in it if its config is the same."""
+        """Create the run's directory, or continue in it if its config is the same.
+
+        Process 0 writes; the others wait and read the same files.
+        """
+        if jax.process_index() > 0:
+            wait_for_all("open_record")
         self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.config.model_dump(mode="json", exclude={"output"})
         path = self.directory / "config.yaml"
@@ -126,7 +140,7 @@ class Context:
                     f"{self.directory} holds a run with another config ({shown}). Go on with the "
                     "config it began with, give the new run another name, or delete the directory"
                 )
-        else:
+        elif jax.process_index() == 0:
             _write(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
         record = self.directory / "run.json"
         self.record = (
@@ -148,11 +162,19 @@ class Context:
             "device": devices[0].device_kind,
             "devices": len(devices),
             "cpu_cores": os.cpu_count(),
+            "processes": jax.process_count(),
         }
+        if jax.process_index() == 0:
+            self._write_record()
+            wait_for_all("open_record")
 
     def mark(self, name: str, kind: str, status: str, seconds: Mapping[str, float]) -> None:
         """Note a stage's status and its seconds by phase in run.json."""
         self.record["stages"][name] = {"kind": kind, "status": status, "seconds": dict(seconds)}
+        if jax.process_index() == 0:
+            self._write_record()
+
+    def _write_record(self) -> None:
         _write(self.directory / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def status(self, name: str) -> str | None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import jax
 
 from r1jax.config.schema import EvaluateStage, RewardSection
-from r1jax.data import encode_prompts, load_examples
+from r1jax.data import Prompt, encode_prompts
 from r1jax.evaluation.metrics import summarise
 from r1jax.metrics import Progress, Recorder, read_rows
+from r1jax.processes import Share, anywhere, batch_share, gather
 from r1jax.rewards import Verifier
 from r1jax.rewards.maths import equivalent_key
 from r1jax.stages.context import Clock, Context, Preempted
+from r1jax.stages.loop import InitialWeights
 from r1jax.stages.rollout import sample_batch, stop_search, to_sampling
 
 
-def run_evaluate(stage: EvaluateStage, context: Context, directory: Path, params: Any) -> Any:
-    """Sample, score and store; resumes behind the last whole batch. Returns `params` as given."""
+def run_evaluate(
+    stage: EvaluateStage, context: Context, directory: Path, initial: InitialWeights
+) -> None:
+    """Sample, score and store; resumes behind the last whole batch."""
     section = context.config.data[stage.data]
-    examples = load_examples(section)
+    examples = context.examples(stage.data)
     if stage.problems is not None:
         if stage.problems > len(examples):
             raise ValueError(
@@ -32,22 +38,25 @@ def run_evaluate(stage: EvaluateStage, context: Context, directory: Path, params
     rewards = context.config.rewards or {"accuracy": RewardSection()}
     directory.mkdir(parents=True, exist_ok=True)
     with (
-        Recorder(directory) as recorder,
-        Progress(stage.name, len(prompts)) as progress,
+        Recorder(directory, process_index=jax.process_index()) as recorder,
+        Progress(stage.name, len(prompts), process_index=jax.process_index()) as progress,
         Verifier(rewards, context.config.verifier) as verifier,
     ):
         progress.print(f"{stage.name}: {report}")
+        share = batch_share(context.model.layout)
         done, offset = _whole_batches(directory / "samples.jsonl", stage, len(prompts))
+        params = initial() if done < len(prompts) else None
         recorder.rewind({"samples.jsonl": offset})
         clock.lap("setup")
         while done < len(prompts):
             batch = prompts[done : done + stage.problems_per_batch]
+            own = _slice_of_process(batch, stage.problems_per_batch, share)
             completions = sample_batch(
                 params,
-                batch,
+                own or batch[-1:],  # a process without a problem of its own still takes part
                 context.model,
                 context.tokenizer,
-                rows=stage.problems_per_batch,
+                rows=stage.problems_per_batch // share.count,
                 samples=stage.samples_per_problem,
                 max_new_tokens=stage.max_new_tokens,
                 # The same noise before and after training: differences are the model's.
@@ -56,26 +65,32 @@ def run_evaluate(stage: EvaluateStage, context: Context, directory: Path, params
                 eos_ids=context.eos_ids,
                 stop=stop_search(context.tokenizer, stage.sampling),
             )
+            completions = completions[: len(own) * stage.samples_per_problem]
             scores = verifier.submit([c.answered() for c in completions]).result()
-            recorder.log_samples(
-                completion.row(score, step=0)
-                for completion, score in zip(completions, scores, strict=True)
-            )
+            pairs = zip(completions, scores, strict=True)
+            rows = gather([c.row(score, step=0) for c, score in pairs], context.model.layout)
+            recorder.log_samples(rows)
             done += len(batch)
-            tokens = sum(len(c.token_ids) for c in completions)
+            tokens = sum(row["length"] for row in rows)
             progress.update(
                 done,
-                accuracy=sum(s.outcome == "right" for s in scores) / len(scores),
-                length=tokens / len(completions),
+                accuracy=sum(row["outcome"] == "right" for row in rows) / len(rows),
+                length=tokens / len(rows),
                 tokens_per_second=tokens / clock.lap("evaluate"),
             )
             context.mark(stage.name, stage.kind, "running", clock.seconds)
-            if context.stop_requested and done < len(prompts):
+            if anywhere(context.stop_requested) and done < len(prompts):
                 raise Preempted(f"{stage.name}: {done} of {len(prompts)} problems are stored")
-    summary = summarise(read_rows(directory / "samples.jsonl"), same_answer=equivalent_key)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if jax.process_index() == 0:
+        summary = summarise(read_rows(directory / "samples.jsonl"), same_answer=equivalent_key)
+        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     context.mark(stage.name, stage.kind, "done", clock.seconds)
-    return params
+
+
+def _slice_of_process(batch: Sequence[Prompt], whole: int, share: Share) -> Sequence[Prompt]:
+    """This process's problems of a batch that may be smaller than `whole`, the last one."""
+    own = whole // share.count
+    return batch[share.index * own : (share.index + 1) * own]
 
 
 def _whole_batches(path: Path, stage: EvaluateStage, problems: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.config.schema import GRPOStage
-from r1jax.data import PromptIterator, encode_prompts, load_examples
+from r1jax.data import PromptIterator, encode_prompts
 from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step
 from r1jax.models import token_scores
+from r1jax.processes import batch_share, gather, largest
 from r1jax.rewards import RowScore, Verifier
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context
-from r1jax.stages.loop import TrainLoop
+from r1jax.stages.loop import InitialWeights, TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
 from r1jax.stages.rollout import Completion, sample_batch, stop_search, to_sampling
 
 
-def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -> Any:
-    """Train with GRPO, resuming where a former process stopped; returns the weights."""
+def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: InitialWeights) -> None:
+    """Train with GRPO, resuming where a former process stopped."""
     model, tokenizer = context.model, context.tokenizer
     section = context.config.data[stage.data]
-    prompts, report = encode_prompts(load_examples(section), section, tokenizer)
-    questions = PromptIterator(prompts, seed=context.seed(stage.name))
+    prompts, report = encode_prompts(context.examples(stage.data), section, tokenizer)
+    share = batch_share(model.layout)
+    questions = PromptIterator(
+        prompts,
+        seed=context.seed(stage.name),
+        process_index=share.index,
+        process_count=share.count,
+    )
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     temperature = stage.sampling.temperature
@@ -49,9 +56,10 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
     update = make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
     group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
     per_phase = stage.questions_per_step * phase
-    part = per_phase // stage.rollout_batches
+    own = per_phase // share.count  # questions of this process
+    part = own // stage.rollout_batches
     loop = TrainLoop(
-        stage, context, directory, params, optimizer, update, with_reference=with_reference
+        stage, context, directory, initial, optimizer, update, with_reference=with_reference
     )
     with loop, Verifier(context.config.rewards, context.config.verifier) as verifier:
         loop.restore(questions)
@@ -59,15 +67,17 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
         while loop.step < stage.steps:
             first = loop.step
             # 1. Sample. Each part is scored by the workers while the next one is generated.
-            asked = questions.take(per_phase)
+            asked, repeats = questions.take(per_phase)
+            firsts = [repeat * group for repeat in repeats]
             completions: list[Completion] = []
             pending = []
-            for start in range(0, per_phase, part):
+            for start in range(0, own, part):
                 batch = sample_batch(
                     loop.state.params,
                     asked[start : start + part],
                     model,
                     tokenizer,
+                    firsts=firsts[start : start + part],
                     samples=group,
                     max_new_tokens=max_new_tokens(stage, first),
                     seed=context.seed(stage.name, "rollout"),
@@ -78,7 +88,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
                 )
                 pending.append(verifier.submit([completion.answered() for completion in batch]))
                 completions.extend(batch)
-            sampled = sum(len(completion.token_ids) for completion in completions)
+            sampled = share.count * sum(len(completion.token_ids) for completion in completions)
             rollout_seconds = loop.clock.lap("rollout")
             scores = [score_ for each in pending for score_ in each.result()]
             score_seconds = loop.clock.lap("score_wait")
@@ -86,10 +96,13 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
             # 2. Advantages within each question's group.
             rewards = np.asarray([s.reward for s in scores], np.float32)
             advantages = group_advantages(
-                jnp.asarray(rewards.reshape(per_phase, group)), scale=stage.loss.advantage_scale
+                jnp.asarray(rewards.reshape(own, group)), scale=stage.loss.advantage_scale
             )
             rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
-            facts = rollout_metrics(completions, scores, np.asarray(advantages.zero_variance))
+            facts = rollout_metrics(
+                gather(sample_facts(completions, scores), model.layout),
+                gather(np.asarray(advantages.zero_variance).tolist(), model.layout),
+            )
 
             # 3. Update: the phase's outputs, split at random into mini-batches.
             order = np.arange(len(completions))
@@ -124,7 +137,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
                     completion.row(score_, step=loop.step)
                     for completion, score_ in zip(completions[:group], scores, strict=False)
                 )
-            trained = sum(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
+            trained = sampled + share.count * group * sum(len(p.token_ids) for p in asked)
             loop.log_timings(
                 {
                     "seconds/rollout": rollout_seconds,
@@ -141,7 +154,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, params: Any) -
                 tokens_per_second=sampled / rollout_seconds,
             )
             loop.save_if_due(questions)
-        return loop.finish()
+        loop.finish()
 
 
 def max_new_tokens(stage: GRPOStage, step: int) -> int:
@@ -162,7 +175,7 @@ def training_rows(
     T is rounded up to a multiple of `length_bucket`. Ids are those that were sampled, never
     re-encoded text. Unscored samples, and truncated ones if the stage says so, are masked out.
     """
-    longest = max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
+    longest = largest(max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions))
     time = -(-longest // stage.length_bucket) * stage.length_bucket
     shape = (len(completions), time)
     tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -184,29 +197,45 @@ def training_rows(
     )
 
 
+def sample_facts(
+    completions: Sequence[Completion], scores: Sequence[RowScore]
+) -> list[dict[str, Any]]:
+    """What `rollout_metrics` needs to know of each sample, as JSON."""
+    return [
+        {
+            "length": len(completion.token_ids),
+            "truncated": completion.finish == Finish.LENGTH,
+            "outcome": str(score.outcome),
+            "reward": score.reward if score.scored else None,
+            "parts": {name: part.reward for name, part in score.parts.items()},
+        }
+        for completion, score in zip(completions, scores, strict=True)
+    ]
+
+
 def rollout_metrics(
-    completions: Sequence[Completion], scores: Sequence[RowScore], zero_variance: np.ndarray
+    samples: Sequence[Mapping[str, Any]], zero_variance: Sequence[bool]
 ) -> dict[str, float]:
     """What a rollout phase looked like; rewards are means over scored samples."""
-    lengths = np.asarray([len(c.token_ids) for c in completions])
-    outcomes = Counter(str(score.outcome) for score in scores)
-    scored = [score for score in scores if score.scored]
+    lengths = [sample["length"] for sample in samples]
+    outcomes = Counter(sample["outcome"] for sample in samples)
+    scored = [sample for sample in samples if sample["reward"] is not None]
 
-    def mean(values: list[float]) -> float:
+    def mean(values: Sequence[float]) -> float:
         return float(np.mean(values)) if values else float("nan")
 
     return {
-        "reward/mean": mean([score.reward for score in scored]),
+        "reward/mean": mean([sample["reward"] for sample in scored]),
         **{
-            f"reward/{name}": mean([score.parts[name].reward for score in scored])
-            for name in scores[0].parts
+            f"reward/{name}": mean([sample["parts"][name] for sample in scored])
+            for name in samples[0]["parts"]
         },
         **{
-            f"outcome/{name}": outcomes[name] / len(scores)
+            f"outcome/{name}": outcomes[name] / len(samples)
             for name in ("right", "wrong", "unparseable", "verifier_failed")
         },
-        "length/mean": float(lengths.mean()),
-        "length/max": float(lengths.max()),
-        "length/truncated": float(np.mean([c.finish == Finish.LENGTH for c in completions])),
-        "groups/zero_variance": float(zero_variance.mean()),
+        "length/mean": mean(lengths),
+        "length/max": float(max(lengths)),
+        "length/truncated": mean([sample["truncated"] for sample in samples]),
+        "groups/zero_variance": mean(zero_variance),
     }

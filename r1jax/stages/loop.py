@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,6 +16,9 @@ from r1jax.checkpoints import Checkpoints
 from r1jax.config.schema import GRPOStage, PretrainStage
 from r1jax.grpo import TrainState
 from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
+from r1jax.models import abstract_params
+from r1jax.processes import anywhere
+from r1jax.sharding import from_process_rows, to_process_rows
 from r1jax.stages.context import Clock, Context, Preempted, RunError
 from r1jax.stages.optimizer import (
     abstract_train_state,
@@ -31,30 +35,42 @@ class Resumable(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
+# Reads or makes the weights that a stage starts from; called only where no checkpoint is found.
+InitialWeights = Callable[[], Any]
+
+
 class TrainLoop:
     """The state of one train loop and its one atomic checkpoint.
 
     A checkpoint holds weights, optimizer, step, the data cursor, the reference policy and the
     metrics cursor. Random numbers are functions of (seed, step, ids), so there is no key to keep.
+    `state` and `reference` exist once `restore` was called: a resumed loop never makes the initial
+    ones, which would be in memory twice for a moment.
     """
+
+    state: TrainState
+    reference: Any
 
     def __init__(
         self,
         stage: PretrainStage | GRPOStage,
         context: Context,
         directory: Path,
-        params: Any,
+        initial: InitialWeights,
         optimizer: optax.GradientTransformation,
         update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
         *,
         with_reference: bool = False,
     ) -> None:
         self._stage, self._context, self._directory = stage, context, directory
-        self._layout = context.model.layout
-        self._abstract = abstract_train_state(params, optimizer, self._layout)
-        # The reference is a copy of its own: the update donates the policy's arrays.
-        self.reference = jax.tree.map(lambda x: x.copy(), params) if with_reference else None
-        self.state = create_train_state(params, optimizer, self._abstract)
+        self._initial, self._optimizer, self._with_reference = initial, optimizer, with_reference
+        model = context.model
+        self._layout = model.layout
+        self._abstract = abstract_train_state(
+            abstract_params(model.config, model.layout, model.execution.param_dtype),
+            optimizer,
+            self._layout,
+        )
         self._update = jax.jit(
             update, donate_argnums=0, out_shardings=(shardings_of(self._abstract), None)
         )
@@ -66,6 +82,7 @@ class TrainLoop:
             config.trackers,
             run_name=f"{context.directory.name}/{stage.name}",
             config=config.model_dump(mode="json"),
+            process_index=jax.process_index(),
         )
         self.checkpoints = Checkpoints(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.compilations = CompilationCounter()
@@ -89,10 +106,14 @@ class TrainLoop:
     def restore(self, data: Resumable) -> None:
         """Go to the newest checkpoint, or to the start; metric files are cut to match."""
         abstract = {"state": self._abstract}
-        if self.reference is not None:
+        if self._with_reference:
             abstract["reference"] = self._abstract.params
         found = self.checkpoints.restore_latest(abstract)
         if found is None:
+            params = self._initial()
+            # A copy of its own: the update donates the policy's arrays.
+            self.reference = jax.tree.map(jnp.copy, params) if self._with_reference else None
+            self.state = create_train_state(params, self._optimizer, self._abstract)
             self.recorder.rewind({})
         else:
             self.step, arrays, metadata = found
@@ -102,20 +123,20 @@ class TrainLoop:
             self.recorder.rewind(metadata["metrics"])
             self._bad_in_a_row = metadata["bad_in_a_row"]
             self.clock = Clock(metadata["seconds"])
-        self.progress = Progress(self._stage.name, self._stage.steps, start=self.step)
+        self.progress = Progress(
+            self._stage.name,
+            self._stage.steps,
+            start=self.step,
+            process_index=jax.process_index(),
+        )
         self.progress.__enter__()
         if found is not None:
             self.progress.print(f"{self._stage.name}: resumed at step {self.step}")
         self.clock.lap("setup")
 
     def place(self, batch: Any) -> Any:
-        """Host rows [N, ...] onto the mesh, split along the batch."""
-
-        def put(leaf: np.ndarray) -> jax.Array:
-            axes = ("batch", *(None,) * (leaf.ndim - 1))
-            return jax.device_put(leaf, self._layout.sharding(axes, shape=leaf.shape, name="rows"))
-
-        return jax.tree.map(put, batch)
+        """This process's rows [n, ...] onto the mesh, split along the batch."""
+        return jax.tree.map(lambda rows: from_process_rows(rows, self._layout), batch)
 
     def update(self, batch: Any) -> dict[str, Any]:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
@@ -125,10 +146,12 @@ class TrainLoop:
             self._bad_in_a_row = 0
             return metrics
         self._bad_in_a_row += 1
-        path = self._directory / "bad_batches" / f"step-{self.step:06d}.npz"
+        suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self._directory / "bad_batches" / f"step-{self.step:06d}{suffix}.npz"
         path.parent.mkdir(exist_ok=True)
-        leaves = jax.tree.leaves_with_path(jax.device_get(batch))
-        np.savez(path, **{jax.tree_util.keystr(key): leaf for key, leaf in leaves})
+        leaves = jax.tree.leaves_with_path(batch)
+        rows: dict[str, Any] = {jax.tree_util.keystr(k): to_process_rows(x) for k, x in leaves}
+        np.savez(path, **rows)
         self.progress.print(
             f"step {self.step}: loss or gradient not finite, update skipped ({path})"
         )
@@ -163,16 +186,15 @@ class TrainLoop:
 
     def save_if_due(self, data: Resumable) -> None:
         """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
-        stop = self._context.stop_requested
+        stop = anywhere(self._context.stop_requested)
         if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._stage.steps:
             self.save(data)
             self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
         if stop and self.step < self._stage.steps:
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
 
-    def finish(self) -> Any:
-        """Export the weights as a Hugging Face directory; returns them."""
+    def finish(self) -> None:
+        """Export the weights as a Hugging Face directory, from where later stages take them."""
         self._context.export(self._directory / "model", self.state.params)
         self.clock.lap("export")
         self._context.mark(self._stage.name, self._stage.kind, "done", self.clock.seconds)
-        return self.state.params

@@ -9,20 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.config.schema import PretrainStage
-from r1jax.data import PackedRows, load_examples
+from r1jax.data import PackedRows
 from r1jax.grpo import accumulate_gradients, apply_if_finite
 from r1jax.models import token_scores
+from r1jax.processes import batch_share
 from r1jax.stages.context import Context
-from r1jax.stages.loop import TrainLoop
+from r1jax.stages.loop import InitialWeights, TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
 
 
-def run_pretrain(stage: PretrainStage, context: Context, directory: Path, params: Any) -> Any:
-    """Train on the dataset's texts, resuming where a former process stopped; returns weights."""
+def run_pretrain(
+    stage: PretrainStage, context: Context, directory: Path, initial: InitialWeights
+) -> None:
+    """Train on the dataset's texts, resuming where a former process stopped."""
     model = context.model
-    examples = load_examples(context.config.data[stage.data])
+    share = batch_share(model.layout)
     rows = PackedRows(
-        examples, context.tokenizer, row_tokens=stage.row_tokens, seed=context.seed(stage.name)
+        context.examples(stage.data),
+        context.tokenizer,
+        row_tokens=stage.row_tokens,
+        seed=context.seed(stage.name),
+        process_index=share.index,
+        process_count=share.count,
     )
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
@@ -42,7 +50,7 @@ def run_pretrain(stage: PretrainStage, context: Context, directory: Path, params
         )
         return apply_if_finite(state, loss, gradients, optimizer)
 
-    with TrainLoop(stage, context, directory, params, optimizer, update) as loop:
+    with TrainLoop(stage, context, directory, initial, optimizer, update) as loop:
         loop.restore(rows)
         seconds = 0.0
         while loop.step < stage.steps:
@@ -59,4 +67,4 @@ def run_pretrain(stage: PretrainStage, context: Context, directory: Path, params
                 loop.log_timings({"tokens_per_second/update": rate})
                 loop.progress.update(step, loss=float(metrics["loss"]), tokens_per_second=rate)
             loop.save_if_due(rows)
-        return loop.finish()
+        loop.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from r1jax.config.schema import EvaluateStage, GRPOStage, PretrainStage, RunConfig
-from r1jax.data import load_examples
 from r1jax.data.templates import check_template
 from r1jax.evaluation.results import write_results
 from r1jax.models import abstract_params, declare, init_params
 from r1jax.models.parameters import is_spec
+from r1jax.processes import wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
 from r1jax.stages.context import Context, Preempted
@@ -43,29 +44,29 @@ def run(config: RunConfig) -> int:
     check(context)
     context.open_record()
     console = Console(highlight=False)
-    params: Any = None
     try:
         with context.stopping_on_sigterm():
             for index, stage in enumerate(config.stages):
                 directory = context.stage_directory(index)
                 if context.status(stage.name) == "done":
-                    params = None  # loaded when a later stage needs them
                     continue
-                if params is None:
-                    params = starting_weights(context, index)
+                initial = partial(starting_weights, context, index)
                 directory.mkdir(parents=True, exist_ok=True)
                 context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))
                 if isinstance(stage, PretrainStage):
-                    params = run_pretrain(stage, context, directory, params)
+                    run_pretrain(stage, context, directory, initial)
                 elif isinstance(stage, GRPOStage):
-                    params = run_grpo(stage, context, directory, params)
+                    run_grpo(stage, context, directory, initial)
                 else:
-                    params = run_evaluate(stage, context, directory, params)
+                    run_evaluate(stage, context, directory, initial)
     except Preempted as stop:
-        console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
+        if jax.process_index() == 0:
+            console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
         return EXIT_PREEMPTED
-    write_results(context.directory)
-    console.print(f"Report: {write_report(context.directory)}", soft_wrap=True)
+    wait_for_all("stages")
+    if jax.process_index() == 0:
+        write_results(context.directory)
+        console.print(f"Report: {write_report(context.directory)}", soft_wrap=True)
     return 0
 
 
@@ -77,7 +78,7 @@ def check(context: Context) -> None:
     for name, section in config.data.items():
         check_template(section)
         used = [stage for stage in config.stages if stage.data == name]
-        if used and len(load_examples(section)) == 0:
+        if used and len(context.examples(name)) == 0:
             raise ValueError(f"data.{name}: no examples")
     model = context.model
     abstract_params(model.config, model.layout, model.execution.param_dtype)
@@ -91,6 +92,11 @@ def check(context: Context) -> None:
         )
         for s in config.stages
         if isinstance(s, GRPOStage)
+    }
+    rows |= {
+        f"stages.{s.name}.problems_per_batch": s.problems_per_batch
+        for s in config.stages
+        if isinstance(s, EvaluateStage) and jax.process_count() > 1
     }
     shards = model.layout.shards("batch")
     for name, count in rows.items():

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.schema import SamplingSection
 from r1jax.data import Prompt
 from r1jax.models import Decoder
+from r1jax.processes import batch_share, largest
 from r1jax.rewards import Answered, RowScore
 from r1jax.sampler import Finish, Prompts, Sampling, StopSearch, generate
+from r1jax.sharding import from_process_rows, to_process_rows
 
 
 @dataclass(frozen=True)
@@ -105,26 +106,33 @@ def bucket(length: int, smallest: int = 16) -> int:
     return size
 
 
-def pad_prompts(prompts: Sequence[Prompt], model: Decoder, rows: int | None = None) -> Prompts:
+def pad_prompts(
+    prompts: Sequence[Prompt],
+    model: Decoder,
+    rows: int | None = None,
+    firsts: Sequence[int] | None = None,
+) -> Prompts:
     """Right-padded arrays on the mesh.
 
-    The last prompt is repeated up to `rows`, and up to a multiple of the mesh's split.
+    The last prompt is repeated up to `rows`, and up to a multiple of the mesh's split. Every
+    process gives its own share of the prompts, all of them equally many.
+
+    Args:
+      firsts: index of each prompt's first sample; default: 0.
     """
-    shards = model.layout.shards("batch")
+    layout = model.layout
+    shards = layout.shards("batch") // batch_share(layout).count
     count = -(-max(len(prompts), rows or 0) // shards) * shards
     filled = [*prompts, *[prompts[-1]] * (count - len(prompts))]
-    time = bucket(max(len(p.token_ids) for p in filled))
+    time = bucket(largest(max(len(p.token_ids) for p in filled)))
     tokens = np.zeros((count, time), np.int32)
     for row, prompt in zip(tokens, filled, strict=True):
         row[: len(prompt.token_ids)] = prompt.token_ids
     lengths = np.asarray([len(p.token_ids) for p in filled], np.int32)
     ids = np.asarray([p.id for p in filled], np.uint32)
-    layout = model.layout
-    return Prompts(
-        jax.device_put(tokens, layout.sharding(("batch", "time"))),
-        jax.device_put(lengths, layout.sharding(("batch",))),
-        jax.device_put(ids, layout.sharding(("batch",))),
-    )
+    starts = np.zeros(count, np.int32)
+    starts[: len(prompts)] = 0 if firsts is None else firsts
+    return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, starts)))
 
 
 def sample_batch(
@@ -134,17 +142,20 @@ def sample_batch(
     tokenizer: PreTrainedTokenizerBase,
     *,
     rows: int | None = None,
+    firsts: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Completion]:
-    """Sample every prompt and bring the completions to the host, prompt by prompt.
+    """Sample every prompt and bring the completions to its process's host, prompt by prompt.
 
     Args:
       rows: pad the batch to so many prompts (a smaller last batch compiles nothing new).
+      firsts: index of each prompt's first sample; default: 0.
       options: of `r1jax.sampler.generate`.
     """
-    samples = generate(params, pad_prompts(prompts, model, rows), model, **options)
-    tokens, lengths, finish, log_probs = jax.device_get(
-        (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
+    samples = generate(params, pad_prompts(prompts, model, rows, firsts), model, **options)
+    tokens, lengths, finish, log_probs = (
+        to_process_rows(leaf)
+        for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
     kept, texts_of = [], []
     for i in range(len(prompts)):
@@ -152,8 +163,12 @@ def sample_batch(
             n, reason = int(lengths[i, j]), Finish(int(finish[i, j]))
             kept.append((i, j, n, reason))
             texts_of.append(tokens[i, j, : n - (reason == Finish.EOS)].tolist())
+
+    def start(prompt: int) -> int:
+        return 0 if firsts is None else firsts[prompt]
+
     texts = tokenizer.batch_decode(texts_of, clean_up_tokenization_spaces=False)
     return [
-        Completion(prompts[i], j, tokens[i, j, :n], log_probs[i, j, :n], reason, text)
+        Completion(prompts[i], start(i) + j, tokens[i, j, :n], log_probs[i, j, :n], reason, text)
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
     ]

@@ -1,0 +1,83 @@
+"""Several processes, one program: who has which rows, and what all of them agree on.
+
+Plain multi-controller JAX (`jax.distributed`): every process runs the same loop, holds its own
+slice of each batch on the host, and joins the others in every collective, in the same order. What
+decides a shape or a branch must therefore be agreed on first. With one process all of this is free.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from r1jax.sharding import Layout
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's slice of every batch: the `index`-th of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def batch_share(layout: Layout) -> Share:
+    """The slice of the batch that this process's devices hold.
+
+    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same share,
+    and read and score the same rows.
+
+    Raises:
+      ValueError: the devices of a process do not hold neighbouring rows.
+    """
+    shards = layout.shards("batch")
+    placed = layout.sharding(("batch",)).devices_indices_map((shards,))
+    mine = set(jax.local_devices())
+    own = sorted({ix[0].indices(shards)[0] for device, ix in placed.items() if device in mine})
+    count = shards // len(own)
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
+        raise ValueError(
+            f"mesh.axes = {dict(layout.mesh.shape)}: process {jax.process_index()} would hold the "
+            f"parts {own} of {shards} of a batch, which are not neighbours; put the axes that the "
+            "batch is split over first"
+        )
+    return Share(own[0] // len(own), count)
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.asarray(value, np.int64)).max())
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(largest(int(flag)))
+
+
+def gather(rows: list[Any], layout: Layout) -> list[Any]:
+    """The JSON rows of all shares of the batch, in its order; the same list in every process."""
+    if jax.process_count() == 1:
+        return rows
+    own = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    size = largest(len(own))
+    padded = np.zeros(size + 16, np.uint8)
+    padded[: len(own)] = own
+    padded[size:].view(np.int64)[:] = (batch_share(layout).index, len(own))
+    shares: dict[int, list[Any]] = {}
+    for message in np.asarray(multihost_utils.process_allgather(padded)):
+        index, length = (int(x) for x in message[size:].copy().view(np.int64))
+        shares[index] = json.loads(message[:length].tobytes())
+    return [row for index in sorted(shares) for row in shares[index]]
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come to `where`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
