@@ -38,12 +38,18 @@ def prompts(lengths: list[int], time: int = 8, first_id: int = 0) -> Prompts:
     return Prompts(jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids))
 
 
-def next_logits(tokens: np.ndarray) -> np.ndarray:
-    """The model on one row, from scratch."""
-    row = jnp.asarray(tokens)[None]
+@jax.jit
+def all_logits(row: jax.Array, length: jax.Array) -> jax.Array:
     positions = jnp.arange(row.shape[1])[None]
-    hidden = forward(PARAMS, row, positions, jnp.ones_like(positions), MODEL)
-    return np.asarray(logits(PARAMS, hidden, MODEL)[0, -1])
+    hidden = forward(PARAMS, row, positions, (positions < length).astype(jnp.int32), MODEL)
+    return logits(PARAMS, hidden, MODEL)[0]
+
+
+def next_logits(tokens: np.ndarray) -> np.ndarray:
+    """The model on one row, from scratch; padded to one length, which compiles once."""
+    row = np.zeros((1, 20), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(all_logits(jnp.asarray(row), len(tokens))[len(tokens) - 1])
 
 
 def sample(p: Prompts, model: Decoder = MODEL, **options: object) -> Samples:
