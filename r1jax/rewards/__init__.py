@@ -9,6 +9,7 @@ Workers import this package, so nothing here imports jax, transformers or sympy.
 """
 
 from r1jax.rewards import format as _format  # noqa: F401  (registers its reward)
+from r1jax.rewards.language import language_share, words_by_language
 from r1jax.rewards.maths import equivalent_key, final_answer, same_answer
 from r1jax.rewards.registry import (
     REWARDS,
@@ -37,7 +38,9 @@ __all__ = [
     "check_reward",
     "equivalent_key",
     "final_answer",
+    "language_share",
     "reward",
     "same_answer",
     "score_file",
+    "words_by_language",
 ]

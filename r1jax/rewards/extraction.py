@@ -21,6 +21,19 @@ def after_thinking(completion: str) -> str | None:
     return completion if closed < 0 else completion[closed + len(END_THINK) :]
 
 
+def thought(completion: str) -> str | None:
+    """What is between the first `<think>` and the last `</think>`; None without a closed thought.
+
+    Where the opening tag is missing, the thought begins with the completion. What is not thought
+    and not between two thoughts is `after_thinking`.
+    """
+    closed = completion.rfind(END_THINK)
+    if closed < 0 or completion.rfind(THINK) > closed:
+        return None
+    opened = completion.find(THINK, 0, closed)
+    return completion[0 if opened < 0 else opened + len(THINK) : closed]
+
+
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""Every outermost complete `\boxed{...}`: (start, end, contents), in order of the text.
 

@@ -1,0 +1,177 @@
+r"""Language consistency: is the thought written in the language it should be in?
+
+DeepSeek-R1 (arXiv 2501.12948v1, section 2.3.2) adds to the reward the share of the target
+language's words in the chain of thought. How to tell a word's language is not reported; here its
+script tells it. That parts English from Chinese, the languages that the paper's model mixed, but
+not English from French.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from r1jax.rewards.extraction import final_answer, thought
+from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.words import NUMBER, words
+
+SCRIPTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("de", "en", "es", "fr", "it", "pt", "vi"), frozenset({"Latin"})),
+        **dict.fromkeys(("ru", "uk"), frozenset({"Cyrillic"})),
+        "ar": frozenset({"Arabic"}),
+        "el": frozenset({"Greek"}),
+        "he": frozenset({"Hebrew"}),
+        "hi": frozenset({"Devanagari"}),
+        "ja": frozenset({"Han", "Hiragana", "Katakana"}),
+        "ko": frozenset({"Hangul"}),
+        "th": frozenset({"Thai"}),
+        "zh": frozenset({"Han", "Bopomofo"}),
+    }
+)
+"""Language -> the scripts it is written in."""
+
+# Every alternative stops where its like begins again, so that no text takes quadratic time.
+_UNCOUNTED = re.compile(
+    r"""
+      (?P<fence>`{3,}) .*? (?: (?P=fence) | \Z )     # a fence left open is code to the end
+    | ` [^`\n]* `
+    | \$\$ (?: (?!\$\$) . )*+ \$\$
+      # Pandoc's rule keeps prices apart: no space inside of the dollars, no digit after them.
+    | \$ (?=[^\s$]) (?: \\[^\n] | [^$\n\\] )*+ (?<!\s) \$ (?!\d)
+    | \\\( (?: [^\\] | \\[^()] )*+ \\\)
+    | \\\[ (?: [^\\] | \\[^\[\]] )*+ \\\]
+    | \\begin\{ (?P<block> (?:equation|align|alignat|gather|multline|eqnarray) \*? ) \}
+      (?: (?! \\(?:begin|end)\{(?P=block)\} ) . )*+ \\end\{ (?P=block) \}
+    | \\(?:begin|end) \s* \{ [^{}\n]* \}
+    | \\[A-Za-z]+ \*?
+    | \\[\\$`]                                       # an escaped delimiter delimits nothing
+    | </?(?:think|answer)>
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def words_by_language(text: str, languages: Mapping[str, str] | None = None) -> Counter[str]:
+    r"""How many words of `text` each language has, as far as scripts tell.
+
+    Numbers and punctuation are not counted, nor code (fenced by three backticks or more, or
+    `inline`), formulae (`$...$`, `$$...$$`, `\(...\)`, `\[...\]`, displayed environments), LaTeX
+    commands and think and answer tags. A lone letter such as `x`, `A` or `θ` is a variable or a
+    label, so it is no word either; in scripts without case (Chinese) it is one.
+
+    Args:
+      languages: name -> characters, for languages that Unicode cannot tell, such as two toy
+        languages with letters of their own. Their characters count for them alone, digits and
+        lone letters too.
+
+    Returns:
+      Words by name of the language of `languages`, else of the script (`Latin`, `Han`). Every
+      Chinese character counts as a word.
+    """
+    own = languages or {}
+    found = words(_UNCOUNTED.sub(" ", text), tuple(own.items()))
+    return Counter(
+        script
+        for script, word in found
+        if script in own or not (script == NUMBER or _is_variable(word))
+    )
+
+
+def _is_variable(word: str) -> bool:
+    return len(word) == 1 and word.lower() != word.upper()
+
+
+def language_share(
+    text: str, target: str, languages: Mapping[str, str] | None = None
+) -> float | None:
+    """Share of the words of `text` that are in `target`, 0 .. 1; None if there are no words.
+
+    Args:
+      target: a name in `languages` or, if it is not there, in `SCRIPTS`.
+      languages, and which words count: see `words_by_language`.
+
+    Raises:
+      ValueError: an unknown target.
+    """
+    scripts = _scripts(target, languages or {})
+    counted = words_by_language(text, languages)
+    total = counted.total()
+    return sum(counted[script] for script in scripts) / total if total else None
+
+
+def _scripts(target: str, languages: Mapping[str, str]) -> frozenset[str]:
+    if target in languages:
+        return frozenset({target})
+    if target not in SCRIPTS:
+        known = sorted({*languages, *SCRIPTS})
+        near = difflib.get_close_matches(target, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"target = {target!r}: no language of this name; {hint}there are {known}, and yours "
+            "by `languages: {name: characters}`"
+        )
+    return SCRIPTS[target]
+
+
+def check_languages(target: object, languages: object) -> None:
+    """Checks the options `target` and `languages` as a config gives them.
+
+    Raises:
+      ValueError: the message begins with the option's name.
+    """
+    if not isinstance(languages, Mapping):
+        raise ValueError(f"languages = {languages!r}: must map names to their characters")
+    owner: dict[str, str] = {}
+    for name, characters in languages.items():
+        if not (isinstance(name, str) and name.islower()):
+            raise ValueError(f"languages: the name {name!r} must be lower case; scripts are not")
+        if not (isinstance(characters, str) and characters):
+            raise ValueError(f"languages.{name} = {characters!r}: must be text, its characters")
+        for character in characters:
+            cut_off = character.isspace() or character in "$`\\"
+            if cut_off or not list(words(character, ((name, character),))):
+                raise ValueError(
+                    f"languages.{name}: the character {character!r} cannot be part of a word"
+                )
+            if owner.setdefault(character, name) != name:
+                raise ValueError(
+                    f"languages.{name}: the character {character!r} is in {owner[character]!r} "
+                    "too; a word of it would be in both"
+                )
+    if not isinstance(target, str):
+        raise ValueError(f"target = {target!r}: must be the name of a language")
+    _scripts(target, languages)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    refuse_unknown("language_consistency", options, ("target", "languages"))
+    try:
+        check_languages(options.get("target"), options.get("languages", {}))
+    except ValueError as error:
+        raise ValueError(f"rewards.language_consistency.options.{error}") from None
+
+
+@reward("language_consistency", check=_check)
+def language_consistency(row: Answered, options: Mapping[str, Any]) -> Score:
+    """The share of the thought's words that are in the target language, 0 .. 1.
+
+    Right if all are, else wrong. A thought that is absent, never closed, or without a word that
+    counts is unparseable and earns 0: nothing, an endless text, or formulae alone are the cheapest
+    ways to have no word in a wrong language.
+
+    Options: `target`, such as `en` or `zh`; `languages`, name -> characters (see
+    `words_by_language`).
+    """
+    text = thought(row.completion)
+    share = None
+    if text is not None:
+        share = language_share(text, options["target"], options.get("languages"))
+    extracted = final_answer(row.completion)
+    if share is None:
+        return Score(0.0, Outcome.UNPARSEABLE, extracted)
+    return Score(share, Outcome.RIGHT if share == 1.0 else Outcome.WRONG, extracted)
