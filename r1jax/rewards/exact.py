@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 from r1jax.rewards.extraction import closing_brace
 
@@ -64,9 +65,12 @@ def tidy(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""`tidy`, and words taken out of their commands: `3\text{ cm}` is `3 cm`."""
-    text = tidy(text)
-    text = _WORDS_COMMAND.sub(r" \1 ", text)
-    return " ".join(text.split())
+    return " ".join(without_word_commands(tidy(text)).split())
+
+
+def without_word_commands(text: str) -> str:
+    r"""`\text{...}` and its like become their words; lines stay apart."""
+    return _WORDS_COMMAND.sub(r" \1 ", text)
 
 
 def _without_round_brackets(text: str) -> str:
@@ -195,17 +199,31 @@ def numbers_equal(left: Number, right: Number) -> bool:
     return left.value == right.value or _rounds_to(left, right) or _rounds_to(right, left)
 
 
-_CHOICE = re.compile(r"([A-E])[.:)]?|\(\s*([A-Ea-e])\s*\)[.:]?")
-_CHOICE_AND_TEXT = re.compile(r"(?:\(\s*([A-Ea-e])\s*\)|([A-E])\s*[.:)])\s*\S.*", re.DOTALL)
 _OPTION = re.compile(r"(?:option|choice)\s+", re.IGNORECASE)
 
 
-def read_choice(text: str, *, with_text: bool = False) -> str | None:
-    """`A` to `E` if `text` is a choice: `B`, `(b)`, `B.`; `with_text` also `(B) 12`, `B: 12`."""
+@cache
+def _choice_patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A choice alone, and one with its text; two choices (`(A) or (B)`) are neither."""
+    upper, both = f"[{letters}]", f"[{letters}{letters.lower()}]"
+    alone = rf"({upper})[.:)]?|\(\s*({both})\s*\)[.:]?"
+    # A capital with a word after it is one too: `(B), I think`.
+    bare = rf"{upper}(?![A-Za-z]|\s+[a-z])"
+    another = rf"\s*(?:[,;/&]|(?:and|or)\b)\s*(?:\(\s*{both}\s*\)|{bare})"
+    with_text = rf"(?:\(\s*({both})\s*\)|({upper})\s*[.:)])(?!{another})\s*\S.*"
+    return re.compile(alone), re.compile(with_text, re.DOTALL)
+
+
+def read_choice(text: str, *, letters: str = "ABCDE", with_text: bool = False) -> str | None:
+    """The letter if `text` is a choice: `B`, `(b)`, `B.`; `with_text` also `(B) 12`, `B: 12`.
+
+    `letters` are those of the options. Maths has few: beyond E, a letter may be a quantity.
+    """
+    alone, and_text = _choice_patterns(letters)
     text = _OPTION.sub("", plain(text))
-    match = _CHOICE.fullmatch(text)
+    match = alone.fullmatch(text)
     if match is None and with_text:
-        match = _CHOICE_AND_TEXT.fullmatch(text)
+        match = and_text.fullmatch(text)
     return (match[1] or match[2]).upper() if match else None
 
 
