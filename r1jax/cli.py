@@ -87,7 +87,10 @@ def _options(
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
     overrides: Overrides = None,
-    dry_run: Annotated[
+    first: Annotated[str | None, typer.Option("--from", help="The first stage to run.")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="The one stage to run.")] = None,
+    describe: Annotated[
         bool,
         typer.Option(
             "--dry-run",
@@ -100,12 +103,13 @@ def run(
 
     settings = load_config(config, overrides or ())
 
-    from r1jax.stages import recipe
+    from r1jax.stages import dry_run, recipe
 
-    if dry_run:
-        _print_description(settings, recipe.describe(settings))
+    if describe:
+        _print_description(settings, dry_run.describe(settings))
         return
-    raise typer.Exit(recipe.run(settings))
+    selection = recipe.Selection(only=only, first=first, last=last)
+    raise typer.Exit(recipe.run(settings, selection))
 
 
 @app.command(name="eval")

@@ -79,10 +79,21 @@ def test_run_gives_the_resolved_config_and_the_exit_status(
     run = replace(recipe, "run", return_value=code)
     result = invoke("run", config, "seed=5", "stages.last.problems=2")
     assert result.exit_code == code, result.output
-    run.assert_called_once_with(load_config(config, ["seed=5", "stages.last.problems=2"]))
+    settings = load_config(config, ["seed=5", "stages.last.problems=2"])
+    run.assert_called_once_with(settings, recipe.Selection())
+
+
+def test_run_selects_stages(config: Path, recipe: Any, replace: Replace) -> None:
+    run = replace(recipe, "run", return_value=0)
+    assert invoke("run", config, "--from", "first", "--until", "last").exit_code == 0
+    assert run.call_args.args[1] == recipe.Selection(first="first", last="last")
+    assert invoke("run", config, "--only", "last").exit_code == 0
+    assert run.call_args.args[1] == recipe.Selection(only="last")
 
 
 def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Replace) -> None:
+    from r1jax.stages import dry_run
+
     run = replace(recipe, "run")
     weight = {
         "name": "layers.[q]",
@@ -97,7 +108,7 @@ def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Rep
         "weights": [weight],
         "memory": [{"what": "optimizer", "bytes": 3 * 2**20}],
     }
-    replace(recipe, "describe", return_value=description)
+    replace(dry_run, "describe", return_value=description)
     result = invoke("run", config, "--dry-run", "seed=5")
     assert result.exit_code == 0, result.output
     run.assert_not_called()

@@ -119,7 +119,10 @@ def test_key_like_nothing_known_lists_what_is() -> None:
     problem = problem_of(
         replaced("rewards: {accuracy: {weight: 1}}", "rewards: {accuracy: {q: 1}}")
     )
-    assert problem == "a.yaml:7: rewards.accuracy.q = 1: unknown key; known here: weight, options"
+    assert (
+        problem
+        == "a.yaml:7: rewards.accuracy.q = 1: unknown key; known here: weight, function, domains, options"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,19 +137,24 @@ def test_key_like_nothing_known_lists_what_is() -> None:
         ("name: small", "name: 5", "1: name = 5: should be text"),
         (
             "data: train\n    steps",
+            "data: 7\n    steps",
+            "11: stages.rl.data = 7: should be text or a list (each a section with step, data)",
+        ),
+        (
+            "data: train\n    steps",
             "data: [a]\n    steps",
-            '11: stages.rl.data = ["a"]: should be text',
+            '11: stages.rl.data.0 = "a": should be a section with step, data',
         ),
         (
             "kind: grpo",
             "kind: gpro",
-            '9: stages.rl.kind = "gpro": should be evaluate or grpo or pretrain; '
+            '9: stages.rl.kind = "gpro": should be evaluate or grpo or pretrain or rejection_sampling or sft; '
             "did you mean grpo?",
         ),
         (
             "    kind: grpo\n",
             "",
-            "9: stages.rl.kind is missing: should be evaluate or grpo or pretrain",
+            "9: stages.rl.kind is missing: should be evaluate or grpo or pretrain or rejection_sampling or sft",
         ),
         ("    steps: 4\n", "", "9: stages.rl.steps is missing: should be an integer at least 1"),
         (

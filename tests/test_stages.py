@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,14 +14,13 @@ import pytest
 from r1jax.config.load import load_config
 from r1jax.config.schema import GRPOStage, LengthChange, OptimizerSection
 from r1jax.data import Prompt, load_tokenizer
-from r1jax.models import init_params
 from r1jax.rewards import Outcome, RowScore, Score
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context, RunError
 from r1jax.stages.grpo import max_new_tokens, rollout_metrics, sample_facts, training_rows
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
-from r1jax.stages.recipe import check, run
+from r1jax.stages.recipe import Selection, check, run
 from r1jax.stages.rollout import Completion, StopStrings, pad_prompts
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -139,7 +137,7 @@ def test_stop_strings_end_at_the_token_that_completes_them() -> None:
 
 def test_prompts_are_padded_to_few_sizes() -> None:
     config = load_config(str(TINY))
-    model = Context.resolve(config).model
+    model = Context.resolve(config).models["model"].decoder
     prompts = [completion([1], Finish.EOS, list(range(n))).prompt for n in (3, 17)]
     arrays = pad_prompts(prompts, model, rows=4)
     assert arrays.tokens.shape == (4, 32)
@@ -150,8 +148,6 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
     config = load_config(str(TINY), [f"output={tmp_path}", "stages.base.max_bad_steps=2"])
     context = Context.resolve(config)
     context.open_record()
-    model = context.model
-    key = jax.random.key(0)
 
     def update(state: Any, batch: Any) -> Any:
         finite = jnp.isfinite(batch.sum()).astype(jnp.float32)
@@ -168,7 +164,6 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
         config.stages[0],  # type: ignore[arg-type]
         context,
         tmp_path / "stage",
-        lambda: init_params(key, model.config, model.layout),
         optax.sgd(1.0),
         update,
     ) as loop:
@@ -201,9 +196,42 @@ def test_what_cannot_work_is_refused_before_any_compute(
         check(Context.resolve(config))
 
 
-def test_another_config_does_not_continue_a_run(tmp_path: Path) -> None:
+def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_path: Path) -> None:
+    def begin(*changes: str) -> Context:
+        context = Context.resolve(load_config(str(TINY), [f"output={tmp_path}", *changes]))
+        context.open_record()
+        return context
+
+    begin().mark("base", "pretrain", "done", {})
+    # Not begun yet, or without a say in the result: taken over.
+    later = begin("stages.zero.steps=10", "trackers=[tensorboard]", "verifier.workers=2")
+    assert "steps: 10" in (later.directory / "config.yaml").read_text()
+    for change, difference in (
+        ("stages.base.steps=7", r"stages\.base\.steps: 6 -> 7"),
+        ("data.train.limit=499", r"data\.train\.limit: 500 -> 499"),
+        ("model.config.hidden_size=32", r"model\.config\.hidden_size: 16 -> 32"),
+    ):
+        with pytest.raises(ValueError, match=rf"stage base is done .*{difference}"):
+            begin(change)
+    # What a stage is made of includes the stages before it.
+    later.mark("before", "evaluate", "done", {})
+    del later.record["stages"]["base"]
+    later._write_record()
+    with pytest.raises(ValueError, match=r"stage before is done .*\(base\)\.stages\.base\.steps"):
+        begin("stages.base.steps=7")
+
+
+def test_selections_name_stages_and_need_what_comes_before(tmp_path: Path) -> None:
     config = load_config(str(TINY), [f"output={tmp_path}"])
-    Context.resolve(config).open_record()
-    changed = load_config(str(TINY), [f"output={tmp_path}", "stages.zero.steps=10"])
-    with pytest.raises(ValueError, match=r"stages\.2\.steps: 8 -> 10"):
-        run(changed)
+    assert Selection(first="before").stages(config) == ["before", "zero"]
+    assert Selection(last="before").stages(config) == ["base", "before"]
+    assert Selection(only="zero").stages(config) == ["zero"]
+    for selection, message in (
+        (Selection(only="zeroo"), "--only zeroo: no such stage; did you mean zero"),
+        (Selection(first="zero", last="base"), "--from zero comes after --until base"),
+        (Selection(only="zero", last="base"), "--only does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selection.stages(config)
+    with pytest.raises(ValueError, match="the stage zero needs base, which is not finished"):
+        run(config, Selection(only="zero"))

@@ -70,9 +70,21 @@ class MeshSection(Section):
 
 
 class DataSection(Section):
-    """One named dataset, mapped to `r1jax.data.Example`."""
+    """One named dataset, mapped to `r1jax.data.Example`: a source, or a mixture of others."""
 
-    source: str = Field(description="tfds:NAME, jsonl:PATH, hf:NAME or task:NAME.")
+    source: str | None = Field(
+        None,
+        description="tfds:NAME, jsonl:PATH, hf:NAME, task:NAME, or stage:NAME for the dataset that "
+        "a rejection_sampling stage of this run wrote.",
+    )
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="dataset -> share, in place of a source. No row is used twice: the part that "
+        "runs out first limits the others.",
+    )
+    domain: str = Field(
+        "", description="Label of the rows, which rewards may be limited to; default: the row's."
+    )
     split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
     fields: dict[str, str] = Field(
         default_factory=dict, description="Example field (prompt, answer, text) -> source column."
@@ -92,9 +104,28 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
     options: dict[str, Any] = Field(default_factory=dict, description="Arguments of a task.")
 
+    @model_validator(mode="after")
+    def _source_or_mixture(self) -> DataSection:
+        if (self.source is None) == (not self.mixture):
+            raise ValueError("give exactly one of source and mixture")
+        given = sorted(self.model_fields_set - {"mixture"})
+        if self.mixture and given:
+            raise ValueError(
+                f"{given[0]} has no effect on a mixture; set it in the datasets that it names"
+            )
+        return self
+
 
 class RewardSection(Section):
+    """One term of the reward, under a name of its own: the sum of weight x value."""
+
     weight: float = 1.0
+    function: str | None = Field(
+        None, description="Registered name or package.module:function; default: the section's name."
+    )
+    domains: list[str] | None = Field(
+        None, min_length=1, description="Rows of these domains only; default: all rows."
+    )
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -148,8 +179,20 @@ class LengthChange(Section):
     tokens: int = Field(ge=1)
 
 
+class DataChange(Section):
+    """From optimizer step `step` on, questions come from the dataset `data`."""
+
+    step: int = Field(ge=0)
+    data: str
+
+
 class StageBase(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
+    weights: str | None = Field(
+        None,
+        description="Where the stage's weights come from: an earlier train stage, `model`, or a "
+        "name in `models`; default: the train stage before it, or `model`.",
+    )
 
 
 class TrainStage(StageBase):
@@ -190,7 +233,10 @@ class GRPOStage(TrainStage):
     """
 
     kind: Literal["grpo"] = "grpo"
-    data: str
+    data: str | list[DataChange] = Field(description="A dataset, or which one from which step on.")
+    rewards: list[str] | None = Field(
+        None, min_length=1, description="The rewards to add up; default: all of the config."
+    )
     steps: int = Field(ge=1)
     questions_per_step: int = Field(32, ge=1)
     outputs_per_question: int = Field(16, ge=2)
@@ -235,11 +281,73 @@ class GRPOStage(TrainStage):
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
-        if isinstance(self.max_new_tokens, list):
-            steps = [change.step for change in self.max_new_tokens]
-            if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-                raise ValueError("max_new_tokens: steps must start at 0 and increase")
+        for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
+            if isinstance(changes, list):
+                steps = [change.step for change in changes]
+                if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+                    raise ValueError(f"{name}: steps must start at 0 and increase")
+                odd = [step for step in steps if step % self.mini_batches_per_rollout]
+                if odd:
+                    raise ValueError(
+                        f"{name}: step {odd[0]} is not a multiple of mini_batches_per_rollout = "
+                        f"{self.mini_batches_per_rollout}; changes take place between phases"
+                    )
         return self
+
+    def data_at(self, step: int) -> str:
+        """The dataset that is in force at a step."""
+        if isinstance(self.data, str):
+            return self.data
+        return [change.data for change in self.data if change.step <= step][-1]
+
+
+class SFTStage(TrainStage):
+    """Supervised fine-tuning on conversations: the assistant's part is trained, in packed rows."""
+
+    kind: Literal["sft"] = "sft"
+    data: str
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
+    steps: int | None = Field(None, ge=1)
+    rows_per_step: int = Field(ge=1, description="Packed rows, each of several conversations.")
+    row_tokens: int = Field(ge=8)
+    micro_batches: int = Field(1, ge=1)
+    log_every: int = Field(10, ge=1)
+    held_out: str | None = Field(None, description="A dataset whose loss is measured.")
+    held_out_every: int = Field(100, ge=1, description="Steps between two held-out losses.")
+    optimizer: OptimizerSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SFTStage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.rows_per_step % self.micro_batches:
+            raise ValueError(
+                f"rows_per_step = {self.rows_per_step} is not a multiple of "
+                f"micro_batches = {self.micro_batches}"
+            )
+        return self
+
+
+class RejectionSamplingStage(StageBase):
+    """Sample, keep what is right and readable, and write it as a dataset (`source: stage:NAME`)."""
+
+    kind: Literal["rejection_sampling"] = "rejection_sampling"
+    data: str
+    prompts: int | None = Field(None, ge=1, description="Default: the whole dataset.")
+    samples_per_prompt: int = Field(16, ge=1)
+    prompts_per_batch: int = Field(32, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    sampling: SamplingSection = SamplingSection()
+    rewards: list[str] | None = Field(
+        None, min_length=1, description="What decides whether it is right; default: all."
+    )
+    keep_per_prompt: int = Field(1, ge=1, description="At most so many completions of a prompt.")
+    filters: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Text filters by name, each with its options."
+    )
+    decontaminate: list[str] = Field(
+        default_factory=list, description="Datasets whose questions must not be in the result."
+    )
 
 
 class EvaluateStage(StageBase):
@@ -247,6 +355,9 @@ class EvaluateStage(StageBase):
 
     kind: Literal["evaluate"] = "evaluate"
     data: str
+    rewards: list[str] | None = Field(
+        None, min_length=1, description="What samples are judged by; default: all of the config."
+    )
     problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
     samples_per_problem: int = Field(16, ge=1)
     problems_per_batch: int = Field(32, ge=1)
@@ -254,7 +365,13 @@ class EvaluateStage(StageBase):
     sampling: EvaluationSampling = EvaluationSampling()
 
 
-Stage = Annotated[PretrainStage | GRPOStage | EvaluateStage, Field(discriminator="kind")]
+Stage = Annotated[
+    PretrainStage | SFTStage | GRPOStage | RejectionSamplingStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
+TRAIN_KINDS = ("pretrain", "sft", "grpo")
+MODEL = "model"
+"""The name of the section `model`, beside the names in `models`."""
 
 
 class RunConfig(Section):
@@ -266,6 +383,9 @@ class RunConfig(Section):
     title: str = ""
     notes: str = Field("", description="Shown in the report: choices, deviations from the paper.")
     model: ModelSection
+    models: dict[str, ModelSection] = Field(
+        default_factory=dict, description="Further models, such as a student to distil into."
+    )
     mesh: MeshSection = MeshSection()
     data: dict[str, DataSection]
     rewards: dict[str, RewardSection] = Field(default_factory=dict)
@@ -275,16 +395,101 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
+        if MODEL in self.models:
+            raise ValueError(f"models.{MODEL}: the name of the section model; choose another")
+        for name, section in self.data.items():
+            for part in section.mixture:
+                if part not in self.data:
+                    raise ValueError(
+                        f"data.{name}.mixture.{part}: not one of the datasets {sorted(self.data)}"
+                    )
+                if self.data[part].mixture:
+                    raise ValueError(
+                        f"data.{name}.mixture.{part} is itself a mixture; name its parts"
+                    )
         names = [stage.name for stage in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"stages: the name {name!r} is used twice")
-        for stage in self.stages:
-            if stage.data not in self.data:
-                raise ValueError(
-                    f"stages.{stage.name}.data = {stage.data!r}: not one of the datasets "
-                    f"{sorted(self.data)}"
-                )
-            if stage.kind in ("grpo", "evaluate") and not self.rewards:
-                raise ValueError(f"stages.{stage.name} needs at least one entry in rewards")
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{stage.name}"
+            if names.count(stage.name) > 1 or stage.name in (MODEL, *self.models):
+                raise ValueError(f"{where}: the name {stage.name!r} is used twice")
+            for key, data in datasets_of(stage):
+                if data not in self.data:
+                    raise ValueError(
+                        f"{where}.{key} = {data!r}: not one of the datasets {sorted(self.data)}"
+                    )
+                for source in self.source_stages(data):
+                    self._check_source(where, key, data, source, index)
+            trained = [s.name for s in self.stages[:index] if s.kind in TRAIN_KINDS]
+            if stage.weights is not None:
+                known = [*trained, MODEL, *self.models]
+                if stage.weights not in known:
+                    raise ValueError(
+                        f"{where}.weights = {stage.weights!r}: neither an earlier train stage nor "
+                        f"a model; there are {known}"
+                    )
+            if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
+                if not self.rewards:
+                    raise ValueError(f"{where} needs at least one entry in rewards")
+                for reward in stage.rewards or ():
+                    if reward not in self.rewards:
+                        raise ValueError(
+                            f"{where}.rewards: {reward!r} is not one of {sorted(self.rewards)}"
+                        )
         return self
+
+    def _check_source(self, where: str, key: str, data: str, source: str, index: int) -> None:
+        before = {s.name: s.kind for s in self.stages[:index]}
+        if before.get(source) != "rejection_sampling":
+            written = [name for name, kind in before.items() if kind == "rejection_sampling"]
+            raise ValueError(
+                f"{where}.{key}: data.{data} comes from stage:{source}, which is not a "
+                f"rejection_sampling stage before {where}; there are {written}"
+            )
+
+    def source_stages(self, data: str) -> list[str]:
+        """The rejection sampling stages that a dataset comes from."""
+        section = self.data[data]
+        if section.mixture:
+            return [
+                s for part in section.mixture if part in self.data for s in self.source_stages(part)
+            ]
+        kind, _, name = str(section.source).partition(":")
+        return [name] if kind == "stage" else []
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def weights_of(self, name: str) -> str:
+        """Where a stage's weights come from: the name of a train stage, or of a model."""
+        before = MODEL
+        for stage in self.stages:
+            if stage.name == name:
+                return stage.weights or before
+            if stage.kind in TRAIN_KINDS:
+                before = stage.name
+        raise KeyError(name)
+
+    def model_of(self, name: str) -> str:
+        """The model (`model`, or a name in `models`) whose weights a stage reads or trains."""
+        while name != MODEL and name not in self.models:
+            name = self.weights_of(name)
+        return name
+
+    def rewards_of(self, names: list[str] | None) -> dict[str, RewardSection]:
+        """The rewards of these names in the config's order; default: all."""
+        return {name: r for name, r in self.rewards.items() if names is None or name in names}
+
+
+def datasets_of(stage: Stage) -> list[tuple[str, str]]:
+    """(key, dataset) of all datasets that a stage reads."""
+    found: list[tuple[str, str]] = []
+    if isinstance(stage.data, str):
+        found.append(("data", stage.data))
+    else:
+        found += [(f"data.{i}.data", change.data) for i, change in enumerate(stage.data)]
+    if isinstance(stage, SFTStage) and stage.held_out is not None:
+        found.append(("held_out", stage.held_out))
+    if isinstance(stage, RejectionSamplingStage):
+        found += [("decontaminate", data) for data in stage.decontaminate]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, get_args, overload
 
 from r1jax.data.example import Example, Split, split_of
@@ -32,7 +33,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
         FileNotFoundError: `jsonl:PATH` does not exist.
         ImportError: the source needs a package that is not installed.
     """
-    kind, _, name = section.source.partition(":")
+    kind, _, name = str(section.source).partition(":")
     if kind == "task" and name:
         return _task_examples(section, name)
     if kind not in _READERS or not name:
@@ -76,9 +77,12 @@ def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
         raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
     split = cast(Split, section.split)
     task: Task = task_options(TASKS[name], section.options, where)
-    return LazyExamples(
-        lambda index: task.example(index, split), range(section.limit or TASK_EXAMPLES)
-    )
+
+    def make(index: int) -> Example:
+        example = task.example(index, split)
+        return replace(example, domain=section.domain) if section.domain else example
+
+    return LazyExamples(make, range(section.limit or TASK_EXAMPLES))
 
 
 # A reader gets the name after the colon, the split and the section's options.
@@ -163,7 +167,7 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             prompt=values.get("prompt", ""),
             answer=answer,
             text=values.get("text"),
-            domain=values.get("domain", ""),
+            domain=section.domain or values.get("domain", ""),
         )
 
     return to_example

@@ -62,22 +62,27 @@ class RowScore:
     parts: dict[str, Score] = field(default_factory=dict)
 
     @property
-    def _main(self) -> Score:
-        return self.parts.get("accuracy") or next(iter(self.parts.values()))
+    def _main(self) -> Score | None:
+        return self.parts.get("accuracy") or next(iter(self.parts.values()), None)
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome of `accuracy`; without it, of the first reward."""
-        return self._main.outcome
+        """The outcome of `accuracy`; without it, of the first reward that the row has."""
+        return Outcome.VERIFIER_FAILED if self._main is None else self._main.outcome
 
     @property
     def extracted(self) -> str | None:
-        """The final answer as read by `accuracy`; without it, by the first reward."""
-        return self._main.extracted
+        """The final answer as read by `accuracy`; without it, by the first reward of the row."""
+        return None if self._main is None else self._main.extracted
 
 
 def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> RowScore:
-    """The weighted sum of a row's parts; a failed part of weight 0 does not spoil it."""
+    """The weighted sum of a row's parts; a failed part of weight 0 does not spoil it.
+
+    A row without any part (no reward is for its domain) has no reward: nobody has judged it.
+    """
+    if not parts:
+        return RowScore(math.nan, False)
     weighted = [name for name in parts if weights[name] != 0]
     if any(parts[name].outcome is Outcome.VERIFIER_FAILED for name in weighted):
         return RowScore(math.nan, False, dict(parts))
@@ -89,12 +94,15 @@ class Pending:
     """Rows on their way; made by `Verifier.submit`."""
 
     def __init__(
-        self, rows: Sequence[Answered], rewards: Sequence[str], weights: Mapping[str, float]
+        self,
+        rows: Sequence[Answered],
+        rewards: Sequence[Sequence[str]],
+        weights: Mapping[str, float],
     ) -> None:
         self._rows = rows
         self._weights = weights
-        self._parts: list[dict[str, Score | None]] = [dict.fromkeys(rewards) for _ in rows]
-        self._left = len(rows) * len(rewards)
+        self._parts: list[dict[str, Score | None]] = [dict.fromkeys(names) for names in rewards]
+        self._left = sum(map(len, rewards))
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -292,12 +300,16 @@ class Verifier:
         if not rewards:
             raise ValueError("rewards is empty: name at least one")
         for name, reward in rewards.items():
-            check_reward(name, reward.options)
+            check_reward(reward.function or name, reward.options)
         self._names = list(rewards)
+        self._domains = {name: reward.domains for name, reward in rewards.items()}
         self._weights = {name: reward.weight for name, reward in rewards.items()}
         self._section = section
         self._start = {
-            "rewards": {name: dict(reward.options) for name, reward in rewards.items()},
+            "rewards": {
+                name: {"function": reward.function or name, "options": dict(reward.options)}
+                for name, reward in rewards.items()
+            },
             "memory_bytes": section.memory_mb << 20,
         }
         self._changed = threading.Condition()
@@ -347,6 +359,11 @@ class Verifier:
         with self._changed:
             return sorted(worker.pid for worker in self._workers)
 
+    def rewards_of(self, domain: str) -> list[str]:
+        """The rewards that rows of a domain get."""
+        limits = self._domains.items()
+        return [name for name, only in limits if only is None or domain in only]
+
     def submit(self, rows: Sequence[Answered]) -> Pending:
         """Queues the rows and returns at once; `Pending.result` has the scores, in order.
 
@@ -354,14 +371,15 @@ class Verifier:
           VerifierError: the pool is closed or broken.
         """
         rows = tuple(rows)
-        pending = Pending(rows, self._names, self._weights)
+        names = [self.rewards_of(row.domain) for row in rows]
+        pending = Pending(rows, names, self._weights)
         batches = []
         share = math.ceil(len(rows) / (2 * len(self._threads)))  # some for every worker
         limit = max(1, min(_BATCH_ROWS, self._section.tasks_per_worker, share))
         parts: list[tuple[int, str]] = []
         count = characters = 0
         for index, row in enumerate(rows):
-            parts.extend((index, name) for name in self._names)
+            parts.extend((index, name) for name in names[index])
             count += 1
             characters += len(row.completion) + len(row.prompt)
             if count == limit or characters >= _BATCH_CHARACTERS:

@@ -3,7 +3,7 @@
 Started by `r1jax.rewards.verifier` as `python -m r1jax.rewards.worker`, so that it never runs
 the user's `__main__`, and imports neither jax nor transformers. It speaks JSON lines:
 
-  in   {"rewards": {name: options}, "memory_bytes": n}          once
+  in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n}   once
   out  {"ready": true} or {"error": why}
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
   out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once
@@ -111,8 +111,9 @@ def main() -> None:
             return
         entries: dict[str, tuple[RewardEntry, Mapping[str, Any]]] = {}
         try:
-            for name, options in start["rewards"].items():
-                entry = load_reward(name, options)
+            for name, reward in start["rewards"].items():
+                options = reward["options"]
+                entry = load_reward(reward["function"], options)
                 entry.prepare(options)
                 entries[name] = (entry, options)
         except Exception as error:

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,25 @@ import jax.numpy as jnp
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from r1jax.config.schema import ModelSection, RunConfig
-from r1jax.data import Example, load_examples, load_tokenizer, stop_token_ids
-from r1jax.models import Decoder, Execution, ModelConfig, choose_attention
+from r1jax.config.lineage import differences, ingredients
+from r1jax.config.schema import MODEL, DataSection, ModelSection, RunConfig
+from r1jax.data import (
+    Example,
+    Prompt,
+    encode_prompts,
+    load_examples,
+    load_tokenizer,
+    stop_token_ids,
+)
+from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.models import (
+    Decoder,
+    Execution,
+    ModelConfig,
+    abstract_params,
+    choose_attention,
+    init_params,
+)
 from r1jax.processes import wait_for_all
 from r1jax.sharding import Layout, make_layout, split_cpu
 from r1jax.weights import hugging_face
@@ -61,45 +77,52 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
     return Decoder(config, execution, layout), generation
 
 
-@dataclass
-class Context:
-    """A run, resolved: where it lives, its model, tokenizer and the record of its stages."""
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model of the config, resolved: what it computes, and how text becomes its tokens."""
 
-    config: RunConfig
-    directory: Path
-    model: Decoder
+    section: ModelSection
+    decoder: Decoder
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     generation_config: dict[str, Any] | None
-    record: dict[str, Any] = field(default_factory=dict)
-    stop_requested: bool = False
-    _examples: dict[str, Sequence[Example]] = field(default_factory=dict)
 
     @staticmethod
-    def resolve(config: RunConfig) -> Context:
-        """Everything that can be refused is refused here: model, mesh, tokenizer, vocabulary."""
-        split_cpu(config.mesh.cpu_devices)
-        layout = make_layout(config.mesh.axes, config.mesh.rules)
-        model, generation = build_decoder(config.model, layout)
-        named = config.model.tokenizer
+    def resolve(section: ModelSection, layout: Layout) -> LanguageModel:
+        """Raises ValueError for what does not fit together."""
+        decoder, generation = build_decoder(section, layout)
+        named = section.tokenizer
         if named is None:  # the directory, not the hub name: its tokenizer.json is read as it is
-            named = str(hugging_face.resolve(str(config.model.path)))
+            named = str(hugging_face.resolve(str(section.path)))
         tokenizer = load_tokenizer(named)
-        if len(tokenizer) > model.config.vocab_size:
+        if len(tokenizer) > decoder.config.vocab_size:
             raise ValueError(
-                f"model vocab_size = {model.config.vocab_size} is smaller than the tokenizer's "
+                f"model vocab_size = {decoder.config.vocab_size} is smaller than the tokenizer's "
                 f"{len(tokenizer)} tokens; use the tokenizer that belongs to the model"
             )
         eos_ids = stop_token_ids(tokenizer, generation)
-        directory = Path(config.output) / f"{config.name}-s{config.seed}"
-        return Context(config, directory, model, tokenizer, eos_ids, generation)
+        return LanguageModel(section, decoder, tokenizer, eos_ids, generation)
 
-    def stage_directory(self, index: int) -> Path:
-        return self.directory / "stages" / f"{index:02d}-{self.config.stages[index].name}"
+    def abstract_params(self) -> Any:
+        """The weights as `jax.ShapeDtypeStruct`s with shardings."""
+        decoder = self.decoder
+        return abstract_params(decoder.config, decoder.layout, decoder.execution.param_dtype)
 
-    def seed(self, *parts: object) -> int:
-        """A seed for one purpose: a function of the run's seed and the names given."""
-        return zlib.crc32("/".join(map(str, (self.config.seed, *parts))).encode())
+    def load(self, directory: Path) -> Any:
+        """The weights of a Hugging Face directory, on the mesh."""
+        decoder = self.decoder
+        return hugging_face.load_params(
+            directory, decoder.config, decoder.layout, decoder.execution.param_dtype
+        )
+
+    def initial(self, seed: int) -> Any:
+        """The config's own weights: those of its path, or random ones."""
+        if self.section.path is not None:
+            return self.load(hugging_face.resolve(self.section.path))
+        decoder = self.decoder
+        return init_params(
+            jax.random.key(seed), decoder.config, decoder.layout, decoder.execution.param_dtype
+        )
 
     def export(self, directory: Path, params: Any) -> None:
         """Write weights, configs and tokenizer as a Hugging Face directory (atomically)."""
@@ -108,21 +131,107 @@ class Context:
         hugging_face.export(
             directory,
             params,
-            self.model.config,
+            self.decoder.config,
             tokenizer=self.tokenizer,
             generation_config=generation,
         )
 
+
+@dataclass
+class Context:
+    """A run, resolved: where it lives, its models, its data and the record of its stages."""
+
+    config: RunConfig
+    directory: Path
+    layout: Layout
+    models: dict[str, LanguageModel]
+    record: dict[str, Any] = field(default_factory=dict)
+    stop_requested: bool = False
+    _examples: dict[str, Sequence[Example]] = field(default_factory=dict)
+
+    @staticmethod
+    def resolve(config: RunConfig) -> Context:
+        """Everything that can be refused is refused here: models, mesh, tokenizers, vocabularies.
+
+        Only models that a stage uses are looked at.
+        """
+        split_cpu(config.mesh.cpu_devices)
+        layout = make_layout(config.mesh.axes, config.mesh.rules)
+        used = dict.fromkeys(config.model_of(stage.name) for stage in config.stages)
+        sections = {MODEL: config.model, **config.models}
+        models = {name: LanguageModel.resolve(sections[name], layout) for name in used}
+        directory = Path(config.output) / f"{config.name}-s{config.seed}"
+        return Context(config, directory, layout, models)
+
+    def model_of(self, stage: str) -> LanguageModel:
+        """The model whose weights a stage reads or trains."""
+        return self.models[self.config.model_of(stage)]
+
+    def initial_weights(self, stage: str) -> Any:
+        """The weights that a stage starts from."""
+        source = self.config.weights_of(stage)
+        model = self.model_of(stage)
+        if source in self.models:
+            return model.initial(self.seed("weights", *([] if source == MODEL else [source])))
+        return model.load(self.stage_directory(source) / "model")
+
+    def stage_directory(self, name: str) -> Path:
+        """`stages/NN-name`; the number stays what it was when the stage began."""
+        stages = self.directory / "stages"
+        for path in sorted(stages.glob("*-*")):
+            if path.name.partition("-")[2] == name:
+                return path
+        index = [stage.name for stage in self.config.stages].index(name)
+        return stages / f"{index:02d}-{name}"
+
+    def seed(self, *parts: object) -> int:
+        """A seed for one purpose: a function of the run's seed and the names given."""
+        return zlib.crc32("/".join(map(str, (self.config.seed, *parts))).encode())
+
     def examples(self, data: str) -> Sequence[Example]:
-        """The examples of a dataset of the config, read once for the check and all stages."""
+        """The examples of a dataset that is no mixture, read once for the check and all stages."""
         if data not in self._examples:
-            self._examples[data] = load_examples(self.config.data[data])
+            self._examples[data] = load_examples(self._on_disk(self.config.data[data]))
         return self._examples[data]
+
+    def _on_disk(self, section: DataSection) -> DataSection:
+        """`stage:NAME` as the file that the stage wrote."""
+        kind, _, name = str(section.source).partition(":")
+        if kind != "stage":
+            return section
+        written = self.stage_directory(name) / "dataset.jsonl"
+        return section.model_copy(update={"source": f"jsonl:{written}"})
+
+    def prompts(
+        self, data: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> tuple[list[Prompt], str]:
+        """The prompts of a dataset or mixture, and what to tell of them.
+
+        Args:
+          limit: of a mixture or dataset, only the first so many examples.
+        """
+        section = self.config.data[data]
+        if not section.mixture:
+            examples = self.examples(data)
+            if limit is not None and limit > len(examples):
+                raise ValueError(f"data.{data} has {len(examples)} examples, fewer than {limit}")
+            prompts, report = encode_prompts(examples[:limit], section, tokenizer)
+            return prompts, str(report)
+        parts = {part: self.prompts(part, tokenizer) for part in section.mixture}
+        rows = {part: len(prompts) for part, (prompts, _) in parts.items()}
+        counts = mixture_counts(rows, section.mixture)
+        mixed = [
+            replace(prompt, id=mixed_id(prompt.id, index, len(parts)))
+            for index, (part, (prompts, _)) in enumerate(parts.items())
+            for prompt in prompts[: counts[part]]
+        ]
+        told = "; ".join(f"{part}: {counts[part]} of {parts[part][1]}" for part in parts)
+        return mixed[:limit], told
 
     # The record: run.json.
 
     def open_record(self) -> None:
-        """Create the run's directory, or continue in it if its config is the same.
+        """Create the run's directory, or continue in it if its results are still the config's.
 
         Process 0 writes; the others wait and read the same files.
         """
@@ -131,17 +240,6 @@ class Context:
         self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.config.model_dump(mode="json", exclude={"output"})
         path = self.directory / "config.yaml"
-        if path.exists():
-            before = yaml.safe_load(path.read_text())
-            changed = sorted(_differences(before, plan))
-            if changed:
-                shown = "; ".join(changed[:5])
-                raise ValueError(
-                    f"{self.directory} holds a run with another config ({shown}). Go on with the "
-                    "config it began with, give the new run another name, or delete the directory"
-                )
-        elif jax.process_index() == 0:
-            _write(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
         record = self.directory / "run.json"
         self.record = (
             json.loads(record.read_text())
@@ -153,6 +251,9 @@ class Context:
                 "stages": {},
             }
         )
+        self._refuse_stale()
+        if jax.process_index() == 0:
+            _write(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
         self.record["versions"] = {
             name: version(name) for name in ("r1jax", "jax", "flax", "optax", "transformers")
         } | {"python": platform.python_version()}
@@ -168,9 +269,33 @@ class Context:
             self._write_record()
             wait_for_all("open_record")
 
+    def _refuse_stale(self) -> None:
+        """A stage that has begun must still be what the config says it is.
+
+        Settings of stages to come may change, and stages may be added.
+
+        Raises:
+          ValueError: with each difference, old and new.
+        """
+        for name, entry in self.record["stages"].items():
+            if name not in [stage.name for stage in self.config.stages]:
+                continue
+            changed = list(differences(entry["ingredients"], ingredients(self.config, name)))
+            if changed:
+                raise ValueError(
+                    f"{self.directory}: the stage {name} is {entry['status']} with other settings "
+                    f"({'; '.join(changed[:5])}). Put them back, give the new run another name, or "
+                    f"delete {self.stage_directory(name)} and its entry in run.json to run it anew"
+                )
+
     def mark(self, name: str, kind: str, status: str, seconds: Mapping[str, float]) -> None:
         """Note a stage's status and its seconds by phase in run.json."""
-        self.record["stages"][name] = {"kind": kind, "status": status, "seconds": dict(seconds)}
+        self.record["stages"][name] = {
+            "kind": kind,
+            "status": status,
+            "seconds": dict(seconds),
+            "ingredients": ingredients(self.config, name),
+        }
         if jax.process_index() == 0:
             self._write_record()
 
@@ -202,18 +327,6 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in before.keys() | after.keys():
-            here = f"{path}.{key}" if path else str(key)
-            yield from _differences(before.get(key), after.get(key), here)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, pair in enumerate(zip(before, after, strict=True)):
-            yield from _differences(*pair, f"{path}.{index}")
-    elif before != after:
-        yield f"{path}: {before!r} -> {after!r}"
 
 
 class Clock:

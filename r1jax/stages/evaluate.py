@@ -8,34 +8,24 @@ from pathlib import Path
 
 import jax
 
-from r1jax.config.schema import EvaluateStage, RewardSection
-from r1jax.data import Prompt, encode_prompts
+from r1jax.config.schema import EvaluateStage
+from r1jax.data import Prompt
 from r1jax.evaluation.metrics import summarise
 from r1jax.metrics import Progress, Recorder, read_rows
 from r1jax.processes import Share, anywhere, batch_share, gather
 from r1jax.rewards import Verifier
 from r1jax.rewards.maths import equivalent_key
 from r1jax.stages.context import Clock, Context, Preempted
-from r1jax.stages.loop import InitialWeights
-from r1jax.stages.rollout import sample_batch, stop_search, to_sampling
+from r1jax.stages.rollout import check_domains, sample_batch, stop_search, to_sampling
 
 
-def run_evaluate(
-    stage: EvaluateStage, context: Context, directory: Path, initial: InitialWeights
-) -> None:
+def run_evaluate(stage: EvaluateStage, context: Context, directory: Path) -> None:
     """Sample, score and store; resumes behind the last whole batch."""
-    section = context.config.data[stage.data]
-    examples = context.examples(stage.data)
-    if stage.problems is not None:
-        if stage.problems > len(examples):
-            raise ValueError(
-                f"stages.{stage.name}.problems = {stage.problems}: data.{stage.data} has "
-                f"{len(examples)}"
-            )
-        examples = examples[: stage.problems]
-    prompts, report = encode_prompts(examples, section, context.tokenizer)
+    model = context.model_of(stage.name)
+    prompts, report = context.prompts(stage.data, model.tokenizer, stage.problems)
     clock = Clock(context.seconds(stage.name))
-    rewards = context.config.rewards or {"accuracy": RewardSection()}
+    rewards = context.config.rewards_of(stage.rewards)
+    check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
     directory.mkdir(parents=True, exist_ok=True)
     with (
         Recorder(directory, process_index=jax.process_index()) as recorder,
@@ -43,9 +33,9 @@ def run_evaluate(
         Verifier(rewards, context.config.verifier) as verifier,
     ):
         progress.print(f"{stage.name}: {report}")
-        share = batch_share(context.model.layout)
+        share = batch_share(context.layout)
         done, offset = _whole_batches(directory / "samples.jsonl", stage, len(prompts))
-        params = initial() if done < len(prompts) else None
+        params = context.initial_weights(stage.name) if done < len(prompts) else None
         recorder.rewind({"samples.jsonl": offset})
         clock.lap("setup")
         while done < len(prompts):
@@ -54,21 +44,21 @@ def run_evaluate(
             completions = sample_batch(
                 params,
                 own or batch[-1:],  # a process without a problem of its own still takes part
-                context.model,
-                context.tokenizer,
+                model.decoder,
+                model.tokenizer,
                 rows=stage.problems_per_batch // share.count,
                 samples=stage.samples_per_problem,
                 max_new_tokens=stage.max_new_tokens,
                 # The same noise before and after training: differences are the model's.
                 seed=context.seed("evaluate", stage.data),
                 sampling=to_sampling(stage.sampling),
-                eos_ids=context.eos_ids,
-                stop=stop_search(context.tokenizer, stage.sampling),
+                eos_ids=model.eos_ids,
+                stop=stop_search(model.tokenizer, stage.sampling),
             )
             completions = completions[: len(own) * stage.samples_per_problem]
             scores = verifier.submit([c.answered() for c in completions]).result()
             pairs = zip(completions, scores, strict=True)
-            rows = gather([c.row(score, step=0) for c, score in pairs], context.model.layout)
+            rows = gather([c.row(score, step=0) for c, score in pairs], context.layout)
             recorder.log_samples(rows)
             done += len(batch)
             tokens = sum(row["length"] for row in rows)

@@ -10,32 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from r1jax.config.schema import GRPOStage
-from r1jax.data import PromptIterator, encode_prompts
+from r1jax.config.schema import GRPOStage, datasets_of
+from r1jax.data import PromptIterator, Taken
 from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step
 from r1jax.models import token_scores
-from r1jax.processes import batch_share, gather, largest
+from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore, Verifier
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context
-from r1jax.stages.loop import InitialWeights, TrainLoop
+from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
-from r1jax.stages.rollout import Completion, sample_batch, stop_search, to_sampling
+from r1jax.stages.rollout import Completion, check_domains, sample_batch, stop_search, to_sampling
 
 
-def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: InitialWeights) -> None:
+def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     """Train with GRPO, resuming where a former process stopped."""
-    model, tokenizer = context.model, context.tokenizer
-    section = context.config.data[stage.data]
-    prompts, report = encode_prompts(context.examples(stage.data), section, tokenizer)
+    language_model = context.model_of(stage.name)
+    model, tokenizer = language_model.decoder, language_model.tokenizer
+    rewards = context.config.rewards_of(stage.rewards)
     share = batch_share(model.layout)
-    questions = PromptIterator(
-        prompts,
-        seed=context.seed(stage.name),
-        process_index=share.index,
-        process_count=share.count,
-    )
+    questions = Questions(stage, context, tokenizer, share)
+    check_domains(stage.name, questions.domains, rewards)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     temperature = stage.sampling.temperature
@@ -58,17 +55,16 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: Initi
     per_phase = stage.questions_per_step * phase
     own = per_phase // share.count  # questions of this process
     part = own // stage.rollout_batches
-    loop = TrainLoop(
-        stage, context, directory, initial, optimizer, update, with_reference=with_reference
-    )
-    with loop, Verifier(context.config.rewards, context.config.verifier) as verifier:
+    loop = TrainLoop(stage, context, directory, optimizer, update, with_reference=with_reference)
+    with loop, Verifier(rewards, context.config.verifier) as verifier:
         loop.restore(questions)
-        loop.progress.print(f"{stage.name}: {report}")
+        for report in questions.reports:
+            loop.progress.print(f"{stage.name}: {report}")
         while loop.step < stage.steps:
             first = loop.step
             # 1. Sample. Each part is scored by the workers while the next one is generated.
-            asked, repeats = questions.take(per_phase)
-            firsts = [repeat * group for repeat in repeats]
+            taken = questions.take(per_phase, first)
+            asked, firsts = taken.prompts, [repeat * group for repeat in taken.repeats]
             completions: list[Completion] = []
             pending = []
             for start in range(0, own, part):
@@ -83,7 +79,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: Initi
                     seed=context.seed(stage.name, "rollout"),
                     step=first,
                     sampling=to_sampling(stage.sampling),
-                    eos_ids=context.eos_ids,
+                    eos_ids=language_model.eos_ids,
                     stop=stop_search(tokenizer, stage.sampling),
                 )
                 pending.append(verifier.submit([completion.answered() for completion in batch]))
@@ -94,9 +90,9 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: Initi
             score_seconds = loop.clock.lap("score_wait")
 
             # 2. Advantages within each question's group.
-            rewards = np.asarray([s.reward for s in scores], np.float32)
+            earned = np.asarray([s.reward for s in scores], np.float32)
             advantages = group_advantages(
-                jnp.asarray(rewards.reshape(own, group)), scale=stage.loss.advantage_scale
+                jnp.asarray(earned.reshape(own, group)), scale=stage.loss.advantage_scale
             )
             rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
             facts = rollout_metrics(
@@ -157,6 +153,46 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path, initial: Initi
         loop.finish()
 
 
+class Questions:
+    """The prompts of a stage, from the dataset that is in force at a step.
+
+    Each dataset is walked on its own; one that comes back later goes on where it was left.
+    """
+
+    def __init__(
+        self,
+        stage: GRPOStage,
+        context: Context,
+        tokenizer: PreTrainedTokenizerBase,
+        share: Share,
+    ) -> None:
+        self._stage = stage
+        self.reports: list[str] = []
+        self.domains: dict[str, str] = {}
+        self._walks: dict[str, PromptIterator] = {}
+        for name in dict.fromkeys(data for _, data in datasets_of(stage)):
+            prompts, report = context.prompts(name, tokenizer)
+            self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")
+            self.domains |= {prompt.domain: name for prompt in prompts}
+            self._walks[name] = PromptIterator(
+                prompts,
+                seed=context.seed(stage.name),
+                process_index=share.index,
+                process_count=share.count,
+            )
+
+    def take(self, count: int, step: int) -> Taken:
+        """The next `count` questions for step `step`; this process's share of them."""
+        return self._walks[self._stage.data_at(step)].take(count)
+
+    def state(self) -> dict[str, Any]:
+        return {name: walk.state() for name, walk in self._walks.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name, walk in self._walks.items():
+            walk.restore(state[name])
+
+
 def max_new_tokens(stage: GRPOStage, step: int) -> int:
     """The completion limit that is in force at a step."""
     if isinstance(stage.max_new_tokens, int):
@@ -206,6 +242,7 @@ def sample_facts(
             "length": len(completion.token_ids),
             "truncated": completion.finish == Finish.LENGTH,
             "outcome": str(score.outcome),
+            "domain": completion.prompt.domain,
             "reward": score.reward if score.scored else None,
             "parts": {name: part.reward for name, part in score.parts.items()},
         }
@@ -227,8 +264,8 @@ def rollout_metrics(
     return {
         "reward/mean": mean([sample["reward"] for sample in scored]),
         **{
-            f"reward/{name}": mean([sample["parts"][name] for sample in scored])
-            for name in samples[0]["parts"]
+            f"reward/{name}": mean([s["parts"][name] for s in scored if name in s["parts"]])
+            for name in dict.fromkeys(name for sample in samples for name in sample["parts"])
         },
         **{
             f"outcome/{name}": outcomes[name] / len(samples)
@@ -238,4 +275,15 @@ def rollout_metrics(
         "length/max": float(max(lengths)),
         "length/truncated": mean([sample["truncated"] for sample in samples]),
         "groups/zero_variance": mean(zero_variance),
+        **_by_domain(scored),
     }
+
+
+def _by_domain(scored: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean reward of each domain, where there are several."""
+    rewards: dict[str, list[float]] = {}
+    for sample in scored:
+        rewards.setdefault(sample["domain"], []).append(sample["reward"])
+    if len(rewards) < 2:
+        return {}
+    return {f"domain/{name or 'none'}": float(np.mean(x)) for name, x in sorted(rewards.items())}

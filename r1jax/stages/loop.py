@@ -16,7 +16,6 @@ from r1jax.checkpoints import Checkpoints
 from r1jax.config.schema import GRPOStage, PretrainStage
 from r1jax.grpo import TrainState
 from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
-from r1jax.models import abstract_params
 from r1jax.processes import anywhere
 from r1jax.sharding import from_process_rows, to_process_rows
 from r1jax.stages.context import Clock, Context, Preempted, RunError
@@ -33,10 +32,6 @@ class Resumable(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-# Reads or makes the weights that a stage starts from; called only where no checkpoint is found.
-InitialWeights = Callable[[], Any]
 
 
 class TrainLoop:
@@ -56,20 +51,17 @@ class TrainLoop:
         stage: PretrainStage | GRPOStage,
         context: Context,
         directory: Path,
-        initial: InitialWeights,
         optimizer: optax.GradientTransformation,
         update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
         *,
         with_reference: bool = False,
     ) -> None:
         self._stage, self._context, self._directory = stage, context, directory
-        self._initial, self._optimizer, self._with_reference = initial, optimizer, with_reference
-        model = context.model
-        self._layout = model.layout
+        self._optimizer, self._with_reference = optimizer, with_reference
+        self._layout = context.layout
+        self._model = context.model_of(stage.name)
         self._abstract = abstract_train_state(
-            abstract_params(model.config, model.layout, model.execution.param_dtype),
-            optimizer,
-            self._layout,
+            self._model.abstract_params(), optimizer, self._layout
         )
         self._update = jax.jit(
             update, donate_argnums=0, out_shardings=(shardings_of(self._abstract), None)
@@ -110,7 +102,7 @@ class TrainLoop:
             abstract["reference"] = self._abstract.params
         found = self.checkpoints.restore_latest(abstract)
         if found is None:
-            params = self._initial()
+            params = self._context.initial_weights(self._stage.name)
             # A copy of its own: the update donates the policy's arrays.
             self.reference = jax.tree.map(jnp.copy, params) if self._with_reference else None
             self.state = create_train_state(params, self._optimizer, self._abstract)
@@ -195,6 +187,6 @@ class TrainLoop:
 
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
-        self._context.export(self._directory / "model", self.state.params)
+        self._model.export(self._directory / "model", self.state.params)
         self.clock.lap("export")
         self._context.mark(self._stage.name, self._stage.kind, "done", self.clock.seconds)

@@ -14,19 +14,18 @@ from r1jax.grpo import accumulate_gradients, apply_if_finite
 from r1jax.models import token_scores
 from r1jax.processes import batch_share
 from r1jax.stages.context import Context
-from r1jax.stages.loop import InitialWeights, TrainLoop
+from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
 
 
-def run_pretrain(
-    stage: PretrainStage, context: Context, directory: Path, initial: InitialWeights
-) -> None:
+def run_pretrain(stage: PretrainStage, context: Context, directory: Path) -> None:
     """Train on the dataset's texts, resuming where a former process stopped."""
-    model = context.model
+    language_model = context.model_of(stage.name)
+    model = language_model.decoder
     share = batch_share(model.layout)
     rows = PackedRows(
         context.examples(stage.data),
-        context.tokenizer,
+        language_model.tokenizer,
         row_tokens=stage.row_tokens,
         seed=context.seed(stage.name),
         process_index=share.index,
@@ -50,7 +49,7 @@ def run_pretrain(
         )
         return apply_if_finite(state, loss, gradients, optimizer)
 
-    with TrainLoop(stage, context, directory, initial, optimizer, update) as loop:
+    with TrainLoop(stage, context, directory, optimizer, update) as loop:
         loop.restore(rows)
         seconds = 0.0
         while loop.step < stage.steps:

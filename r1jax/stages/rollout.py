@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from r1jax.config.schema import SamplingSection
+from r1jax.config.schema import RewardSection, SamplingSection
 from r1jax.data import Prompt
 from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest
@@ -63,6 +63,19 @@ class Completion:
 
 def to_sampling(section: SamplingSection) -> Sampling:
     return Sampling(section.temperature, section.top_p, section.top_k, section.min_p)
+
+
+def check_domains(
+    stage: str, domains: Mapping[str, str], rewards: Mapping[str, RewardSection]
+) -> None:
+    """Raises ValueError for a domain (given with its dataset) that no reward judges."""
+    limits = {name: reward.domains for name, reward in rewards.items()}
+    for domain, data in domains.items():
+        if not any(only is None or domain in only for only in limits.values()):
+            raise ValueError(
+                f"stages.{stage}: no reward is for the domain {domain!r} of data.{data}; add it to "
+                f"the domains of one; there are {limits}"
+            )
 
 
 class StopStrings:
