@@ -113,7 +113,7 @@ def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Rep
     assert result.exit_code == 0, result.output
     run.assert_not_called()
     # The resolved config comes first, whole, as YAML.
-    yaml_text, _, rest = result.output.partition("devices: ")
+    yaml_text, _, rest = result.output.partition("\ndevices: ")
     assert parse_config(yaml_text, "output") == load_config(config, ["seed=5"])
     for part in (
         "8 x TPU",
