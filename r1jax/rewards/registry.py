@@ -12,7 +12,10 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # pydantic stays out of whoever imports this
+    from r1jax.config.schema import VerifierSection
 
 
 class Outcome(StrEnum):
@@ -52,7 +55,7 @@ class Score:
       reward: its value; nan when the verifier failed, since 0 would punish an unjudged answer.
       outcome: one of four.
       extracted: the final answer as it was read, for votes and logs.
-      detail: why, when the verifier failed.
+      detail: why, when the verifier failed; else what more the function has to say, for logs.
     """
 
     reward: float
@@ -68,6 +71,10 @@ def _no_check(options: Mapping[str, Any]) -> None:
     """A function that checks its own options, or has any."""
 
 
+def _no_section_check(options: Mapping[str, Any], section: VerifierSection) -> None:
+    """A function that works within any deadline and memory."""
+
+
 @dataclass(frozen=True)
 class RewardEntry:
     """A reward function with what surrounds it.
@@ -77,11 +84,14 @@ class RewardEntry:
       check: raises ValueError on options that the function does not understand; called where
         the run starts, so it must be cheap.
       prepare: called once in a new worker, before any deadline runs: slow imports go here.
+      check_section: raises ValueError on options that do not go with the workers' deadline or
+        memory; called beside `check`.
     """
 
     function: RewardFunction
     check: Callable[[Mapping[str, Any]], None] = _no_check
     prepare: Callable[[Mapping[str, Any]], None] = _no_check
+    check_section: Callable[[Mapping[str, Any], VerifierSection], None] = _no_section_check
 
 
 REWARDS: dict[str, RewardEntry] = {}
@@ -92,6 +102,7 @@ def reward(
     *,
     check: Callable[[Mapping[str, Any]], None] = _no_check,
     prepare: Callable[[Mapping[str, Any]], None] = _no_check,
+    check_section: Callable[[Mapping[str, Any], VerifierSection], None] = _no_section_check,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Registers the decorated function under `name`; see `RewardEntry` for the rest.
 
@@ -104,20 +115,25 @@ def reward(
     def register(function: RewardFunction) -> RewardFunction:
         if name in REWARDS:
             raise ValueError(f"reward {name!r} is registered already")
-        REWARDS[name] = RewardEntry(function, check, prepare)
+        REWARDS[name] = RewardEntry(function, check, prepare, check_section)
         return function
 
     return register
 
 
-def check_reward(name: str, options: Mapping[str, Any]) -> None:
+def check_reward(
+    name: str, options: Mapping[str, Any], section: VerifierSection | None = None
+) -> None:
     """Checks a name and its options without importing code of the user's.
 
     Raises:
-      ValueError: unknown name (with the nearest one), or options the function refuses.
+      ValueError: unknown name (with the nearest one), or options the function refuses, be it for
+        the workers' `section`.
     """
     if name in REWARDS:
         REWARDS[name].check(options)
+        if section is not None:
+            REWARDS[name].check_section(options, section)
     elif ":" in name:
         module, _, function = name.partition(":")
         parts = [*module.split("."), function]

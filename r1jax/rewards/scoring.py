@@ -30,6 +30,8 @@ def score_file(
 ) -> dict[Outcome, int]:
     """Scores JSON lines and writes them with `reward`, `outcome` and `extracted` added.
 
+    `detail` is added too where the reward says more, or why it failed.
+
     Args:
       reward: a registered name or `package.module:function`.
       source: rows with `prompt`, `completion` and `answer` (text; `answer` may be a number), and
@@ -75,6 +77,8 @@ def score_file(
                     row["reward"] = None if math.isnan(score.reward) else score.reward
                     row["outcome"] = score.outcome.value
                     row["extracted"] = score.extracted
+                    if score.parts[reward].detail is not None:
+                        row["detail"] = score.parts[reward].detail
                     out.write(_line(row))
         os.replace(partial, target)
     finally:

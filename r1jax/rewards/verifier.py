@@ -300,7 +300,7 @@ class Verifier:
         if not rewards:
             raise ValueError("rewards is empty: name at least one")
         for name, reward in rewards.items():
-            check_reward(reward.function or name, reward.options)
+            check_reward(reward.function or name, reward.options, section)
         self._names = list(rewards)
         self._domains = {name: reward.domains for name, reward in rewards.items()}
         self._weights = {name: reward.weight for name, reward in rewards.items()}

@@ -124,7 +124,7 @@ def check(context: Context) -> None:
     """Refuse, before any compute, what would fail later: data, templates, rewards, sharding."""
     config = context.config
     for name, reward in config.rewards.items():
-        check_reward(reward.function or name, reward.options)
+        check_reward(reward.function or name, reward.options, config.verifier)
     used = dict.fromkeys(data for stage in config.stages for _, data in datasets_of(stage))
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)

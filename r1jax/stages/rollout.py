@@ -44,7 +44,8 @@ class Completion:
         )
 
     def row(self, score: RowScore, **extra: Any) -> dict[str, Any]:
-        """The row of samples.jsonl."""
+        """The row of samples.jsonl; `details` only where a reward has something to say."""
+        details = {n: part.detail for n, part in score.parts.items() if part.detail is not None}
         return {
             **extra,
             "problem_id": self.prompt.id,
@@ -56,6 +57,7 @@ class Completion:
             "parts": {name: part.reward for name, part in score.parts.items()},
             "outcome": str(score.outcome),
             "extracted": score.extracted,
+            **({"details": details} if details else {}),
             "length": len(self.token_ids),
             "finish_reason": self.finish.name.lower(),
         }

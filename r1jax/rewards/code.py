@@ -1,0 +1,493 @@
+"""Reward for programs: does the answer's program pass the tests that the model has not seen?
+
+The reference answer (`Answered.answer`) is a JSON object:
+
+    {"language": "python", "tests": [{"input": "1 2\\n", "output": "3\\n"}, ...]}
+    {"language": "python", "entry": "add", "tests": [{"arguments": [1, 2], "returns": 3}, ...]}
+
+In the first form a program reads standard input and writes standard output; in the second (Python)
+one of its functions is called. Every test is a process of its own in `r1jax.rewards.sandbox`;
+expected values never go in there, so that a program can earn a pass only with the right value.
+
+Deadlines. A test has `seconds` from the program's start; compiler and tests of one row together
+have `total_seconds`, and what they no longer leave time for has not passed. Both end with a score.
+`verifier.deadline_seconds` ends without one (the row is masked), so it must come later: a run whose
+deadline is not more than a second after `total_seconds` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1jax.rewards.extraction import ANSWER, END_ANSWER, after_thinking
+from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.sandbox import (
+    PATH,
+    End,
+    Ended,
+    Isolation,
+    Limits,
+    Sandbox,
+    SandboxError,
+    strongest,
+)
+
+if TYPE_CHECKING:
+    from r1jax.config.schema import VerifierSection
+
+# Between the end of `total_seconds` and the worker's answer: a last kill, the folder's removal.
+_MARGIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Language:
+    """How programs of a language are run. `{python}` and `{folder}` stand for paths.
+
+    Attributes:
+      source: name of the file that the program is written to, in `{folder}`.
+      run: the command that runs it.
+      compile: a command that must succeed before; it may leave files in `{folder}`.
+      call: runs `r1jax.rewards.function_call` on it; empty: functions cannot be called.
+      out_of_memory: what its run time says when it gets no more memory.
+    """
+
+    source: str
+    run: tuple[str, ...]
+    compile: tuple[str, ...]
+    call: tuple[str, ...] = ()
+    out_of_memory: bytes = b""
+
+
+# -s -P: nothing but the standard library is importable; -B: the folder is read-only.
+_PYTHON = ("{python}", "-B", "-s", "-P")
+_PYTHON_COMPILE = "import sys; compile(open(sys.argv[1], 'rb').read(), 'main.py', 'exec')"
+_CALL = Path(__file__).with_name("function_call.py").read_text(encoding="utf-8")
+
+LANGUAGES: dict[str, Language] = {
+    "python": Language(
+        source="main.py",
+        compile=(*_PYTHON, "-c", _PYTHON_COMPILE, "{folder}/main.py"),
+        run=(*_PYTHON, "{folder}/main.py"),
+        call=(*_PYTHON, "-c", _CALL, "{folder}/main.py"),
+        out_of_memory=b"MemoryError",
+    ),
+    "c": Language(
+        source="main.c",
+        compile=("gcc", "-O2", "-std=gnu17", "-o", "{folder}/main", "{folder}/main.c", "-lm"),
+        run=("{folder}/main",),
+    ),
+    "cpp": Language(
+        source="main.cpp",
+        compile=("g++", "-O2", "-std=gnu++17", "-o", "{folder}/main", "{folder}/main.cpp"),
+        run=("{folder}/main",),
+        out_of_memory=b"std::bad_alloc",
+    ),
+}
+
+
+class Verdict(StrEnum):
+    """What became of one test case."""
+
+    PASSED = "passed"
+    WRONG = "wrong"  # it ended well, with another output or value
+    CRASH = "crash"  # an exit status that is not 0, a signal, or no value returned
+    TIME = "time"
+    MEMORY = "memory"
+    OUTPUT = "output"  # it wrote more than it may
+    COMPILE_ERROR = "compile_error"
+    NOT_RUN = "not_run"  # `total_seconds` were over before it ended, or an earlier one failed
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the reward `code`.
+
+    Attributes:
+      partial: the reward is the share of tests passed, not 1 only if all pass.
+      stop_at_first_failure: run no further test then; not with `partial`.
+      seconds: of each test, by the clock and of CPU.
+      total_seconds: of the compiler and all tests of a row together, by the clock.
+      memory_mb: address space of each process; times `processes` is the most that a test takes.
+      output_kb: standard output of each test.
+      processes: processes and threads of a test, all together.
+      minimum_isolation: the weakest tier (`r1jax.rewards.sandbox.Isolation`) to run in; the
+        strongest one that works is taken.
+    """
+
+    partial: bool = False
+    stop_at_first_failure: bool = False
+    seconds: float = 2.0
+    total_seconds: float = 4.0
+    memory_mb: int = 512
+    output_kb: int = 1024
+    processes: int = 16
+    minimum_isolation: Isolation = Isolation.NAMESPACES
+
+
+def read_options(options: Mapping[str, Any]) -> Options:
+    """The options of a config, checked.
+
+    Raises:
+      ValueError: names the option, its value and what is allowed.
+    """
+    refuse_unknown("code", options, tuple(field.name for field in fields(Options)))
+    read: dict[str, Any] = {}
+    for field in fields(Options):
+        if field.name not in options:
+            continue
+        value = options[field.name]
+        where = f"rewards.code.options.{field.name} = {value!r}"
+        if isinstance(field.default, bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{where}: must be true or false")
+        elif isinstance(field.default, Isolation):
+            if value not in list(Isolation):
+                raise ValueError(f"{where}: not one of {[str(tier) for tier in Isolation]}")
+            value = Isolation(value)
+        else:
+            whole = isinstance(field.default, int)
+            number = isinstance(value, int if whole else int | float)
+            if isinstance(value, bool) or not number or not 0 < value < math.inf:
+                raise ValueError(f"{where}: must be a {'whole ' if whole else ''}number above 0")
+        read[field.name] = value
+    result = Options(**read)
+    if result.seconds > result.total_seconds:
+        raise ValueError(
+            f"rewards.code.options.seconds = {result.seconds:g} is more than total_seconds = "
+            f"{result.total_seconds:g}, which all tests of a row share"
+        )
+    if result.partial and result.stop_at_first_failure:
+        raise ValueError(
+            "rewards.code.options: partial counts every test, stop_at_first_failure does not run "
+            "them; drop one"
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hidden test.
+
+    Attributes:
+      given: standard input; or the arguments of the call.
+      expected: standard output; or the value returned.
+    """
+
+    given: Any
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The hidden tests of a problem.
+
+    Attributes:
+      language: a key of `LANGUAGES`.
+      cases: at least one.
+      entry: the function to call; None: tests are of standard input and output.
+    """
+
+    language: str
+    cases: tuple[Case, ...]
+    entry: str | None = None
+
+
+def read_reference(answer: str) -> Reference:
+    """Reads the JSON of a reference answer; the module's text has its two forms.
+
+    Raises:
+      ValueError: what is wrong with it, so that the row cannot be judged.
+    """
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"reference: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"reference: must be an object, not {type(value).__name__}")
+    for key in value:
+        if key not in ("language", "entry", "tests"):
+            raise ValueError(f"reference.{key}: no such key; there are language, entry, tests")
+    language, entry, tests = value.get("language"), value.get("entry"), value.get("tests")
+    if not isinstance(language, str) or language not in LANGUAGES:
+        raise ValueError(f"reference.language = {language!r}: not one of {sorted(LANGUAGES)}")
+    if entry is not None:
+        if not isinstance(entry, str) or not entry.isidentifier():
+            raise ValueError(f"reference.entry = {entry!r}: must be the name of a function")
+        if not LANGUAGES[language].call:
+            raise ValueError(f"reference.entry: functions of {language} cannot be called")
+    if not isinstance(tests, list) or not tests:
+        raise ValueError("reference.tests: must be a list with at least one test")
+    keys = ("input", "output") if entry is None else ("arguments", "returns")
+    cases = []
+    for index, test in enumerate(tests):
+        where = f"reference.tests[{index}]"
+        if not isinstance(test, dict) or set(test) != set(keys):
+            raise ValueError(f"{where}: must be an object with {keys[0]} and {keys[1]}")
+        given, expected = test[keys[0]], test[keys[1]]
+        if entry is None:
+            for key, text in test.items():
+                if not isinstance(text, str):
+                    raise ValueError(f"{where}.{key} = {text!r}: must be text")
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{where}.{key}: {error}") from None
+        elif not isinstance(given, list):
+            raise ValueError(f"{where}.arguments: must be a list")
+        cases.append(Case(given, expected))
+    return Reference(language, tuple(cases), entry)
+
+
+_OPENING = re.compile(rf"(?:.*{ANSWER}[ \t]*)? {{0,3}}(`{{3,}}(?=[^`]*$)|~{{3,}}).*")
+_CLOSING = re.compile(rf" {{0,3}}(`{{3,}}|~{{3,}})\s*(?:{END_ANSWER}.*)?")
+
+
+def program_of(completion: str) -> str | None:
+    """The contents of the last complete fenced code block after the last `</think>`, or None.
+
+    Fences are Markdown's: three backticks or tildes or more, closed by as many of the same at
+    least; an answer tag may stand around them on their line. A block without its end was cut off.
+    """
+    tail = after_thinking(completion)
+    if tail is None:
+        return None
+    found = None
+    fence = ""
+    lines: list[str] = []
+    for line in tail.split("\n"):
+        if not fence:
+            opening = _OPENING.fullmatch(line.rstrip("\r"))
+            if opening is not None:
+                fence, lines = opening[1], []
+            continue
+        closing = _CLOSING.fullmatch(line)
+        if closing is not None and closing[1].startswith(fence):
+            found, fence = "".join(each + "\n" for each in lines), ""
+        else:
+            lines.append(line)
+    return found
+
+
+def same_output(expected: bytes, output: bytes) -> bool:
+    """Whether two outputs are equal, line for line, from the first to the last.
+
+    White space at the end of a line and empty lines at the end of the output do not count.
+    """
+    return _lines(expected) == _lines(output)
+
+
+def _lines(output: bytes) -> list[bytes]:
+    lines = [line.rstrip() for line in output.split(b"\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def same_value(expected: Any, value: Any) -> bool:
+    """Whether two JSON values are equal. True is not 1; 2.0 is 2.
+
+    Where one side has a fraction, a relative error of 1e-9 is let pass (a choice): the order of a
+    sum is not part of the question.
+    """
+    if isinstance(expected, list) and isinstance(value, list):
+        return len(expected) == len(value) and all(map(same_value, expected, value))
+    if isinstance(expected, dict) and isinstance(value, dict):
+        return expected.keys() == value.keys() and all(
+            same_value(expected[key], value[key]) for key in expected
+        )
+    if isinstance(expected, float) or isinstance(value, float):
+        numbers = all(isinstance(x, int | float) for x in (expected, value))
+        if not numbers or isinstance(expected, bool) or isinstance(value, bool):
+            return False
+        try:
+            return expected == value or math.isclose(expected, value, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:  # a whole number beyond all floats
+            return False
+    return type(expected) is type(value) and bool(expected == value)
+
+
+def _verdict(ended: Ended, language: Language) -> Verdict | None:
+    """What the way it ended says; None if it ended well."""
+    if ended.end is End.TIME:
+        return Verdict.TIME
+    if ended.end is End.OUTPUT:
+        return Verdict.OUTPUT
+    if ended.code == 0:
+        return None
+    if language.out_of_memory and language.out_of_memory in ended.errors:
+        return Verdict.MEMORY
+    return Verdict.CRASH
+
+
+class _Program:
+    """A program in its sandbox, and the time that its row has left."""
+
+    def __init__(self, sandbox: Sandbox, reference: Reference, options: Options) -> None:
+        self._sandbox = sandbox
+        self._entry = reference.entry
+        self._language = LANGUAGES[reference.language]
+        self._options = options
+        self._until = time.monotonic() + options.total_seconds
+
+    def _left(self) -> float:
+        return self._until - time.monotonic()
+
+    def _command(self, parts: tuple[str, ...]) -> list[str]:
+        names = {"{python}": self._sandbox.python, "{folder}": self._sandbox.folder}
+        command = []
+        for part in parts:
+            for name, path in names.items():
+                part = part.replace(name, path)
+            command.append(part)
+        return command
+
+    def _limits(self, seconds: float, processes: int | None) -> Limits:
+        options = self._options
+        return Limits(
+            seconds=seconds,
+            memory_bytes=options.memory_mb << 20,
+            output_bytes=options.output_kb << 10,
+            processes=processes,
+        )
+
+    def compile(self, source: str) -> Verdict | None:
+        """What the compiler says; None if it takes the program."""
+        compiler = self._language.compile[0]
+        if not compiler.startswith("{") and shutil.which(compiler, path=PATH) is None:
+            raise SandboxError(f"{compiler} is not installed")
+        # Half of a surrogate pair, from a cut token, is no text: let the compiler say so.
+        self._sandbox.write(self._language.source, source.encode(errors="surrogatepass"))
+        ended = self._sandbox.run(
+            self._command(self._language.compile),
+            self._limits(self._left(), processes=None),
+            keeps_files=True,
+        )
+        if ended.end is End.TIME:  # and so nothing is left for the tests
+            return Verdict.NOT_RUN
+        return None if _verdict(ended, self._language) is None else Verdict.COMPILE_ERROR
+
+    def passes(self, case: Case) -> Verdict:
+        """Runs one test."""
+        seconds = min(self._options.seconds, self._left())
+        if seconds <= 0:
+            return Verdict.NOT_RUN
+        limits = self._limits(seconds, self._options.processes)
+        verdict = self._prints(case, limits) if self._entry is None else self._returns(case, limits)
+        if verdict is Verdict.TIME and seconds < self._options.seconds:
+            return Verdict.NOT_RUN  # it did not have its time
+        return verdict
+
+    def _prints(self, case: Case, limits: Limits) -> Verdict:
+        ended = self._sandbox.run(self._command(self._language.run), limits, case.given.encode())
+        verdict = _verdict(ended, self._language)
+        if verdict is not None:
+            return verdict
+        same = same_output(case.expected.encode(), ended.output)
+        return Verdict.PASSED if same else Verdict.WRONG
+
+    def _returns(self, case: Case, limits: Limits) -> Verdict:
+        mark = secrets.token_hex(16)
+        call = {"entry": self._entry, "arguments": case.given, "mark": mark}
+        command = self._command(self._language.call)
+        ended = self._sandbox.run(command, limits, json.dumps(call).encode())
+        verdict = _verdict(ended, self._language)
+        if verdict is not None:
+            return verdict
+        if not ended.output.startswith(mark.encode()):
+            return Verdict.CRASH
+        try:
+            value = json.loads(ended.output[len(mark) :])
+            same = same_value(case.expected, value)
+        except (ValueError, RecursionError):
+            return Verdict.WRONG
+        return Verdict.PASSED if same else Verdict.WRONG
+
+
+def run_tests(source: str, reference: Reference, options: Options) -> tuple[list[Verdict], str]:
+    """A verdict per test, in order, and the tier of isolation that they ran in.
+
+    Raises:
+      SandboxError: no tier that is strong enough works, no compiler, or a run that failed.
+    """
+    isolation = strongest(options.minimum_isolation)
+    verdicts: list[Verdict] = []
+    with Sandbox(isolation) as sandbox:
+        program = _Program(sandbox, reference, options)
+        refused = program.compile(source)
+        if refused is not None:
+            return [refused] * len(reference.cases), isolation
+        for case in reference.cases:
+            verdicts.append(program.passes(case))
+            if options.stop_at_first_failure and verdicts[-1] is not Verdict.PASSED:
+                break
+    return verdicts + [Verdict.NOT_RUN] * (len(reference.cases) - len(verdicts)), isolation
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    minimum = read_options(options).minimum_isolation
+    try:
+        strongest(minimum)
+    except SandboxError as error:
+        weaker = (
+            ""
+            if minimum is Isolation.LIMITS
+            else ", or accept that programs can reach the network and the user's files and "
+            "processes with minimum_isolation: limits"
+        )
+        raise ValueError(
+            f"rewards.code.options.minimum_isolation = {str(minimum)!r}: programs cannot be "
+            f"isolated so here. {error}. Install bubblewrap 0.8 or newer and allow user "
+            f"namespaces{weaker}"
+        ) from None
+
+
+def _check_section(options: Mapping[str, Any], section: VerifierSection) -> None:
+    read = read_options(options)
+    needed = read.total_seconds + _MARGIN_SECONDS
+    if section.deadline_seconds < needed:
+        raise ValueError(
+            f"verifier.deadline_seconds = {section.deadline_seconds:g}: the reward code takes up "
+            f"to rewards.code.options.total_seconds = {read.total_seconds:g}, and a worker that is "
+            f"killed scores nothing; give at least {needed:g}"
+        )
+    if section.memory_mb < read.memory_mb:
+        raise ValueError(
+            f"rewards.code.options.memory_mb = {read.memory_mb}: programs cannot have more than "
+            f"their worker's verifier.memory_mb = {section.memory_mb}"
+        )
+
+
+@reward("code", check=_check, check_section=_check_section)
+def code(row: Answered, options: Mapping[str, Any]) -> Score:
+    """1 if the program in the last code block passes all hidden tests, else 0.
+
+    Options: see `Options`. `Score.detail` is a JSON object: `isolation`, the number of `tests`, and
+    how many had each `Verdict`.
+    """
+    read = read_options(options)
+    reference = read_reference(row.answer)
+    source = program_of(row.completion)
+    if source is None:
+        return Score(0.0, Outcome.UNPARSEABLE)
+    verdicts, isolation = run_tests(source, reference, read)
+    counts = Counter(verdicts)
+    passed = counts[Verdict.PASSED]
+    right = passed == len(verdicts)
+    found = {str(verdict): counts[verdict] for verdict in Verdict if counts[verdict]}
+    return Score(
+        reward=passed / len(verdicts) if read.partial else float(right),
+        outcome=Outcome.RIGHT if right else Outcome.WRONG,
+        extracted=source,
+        detail=json.dumps({"isolation": isolation, "tests": len(verdicts), **found}),
+    )
