@@ -284,7 +284,7 @@ if word == "right": print("one\\ntwo")
     words = ["right", "sleep", "right", "loop", "crash", "abort", "exit", "memory", "flood"]
     words += ["bytes", "first", "silent", "right"]
     reference = prints_of(*[(word, "one\ntwo\n") for word in words])
-    found, detail = score(program, reference, partial=True, seconds=2.0, memory_mb=256)
+    found, detail = score(program, reference, partial=True, seconds=1.2, memory_mb=256)
     assert detail == {
         "tests": 13,
         "passed": 3,
@@ -315,14 +315,19 @@ def test_syntax_errors_are_found_before_any_test() -> None:
 
 
 @isolated
-def test_time_of_a_row_is_shared_and_what_it_leaves_out_has_not_run() -> None:
+def test_time_of_a_row_is_shared_and_what_it_leaves_out_has_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     program = "import time\nif input() == 'slow': time.sleep(600)\nprint(1)"
-    reference = prints_of(("fast", "1"), ("slow", "1"), ("slow", "1"), ("fast", "1"))
-    begin = time.monotonic()
-    found, detail = score(program, reference, partial=True, seconds=2.0, total_seconds=3.9)
-    assert time.monotonic() - begin < 60
-    assert found.outcome is Outcome.WRONG
-    assert detail == {"tests": 4, "passed": 1, "time": 1, "not_run": 2}
+    found, detail = score(program, prints_of(*[("slow", "1")] * 9), seconds=0.5, total_seconds=0.5)
+    assert (found.outcome, detail) == (Outcome.WRONG, {"tests": 9, "not_run": 9})
+
+    # What is left for the compiler, and before each test.
+    left = iter([60.0, 60.0, 0.3, 0.0, -1.0])
+    monkeypatch.setattr(module._Program, "_left", lambda self: next(left))
+    reference = prints_of(("fast", "1"), ("slow", "1"), ("fast", "1"), ("fast", "1"))
+    found, detail = score(program, reference, partial=True)
+    assert (found.reward, detail) == (0.25, {"tests": 4, "passed": 1, "not_run": 3})
 
 
 @isolated

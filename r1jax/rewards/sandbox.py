@@ -242,10 +242,10 @@ class Sandbox:
             if self._root_user:  # programs run as another user
                 self._place.chmod(0o755)
             self._program = self._place / "program"
-            self._program.mkdir()
             # A virtual environment without packages: programs get the standard library, wherever
             # they run, and none of the installed packages' start-up code.
-            (self._program / "python").symlink_to(_python())
+            (self._program / "bin").mkdir(parents=True)
+            (self._program / "bin" / "python").symlink_to(_python())
             self.write(
                 "pyvenv.cfg",
                 f"home = {_python().parent}\ninclude-system-site-packages = false\n".encode(),
@@ -284,7 +284,7 @@ class Sandbox:
     @property
     def python(self) -> str:
         """A Python with the standard library only, as the program sees it."""
-        return self.path("python")
+        return self.path("bin/python")
 
     def run(
         self,
