@@ -14,7 +14,7 @@ Three tiers, strongest first; `why_not` tries one out and says what is missing:
 
 In the upper two a program is alone in namespaces of its own (network without an interface, process
 ids, mounts, IPC). It sees `/usr`, this Python's standard library and its own folder, all of them
-read-only, a new `/proc`, five devices, and memory file systems of a limited size at `/tmp`, where
+read-only, a new `/proc`, a few devices, and memory file systems of a limited size at `/tmp`, where
 it runs, and `/dev/shm`. When the first process of its namespace ends, the kernel kills the others;
 and that process ends with the worker, however the worker ends.
 
