@@ -40,6 +40,9 @@ stages:
 """
 
 
+KINDS = "evaluate or grpo or pretrain or rejection_sampling or sft"
+
+
 def problems_of(text: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "a.yaml", overrides)
@@ -120,8 +123,8 @@ def test_key_like_nothing_known_lists_what_is() -> None:
         replaced("rewards: {accuracy: {weight: 1}}", "rewards: {accuracy: {q: 1}}")
     )
     assert (
-        problem
-        == "a.yaml:7: rewards.accuracy.q = 1: unknown key; known here: weight, function, domains, options"
+        problem == "a.yaml:7: rewards.accuracy.q = 1: unknown key; "
+        "known here: weight, function, domains, options"
     )
 
 
@@ -148,13 +151,12 @@ def test_key_like_nothing_known_lists_what_is() -> None:
         (
             "kind: grpo",
             "kind: gpro",
-            '9: stages.rl.kind = "gpro": should be evaluate or grpo or pretrain or rejection_sampling or sft; '
-            "did you mean grpo?",
+            f'9: stages.rl.kind = "gpro": should be {KINDS}; did you mean grpo?',
         ),
         (
             "    kind: grpo\n",
             "",
-            "9: stages.rl.kind is missing: should be evaluate or grpo or pretrain or rejection_sampling or sft",
+            f"9: stages.rl.kind is missing: should be {KINDS}",
         ),
         ("    steps: 4\n", "", "9: stages.rl.steps is missing: should be an integer at least 1"),
         (
