@@ -164,6 +164,7 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
         config.stages[0],  # type: ignore[arg-type]
         context,
         tmp_path / "stage",
+        10,
         optax.sgd(1.0),
         update,
     ) as loop:

@@ -198,6 +198,7 @@ class StageBase(Section):
 class TrainStage(StageBase):
     """What every train loop has: checkpoints, and a limit to updates that were skipped."""
 
+    kind: str
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
     keep_checkpoints: int = Field(2, ge=1)
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from r1jax.config.lineage import differences, ingredients
 from r1jax.config.schema import MODEL, DataSection, ModelSection, RunConfig
 from r1jax.data import (
+    Document,
     Example,
     Prompt,
+    encode_conversations,
     encode_prompts,
     load_examples,
     load_tokenizer,
@@ -42,6 +44,10 @@ from r1jax.models import (
 from r1jax.processes import wait_for_all
 from r1jax.sharding import Layout, make_layout, split_cpu
 from r1jax.weights import hugging_face
+
+
+# A row of a dataset: the dataset's name and the row's index in it.
+Place = tuple[str, int]
 
 
 class RunError(RuntimeError):
@@ -227,6 +233,30 @@ class Context:
         ]
         told = "; ".join(f"{part}: {counts[part]} of {parts[part][1]}" for part in parts)
         return mixed[:limit], told
+
+    def conversations(
+        self, data: str, model: LanguageModel
+    ) -> tuple[list[Place], Callable[[Sequence[Place]], list[Document]]]:
+        """Where the conversations of a dataset or mixture are, and what reads and encodes some."""
+        section = self.config.data[data]
+        parts = {part: self.examples(part) for part in section.mixture or [data]}
+        rows = {part: len(examples) for part, examples in parts.items()}
+        counts = mixture_counts(rows, section.mixture) if section.mixture else rows
+
+        def encode(places: Sequence[Place]) -> list[Document]:
+            documents: dict[Place, Document] = {}
+            for part in parts:
+                own = [place for place in places if place[0] == part]
+                encoded = encode_conversations(
+                    [parts[part][index] for _, index in own],
+                    section=self.config.data[part],
+                    tokenizer=model.tokenizer,
+                    stop_ids=model.eos_ids,
+                )
+                documents |= dict(zip(own, encoded, strict=True))
+            return [documents[place] for place in places]
+
+        return [(part, index) for part in parts for index in range(counts[part])], encode
 
     # The record: run.json.
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from r1jax.checkpoints import Checkpoints
-from r1jax.config.schema import GRPOStage, PretrainStage
+from r1jax.config.schema import TrainStage
 from r1jax.grpo import TrainState
 from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
 from r1jax.processes import anywhere
@@ -48,15 +48,17 @@ class TrainLoop:
 
     def __init__(
         self,
-        stage: PretrainStage | GRPOStage,
+        stage: TrainStage,
         context: Context,
         directory: Path,
+        steps: int,
         optimizer: optax.GradientTransformation,
         update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
         *,
         with_reference: bool = False,
     ) -> None:
         self._stage, self._context, self._directory = stage, context, directory
+        self._steps = steps
         self._optimizer, self._with_reference = optimizer, with_reference
         self._layout = context.layout
         self._model = context.model_of(stage.name)
@@ -117,7 +119,7 @@ class TrainLoop:
             self.clock = Clock(metadata["seconds"])
         self.progress = Progress(
             self._stage.name,
-            self._stage.steps,
+            self._steps,
             start=self.step,
             process_index=jax.process_index(),
         )
@@ -179,10 +181,10 @@ class TrainLoop:
     def save_if_due(self, data: Resumable) -> None:
         """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
         stop = anywhere(self._context.stop_requested)
-        if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._stage.steps:
+        if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._steps:
             self.save(data)
             self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
-        if stop and self.step < self._stage.steps:
+        if stop and self.step < self._steps:
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
 
     def finish(self) -> None:

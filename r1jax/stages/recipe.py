@@ -28,7 +28,7 @@ from r1jax.rewards.registry import check_reward
 from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
-from r1jax.stages.pretrain import run_pretrain
+from r1jax.stages.supervised import run_pretrain, run_sft
 
 EXIT_PREEMPTED = 143
 """Exit status after SIGTERM (128 + 15): the state is saved, the same command goes on."""
@@ -92,6 +92,8 @@ def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
                 context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))
                 if isinstance(stage, PretrainStage):
                     run_pretrain(stage, context, directory)
+                elif isinstance(stage, SFTStage):
+                    run_sft(stage, context, directory)
                 elif isinstance(stage, GRPOStage):
                     run_grpo(stage, context, directory)
                 elif isinstance(stage, EvaluateStage):

@@ -1,0 +1,155 @@
+"""Supervised training on packed rows: pretraining on texts, fine-tuning on conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.config.schema import PretrainStage, SFTStage
+from r1jax.data import PackedRows, encode_documents, packed_once
+from r1jax.grpo import accumulate_gradients, apply_if_finite
+from r1jax.models import Decoder, token_scores
+from r1jax.processes import batch_share
+from r1jax.stages.context import Context
+from r1jax.stages.loop import TrainLoop
+from r1jax.stages.optimizer import make_optimizer, make_schedule
+
+# Batches of the held-out rows, from the start; None where the stage names none.
+HeldOut = Callable[[], Iterator[dict[str, np.ndarray]]]
+
+
+def run_pretrain(stage: PretrainStage, context: Context, directory: Path) -> None:
+    """Train on the dataset's texts, resuming where a former process stopped."""
+    model = context.model_of(stage.name)
+    share = batch_share(context.layout)
+    rows = PackedRows(
+        context.examples(stage.data),
+        partial(encode_documents, tokenizer=model.tokenizer),
+        model.tokenizer,
+        row_tokens=stage.row_tokens,
+        seed=context.seed(stage.name),
+        process_index=share.index,
+        process_count=share.count,
+    )
+    _train(stage, context, directory, rows, stage.steps, None)
+
+
+def run_sft(stage: SFTStage, context: Context, directory: Path) -> None:
+    """Train on the assistant's part of conversations, resuming where a former process stopped."""
+    model = context.model_of(stage.name)
+    share = batch_share(context.layout)
+    items, encode = context.conversations(stage.data, model)
+    rows = PackedRows(
+        items,
+        encode,
+        model.tokenizer,
+        row_tokens=stage.row_tokens,
+        seed=context.seed(stage.name),
+        process_index=share.index,
+        process_count=share.count,
+    )
+    steps = stage.steps
+    if steps is None:
+        assert stage.epochs is not None  # the schema asks for one of the two
+        steps = math.ceil(stage.epochs * rows.rows_per_epoch() / stage.rows_per_step)
+    held_out: HeldOut | None = None
+    if stage.held_out is not None:
+        others, encode_others = context.conversations(stage.held_out, model)
+        held_out = partial(
+            packed_once,
+            others,
+            encode_others,
+            model.tokenizer,
+            row_tokens=stage.row_tokens,
+            rows_per_batch=stage.rows_per_step,
+            process_index=share.index,
+            process_count=share.count,
+        )
+    _train(stage, context, directory, rows, steps, held_out)
+
+
+def _train(
+    stage: PretrainStage | SFTStage,
+    context: Context,
+    directory: Path,
+    rows: PackedRows[Any],
+    steps: int,
+    held_out: HeldOut | None,
+) -> None:
+    model = context.model_of(stage.name).decoder
+    schedule = make_schedule(stage.optimizer, steps)
+    optimizer = make_optimizer(stage.optimizer, steps)
+    sums = partial(loss_sums, model=model)
+    measure = jax.jit(sums)
+
+    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        batch, weight = part
+        total, _ = sums(params, batch)
+        return total * weight[0], {}
+
+    def update(state: Any, batch: Any) -> Any:
+        count = batch["trained"].sum()
+        weights = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
+        loss, gradients, _ = accumulate_gradients(
+            loss_fn, state.params, (batch, weights), stage.micro_batches
+        )
+        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        return state, {**metrics, "tokens/trained": count.astype(jnp.float32)}
+
+    with TrainLoop(stage, context, directory, steps, optimizer, update) as loop:
+        loop.restore(rows)
+        seconds = 0.0
+        while loop.step < steps:
+            batch = loop.place(rows.take(stage.rows_per_step))
+            loop.clock.lap("data")
+            metrics = loop.update(batch)
+            seconds += loop.clock.lap("update")
+            step = loop.step
+            logged = step % stage.log_every == 0 or step == steps
+            if held_out is not None and isinstance(stage, SFTStage):
+                if step % stage.held_out_every == 0 or step == steps:
+                    parts = (measure(loop.state.params, loop.place(b)) for b in held_out())
+                    metrics["held_out/loss"] = mean_loss(parts)
+                    loop.clock.lap("held_out")
+                    logged = True
+            if logged:
+                metrics["optimizer/learning_rate"] = schedule(step - 1)
+                loop.recorder.log(step, metrics)
+                rate = stage.log_every * stage.rows_per_step * stage.row_tokens / seconds
+                seconds = 0.0
+                loop.log_timings({"tokens_per_second/update": rate})
+                loop.progress.update(step, loss=float(metrics["loss"]), tokens_per_second=rate)
+            loop.save_if_due(rows)
+        if rows.dropped:
+            loop.progress.print(
+                f"{stage.name}: {rows.dropped} documents were longer than row_tokens = "
+                f"{stage.row_tokens} and left out"
+            )
+        loop.finish()
+
+
+def loss_sums(
+    params: Any, batch: Mapping[str, jax.Array], *, model: Decoder
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the trained tokens' negative log-likelihoods, and their number.
+
+    Args:
+      batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
+    """
+    inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+    log_probs = token_scores(params, **inputs, model=model).log_probs
+    trained = batch["trained"].astype(jnp.float32)
+    return -jnp.sum(log_probs * trained), trained.sum()
+
+
+def mean_loss(parts: Iterator[tuple[jax.Array, jax.Array]]) -> float:
+    """The mean over all tokens of all parts, each given as its sum and its number of tokens."""
+    totals = [(float(total), float(count)) for total, count in parts]
+    return math.fsum(total for total, _ in totals) / max(math.fsum(n for _, n in totals), 1.0)
