@@ -3,24 +3,31 @@
 Nothing here imports jax: worker processes and tools may use it without claiming an accelerator.
 """
 
-from r1jax.data.example import Example
+from r1jax.data.conversations import encode_conversations
+from r1jax.data.documents import Document, encode_documents
+from r1jax.data.example import Example, Message
 from r1jax.data.examples import load_examples
-from r1jax.data.packing import PackedRows
+from r1jax.data.packing import PackedRows, packed_once
 from r1jax.data.prompts import PromptIterator, PromptReport, Taken, encode_prompts
 from r1jax.data.templates import TEMPLATES, Prompt, render
 from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
 
 __all__ = [
     "TEMPLATES",
+    "Document",
     "Example",
+    "Message",
     "PackedRows",
     "Prompt",
     "PromptIterator",
     "PromptReport",
     "Taken",
+    "encode_conversations",
+    "encode_documents",
     "encode_prompts",
     "load_examples",
     "load_tokenizer",
+    "packed_once",
     "render",
     "save_tokenizer",
     "stop_token_ids",

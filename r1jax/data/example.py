@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "held_out"]
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +25,14 @@ class Example:
     Attributes:
         id: Position in the source, before any split or limit. It is part of the key of every
             sample drawn for this problem, so it must not depend on the split or the limit.
-        prompt: The question, without template.
+        prompt: The question, without template. Of a conversation without a prompt of its own, what
+            it opens with: conversations that go on differently from the same question belong to
+            the same side of a split.
         answer: The reference answer that rewards compare with; empty when there is none.
         text: A whole document (question and solution) for pretraining, or None.
         domain: Free label, passed on to rewards and metrics.
+        response: What the assistant should say to `prompt`, or None.
+        messages: A whole conversation, in place of prompt and response; empty where there is none.
     """
 
     id: int
@@ -27,6 +40,8 @@ class Example:
     answer: str
     text: str | None = None
     domain: str = ""
+    response: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 def split_of(problem: str, held_out_fraction: float) -> Split:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, get_args, overload
 
-from r1jax.data.example import Example, Split, split_of
+from r1jax.data.example import Example, Message, Role, Split, split_of
 from r1jax.data.sources import Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TASK_EXAMPLES = 100_000
 """Examples of a `task:NAME` without `limit`; a task has no end of its own."""
 
-_FIELDS = ("prompt", "answer", "text", "domain")
+_FIELDS = ("prompt", "answer", "text", "domain", "response", "messages")
 
 
 def load_examples(section: DataSection) -> Sequence[Example]:
@@ -134,25 +134,34 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"{where}: fields.{field}: {hint}known: {', '.join(_FIELDS)}")
     columns: dict[str, str] = {field: section.fields.get(field, field) for field in _FIELDS}
-    # Pretraining text may come alone; a question always has an answer to be compared with.
-    required = set(section.fields)
-    if "text" not in section.fields or required & {"prompt", "answer"}:
-        required |= {"prompt", "answer"}
+    named = set(section.fields)
+    # Whoever names one kind of conversation does not mean a column that happens to be there.
+    if len(named & {"response", "messages"}) == 1:
+        columns.pop("messages" if "response" in named else "response")
+    # Pretraining text may come alone.
+    text_alone = "text" in named and not named & {"prompt", "answer", "response"}
     pattern = _compiled(section)
 
     def to_example(index: int) -> Example:
         row, place = rows.rows[index], f"{where}: {rows.label(index)}"
-        values: dict[str, str] = {}
-        for field, column in columns.items():
-            if column in row and row[column] is not None:
-                values[field] = _as_text(row[column], f"{place}: column {column!r}")
-            elif field in required:
-                found = ", ".join(sorted(map(str, row)))
-                state = "is null" if column in row else "does not exist"
-                raise ValueError(
-                    f"{place}: column {column!r} (for {field}) {state}; "
-                    f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
-                )
+        present = {field for field, column in columns.items() if row.get(column) is not None}
+        required = named if text_alone else named | _needed(present)
+        for field in (field for field in _FIELDS if field in required - present):
+            column = columns[field]
+            found = ", ".join(sorted(map(str, row)))
+            state = "is null" if column in row else "does not exist"
+            raise ValueError(
+                f"{place}: column {column!r} (for {field}) {state}; "
+                f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
+            )
+        messages: tuple[Message, ...] = ()
+        if "messages" in present:
+            column = columns["messages"]
+            messages = _as_messages(row[column], f"{place}: column {column!r}")
+        values = {
+            field: _as_text(row[columns[field]], f"{place}: column {columns[field]!r}")
+            for field in present - {"messages"}
+        }
         answer = values.get("answer", "")
         if pattern is not None:
             matches = list(pattern.finditer(answer))
@@ -162,15 +171,28 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
                     f"answer, which ends in {answer[-80:]!r}"
                 )
             answer = (matches[-1].group(1) or "").strip()
+        opening = next((m.content for m in messages if m.role == "user"), "")
         return Example(
             id=index,
-            prompt=values.get("prompt", ""),
+            prompt=values.get("prompt", opening),
             answer=answer,
             text=values.get("text"),
             domain=section.domain or values.get("domain", ""),
+            response=values.get("response"),
+            messages=messages,
         )
 
     return to_example
+
+
+def _needed(present: set[str]) -> set[str]:
+    """The fields that a row must have, given those it has.
+
+    A question always has an answer to be compared with, unless it comes with what to say to it.
+    """
+    if "messages" in present:
+        return set()
+    return {"prompt"} if "response" in present else {"prompt", "answer"}
 
 
 def _problem(example: Example) -> str:
@@ -188,6 +210,33 @@ def _as_text(value: Any, where: str) -> str:
     if isinstance(value, (str, int, float)):
         return str(value)
     raise ValueError(f"{where} is a {type(value).__name__}; needs text or a number")
+
+
+def _as_messages(value: Any, where: str) -> tuple[Message, ...]:
+    """A conversation from a list of {role, content}; other keys of a message are left alone."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where} is a {type(value).__name__}; needs a list of {{role, content}}")
+    messages = []
+    for number, entry in enumerate(value):
+        place = f"{where}, message {number}"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{place} is a {type(entry).__name__}; needs {{role, content}}")
+        for key in ("role", "content"):
+            if entry.get(key) is None:
+                found = ", ".join(sorted(map(str, entry)))
+                state = "null" if key in entry else "no"
+                raise ValueError(f"{place} has {state} {key}; it has {found}")
+        role = _as_text(entry["role"], f"{place}: role")
+        if role not in get_args(Role):
+            raise ValueError(
+                f"{place}: role = {role!r}; known: {', '.join(get_args(Role))}. Rename it, or "
+                "remove the row."
+            )
+        content = _as_text(entry["content"], f"{place}: content")
+        messages.append(Message(cast(Role, role), content))
+    if not any(message.role == "user" for message in messages):
+        raise ValueError(f"{where} has no user message; remove the row")
+    return tuple(messages)
 
 
 def _compiled(section: DataSection) -> re.Pattern[str] | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from r1jax.data.example import Example
+from r1jax.data.documents import Document
 from r1jax.data.order import permutation
 from r1jax.data.prompts import check_process, check_state, share_of_process
-from r1jax.data.tokenizers import begins_with_bos, encode_texts, tokenizer_fingerprint
+from r1jax.data.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,11 @@ Changing it changes the order of every run."""
 
 _PROBES = 64  # Documents that the fingerprint reads: reading all would end laziness.
 
+Item = TypeVar("Item")
+"""What is made into documents: an `Example`, or whatever else `encode` understands."""
 
-class PackedRows:
+
+class PackedRows(Generic[Item]):
     """An endless, seeded, resumable stream of packed rows, sharded by process.
 
     Every epoch shuffles the documents by (seed, epoch) and cuts the order into windows. A window
@@ -32,14 +35,14 @@ class PackedRows:
     come in a shuffled order (packing puts long documents first). A window depends only on
     (documents, seed, epoch, window index), so a few integers restore the stream mid-window.
 
-    A document is BOS (if the tokenizer's models use one), its text, and EOS. A document that does
-    not fit into a row is left out and counted in `dropped`, never cut: a cut solution would teach
-    the model to stop nowhere.
+    A document that does not fit into a row is left out and counted in `dropped`, never cut: a cut
+    solution would teach the model to stop nowhere.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Item],
+        encode: Callable[[Sequence[Item]], Sequence[Document]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         row_tokens: int,
@@ -49,33 +52,27 @@ class PackedRows:
     ) -> None:
         """
         Args:
-            examples: Documents (`Example.text`), read by index when needed.
-            tokenizer: Must have an EOS token.
+            examples: Read by index when needed.
+            encode: Makes one document of each source: `encode_documents` or
+                `encode_conversations`, with their other arguments bound.
+            tokenizer: Whose ids `encode` gives.
             row_tokens: T, the length of a row.
             seed: Decides the order; at least 0.
             process_index, process_count: Which contiguous slice of each take is this process's.
 
         Raises:
-            ValueError: no documents, or no EOS token.
+            ValueError: no documents, or `encode` refuses one.
         """
-        if not len(examples):
-            raise ValueError("PackedRows needs at least one document")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, so documents could not be told apart")
+        _check_any(examples)
         check_process(process_index, process_count)
         self._examples = examples
-        self._tokenizer = tokenizer
-        self._bos = str(tokenizer.bos_token) if begins_with_bos(tokenizer) else ""
-        self._eos = str(tokenizer.eos_token)
-        # Padding is told by segment id 0, never by token id, so any id will do.
-        self._pad_id = tokenizer.eos_token_id
-        if tokenizer.pad_token_id is not None:
-            self._pad_id = tokenizer.pad_token_id
+        self._encode = encode
+        self._pad_id = _padding_id(tokenizer)
         self._row_tokens = row_tokens
         self._seed = seed
         self._process_index = process_index
         self._process_count = process_count
-        self._fingerprint = self._make_fingerprint()
+        self._fingerprint = self._make_fingerprint(tokenizer)
         self._dropped = 0  # In windows before the current one.
         self._rows_this_epoch = 0
         self._epoch = 0
@@ -92,12 +89,30 @@ class PackedRows:
         """How often the documents have been gone through."""
         return self._epoch
 
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch; where the stream is does not matter, and does not change.
+
+        Reads and encodes every document. In other epochs other documents share a window, so that
+        these may have some rows more or fewer.
+
+        Raises:
+            ValueError: no document fits into a row.
+        """
+        order = permutation(len(self._examples), self._seed, 0)
+        windows = -(-len(order) // _WINDOW)
+        count = sum(len(self._pack(order, window)[0]) for window in range(windows))
+        if not count:
+            raise _none_fits(len(self._examples), self._row_tokens)
+        return count
+
     def take(self, n_rows: int) -> dict[str, np.ndarray]:
         """The next `n_rows` rows of the global order; returns this process's slice of them.
 
         Returns:
-            `tokens`, `segment_ids` and `positions`, each int32 [n_rows / processes, T]. Segment
-            ids count documents in a row from 1; 0 is padding. Positions start at 0 in each.
+            `tokens`, `segment_ids` and `positions`, each int32 [n_rows / processes, T], and
+            `trained`, bool of the same shape. Segment ids count documents in a row from 1; 0 is
+            padding. Positions start at 0 in each. `trained` is true where the token is a target
+            of the loss (`Document.trained`), never in padding.
 
         Raises:
             ValueError: `n_rows` is not a positive multiple of the process count, or no document
@@ -105,14 +120,14 @@ class PackedRows:
         """
         n_local = share_of_process(n_rows, self._process_count)
         first = self._process_index * n_local
-        rows: list[list[list[int]]] = []
+        rows: list[list[Document]] = []
         while len(rows) < n_rows:
             part = self._rows[self._position : self._position + n_rows - len(rows)]
             rows.extend(part)
             self._position += len(part)
             if self._position == len(self._rows):
                 self._next_window()
-        return self._to_arrays(rows[first : first + n_local])
+        return _to_arrays(rows[first : first + n_local], self._row_tokens, self._pad_id)
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, as JSON; the same on every process."""
@@ -145,59 +160,138 @@ class PackedRows:
             self._begin_window(self._epoch, self._window + 1)
             return
         if not self._rows_this_epoch:
-            raise ValueError(
-                f"none of the {len(self._examples)} documents fits into row_tokens = "
-                f"{self._row_tokens}; use longer rows"
-            )
+            raise _none_fits(len(self._examples), self._row_tokens)
         self._rows_this_epoch = 0
         self._begin_window(self._epoch + 1, 0)
 
     def _begin_window(self, epoch: int, window: int) -> None:
         if epoch != self._epoch:
             self._order = permutation(len(self._examples), self._seed, epoch)
-        indices = self._order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
-        ids = encode_texts([self._document(i) for i in indices], self._tokenizer)
-        fitting = [document for document in ids if len(document) <= self._row_tokens]
-        bins = best_fit_decreasing([len(document) for document in fitting], self._row_tokens)
-        shuffle = permutation(len(bins), self._seed, epoch, window)
-        self._rows = [[fitting[i] for i in bins[b]] for b in shuffle.tolist()]
-        self._window_dropped = len(ids) - len(fitting)
+        rows, self._window_dropped = self._pack(self._order, window)
+        shuffle = permutation(len(rows), self._seed, epoch, window)
+        self._rows = [rows[r] for r in shuffle.tolist()]
         self._epoch, self._window, self._position = epoch, window, 0
 
-    def _document(self, index: int) -> str:
-        example = self._examples[index]
-        if example.text is None:
-            raise ValueError(
-                f"row {example.id} has no text to train on; name the column in data.fields.text"
-            )
-        bos = "" if example.text.startswith(self._bos) else self._bos
-        eos = "" if example.text.endswith(self._eos) else self._eos
-        return f"{bos}{example.text}{eos}"
+    def _pack(self, order: np.ndarray, window: int) -> tuple[list[list[Document]], int]:
+        indices = order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
+        return _pack(self._encode([self._examples[i] for i in indices]), self._row_tokens)
 
-    def _to_arrays(self, rows: Sequence[Sequence[Sequence[int]]]) -> dict[str, np.ndarray]:
-        shape = (len(rows), self._row_tokens)
-        tokens = np.full(shape, self._pad_id, np.int32)
-        segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        steps = np.arange(self._row_tokens, dtype=np.int32)
-        for r, row in enumerate(rows):
-            start = 0
-            for segment, document in enumerate(row, start=1):
-                end = start + len(document)
-                tokens[r, start:end] = document
-                segment_ids[r, start:end] = segment
-                positions[r, start:end] = steps[: end - start]
-                start = end
-        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
-
-    def _make_fingerprint(self) -> str:
+    def _make_fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Of the number of documents, a spread of them, the vocabulary and the row length."""
         digest = hashlib.blake2b(digest_size=16)
-        header = (len(self._examples), self._row_tokens, tokenizer_fingerprint(self._tokenizer))
+        header = (len(self._examples), self._row_tokens, tokenizer_fingerprint(tokenizer))
         digest.update(repr(header).encode())
         last = len(self._examples) - 1
-        for index in sorted({last * probe // (_PROBES - 1) for probe in range(_PROBES)}):
-            digest.update(repr(self._document(index)).encode())
+        probes = sorted({last * probe // (_PROBES - 1) for probe in range(_PROBES)})
+        for document in self._encode([self._examples[i] for i in probes]):
+            # The length first, so that no two lists of documents give the same bytes.
+            digest.update(b"%d " % len(document.tokens))
+            digest.update(document.tokens.astype("<i4").tobytes())
+            digest.update(document.trained.tobytes())
         return digest.hexdigest()
+
+
+def packed_once(
+    examples: Sequence[Item],
+    encode: Callable[[Sequence[Item]], Sequence[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    row_tokens: int,
+    rows_per_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every document exactly once, in the order of `examples`: for a loss over a whole dataset.
+
+    Packed window by window as in `PackedRows`, but not shuffled. Documents longer than a row are
+    left out; `segment_ids.max(axis=1).sum()` is the number of those that a batch holds.
+
+    Args:
+        rows_per_batch: N, of all processes together. The last batch is filled up with empty rows
+            (segment id 0, nothing trained), so all have the same shape, on every process.
+        examples, encode, tokenizer, row_tokens, process_index, process_count: As in `PackedRows`.
+
+    Yields:
+        This process's slice of each batch, with the arrays of `PackedRows.take`.
+
+    Raises:
+        ValueError: `rows_per_batch` is not a positive multiple of the process count, there is no
+            document, or none fits into a row.
+    """
+    _check_any(examples)
+    check_process(process_index, process_count)
+    n_local = share_of_process(rows_per_batch, process_count)
+    own = slice(process_index * n_local, (process_index + 1) * n_local)
+    pad_id = _padding_id(tokenizer)
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        rows: list[list[Document]] = []
+        empty = True
+        for start in range(0, len(examples), _WINDOW):
+            window = range(start, min(start + _WINDOW, len(examples)))
+            rows += _pack(encode([examples[i] for i in window]), row_tokens)[0]
+            empty = empty and not rows
+            while len(rows) >= rows_per_batch:
+                batch, rows = rows[:rows_per_batch], rows[rows_per_batch:]
+                yield _to_arrays(batch[own], row_tokens, pad_id)
+        if empty:
+            raise _none_fits(len(examples), row_tokens)
+        if rows:
+            rows += [[]] * (rows_per_batch - len(rows))
+            yield _to_arrays(rows[own], row_tokens, pad_id)
+
+    return batches()
+
+
+def _check_any(examples: Sequence[Any]) -> None:
+    if not len(examples):
+        raise ValueError("packing needs at least one document")
+
+
+def _none_fits(count: int, row_tokens: int) -> ValueError:
+    return ValueError(
+        f"none of the {count} documents fits into row_tokens = {row_tokens}; use longer rows"
+    )
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is told by segment id 0, never by token id, so any id will do."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def _pack(documents: Sequence[Document], row_tokens: int) -> tuple[list[list[Document]], int]:
+    """The documents of each row, and how many fit into none."""
+    fitting = [document for document in documents if len(document.tokens) <= row_tokens]
+    bins = best_fit_decreasing([len(document.tokens) for document in fitting], row_tokens)
+    return [[fitting[i] for i in items] for items in bins], len(documents) - len(fitting)
+
+
+def _to_arrays(
+    rows: Sequence[Sequence[Document]], row_tokens: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    shape = (len(rows), row_tokens)
+    tokens = np.full(shape, pad_id, np.int32)
+    segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    trained = np.zeros(shape, np.bool_)
+    steps = np.arange(row_tokens, dtype=np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, document in enumerate(row, start=1):
+            end = start + len(document.tokens)
+            tokens[r, start:end] = document.tokens
+            segment_ids[r, start:end] = segment
+            positions[r, start:end] = steps[: end - start]
+            trained[r, start:end] = document.trained
+            start = end
+    return {
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "trained": trained,
+    }
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

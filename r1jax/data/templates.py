@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jinja2 import TemplateError
 
-from r1jax.data.example import Example
+from r1jax.data.example import Example, Message
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
 
 if TYPE_CHECKING:
@@ -53,24 +54,45 @@ class Prompt:
     domain: str = ""
 
 
-def _chat(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
+def render_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_answer: bool
+) -> str:
+    """The tokenizer's chat template on `messages`, and with `open_answer` the assistant's header.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the messages.
+    """
     if not tokenizer.chat_template:
         raise ValueError(
             "template: chat, but the tokenizer has no chat template; use template: r1_zero or plain"
         )
-    messages = [{"role": "user", "content": question}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    turn = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer)
+        )
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+
+def chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text that the assistant continues after `messages`, and its prefill."""
+    text = render_chat(messages, tokenizer, open_answer=True)
+    turn = render_chat(messages, tokenizer, open_answer=False)
     # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
     # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
     follows = text.startswith(turn) and len(text) > len(turn)
+    question = messages[-1].content
     opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
     at = opened.find("<think>")
     return text, opened[at:] if at >= 0 else ""
+
+
+def _chat(
+    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    system = [] if system_prompt is None else [Message("system", system_prompt)]
+    return chat_prompt([*system, Message("user", question)], tokenizer)
 
 
 def _r1_zero(
