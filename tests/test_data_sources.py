@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from r1jax.config.schema import DataSection
-from r1jax.data import Example, encode_prompts, load_examples, load_tokenizer
+from r1jax.data import Example, Message, encode_prompts, load_examples, load_tokenizer
 
 GSM8K = [
     {
@@ -54,6 +54,110 @@ def test_columns_of_the_fields_own_names_need_no_mapping(tmp_path: Path) -> None
 def test_pretraining_text_alone(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"body": "once"}, {"body": "upon"}])
     assert [e.text for e in load(source, fields={"text": "body"})] == ["once", "upon"]
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?", "name": "left alone"},
+    {"role": "assistant", "content": 2},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def test_conversations_need_no_answer(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1+1=", "response": "2"},
+        {"messages": TALK},
+        {"prompt": "own", "messages": TALK, "answer": "4"},
+        {"prompt": "1+1=", "answer": "2"},
+    ]
+    messages = (
+        Message("system", "Be brief."),
+        Message("user", "1+1?"),
+        Message("assistant", "2"),
+        Message("user", "2+2?"),
+        Message("assistant", "4"),
+    )
+    assert list(load(write(tmp_path / "a.jsonl", rows))) == [
+        Example(id=0, prompt="1+1=", answer="", response="2"),
+        Example(id=1, prompt="1+1?", answer="", messages=messages),
+        Example(id=2, prompt="own", answer="4", messages=messages),
+        Example(id=3, prompt="1+1=", answer="2"),
+    ]
+
+
+def test_the_kind_of_conversation_that_fields_name_is_the_one_read(tmp_path: Path) -> None:
+    rows = [{"q": "1+1?", "out": "2", "response": "three", "messages": TALK, "chat": TALK[:3]}]
+    source = write(tmp_path / "a.jsonl", rows)
+    (named,) = load(source, fields={"prompt": "q", "response": "out"})
+    assert (named.prompt, named.response, named.messages) == ("1+1?", "2", ())
+    (named,) = load(source, fields={"messages": "chat"})
+    assert (named.response, len(named.messages)) == (None, 3)
+    (both,) = load(source)
+    assert (both.response, len(both.messages)) == ("three", 5)
+
+
+def test_conversations_that_open_with_the_same_question_are_on_one_side(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for i in range(60):
+        asked = {"role": "user", "content": f"How much is {i}+1?"}
+        rows.append({"messages": [asked, {"role": "assistant", "content": "?"}]})
+        rows.append({"messages": [{"role": "system", "content": "s"}, asked, *TALK[2:]]})
+        rows.append({"prompt": asked["content"], "answer": "1"})
+    source = write(tmp_path / "a.jsonl", rows)
+    sides = [
+        {e.id for e in load(source, split=split, held_out_fraction=0.3)}
+        for split in ("train", "held_out")
+    ]
+    assert all(
+        len({i in sides[0] for i in range(first, first + 3)}) == 1 for first in range(0, 180, 3)
+    )
+    assert all(sides) and sides[0] | sides[1] == set(range(180))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        ({"response": "2"}, {}, "column 'prompt' (for prompt) does not exist"),
+        ({"q": "1", "response": "2"}, {"prompt": "q", "answer": "a"}, "column 'a' (for answer)"),
+        ({"prompt": "1"}, {"response": "out"}, "column 'out' (for response) does not exist"),
+        ({"body": "1", "out": "2"}, {"text": "body", "response": "out"}, "column 'prompt' (for"),
+        ({"prompt": "1"}, {"messages": "chat"}, "column 'chat' (for messages) does not exist"),
+        ({"messages": None}, {"messages": "messages"}, "column 'messages' (for messages) is null"),
+        ({"messages": "hi"}, {}, "column 'messages' is a str; needs a list of {role, content}"),
+        ({"messages": []}, {}, "column 'messages' has no user message"),
+        ({"messages": TALK[2:3]}, {}, "column 'messages' has no user message"),
+        ({"messages": [*TALK, "bye"]}, {}, "'messages', message 5 is a str; needs {role, content}"),
+        (
+            {"messages": [{"from": "human", "value": "hi"}]},
+            {},
+            "message 0 has no role; it has from, value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            {},
+            "message 0 has null content; it has content, role",
+        ),
+        (
+            {"messages": [{"role": "gpt", "content": "hi"}]},
+            {},
+            "message 0: role = 'gpt'; known: system, user, assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            {},
+            "message 0: content is a list; needs text",
+        ),
+        ({"prompt": "1", "response": ["2"]}, {}, "column 'response' is a list; needs text"),
+        ({"messages": TALK}, {"mesages": "x"}, "fields.mesages: did you mean 'messages'"),
+    ],
+)
+def test_conversation_mistakes(tmp_path: Path, row, fields, message: str) -> None:
+    source = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(source, fields=fields)
+    assert "a.jsonl:1" in str(error.value) or "fields." in message
 
 
 def test_blank_lines_bom_and_unicode_line_ends(tmp_path: Path) -> None:

@@ -145,9 +145,9 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     def to_example(index: int) -> Example:
         row, place = rows.rows[index], f"{where}: {rows.label(index)}"
         present = {field for field, column in columns.items() if row.get(column) is not None}
-        required = named if text_alone else named | _needed(present)
-        for field in (field for field in _FIELDS if field in required - present):
-            column = columns[field]
+        required = named if text_alone else named | _needed(present | named)
+        if missing := [field for field in _FIELDS if field in required - present]:
+            field, column = missing[0], columns[missing[0]]
             found = ", ".join(sorted(map(str, row)))
             state = "is null" if column in row else "does not exist"
             raise ValueError(
@@ -159,8 +159,9 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             column = columns["messages"]
             messages = _as_messages(row[column], f"{place}: column {column!r}")
         values = {
-            field: _as_text(row[columns[field]], f"{place}: column {columns[field]!r}")
-            for field in present - {"messages"}
+            field: _as_text(row[column], f"{place}: column {column!r}")
+            for field, column in columns.items()
+            if field in present - {"messages"}
         }
         answer = values.get("answer", "")
         if pattern is not None:
@@ -185,14 +186,14 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     return to_example
 
 
-def _needed(present: set[str]) -> set[str]:
-    """The fields that a row must have, given those it has.
+def _needed(fields: set[str]) -> set[str]:
+    """The fields that a row must have, given those it has or is said to have.
 
     A question always has an answer to be compared with, unless it comes with what to say to it.
     """
-    if "messages" in present:
+    if "messages" in fields:
         return set()
-    return {"prompt"} if "response" in present else {"prompt", "answer"}
+    return {"prompt"} if "response" in fields else {"prompt", "answer"}
 
 
 def _problem(example: Example) -> str:
