@@ -45,7 +45,6 @@ from r1jax.processes import wait_for_all
 from r1jax.sharding import Layout, make_layout, split_cpu
 from r1jax.weights import hugging_face
 
-
 # A row of a dataset: the dataset's name and the row's index in it.
 Place = tuple[str, int]
 

@@ -55,7 +55,9 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     per_phase = stage.questions_per_step * phase
     own = per_phase // share.count  # questions of this process
     part = own // stage.rollout_batches
-    loop = TrainLoop(stage, context, directory, stage.steps, optimizer, update, with_reference=with_reference)
+    loop = TrainLoop(
+        stage, context, directory, stage.steps, optimizer, update, with_reference=with_reference
+    )
     with loop, Verifier(rewards, context.config.verifier) as verifier:
         loop.restore(questions)
         for report in questions.reports:
