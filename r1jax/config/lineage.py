@@ -15,6 +15,7 @@ from r1jax.config.schema import (
     MODEL,
     EvaluateStage,
     GRPOStage,
+    ModelRewrite,
     RejectionSamplingStage,
     RunConfig,
     datasets_of,
@@ -23,7 +24,7 @@ from r1jax.config.schema import (
 
 @dataclass(frozen=True)
 class Edge:
-    """`source` (a stage or a model) gives `target` (a stage) its weights or a dataset."""
+    """What a stage or model `source` gives the stage `target`: weights, data or a rewriter."""
 
     source: str
     target: str
@@ -37,6 +38,8 @@ def edges(config: RunConfig) -> list[Edge]:
         found.append(Edge(config.weights_of(stage.name), stage.name, "weights"))
         sources = [s for _, data in datasets_of(stage) for s in config.source_stages(data)]
         found += [Edge(source, stage.name, "data") for source in dict.fromkeys(sources)]
+        if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
+            found.append(Edge(stage.rewrite.weights, stage.name, "rewriter"))
     return found
 
 

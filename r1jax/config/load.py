@@ -407,6 +407,9 @@ def _branch(schema: JsonSchema, value: Any) -> JsonSchema:
     if "anyOf" in schema:
         wanted = "object" if isinstance(value, dict) else "array"
         alternatives = [_deref(option) for option in schema["anyOf"]]
+        tagged = [option for option in alternatives if "discriminator" in option]
+        if tagged and wanted == "object":
+            return _branch(tagged[0], value)
         return next((option for option in alternatives if option.get("type") == wanted), {})
     return schema
 

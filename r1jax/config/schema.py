@@ -329,6 +329,50 @@ class SFTStage(TrainStage):
         return self
 
 
+class RuleRewrite(Section):
+    """Rewriting by rule: thought and answer put into a template (`r1jax.data.rewriting`)."""
+
+    kind: Literal["rule"] = "rule"
+    template: str = "<think>{thought}</think>\n\n{summary}"
+    summary: str = r"The final answer is \boxed{{answer}}."
+    replacements: dict[str, str] = Field(
+        default_factory=dict, description="Words of the thought -> what to say instead."
+    )
+    style: Literal["think", "tags", "boxed"] = Field("think", description="Shape of the result.")
+
+
+class EndpointRewrite(Section):
+    """Rewriting by a model behind an OpenAI-compatible server."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str = Field(description="Up to the version, such as http://localhost:8000/v1.")
+    model: str = Field(description="Its name on the server.")
+    instruction: str | None = Field(None, description="What to do; default: the built-in one.")
+    max_new_tokens: int = Field(8192, ge=1)
+    temperature: float = Field(0.6, ge=0, le=2)
+    api_key_env: str = "OPENAI_API_KEY"
+    retries: int = Field(6, ge=0)
+    timeout_seconds: float = Field(600.0, gt=0)
+    concurrency: int = Field(8, ge=1)
+    style: Literal["think", "tags", "boxed"] = "think"
+
+
+class ModelRewrite(Section):
+    """Rewriting by a model of this run: an earlier train stage, or a name in `models`."""
+
+    kind: Literal["model"] = "model"
+    weights: str
+    instruction: str | None = Field(None, description="What to do; default: the built-in one.")
+    template: Literal["chat", "r1_zero", "plain"] = "chat"
+    max_new_tokens: int = Field(8192, ge=1)
+    drafts_per_batch: int = Field(32, ge=1)
+    sampling: SamplingSection = SamplingSection(temperature=0.6)
+    style: Literal["think", "tags", "boxed"] = "think"
+
+
+Rewrite = Annotated[RuleRewrite | EndpointRewrite | ModelRewrite, Field(discriminator="kind")]
+
+
 class RejectionSamplingStage(StageBase):
     """Sample, keep what is right and readable, and write it as a dataset (`source: stage:NAME`)."""
 
@@ -348,6 +392,9 @@ class RejectionSamplingStage(StageBase):
     )
     decontaminate: list[str] = Field(
         default_factory=list, description="Datasets whose questions must not be in the result."
+    )
+    rewrite: Rewrite | None = Field(
+        None, description="What turns a kept completion into the text to train on (cold start)."
     )
 
 
@@ -421,13 +468,13 @@ class RunConfig(Section):
                 for source in self.source_stages(data):
                     self._check_source(where, key, data, source, index)
             trained = [s.name for s in self.stages[:index] if s.kind in TRAIN_KINDS]
+            known = [*trained, MODEL, *self.models]
             if stage.weights is not None:
-                known = [*trained, MODEL, *self.models]
-                if stage.weights not in known:
-                    raise ValueError(
-                        f"{where}.weights = {stage.weights!r}: neither an earlier train stage nor "
-                        f"a model; there are {known}"
-                    )
+                _check_weights(f"{where}.weights", stage.weights, known)
+            if isinstance(stage, RejectionSamplingStage) and isinstance(
+                stage.rewrite, ModelRewrite
+            ):
+                _check_weights(f"{where}.rewrite.weights", stage.rewrite.weights, known)
             if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
                 if not self.rewards:
                     raise ValueError(f"{where} needs at least one entry in rewards")
@@ -472,7 +519,11 @@ class RunConfig(Section):
         raise KeyError(name)
 
     def model_of(self, name: str) -> str:
-        """The model (`model`, or a name in `models`) whose weights a stage reads or trains."""
+        """The model (`model`, or a name in `models`) that a stage's weights are of.
+
+        Args:
+          name: of a stage or of a model.
+        """
         while name != MODEL and name not in self.models:
             name = self.weights_of(name)
         return name
@@ -480,6 +531,13 @@ class RunConfig(Section):
     def rewards_of(self, names: list[str] | None) -> dict[str, RewardSection]:
         """The rewards of these names in the config's order; default: all."""
         return {name: r for name, r in self.rewards.items() if names is None or name in names}
+
+
+def _check_weights(where: str, weights: str, known: list[str]) -> None:
+    if weights not in known:
+        raise ValueError(
+            f"{where} = {weights!r}: neither an earlier train stage nor a model; there are {known}"
+        )
 
 
 def datasets_of(stage: Stage) -> list[tuple[str, str]]:

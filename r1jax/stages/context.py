@@ -21,7 +21,14 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.lineage import differences, ingredients
-from r1jax.config.schema import MODEL, DataSection, ModelSection, RunConfig
+from r1jax.config.schema import (
+    MODEL,
+    DataSection,
+    ModelRewrite,
+    ModelSection,
+    RejectionSamplingStage,
+    RunConfig,
+)
 from r1jax.data import (
     Document,
     Example,
@@ -163,19 +170,27 @@ class Context:
         split_cpu(config.mesh.cpu_devices)
         layout = make_layout(config.mesh.axes, config.mesh.rules)
         used = dict.fromkeys(config.model_of(stage.name) for stage in config.stages)
+        for stage in config.stages:
+            if isinstance(stage, RejectionSamplingStage) and isinstance(
+                stage.rewrite, ModelRewrite
+            ):
+                used[config.model_of(stage.rewrite.weights)] = None
         sections = {MODEL: config.model, **config.models}
         models = {name: LanguageModel.resolve(sections[name], layout) for name in used}
         directory = Path(config.output) / f"{config.name}-s{config.seed}"
         return Context(config, directory, layout, models)
 
-    def model_of(self, stage: str) -> LanguageModel:
-        """The model whose weights a stage reads or trains."""
-        return self.models[self.config.model_of(stage)]
+    def model_of(self, name: str) -> LanguageModel:
+        """The model that the weights of a stage (or of a model, by its name) are of."""
+        return self.models[self.config.model_of(name)]
 
     def initial_weights(self, stage: str) -> Any:
         """The weights that a stage starts from."""
-        source = self.config.weights_of(stage)
-        model = self.model_of(stage)
+        return self.weights(self.config.weights_of(stage))
+
+    def weights(self, source: str) -> Any:
+        """The weights that a train stage left, or a model's own."""
+        model = self.model_of(source)
         if source in self.models:
             return model.initial(self.seed("weights", *([] if source == MODEL else [source])))
         return model.load(self.stage_directory(source) / "model")

@@ -17,7 +17,7 @@ from r1jax.stages.judge import SAMPLES, judge_samples, share_right
 
 def run_evaluate(stage: EvaluateStage, context: Context, directory: Path) -> None:
     """Sample, score and store; resumes behind the last whole batch."""
-    clock = judge_samples(
+    clock, _ = judge_samples(
         stage,
         context,
         directory,

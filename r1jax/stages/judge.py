@@ -30,7 +30,7 @@ def judge_samples(
     batch: int,
     seed: int,
     progress_figures: Callable[[Rows], dict[str, float]],
-) -> Clock:
+) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
     Resumes behind the last batch that is stored whole. With several processes each samples and
@@ -44,7 +44,7 @@ def judge_samples(
       progress_figures: rows of a batch -> what the bar shows beside length and tokens/s.
 
     Returns:
-      The stage's clock.
+      The stage's clock, and the prompts.
     """
     model = context.model_of(stage.name)
     prompts, report = context.prompts(stage.data, model.tokenizer, limit)
@@ -66,7 +66,7 @@ def judge_samples(
         clock.lap("setup")
         while done < len(prompts):
             asked = prompts[done : done + batch]
-            own = _slice_of_process(asked, batch, share)
+            own = slice_of_process(asked, batch, share)
             completions = sample_batch(
                 params,
                 own or asked[-1:],  # a process without a prompt of its own still takes part
@@ -96,7 +96,7 @@ def judge_samples(
             context.mark(stage.name, stage.kind, "running", clock.seconds)
             if anywhere(context.stop_requested) and done < len(prompts):
                 raise Preempted(f"{stage.name}: {done} of {len(prompts)} prompts are stored")
-    return clock
+    return clock, prompts
 
 
 def share_right(rows: Iterable[dict[str, Any]]) -> float:
@@ -105,7 +105,7 @@ def share_right(rows: Iterable[dict[str, Any]]) -> float:
     return sum(outcome == "right" for outcome in outcomes) / len(outcomes)
 
 
-def _slice_of_process(batch: Sequence[Prompt], whole: int, share: Share) -> Sequence[Prompt]:
+def slice_of_process(batch: Sequence[Prompt], whole: int, share: Share) -> Sequence[Prompt]:
     """This process's prompts of a batch that may be smaller than `whole`, the last one."""
     own = whole // share.count
     return batch[share.index * own : (share.index + 1) * own]

@@ -16,6 +16,7 @@ from r1jax.config.schema import (
     EvaluateStage,
     GRPOStage,
     PretrainStage,
+    RejectionSamplingStage,
     RunConfig,
     SFTStage,
     datasets_of,
@@ -28,6 +29,7 @@ from r1jax.rewards.registry import check_reward
 from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
+from r1jax.stages.rejection_sampling import run_rejection_sampling
 from r1jax.stages.supervised import run_pretrain, run_sft
 
 EXIT_PREEMPTED = 143
@@ -96,10 +98,10 @@ def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
                     run_sft(stage, context, directory)
                 elif isinstance(stage, GRPOStage):
                     run_grpo(stage, context, directory)
-                elif isinstance(stage, EvaluateStage):
-                    run_evaluate(stage, context, directory)
+                elif isinstance(stage, RejectionSamplingStage):
+                    run_rejection_sampling(stage, context, directory)
                 else:
-                    raise AssertionError(stage.kind)
+                    run_evaluate(stage, context, directory)
     except Preempted as stop:
         if jax.process_index() == 0:
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
