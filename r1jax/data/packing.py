@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from r1jax.data.documents import Document
-from r1jax.data.order import permutation
-from r1jax.data.prompts import check_process, check_state, share_of_process
+from r1jax.data.order import check_process, check_state, permutation, share_of_process
 from r1jax.data.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from r1jax.data.example import Example
-from r1jax.data.order import permutation
+from r1jax.data.order import Walk, fingerprint, id_bytes
 from r1jax.data.templates import Prompt, check_template, render_text, to_prompt
 from r1jax.data.tokenizers import encode_texts
 
@@ -93,12 +90,7 @@ class Taken(NamedTuple):
 
 
 class PromptIterator:
-    """An endless, seeded, resumable walk over prompts, sharded by process.
-
-    Each epoch visits every prompt once in an order that depends on (seed, epoch) alone. A take may
-    span two epochs, so nothing is dropped. The global order is the same for any number of
-    processes, hence a run may be resumed on another number of machines.
-    """
+    """An endless, seeded, resumable walk over prompts, sharded by process (see `Walk`)."""
 
     def __init__(
         self,
@@ -116,15 +108,17 @@ class PromptIterator:
         """
         if not prompts:
             raise ValueError("PromptIterator needs at least one prompt")
-        check_process(process_index, process_count)
         self._prompts = prompts
-        self._seed = seed
-        self._process_index = process_index
-        self._process_count = process_count
-        self._epoch = 0
-        self._position = 0
-        self._order = permutation(len(prompts), seed, 0)
-        self._fingerprint = _fingerprint(prompts)
+        self._walk = Walk(
+            len(prompts),
+            seed=seed,
+            fingerprint=fingerprint(
+                (prompt.id, (id_bytes(prompt.token_ids), prompt.answer.encode()))
+                for prompt in prompts
+            ),
+            process_index=process_index,
+            process_count=process_count,
+        )
 
     def take(self, n_global: int) -> Taken:
         """The next `n_global` prompts of the global order; returns this process's slice of them.
@@ -132,31 +126,17 @@ class PromptIterator:
         Raises:
             ValueError: `n_global` is not a positive multiple of the process count.
         """
-        n_local = share_of_process(n_global, self._process_count)
-        first = self._process_index * n_local
-        taken: list[int] = []
-        while len(taken) < n_global:
-            part = self._order[self._position : self._position + n_global - len(taken)]
-            taken.extend(part.tolist())
-            self._position += len(part)
-            if self._position == len(self._prompts):
-                self._begin_epoch(self._epoch + 1)
+        taken, own = self._walk.take(n_global)
         seen: Counter[int] = Counter()
         repeats = []
         for index in taken:
             repeats.append(seen[index])
             seen[index] += 1
-        own = slice(first, first + n_local)
         return Taken([self._prompts[i] for i in taken[own]], repeats[own])
 
     def state(self) -> dict[str, Any]:
         """Where the walk is, as JSON; the same on every process."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "seed": self._seed,
-            "fingerprint": self._fingerprint,
-        }
+        return self._walk.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was taken.
@@ -164,53 +144,4 @@ class PromptIterator:
         Raises:
             ValueError: the state belongs to other prompts or another seed.
         """
-        check_state(state, seed=self._seed, fingerprint=self._fingerprint)
-        self._begin_epoch(int(state["epoch"]))
-        self._position = int(state["position"])
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self._epoch, self._position = epoch, 0
-        self._order = permutation(len(self._prompts), self._seed, epoch)
-
-
-def check_process(index: int, count: int) -> None:
-    """Raises ValueError unless 0 <= index < count."""
-    if not 0 <= index < count:
-        raise ValueError(f"process_index = {index} is not in 0 .. process_count - 1 = {count - 1}")
-
-
-def share_of_process(n_global: int, process_count: int) -> int:
-    """How many of `n_global` items each process gets; ValueError unless they divide evenly."""
-    if n_global < 1 or n_global % process_count:
-        raise ValueError(
-            f"cannot take {n_global} items: needs a positive multiple of the {process_count} "
-            "processes, or the processes would disagree on shapes"
-        )
-    return n_global // process_count
-
-
-def check_state(state: Mapping[str, Any], *, seed: int, fingerprint: str) -> None:
-    """Raises ValueError unless a saved state fits this data and seed."""
-    if state["seed"] != seed:
-        raise ValueError(
-            f"the checkpoint's data order has seed {state['seed']}, this run has {seed}; resume "
-            "with the seed it began with, or start a new run"
-        )
-    if state["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"the checkpoint's data (fingerprint {state['fingerprint']}) is not this run's "
-            f"({fingerprint}): the data, its template or the tokenizer has changed. Put them back "
-            "as they were, or start a new run."
-        )
-
-
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        ids = np.asarray(prompt.token_ids, "<i4").tobytes()
-        answer = prompt.answer.encode()
-        # Lengths first, so that no two lists of prompts give the same bytes.
-        digest.update(b"%d %d %d " % (prompt.id, len(ids), len(answer)))
-        digest.update(ids)
-        digest.update(answer)
-    return digest.hexdigest()
+        self._walk.restore(state)
