@@ -1,4 +1,4 @@
-"""Reads a dataset named in the config as a sequence of `Example`."""
+"""Reads a dataset named in the config as a sequence of `Example`, or of another kind of row."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, overload
 
 from r1jax.data.example import Example, Message, Role, Split, split_of
-from r1jax.data.sources import Rows, read_hub, read_jsonl, read_tfds
+from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TASK_EXAMPLES = 100_000
 """Examples of a `task:NAME` without `limit`; a task has no end of its own."""
+
+T = TypeVar("T")
 
 _FIELDS = ("prompt", "answer", "text", "domain", "response", "messages")
 
@@ -36,17 +38,13 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     kind, _, name = str(section.source).partition(":")
     if kind == "task" and name:
         return _task_examples(section, name)
-    if kind not in _READERS or not name:
-        raise ValueError(
-            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME"
-        )
-    return _row_examples(section, _READERS[kind], name)
+    return load_rows(section, _mapping, _problem)
 
 
-class LazyExamples(Sequence[Example]):
-    """Examples made by a function of an index when asked for."""
+class LazyRows(Sequence[T]):
+    """Rows made by a function of an index when asked for."""
 
-    def __init__(self, make: Callable[[int], Example], indices: Sequence[int]) -> None:
+    def __init__(self, make: Callable[[int], T], indices: Sequence[int]) -> None:
         self._make = make
         self._indices = indices
 
@@ -54,12 +52,12 @@ class LazyExamples(Sequence[Example]):
         return len(self._indices)
 
     @overload
-    def __getitem__(self, at: int) -> Example: ...
+    def __getitem__(self, at: int) -> T: ...
     @overload
-    def __getitem__(self, at: slice) -> LazyExamples: ...
-    def __getitem__(self, at: int | slice) -> Example | LazyExamples:
+    def __getitem__(self, at: slice) -> LazyRows[T]: ...
+    def __getitem__(self, at: int | slice) -> T | LazyRows[T]:
         if isinstance(at, slice):
-            return LazyExamples(self._make, self._indices[at])
+            return LazyRows(self._make, self._indices[at])
         return self._make(self._indices[at])
 
 
@@ -82,7 +80,7 @@ def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
         example = task.example(index, split)
         return replace(example, domain=section.domain) if section.domain else example
 
-    return LazyExamples(make, range(section.limit or TASK_EXAMPLES))
+    return LazyRows(make, range(section.limit or TASK_EXAMPLES))
 
 
 # A reader gets the name after the colon, the split and the section's options.
@@ -90,7 +88,25 @@ _Reader = Callable[[str, str, Mapping[str, Any]], Rows]
 _READERS: Mapping[str, _Reader] = {"jsonl": read_jsonl, "tfds": read_tfds, "hf": read_hub}
 
 
-def _row_examples(section: DataSection, reader: _Reader, name: str) -> Sequence[Example]:
+def load_rows(
+    section: DataSection,
+    mapping: Callable[[DataSection, Rows], Callable[[int], T]],
+    problem: Callable[[T], str],
+) -> Sequence[T]:
+    """The rows of one split of a `tfds:`, `jsonl:` or `hf:` source, in its order.
+
+    Args:
+        mapping: Makes, of the section and its source, the function of an index to a row.
+        problem: What a row is split by; rows of equal problems fall on the same side.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as `load_examples`.
+    """
+    kind, _, name = str(section.source).partition(":")
+    if kind not in _READERS or not name:
+        raise ValueError(
+            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME"
+        )
     options = dict(section.options)
     fraction = section.held_out_fraction
     split = section.split
@@ -102,38 +118,31 @@ def _row_examples(section: DataSection, reader: _Reader, name: str) -> Sequence[
                 "source's own split that is divided)"
             )
         split = str(options.pop("from_split", "train"))
-    rows = reader(name, split, options)
+    rows = _READERS[kind](name, split, options)
     count = len(rows.rows)
-    to_example = _mapping(section, rows)
+    to_row = mapping(section, rows)
     indices: Sequence[int] = range(count)
     if fraction > 0:
-        indices = [
-            i for i in indices if split_of(_problem(to_example(i)), fraction) == section.split
-        ]
+        indices = [i for i in indices if split_of(problem(to_row(i)), fraction) == section.split]
     indices = indices[: section.limit]
     if not indices:
         raise ValueError(
             f"source = {section.source!r}: split = {section.split!r} has no rows"
             + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else "")
         )
-    examples = LazyExamples(to_example, indices)
+    lazy = LazyRows(to_row, indices)
     if rows.in_memory:
-        return list(examples)
+        return list(lazy)
     # Rows that are read later can only be checked later, but a wrong column or pattern is wrong
     # in the first row already: better now than after the first compilation.
-    examples[0]
-    return examples
+    lazy[0]
+    return lazy
 
 
 def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     """A function of a row's index to its example, by `fields` and `answer_pattern`."""
     where = f"source = {section.source!r}"
-    for field in section.fields:
-        if field not in _FIELDS:
-            near = difflib.get_close_matches(field, _FIELDS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where}: fields.{field}: {hint}known: {', '.join(_FIELDS)}")
-    columns: dict[str, str] = {field: section.fields.get(field, field) for field in _FIELDS}
+    columns = columns_of(section, _FIELDS)
     named = set(section.fields)
     # Whoever names one kind of conversation does not mean a column that happens to be there.
     if len(named & {"response", "messages"}) == 1:
@@ -147,19 +156,13 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
         present = {field for field, column in columns.items() if row.get(column) is not None}
         required = named if text_alone else named | _needed(present | named)
         if missing := [field for field in _FIELDS if field in required - present]:
-            field, column = missing[0], columns[missing[0]]
-            found = ", ".join(sorted(map(str, row)))
-            state = "is null" if column in row else "does not exist"
-            raise ValueError(
-                f"{place}: column {column!r} (for {field}) {state}; "
-                f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
-            )
+            raise missing_column(row, columns[missing[0]], missing[0], place)
         messages: tuple[Message, ...] = ()
         if "messages" in present:
             column = columns["messages"]
             messages = _as_messages(row[column], f"{place}: column {column!r}")
         values = {
-            field: _as_text(row[column], f"{place}: column {column!r}")
+            field: as_text(row[column], f"{place}: column {column!r}")
             for field, column in columns.items()
             if field in present - {"messages"}
         }
@@ -196,12 +199,34 @@ def _needed(fields: set[str]) -> set[str]:
     return {"prompt"} if "response" in fields else {"prompt", "answer"}
 
 
+def columns_of(section: DataSection, known: Sequence[str]) -> dict[str, str]:
+    """Field -> column, by the section's `fields`; ValueError if they map one that is not known."""
+    for field in section.fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"source = {section.source!r}: fields.{field}: {hint}known: {', '.join(known)}"
+            )
+    return {field: section.fields.get(field, field) for field in known}
+
+
+def missing_column(row: Row, column: str, field: str, place: str) -> ValueError:
+    """The error of a row that has nothing in a column that it needs."""
+    found = ", ".join(sorted(map(str, row)))
+    state = "is null" if column in row else "does not exist"
+    return ValueError(
+        f"{place}: column {column!r} (for {field}) {state}; "
+        f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
+    )
+
+
 def _problem(example: Example) -> str:
     """What a row is split by: its question, or its text where it has nothing else."""
     return example.prompt or example.text or ""
 
 
-def _as_text(value: Any, where: str) -> str:
+def as_text(value: Any, where: str) -> str:
     """Text of a column; TFDS gives text as bytes and numbers as NumPy scalars."""
     if isinstance(value, bytes):
         return value.decode()
@@ -227,13 +252,13 @@ def _as_messages(value: Any, where: str) -> tuple[Message, ...]:
                 found = ", ".join(sorted(map(str, entry)))
                 state = "null" if key in entry else "no"
                 raise ValueError(f"{place} has {state} {key}; it has {found}")
-        role = _as_text(entry["role"], f"{place}: role")
+        role = as_text(entry["role"], f"{place}: role")
         if role not in get_args(Role):
             raise ValueError(
                 f"{place}: role = {role!r}; known: {', '.join(get_args(Role))}. Rename it, or "
                 "remove the row."
             )
-        content = _as_text(entry["content"], f"{place}: content")
+        content = as_text(entry["content"], f"{place}: content")
         messages.append(Message(cast(Role, role), content))
     if not any(message.role == "user" for message in messages):
         raise ValueError(f"{where} has no user message; remove the row")
