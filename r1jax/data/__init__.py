@@ -8,6 +8,20 @@ from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example, Message
 from r1jax.data.examples import load_examples
 from r1jax.data.packing import PackedRows, packed_once
+from r1jax.data.preferences import (
+    EncodedPreference,
+    LabelledResponse,
+    PreferenceIterator,
+    PreferencePair,
+    PreferenceReport,
+    encode_preferences,
+    encode_responses,
+    load_labelled,
+    load_pairs,
+    pad_texts,
+    preference_arrays,
+    scored_text,
+)
 from r1jax.data.prompts import PromptIterator, PromptReport, Taken, encode_prompts
 from r1jax.data.templates import TEMPLATES, Prompt, render
 from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
@@ -15,20 +29,32 @@ from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
 __all__ = [
     "TEMPLATES",
     "Document",
+    "EncodedPreference",
     "Example",
+    "LabelledResponse",
     "Message",
     "PackedRows",
+    "PreferenceIterator",
+    "PreferencePair",
+    "PreferenceReport",
     "Prompt",
     "PromptIterator",
     "PromptReport",
     "Taken",
     "encode_conversations",
     "encode_documents",
+    "encode_preferences",
     "encode_prompts",
+    "encode_responses",
     "load_examples",
+    "load_labelled",
+    "load_pairs",
     "load_tokenizer",
     "packed_once",
+    "pad_texts",
+    "preference_arrays",
     "render",
     "save_tokenizer",
+    "scored_text",
     "stop_token_ids",
 ]

@@ -1,0 +1,410 @@
+"""Preference data of reward models: pairs of responses, and responses labelled safe or unsafe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from r1jax.data.example import Example
+from r1jax.data.examples import as_text, columns_of, load_rows, missing_column
+from r1jax.data.order import Walk, fingerprint, id_bytes
+from r1jax.data.sources import Row, Rows
+from r1jax.data.templates import check_template, render_text
+from r1jax.data.tokenizers import encode_texts
+from r1jax.rewards.extraction import after_thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from r1jax.config.schema import DataSection
+
+Reads = Literal["summary", "response"]
+"""How much of a response a reward model sees. In the R1 paper (arXiv 2501.12948 v2) the helpful one
+scores only the final summary, the safety one the whole response."""
+
+_BATCH = 2048  # Rows per tokenizer call: large enough to be fast, small enough for memory.
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two responses to one prompt, `chosen` better than `rejected`.
+
+    id is the row's position in the source, before any split or limit.
+    """
+
+    id: int
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The texts that are scored, in the order of an array's second dimension."""
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledResponse:
+    """A response that someone found safe, or not; id as in `PreferencePair`."""
+
+    id: int
+    prompt: str
+    response: str
+    safe: bool
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return (self.response,)
+
+
+_Row = TypeVar("_Row", PreferencePair, LabelledResponse)
+
+
+def load_pairs(section: DataSection) -> Sequence[PreferencePair]:
+    """Rows with the fields prompt, chosen and rejected, mapped to columns by `section.fields`.
+
+    With `held_out_fraction` rows are split by their prompt, as examples are.
+
+    Raises:
+        ValueError: the source has no preferences, or a row lacks a field or has an empty one (names
+            the file and line, or the row). Other errors are those of `load_examples`.
+    """
+
+    def to_pair(row: _Fields, index: int) -> PreferencePair:
+        return PreferencePair(index, row.text("prompt"), row.text("chosen"), row.text("rejected"))
+
+    return _load(section, ("prompt", "chosen", "rejected"), to_pair)
+
+
+def load_labelled(section: DataSection) -> Sequence[LabelledResponse]:
+    """Rows with the fields prompt, response and safe (true or false); else as `load_pairs`."""
+
+    def to_labelled(row: _Fields, index: int) -> LabelledResponse:
+        safe = row.flag("safe")
+        return LabelledResponse(index, row.text("prompt"), row.text("response"), safe)
+
+    return _load(section, ("prompt", "response", "safe"), to_labelled)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """The fields of one row, checked when they are read; `place` is how errors name the row."""
+
+    row: Row
+    columns: Mapping[str, str]
+    place: str
+
+    def text(self, field: str) -> str:
+        text = as_text(self._value(field), f"{self.place}: column {self.columns[field]!r}")
+        if not text.strip():
+            raise ValueError(
+                f"{self.place}: column {self.columns[field]!r} (for {field}) is empty; fill it or "
+                "remove the row"
+            )
+        return text
+
+    def flag(self, field: str) -> bool:
+        value = self._value(field)
+        # Truth values, of NumPy too, and 0 and 1; no text, as bool("false") is true.
+        if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
+            return bool(value)
+        raise ValueError(
+            f"{self.place}: column {self.columns[field]!r} (for {field}) = {value!r}; needs true "
+            "or false"
+        )
+
+    def _value(self, field: str) -> Any:
+        column = self.columns[field]
+        if column not in self.row or self.row[column] is None:
+            raise missing_column(self.row, column, field, self.place)
+        return self.row[column]
+
+
+def _load(
+    section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], _Row]
+) -> Sequence[_Row]:
+    where = f"source = {section.source!r}"
+    if section.source.startswith("task:"):
+        raise ValueError(
+            f"{where}: a task has no preferences; use jsonl:PATH, tfds:NAME or hf:NAME"
+        )
+    if section.answer_pattern is not None:
+        raise ValueError(
+            f"{where}: answer_pattern = {section.answer_pattern!r} has no effect on preferences, "
+            "which have no answer; remove it"
+        )
+
+    def mapping(section: DataSection, rows: Rows) -> Callable[[int], _Row]:
+        columns = columns_of(section, fields)
+        return lambda index: to_row(
+            _Fields(rows.rows[index], columns, f"{where}: {rows.label(index)}"), index
+        )
+
+    return load_rows(section, mapping, lambda row: row.prompt)
+
+
+def scored_text(response: str, reads: Reads) -> str | None:
+    """What a reward model sees of a response (prefill included), or None if it has nothing to see.
+
+    `response` is all of it. `summary` is what follows the last `</think>`, without the white space
+    around it; a thought that was never closed has none, and a response without a thought is all
+    summary.
+    """
+    if reads == "response":
+        return response
+    return (after_thinking(response) or "").strip() or None
+
+
+def encode_responses(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reads: Reads,
+) -> list[np.ndarray | None]:
+    """Prompt, what is read of the response, EOS: the token ids of the text that is scored.
+
+    The prompt is rendered by the section's template, less a prefilled `<think>`: a whole response
+    brings its own, and a summary follows no open thought. Prompt and response are encoded apart,
+    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no say. A prompt that occurs
+    several times, as those of a group of samples do, is encoded once.
+
+    Args:
+        prompts: Questions without template, one for each response.
+        responses: Without or with the EOS that ends them.
+
+    Returns:
+        For each response int32 [tokens], or None where `scored_text` is.
+
+    Raises:
+        ValueError: the template does not apply, the tokenizer has no EOS token, or it cannot encode
+            a text.
+    """
+    check_template(section)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no EOS token, at which a reward model scores a text; set eos_token"
+        )
+    distinct = list(dict.fromkeys(prompts))
+    rendered = [_before_response(prompt, section, tokenizer) for prompt in distinct]
+    opening = dict(zip(distinct, encode_texts(rendered, tokenizer), strict=True))
+    eos = str(tokenizer.eos_token)
+    seen = [scored_text(response.removesuffix(eos), reads) for response in responses]
+    ids = iter(encode_texts([text for text in seen if text is not None], tokenizer))
+    return [
+        None
+        if text is None
+        else np.asarray([*opening[prompt], *next(ids), tokenizer.eos_token_id], np.int32)
+        for prompt, text in zip(prompts, seen, strict=True)
+    ]
+
+
+def _before_response(prompt: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    text, prefill = render_text(Example(id=0, prompt=prompt, answer=""), section, tokenizer)
+    return text.removesuffix(prefill)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPreference:
+    """A row ready for a reward model.
+
+    Attributes:
+        id: The row's.
+        texts: int32 [tokens] each: chosen and rejected, or the labelled response.
+        safe: The label; None for a pair.
+    """
+
+    id: int
+    texts: tuple[np.ndarray, ...]
+    safe: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceReport:
+    """What became of preference rows; each that was dropped is counted once.
+
+    Attributes:
+        total: Rows before anything was dropped.
+        without_summary: Dropped: a side has nothing after its thought, or no end of it.
+        too_long: Dropped: a text has more than `max_tokens` tokens.
+        equal: Dropped: what is read of the two sides is the same.
+        longest: Tokens of the longest text, dropped ones included.
+    """
+
+    total: int
+    without_summary: int
+    too_long: int
+    equal: int
+    longest: int
+
+    @property
+    def kept(self) -> int:
+        return self.total - self.without_summary - self.too_long - self.equal
+
+    def __str__(self) -> str:
+        dropped = [
+            f"{count} {what}"
+            for count, what in (
+                (self.without_summary, "without a summary after the thought"),
+                (self.too_long, "too long"),
+                (self.equal, "with equal sides"),
+            )
+            if count
+        ]
+        return (
+            f"{self.kept} of {self.total} preference rows, the longest text has {self.longest} "
+            f"tokens{'; dropped: ' if dropped else ''}{', '.join(dropped)}"
+        )
+
+
+def encode_preferences(
+    rows: Sequence[PreferencePair] | Sequence[LabelledResponse],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reads: Reads,
+    max_tokens: int,
+) -> tuple[list[EncodedPreference], PreferenceReport]:
+    """Renders and encodes every row; drops and counts those that cannot be learnt from.
+
+    A pair is kept or dropped as a whole, never cut: a reward model reads how a text ends.
+
+    Args:
+        max_tokens: The most that a text (prompt, what is read of the response, EOS) may have;
+            8192 in the R1 paper.
+
+    Raises:
+        ValueError: no row is left (with the count of each reason), or as `encode_responses`.
+    """
+    kept: list[EncodedPreference] = []
+    without_summary = too_long = equal = longest = total = 0
+    for start in range(0, len(rows), _BATCH):
+        batch = [rows[i] for i in range(start, min(start + _BATCH, len(rows)))]
+        prompts = [row.prompt for row in batch for _ in row.responses]
+        responses = [response for row in batch for response in row.responses]
+        encoded = iter(encode_responses(prompts, responses, section, tokenizer, reads=reads))
+        for row in batch:
+            sides = [next(encoded) for _ in row.responses]
+            texts = tuple(side for side in sides if side is not None)
+            total, longest = total + 1, max(longest, *map(len, texts), 0)
+            if len(texts) < len(sides):
+                without_summary += 1
+            elif max(map(len, texts)) > max_tokens:
+                too_long += 1
+            elif len(texts) == 2 and np.array_equal(*texts):
+                equal += 1
+            else:
+                safe = row.safe if isinstance(row, LabelledResponse) else None
+                kept.append(EncodedPreference(row.id, texts, safe))
+    report = PreferenceReport(total, without_summary, too_long, equal, longest)
+    if not kept:
+        raise ValueError(
+            f"{section.source}: nothing is left to learn from with max_tokens = {max_tokens} and "
+            f"reads = {reads!r}: {report}"
+        )
+    return kept, report
+
+
+def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndarray]:
+    """Right-padded rows, one text each, as `r1jax.reward_models.reward_scores` takes them.
+
+    Returns:
+        `tokens`, `positions` and `segment_ids`, int32 [texts, row_tokens], and `ends`, int32
+        [texts], the place of each last token. Padding is told by segment id 0, never by token id.
+
+    Raises:
+        ValueError: a text is longer than a row.
+    """
+    lengths = np.asarray([len(text) for text in texts], np.int32)
+    if lengths.max() > row_tokens:
+        raise ValueError(f"a text of {lengths.max()} tokens does not fit into {row_tokens}")
+    steps = np.arange(row_tokens, dtype=np.int32)
+    filled = steps < lengths[:, None]
+    tokens = np.zeros(filled.shape, np.int32)
+    tokens[filled] = np.concatenate(texts)
+    return {
+        "tokens": tokens,
+        "positions": np.where(filled, steps, 0),
+        "segment_ids": filled.astype(np.int32),
+        "ends": lengths - 1,
+    }
+
+
+def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dict[str, np.ndarray]:
+    """The rows as arrays.
+
+    Returns:
+        Those of `pad_texts`. Of pairs each is [rows, 2, ...], chosen before rejected; labelled
+        responses are [rows, ...] and have `safe`, float32 [rows], 1 for safe.
+    """
+    arrays = pad_texts([text for row in rows for text in row.texts], row_tokens)
+    labels = [row.safe for row in rows if row.safe is not None]
+    if labels:
+        return {**arrays, "safe": np.asarray(labels, np.float32)}
+    return {name: array.reshape(len(rows), -1, *array.shape[1:]) for name, array in arrays.items()}
+
+
+class PreferenceIterator:
+    """An endless, seeded, resumable walk over preference rows, sharded by process (see `Walk`)."""
+
+    def __init__(
+        self,
+        rows: Sequence[EncodedPreference],
+        *,
+        seed: int,
+        length_bucket: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """
+        Args:
+            rows: The same on every process; pairs, or labelled responses, not both.
+            seed: Decides the order; at least 0.
+            length_bucket: Rows are padded to the smallest multiple that the longest text of a take
+                fits into: the fewer lengths, the fewer compilations.
+            process_index, process_count: Which contiguous slice of each take is this process's.
+        """
+        if not rows:
+            raise ValueError("PreferenceIterator needs at least one row")
+        self._rows = rows
+        self._length_bucket = length_bucket
+        self._walk = Walk(
+            len(rows),
+            seed=seed,
+            fingerprint=fingerprint(
+                (row.id, (*map(id_bytes, row.texts), b"" if row.safe is None else b"%d" % row.safe))
+                for row in rows
+            ),
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    def take(self, n_global: int) -> dict[str, np.ndarray]:
+        """The next `n_global` rows of the global order; this process's slice of them, as arrays.
+
+        Returns:
+            Arrays of `preference_arrays`; their row length is the same on every process.
+
+        Raises:
+            ValueError: `n_global` is not a positive multiple of the process count.
+        """
+        taken, own = self._walk.take(n_global)
+        longest = max(len(text) for i in taken for text in self._rows[i].texts)
+        row_tokens = -(-longest // self._length_bucket) * self._length_bucket
+        return preference_arrays([self._rows[i] for i in taken[own]], row_tokens)
+
+    def state(self) -> dict[str, Any]:
+        """Where the walk is, as JSON; the same on every process."""
+        return self._walk.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state` was taken.
+
+        Raises:
+            ValueError: the state belongs to other rows or another seed.
+        """
+        self._walk.restore(state)
