@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Architecture = Literal["qwen2", "qwen3", "llama"]
+Head = Literal["language", "scalar"]
 
-_HF_CLASS: dict[str, str] = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
+# A class of transformers is named after the family and what stands on the decoder.
+_HF_FAMILY: dict[str, str] = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_HF_HEAD: dict[Head, str] = {
+    "language": "ForCausalLM",
+    "scalar": "ForSequenceClassification",
 }
 
 
@@ -34,6 +36,9 @@ class ModelConfig:
 
     The fields carry the names of Hugging Face's `config.json`; `from_hugging_face` reads one,
     `to_hugging_face` writes one.
+
+    head: what is read off the activations: `language`, the logits of the next token, or `scalar`,
+        one number (a reward model: a sequence classification with one label).
     """
 
     architecture: Architecture
@@ -50,6 +55,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32_768
     initializer_range: float = 0.02
+    head: Head = "language"
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -74,9 +80,9 @@ class ModelConfig:
     def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json` mapping; raises ValueError naming what is unsupported."""
         architecture = config.get("model_type")
-        if architecture not in _HF_CLASS:
+        if architecture not in _HF_FAMILY:
             raise ValueError(
-                f"model_type = {architecture!r} is not supported; known: {sorted(_HF_CLASS)}"
+                f"model_type = {architecture!r} is not supported; known: {sorted(_HF_FAMILY)}"
             )
         required = (
             "vocab_size",
@@ -114,10 +120,12 @@ class ModelConfig:
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=config.get("max_position_embeddings", 32_768),
             initializer_range=config.get("initializer_range", 0.02),
+            head=_head(config),
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The mapping that `from_hugging_face` inverts, readable by transformers 4 and 5."""
+        scalar = self.head == "scalar"
         scaling: dict[str, Any] | None = None
         if self.rope_scaling is not None:
             scaling = {
@@ -130,7 +138,7 @@ class ModelConfig:
                 ),
             }
         return {
-            "architectures": [_HF_CLASS[self.architecture]],
+            "architectures": [_HF_FAMILY[self.architecture] + _HF_HEAD[self.head]],
             "model_type": self.architecture,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -154,7 +162,22 @@ class ModelConfig:
             "use_cache": True,
             **({"attention_bias": False} if self.architecture != "qwen2" else {}),
             **({"use_sliding_window": False} if self.architecture != "llama" else {}),
+            # transformers counts the labels by their names; without names it takes two.
+            **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if scalar else {}),
         }
+
+
+def _head(config: Mapping[str, Any]) -> Head:
+    """What a `config.json` puts on its decoder; a mapping without a class is a language model."""
+    classes = config.get("architectures") or []
+    if not any(str(name).endswith(_HF_HEAD["scalar"]) for name in classes):
+        return "language"
+    labels = config.get("num_labels", len(config.get("id2label") or ("LABEL_0", "LABEL_1")))
+    if labels != 1:
+        raise ValueError(
+            f"{classes[0]} with {labels} labels is not supported: a reward model has num_labels = 1"
+        )
+    return "scalar"
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:

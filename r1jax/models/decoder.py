@@ -98,7 +98,13 @@ def embed(params: Params, tokens: jax.Array, model: Decoder) -> jax.Array:
 
 
 def unembedding(params: Params, model: Decoder) -> jax.Array:
-    """The output matrix [hidden, vocab] in the compute dtype (the embedding, when tied)."""
+    """The output matrix [hidden, vocab] in the compute dtype (the embedding, when tied).
+
+    Raises:
+      ValueError: the model has another head.
+    """
+    if model.config.head != "language":
+        raise ValueError(f"a model with head = {model.config.head!r} has no logits")
     matrix = params["embed"].T if model.config.tie_word_embeddings else params["unembed"]
     return matrix.astype(model.execution.compute_dtype)
 
@@ -168,7 +174,8 @@ def forward(
       segment_ids: int32 [batch, time]; 0 is padding, several documents may share a row.
 
     Returns:
-      Normalised activations [batch, time, hidden]; `logits` or `token_scores` read them.
+      Normalised activations [batch, time, hidden]; `logits`, `token_scores` or `reward_scores`
+      read them.
     """
     hidden, _ = _run_rows(params, tokens, positions, segment_ids, model, keep_cache=False)
     return hidden

@@ -56,7 +56,7 @@ def is_spec(node: object) -> bool:
 
 
 def declare(config: ModelConfig) -> dict[str, Any]:
-    """The tree of `ParamSpec`s of a dense decoder (Qwen2, Qwen3, Llama 3)."""
+    """The tree of `ParamSpec`s of a dense decoder (Qwen2, Qwen3, Llama 3) and its head."""
     layers, hidden, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     heads, kv_heads, head_dim = (
         config.num_attention_heads,
@@ -151,14 +151,20 @@ def declare(config: ModelConfig) -> dict[str, Any]:
             (hidden,), (None,), "ones", Stored("model.norm.weight", (hidden,), (0,), (hidden,))
         ),
     }
-    if not config.tie_word_embeddings:
-        tree["unembed"] = ParamSpec(
-            (hidden, config.vocab_size),
-            ("embed", "vocab"),
-            "normal",
-            Stored("lm_head.weight", vocab, (1, 0), vocab),
-        )
-    return tree
+    return tree | declare_head(config)
+
+
+def declare_head(config: ModelConfig) -> dict[str, ParamSpec]:
+    """The weights that only `config.head` has; a tied output matrix is none."""
+    hidden = config.hidden_size
+    if config.head == "scalar":
+        stored = Stored("score.weight", (1, hidden), (1, 0), (1, hidden))
+        return {"score": ParamSpec((hidden, 1), ("embed", None), "normal", stored)}
+    if config.tie_word_embeddings:
+        return {}
+    vocab = (config.vocab_size, hidden)
+    stored = Stored("lm_head.weight", vocab, (1, 0), vocab)
+    return {"unembed": ParamSpec(vocab[::-1], ("embed", "vocab"), "normal", stored)}
 
 
 def _product(sizes: tuple[int, ...]) -> int:
@@ -170,7 +176,11 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 def abstract_params(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Params:
     """The weights as `jax.ShapeDtypeStruct`s with shardings; refuses what does not divide."""
-    named = jax.tree.leaves_with_path(declare(config), is_leaf=is_spec)
+    return _abstract(declare(config), layout, dtype)
+
+
+def _abstract(declared: dict[str, Any], layout: Layout, dtype: DTypeLike) -> Params:
+    named = jax.tree.leaves_with_path(declared, is_leaf=is_spec)
     leaves = [
         jax.ShapeDtypeStruct(
             spec.shape,
@@ -183,16 +193,32 @@ def abstract_params(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Pa
         )
         for path, spec in named
     ]
-    structure = jax.tree.structure(declare(config), is_leaf=is_spec)
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(jax.tree.structure(declared, is_leaf=is_spec), leaves)
 
 
 def init_params(
     key: jax.Array, config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
 ) -> Params:
     """Random weights, created sharded (no host or single device ever holds the whole tree)."""
-    specs, structure = jax.tree.flatten(declare(config), is_leaf=is_spec)
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_params(config, layout, dtype))
+    return _create(key, declare(config), config, layout, dtype)
+
+
+def init_head(
+    key: jax.Array, config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
+) -> Params:
+    """Random weights of the head alone, for a decoder that was trained under another one."""
+    return _create(key, declare_head(config), config, layout, dtype)
+
+
+def _create(
+    key: jax.Array,
+    declared: dict[str, Any],
+    config: ModelConfig,
+    layout: Layout,
+    dtype: DTypeLike,
+) -> Params:
+    specs, structure = jax.tree.flatten(declared, is_leaf=is_spec)
+    shardings = jax.tree.map(lambda a: a.sharding, _abstract(declared, layout, dtype))
 
     def create(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(specs))

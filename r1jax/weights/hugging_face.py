@@ -9,11 +9,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from r1jax.models.config import ModelConfig
-from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, is_spec
+from r1jax.models.config import Head, ModelConfig
+from r1jax.models.parameters import (
+    Params,
+    ParamSpec,
+    abstract_params,
+    declare,
+    declare_head,
+    init_head,
+    is_spec,
+)
 from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
@@ -149,11 +157,24 @@ def stored_names(spec: ParamSpec) -> list[str]:
     return [spec.stored.name.format(layer=layer) for layer in range(spec.shape[0])]
 
 
-def _check(tensors: Tensors, model: ModelConfig, directory: Path) -> None:
+def _head_names(model: ModelConfig, *heads: Head) -> set[str]:
+    """The tensors of these heads on a decoder like `model`."""
+    untied = replace(model, tie_word_embeddings=False)
+    declared = [declare_head(replace(untied, head=head)) for head in heads]
+    return {name for specs in declared for spec in specs.values() for name in stored_names(spec)}
+
+
+def _check(
+    tensors: Tensors,
+    declared: Mapping[str, Any],
+    model: ModelConfig,
+    directory: Path,
+    *,
+    ignored: Set[str],
+) -> None:
     found, dtypes = tensors.shapes(), tensors.dtypes()
-    specs = jax.tree.leaves(declare(model), is_leaf=is_spec)
+    specs = jax.tree.leaves(declared, is_leaf=is_spec)
     expected = {name: spec.stored.file_shape for spec in specs for name in stored_names(spec)}
-    ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(
         name for name in found.keys() - expected.keys() - ignored if not name.endswith(_DERIVED)
@@ -184,11 +205,12 @@ def _check(tensors: Tensors, model: ModelConfig, directory: Path) -> None:
             f"describes; {'; '.join(problems)}. Check that config.json and the weights belong "
             "together"
         )
-    # A tied checkpoint may hold a copy of the embedding; an output matrix of its own means that
-    # the weights are not tied, and transformers would use it.
+    # An output matrix of its own means that the weights are not tied, and transformers would use
+    # it.
     output = "lm_head.weight"
     if (
-        model.tie_word_embeddings
+        model.head == "language"
+        and model.tie_word_embeddings
         and output in found
         and not _equal(tensors, output, "model.embed_tokens.weight")
     ):
@@ -208,20 +230,45 @@ def _equal(tensors: Tensors, a: str, b: str) -> bool:
 
 
 def load_params(
-    path: str | Path, model: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
+    path: str | Path,
+    model: ModelConfig,
+    layout: Layout,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    new_head: jax.Array | None = None,
 ) -> Params:
     """Read weights straight into sharded arrays.
 
     One tensor is in host memory at a time, and of it only the rows that a device needs: a layer
     is read, sent and written into its place of the stacked array, which only devices hold.
 
+    Args:
+      model: what the directory holds.
+      new_head: a key. The directory holds the decoder of `model` under another head (a reward
+        model starts from a language model): that head is passed over, and the weights of
+        `declare_head(model)`, these alone, are drawn from the key.
+
     Raises:
-      ValueError: tensors that are missing, not known or misshapen; all are named.
+      ValueError: tensors that are missing, not known or misshapen; all are named. Or the head
+        that would be drawn is there.
     """
     directory = resolve(str(path))
     tensors = Tensors(directory)
-    _check(tensors, model, directory)
-    abstract = abstract_params(model, layout, dtype)
+    declared, abstract = declare(model), abstract_params(model, layout, dtype)
+    # A tied checkpoint may hold a copy of the embedding.
+    ignored = _head_names(model, "language") if model.tie_word_embeddings else set()
+    if new_head is not None:
+        own = _head_names(model, model.head)
+        if present := sorted(own & tensors.shapes().keys()):
+            raise ValueError(
+                f"{directory} has a {model.head} head already ({', '.join(present)}); load it "
+                "without new_head, or a trained head would be lost"
+            )
+        ignored = _head_names(model, *get_args(Head)) - own
+        head = declare_head(model)
+        declared = {name: node for name, node in declared.items() if name not in head}
+        abstract = {name: abstract[name] for name in declared}
+    _check(tensors, declared, model, directory, ignored=ignored)
 
     def load(spec: ParamSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
         names = stored_names(spec)
@@ -236,7 +283,10 @@ def load_params(
             stack = jax.block_until_ready(stack)
         return stack
 
-    return jax.tree.map(load, declare(model), abstract, is_leaf=is_spec)
+    params: Params = jax.tree.map(load, declared, abstract, is_leaf=is_spec)
+    if new_head is not None:
+        params |= init_head(new_head, model, layout, dtype)
+    return params
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -325,14 +375,17 @@ def export(
       params: the tree of `declare(model)`.
       tokenizer: saved beside the weights.
       generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
-        are the tokenizer's.
+        are the tokenizer's. A model without logits generates nothing: only its `config.json` has
+        the ids.
       dtype: of the stored weights; default: that of each array.
       max_shard_bytes: most bytes of a safetensors file, unless one tensor is larger.
 
     Raises:
       ValueError: `directory` holds something else than a model, a weight is not as `model` says,
-        or a dtype is none that is stored.
+        a dtype is none that is stored, or a model with a scalar head has no fit padding token.
     """
+    if model.head == "scalar":
+        check_padding(tokenizer, generation_config)
     target = Path(os.path.abspath(directory))
     if target.exists() and not (target / "config.json").is_file() and os.listdir(target):
         raise ValueError(
@@ -349,6 +402,49 @@ def export(
         multihost_utils.sync_global_devices(f"export {target.name}")
 
 
+def check_padding(
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None = None
+) -> None:
+    """Whether a reward model with this tokenizer gives the same scores in transformers.
+
+    A sequence classification there has no lengths: it reads a text's score at the last token that
+    is not `pad_token_id`. Without one it takes no batches, and where EOS is the padding it would
+    read the token before EOS. Ask before training: `export` refuses, too, but after it.
+
+    Raises:
+      ValueError: there is no padding token, or it is the EOS that ends every text.
+    """
+    ids = _special_ids(tokenizer, generation_config)
+    pad, eos = ids.get("pad_token_id"), getattr(tokenizer, "eos_token_id", None)
+    if pad is not None and pad != eos:
+        return
+    raise ValueError(
+        (
+            "a reward model needs a padding token (pad_token_id), and there is none"
+            if pad is None
+            else f"pad_token_id = {pad} is also the EOS token, which ends every text; transformers "
+            "would take it for padding and score the token before it"
+        )
+        + ". Set another one of the vocabulary, such as an unused special token, as "
+        "tokenizer.pad_token, write the tokenizer with save_pretrained and name its directory in "
+        "model.tokenizer"
+    )
+
+
+def _special_ids(
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The ids that both configs of a directory name; those of the generation config come first."""
+    ids = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = (generation_config or {}).get(key)
+        if value is None:
+            value = getattr(tokenizer, key, None)
+        if value is not None:
+            ids[key] = value
+    return ids
+
+
 def _export_here(
     target: Path,
     tensors: list[_Tensor],
@@ -363,16 +459,11 @@ def _export_here(
     kinds = {jnp.dtype(_DTYPES[tensor.code]).name for tensor in tensors}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
-    config = {**model.to_hugging_face(), "dtype": kind, "torch_dtype": kind}
-    generation = dict(generation_config or {})
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = generation.get(key)
-        if value is None:
-            value = getattr(tokenizer, key, None)
-        if value is not None:
-            config[key] = generation[key] = value
+    ids = _special_ids(tokenizer, generation_config)
+    config = {**model.to_hugging_face(), "dtype": kind, "torch_dtype": kind, **ids}
+    generation = {**(generation_config or {}), **ids}
     _write_json(partial_dir / "config.json", config)
-    if generation:
+    if generation and model.head == "language":
         _write_json(partial_dir / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial_dir))
