@@ -40,7 +40,7 @@ stages:
 """
 
 
-KINDS = "evaluate or grpo or pretrain or rejection_sampling or sft"
+KINDS = "evaluate or grpo or pretrain or rejection_sampling or reward_model or sft"
 
 
 def problems_of(text: str, *overrides: str) -> list[str]:
@@ -124,7 +124,7 @@ def test_key_like_nothing_known_lists_what_is() -> None:
     )
     assert (
         problem == "a.yaml:7: rewards.accuracy.q = 1: unknown key; "
-        "known here: weight, function, domains, options"
+        "known here: weight, function, model, reads, template, domains, options"
     )
 
 

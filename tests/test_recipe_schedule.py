@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +35,10 @@ def test_the_schedule_is_a_graph() -> None:
         ("sampled", "tuned", "data"),
         ("resampled", "tuned", "data"),
         ("tuned", "rl", "weights"),
+        ("base", "helpful_model", "weights"),
+        ("base", "safety_model", "weights"),
+        ("helpful_model", "rl", "reward"),
+        ("safety_model", "rl", "reward"),
         ("rl", "after", "weights"),
         ("student", "distilled", "weights"),
         ("sampled", "distilled", "data"),
@@ -50,7 +55,7 @@ def test_the_schedule_is_a_graph() -> None:
         ("stages.tuned.weights=rl", "stages.tuned.weights = 'rl': neither an earlier train stage"),
         ("stages.rl.weights=sampled", "stages.rl.weights = 'sampled': neither"),
         ("stages.base.name=student", "the name 'student' is used twice"),
-        ("data.sampled.source=stage:tuned", "data.sampled comes from stage:tuned, which is not a"),
+        ("data.sampled.source=stage:tuned", "comes from stage:tuned, which is not a"),
         ("stages.after.rewards=[digit]", "stages.after.rewards: 'digit' is not one of"),
         ("data.everything.mixture={questions: 1, other: 1}", "data.everything.mixture.other"),
         ("data.tuning.mixture={everything: 1, more: 1}", "is itself a mixture"),
@@ -59,6 +64,8 @@ def test_the_schedule_is_a_graph() -> None:
         ("stages.rl.data=[{step: 1, data: questions}]", "data: steps must start at 0"),
         ("stages.sampled.rewrite={kind: model, weights: tuned}", "rewrite.weights = 'tuned'"),
         ("stages.sampled.rewrite={kind: rule, templet: x}", "rewrite.templet"),
+        ("stages.sampled.rewards=[helpful]", "whose model is the stage helpful_model"),
+        ("rewards.helpful.function=format", "a reward model has neither function nor options"),
     ],
 )
 def test_a_schedule_that_does_not_fit_together_is_refused(change: str, message: str) -> None:
@@ -75,7 +82,12 @@ def start(output: Path, cache: Path, point: str = "none", number: int = 0) -> st
     }
     command = [sys.executable, str(TESTS / "killed_run.py"), point, str(number), CONFIG]
     done = subprocess.run(
-        [*command, f"output={output}"], env=environment, capture_output=True, text=True, timeout=500
+        [*command, f"output={output}"],
+        env=environment,
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode in (0, -9), done.stderr[-3000:]
     assert (done.returncode == 0) == (point == "none")
@@ -96,7 +108,7 @@ def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_pat
     run, _ = finished
     record = json.loads((run / "run.json").read_text())["stages"]
     assert {entry["status"] for entry in record.values()} == {"done"}
-    assert len(record) == 8
+    assert len(record) == 10
     start(tmp_path, run.parent / "cache")
     whole = tmp_path / "tiny-r1-s0"
     for path in sorted(whole.glob("stages/*/*")):
@@ -137,6 +149,19 @@ def test_what_rejection_sampling_writes(finished: tuple[Path, str]) -> None:
     assert [(e.prompt, e.response) for e in again] == [(r["prompt"], r["response"]) for r in kept]
 
 
+def test_reward_models_learn_and_are_sequence_classifiers(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    (directory,) = run.glob("stages/*-helpful_model")
+    metrics = rows(directory / "metrics.jsonl")
+    assert {"loss", "accuracy", "held_out/loss", "held_out/accuracy"} <= metrics[-1].keys()
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.1)  # knows nothing yet
+    assert metrics[-1]["held_out/loss"] < metrics[0]["loss"]
+    config = json.loads((directory / "model" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+    (safety,) = run.glob("stages/*-safety_model/metrics.jsonl")
+    assert rows(safety)[-1]["loss"] < rows(safety)[0]["loss"]
+
+
 def test_what_fine_tuning_and_domains_report(finished: tuple[Path, str]) -> None:
     run, _ = finished
     (tuned,) = run.glob("stages/*-tuned/metrics.jsonl")
@@ -150,5 +175,8 @@ def test_what_fine_tuning_and_domains_report(finished: tuple[Path, str]) -> None
     first, *_, last = rows(rl)
     # From step 2 on questions come from both domains, and `accuracy` is for one of them.
     assert "domain/general" not in first and {"domain/general", "domain/maths"} <= last.keys()
+    for name in ("helpful", "safety"):
+        # Only rows of the general domain have these, and their mean is over those rows.
+        assert f"reward/{name}" not in first and math.isfinite(last[f"reward/{name}"])
     (student,) = run.glob("stages/*-distilled/model/config.json")
     assert json.loads(student.read_text())["hidden_size"] == 8

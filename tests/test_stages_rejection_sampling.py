@@ -35,6 +35,7 @@ PROMPTS = {
     0: prompt(0, "How much is two and two?"),
     1: prompt(1, "What is asked in the examination of this year?"),
     2: prompt(2, "How much is two and two?"),  # the same question once more
+    3: Prompt(3, "Say it.", "", np.asarray([1], np.int32), "Say it.", "", ""),
 }
 GOOD = "two and two make four</think> It is 4."
 
@@ -59,6 +60,7 @@ def test_every_reason_in_its_order() -> None:
             row(0, 7, f"well, {GOOD}"),
             row(0, 8, f"so, {GOOD}"),
             row(1, 0, GOOD),
+            row(3, 0, " "),
         ]
     ) == [
         None,
@@ -71,6 +73,7 @@ def test_every_reason_in_its_order() -> None:
         None,
         "surplus",
         "contaminated",
+        "blank",
     ]
 
 

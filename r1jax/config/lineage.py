@@ -24,7 +24,10 @@ from r1jax.config.schema import (
 
 @dataclass(frozen=True)
 class Edge:
-    """What a stage or model `source` gives the stage `target`: weights, data or a rewriter."""
+    """What `source` (a stage or a model) gives the stage `target`.
+
+    gives: `weights`, `data`, `rewriter` or `reward`.
+    """
 
     source: str
     target: str
@@ -40,6 +43,9 @@ def edges(config: RunConfig) -> list[Edge]:
         found += [Edge(source, stage.name, "data") for source in dict.fromkeys(sources)]
         if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
             found.append(Edge(stage.rewrite.weights, stage.name, "rewriter"))
+        if isinstance(stage, GRPOStage | RejectionSamplingStage | EvaluateStage):
+            judges = config.reward_stages(stage.rewards).values()
+            found += [Edge(judge, stage.name, "reward") for judge in dict.fromkeys(judges)]
     return found
 
 

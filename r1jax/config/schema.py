@@ -123,10 +123,29 @@ class RewardSection(Section):
     function: str | None = Field(
         None, description="Registered name or package.module:function; default: the section's name."
     )
+    model: str | None = Field(
+        None,
+        description="In place of a function, a reward model: a reward_model stage of this run, or "
+        "a Hugging Face sequence-classification directory.",
+    )
+    reads: Literal["summary", "response"] | None = Field(
+        None, description="What a model from a directory reads; a stage's is known."
+    )
+    template: str | None = Field(
+        None, description="The template of a model from a directory; a stage's is known."
+    )
     domains: list[str] | None = Field(
         None, min_length=1, description="Rows of these domains only; default: all rows."
     )
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _function_or_model(self) -> RewardSection:
+        if self.model is not None and (self.function is not None or self.options):
+            raise ValueError("a reward model has neither function nor options; remove them")
+        if self.model is None and (self.reads is not None or self.template is not None):
+            raise ValueError("reads and template belong to a reward model; give model, too")
+        return self
 
 
 class VerifierSection(Section):
@@ -329,6 +348,40 @@ class SFTStage(TrainStage):
         return self
 
 
+class RewardModelStage(TrainStage):
+    """Train a reward model: the policy's architecture with a scalar head, on preferences."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    data: str = Field(description="Rows of prompt, chosen, rejected; or of prompt, response, safe.")
+    loss: Literal["pairwise", "pointwise"] = Field(
+        description="pairwise (helpful) or pointwise (safety)."
+    )
+    reads: Literal["summary", "response"] = Field(
+        description="summary: what follows the thought (helpful); response: all (safety)."
+    )
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
+    steps: int | None = Field(None, ge=1)
+    rows_per_step: int = Field(256, ge=1, description="Pairs, or labelled responses.")
+    micro_batches: int = Field(1, ge=1)
+    max_tokens: int = Field(8192, ge=2, description="Longer rows are left out and counted.")
+    length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+    log_every: int = Field(10, ge=1)
+    held_out: str | None = Field(None, description="A dataset whose loss is measured.")
+    held_out_every: int = Field(100, ge=1, description="Steps between two held-out losses.")
+    optimizer: OptimizerSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardModelStage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.rows_per_step % self.micro_batches:
+            raise ValueError(
+                f"rows_per_step = {self.rows_per_step} is not a multiple of "
+                f"micro_batches = {self.micro_batches}"
+            )
+        return self
+
+
 class RuleRewrite(Section):
     """Rewriting by rule: thought and answer put into a template (`r1jax.data.rewriting`)."""
 
@@ -414,7 +467,12 @@ class EvaluateStage(StageBase):
 
 
 Stage = Annotated[
-    PretrainStage | SFTStage | GRPOStage | RejectionSamplingStage | EvaluateStage,
+    PretrainStage
+    | SFTStage
+    | GRPOStage
+    | RejectionSamplingStage
+    | RewardModelStage
+    | EvaluateStage,
     Field(discriminator="kind"),
 ]
 TRAIN_KINDS = ("pretrain", "sft", "grpo")
@@ -483,6 +541,13 @@ class RunConfig(Section):
                         raise ValueError(
                             f"{where}.rewards: {reward!r} is not one of {sorted(self.rewards)}"
                         )
+                for name, reward_model in self.reward_stages(stage.rewards).items():
+                    if reward_model not in names[:index]:
+                        raise ValueError(
+                            f"{where} is rewarded by rewards.{name}, whose model is the stage "
+                            f"{reward_model}: that must come before, or {where}.rewards must "
+                            "leave the reward out"
+                        )
         return self
 
     def _check_source(self, where: str, key: str, data: str, source: str, index: int) -> None:
@@ -503,6 +568,12 @@ class RunConfig(Section):
             ]
         kind, _, name = str(section.source).partition(":")
         return [name] if kind == "stage" else []
+
+    def reward_stages(self, names: list[str] | None) -> dict[str, str]:
+        """Reward -> reward_model stage, of those rewards that such a stage of this run gives."""
+        trained = {stage.name for stage in self.stages if stage.kind == "reward_model"}
+        found = {name: reward.model for name, reward in self.rewards_of(names).items()}
+        return {name: model for name, model in found.items() if model in trained}
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -547,7 +618,7 @@ def datasets_of(stage: Stage) -> list[tuple[str, str]]:
         found.append(("data", stage.data))
     else:
         found += [(f"data.{i}.data", change.data) for i, change in enumerate(stage.data)]
-    if isinstance(stage, SFTStage) and stage.held_out is not None:
+    if isinstance(stage, SFTStage | RewardModelStage) and stage.held_out is not None:
         found.append(("held_out", stage.held_out))
     if isinstance(stage, RejectionSamplingStage):
         found += [("decontaminate", data) for data in stage.decontaminate]

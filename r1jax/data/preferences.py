@@ -127,7 +127,7 @@ def _load(
     section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], _Row]
 ) -> Sequence[_Row]:
     where = f"source = {section.source!r}"
-    if section.source.startswith("task:"):
+    if str(section.source).startswith("task:"):
         raise ValueError(
             f"{where}: a task has no preferences; use jsonl:PATH, tfds:NAME or hf:NAME"
         )

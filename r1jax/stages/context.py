@@ -120,21 +120,35 @@ class LanguageModel:
         decoder = self.decoder
         return abstract_params(decoder.config, decoder.layout, decoder.execution.param_dtype)
 
-    def load(self, directory: Path) -> Any:
-        """The weights of a Hugging Face directory, on the mesh."""
+    def load(self, directory: Path, *, new_head: int | None = None) -> Any:
+        """The weights of a Hugging Face directory, on the mesh.
+
+        Args:
+          new_head: a seed; the directory has another head, and this model's is drawn.
+        """
         decoder = self.decoder
         return hugging_face.load_params(
-            directory, decoder.config, decoder.layout, decoder.execution.param_dtype
+            directory,
+            decoder.config,
+            decoder.layout,
+            decoder.execution.param_dtype,
+            new_head=None if new_head is None else jax.random.key(new_head),
         )
 
     def initial(self, seed: int) -> Any:
         """The config's own weights: those of its path, or random ones."""
         if self.section.path is not None:
-            return self.load(hugging_face.resolve(self.section.path))
+            path = hugging_face.resolve(self.section.path)
+            return self.load(path, new_head=seed if self.decoder.config.head == "scalar" else None)
         decoder = self.decoder
         return init_params(
             jax.random.key(seed), decoder.config, decoder.layout, decoder.execution.param_dtype
         )
+
+    def with_scalar_head(self) -> LanguageModel:
+        """The same model with one number in place of the next token: a reward model."""
+        config = replace(self.decoder.config, head="scalar")
+        return replace(self, decoder=replace(self.decoder, config=config))
 
     def export(self, directory: Path, params: Any) -> None:
         """Write weights, configs and tokenizer as a Hugging Face directory (atomically)."""
@@ -182,15 +196,20 @@ class Context:
 
     def model_of(self, name: str) -> LanguageModel:
         """The model that the weights of a stage (or of a model, by its name) are of."""
-        return self.models[self.config.model_of(name)]
+        model = self.models[self.config.model_of(name)]
+        kinds = {stage.name: stage.kind for stage in self.config.stages}
+        return model.with_scalar_head() if kinds.get(name) == "reward_model" else model
 
     def initial_weights(self, stage: str) -> Any:
         """The weights that a stage starts from."""
-        return self.weights(self.config.weights_of(stage))
+        source, model = self.config.weights_of(stage), self.model_of(stage)
+        if self.config.stage(stage).kind == "reward_model" and source not in self.models:
+            directory = self.stage_directory(source) / "model"
+            return model.load(directory, new_head=self.seed("head", stage))
+        return self.weights(source, model)
 
-    def weights(self, source: str) -> Any:
-        """The weights that a train stage left, or a model's own."""
-        model = self.model_of(source)
+    def weights(self, source: str, model: LanguageModel) -> Any:
+        """The weights of `model` that a train stage left, or its own."""
         if source in self.models:
             return model.initial(self.seed("weights", *([] if source == MODEL else [source])))
         return model.load(self.stage_directory(source) / "model")

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from r1jax.config.schema import EvaluateStage, GRPOStage, RejectionSamplingStage, RunConfig, Stage
+from r1jax.config.schema import (
+    EvaluateStage,
+    GRPOStage,
+    RejectionSamplingStage,
+    RewardModelStage,
+    RunConfig,
+    Stage,
+)
 from r1jax.models import declare
 from r1jax.models.parameters import is_spec
 from r1jax.stages.context import Context, LanguageModel
@@ -82,6 +89,9 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
         if stage.loss.kl_coefficient:
             sizes["reference policy"] = own
         sizes["key-value cache"] = cached * per_token * compute // shards
+    elif isinstance(stage, RewardModelStage):
+        texts = 2 if stage.loss == "pairwise" else 1
+        count, time = texts * stage.rows_per_step // stage.micro_batches, stage.max_tokens
     else:
         count, time = stage.rows_per_step // stage.micro_batches, stage.row_tokens
     kept = {"full": 1, "dots": 8, "none": 20}[execution.remat] * config.hidden_size

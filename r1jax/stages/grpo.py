@@ -17,11 +17,12 @@ from r1jax.data import PromptIterator, Taken
 from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step
 from r1jax.models import token_scores
 from r1jax.processes import Share, batch_share, gather, largest
-from r1jax.rewards import RowScore, Verifier
+from r1jax.rewards import RowScore
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
+from r1jax.stages.rewards import Judge
 from r1jax.stages.rollout import Completion, check_domains, sample_batch, stop_search, to_sampling
 
 
@@ -58,7 +59,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     loop = TrainLoop(
         stage, context, directory, stage.steps, optimizer, update, with_reference=with_reference
     )
-    with loop, Verifier(rewards, context.config.verifier) as verifier:
+    with loop, Judge(rewards, context) as judge:
         loop.restore(questions)
         for report in questions.reports:
             loop.progress.print(f"{stage.name}: {report}")
@@ -84,7 +85,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     eos_ids=language_model.eos_ids,
                     stop=stop_search(tokenizer, stage.sampling),
                 )
-                pending.append(verifier.submit([completion.answered() for completion in batch]))
+                pending.append(judge.submit(batch))
                 completions.extend(batch)
             sampled = share.count * sum(len(completion.token_ids) for completion in completions)
             rollout_seconds = loop.clock.lap("rollout")

@@ -12,8 +12,8 @@ from r1jax.config.schema import EvaluateStage, RejectionSamplingStage
 from r1jax.data import Prompt
 from r1jax.metrics import Progress, Recorder
 from r1jax.processes import Share, anywhere, batch_share, gather
-from r1jax.rewards import Verifier
 from r1jax.stages.context import Clock, Context, Preempted
+from r1jax.stages.rewards import Judge
 from r1jax.stages.rollout import check_domains, sample_batch, stop_search, to_sampling
 
 SAMPLES = "samples.jsonl"
@@ -57,7 +57,7 @@ def judge_samples(
     with (
         Recorder(directory, process_index=process) as recorder,
         Progress(stage.name, len(prompts), process_index=process) as progress,
-        Verifier(rewards, context.config.verifier) as verifier,
+        Judge(rewards, context) as judge,
     ):
         progress.print(f"{stage.name}: {report}")
         done, offset = _whole_batches(directory / SAMPLES, len(prompts), samples, batch)
@@ -81,7 +81,7 @@ def judge_samples(
                 stop=stop_search(model.tokenizer, stage.sampling),
             )
             completions = completions[: len(own) * samples]
-            scores = verifier.submit([c.answered() for c in completions]).result()
+            scores = judge.submit(completions).result()
             pairs = zip(completions, scores, strict=True)
             rows = gather([c.row(score, step=0) for c, score in pairs], context.layout)
             recorder.log_samples(rows)

@@ -17,6 +17,7 @@ from r1jax.config.schema import (
     GRPOStage,
     PretrainStage,
     RejectionSamplingStage,
+    RewardModelStage,
     RunConfig,
     SFTStage,
     datasets_of,
@@ -30,7 +31,9 @@ from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
 from r1jax.stages.rejection_sampling import run_rejection_sampling
+from r1jax.stages.reward_model import preferences, run_reward_model
 from r1jax.stages.supervised import run_pretrain, run_sft
+from r1jax.weights import hugging_face
 
 EXIT_PREEMPTED = 143
 """Exit status after SIGTERM (128 + 15): the state is saved, the same command goes on."""
@@ -98,6 +101,8 @@ def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
                     run_sft(stage, context, directory)
                 elif isinstance(stage, GRPOStage):
                     run_grpo(stage, context, directory)
+                elif isinstance(stage, RewardModelStage):
+                    run_reward_model(stage, context, directory)
                 elif isinstance(stage, RejectionSamplingStage):
                     run_rejection_sampling(stage, context, directory)
                 else:
@@ -128,8 +133,21 @@ def check(context: Context) -> None:
     """Refuse, before any compute, what would fail later: data, templates, rewards, sharding."""
     config = context.config
     for name, reward in config.rewards.items():
+        if reward.model is not None:
+            continue
         check_reward(reward.function or name, reward.options, config.verifier)
-    used = dict.fromkeys(data for stage in config.stages for _, data in datasets_of(stage))
+    for stage in config.stages:
+        if isinstance(stage, RewardModelStage):
+            model = context.model_of(stage.name)
+            hugging_face.check_padding(model.tokenizer, model.generation_config)
+            for _, data in datasets_of(stage):
+                preferences(stage, data, context)
+    used = dict.fromkeys(
+        data
+        for stage in config.stages
+        if stage.kind != "reward_model"
+        for _, data in datasets_of(stage)
+    )
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)
     for name, section in config.data.items():
@@ -154,7 +172,7 @@ def _row_counts(config: RunConfig) -> dict[str, int]:
     rows: dict[str, int] = {}
     for stage in config.stages:
         where = f"stages.{stage.name}"
-        if isinstance(stage, PretrainStage | SFTStage):
+        if isinstance(stage, PretrainStage | SFTStage | RewardModelStage):
             rows[f"{where}.rows_per_step / micro_batches"] = (
                 stage.rows_per_step // stage.micro_batches
             )

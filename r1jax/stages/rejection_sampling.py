@@ -141,7 +141,7 @@ def choose(
 
     The reasons, in the order in which they are looked for: `contaminated` (the question is one of
     the evaluation's), `truncated`, the judgement (`wrong`, `unparseable`, `verifier_failed`),
-    `filter NAME`, `duplicate` (the same text was kept for the same question, wherever that stands
+    `blank`, `filter NAME`, `duplicate` (the same text was kept for the same question, wherever that stands
     in the data) and `surplus` (the prompt has `keep_per_prompt` already).
 
     Args:
@@ -165,6 +165,8 @@ def choose(
             yield row, "truncated"
         elif row["outcome"] != "right":
             yield row, row["outcome"]
+        elif not text.strip():
+            yield row, "blank"
         elif (refused := apply_filters(text, filters)) is not None:
             yield row, f"filter {refused}"
         elif same in seen:
@@ -222,7 +224,7 @@ def rewrite_with_model(
 ) -> list[str | None]:
     """Ask a model of the run, one completion for each draft."""
     model = context.model_of(section.weights)
-    params = context.weights(section.weights)
+    params = context.weights(section.weights, model)
     share = batch_share(context.layout)
     data = DataSection(source="jsonl:-", template=section.template)
     instruction = section.instruction or INSTRUCTION
