@@ -141,8 +141,8 @@ def choose(
 
     The reasons, in the order in which they are looked for: `contaminated` (the question is one of
     the evaluation's), `truncated`, the judgement (`wrong`, `unparseable`, `verifier_failed`),
-    `blank`, `filter NAME`, `duplicate` (the same text was kept for the same question, wherever that stands
-    in the data) and `surplus` (the prompt has `keep_per_prompt` already).
+    `blank`, `filter NAME`, `duplicate` (the same text was kept for the same question, wherever
+    that stands in the data) and `surplus` (the prompt has `keep_per_prompt` already).
 
     Args:
       rows: of samples.jsonl; of a prompt's samples the first ones that pass are kept, which is a
