@@ -13,6 +13,8 @@ from transformers import Qwen2ForCausalLM as Model
 
 from r1jax.config.load import load_config
 from r1jax.stages import recipe
+from r1jax.stages.context import Context
+from r1jax.stages.dry_run import describe
 from r1jax.stages.sample import stream_completions
 
 
@@ -95,6 +97,52 @@ def test_real_config_runs_on_tiny_parts(name: str, tmp_path: Path) -> None:
     assert "<think>" in sample["prompt"]  # the R1-Zero template
     recipe.export_run(run, tmp_path / "exported")
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n{% else %}"
+    "Assistant: {{ m.content }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def test_the_whole_schedule_is_checked_before_any_compute(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = {
+        "gsm8k": {"question": "What is 40 + 2?", "answer": "So 42.\n#### 42"},
+        "general": {"prompt": "Say hello.", "response": "Hello!"},
+        "helpful": {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."},
+        "safety": {"prompt": "Say hello.", "response": "Hello!", "safe": True},
+    }
+    for name, row in files.items():
+        first = next(iter(row))
+        rows = [{**row, first: f"({i}) {row[first]}"} for i in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    overrides = [f"model.path={tmp_path / 'model'}", f"output={tmp_path / 'runs'}"]
+    for data, name in (
+        ("questions", "gsm8k"),
+        ("test", "gsm8k"),
+        ("chat_questions", "gsm8k"),
+        ("chat_test", "gsm8k"),
+        ("general", "general"),
+        ("general_questions", "general"),
+        ("helpful_pairs", "helpful"),
+        ("helpful_held_out", "helpful"),
+        ("safety_labels", "safety"),
+        ("safety_held_out", "safety"),
+    ):
+        overrides.append(f"data.{data}.source=jsonl:{tmp_path / name}.jsonl")
+        if name == "gsm8k":
+            overrides += [f"data.{data}.split=train", f"data.{data}.options={{}}"]
+    config = load_config("qwen2.5-1.5b/r1", overrides)
+    recipe.check(Context.resolve(config))
+    assert describe(config)["memory"]
+    (tmp_path / "helpful.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!"}\n')
+    with pytest.raises(ValueError, match=r"helpful.jsonl:1: column 'rejected' .* does not exist"):
+        recipe.check(Context.resolve(config))
 
 
 def test_streaming_equals_one_text(tmp_path: Path) -> None:
