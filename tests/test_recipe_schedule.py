@@ -98,7 +98,7 @@ def start(output: Path, cache: Path, point: str = "none", number: int = 0) -> st
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run, killed in each of the new stages on the way; and what its last process said."""
     folder = tmp_path_factory.mktemp("schedule")
-    for point, number in (("samples", 3), ("samples", 3), ("log", 2), ("log", 3), ("samples", 3)):
+    for point, number in (("samples", 4), ("log", 4), ("log", 12)):
         start(folder, folder / "cache", point, number)
     said = start(folder, folder / "cache")
     return folder / "tiny-r1-s0", said
@@ -139,7 +139,8 @@ def test_what_rejection_sampling_writes(finished: tuple[Path, str]) -> None:
     from r1jax.config.schema import DataSection
     from r1jax.data import load_examples
 
-    (name,) = (path.name for path in (directory / "tfds").iterdir() if path.is_dir())
+    (info,) = (directory / "tfds").glob("*/*/dataset_info.json")
+    name = info.parts[-3]
     section = DataSection(
         source=f"tfds:{name}",
         options={"data_dir": str(directory / "tfds")},
