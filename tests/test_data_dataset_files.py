@@ -271,5 +271,6 @@ def test_card_counts_rows_and_mean_tokens_by_domain() -> None:
             "maths": {"rows": 3, "mean_tokens": 30.0},
         },
     }
+    assert list(card["domains"]) == ["", "code", "maths"]
     assert json.loads(json.dumps(card)) == card
     assert dataset_card([]) == {"rows": 0, "mean_tokens": None, "domains": {}}

@@ -1,0 +1,621 @@
+"""From a kept completion to the text that is trained on: the rewriting step of the cold start.
+
+DeepSeek-R1 (arXiv 2501.12948, section 2.3.1) rewrites what R1-Zero got right into one language, the
+first person, and its output format: the reasoning process, then a summary. By fixed rules, where a
+miniature's texts allow it; by a model behind an OpenAI-compatible endpoint, for real texts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from r1jax.rewards.extraction import after_thinking, final_answer, thought
+from r1jax.rewards.format import STYLES, well_formed
+from r1jax.rewards.maths import equivalent_key
+from r1jax.rewards.words import words
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A completion that was kept, before it is rewritten.
+
+    Attributes:
+        question: What was asked, without template.
+        completion: The prompt's prefilled suffix (such as `<think>`) and what the model wrote.
+        answer: Its final answer, as a reward extracted it; empty where there is none to keep.
+    """
+
+    question: str
+    completion: str
+    answer: str
+
+
+class Rewriter(Protocol):
+    """Whatever rewrites drafts; one that fails raises, and keeps what it has done so far."""
+
+    def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
+        """The text to train on for each draft, in order; None for one that has none."""
+        ...
+
+
+INSTRUCTION = r"""You edit solutions so that people like to read them. Below are a question, a
+draft that solves it, and the draft's final answer. Write the solution anew:
+
+- Begin with <think>, then the whole reasoning of the draft in the first person, as somebody who
+  thinks aloud: every step that matters, doubts and checks too, in the draft's order. Add no step of
+  your own. Close it with </think>.
+- Then write a short summary for the reader: how it is solved, and the final answer, unchanged,
+  inside \boxed{}. (A program stays in its fenced code block instead.)
+- Use one language throughout, that of the question. Break long paragraphs up.
+- Write nothing before <think>, and use neither tag a second time."""
+"""What a model is asked by default; the paper's own words are not reported."""
+
+
+def instruction_prompt(draft: Draft, instruction: str) -> str:
+    """The text that a model is asked with: the instruction, then the draft under headings."""
+    parts = {
+        "Question": draft.question,
+        "Draft": draft.completion,
+        "Final answer": draft.answer or "(none)",
+    }
+    sections = [f"## {title}\n\n{text.strip()}" for title, text in parts.items()]
+    return "\n\n".join([instruction.strip(), *sections])
+
+
+def accept(draft: Draft, text: str, style: str = "think") -> str | None:
+    r"""`text` without outer white space, if it may stand for the draft; else None.
+
+    It must be well formed, and keep the draft's answer. A marked answer (`\boxed{...}`, an answer
+    tag) must have the draft's exact meaning, by `equivalent_key`. Without a mark the answer must
+    occur in what follows the thought, word for word; that is not enough for a draft that had a
+    mark, since whoever learns from the text would no longer give answers that can be read.
+
+    Args:
+        style: a shape of `r1jax.rewards.format.well_formed`; `think` is R1's.
+    """
+    text = text.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which no tokenizer takes
+        return None
+    return text if well_formed(text, style) and _keeps_answer(draft, text) else None
+
+
+def _keeps_answer(draft: Draft, text: str) -> bool:
+    if not draft.answer.strip():
+        return True
+    drafted, given = final_answer(draft.completion), final_answer(text)
+    if given is not None:
+        # A reward may have extracted a normal form, such as the letter of an option with its text.
+        wanted = [draft.answer] if drafted is None else [draft.answer, drafted]
+        return equivalent_key(given) in map(equivalent_key, wanted)
+    return drafted is None and _occurs(draft.answer, after_thinking(text) or "")
+
+
+def _occurs(answer: str, text: str) -> bool:
+    """Whether `answer` occurs in `text`, but for white space; no 5 occurs in 15, -5 or 2.5."""
+    answer, text = " ".join(answer.split()), " ".join(text.split())
+    pattern = re.escape(answer)
+    if answer[0].isdigit():
+        pattern = rf"(?<![-\u2212])(?<!\d[.,]){pattern}"
+    if answer[-1].isdigit():
+        pattern = rf"{pattern}(?![.,]\d)"
+    return any(_whole(text, *match.span()) for match in re.finditer(pattern, text))
+
+
+_WITHIN = 32  # Characters around a place; where a word goes on, its next letter is that near.
+
+
+def _whole(text: str, start: int, end: int) -> bool:
+    """Whether no word of `text` goes on across `start` or `end`; words as in `rewards.words`."""
+    for at in (start, end):
+        before, after = text[max(at - _WITHIN, 0) : at], text[at : at + _WITHIN]
+        if unicodedata.category(after[:1] or " ").startswith("M"):
+            return False  # an accent of the letter before
+        parted = sum(1 for part in (before, after) for _ in words(part))
+        if sum(1 for _ in words(before + after)) < parted:
+            return False
+    return True
+
+
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+    """`text` with whole words, or phrases of them, replaced: the longest that fits, left to right.
+
+    A replacement is not looked at again. Words are those of `rewards.words`: a Chinese character
+    is one, and so are both parts of `7plus`; `don` is none in `don't`.
+    """
+    if not replacements:
+        return text
+    keys = sorted(replacements, key=len, reverse=True)
+    candidate = re.compile("|".join(map(re.escape, keys)))
+    done: list[str] = []
+    position = start = 0
+    while match := candidate.search(text, start):
+        start = match.start()
+        for key in keys:
+            end = start + len(key)
+            if text.startswith(key, start) and _whole(text, start, end):
+                done += text[position:start], replacements[key]
+                position = start = end
+                break
+        else:
+            start += 1
+    return "".join(done) + text[position:]
+
+
+_PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleRewriter:
+    r"""Puts thought and answer of a draft into a template; for texts that rules can put right.
+
+    What the completion says beside its thought is replaced by the summary. The thought comes
+    without outer white space, so that a prefilled `<think>\n` and a bare `<think>` give the same
+    text. There is no text where a draft has no closed thought or no answer, where the thought is
+    blank, and where `accept` refuses the result (a tag inside of the thought).
+
+    Attributes:
+        template: The text: `{thought}`, `{summary}`, `{question}`, `{answer}`. Other braces stay
+            as they are, so a boxed answer is `\boxed{{answer}}`.
+        summary: What stands for `{summary}`, with the same placeholders but itself.
+        replacements: Words of the thought -> what to say instead, as in `replace_words`.
+        style: The shape that the text must have; see `accept`.
+    """
+
+    template: str = "<think>{thought}</think>\n\n{summary}"
+    summary: str = r"The final answer is \boxed{{answer}}."
+    replacements: Mapping[str, str] = field(default_factory=dict)
+    style: str = "think"
+
+    def __post_init__(self) -> None:
+        """ValueErrors begin with the name of the field."""
+        _check_style(self.style)
+        used = _placeholders(
+            "template", self.template, ("thought", "summary", "question", "answer")
+        )
+        if "summary" not in used:
+            if self.summary != type(self).summary:
+                raise ValueError(
+                    f"template = {self.template!r}: has no {{summary}}, but one is set"
+                )
+        else:
+            used |= _placeholders("summary", self.summary, ("thought", "question", "answer"))
+        for needed in ("thought", "answer"):
+            if needed not in used:
+                raise ValueError(
+                    f"template = {self.template!r}, summary = {self.summary!r}: "
+                    f"{{{needed}}} is missing"
+                )
+        for word, other in self.replacements.items():
+            if not word or not isinstance(word, str) or not isinstance(other, str):
+                raise ValueError(f"replacements: {word!r}: {other!r}: needs words with their words")
+        sample = self._text(Draft("1+6=", "<think>So 7.</think>7", "7"), "So 7.")
+        if accept(Draft("1+6=", "", "7"), sample, self.style) is None:
+            raise ValueError(
+                f"template = {self.template!r}, summary = {self.summary!r}: the result, such as "
+                f"{sample!r}, is not of style {self.style!r} or has no answer that can be read"
+            )
+
+    def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
+        """See `Rewriter`."""
+        return [self._rewrite_one(draft) for draft in drafts]
+
+    def _rewrite_one(self, draft: Draft) -> str | None:
+        inner = (thought(draft.completion) or "").strip()
+        if not inner or not draft.answer.strip():
+            return None
+        return accept(draft, self._text(draft, inner), self.style)
+
+    def _text(self, draft: Draft, inner: str) -> str:
+        values = {
+            "thought": replace_words(inner, self.replacements),
+            "question": draft.question.strip(),
+            "answer": draft.answer.strip(),
+        }
+        values["summary"] = _filled(self.summary, values)
+        return _filled(self.template, values)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """In one pass: a question may well say `{answer}`, and formulae have braces of their own."""
+    return _PLACEHOLDER.sub(lambda match: values[match[2]], template)
+
+
+def _placeholders(name: str, template: str, known: Sequence[str]) -> set[str]:
+    for command, found in _PLACEHOLDER.findall(template):
+        if found not in known:
+            near = difflib.get_close_matches(found, known, n=1)
+            hint = f"did you mean {{{near[0]}}}? " if near else ""
+            there = ", ".join(f"{{{each}}}" for each in known)
+            raise ValueError(f"{name}: {{{found}}} is not a placeholder; {hint}there are {there}")
+        if command:
+            raise ValueError(
+                f"{name}: {command}{{{found}}} would lose its braces; "
+                f"write {command}{{{{{found}}}}}"
+            )
+    return {found for _, found in _PLACEHOLDER.findall(template)}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model answered to an instruction.
+
+    Attributes:
+        text: As it came; None if it would not or could not answer.
+        truncated: The model was cut off before it ended its answer itself.
+    """
+
+    text: str | None
+    truncated: bool = False
+
+    def accepted(self, draft: Draft, style: str) -> str | None:
+        """The text to train on, if `accept` has it; an answer cut off is none."""
+        if self.text is None or self.truncated:
+            return None
+        return accept(draft, self.text, style)
+
+
+class RewriteLog:
+    """The replies so far, as JSON lines that a later run goes on from; for one process.
+
+    Each reply is on its line before the next one is asked for, and a line that a killed process
+    left unfinished is cut off. Replies are kept as they came, so that another style or a better
+    check needs no new ones.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the log, or begins it where there is no such file.
+
+        Raises:
+            ValueError: a line is not a reply (names file and line).
+        """
+        # Not above, because it imports jax.
+        from r1jax.metrics.json_lines import end_of_last_line
+
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._replies: dict[str, Reply] = {}
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        os.truncate(self.path, end_of_last_line(self.path))
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    self._replies[row["key"]] = Reply(row["text"], row["truncated"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{self.path}:{number}: not a line of a rewrite log; remove the line, and "
+                        "its draft is asked for again"
+                    ) from error
+
+    @staticmethod
+    def key(draft: Draft, settings: Mapping[str, Any]) -> str:
+        """A key that is equal for equal drafts and settings (JSON) of a rewriter."""
+        parts = [draft.question, draft.completion, draft.answer, settings]
+        text = json.dumps(parts, sort_keys=True)  # pure ASCII, whatever is in the texts
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._replies
+
+    def __getitem__(self, key: str) -> Reply:
+        return self._replies[key]
+
+    def add(self, key: str, reply: Reply) -> None:
+        """Writes one more reply to the end of the file; from any thread."""
+        from r1jax.metrics.json_lines import encode_line
+
+        row = {"key": key, "text": reply.text, "truncated": reply.truncated}
+        with self._lock, self.path.open("ab") as file:
+            file.write(encode_line(row))
+            self._replies[key] = reply
+
+
+class EndpointError(RuntimeError):
+    """An endpoint does not answer, or not in a way that can be used; what it answered is kept."""
+
+
+_LONGEST_BACKOFF = 60.0
+_LONGEST_WAIT = 600.0  # A server that asks for more is rather asked again in another run.
+_LONGEST_BODY = 200  # Characters of a server's words that an error repeats.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointRewriter:
+    """Asks a model behind an OpenAI-compatible server, one request for each draft.
+
+    The answer must come as it is meant to be trained on: a server that takes thoughts out of the
+    answer (a "reasoning parser") leaves no `<think>` to accept, so turn that off.
+
+    Attributes:
+        url: Up to the version, such as `http://localhost:8000/v1`.
+        model: Its name on the server.
+        log: Where replies are kept as they come. A draft is not asked for again under the same
+            model, instruction, max_new_tokens and temperature; the url has no say, as a run may go
+            on with another server.
+        instruction: See `instruction_prompt`.
+        max_new_tokens: Of an answer; one that was cut off there is none.
+        temperature: Of the sampling.
+        api_key_env: Environment variable with the key; unset or empty for a server without keys.
+        retries: How often a request is sent again after a failure that may pass: status 408, 429
+            or 5xx, no connection, a time-out, an answer that is not JSON of the right shape.
+        timeout_seconds: Without a byte from the server.
+        backoff_seconds: Wait before the first retry. It doubles with each, up to a minute, with
+            some chance in it; a server's Retry-After is honoured where it is longer.
+        concurrency: Requests under way at a time.
+        style: The shape that a text must have; see `accept`.
+    """
+
+    url: str
+    model: str
+    log: RewriteLog
+    instruction: str = INSTRUCTION
+    max_new_tokens: int = 8192
+    temperature: float = 0.6
+    api_key_env: str = "OPENAI_API_KEY"
+    retries: int = 6
+    timeout_seconds: float = 600.0
+    backoff_seconds: float = 1.0
+    concurrency: int = 8
+    style: str = "think"
+
+    def __post_init__(self) -> None:
+        """ValueErrors begin with the name of the field."""
+        parts = urlsplit(self.url)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or re.search(r"\s", self.url)
+        ):
+            raise ValueError(f"url = {self.url!r}: needs http://HOST/v1 or https://HOST/v1")
+        if parts.username is not None:
+            raise ValueError(
+                f"url: names a user for {parts.hostname}; put a key into the environment variable "
+                f"{self.api_key_env} instead"
+            )
+        if parts.query or parts.fragment or self.url.rstrip("/").endswith("/chat/completions"):
+            raise ValueError(
+                f"url = {self.url!r}: give it up to the version, such as http://HOST/v1; "
+                "/chat/completions is added"
+            )
+        if not self.model:
+            raise ValueError("model is empty; name the model that the server serves")
+        for name, least in (("max_new_tokens", 1), ("retries", 0), ("concurrency", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        for name in ("timeout_seconds", "backoff_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature = {self.temperature}: must be in 0 .. 2")
+        _check_style(self.style)
+
+    def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
+        """See `Rewriter`. Equal drafts are asked for once.
+
+        Raises:
+            EndpointError: a request failed for good. What was under way is waited for, and every
+                reply is in the log: called again, only the rest is asked for.
+        """
+        settings = {
+            "model": self.model,
+            "instruction": self.instruction,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
+        keys = [self.log.key(draft, settings) for draft in drafts]
+        distinct = dict(zip(keys, drafts, strict=True))
+        missing = {key: draft for key, draft in distinct.items() if key not in self.log}
+        try:
+            self._ask_for(missing)
+        except _Failure as failure:
+            known = sum(key in self.log for key in distinct)
+            raise EndpointError(
+                f"{self.url}: model {self.model!r}: {failure}. {failure.remedy}. {known} of "
+                f"{len(distinct)} replies are in {self.log.path}; run again to ask for the rest"
+            ) from failure
+        return [
+            self.log[key].accepted(draft, self.style)
+            for key, draft in zip(keys, drafts, strict=True)
+        ]
+
+    def _ask_for(self, missing: Mapping[str, Draft]) -> None:
+        stop = threading.Event()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                futures = [
+                    pool.submit(self._ask_and_log, key, draft, stop)
+                    for key, draft in missing.items()
+                ]
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                stop.set()  # those that have not begun never do; the others are waited for
+                raise
+
+    def _ask_and_log(self, key: str, draft: Draft, stop: threading.Event) -> None:
+        try:
+            self._ask_until_answered(key, draft, stop)
+        except BaseException:
+            stop.set()  # here, so that this thread does not begin with another draft
+            raise
+
+    def _ask_until_answered(self, key: str, draft: Draft, stop: threading.Event) -> None:
+        for attempt in range(self.retries + 1):
+            if stop.is_set():
+                return
+            try:
+                self.log.add(key, self._ask(draft))
+                return
+            except _Failure as failure:
+                if not failure.may_pass:
+                    raise
+                if attempt == self.retries:
+                    failure.add(f"{attempt + 1} attempts")
+                    raise
+                wait = wait_seconds(attempt, self.backoff_seconds, failure.retry_after)
+                if wait > _LONGEST_WAIT:
+                    failure.add(f"the server asks to wait {wait:.0f} seconds")
+                    raise
+                stop.wait(wait)
+
+    def _ask(self, draft: Draft) -> Reply:
+        """One request."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": instruction_prompt(draft, self.instruction)}],
+            "max_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        key = os.environ.get(self.api_key_env, "").strip()
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
+        )
+        try:
+            with _OPENER.open(request, timeout=self.timeout_seconds) as response:
+                answer = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                said = _body(error)
+            if error.code in (400, 413, 422) and _is_too_long(said):
+                return Reply(None)
+            raise self._refused(error, said.replace(key, "***") if key else said) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise _Failure(
+                f"no answer: {type(reason).__name__}: {reason}",
+                "See that the server is up, and give it more timeout_seconds if it is slow",
+                may_pass=True,
+            ) from error
+        return _read_reply(answer)
+
+    def _refused(self, error: urllib.error.HTTPError, said: str) -> _Failure:
+        status = error.code
+        try:
+            phrase = HTTPStatus(status).phrase
+        except ValueError:
+            phrase = ""
+        if status in (401, 403):
+            remedy = (
+                f"Put a key that is valid there into the environment variable {self.api_key_env}"
+            )
+        elif status == 404:
+            remedy = (
+                "See that url ends in the version (often /v1) and that the server has the model"
+            )
+        elif status in (408, 429):
+            remedy = "Lower concurrency, or raise retries; see that the account has credit left"
+        elif status >= 500:
+            remedy = "See what the server's own log says"
+        elif status < 400:
+            remedy = f"Give the address that it moved to as url: {error.headers.get('Location')}"
+        else:
+            remedy = "See that the model takes max_tokens = max_new_tokens and the temperature"
+        return _Failure(
+            f"HTTP {status} {phrase}".rstrip() + (f": {said[:_LONGEST_BODY]}" if said else ""),
+            remedy,
+            may_pass=status in (408, 429) or status >= 500,
+            retry_after=_read_retry_after(error.headers.get("Retry-After")),
+        )
+
+
+class _Failure(Exception):
+    """A request that failed: what happened, what to do, and whether it may pass by itself."""
+
+    def __init__(
+        self, what: str, remedy: str, *, may_pass: bool, retry_after: float | None = None
+    ) -> None:
+        super().__init__(what)
+        self.remedy = remedy
+        self.may_pass = may_pass
+        self.retry_after = retry_after
+
+    def add(self, more: str) -> None:
+        self.args = (f"{self} ({more})",)
+
+
+def wait_seconds(attempt: int, backoff: float, retry_after: float | None) -> float:
+    """Seconds to wait after the attempt-th failure (from 0) before the next attempt."""
+    longest = min(backoff * 2.0 ** min(attempt, 32), _LONGEST_BACKOFF)
+    # With chance, so that requests that failed together do not come again together.
+    return max(longest * random.uniform(0.5, 1.0), retry_after or 0.0)
+
+
+def _read_retry_after(header: str | None) -> float | None:
+    """Seconds of a Retry-After, which may be a date; None without one that can be read."""
+    if header is None:
+        return None
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", header):
+        return float(header)
+    try:
+        return max(parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
+
+
+def _read_reply(answer: bytes) -> Reply:
+    try:
+        choice = json.loads(answer)["choices"][0]
+        text, finish = choice["message"]["content"], choice.get("finish_reason")
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"content is a {type(text).__name__}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        said = answer[:_LONGEST_BODY].decode(errors="replace")
+        raise _Failure(
+            f"not an answer of /chat/completions: {said!r}",
+            "See that an OpenAI-compatible server answers at url",
+            may_pass=True,
+        ) from error
+    return Reply(text, truncated=finish == "length")
+
+
+def _is_too_long(said: str) -> bool:
+    """Whether a server refuses this one draft for its length; there is no common sign of it."""
+    return bool(re.search(r"context_length_exceeded|maximum context length", said))
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return " ".join(error.read().decode(errors="replace").split())
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would send the key to whatever host it names."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise ValueError(f"style = {style!r}: not one of {list(STYLES)}")
