@@ -15,6 +15,8 @@ import pytest
 
 from r1jax.config.lineage import edges, needs
 from r1jax.config.load import ConfigError, load_config
+from r1jax.stages.context import Context
+from r1jax.stages.recipe import check
 
 TESTS = Path(__file__).parent
 CONFIG = str(TESTS / "tiny_r1.yaml")
@@ -71,6 +73,24 @@ def test_the_schedule_is_a_graph() -> None:
 def test_a_schedule_that_does_not_fit_together_is_refused(change: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG, [change])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.sampled.filters={repetitions: {}}", "did you mean 'repetition'"),
+        ("stages.sampled.rewrite={kind: rule, template: x}", "stages.sampled: template = 'x'"),
+        ("data.pairs.fields={chosen: best}", "column 'best' (for chosen) does not exist"),
+        ("stages.helpful_model.max_tokens=2", "nothing is left to learn from"),
+    ],
+)
+def test_what_a_stage_could_not_use_is_refused_before_any_compute(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TESTS)
+    with pytest.raises(ValueError) as caught:
+        check(Context.resolve(load_config(CONFIG, [change])))
     assert message in str(caught.value)
 
 

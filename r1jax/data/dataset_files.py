@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import json
 import math
 import os
@@ -167,7 +169,10 @@ def write_tfds(
     replace = tfds.download.DownloadConfig(
         download_mode=tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS
     )
-    builder.download_and_prepare(download_config=replace)
+    # It says much, and none of it is news to who has just asked for it.
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=replace)
     return Path(builder.data_dir)
 
 

@@ -30,7 +30,7 @@ from r1jax.rewards.registry import check_reward
 from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
-from r1jax.stages.rejection_sampling import run_rejection_sampling
+from r1jax.stages.rejection_sampling import check_texts, run_rejection_sampling
 from r1jax.stages.reward_model import preferences, run_reward_model
 from r1jax.stages.supervised import run_pretrain, run_sft
 from r1jax.weights import hugging_face
@@ -137,6 +137,8 @@ def check(context: Context) -> None:
             continue
         check_reward(reward.function or name, reward.options, config.verifier)
     for stage in config.stages:
+        if isinstance(stage, RejectionSamplingStage):
+            check_texts(stage)
         if isinstance(stage, RewardModelStage):
             model = context.model_of(stage.name)
             hugging_face.check_padding(model.tokenizer, model.generation_config)

@@ -119,6 +119,16 @@ def run_rejection_sampling(
     context.mark(stage.name, stage.kind, "done", clock.seconds)
 
 
+def check_texts(stage: RejectionSamplingStage) -> None:
+    """Raises ValueError for filters or a rewriting rule that the stage could not use later."""
+    try:
+        load_filters(stage.filters)
+        if isinstance(stage.rewrite, RuleRewrite):
+            RuleRewriter(**stage.rewrite.model_dump(exclude={"kind"}))
+    except ValueError as error:
+        raise ValueError(f"stages.{stage.name}: {error}") from error
+
+
 def evaluation_ngrams(context: Context, datasets: Iterable[str]) -> EvaluationNgrams:
     """The 10-grams of the questions of these datasets, mixtures included."""
     return EvaluationNgrams.of(
