@@ -343,7 +343,8 @@ class Context:
         for name, entry in self.record["stages"].items():
             if name not in [stage.name for stage in self.config.stages]:
                 continue
-            changed = list(differences(entry["ingredients"], ingredients(self.config, name)))
+            began_with = entry.get("ingredients", {})
+            changed = list(differences(began_with, ingredients(self.config, name)))
             if changed:
                 raise ValueError(
                     f"{self.directory}: the stage {name} is {entry['status']} with other settings "

@@ -37,6 +37,7 @@ from r1jax.data.filters import TextFilter, apply_filters, load_filters
 from r1jax.data.rewriting import (
     INSTRUCTION,
     Draft,
+    EndpointError,
     EndpointRewriter,
     RewriteLog,
     RuleRewriter,
@@ -219,10 +220,17 @@ def rewrite(
         given = section.model_dump(exclude={"kind"})
         options = {name: value for name, value in given.items() if value is not None}
         texts: list[str | None] = []
+        failure: str | None = None
         if jax.process_index() == 0:
             log = RewriteLog(directory / "rewritten.jsonl")
-            texts = EndpointRewriter(log=log, **options).rewrite(drafts)
-        return from_first(texts)
+            try:
+                texts = EndpointRewriter(log=log, **options).rewrite(drafts)
+            except EndpointError as error:  # the other processes wait to be told
+                failure = str(error)
+        failure, *texts = from_first([failure, *texts])
+        if failure is not None:
+            raise RunError(f"{stage.name}: {failure}")
+        return texts
     return rewrite_with_model(section, stage, context, drafts)
 
 
