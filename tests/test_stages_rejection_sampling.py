@@ -56,7 +56,7 @@ def test_every_reason_in_its_order() -> None:
             row(0, 3, GOOD, outcome="verifier_failed"),
             row(0, 4, "two and two make four"),  # never closed, whatever a reward says
             row(0, 5, "four</think>4"),
-            row(0, 6, f" {GOOD} "),
+            row(0, 6, f"{GOOD} "),
             row(0, 7, f"well, {GOOD}"),
             row(0, 8, f"so, {GOOD}"),
             row(1, 0, GOOD),
@@ -86,7 +86,7 @@ def test_a_question_that_occurs_twice_does_not_give_a_text_twice() -> None:
 
 
 def test_at_most_so_many_of_each_prompt() -> None:
-    rows = [row(i, s, f"say {s}: {GOOD}") for i in (0, 2) for s in range(4)]
+    rows = [row(i, s, f"say {i} {s}: {GOOD}") for i in (0, 2) for s in range(4)]
     assert Counter(reasons(rows, keep=3)) == {None: 6, "surplus": 2}
 
 

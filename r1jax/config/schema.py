@@ -7,6 +7,7 @@ the run is resolved, still before any compute.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -108,7 +109,12 @@ class DataSection(Section):
     def _source_or_mixture(self) -> DataSection:
         if (self.source is None) == (not self.mixture):
             raise ValueError("give exactly one of source and mixture")
-        given = sorted(self.model_fields_set - {"mixture"})
+        plain = DataSection.model_construct()
+        given = [
+            name
+            for name in type(self).model_fields
+            if name != "mixture" and getattr(self, name) != getattr(plain, name)
+        ]
         if self.mixture and given:
             raise ValueError(
                 f"{given[0]} has no effect on a mixture; set it in the datasets that it names"
@@ -321,15 +327,13 @@ class GRPOStage(TrainStage):
         return [change.data for change in self.data if change.step <= step][-1]
 
 
-class SFTStage(TrainStage):
-    """Supervised fine-tuning on conversations: the assistant's part is trained, in packed rows."""
+class EpochStage(TrainStage):
+    """A train loop that goes through a dataset: so many epochs, or steps."""
 
-    kind: Literal["sft"] = "sft"
     data: str
     epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
     steps: int | None = Field(None, ge=1)
-    rows_per_step: int = Field(ge=1, description="Packed rows, each of several conversations.")
-    row_tokens: int = Field(ge=8)
+    rows_per_step: int = Field(ge=1)
     micro_batches: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
     held_out: str | None = Field(None, description="A dataset whose loss is measured.")
@@ -337,7 +341,7 @@ class SFTStage(TrainStage):
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
-    def _consistent(self) -> SFTStage:
+    def _consistent(self) -> EpochStage:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         if self.rows_per_step % self.micro_batches:
@@ -347,39 +351,41 @@ class SFTStage(TrainStage):
             )
         return self
 
+    def steps_for(self, rows_per_epoch: int) -> int:
+        """The number of steps, given the rows of an epoch."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * rows_per_epoch / self.rows_per_step)
 
-class RewardModelStage(TrainStage):
-    """Train a reward model: the policy's architecture with a scalar head, on preferences."""
+
+class SFTStage(EpochStage):
+    """Supervised fine-tuning on conversations: the assistant's part is trained, in packed rows.
+
+    `rows_per_step` counts packed rows, each of several conversations.
+    """
+
+    kind: Literal["sft"] = "sft"
+    row_tokens: int = Field(ge=8)
+
+
+class RewardModelStage(EpochStage):
+    """Train a reward model: the policy's architecture with a scalar head, on preferences.
+
+    `data` has rows of prompt, chosen, rejected, or of prompt, response, safe; `rows_per_step`
+    counts pairs, or labelled responses.
+    """
 
     kind: Literal["reward_model"] = "reward_model"
-    data: str = Field(description="Rows of prompt, chosen, rejected; or of prompt, response, safe.")
     loss: Literal["pairwise", "pointwise"] = Field(
         description="pairwise (helpful) or pointwise (safety)."
     )
     reads: Literal["summary", "response"] = Field(
         description="summary: what follows the thought (helpful); response: all (safety)."
     )
-    epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
-    steps: int | None = Field(None, ge=1)
-    rows_per_step: int = Field(256, ge=1, description="Pairs, or labelled responses.")
-    micro_batches: int = Field(1, ge=1)
+    rows_per_step: int = Field(256, ge=1)
     max_tokens: int = Field(8192, ge=2, description="Longer rows are left out and counted.")
     length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
-    log_every: int = Field(10, ge=1)
-    held_out: str | None = Field(None, description="A dataset whose loss is measured.")
-    held_out_every: int = Field(100, ge=1, description="Steps between two held-out losses.")
-    optimizer: OptimizerSection
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RewardModelStage:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
-        if self.rows_per_step % self.micro_batches:
-            raise ValueError(
-                f"rows_per_step = {self.rows_per_step} is not a multiple of "
-                f"micro_batches = {self.micro_batches}"
-            )
-        return self
 
 
 class RuleRewrite(Section):
@@ -618,7 +624,7 @@ def datasets_of(stage: Stage) -> list[tuple[str, str]]:
         found.append(("data", stage.data))
     else:
         found += [(f"data.{i}.data", change.data) for i, change in enumerate(stage.data)]
-    if isinstance(stage, SFTStage | RewardModelStage) and stage.held_out is not None:
+    if isinstance(stage, EpochStage) and stage.held_out is not None:
         found.append(("held_out", stage.held_out))
     if isinstance(stage, RejectionSamplingStage):
         found += [("decontaminate", data) for data in stage.decontaminate]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,7 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
         process_index=share.index,
         process_count=share.count,
     )
-    steps = stage.steps
-    if steps is None:
-        assert stage.epochs is not None  # the schema asks for one of the two
-        steps = math.ceil(stage.epochs * len(encoded) / stage.rows_per_step)
+    steps = stage.steps_for(len(encoded))
     held_out: list[EncodedPreference] = []
     if stage.held_out is not None:
         held_out, held_out_report = preferences(stage, stage.held_out, context)

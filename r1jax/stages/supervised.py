@@ -55,10 +55,8 @@ def run_sft(stage: SFTStage, context: Context, directory: Path) -> None:
         process_index=share.index,
         process_count=share.count,
     )
-    steps = stage.steps
-    if steps is None:
-        assert stage.epochs is not None  # the schema asks for one of the two
-        steps = math.ceil(stage.epochs * rows.rows_per_epoch() / stage.rows_per_step)
+    # Counting rows means encoding all of the data: only where the epochs ask for it.
+    steps = stage.steps or stage.steps_for(rows.rows_per_epoch())
     held_out: HeldOut | None = None
     if stage.held_out is not None:
         others, encode_others = context.conversations(stage.held_out, model)
