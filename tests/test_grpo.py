@@ -241,6 +241,7 @@ def learn(params: Any, log_prob_fn: Any, sample: Any) -> Any:
 
 
 def test_a_plain_pytree_model_learns() -> None:
+    @jax.jit  # a scan outside of jit would be compiled at every call
     def sample(params: Any, key: jax.Array) -> jax.Array:
         def next_token(token: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             new = jax.random.categorical(key, params["table"][token])
