@@ -21,6 +21,7 @@ from r1jax.rewards import REWARDS, Answered, Outcome, Score, Verifier, check_rew
 from r1jax.rewards import code as module
 from r1jax.rewards.code import (
     Options,
+    pack_tests,
     program_of,
     read_options,
     read_reference,
@@ -182,7 +183,12 @@ def test_values_are_compared_with_their_types(expected: Any, value: Any, same: b
         (prints_of(("", ""), ("\ud800", "")), r"tests\[1\].input: .*surrogates"),
         ('{"language": "c", "test": []}', "reference.test: no such key"),
         ('{"language": "c", "entry": "f"}', "reference.entry: functions of c cannot be called"),
-        (calls_of("a.b", ([], 1)), "reference.entry = 'a.b': must be the name"),
+        (calls_of("a.b.c", ([], 1)), "reference.entry = 'a.b.c': must be the name"),
+        (calls_of("a.", ([], 1)), "reference.entry = 'a.': must be the name"),
+        (calls_of("a b", ([], 1)), "reference.entry = 'a b': must be the name"),
+        ('{"language": "c", "tests": "eJw="}', "reference.tests: not what pack_tests makes"),
+        ('{"language": "c", "tests": "?"}', "reference.tests: not what pack_tests makes"),
+        ('{"language": "c", "prelude": 1, "tests": []}', "reference.prelude = 1: must be text"),
         (calls_of("f", (3, 1)), r"tests\[0\].arguments: must be a list"),  # type: ignore[arg-type]
         (
             prints_of(*SUM).replace('"language"', '"entry": "f", "language"'),
@@ -353,6 +359,30 @@ if __name__ == "__main__":
     nest = "def f(x): return {'t': (x, None), 'b': x == 1}"
     assert score(nest, calls_of("f", ([1], {"t": [1, None], "b": True})))[0].reward == 1.0
     assert score(nest, calls_of("f", ([1], {"t": [1, None], "b": 1})))[0].reward == 0.0
+
+
+@isolated
+def test_methods_are_called_on_a_fresh_object() -> None:
+    program = """
+class Solution:
+    def __init__(self):
+        self.seen = []
+    def add(self, a: List[int], b: int) -> int:
+        self.seen.append(b)
+        return len(a) + sum(self.seen)
+"""
+    reference = json.loads(calls_of("Solution.add", ([[1, 2], 3], 5), ([[], 4], 4)))
+    # `List` is nowhere, as in the solutions of some contests, until the prelude brings it.
+    assert score(program, json.dumps(reference))[1] == {"tests": 2, "crash": 2}
+    reference["prelude"] = "from typing import *\n"
+    assert score(program, json.dumps(reference))[0].reward == 1.0
+
+
+def test_packed_tests_are_the_same_tests() -> None:
+    reference = json.loads(prints_of(*SUM, ("1 " * 100_000, "\u00e4\n")))
+    packed = json.dumps({**reference, "tests": pack_tests(reference["tests"])})
+    assert read_reference(packed) == read_reference(json.dumps(reference))
+    assert len(packed) < 3_000
 
 
 @isolated

@@ -93,6 +93,16 @@ class DataSection(Section):
     answer_pattern: str | None = Field(
         None, description="Regular expression; group 1 of its last match is the answer."
     )
+    wrong_answers: list[str] = Field(
+        default_factory=list,
+        description="Columns of wrong options: the prompt gets lettered options in an order that "
+        "depends on their texts alone, and the answer is the right one's letter.",
+    )
+    row_format: Literal["livecodebench"] | None = Field(
+        None,
+        description="livecodebench: prompt and answer (hidden tests) are made of that dataset's "
+        "columns; see r1jax.data.livecodebench.",
+    )
     template: str = Field(
         "chat", description="chat (the tokenizer's), r1_zero (the paper's), or plain."
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, overload
 
+from r1jax.data import livecodebench
+from r1jax.data.choices import lettered
 from r1jax.data.example import Example, Message, Role, Split, split_of
 from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
@@ -65,7 +68,13 @@ def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
     where = f"source = {section.source!r}"
     if name not in TASKS:
         raise ValueError(f"{where}: no task {name!r}; known: {', '.join(sorted(TASKS))}")
-    for setting in ("fields", "answer_pattern", "held_out_fraction"):
+    for setting in (
+        "fields",
+        "answer_pattern",
+        "held_out_fraction",
+        "wrong_answers",
+        "row_format",
+    ):
         if getattr(section, setting):
             raise ValueError(
                 f"{where}: {setting} = {getattr(section, setting)!r} has no effect on a task; "
@@ -153,6 +162,8 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
 
     def to_example(index: int) -> Example:
         row, place = rows.rows[index], f"{where}: {rows.label(index)}"
+        if section.row_format == "livecodebench":
+            row = _of_livecodebench(row, place)
         present = {field for field, column in columns.items() if row.get(column) is not None}
         required = named if text_alone else named | _needed(present | named)
         if missing := [field for field in _FIELDS if field in required - present]:
@@ -162,7 +173,7 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             column = columns["messages"]
             messages = _as_messages(row[column], f"{place}: column {column!r}")
         values = {
-            field: as_text(row[column], f"{place}: column {column!r}")
+            field: as_text(row[column], f"{place}: column {column!r}", structured=field == "answer")
             for field, column in columns.items()
             if field in present - {"messages"}
         }
@@ -175,6 +186,11 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
                     f"answer, which ends in {answer[-80:]!r}"
                 )
             answer = (matches[-1].group(1) or "").strip()
+        if section.wrong_answers:
+            wrong = [
+                _column(row, column, "wrong_answers", place) for column in section.wrong_answers
+            ]
+            values["prompt"], answer = lettered(values.get("prompt", ""), answer, wrong)
         opening = next((m.content for m in messages if m.role == "user"), "")
         return Example(
             id=index,
@@ -187,6 +203,27 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
         )
 
     return to_example
+
+
+def _of_livecodebench(row: Row, place: str) -> Row:
+    texts = {column: _column(row, column, "row_format", place) for column in livecodebench.COLUMNS}
+    try:
+        prompt, answer = livecodebench.prompt_and_answer(texts)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return {**row, "prompt": prompt, "answer": answer}
+
+
+def _column(row: Row, column: str, setting: str, place: str) -> str:
+    if row.get(column) is None:
+        raise ValueError(f"{place}: {_no_column(row, column, setting)}")
+    return as_text(row[column], f"{place}: column {column!r}")
+
+
+def _no_column(row: Row, column: str, setting: str) -> str:
+    state = "is null" if column in row else "does not exist"
+    found = ", ".join(sorted(map(str, row)))
+    return f"column {column!r} (for {setting}) {state}; the row has {found}"
 
 
 def _needed(fields: set[str]) -> set[str]:
@@ -213,12 +250,8 @@ def columns_of(section: DataSection, known: Sequence[str]) -> dict[str, str]:
 
 def missing_column(row: Row, column: str, field: str, place: str) -> ValueError:
     """The error of a row that has nothing in a column that it needs."""
-    found = ", ".join(sorted(map(str, row)))
-    state = "is null" if column in row else "does not exist"
-    return ValueError(
-        f"{place}: column {column!r} (for {field}) {state}; "
-        f"the row has {found}. Map it with fields: {{{field}: COLUMN}}."
-    )
+    missing = _no_column(row, column, field)
+    return ValueError(f"{place}: {missing}. Map it with fields: {{{field}: COLUMN}}.")
 
 
 def _problem(example: Example) -> str:
@@ -226,8 +259,11 @@ def _problem(example: Example) -> str:
     return example.prompt or example.text or ""
 
 
-def as_text(value: Any, where: str) -> str:
-    """Text of a column; TFDS gives text as bytes and numbers as NumPy scalars."""
+def as_text(value: Any, where: str, *, structured: bool = False) -> str:
+    """Text of a column; TFDS gives text as bytes and numbers as NumPy scalars.
+
+    With `structured`, lists and mappings (a puzzle's solution, a program's tests) become JSON.
+    """
     if isinstance(value, bytes):
         return value.decode()
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
@@ -235,6 +271,8 @@ def as_text(value: Any, where: str) -> str:
         return value.decode() if isinstance(value, bytes) else str(value)
     if isinstance(value, (str, int, float)):
         return str(value)
+    if structured and isinstance(value, (list, Mapping)):
+        return json.dumps(value, ensure_ascii=False)
     raise ValueError(f"{where} is a {type(value).__name__}; needs text or a number")
 
 

@@ -131,11 +131,12 @@ def _load(
         raise ValueError(
             f"{where}: a task has no preferences; use jsonl:PATH, tfds:NAME or hf:NAME"
         )
-    if section.answer_pattern is not None:
-        raise ValueError(
-            f"{where}: answer_pattern = {section.answer_pattern!r} has no effect on preferences, "
-            "which have no answer; remove it"
-        )
+    for setting in ("answer_pattern", "wrong_answers", "row_format"):
+        if getattr(section, setting):
+            raise ValueError(
+                f"{where}: {setting} = {getattr(section, setting)!r} has no effect on preferences, "
+                "which have no answer; remove it"
+            )
 
     def mapping(section: DataSection, rows: Rows) -> Callable[[int], _Row]:
         columns = columns_of(section, fields)

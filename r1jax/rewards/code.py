@@ -6,7 +6,11 @@ The reference answer (`Answered.answer`) is a JSON object:
     {"language": "python", "entry": "add", "tests": [{"arguments": [1, 2], "returns": 3}, ...]}
 
 In the first form a program reads standard input and writes standard output; in the second (Python)
-one of its functions is called. Every test is a process of its own in `r1jax.rewards.sandbox`;
+one of its functions is called, or with `"entry": "Solution.add"` a method of a fresh object of one
+of its classes. `prelude`, optional, is source text put before every program. Tests of many
+megabytes may be packed (`pack_tests`), and are then one text.
+
+Every test is a process of its own in `r1jax.rewards.sandbox`;
 expected values never go in there, so that a program can earn a pass only with the right value.
 
 Deadlines. A test has `seconds` from the program's start; compiler and tests of one row together
@@ -17,14 +21,17 @@ deadline is not more than a second after `total_seconds` is refused.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import re
 import secrets
 import shutil
 import time
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -195,12 +202,27 @@ class Reference:
     Attributes:
       language: a key of `LANGUAGES`.
       cases: at least one.
-      entry: the function to call; None: tests are of standard input and output.
+      entry: the function or `Class.method` to call; None: tests are of standard input and output.
+      prelude: what stands before every program.
     """
 
     language: str
     cases: tuple[Case, ...]
     entry: str | None = None
+    prelude: str = ""
+
+
+def pack_tests(tests: Sequence[Mapping[str, Any]]) -> str:
+    """The `tests` of a reference as one text, many times smaller where inputs are long."""
+    # The fastest level: a benchmark's tests are gigabytes.
+    return base64.b64encode(zlib.compress(json.dumps(list(tests)).encode(), level=1)).decode()
+
+
+def _unpack_tests(packed: str) -> Any:
+    try:
+        return json.loads(zlib.decompress(base64.b64decode(packed, validate=True)))
+    except (binascii.Error, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(f"reference.tests: not what pack_tests makes: {error}") from None
 
 
 def read_reference(answer: str) -> Reference:
@@ -216,16 +238,26 @@ def read_reference(answer: str) -> Reference:
     if not isinstance(value, dict):
         raise ValueError(f"reference: must be an object, not {type(value).__name__}")
     for key in value:
-        if key not in ("language", "entry", "tests"):
-            raise ValueError(f"reference.{key}: no such key; there are language, entry, tests")
+        if key not in ("language", "entry", "prelude", "tests"):
+            raise ValueError(
+                f"reference.{key}: no such key; there are language, entry, prelude, tests"
+            )
     language, entry, tests = value.get("language"), value.get("entry"), value.get("tests")
+    prelude = value.get("prelude", "")
+    if not isinstance(prelude, str):
+        raise ValueError(f"reference.prelude = {prelude!r}: must be text")
     if not isinstance(language, str) or language not in LANGUAGES:
         raise ValueError(f"reference.language = {language!r}: not one of {sorted(LANGUAGES)}")
     if entry is not None:
-        if not isinstance(entry, str) or not entry.isidentifier():
-            raise ValueError(f"reference.entry = {entry!r}: must be the name of a function")
+        names = entry.split(".") if isinstance(entry, str) else []
+        if not 1 <= len(names) <= 2 or not all(name.isidentifier() for name in names):
+            raise ValueError(
+                f"reference.entry = {entry!r}: must be the name of a function or Class.method"
+            )
         if not LANGUAGES[language].call:
             raise ValueError(f"reference.entry: functions of {language} cannot be called")
+    if isinstance(tests, str):
+        tests = _unpack_tests(tests)
     if not isinstance(tests, list) or not tests:
         raise ValueError("reference.tests: must be a list with at least one test")
     keys = ("input", "output") if entry is None else ("arguments", "returns")
@@ -246,7 +278,7 @@ def read_reference(answer: str) -> Reference:
         elif not isinstance(given, list):
             raise ValueError(f"{where}.arguments: must be a list")
         cases.append(Case(given, expected))
-    return Reference(language, tuple(cases), entry)
+    return Reference(language, tuple(cases), entry, prelude)
 
 
 _OPENING = re.compile(rf"(?:.*{ANSWER}[ \t]*)? {{0,3}}(`{{3,}}(?=[^`]*$)|~{{3,}}).*")
@@ -424,7 +456,7 @@ def run_tests(source: str, reference: Reference, options: Options) -> tuple[list
     verdicts: list[Verdict] = []
     with Sandbox(isolation) as sandbox:
         program = _Program(sandbox, reference, options)
-        refused = program.compile(source)
+        refused = program.compile(reference.prelude + source)
         if refused is not None:
             return [refused] * len(reference.cases), isolation
         for case in reference.cases:

@@ -1,6 +1,7 @@
 """Calls one function of a program; runs in the sandbox, as `python -c THIS main.py`.
 
-Standard input is one JSON object: `entry` (the function's name), `arguments` (a list) and `mark`.
+Standard input is one JSON object: `entry` (the name of a function, or `Class.method`, for which an
+object is made without arguments), `arguments` (a list) and `mark`.
 Standard output is `mark` followed by the returned value as JSON, and nothing else: what the
 program prints goes to standard error, and whoever ends the process early leaves no mark. The
 expected value is not here to be found: the worker compares (`r1jax.rewards.code`).
@@ -23,9 +24,11 @@ def main(path: str) -> None:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module  # dataclasses and pickle look a class's module up
     with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec")
+        # The program's own __future__ imports hold, not this file's.
+        code = compile(file.read(), path, "exec", dont_inherit=True)
     exec(code, module.__dict__)
-    value = getattr(module, request["entry"])(*request["arguments"])
+    owner, _, name = request["entry"].rpartition(".")
+    value = getattr(getattr(module, owner)() if owner else module, name)(*request["arguments"])
     answer = memoryview((request["mark"] + json.dumps(value)).encode())
     while answer:
         answer = answer[os.write(results, answer) :]

@@ -1,0 +1,141 @@
+"""Rows of LiveCodeBench (arXiv 2403.07974) as prompts and hidden tests.
+
+The columns of `code_generation_lite`, which any JSON lines may have as well:
+
+    question_content     the problem
+    starter_code         a class `Solution` with the method to fill in; empty: a whole program is
+                         asked for, which reads standard input and writes standard output
+    public_test_cases    JSON: [{"input": ..., "output": ..., "testtype": "stdin" | "functional"}]
+    private_test_cases   the same, or compressed: base64(zlib(pickle(JSON)))
+    metadata             JSON; `func_name` is the method's name
+
+Input and output of a functional test are JSON, one argument a line. The instruction is our wording
+(a choice): the paper does not print its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from r1jax.rewards.code import pack_tests
+
+COLUMNS = (
+    "question_content",
+    "starter_code",
+    "public_test_cases",
+    "private_test_cases",
+    "metadata",
+)
+
+_PROGRAM = """
+
+Write a Python program that reads the input from standard input and writes the answer to standard \
+output. Give the whole program in one code block:
+```python
+# your program
+```"""
+_METHOD = """
+
+Complete this Python class and give it whole in one code block:
+```python
+{starter}
+```"""
+
+# Programs of contestants lean on what LeetCode's Python has at hand, and LiveCodeBench's own judge
+# puts such imports before all of them. The last line takes back pow and others from math.
+PRELUDE = """\
+import sys
+sys.setrecursionlimit(50_000)
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from typing import *
+import bisect, collections, functools, heapq, itertools, math, random, re, string
+from builtins import *
+"""
+
+
+def prompt_and_answer(columns: Mapping[str, str]) -> tuple[str, str]:
+    """The prompt of a row and its reference answer, in the form of `r1jax.rewards.code`.
+
+    Args:
+        columns: the texts of `COLUMNS`.
+
+    Raises:
+        ValueError: names the column that cannot be read.
+    """
+    starter = columns["starter_code"].strip()
+    tests = [
+        test
+        for column in ("public_test_cases", "private_test_cases")
+        for test in _tests(columns[column], column)
+    ]
+    reference: dict[str, Any] = {"language": "python", "prelude": PRELUDE}
+    if starter:
+        reference["entry"] = f"Solution.{_method_name(columns['metadata'])}"
+        tests = [_call(test, number) for number, test in enumerate(tests)]
+        instruction = _METHOD.replace("{starter}", starter)  # a starter may hold braces
+    else:
+        tests = [{"input": test["input"], "output": test["output"]} for test in tests]
+        instruction = _PROGRAM
+    reference["tests"] = pack_tests(tests)
+    return columns["question_content"].strip() + instruction, json.dumps(reference)
+
+
+def _tests(text: str, column: str) -> list[dict[str, str]]:
+    try:
+        if not text.lstrip().startswith("["):
+            text = _decompressed(text)
+        tests = json.loads(text)
+    except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"column {column!r}: neither JSON nor base64(zlib(pickle(JSON))): {error}"
+        ) from None
+    for test in tests:
+        if not all(isinstance(test.get(key), str) for key in ("input", "output")):
+            raise ValueError(f"column {column!r}: a test without the texts input and output")
+    return list(tests)
+
+
+class _TextOnly(pickle.Unpickler):
+    """A pickle can run any code by naming it; a pickled text names nothing."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not only text")
+
+
+def _decompressed(text: str) -> str:
+    pickled = zlib.decompress(base64.b64decode(text, validate=True))
+    value = _TextOnly(io.BytesIO(pickled)).load()
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not text")
+    return value
+
+
+def _method_name(metadata: str) -> str:
+    try:
+        return str(json.loads(metadata)["func_name"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"column 'metadata': {metadata[:80]!r} has no func_name, but there is starter code"
+        ) from None
+
+
+def _call(test: Mapping[str, str], number: int) -> dict[str, Any]:
+    try:
+        arguments = [json.loads(line) for line in test["input"].strip().split("\n")]
+        return {"arguments": arguments, "returns": json.loads(test["output"])}
+    except ValueError as error:
+        raise ValueError(
+            f"test {number} (public ones first) is functional, but not JSON: {error}"
+        ) from None
