@@ -8,10 +8,12 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -171,6 +173,24 @@ def test_a_qwen2_directory_keeps_its_own_tokenizer(tmp_path: Path) -> None:
     (merged,) = encode_texts(["12"], tokenizer)
     assert len(merged) == 1
     assert encode_texts(["12"], load_tokenizer(str(tmp_path))) == [merged]
+
+
+def test_so_does_one_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student of another family is given its teacher's tokenizer by name, without its weights."""
+    tokenizer = byte_level()
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "org/model"
+        files = [path.name for path in tmp_path.iterdir()]
+        assert set(files) == set(filter_repo_objects(files, allow_patterns=allow_patterns))
+        assert not list(filter_repo_objects(["model.safetensors"], allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = load_tokenizer("org/model")
+    assert encode_texts(["12"], loaded) == encode_texts(["12"], tokenizer)
 
 
 def test_a_foreign_character_is_an_error_that_names_it(characters) -> None:

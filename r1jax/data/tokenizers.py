@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 CHARACTERS = "characters:"
 PAD, EOS = "<pad>", "<eos>"
+# config.json names the model's family, which decides where there is no tokenizer.json.
+_TOKENIZER_FILES = ["tokenizer*", "*.jinja", "vocab*", "merges.txt", "*tokens*.json", "config.json"]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -33,13 +35,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             )
         return _character_tokenizer(TASKS[name].alphabet)
     # Imported here because transformers takes seconds, and this package must stay light.
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = Path(name_or_path).expanduser()
-    source = str(path) if path.is_dir() else name_or_path
     try:
-        if path.is_dir() and (path / "tokenizer.json").is_file():
+        if not path.is_dir():
+            path = Path(snapshot_download(name_or_path, allow_patterns=_TOKENIZER_FILES))
+        source = str(path)
+        if (path / "tokenizer.json").is_file():
             # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
             # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
             # tokenizer (DeepSeek-R1's distills) would get other ids, silently.
