@@ -118,6 +118,14 @@ def evaluate(
         str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
     ],
     overrides: Overrides = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A benchmark with the paper's protocol, such as aime_2024 or math_500; may be "
+            "repeated. No config is needed.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Where data, rewards and the stage are described; default: the run's."),
@@ -132,27 +140,52 @@ def evaluate(
             "the config's output."
         ),
     ] = None,
+    describe: Annotated[bool, typer.Option("--dry-run", help="As of `run`.")] = False,
 ) -> None:
-    """Evaluate a model, or a run's final weights, as one of a config's evaluate stages does."""
-    from r1jax.config.load import ConfigError, load_config
+    """Evaluate a model, or a run's final weights: on benchmarks, or as a config's stage does.
+
+    The same command again resumes. Leaves results.json, and every sample of each stage.
+    """
+    from r1jax.config.benchmarks import evaluation_of
+    from r1jax.config.load import ConfigError, load_config, parse_config
 
     own = Path(model) / "config.yaml"
-    if config is None and not own.is_file():
-        raise ConfigError([f"{model} is not a run's directory: say how to evaluate with --config"])
-    settings = load_config(config or own, overrides or ())
+    trained = load_config(own) if own.is_file() else None
+    weights = model if trained is None else _final_weights(Path(model), trained)
+    if benchmark:
+        if config is not None or stage is not None:
+            raise ConfigError(["--benchmark needs no config: give it without --config and --stage"])
+        described = evaluation_of(weights, Path(model).resolve().name, benchmark)
+        settings = parse_config(json.dumps(described), "r1jax eval", overrides or ())
+    elif config is not None or trained is not None:
+        settings = load_config(config or own, overrides or ())
+    else:
+        raise ConfigError(
+            [
+                f"{model} is not a run's directory: say how to evaluate it with --benchmark NAME "
+                "or --config FILE"
+            ]
+        )
 
-    from r1jax.stages import recipe
+    from r1jax.stages import dry_run, recipe
 
-    if own.is_file():
+    if trained is not None:
         settings = settings.model_copy(update={"output": str(Path(model) / "evaluations")})
-        model = _final_weights(Path(model), settings)
     if out is not None:
         settings = settings.model_copy(update={"output": str(out)})
-    settings = recipe.evaluation_config(settings, model, stage)
+    if not benchmark:
+        settings = recipe.evaluation_config(settings, weights, stage)
+    if describe:
+        _print_description(settings, dry_run.describe(settings))
+        return
     code = recipe.run(settings)
     if code == 0:
-        (summary,) = _run_directory(settings).glob("stages/*/summary.json")
-        _print_summary(json.loads(summary.read_text(encoding="utf-8")))
+        for each in settings.stages:
+            (summary,) = _run_directory(settings).glob(
+                f"stages/[0-9][0-9]-{each.name}/summary.json"
+            )
+            _print_summary(each.name, json.loads(summary.read_text(encoding="utf-8")))
+        typer.echo(f"results: {_run_directory(settings) / 'results.json'}")
     raise typer.Exit(code)
 
 
@@ -350,11 +383,11 @@ def _print_description(config: RunConfig, description: Mapping[str, Any]) -> Non
     console.print(memory, markup=False)
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
+def _print_summary(stage: str, summary: Mapping[str, Any]) -> None:
     """Estimates with their 95 % intervals, then the plain figures."""
     from rich.table import Table
 
-    table = Table("figure", box=None)
+    table = Table(stage, box=None)
     table.add_column("value", justify="right")
     table.add_column("95 % interval")
     for name, figure in summary.items():

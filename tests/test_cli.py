@@ -186,10 +186,12 @@ def evaluated(recipe: Any, replace: Replace) -> MagicMock:
     """`recipe.run` that leaves the summary an evaluate stage leaves."""
 
     def run(config: Any) -> int:
-        stage = Path(config.output) / f"{config.name}-s{config.seed}" / "stages" / "00-x"
-        stage.mkdir(parents=True)
-        summary = {"problems": 7, "pass_at_1": {"value": 0.25, "low": 0.2, "high": 0.3125}}
-        (stage / "summary.json").write_text(json.dumps(summary))
+        for index, stage in enumerate(config.stages):
+            directory = Path(config.output) / f"{config.name}-s{config.seed}" / "stages"
+            directory = directory / f"{index:02d}-{stage.name}"
+            directory.mkdir(parents=True)
+            summary = {"problems": 7, "pass_at_1": {"value": 0.25, "low": 0.2, "high": 0.3125}}
+            (directory / "summary.json").write_text(json.dumps(summary))
         return 0
 
     return replace(recipe, "run", side_effect=run)
@@ -225,6 +227,23 @@ def test_eval_of_another_model_needs_a_config(
     assert settings.model.path == "org/model"
     assert [stage.name for stage in settings.stages] == ["first"]
     assert Path(settings.output) == tmp_path / "out"
+
+
+def test_eval_of_a_run_on_benchmarks(run_directory: Path, evaluated: MagicMock) -> None:
+    weights = run_directory / "stages" / "02-rl" / "model"
+    weights.mkdir(parents=True)
+    asked = ("--benchmark", "aime_2024", "--benchmark", "math_500", "--benchmark", "aime_2024")
+    result = invoke("eval", run_directory, *asked, "stages.math_500.problems=3")
+    assert result.exit_code == 0, result.output
+    config = evaluated.call_args.args[0]
+    assert (config.model.path, config.model.tokenizer) == (str(weights), None)
+    assert [stage.name for stage in config.stages] == ["aime_2024", "math_500"]
+    assert config.stages[1].problems == 3
+    assert Path(config.output) == run_directory / "evaluations"
+    assert config.name == "small-s3-eval"
+    for part in ("aime_2024", "math_500", "0.200 to 0.312", "results.json"):
+        assert part in result.output
+    assert invoke("eval", run_directory, "--benchmark", "aime").exit_code == 2
 
 
 def test_eval_names_an_unknown_stage(config: Path) -> None:

@@ -24,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from r1jax.config.benchmarks import fill_in
 from r1jax.config.schema import RunConfig
 
 KeyPath = tuple[str | int, ...]
@@ -109,14 +110,16 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     document = _Document(source, data, lines)
     faults = [f"{source}:{line}: {problem}" for line, problem in repeated]
     faults += _apply_overrides(document, overrides)
-    problems = _unknown_keys(document)
+    unnamed = [(at, f"{document.name(at)} = {what}") for at, what in fill_in(document.data)]
+    problems = [*unnamed, *_unknown_keys(document)]
     config = None
-    try:
-        # JSON mode is strict about types, so that "5", true or 5.0 is no integer, without asking
-        # YAML for tuples and dataclasses.
-        config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
-    except ValidationError as error:
-        problems += _schema_problems(document, error.errors(include_url=False))
+    if not unnamed:  # without what they define, the schema would miss much that was not forgotten
+        try:
+            # JSON mode is strict about types, so that "5", true or 5.0 is no integer, without
+            # asking YAML for tuples and dataclasses.
+            config = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
+        except ValidationError as error:
+            problems += _schema_problems(document, error.errors(include_url=False))
     faults += [document.locate(path, message) for path, message in problems]
     if faults or config is None:
         raise ConfigError(faults)
@@ -478,8 +481,7 @@ def _schema_problems(
     """Pydantic's errors as (key path, message), one for each value that is wrong."""
     found: dict[KeyPath, ErrorDetails] = {}
     for error in errors:
-        if error["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
-            found.setdefault(_key_path(document.data, error), error)
+        found.setdefault(_key_path(document.data, error), error)
     # Of a union, the alternatives that were not meant complain as well, higher up.
     paths = list(found)
     meant = [
@@ -488,7 +490,12 @@ def _schema_problems(
         if not any(other != path and other[: len(path)] == path for other in paths)
         or not found[path]["type"].endswith(("_type", "literal_error"))
     ]
-    return [(path, _message(document, path, found[path])) for path in meant]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # told already
+    return [
+        (path, _message(document, path, found[path]))
+        for path in meant
+        if found[path]["type"] not in unknown
+    ]
 
 
 def _key_path(data: Any, error: ErrorDetails) -> KeyPath:

@@ -83,6 +83,11 @@ class DataSection(Section):
         description="dataset -> share, in place of a source. No row is used twice: the part that "
         "runs out first limits the others.",
     )
+    benchmark: str | None = Field(
+        None,
+        description="A name in r1jax.config.benchmarks, which gives what is not set here; with a "
+        "source of your own it gives neither split nor options.",
+    )
     domain: str = Field(
         "", description="Label of the rows, which rewards may be limited to; default: the row's."
     )
@@ -471,15 +476,42 @@ class EvaluateStage(StageBase):
     """pass@1, pass@k and cons@k on a dataset, every sample stored."""
 
     kind: Literal["evaluate"] = "evaluate"
+    benchmark: str | None = Field(
+        None,
+        description="A name in r1jax.config.benchmarks, which gives data, rewards and settings "
+        "that are not set here.",
+    )
     data: str
-    rewards: list[str] | None = Field(
-        None, min_length=1, description="What samples are judged by; default: all of the config."
+    rewards: (
+        Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, RewardSection], Field(min_length=1)]
+        | None
+    ) = Field(
+        None,
+        description="What samples are judged by: names of the config's rewards, or rewards of this "
+        "stage alone; default: all of the config.",
     )
     problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
     samples_per_problem: int = Field(16, ge=1)
     problems_per_batch: int = Field(32, ge=1)
+    samples_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of a problem at once; default: all. Fewer take less memory, each part "
+        "has a place in problems_per_batch, and the samples are the same.",
+    )
     max_new_tokens: int = Field(1024, ge=1)
     sampling: EvaluationSampling = EvaluationSampling()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> EvaluateStage:
+        part = self.samples_per_batch
+        if part is not None and self.samples_per_problem % part:
+            raise ValueError(
+                f"samples_per_problem = {self.samples_per_problem} is not a multiple of "
+                f"samples_per_batch = {part}"
+            )
+        return self
 
 
 Stage = Annotated[
@@ -550,10 +582,10 @@ class RunConfig(Section):
             ):
                 _check_weights(f"{where}.rewrite.weights", stage.rewrite.weights, known)
             if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
-                if not self.rewards:
+                if not isinstance(stage.rewards, dict) and not self.rewards:
                     raise ValueError(f"{where} needs at least one entry in rewards")
                 for reward in stage.rewards or ():
-                    if reward not in self.rewards:
+                    if reward not in self.rewards_of(stage.rewards):
                         raise ValueError(
                             f"{where}.rewards: {reward!r} is not one of {sorted(self.rewards)}"
                         )
@@ -585,7 +617,7 @@ class RunConfig(Section):
         kind, _, name = str(section.source).partition(":")
         return [name] if kind == "stage" else []
 
-    def reward_stages(self, names: list[str] | None) -> dict[str, str]:
+    def reward_stages(self, names: list[str] | dict[str, RewardSection] | None) -> dict[str, str]:
         """Reward -> reward_model stage, of those rewards that such a stage of this run gives."""
         trained = {stage.name for stage in self.stages if stage.kind == "reward_model"}
         found = {name: reward.model for name, reward in self.rewards_of(names).items()}
@@ -615,8 +647,12 @@ class RunConfig(Section):
             name = self.weights_of(name)
         return name
 
-    def rewards_of(self, names: list[str] | None) -> dict[str, RewardSection]:
-        """The rewards of these names in the config's order; default: all."""
+    def rewards_of(
+        self, names: list[str] | dict[str, RewardSection] | None
+    ) -> dict[str, RewardSection]:
+        """A stage's rewards: its own, or those of these names in the config's order, or all."""
+        if isinstance(names, dict):
+            return names
         return {name: r for name, r in self.rewards.items() if names is None or name in names}
 
 

@@ -1,4 +1,4 @@
-"""`results.json`: what the model could do before and after, and what that cost."""
+"""`results.json`: what the model could do, before and after, how that was asked, and its cost."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def results(run: Run) -> dict[str, Any]:
     """The content of `results.json`.
 
     `before` and `after` are the summaries of the two evaluations with the stage's name and data
-    (null where there is none yet); `wall_seconds` by phase and `stage_seconds` by stage and
-    phase; `complete`, and if not, `missing` in words.
+    (null where there is none yet), `evaluations` those of all finished ones, in order;
+    `wall_seconds` by phase and `stage_seconds` by stage and phase; `complete`, and if not,
+    `missing` in words; `config`, resolved, so that the file says by itself what was measured how.
     """
     before, after = before_and_after(run)
 
@@ -51,6 +52,8 @@ def results(run: Run) -> dict[str, Any]:
         if stage is None or stage.summary is None:
             return None
         return {"stage": stage.name, "data": stage.config["data"], **stage.summary}
+
+    evaluated = [figures(stage) for stage in run.stages if stage.kind == "evaluate"]
 
     missing = run.missing()
     return {
@@ -60,10 +63,12 @@ def results(run: Run) -> dict[str, Any]:
         "missing": missing,
         "before": figures(before),
         "after": figures(after),
+        "evaluations": [each for each in evaluated if each is not None],
         "wall_seconds": wall_seconds(run),
         "stage_seconds": {stage.name: stage.seconds for stage in run.stages if stage.seconds},
         "versions": run.info.get("versions", {}),
         "hardware": run.info.get("hardware", {}),
+        "config": run.config,
     }
 
 

@@ -68,12 +68,23 @@ def _weights(model: LanguageModel) -> list[dict[str, Any]]:
 
 def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, Any]]:
     """What a stage holds beside the weights, whose bytes on a device are `own`."""
-    if isinstance(stage, EvaluateStage | RejectionSamplingStage):
-        return []
     decoder = context.model_of(stage.name).decoder
     config, execution = decoder.config, decoder.execution
     shards = context.layout.shards("batch")
     compute = jnp.dtype(execution.compute_dtype).itemsize
+    per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute
+    )
+    if isinstance(stage, EvaluateStage | RejectionSamplingStage):
+        if isinstance(stage, EvaluateStage):
+            samples = stage.samples_per_batch or stage.samples_per_problem
+            asked = stage.problems_per_batch
+        else:
+            samples, asked = stage.samples_per_prompt, stage.prompts_per_batch
+        asked = -(-asked // shards)  # each device has one at least
+        cached = asked * (_longest_prompt(stage, context) + samples * stage.max_new_tokens)
+        size = cached * per_token
+        return [{"what": f"{stage.name}: key-value cache, all at full length", "bytes": size}]
     moments = 1 + jnp.dtype(stage.optimizer.moment_dtype).itemsize / 4
     sizes = {"gradients": own, "optimizer moments": int(own * moments)}
     if isinstance(stage, GRPOStage):
@@ -84,11 +95,10 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
         count, time = samples // stage.micro_batches, prompt + new
         questions = stage.questions_per_step * stage.mini_batches_per_rollout
         questions //= stage.rollout_batches
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         cached = questions * (prompt + stage.outputs_per_question * new)
         if stage.loss.kl_coefficient:
             sizes["reference policy"] = own
-        sizes["key-value cache"] = cached * per_token * compute // shards
+        sizes["key-value cache"] = cached * per_token // shards
     elif isinstance(stage, RewardModelStage):
         texts = 2 if stage.loss == "pairwise" else 1
         count, time = texts * stage.rows_per_step // stage.micro_batches, stage.max_tokens
@@ -101,7 +111,9 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
     return [{"what": f"{stage.name}: {what}", "bytes": size} for what, size in sizes.items()]
 
 
-def _longest_prompt(stage: GRPOStage, context: Context) -> int:
+def _longest_prompt(
+    stage: GRPOStage | EvaluateStage | RejectionSamplingStage, context: Context
+) -> int:
     names = [stage.data] if isinstance(stage.data, str) else [c.data for c in stage.data]
     sections = [context.config.data[name] for name in names]
     parts = [context.config.data[part] for section in sections for part in section.mixture]

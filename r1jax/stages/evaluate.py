@@ -24,6 +24,7 @@ def run_evaluate(stage: EvaluateStage, context: Context, directory: Path) -> Non
         limit=stage.problems,
         samples=stage.samples_per_problem,
         batch=stage.problems_per_batch,
+        samples_per_batch=stage.samples_per_batch,
         # The same noise before and after training: differences are the model's.
         seed=context.seed("evaluate", stage.data),
         progress_figures=lambda rows: {"accuracy": share_right(rows)},

@@ -132,10 +132,15 @@ def _check_needs(context: Context, selected: Sequence[str]) -> None:
 def check(context: Context) -> None:
     """Refuse, before any compute, what would fail later: data, templates, rewards, sharding."""
     config = context.config
-    for name, reward in config.rewards.items():
-        if reward.model is not None:
-            continue
-        check_reward(reward.function or name, reward.options, config.verifier)
+    own = [
+        config.rewards_of(stage.rewards)
+        for stage in config.stages
+        if isinstance(stage, EvaluateStage)
+    ]
+    for rewards in (config.rewards, *own):
+        for name, reward in rewards.items():
+            if reward.model is None:
+                check_reward(reward.function or name, reward.options, config.verifier)
     for stage in config.stages:
         if isinstance(stage, RejectionSamplingStage):
             check_texts(stage)

@@ -17,6 +17,9 @@ from r1jax.rewards import Answered, RowScore
 from r1jax.sampler import Finish, Prompts, Sampling, StopSearch, generate
 from r1jax.sharding import from_process_rows, to_process_rows
 
+# Hidden tests of a program may be megabytes, and would be stored with each of its samples.
+_STORED_CHARACTERS = 4000
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -44,7 +47,10 @@ class Completion:
         )
 
     def row(self, score: RowScore, **extra: Any) -> dict[str, Any]:
-        """The row of samples.jsonl; `details` only where a reward has something to say."""
+        """The row of samples.jsonl; `details` only where a reward has something to say.
+
+        Of a long reference answer it holds the beginning; the dataset has the whole.
+        """
         details = {n: part.detail for n, part in score.parts.items() if part.detail is not None}
         return {
             **extra,
@@ -52,7 +58,7 @@ class Completion:
             "sample": self.sample,
             "prompt": self.prompt.text,
             "completion": self.text,
-            "answer": self.prompt.answer,
+            "answer": self.prompt.answer[:_STORED_CHARACTERS],
             "reward": score.reward,
             "parts": {name: part.reward for name, part in score.parts.items()},
             "outcome": str(score.outcome),
