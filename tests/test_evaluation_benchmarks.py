@@ -170,6 +170,25 @@ def test_what_the_config_says_itself_comes_first() -> None:
     assert (mine.fields, mine.answer_pattern) == (theirs.fields, theirs.answer_pattern)
 
 
+def test_one_option_set_leaves_the_others() -> None:
+    text = json.dumps(evaluation_of("some/model", "model", ["livecodebench", "aime_2025"]))
+    overrides = [
+        "stages.livecodebench.rewards.code.options.minimum_isolation=limits",
+        "data.aime_2025.options.revision=abc",
+        "stages.aime_2025.sampling.top_p=1.0",
+    ]
+    config = parse_config(text, "test", overrides)
+    code, aime = config.stages
+    assert isinstance(code, EvaluateStage) and isinstance(aime, EvaluateStage)
+    options = config.rewards_of(code.rewards)["code"].options
+    assert options == {
+        **BENCHMARKS["livecodebench"].reward_section.options,
+        "minimum_isolation": "limits",
+    }
+    assert config.data["aime_2025"].options == {"config": "default", "revision": "abc"}
+    assert (aime.sampling.temperature, aime.sampling.top_p) == (0.6, 1.0)
+
+
 def test_a_benchmark_changes_nothing_for_other_stages() -> None:
     config = parse_config(TWO, "two.yaml")
     assert set(config.rewards) == {"format"}

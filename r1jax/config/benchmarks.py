@@ -4,21 +4,20 @@ r"""The paper's benchmarks by name, with its evaluation protocol.
       - {name: aime, kind: evaluate, benchmark: aime_2024}
 
 That stage reads the dataset `aime_2024`, is judged by the definition's reward and has its number of
-samples. Whatever the config sets itself comes first, in the stage as in `data.aime_2024`; the
-resolved config (`--dry-run`) shows what came of it. With a `source` of one's own (JSON lines, TFDS,
-another hub dataset) neither `split` nor `options` are filled in, and the columns are the hub's
-unless `fields` says otherwise.
+samples. Whatever the config sets itself comes first, in the stage as in `data.aime_2024`, and one
+option or field set leaves the others; the resolved config (`--dry-run`) shows what came of it. With
+a `source` of one's own (JSON lines, TFDS, another hub dataset) neither `split` nor `options` are
+filled in, and the columns are the hub's unless `fields` says otherwise.
 
-DeepSeek-R1 (arXiv 2501.12948, section 3 and supplement): temperature 0.6, top-p 0.95, at most
-32,768 tokens, zero-shot, no system prompt; pass@1 is the mean over k samples: 64 for AIME and GPQA
-Diamond, 16 for MATH-500, 8 for LiveCodeBench. GSM8K is not among its benchmarks.
+DeepSeek-R1 (arXiv 2501.12948v2): temperature 0.6, top-p 0.95, at most 32,768 tokens, zero-shot, no
+system prompt; pass@1 is the mean over k samples: 64 for AIME and GPQA Diamond, 16 for MATH-500, 8
+for LiveCodeBench. GSM8K is not among its benchmarks.
 
 "No system prompt" is what we add: a tokenizer's chat template may bring one of its own, as
 Qwen2.5-Instruct's does. A base model without a template is asked with `data.NAME.template=plain`.
 
 Not here: Codeforces' rating needs its judge and its contestants; AlpacaEval 2 and ArenaHard need
-GPT-4 as theirs. IFEval, SimpleQA, MMLU and others would be definitions like these, but for their
-judges.
+GPT-4 as theirs.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \
 CHOICE_SUFFIX = (
     "\n\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
 )
-"""A choice: `boxed`, as for maths, where the paper has a last line "ANSWER: B"."""
+"""A choice: the letter in a box, as for maths, which is what the reward `choice` reads."""
 
 MAX_NEW_TOKENS = 32_768
 
@@ -178,20 +177,12 @@ def fill_in(config: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         if problem := _unknown(name):
             yield ("stages", index, "benchmark"), problem
             continue
-        benchmark = BENCHMARKS[name]
-        dataset = stage.setdefault("data", name)
+        _fill_stage(stage, name, BENCHMARKS[name])
         sections = config.setdefault("data", {})
-        if isinstance(sections, dict) and isinstance(dataset, str):
-            section = sections.setdefault(dataset, {})
+        if isinstance(sections, dict) and isinstance(stage["data"], str):
+            section = sections.setdefault(stage["data"], {})
             if isinstance(section, dict):
                 section.setdefault("benchmark", name)
-        judge = benchmark.reward_section.model_dump(mode="json", exclude_unset=True)
-        stage.setdefault("rewards", {benchmark.reward: judge})
-        stage.setdefault("samples_per_problem", benchmark.samples)
-        stage.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-        # Not protocol but memory: 64 completions at once, whatever k is.
-        stage.setdefault("problems_per_batch", 8)
-        stage.setdefault("samples_per_batch", _part(stage["samples_per_problem"]))
     sections = config.get("data")
     for key, section in sections.items() if isinstance(sections, dict) else ():
         name = section.get("benchmark") if isinstance(section, dict) else None
@@ -200,11 +191,31 @@ def fill_in(config: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         if problem := _unknown(name):
             yield ("data", key, "benchmark"), problem
             continue
-        own_source = "source" in section
         defined = BENCHMARKS[name].data.model_dump(mode="json", exclude_unset=True)
-        for setting, value in defined.items():
-            if not (own_source and setting in ("split", "options")):
-                section.setdefault(setting, value)
+        if "source" in section:
+            defined = {k: v for k, v in defined.items() if k not in ("split", "options")}
+        _fill(section, defined)
+
+
+def _fill_stage(stage: dict[str, Any], name: str, benchmark: Benchmark) -> None:
+    stage.setdefault("data", name)
+    judge = benchmark.reward_section.model_dump(mode="json", exclude_unset=True)
+    rewards = stage.setdefault("rewards", {benchmark.reward: judge})
+    if isinstance(rewards, dict) and isinstance(own := rewards.get(benchmark.reward), dict):
+        _fill(own, judge)
+    stage.setdefault("samples_per_problem", benchmark.samples)
+    stage.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    # Not protocol but memory: 64 completions at once, whatever k is.
+    stage.setdefault("problems_per_batch", 8)
+    stage.setdefault("samples_per_batch", _part(stage["samples_per_problem"]))
+
+
+def _fill(own: dict[str, Any], defined: Mapping[str, Any]) -> None:
+    """Puts what is defined where there is nothing, in mappings within as well."""
+    for key, value in defined.items():
+        there = own.setdefault(key, value)
+        if isinstance(there, dict) and isinstance(value, Mapping):
+            _fill(there, value)
 
 
 def evaluation_of(model: str, name: str, names: Sequence[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ The columns of `code_generation_lite`, which any JSON lines may have as well:
     private_test_cases   the same, or compressed: base64(zlib(pickle(JSON)))
     metadata             JSON; `func_name` is the method's name
 
-Input and output of a functional test are JSON, one argument a line. The instruction is our wording
-(a choice): the paper does not print its own.
+Input and output of a functional test are JSON, one argument a line. How the program is asked for is
+our wording, a choice.
 """
 
 from __future__ import annotations
