@@ -316,18 +316,21 @@ def test_eval_resumes_and_draws_the_same_in_parts_as_at_once(tmp_path: Path) -> 
     tiny_eval(tmp_path, ["gsm8k"], "parts")
     run = tmp_path / "parts" / "model-eval-s0"
     path = run / "stages" / "00-gsm8k" / "samples.jsonl"
-    whole = path.read_bytes()
-    # A batch is two parts of two samples; the cut one takes the rest of its batch with it.
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]) + b'{"cut')
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    # A batch is two parts of two samples: the first one stays as it is, here with a mark, and the
+    # second, which was cut, is drawn again.
+    marked = b'{"mark": 1, ' + first[1:]
+    path.write_bytes(marked + b"".join(others[:6]) + b'{"cut')
     record = json.loads((run / "run.json").read_text())
     record["stages"]["gsm8k"]["status"] = "running"
     (run / "run.json").write_text(json.dumps(record))
     tiny_eval(tmp_path, ["gsm8k"], "parts")
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == marked + b"".join(others)
 
     tiny_eval(tmp_path, ["gsm8k"], "once", part=4)
     at_once = samples_of(tmp_path / "once" / "model-eval-s0", "gsm8k")
-    assert samples_of(run, "gsm8k") == at_once
+    in_parts = samples_of(run, "gsm8k")
+    assert in_parts[0].pop("mark") and in_parts == at_once
     assert len({row["completion"] for row in at_once}) > 4
 
 
