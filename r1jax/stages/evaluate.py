@@ -12,7 +12,7 @@ from r1jax.evaluation.metrics import summarise
 from r1jax.metrics import read_rows
 from r1jax.rewards.maths import equivalent_key
 from r1jax.stages.context import Context
-from r1jax.stages.judge import SAMPLES, judge_samples, share_right
+from r1jax.stages.judged_samples import SAMPLES, judge_samples, share_right
 
 
 def run_evaluate(stage: EvaluateStage, context: Context, directory: Path) -> None:

@@ -20,9 +20,9 @@ from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context
+from r1jax.stages.judge import Judge
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
-from r1jax.stages.rewards import Judge
 from r1jax.stages.rollout import Completion, check_domains, sample_batch, stop_search, to_sampling
 
 

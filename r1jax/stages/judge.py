@@ -1,132 +1,190 @@
-"""Sampling a dataset and judging every sample: what evaluation and rejection sampling share."""
+"""All rewards of a stage: rule rewards in worker processes, reward models on the devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
 
 import jax
+import numpy as np
 
-from r1jax.config.schema import EvaluateStage, RejectionSamplingStage
-from r1jax.data import Prompt
-from r1jax.metrics import Progress, Recorder
-from r1jax.processes import Share, anywhere, batch_share, gather
-from r1jax.stages.context import Clock, Context, Preempted
-from r1jax.stages.rewards import Judge
-from r1jax.stages.rollout import check_domains, sample_batch, stop_search, to_sampling
+from r1jax.config.schema import (
+    DataSection,
+    ModelSection,
+    RewardModelStage,
+    RewardSection,
+)
+from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.processes import batch_share, largest
+from r1jax.reward_models import reward_scores
+from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
+from r1jax.rewards.verifier import combine
+from r1jax.sharding import from_process_rows, to_process_rows
+from r1jax.stages.context import Context, LanguageModel
+from r1jax.stages.rollout import Completion
+from r1jax.weights import hugging_face
 
-SAMPLES = "samples.jsonl"
-Rows = list[dict[str, Any]]
-# A prompt, and the first of its samples that are drawn at once.
-Part = tuple[Prompt, int]
-T = TypeVar("T")
+_ROWS = 16  # texts that a reward model reads at once on each part of the batch
+_BUCKET = 64  # their lengths are rounded up to a multiple, so that few programs are compiled
 
 
-def judge_samples(
-    stage: EvaluateStage | RejectionSamplingStage,
-    context: Context,
-    directory: Path,
-    *,
-    limit: int | None,
-    samples: int,
-    batch: int,
-    samples_per_batch: int | None = None,
-    seed: int,
-    progress_figures: Callable[[Rows], dict[str, float]],
-) -> tuple[Clock, list[Prompt]]:
-    """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
+class Judge:
+    """Scores completions with every reward of a stage that is for their domain.
 
-    Resumes behind the last batch that is stored whole. With several processes each samples and
-    scores its share, and process 0 stores all.
-
-    Args:
-      limit: prompts that are sampled; None: all.
-      samples: completions per prompt.
-      batch: prompts at once, over all processes; with `samples_per_batch`, parts of prompts.
-      samples_per_batch: completions of a prompt at once; default: all.
-      seed: of the noise.
-      progress_figures: rows of a batch -> what the bar shows beside length and tokens/s.
-
-    Returns:
-      The stage's clock, and the prompts.
+    Rule rewards begin when a batch is submitted, and run while the next one is generated. Reward
+    models take the devices when the scores are asked for.
     """
-    model = context.model_of(stage.name)
-    prompts, report = context.prompts(stage.data, model.tokenizer, limit)
-    rewards = context.config.rewards_of(stage.rewards)
-    check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
-    clock = Clock(context.seconds(stage.name))
-    share = batch_share(context.layout)
-    process = jax.process_index()
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        Recorder(directory, process_index=process) as recorder,
-        Progress(stage.name, len(prompts), process_index=process) as progress,
-        Judge(rewards, context) as judge,
-    ):
-        progress.print(f"{stage.name}: {report}")
-        count = samples_per_batch or samples
-        parts = [(prompt, first) for prompt in prompts for first in range(0, samples, count)]
-        done, offset = _whole_batches(directory / SAMPLES, len(parts), count, batch)
-        params = context.initial_weights(stage.name) if done < len(parts) else None
-        recorder.rewind({SAMPLES: offset})
-        clock.lap("setup")
-        while done < len(parts):
-            asked = parts[done : done + batch]
-            own = slice_of_process(asked, batch, share)
-            drawn = own or asked[-1:]  # a process without a prompt of its own still takes part
-            completions = sample_batch(
-                params,
-                [prompt for prompt, _ in drawn],
-                model.decoder,
-                model.tokenizer,
-                rows=batch // share.count,
-                firsts=[first for _, first in drawn],
-                samples=count,
-                max_new_tokens=stage.max_new_tokens,
-                seed=seed,
-                sampling=to_sampling(stage.sampling),
-                eos_ids=model.eos_ids,
-                stop=stop_search(model.tokenizer, stage.sampling),
+
+    def __init__(self, rewards: Mapping[str, RewardSection], context: Context) -> None:
+        rules = {name: reward for name, reward in rewards.items() if reward.model is None}
+        self._order = list(rewards)
+        self._weights = {name: reward.weight for name, reward in rewards.items()}
+        self._models = [
+            RewardModel(name, reward, context)
+            for name, reward in rewards.items()
+            if reward.model is not None
+        ]
+        self._verifier = Verifier(rules, context.config.verifier) if rules else None
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._verifier is not None:
+            self._verifier.close()
+
+    def submit(self, completions: Sequence[Completion]) -> Judged:
+        """Starts the rule rewards; returns at once."""
+        pending = None
+        if self._verifier is not None:
+            pending = self._verifier.submit([each.answered() for each in completions])
+        return Judged(self, list(completions), pending)
+
+    def _scores(self, completions: Sequence[Completion], pending: Pending | None) -> list[RowScore]:
+        parts: list[dict[str, Score]] = [{} for _ in completions]
+        if pending is not None:
+            parts = [dict(row.parts) for row in pending.result()]
+        if not self._models and pending is not None:
+            return pending.result()
+        for model in self._models:
+            for own, score in zip(parts, model.score(completions), strict=True):
+                if score is not None:
+                    own[model.name] = score
+        ordered = [{name: own[name] for name in self._order if name in own} for own in parts]
+        return [combine(own, self._weights) for own in ordered]
+
+
+class Judged:
+    """Completions on their way through a `Judge`."""
+
+    def __init__(
+        self, judge: Judge, completions: list[Completion], pending: Pending | None
+    ) -> None:
+        self._judge, self._completions, self._pending = judge, completions, pending
+
+    def result(self) -> list[RowScore]:
+        """Waits, and returns one score for each completion, in order."""
+        return self._judge._scores(self._completions, self._pending)
+
+
+class RewardModel:
+    """A trained reward model, as a compiled function of completions."""
+
+    def __init__(self, name: str, reward: RewardSection, context: Context) -> None:
+        assert reward.model is not None
+        self.name = name
+        self._domains = reward.domains
+        stages = {stage.name: stage for stage in context.config.stages}
+        stage = stages.get(reward.model)
+        self._as_probability = False
+        self._reads: Reads
+        self._model: LanguageModel
+        if isinstance(stage, RewardModelStage):
+            self._model = context.model_of(stage.name)
+            self._section = context.config.data[stage.data]
+            self._reads = stage.reads
+            # Trained on labels, its score is a logit: rewards are the probability of "safe".
+            self._as_probability = stage.loss == "pointwise"
+            directory = context.stage_directory(stage.name) / "model"
+        else:
+            if reward.reads is None:
+                raise ValueError(
+                    f"rewards.{name}.model = {reward.model!r} is no reward_model stage of this "
+                    "run: a directory needs reads (summary or response), too"
+                )
+            directory = hugging_face.resolve(reward.model)
+            section = ModelSection(path=str(directory))
+            execution = context.config.model
+            section = section.model_copy(
+                update={key: getattr(execution, key) for key in ("compute_dtype", "attention")}
             )
-            completions = completions[: len(own) * count]
-            scores = judge.submit(completions).result()
-            pairs = zip(completions, scores, strict=True)
-            rows = gather([c.row(score, step=0) for c, score in pairs], context.layout)
-            recorder.log_samples(rows)
-            done += len(asked)
-            tokens = sum(row["length"] for row in rows)
-            asked_in_full = done * count // samples
-            progress.update(
-                asked_in_full,
-                **progress_figures(rows),
-                length=tokens / len(rows),
-                tokens_per_second=tokens / clock.lap(stage.kind),
-            )
-            context.mark(stage.name, stage.kind, "running", clock.seconds)
-            if anywhere(context.stop_requested) and done < len(parts):
-                stored = f"{asked_in_full} of {len(prompts)} prompts are stored"
-                raise Preempted(f"{stage.name}: {stored}")
-    return clock, prompts
+            self._model = LanguageModel.resolve(section, context.layout)
+            self._section = DataSection(source="jsonl:-", template=reward.template or "chat")
+            self._reads = reward.reads
+        decoder = self._model.decoder
+        self._params = self._model.load(directory)
+        self._layout = context.layout
+        share = batch_share(context.layout)
+        self._rows = _ROWS * context.layout.shards("batch") // share.count
 
+        @jax.jit
+        def score(params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+            scores = reward_scores(params, **rows, model=decoder)
+            scores = jax.nn.sigmoid(scores) if self._as_probability else scores
+            return jax.lax.with_sharding_constraint(scores, context.layout.sharding(("batch",)))
 
-def share_right(rows: Iterable[dict[str, Any]]) -> float:
-    """The share of samples whose main reward says right."""
-    outcomes = [row["outcome"] for row in rows]
-    return sum(outcome == "right" for outcome in outcomes) / len(outcomes)
+        self._score = score
 
+    def score(self, completions: Sequence[Completion]) -> list[Score | None]:
+        """The model's score of each completion, None for those of other domains.
 
-def slice_of_process(batch: Sequence[T], whole: int, share: Share) -> Sequence[T]:
-    """This process's part of a batch that may be smaller than `whole`, the last one."""
-    own = whole // share.count
-    return batch[share.index * own : (share.index + 1) * own]
+        From pairs it is the score itself; from labels the probability of "safe", in 0..1.
+        What has nothing to read (a thought without an end has no summary) gets the lowest score of
+        the batch: never more than what was answered.
+        """
+        own = [
+            i
+            for i, each in enumerate(completions)
+            if self._domains is None or each.prompt.domain in self._domains
+        ]
+        texts = encode_responses(
+            [completions[i].prompt.question for i in own],
+            [completions[i].prompt.prefill + completions[i].text for i in own],
+            self._section,
+            self._model.tokenizer,
+            reads=self._reads,
+        )
+        readable = [text for text in texts if text is not None]
+        values = iter(self._values(readable))
+        scores = [math.nan if text is None else next(values) for text in texts]
+        lowest = min((value for value in scores if not math.isnan(value)), default=0.0)
+        found: list[Score | None] = [None] * len(completions)
+        for i, value in zip(own, scores, strict=True):
+            read = not math.isnan(value)
+            good = value > (0.5 if self._as_probability else 0.0)
+            outcome = Outcome.RIGHT if good else Outcome.WRONG
+            found[i] = Score(value if read else lowest, outcome if read else Outcome.UNPARSEABLE)
+        return found
 
-
-def _whole_batches(path: Path, parts: int, samples: int, batch: int) -> tuple[int, int]:
-    """Parts whose batch is stored completely, and the offset behind them in bytes."""
-    if not path.exists():
-        return 0, 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = sum(line.endswith(b"\n") for line in lines) // samples
-    done = parts if whole >= parts else whole - whole % batch
-    return done, sum(map(len, lines[: done * samples]))
+    def _values(self, texts: Sequence[np.ndarray]) -> list[float]:
+        """Scores of token rows, in batches of one size; every process makes as many calls."""
+        values: list[float] = []
+        # Of similar length together: a short text beside a long one is mostly padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, largest(len(texts)), self._rows):
+            batch = [texts[i] for i in order[start : start + self._rows]]
+            longest = largest(max((len(text) for text in batch), default=1))
+            filled = [*batch, *[np.zeros(1, np.int32)] * (self._rows - len(batch))]
+            arrays = pad_texts(filled, -(-longest // _BUCKET) * _BUCKET)
+            rows = {key: from_process_rows(leaf, self._layout) for key, leaf in arrays.items()}
+            scored = to_process_rows(self._score(self._params, rows))[: len(batch)]
+            values += [float(value) for value in scored]
+        placed = dict(zip(order, values, strict=True))
+        return [placed[i] for i in range(len(texts))]

@@ -49,7 +49,7 @@ from r1jax.metrics import read_rows
 from r1jax.processes import batch_share, from_first, gather, wait_for_all
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context, RunError
-from r1jax.stages.judge import SAMPLES, judge_samples, share_right, slice_of_process
+from r1jax.stages.judged_samples import SAMPLES, judge_samples, share_right, slice_of_process
 from r1jax.stages.rollout import sample_batch, stop_search, to_sampling
 
 DATASET = "dataset.jsonl"

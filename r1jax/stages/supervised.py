@@ -103,12 +103,13 @@ def _train(
 
     with TrainLoop(stage, context, directory, steps, optimizer, update) as loop:
         loop.restore(rows)
-        seconds = 0.0
+        seconds, tokens = 0.0, 0
         while loop.step < steps:
             batch = loop.place(rows.take(stage.rows_per_step))
             loop.clock.lap("data")
             metrics = loop.update(batch)
             seconds += loop.clock.lap("update")
+            tokens += stage.rows_per_step * stage.row_tokens
             step = loop.step
             logged = step % stage.log_every == 0 or step == steps
             if held_out is not None and isinstance(stage, SFTStage):
@@ -120,8 +121,8 @@ def _train(
             if logged:
                 metrics["optimizer/learning_rate"] = schedule(step - 1)
                 loop.recorder.log(step, metrics)
-                rate = stage.log_every * stage.rows_per_step * stage.row_tokens / seconds
-                seconds = 0.0
+                rate = tokens / seconds
+                seconds, tokens = 0.0, 0
                 loop.log_timings({"tokens_per_second/update": rate})
                 loop.progress.update(step, loss=float(metrics["loss"]), tokens_per_second=rate)
             loop.save_if_due(rows)
