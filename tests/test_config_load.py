@@ -96,6 +96,14 @@ def test_dumped_config_reads_back_equal() -> None:
     assert "notes: |" in dumped
 
 
+def test_dumped_mixture_reads_back_equal() -> None:
+    mixed = GOOD.replace("data:\n", "data:\n  both: {mixture: {train: 2}}\n")
+    config = parse_config(mixed, "c.yaml")
+    assert parse_config(dump_config(config), "d.yaml") == config
+    with pytest.raises(ConfigError, match="limit has no effect on a mixture"):
+        parse_config(mixed.replace("{train: 2}", "{train: 2}, limit: 5"), "c.yaml")
+
+
 # --- Wrong files ---------------------------------------------------------------------------------
 
 
