@@ -180,6 +180,40 @@ def test_summarise() -> None:
     assert as_written["cons_at_4"]["value"] == pytest.approx(2 / 3)
 
 
+def test_figures_by_domain_are_those_of_its_rows_alone() -> None:
+    rows = [each | {"domain": "code" if each["problem_id"] == 7 else "maths"} for each in ROWS]
+    summary = metrics.summarise(rows, same_answer=same)
+    parts = summary.pop("by_domain")
+    assert summary == metrics.summarise(ROWS, same_answer=same)
+    for domain, problem in (("code", 7), ("maths", 4)):
+        alone = [each for each in rows if each["problem_id"] == problem]
+        assert parts[domain] == metrics.summarise(alone, same_answer=same)
+    assert list(parts) == ["code", "maths"]
+    one = [each | {"domain": "maths"} for each in ROWS]
+    assert "by_domain" not in metrics.summarise(one, same_answer=same)
+
+
+def test_mean_of_each_reward() -> None:
+    # A failed reward is no zero, and a reward of another domain is no reward of this one.
+    parts = [
+        {"format": 1.0, "helpful": -2.5},
+        {"format": 0.0, "helpful": "nan"},
+        {"format": 1.0, "helpful": None},
+        {"format": 1.0, "helpful": 0.5},
+        *[{"format": 0.5, "helpful": math.nan}] * 4,
+    ]
+    rows = [each | {"parts": part} for each, part in zip(ROWS, parts, strict=True)]
+    found = metrics.summarise(rows, same_answer=same)["parts"]
+    assert found["format"]["value"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found["helpful"] == {"value": -1.0, "low": None, "high": None}  # one problem has it
+    # All right is no certainty for a share, but a score may well be the same everywhere.
+    for value, low in ((1.0, 0.34), (3.0, 3.0)):
+        rows = [each | {"parts": {"reward": value}} for each in ROWS]
+        figure = metrics.summarise(rows, same_answer=same)["parts"]["reward"]
+        assert figure["value"] == value and figure["low"] == pytest.approx(low, abs=0.01)
+    assert "parts" not in metrics.summarise(ROWS, same_answer=same)
+
+
 def test_summarise_does_not_depend_on_the_order_of_rows() -> None:
     assert metrics.summarise(ROWS[::-1], same_answer=same) == metrics.summarise(
         ROWS, same_answer=same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def completion(ids: list[int], finish: Finish, prompt: list[int], sample: int = 
 
 def scored(reward: float, outcome: Outcome = Outcome.RIGHT) -> RowScore:
     return RowScore(reward, not math.isnan(reward), {"accuracy": Score(reward, outcome)})
+
+
+def test_a_stored_sample_says_its_domain_and_rewards() -> None:
+    sample = completion([4, 5, 1], Finish.EOS, [8, 9], 3)
+    sample = replace(sample, prompt=replace(sample.prompt, domain="maths"))
+    row = sample.row(scored(1.0), step=2)
+    place = {name: row[name] for name in ("step", "problem_id", "sample", "domain")}
+    assert place == {"step": 2, "problem_id": 7, "sample": 3, "domain": "maths"}
+    assert row["parts"] == {"accuracy": 1.0} and row["length"] == 3
 
 
 def test_training_rows_by_hand() -> None:

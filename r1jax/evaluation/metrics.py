@@ -23,7 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -251,6 +251,16 @@ def _rows(
     return right, mask
 
 
+class _Sample(NamedTuple):
+    """What the figures need of one stored sample."""
+
+    outcome: str
+    answer: str | None  # equal for equal answers
+    length: float
+    truncated: bool
+    parts: Mapping[str, float]
+
+
 def summarise(
     samples: Iterable[Mapping[str, Any]],
     *,
@@ -262,34 +272,38 @@ def summarise(
     Args:
       samples: rows of `samples.jsonl`: `problem_id`, `sample`, `outcome` (right, wrong,
         unparseable, verifier_failed), `extracted` (text or None), `length` (tokens) and, where
-        known, `finish_reason`. Read once, so a generator over a large file will do.
+        known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once, so a
+        generator over a large file will do.
       same_answer: text of an answer -> text that is equal for equal answers.
       ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
 
     Returns:
       A JSON-able mapping: `pass_at_1`, `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over
-      all samples), each `{"value", "low", "high"}`; counts `problems`, `samples` (per problem),
-      `outcomes`, `unscored_samples`, `unscored_problems`, `unanswered_samples`,
-      `truncated_samples`. Where the verifier failed on every sample, figures of correctness are
-      null.
+      all samples), each `{"value", "low", "high"}`; `parts`, such a figure for each reward, over
+      the samples that have it; counts `problems`, `samples` (per problem), `outcomes`,
+      `unscored_samples`, `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the
+      verifier failed on every sample, figures of correctness are null. Where the rows are of
+      several domains, `by_domain` has all of this for each of them.
 
     Raises:
       ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
-    problems: dict[Any, dict[int, tuple[str, str | None, float]]] = {}
-    outcomes: Counter[str] = Counter()
-    truncated = 0
+    problems: dict[Any, dict[int, _Sample]] = {}
+    domains: dict[Any, str] = {}
     for row in samples:
         problem, index = row["problem_id"], row["sample"]
         group = problems.setdefault(problem, {})
         if index in group:
             raise ValueError(f"problem_id = {problem!r} has sample = {index!r} twice")
-        outcome = str(row["outcome"])
         extracted = row["extracted"]
-        key = None if extracted is None else same_answer(extracted)
-        group[index] = (outcome, key, float(row["length"]))
-        outcomes[outcome] += 1
-        truncated += row.get("finish_reason") in ("length", "truncated")
+        group[index] = _Sample(
+            outcome=str(row["outcome"]),
+            answer=None if extracted is None else same_answer(extracted),
+            length=float(row["length"]),
+            truncated=row.get("finish_reason") in ("length", "truncated"),
+            parts=_finite(row.get("parts") or {}),
+        )
+        domains[problem] = str(row.get("domain") or "")
     if not problems:
         raise ValueError("no samples: nothing was evaluated")
     n = len(next(iter(problems.values())))
@@ -299,16 +313,27 @@ def summarise(
                 f"problem_id = {problem!r} has {len(group)} samples, the first problem has {n}: "
                 "every problem needs the same number; was the file cut short?"
             )
-
-    # Sorted, so that the figures do not depend on the order in which samples were finished.
-    ordered = [[group[i] for i in sorted(group)] for _, group in sorted(problems.items())]
-    correct = np.array([[outcome == "right" for outcome, _, _ in row] for row in ordered])
-    scored = np.array([[outcome != "verifier_failed" for outcome, _, _ in row] for row in ordered])
-    classes = np.array([_classes([key for _, key, _ in row]) for row in ordered])
-    lengths = np.array([[length for _, _, length in row] for row in ordered])
-
     if ks is None:
         ks = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
+
+    # Sorted, so that the figures do not depend on the order in which samples were finished.
+    ordered = {key: [group[i] for i in sorted(group)] for key, group in sorted(problems.items())}
+    summary = _figures(list(ordered.values()), ks)
+    names = sorted(set(domains.values()))
+    if len(names) > 1:
+        summary["by_domain"] = {
+            name: _figures([row for key, row in ordered.items() if domains[key] == name], ks)
+            for name in names
+        }
+    return summary
+
+
+def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> dict[str, Any]:
+    """The figures and counts of some problems, each with the same number of samples."""
+    correct = np.array([[sample.outcome == "right" for sample in row] for row in problems])
+    scored = np.array([[sample.outcome != "verifier_failed" for sample in row] for row in problems])
+    classes = np.array([_classes([sample.answer for sample in row]) for row in problems])
+    lengths = np.array([[sample.length for sample in row] for row in problems])
     figures: dict[str, Estimate] = {}
     nothing = Estimate(math.nan, math.nan, math.nan)
     any_scored = bool(scored.any())
@@ -318,14 +343,40 @@ def summarise(
     for k in ks:
         figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if any_scored else nothing
     figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
+    parts = {name: figure.to_json() for name, figure in _mean_parts(problems).items()}
+    outcomes = Counter(sample.outcome for row in problems for sample in row)
     return {name: figure.to_json() for name, figure in figures.items()} | {
-        "problems": len(ordered),
-        "samples": n,
+        **({"parts": parts} if parts else {}),
+        "problems": len(problems),
+        "samples": correct.shape[1],
         "outcomes": dict(sorted(outcomes.items())),
         "unscored_samples": int(np.sum(~scored)),
         "unscored_problems": int(np.sum(~scored.any(axis=1))),
         "unanswered_samples": int(np.sum((classes < 0) & scored)),
-        "truncated_samples": truncated,
+        "truncated_samples": sum(sample.truncated for row in problems for sample in row),
+    }
+
+
+def _mean_parts(problems: Sequence[Sequence[_Sample]]) -> dict[str, Estimate]:
+    """Each reward's mean over the problems that have it, by name.
+
+    A reward whose values all lie in [0, 1] is taken for a share; most rule rewards are one.
+    """
+    means = {}
+    for name in sorted({name for row in problems for sample in row for name in sample.parts}):
+        found = [[s.parts[name] for s in row if name in s.parts] for row in problems]
+        is_share = all(0 <= value <= 1 for values in found for value in values)
+        per_problem = [math.fsum(values) / len(values) for values in found if values]
+        means[name] = mean_over_problems(per_problem, is_share=is_share)
+    return means
+
+
+def _finite(parts: Mapping[str, Any]) -> dict[str, float]:
+    """Without the rewards that failed, which are stored as null or as "nan"."""
+    return {
+        name: float(value)
+        for name, value in parts.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 

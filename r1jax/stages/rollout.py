@@ -56,6 +56,7 @@ class Completion:
             **extra,
             "problem_id": self.prompt.id,
             "sample": self.sample,
+            "domain": self.prompt.domain,
             "prompt": self.prompt.text,
             "completion": self.text,
             "answer": self.prompt.answer[:_STORED_CHARACTERS],
