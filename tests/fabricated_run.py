@@ -1,6 +1,7 @@
 """Writes a run directory that no run has made: quick, small, and with the awkward cases.
 
-`python tests/fabricated_run.py DIRECTORY` writes one and its report, to look at.
+`python tests/fabricated_run.py DIRECTORY [recipe] [STAGE]` writes one and its report, to look at;
+with the name of a stage, one that has come so far.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from r1jax.config.schema import EvaluateStage, RunConfig, SFTStage
 from r1jax.evaluation import summarise
 
 HOSTILE = "<script>alert('model text')</script> & \"quotes\""
+DOMAINS = ("code", "logic", "maths", "stem")
 
 
 def fabricate(
@@ -29,45 +32,93 @@ def fabricate(
     until: str | None = None,
 ) -> Path:
     """A finished run of pretrain, evaluate, grpo, evaluate; or one that is at stage `until`."""
-    rng = np.random.default_rng(0)
     config = _config(problems, samples, steps)
-    names = [stage["name"] for stage in config["stages"]]
+    return _write(directory, config, {"base": 0.3, "r1-zero": 0.96}, until, ("",))
+
+
+def fabricate_recipe(
+    directory: Path,
+    *,
+    problems: int = 40,
+    samples: int = 8,
+    steps: int = 200,
+    until: str | None = None,
+) -> Path:
+    """The whole recipe: R1-Zero, cold start, reasoning, all scenarios, and a distilled student."""
+    skills = {
+        "base": 0.15,
+        "zero": 0.72,
+        "dev1": 0.55,
+        "dev2": 0.78,
+        "dev3": 0.8,
+        "r1": 0.86,
+        "student": 0.08,
+        "distilled": 0.62,
+    }
+    return _write(directory, _recipe(problems, samples, steps), skills, until, DOMAINS)
+
+
+def _write(
+    directory: Path,
+    config: dict[str, Any],
+    skills: dict[str, float],
+    until: str | None,
+    domains: tuple[str, ...],
+) -> Path:
+    rng = np.random.default_rng(0)
+    resolved = RunConfig.model_validate(config)
+    names = [stage.name for stage in resolved.stages]
     reached = len(names) if until is None else names.index(until) + 1
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    plan = resolved.model_dump(mode="json", exclude={"output"})
+    (directory / "config.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
 
     stages: dict[str, Any] = {}
-    for number, stage in enumerate(config["stages"][:reached]):
-        path = directory / "stages" / f"{number:02d}-{stage['name']}"
+    for number, stage in enumerate(resolved.stages[:reached]):
+        path = directory / "stages" / f"{number:02d}-{stage.name}"
         path.mkdir(parents=True)
-        running = stage["name"] == until
+        running = stage.name == until
         seconds = {
             "pretrain": {"update": 96.4, "compile": 11.2, "checkpoint": 0.9},
+            "sft": {"update": 41.2, "compile": 9.8, "checkpoint": 0.7},
             "evaluate": {"rollout": 14.1, "score_wait": 0.3, "compile": 3.9},
+            "rejection_sampling": {"rollout": 33.0, "score_wait": 0.8},
+            "reward_model": {"update": 20.5, "compile": 5.1},
             "grpo": {"rollout": 141.0, "score_wait": 1.7, "update": 88.2, "compile": 16.3},
-        }[stage["kind"]]
-        stages[stage["name"]] = {
-            "kind": stage["kind"],
+        }[stage.kind]
+        stages[stage.name] = {
+            "kind": stage.kind,
             "status": "running" if running else "done",
             "seconds": seconds,
         }
-        shown = stage.get("steps", 0) // (3 if running else 1)
-        if stage["kind"] == "pretrain":
-            _lines(path / "metrics.jsonl", _pretrain(rng, shown))
-        elif stage["kind"] == "grpo":
-            _lines(path / "metrics.jsonl", _grpo(rng, shown, steps))
-            _lines(path / "timings.jsonl", _timings(rng, shown))
-            _lines(path / "samples.jsonl", _training_samples(rng, shown, steps))
-        else:
-            rows = _evaluation(rng, problems, samples, skill=0.3 if number < 2 else 0.96)
+        steps = getattr(stage, "steps", None) or 60
+        shown = steps // (3 if running else 1)
+        if stage.kind == "pretrain":
+            write_lines(path / "metrics.jsonl", _pretrain(rng, shown))
+        elif isinstance(stage, SFTStage):
+            write_lines(path / "metrics.jsonl", _fine_tuning(rng, shown, stage.held_out))
+        elif stage.kind == "reward_model":
+            write_lines(path / "metrics.jsonl", _preferences(rng, shown))
+        elif stage.kind == "grpo":
+            write_lines(path / "metrics.jsonl", _grpo(rng, shown, steps))
+            write_lines(path / "timings.jsonl", _timings(rng, shown))
+            write_lines(path / "samples.jsonl", _training_samples(rng, shown, steps, domains))
+        elif isinstance(stage, EvaluateStage):
+            assert stage.problems is not None
+            skill = skills[resolved.weights_of(stage.name)]
+            rows = _evaluation(rng, stage.problems, stage.samples_per_problem, skill, domains)
             if running:  # killed in the middle of a line
-                _lines(path / "samples.jsonl", rows[: len(rows) // 3])
+                write_lines(path / "samples.jsonl", rows[: len(rows) // 3])
                 with (path / "samples.jsonl").open("a") as file:
                     file.write('{"problem_id": 3, "samp')
             else:
-                _lines(path / "samples.jsonl", rows)
+                write_lines(path / "samples.jsonl", rows)
                 summary = summarise(rows, same_answer=str)
                 (path / "summary.json").write_text(json.dumps(summary))
+        elif not running:
+            rows = _dataset(rng, stage.name, domains)
+            write_lines(path / "dataset.jsonl", rows)
+            (path / "summary.json").write_text(json.dumps(_card(rows)))
     info = {
         "name": config["name"],
         "seed": config["seed"],
@@ -86,7 +137,6 @@ def _config(problems: int, samples: int, steps: int) -> dict[str, Any]:
         "data": "held_out",
         "problems": problems,
         "samples_per_problem": samples,
-        "sampling": {"temperature": 0.6, "top_p": 0.95},
     }
     return {
         "name": "tiny-r1-zero",
@@ -94,14 +144,103 @@ def _config(problems: int, samples: int, steps: int) -> dict[str, Any]:
         "title": "R1-Zero on running totals",
         "notes": "The paper's settings, but for the learning rate: a model this small needs "
         "3e-4.\n\nThe reference is refreshed every 400 steps.",
-        "model": {"config": {"hidden_size": 128, "num_hidden_layers": 4}, "path": None},
-        "data": {"held_out": {"source": "task:running_total", "split": "held_out"}},
-        "rewards": {"accuracy": {"weight": 1.0}, "format": {"weight": 1.0}},
+        "model": _MODEL,
+        "data": {
+            "train": {"source": "task:running_total"},
+            "held_out": {"source": "task:running_total", "split": "held_out"},
+        },
+        "rewards": {"accuracy": {}, "format": {}},
         "stages": [
-            {"name": "base", "kind": "pretrain", "data": "train", "steps": 300},
+            {"name": "base", "kind": "pretrain", "data": "train", "steps": 300, **_PACKED},
             {"name": "base-eval", **evaluate},
-            {"name": "r1-zero", "kind": "grpo", "data": "train", "steps": steps},
+            {"name": "r1-zero", "kind": "grpo", "data": "train", "steps": steps, **_ADAM},
             {"name": "final-eval", **evaluate},
+        ],
+    }
+
+
+_MODEL = {
+    "config": {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4},
+    "tokenizer": "characters:running_total",
+}
+_ADAM = {"optimizer": {"learning_rate": 3e-4}}
+_PACKED = {"rows_per_step": 32, "row_tokens": 128, **_ADAM}
+
+
+def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
+    rules = ["accuracy", "format", "language_consistency"]
+    held_out = {name: {"source": f"jsonl:{name}.jsonl", "domain": name} for name in DOMAINS}
+    # Base and R1-Zero know no chat yet: the same problems in another template.
+    plain = {f"{name}_plain": {**data, "template": "plain"} for name, data in held_out.items()}
+
+    def evaluation(weights: str, data: str = "held_out") -> dict[str, Any]:
+        return {
+            "name": f"{weights}-eval",
+            "kind": "evaluate",
+            "weights": weights,
+            "data": data,
+            "rewards": rules,
+            "problems": problems,
+            "samples_per_problem": samples,
+        }
+
+    def learning(name: str, kind: str, weights: str, data: str, **more: Any) -> dict[str, Any]:
+        place = {"name": name, "kind": kind, "weights": weights, "data": data, "steps": steps}
+        rest = {**_ADAM, "rewards": rules} if kind == "grpo" else _PACKED
+        return {**place, **rest, **more}
+
+    def sampling(name: str, weights: str, **more: Any) -> dict[str, Any]:
+        place = {"name": name, "kind": "rejection_sampling", "weights": weights, "rewards": rules}
+        return {**place, "data": "questions", "samples_per_prompt": 4, **more}
+
+    return {
+        "name": "tiny-r1",
+        "seed": 0,
+        "title": "DeepSeek-R1 in miniature",
+        "model": _MODEL,
+        "models": {"student": _MODEL},
+        "data": {
+            "texts": {"source": "task:running_total"},
+            "questions": {"source": "jsonl:questions.jsonl"},
+            **held_out,
+            **plain,
+            "held_out": {"mixture": dict.fromkeys(held_out, 1.0)},
+            "held_out_plain": {"mixture": dict.fromkeys(plain, 1.0)},
+            "cold": {"source": "stage:cold-start"},
+            "harvest": {"source": "stage:harvested"},
+            "general": {"source": "jsonl:general.jsonl"},
+            "all": {"mixture": {"harvest": 3.0, "general": 1.0}},
+            "pairs": {"source": "jsonl:pairs.jsonl"},
+        },
+        "rewards": {**{name: {} for name in rules}, "helpful": {"model": "helpful-model"}},
+        "stages": [
+            learning("base", "pretrain", "model", "texts"),
+            evaluation("base", "held_out_plain"),
+            learning("zero", "grpo", "base", "questions"),
+            evaluation("zero", "held_out_plain"),
+            sampling("cold-start", "zero", filters={"repetition": {}}),
+            learning("dev1", "sft", "base", "cold", held_out="general"),
+            evaluation("dev1"),
+            learning("dev2", "grpo", "dev1", "questions"),
+            evaluation("dev2"),
+            sampling("harvested", "dev2", keep_per_prompt=2),
+            learning("dev3", "sft", "base", "all", held_out="general"),
+            evaluation("dev3"),
+            {
+                "name": "helpful-model",
+                "kind": "reward_model",
+                "weights": "dev3",
+                "data": "pairs",
+                "loss": "pairwise",
+                "reads": "summary",
+                "steps": 60,
+                **_ADAM,
+            },
+            learning("r1", "grpo", "dev3", "questions", rewards=[*rules, "helpful"]),
+            evaluation("r1"),
+            evaluation("student"),
+            learning("distilled", "sft", "student", "all"),
+            evaluation("distilled"),
         ],
     }
 
@@ -147,6 +286,35 @@ def _grpo(rng: np.random.Generator, steps: int, total: int) -> Iterable[dict[str
         }
 
 
+def _fine_tuning(
+    rng: np.random.Generator, steps: int, held_out: str | None
+) -> Iterable[dict[str, Any]]:
+    for step in range(10, steps + 1, 10):
+        measured = {"held_out/loss": 0.9 + math.exp(-step / 40)}
+        yield {
+            "step": step,
+            "loss": 0.6 + 1.6 * math.exp(-step / 40) + 0.03 * rng.standard_normal(),
+            **(measured if held_out is not None and step % 50 == 0 else {}),
+            "tokens/trained": 2900.0,
+            "optimizer/grad_norm": 0.5 + 0.1 * rng.random(),
+            "optimizer/learning_rate": 5e-5 * (1 - 0.9 * step / max(steps, 1)),
+        }
+
+
+def _preferences(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
+    for step in range(1, steps + 1):
+        t = step / steps
+        held_out = {"held_out/loss": 0.68 - 0.3 * t, "held_out/accuracy": 0.55 + 0.3 * t}
+        yield {
+            "step": step,
+            "loss": 0.69 - 0.4 * t + 0.03 * rng.standard_normal(),
+            "accuracy": min(1.0, 0.52 + 0.4 * t + 0.05 * rng.random()),
+            **(held_out if step % 20 == 0 else {}),
+            "optimizer/grad_norm": 0.5 + 0.1 * rng.random(),
+            "optimizer/learning_rate": 6e-6,
+        }
+
+
 def _timings(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
     for step in range(steps):
         yield {
@@ -160,10 +328,14 @@ def _timings(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
         }
 
 
-def _sample(rng: np.random.Generator, problem: int, sample: int, skill: float) -> dict[str, Any]:
+def _sample(
+    rng: np.random.Generator, problem: int, sample: int, skill: float, domains: tuple[str, ...]
+) -> dict[str, Any]:
     terms = np.random.default_rng(problem).integers(1, 10, 4)
     prompt = "+".join(str(t) for t in terms) + "="
-    right = bool(rng.random() < np.clip(skill + 0.15 * math.sin(problem), 0, 1))
+    domain = domains[problem % len(domains)]
+    ease = 0.15 * math.sin(problem) - 0.05 * (problem % len(domains))
+    right = bool(rng.random() < np.clip(skill + ease, 0, 1))
     answer = int(terms.sum())
     said = answer if right else answer + int(rng.integers(1, 6))
     if skill > 0.5:
@@ -175,17 +347,21 @@ def _sample(rng: np.random.Generator, problem: int, sample: int, skill: float) -
     outcome = "right" if right else "wrong"
     extracted: str | None = str(said)
     if problem == 0 and sample == 0:  # model text is hostile until proved otherwise
-        completion, outcome, extracted = HOSTILE, "unparseable", None
+        right, completion, outcome, extracted = False, HOSTILE, "unparseable", None
+    parts: dict[str, Any] = {"accuracy": float(right), "format": float(rng.random() < 0.5 + skill)}
+    if domain:
+        parts["language_consistency"] = float(np.clip(0.6 + 0.4 * skill * rng.random(), 0, 1))
     if problem == 1 and sample == 1:
-        outcome = "verifier_failed"
+        outcome, parts["accuracy"] = "verifier_failed", "nan"
     return {
         "problem_id": problem,
         "sample": sample,
+        "domain": domain,
         "prompt": prompt,
         "completion": completion,
         "answer": str(answer),
         "reward": 1.0 + right,
-        "parts": {"accuracy": float(right), "format": 1.0},
+        "parts": parts,
         "outcome": outcome,
         "extracted": extracted,
         "length": len(completion) // 2,
@@ -194,26 +370,67 @@ def _sample(rng: np.random.Generator, problem: int, sample: int, skill: float) -
 
 
 def _evaluation(
-    rng: np.random.Generator, problems: int, samples: int, skill: float
+    rng: np.random.Generator, problems: int, samples: int, skill: float, domains: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     return [
-        {"step": 0, **_sample(rng, p, s, skill)} for p in range(problems) for s in range(samples)
+        {"step": 0, **_sample(rng, p, s, skill, domains)}
+        for p in range(problems)
+        for s in range(samples)
     ]
 
 
-def _training_samples(rng: np.random.Generator, steps: int, total: int) -> Iterable[dict[str, Any]]:
+def _training_samples(
+    rng: np.random.Generator, steps: int, total: int, domains: tuple[str, ...]
+) -> Iterable[dict[str, Any]]:
     for step in range(0, steps, 20):
         for problem in (100 + step, 99):
             for sample in range(2):
-                yield {"step": step, **_sample(rng, problem, sample, 0.3 + 0.68 * step / total)}
+                skill = 0.3 + 0.68 * step / total
+                yield {"step": step, **_sample(rng, problem, sample, skill, domains)}
 
 
-def _lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _dataset(
+    rng: np.random.Generator, stage: str, domains: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    rows = []
+    for problem in range(200, 300):
+        sample = _sample(rng, problem, 0, 1.2, domains)
+        rows.append(
+            {
+                "prompt": sample["prompt"],
+                "response": HOSTILE if problem == 200 else sample["completion"],
+                "answer": sample["answer"],
+                "domain": sample["domain"],
+                "tokens": sample["length"],
+                "reward": sample["reward"],
+                "provenance": {"stage": stage, "problem_id": problem, "sample": 0},
+            }
+        )
+    return rows
+
+
+def _card(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def count(tokens: list[int]) -> dict[str, Any]:
+        return {"rows": len(tokens), "mean_tokens": sum(tokens) / len(tokens)}
+
+    domains = sorted({row["domain"] for row in rows})
+    removed = {"wrong": 231, "filter repetition": 41, "unparseable": 17, "duplicate": 8}
+    return {
+        "samples": {"kept": len(rows), **removed, "truncated": 3},
+        **count([row["tokens"] for row in rows]),
+        "domains": {
+            d: count([row["tokens"] for row in rows if row["domain"] == d]) for d in domains
+        },
+    }
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
     from r1jax.report import write_report
 
-    until = sys.argv[2] if len(sys.argv) > 2 else None
-    print(write_report(fabricate(Path(sys.argv[1]), until=until)))
+    recipe, until = "recipe" in sys.argv[2:], [arg for arg in sys.argv[2:] if arg != "recipe"]
+    make = fabricate_recipe if recipe else fabricate
+    print(write_report(make(Path(sys.argv[1]), until=until[0] if until else None)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from fabricated_run import fabricate
+from fabricated_run import fabricate, fabricate_recipe
 
+from r1jax.config.lineage import edges
+from r1jax.config.schema import RunConfig
 from r1jax.evaluation import before_and_after, read_run, write_results
 
 
@@ -47,6 +50,61 @@ def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
     ]
 
 
+def test_results_of_a_whole_recipe(tmp_path: Path) -> None:
+    run_dir = fabricate_recipe(tmp_path / "run", problems=8, samples=2, steps=20)
+    results = json.loads(write_results(run_dir).read_text())
+    found = [(each["stage"], each["weights"], each["data"]) for each in results["evaluations"]]
+    plain = [(f"{name}-eval", name, "held_out_plain") for name in ("base", "zero")]
+    rest = ("dev1", "dev2", "dev3", "r1", "student", "distilled")
+    assert found == plain + [(f"{name}-eval", name, "held_out") for name in rest]
+    for each in results["evaluations"]:
+        assert set(each["by_domain"]) == {"code", "logic", "maths", "stem"}
+        assert 0 <= each["parts"]["language_consistency"]["value"] <= 1
+    # The template differs, the problems do not; and a student is not what the model became.
+    assert results["before"] == results["evaluations"][0]
+    assert results["after"] == results["evaluations"][5]
+
+
+def test_results_of_a_recipe_on_its_way(tmp_path: Path) -> None:
+    run_dir = fabricate_recipe(tmp_path / "run", problems=8, samples=2, steps=20, until="harvested")
+    results = json.loads(write_results(run_dir).read_text())
+    names = [each["weights"] for each in results["evaluations"]]
+    assert names == ["base", "zero", "dev1", "dev2"]
+    assert results["after"] is None
+    assert results["missing"][0] == "stage harvested (rejection_sampling): no summary yet"
+
+
+def test_lineage_of_a_run(tmp_path: Path) -> None:
+    run = read_run(fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20))
+    config = RunConfig.model_validate(run.config)
+    assert list(run.edges) == edges(config)
+    for stage in config.stages:
+        assert run.weights_of(stage.name) == config.weights_of(stage.name)
+        assert run.model_of(stage.name) == config.model_of(stage.name)
+    order = run.order()
+    assert [name for name in order if name not in ("model", "student")] == [
+        stage.name for stage in config.stages
+    ]
+    reversed_edges = replace(run, edges=run.edges[::-1])  # data may be named before weights
+    assert reversed_edges.weights_of("dev3") == "base"
+    assert order.index("student") == order.index("student-eval") - 1 and order[0] == "model"
+
+
+def test_benchmarks_are_problems_not_templates(tmp_path: Path) -> None:
+    run_dir = write_config(tmp_path / "run", [("a", "evaluate", "x"), ("b", "evaluate", "y")])
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+
+    def benchmark(x: dict[str, object], y: dict[str, object]) -> str:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"x": x, "y": y}}))
+        return read_run(run_dir).benchmark("y")
+
+    plain = {"source": "task:t", "split": "held_out", "template": "plain", "limit": 4}
+    assert benchmark(plain, plain | {"template": "chat", "system_prompt": "Think."}) == "x"
+    assert benchmark(plain, plain | {"limit": 5}) == "y"
+    assert benchmark(plain, plain | {"split": "train"}) == "y"
+    assert benchmark({"mixture": {"y": 1.0}}, plain) == "y"
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
@@ -62,6 +120,8 @@ def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
             ("a", "b"),
         ),
         ([("a", "evaluate", "h"), ("t", "grpo", "d")], ("a", None)),
+        ([("a", "evaluate", "h"), ("t", "sft", "d")], ("a", None)),
+        ([("t", "pretrain", "d"), ("b", "evaluate", "h")], (None, "b")),
         ([("t", "grpo", "d"), ("b", "evaluate", "h")], (None, "b")),
         ([("b", "evaluate", "h")], (None, "b")),
         ([("t", "grpo", "d")], (None, None)),

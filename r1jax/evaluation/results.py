@@ -1,4 +1,4 @@
-"""`results.json`: what the model could do, before and after, how that was asked, and its cost."""
+"""`results.json`: what the model could do at each evaluation, how that was asked, and its cost."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ import os
 from pathlib import Path
 from typing import Any
 
+from r1jax.config.schema import MODEL
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+
+# Stages after which a model is not the one before; pretraining is what makes the one before.
+_LEARNING = ("sft", "grpo")
 
 
 def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
     """The two evaluations to compare, finished or not.
 
-    `after` is the last evaluation of the config, `before` the first one on the same data. A lone
-    evaluation is the one before if it precedes all reinforcement learning, else the one after.
+    `after` is the last evaluation of the config, `before` the first one on the same problems. A
+    lone evaluation is the one before if it precedes all learning, else the one after. Evaluations
+    of other models (a student's) count only where there is none of the main one.
     """
     evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
+    evaluations = [s for s in evaluations if run.model_of(s.name) == MODEL] or evaluations
     if not evaluations:
         return None, None
     last = evaluations[-1]
-    first = next(stage for stage in evaluations if stage.config["data"] == last.config["data"])
+    benchmark = run.benchmark(last.config["data"])
+    first = next(s for s in evaluations if run.benchmark(s.config["data"]) == benchmark)
     if first is not last:
         return first, last
-    kinds = [stage.kind for stage in run.stages]
-    learns = "grpo" in kinds
-    trained = "grpo" in kinds[: run.stages.index(last)]
-    return (last, None) if learns and not trained else (None, last)
+    learning = [stage.kind in _LEARNING for stage in run.stages]
+    trained = any(learning[: run.stages.index(last)])
+    return (last, None) if any(learning) and not trained else (None, last)
 
 
 def wall_seconds(run: Run) -> dict[str, float]:
@@ -41,20 +47,21 @@ def wall_seconds(run: Run) -> dict[str, float]:
 def results(run: Run) -> dict[str, Any]:
     """The content of `results.json`.
 
-    `before` and `after` are the summaries of the two evaluations with the stage's name and data
-    (null where there is none yet), `evaluations` those of all finished ones, in order;
-    `wall_seconds` by phase and `stage_seconds` by stage and phase; `complete`, and if not,
-    `missing` in words; `config`, resolved, so that the file says by itself what was measured how.
+    `evaluations` are the summaries of all finished evaluations in order, each with its stage, the
+    stage or model that the weights come from (null where unknown) and its data; `before` and
+    `after` the two of them to compare (null where there is none yet); `wall_seconds` by phase and
+    `stage_seconds` by stage and phase; `complete`, and if not, `missing` in words; `config`,
+    resolved, so that the file says by itself what was measured how.
     """
     before, after = before_and_after(run)
 
     def figures(stage: StageRecord | None) -> dict[str, Any] | None:
         if stage is None or stage.summary is None:
             return None
-        return {"stage": stage.name, "data": stage.config["data"], **stage.summary}
+        origin = {"weights": run.weights_of(stage.name), "data": stage.config["data"]}
+        return {"stage": stage.name, **origin, **stage.summary}
 
     evaluated = [figures(stage) for stage in run.stages if stage.kind == "evaluate"]
-
     missing = run.missing()
     return {
         "name": run.info.get("name", run.config.get("name")),

@@ -1,8 +1,8 @@
 """Reads what a run has written so far; a run that is still going is read like a finished one.
 
 Layout: `config.yaml` (resolved), `run.json`, and for each stage `stages/NN-<name>/` with
-`metrics.jsonl`, `timings.jsonl`, `samples.jsonl` and, for evaluations, `summary.json`. All but
-`config.yaml` may be missing.
+`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`; for evaluations and rejection sampling also
+`summary.json`, and for the latter `dataset.jsonl`. All but `config.yaml` may be missing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
+
+from r1jax.config.lineage import Edge, edges
+from r1jax.config.schema import RunConfig
+
+# Stages whose result is a summary; the others leave metrics and weights.
+_SUMMARISED = ("evaluate", "rejection_sampling")
+# Settings of a dataset that change how its problems are put, not which they are.
+_WORDING = ("domain", "template", "system_prompt", "prompt_suffix")
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,61 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory: the plan (`config`), the record (`info`), and its stages in order."""
+    """A run directory: the plan (`config`), the record (`info`), and its stages in order.
+
+    Attributes:
+      edges: what gives weights and data to which stage; none where the config is one that this
+        version does not read (an older one's), as everything else can be read without.
+    """
 
     directory: Path
     config: dict[str, Any]
     info: dict[str, Any]
     stages: tuple[StageRecord, ...]
+    edges: tuple[Edge, ...] = ()
+
+    def order(self) -> list[str]:
+        """The names of all stages in order, with each model before the first stage that uses it."""
+        stages = {stage.name for stage in self.stages}
+        sources: dict[str, list[str]] = {}
+        for edge in self.edges:
+            sources.setdefault(edge.target, []).append(edge.source)
+        names = [
+            name
+            for stage in self.stages
+            for name in [*(s for s in sources.get(stage.name, ()) if s not in stages), stage.name]
+        ]
+        return list(dict.fromkeys(names))
+
+    def weights_of(self, name: str) -> str | None:
+        """The stage or model whose weights a stage starts from or evaluates, where known."""
+        sources = (e.source for e in self.edges if e.target == name and e.gives == "weights")
+        return next(sources, None)
+
+    def benchmark(self, data: str) -> str:
+        """The dataset with whose evaluations those on `data` compare.
+
+        That is the first evaluated one with the same problems: a chat model and its base are asked
+        the same in templates of their own.
+        """
+        problems = self._problems(data)
+        evaluated = (str(s.config["data"]) for s in self.stages if s.kind == "evaluate")
+        return next((name for name in evaluated if self._problems(name) == problems), data)
+
+    def _problems(self, data: str) -> Any:
+        """What decides which problems a dataset has; equal for equal ones."""
+        section = (self.config.get("data") or {}).get(data)
+        if section is None:
+            return data
+        if section.get("mixture"):
+            return [(self._problems(part), share) for part, share in section["mixture"].items()]
+        return {name: value for name, value in section.items() if name not in _WORDING}
+
+    def model_of(self, name: str) -> str:
+        """The model that a stage's weights go back to; the stage itself where nothing is known."""
+        while (source := self.weights_of(name)) is not None:
+            name = source
+        return name
 
     def missing(self) -> list[str]:
         """What a finished run would have and this one has not, in words."""
@@ -64,9 +122,9 @@ class Run:
         for stage in self.stages:
             if stage.directory is None:
                 gaps.append(f"stage {stage.name} ({stage.kind}): not started")
-            elif stage.kind == "evaluate" and stage.summary is None:
-                gaps.append(f"stage {stage.name} (evaluate): no summary yet")
-            elif stage.status == "done" and stage.kind != "evaluate":
+            elif stage.kind in _SUMMARISED and stage.summary is None:
+                gaps.append(f"stage {stage.name} ({stage.kind}): no summary yet")
+            elif stage.status == "done" and stage.kind not in _SUMMARISED:
                 if next(stage.rows("metrics.jsonl"), None) is None:
                     gaps.append(f"stage {stage.name} ({stage.kind}): no metrics")
             elif stage.status != "done":
@@ -109,7 +167,14 @@ def read_run(run_dir: str | Path) -> Run:
                 summary=None if path is None else _json_object(path / "summary.json"),
             )
         )
-    return Run(directory, config, info, tuple(stages))
+    return Run(directory, config, info, tuple(stages), _edges(config))
+
+
+def _edges(config: dict[str, Any]) -> tuple[Edge, ...]:
+    try:
+        return tuple(edges(RunConfig.model_validate(config)))
+    except ValidationError:
+        return ()
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
