@@ -33,7 +33,7 @@ def relative(folder: Path, pattern: str) -> set[str]:
 def test_wheel_has_code_configs_and_templates(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = relative(ROOT / "configs", "*.yaml")
-    templates = relative(ROOT / "r1jax", "*.j2")
+    templates = relative(ROOT / "r1jax/report", "*.j2") | relative(ROOT / "r1jax/report", "*.css")
     assert "configs/tiny/r1_zero.yaml" in configs and templates
     assert {f"r1jax/{name}" for name in configs} <= names
     assert relative(ROOT / "r1jax", "*.py") | templates | {"r1jax/py.typed"} <= names

@@ -6,14 +6,33 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fabricated_run import HOSTILE, fabricate
+import yaml
+from fabricated_run import DOMAINS, HOSTILE, fabricate, fabricate_recipe
+from hypothesis import given
+from hypothesis import strategies as st
 
+from r1jax.config.lineage import Edge
+from r1jax.evaluation import read_run
 from r1jax.report import write_report
-from r1jax.report.page import duration
-from r1jax.report.plots import Curve, Marker, endpoints, line_plot, short, smooth
+from r1jax.report.completions import Answer, Problem, choose
+from r1jax.report.plots import (
+    SERIES,
+    Curve,
+    Dots,
+    Marker,
+    dot_plot,
+    endpoints,
+    line_plot,
+    short,
+    smooth,
+)
+from r1jax.report.schedule import LANE, Rail, draw, rails, schedule
+from r1jax.report.stage_table import rewards_beyond
+from r1jax.report.wording import duration, figure
 
 
 class Page(HTMLParser):
@@ -51,6 +70,18 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
+    @property
+    def words(self) -> str:
+        """The text with single blanks."""
+        return " ".join(self.text.split())
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Page]:
+    run_dir = fabricate_recipe(tmp_path_factory.mktemp("runs") / "run", problems=12, samples=4)
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    return run_dir, html, Page(html)
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
@@ -59,32 +90,46 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_page_is_well_formed_and_fetches_nothing(finished: tuple[str, Page]) -> None:
-    html, page = finished
-    assert page.open == []
-    assert page.fetches == []
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert not re.search(r"url\((?!#)|@import|https?://", html)
+def test_page_is_well_formed_and_fetches_nothing(
+    finished: tuple[str, Page], recipe: tuple[Path, str, Page]
+) -> None:
+    for html, page in (finished, recipe[1:]):
+        assert page.open == []
+        assert page.fetches == []
+        assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+        assert not re.search(r"url\((?!#)|@import|https?://", html)
 
 
-def test_model_text_is_escaped(finished: tuple[str, Page]) -> None:
-    html, page = finished
-    assert HOSTILE in page.text  # it is shown, as text
-    assert "<script" not in html
+def test_model_text_is_escaped(finished: tuple[str, Page], recipe: tuple[Path, str, Page]) -> None:
+    # It is shown, as text: by the first problem's evaluations, and as a kept text of each dataset.
+    for (html, page), least in ((finished, 2), (recipe[1:], 8 + 2)):
+        assert page.text.count(HOSTILE) >= least
+        assert "<script" not in html
 
 
-def test_every_part_of_the_run_can_be_tampered_with(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=4, samples=2, steps=20)
+@pytest.mark.parametrize("make", [fabricate, fabricate_recipe])
+def test_every_part_of_the_run_can_be_tampered_with(tmp_path: Path, make: Any) -> None:
+    run_dir = make(tmp_path / "run", problems=4, samples=2, steps=20)
     config = run_dir / "config.yaml"
-    config.write_text(config.read_text().replace("R1-Zero on running totals", "<script>t</script>"))
-    for file in run_dir.glob("stages/*/samples.jsonl"):
+    plan = yaml.safe_load(config.read_text()) | {"title": "<script>t</script>"}
+    for stage in plan["stages"]:
+        if stage["kind"] == "evaluate":
+            stage["data"] = "<script>$d_</script>"
+    config.write_text(yaml.safe_dump(plan))
+    for file in [*run_dir.glob("stages/*/samples.jsonl"), *run_dir.glob("stages/*/dataset.jsonl")]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
-            for key in ("prompt", "completion", "answer", "extracted", "outcome"):
+            for key in ("prompt", "completion", "answer", "extracted", "outcome", "domain"):
                 row[key] = f"<script>{key}</script></pre>"
+            row["response"] = "<script>response</script></pre>"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = run_dir / "stages" / "02-r1-zero" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace("experiment/surprise", "<script>$m_"))
+    for file in run_dir.glob("stages/*/summary.json"):
+        hostile = (
+            file.read_text().replace("format", "<script>$p_").replace('"maths"', '"<script>$"')
+        )
+        file.write_text(hostile)
+    for file in run_dir.glob("stages/*/metrics.jsonl"):
+        file.write_text(file.read_text().replace("experiment/surprise", "<script>$m_"))
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert "<script" not in html
     assert Page(html).open == []
@@ -100,19 +145,19 @@ def test_what_is_on_the_page(finished: tuple[str, Page]) -> None:
     assert "How an answer changed in training" in page.text
     assert html.count('<article class="card pair"') == 6
     assert "task:running_total" in page.text  # the config
-    assert "<" not in page.text.replace(HOSTILE, "").partition("What it cost")[2]  # no repr
+    assert "<" not in page.text.replace(HOSTILE, "").partition("what they cost")[2]  # no repr
     assert 'name="viewport"' in html and "prefers-color-scheme: dark" in html
 
 
 def test_figures_on_the_page_are_those_of_the_summaries(tmp_path: Path) -> None:
     run_dir = fabricate(tmp_path / "run", problems=8, samples=4, steps=20)
-    for number, figure in (("01-base-eval", 0.12345), ("03-final-eval", 0.98765)):
+    for number, share in (("01-base-eval", 0.12345), ("03-final-eval", 0.98765)):
         file = run_dir / "stages" / number / "summary.json"
         summary = json.loads(file.read_text())
-        summary["pass_at_1"] = {"value": figure, "low": figure - 0.01, "high": figure + 0.01}
+        summary["pass_at_1"] = {"value": share, "low": share - 0.01, "high": share + 0.01}
         file.write_text(json.dumps(summary))
-    text = " ".join(Page(write_report(run_dir).read_text(encoding="utf-8")).text.split())
-    assert text.index("Before 12.3 %") < text.index("After 98.8 %")
+    text = Page(write_report(run_dir).read_text(encoding="utf-8")).words
+    assert text.index("Before · base 12.3 %") < text.index("After · r1-zero 98.8 %")
     assert "11.3 – 13.3" in text and "+86.4 points" in text
 
 
@@ -126,6 +171,241 @@ def test_unfinished_runs_say_what_is_missing(tmp_path: Path, until: str) -> None
         page.text
     )
     assert "not measured yet" in page.text
+
+
+def table(html: str, title: str) -> list[list[str]]:
+    """The cells of the stage table below a heading, row by row."""
+    part = html.partition(title)[2].partition("<table")[2].partition("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL)
+    return [[Page(cell).words for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_the_stage_table_has_every_checkpoint_and_figure(recipe: tuple[Path, str, Page]) -> None:
+    run_dir, html, page = recipe
+    heading, *rows = table(html, "Right at the first try")
+    assert heading == ["", "held_out_plain all", *DOMAINS]
+    names = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
+    assert [row[0].split()[0] for row in rows] == names
+    rewards = table(html, "Rewards and length")
+    # Accuracy is what pass@1 is the mean of, and is not said again.
+    assert rewards[0] == ["", "format", "language consistency", "tokens per completion"]
+    votes = table(html, "Right by a vote")
+    assert votes[0] == ["", "held_out_plain all cons@4", *(f"{name} cons@4" for name in DOMAINS)]
+
+    def said(estimate: dict[str, float], scale: float, digits: int, unit: str) -> str:
+        value, low, high = (f"{scale * estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
+        return f"{value}{unit} {low} – {high}"
+
+    for row, reward, vote in zip(rows, rewards[1:], votes[1:], strict=True):
+        (file,) = run_dir.glob(f"stages/*-{row[0].split()[0]}-eval/summary.json")
+        summary = json.loads(file.read_text())
+        parts = [summary, *(summary["by_domain"][domain] for domain in DOMAINS)]
+        assert row[1:] == [said(part["pass_at_1"], 100, 1, " %") for part in parts]
+        assert vote[1:] == [said(part["cons_at_4"], 100, 1, " %") for part in parts]
+        assert reward[1:] == [
+            said(summary["parts"]["format"], 1, 2, ""),
+            said(summary["parts"]["language_consistency"], 1, 2, ""),
+            said(summary["mean_length"], 1, 1, ""),
+        ]
+    assert html.count('aria-label="maths"') == 1  # each table with its plot
+    assert "pass@1 of" not in page.text
+
+
+def test_a_simple_run_needs_no_stage_table(finished: tuple[str, Page]) -> None:
+    html, page = finished
+    assert "Stage by stage" not in page.text and 'class="stages"' not in html
+    assert "format mean of this reward" in page.words
+
+
+def test_the_graph_says_where_everything_comes_from(recipe: tuple[Path, str, Page]) -> None:
+    words = recipe[2].words.partition("The stages, and what they cost")[2]
+    for line in (
+        "dev1 supervised fine-tuning 200 steps weights from base data from cold-start",
+        "helpful-model reward model 60 steps weights from dev3",
+        "r1 reinforcement learning 200 steps weights from dev3 reward from helpful-model",
+        "cold-start rejection sampling 100 of 400 samples kept weights from zero",
+    ):
+        assert line in words
+    assert "r1-eval on held_out" in words and "4 min 07 s · 20 %" in words
+
+
+def test_bars_name_the_longest_phases_and_add_up(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    info = json.loads((run_dir / "run.json").read_text())
+    phases = {f"phase_{i}": float(i + 1) for i in range(9)}
+    info["stages"]["r1-zero"]["seconds"] = phases
+    info["stages"]["base"]["seconds"] = {"phase_0": 22.5}
+    for name in ("base-eval", "final-eval"):
+        info["stages"][name]["seconds"] = {}
+    (run_dir / "run.json").write_text(json.dumps(info))
+    found = schedule(read_run(run_dir))
+    # phase 0 has 23.5 seconds in all, phases 4 to 8 have 5 to 9, and the rest are 1 to 3.
+    assert found["bars"] == [*(f"phase {i}" for i in (0, 4, 5, 6, 7, 8)), "other"]
+    nodes = {node.name: node for node in found["nodes"]}
+    assert nodes["r1-zero"].widths == pytest.approx([100 * s / 45 for s in (1, 5, 6, 7, 8, 9, 9)])
+    assert nodes["base"].widths == pytest.approx([50, 0, 0, 0, 0, 0, 0])
+    assert (nodes["r1-zero"].share, nodes["base"].share) == ("67 %", "33 %")
+
+
+def test_evaluations_beyond_before_and_after_are_in_the_table(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    config = run_dir / "config.yaml"
+    plan = yaml.safe_load(config.read_text())
+    plan["models"] = {"student": plan["model"]}
+    plan["stages"][3]["weights"] = "student"
+    config.write_text(yaml.safe_dump(plan))
+    rows = table(write_report(run_dir).read_text(encoding="utf-8"), "Right at the first try")
+    assert [row[0] for row in rows] == ["", "base pretraining", "student model"]
+
+
+def test_rejection_sampling_says_what_it_removed(recipe: tuple[Path, str, Page]) -> None:
+    words = recipe[2].words
+    assert words.count("What became of 400 samples kept 100 25.0 % wrong 231 57.8 %") == 2
+    assert "filter repetition 41 10.2 %" in words
+    assert "domain rows mean tokens code 25" in words and "all 100" in words
+    assert words.count("Some of the kept texts (4)") == 2
+
+
+def test_losses_of_fine_tuning_and_reward_models(recipe: tuple[Path, str, Page]) -> None:
+    sections = recipe[1].split("<section>")
+    for stage, expected in (
+        ("dev1", ("training", "held-out", "assistant")),
+        ("helpful-model", ("training", "held-out", "Judged right")),
+        ("r1", ("Reward", "Accuracy", "held-out, with interval")),
+    ):
+        (section,) = [each for each in sections if f"<h2>{stage} <small>" in each]
+        for words in expected:
+            assert words in section, (stage, words)
+    # A stage without a held-out set has no curve of one.
+    (section,) = [each for each in sections if "<h2>distilled <small>" in each]
+    assert "held-out" not in section
+
+
+def test_the_same_problem_at_every_checkpoint(recipe: tuple[Path, str, Page]) -> None:
+    run_dir, html, _ = recipe
+    articles = re.findall(r'<article class="card pair">.*?</article>', html, re.DOTALL)
+    compared = [article for article in articles if 'class="answers many"' in article]
+    assert len(compared) == 2 * len(DOMAINS)
+    names = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
+    for article in compared:
+        assert re.findall(r'<p class="meta"><b>(.*?)</b>', article) == names
+        prompt = Page(re.findall(r"<pre>(.*?)</pre>", article)[0]).words
+        shown = [Page(text).text for text in re.findall(r"<pre>(.*?)</pre>", article)[1:]]
+        for name, text in zip(names, shown, strict=True):
+            (file,) = run_dir.glob(f"stages/*-{name}-eval/samples.jsonl")
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            (first,) = [r for r in rows if (r["prompt"], r["sample"]) == (prompt, 0)]
+            assert text == first["completion"]
+
+
+@pytest.mark.parametrize("until", ["base", "zero", "cold-start", "dev1", "helpful-model"])
+def test_unfinished_recipes(tmp_path: Path, until: str) -> None:
+    run_dir = fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20, until=until)
+    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert page.open == [] and "unfinished" in page.text
+    assert f"stage {until} (" in page.text
+
+
+def test_a_config_of_another_version_costs_only_the_lines(tmp_path: Path) -> None:
+    run_dir = fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20)
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("kind: reward_model", "kind: alchemy"))
+    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "not one that this version of r1jax reads" in page.words
+    assert "helpful-model alchemy" in page.words and "Right at the first try" in page.words
+
+
+def test_files_of_before_domains_and_rewards(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=4, samples=2, steps=20)
+    for file in run_dir.glob("stages/*/samples.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            del row["domain"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in run_dir.glob("stages/*/summary.json"):
+        summary = json.loads(file.read_text())
+        del summary["parts"]
+        file.write_text(json.dumps(summary))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert html.count('<article class="card pair"') == 4
+    assert "mean of this reward" not in html
+
+
+def test_which_problems_are_shown() -> None:
+    def problems(outcomes: str) -> dict[int, Problem]:
+        named = {"r": "right", "w": "wrong"}
+        return {
+            key: Problem(0, "", "", "", Answer("", "", named[letter], 1, 0))
+            for key, letter in enumerate(outcomes)
+        }
+
+    old, new = problems("rwwwrwwr"), problems("rrwrwrrw")
+    assert choose(old, new, set(range(8)), 6) == [1, 3, 5, 2, 4, 0]
+    assert choose(old, new, {0, 2, 7}, 6) == [2, 7, 0]
+    assert choose(old, new, set(range(8)), 2) == [1, 2]
+    assert choose(old, {}, {0, 2}, 6) == [2, 0]  # the other side is still to come
+
+
+def test_a_reward_that_repeats_pass_at_1_is_left_out() -> None:
+    def summary(right: float | None, **parts: float) -> dict[str, Any]:
+        figures = {name: {"value": value} for name, value in parts.items()}
+        return {"pass_at_1": {"value": right}, "parts": figures}
+
+    first = summary(0.3, accuracy=0.1 + 0.2, format=0.3)
+    second = summary(0.5, accuracy=0.5, format=0.9, helpful=-1.0)
+    assert rewards_beyond([first, second, {}]) == ["format", "helpful"]
+    assert rewards_beyond([summary(None, accuracy=0.0)]) == ["accuracy"]
+
+
+# Each row may draw on any before it, as a schedule does.
+GRAPHS = st.integers(2, 9).flatmap(
+    lambda rows: st.lists(
+        st.tuples(
+            st.integers(0, rows - 2), st.integers(1, rows - 1), st.sampled_from(["weights", "data"])
+        ).filter(lambda edge: edge[0] < edge[1]),
+        max_size=14,
+    ).map(lambda edges: (rows, edges))
+)
+
+
+@given(GRAPHS)
+def test_lines_of_the_graph_are_the_edges_and_never_share_a_lane(
+    graph: tuple[int, list[tuple[int, int, str]]],
+) -> None:
+    rows, wanted = graph
+    order = [f"s{i}" for i in range(rows)]
+    found = rails(order, [Edge(order[a], order[b], gives) for a, b, gives in wanted])
+    drawn = [(rail.source, target, rail.gives) for rail in found for target in rail.targets]
+    assert sorted(drawn) == sorted(set(wanted))
+    for rail in found:
+        if rail.lane == 0:
+            assert rail.targets == (rail.source + 1,)
+    for row in range(rows):
+        lanes = [rail.lane for rail in found if row in rail and rail.lane]
+        assert len(lanes) == len(set(lanes))
+    drawings, centre = draw(rows, found)
+    for row, drawing in enumerate(drawings):
+        ports = [p for p in drawing.pieces if p.shape in ("arrives", "leaves")]
+        bent = [rail for rail in found if rail.lane and row in (rail.source, *rail.targets)]
+        assert len(ports) == len(bent)
+        # A line that goes on reaches the end of its row, and begins at the top of the next.
+        for rail in found:
+            here = [p for p in drawing.pieces if p.left == centre - rail.lane * LANE]
+            if rail.source <= row < rail.targets[-1]:
+                assert any(p.height is None for p in here)
+            if rail.source < row <= rail.targets[-1]:
+                assert any(p.top == 0 for p in here)
+
+
+def test_a_graph_by_hand() -> None:
+    # base -> zero -> tuned, which starts from base and learns from zero's answers.
+    edges = [Edge("a", "b", "weights"), Edge("a", "c", "weights"), Edge("b", "c", "data")]
+    assert set(rails(["a", "b", "c"], edges)) == {
+        Rail(0, (1,), 0, "weights"),
+        Rail(1, (2,), 0, "data"),
+        Rail(0, (2,), 1, "weights"),
+    }
 
 
 def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
@@ -167,6 +447,31 @@ def test_plots_take_their_colours_and_fonts_from_the_page() -> None:
     )
 
 
+def test_dot_plots_take_colours_from_the_page_and_names_as_they_are() -> None:
+    marks = [Marker(0, 0.2, 0.1, 0.3), Marker(2, 0.9, 0.9, 0.9)]
+    series = [Dots("one", marks), Dots("two", [Marker(1, 0.5, 0.5, 0.6)])]
+    labels = ["$x_1$", "<b>&", "a name that is far too long for its place"]
+    svg = dot_plot(labels, series, title='a "b" <c>', percent=True)
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", svg)) == {
+        "--series-1",
+        "--series-2",
+        "--muted",
+        "--rule",
+    }
+    assert not re.search(r"#[0-9a-f]{6}\b", svg)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"$x_1$", "&lt;b&gt;&amp;", "a name that is …", "50%"} <= set(texts)
+    assert svg == dot_plot(labels, series, title='a "b" <c>', percent=True)
+    assert "<svg" in dot_plot(["a"], [Dots("one", [])], title="t")
+
+
+def test_a_plot_tells_its_curves_apart() -> None:
+    curves = [Curve(str(i), [0, 1], [i, i]) for i in range(SERIES + 1)]
+    svg = line_plot(curves, title="t")
+    found = set(re.findall(r"var\(--series-(\d)\)", svg))
+    assert found == {str(i + 1) for i in range(SERIES)}
+
+
 def test_plots_bear_odd_curves() -> None:
     for values in ([0.0], [3e-4] * 5, [0.0, 0.0], [-1.0, 2.0], [1e-9, 1e9]):
         for log in (False, True):
@@ -184,6 +489,13 @@ def test_numbers() -> None:
         "410M",
         "-1.5",
     ]
+    estimate = {"value": -0.25, "low": -0.5, "high": 0.125}
+    said = figure(estimate, percent=True)
+    assert (said.value, said.interval) == ("−25.0 %", "−50.0 – 12.5")
+    assert figure({"value": None}).value == figure(None).value == "–"
+    assert figure({"value": 2.0, "low": None, "high": None}).interval == "interval unknown"
+    assert Marker.of(3, {"value": 1.0, "low": None, "high": 2.0}) == Marker(3, 1.0, 1.0, 2.0)
+    assert Marker.of(3, {"value": None}) is Marker.of(3, None) is None
     assert [duration(s) for s in (3.21, 41, 59.7, 372, 3599.8, 11100)] == [
         "3.2 s",
         "41 s",

@@ -1,4 +1,4 @@
-"""Small line plots as inline SVG that take their colours from the page.
+"""Small plots as inline SVG that take their colours from the page.
 
 Matplotlib is given stand-in colours that no plot uses otherwise; in the SVG they become CSS
 variables, so one plot serves light and dark mode. Text stays text: it is searchable and uses the
@@ -10,18 +10,23 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Stand-in colour -> CSS. Series first, in the order in which they are handed out.
-_SERIES = ("#010101", "#020202", "#030303", "#040404", "#050505")
-_INK, _RULE = "#060606", "#070707"
+_SERIES = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707")
+_INK, _RULE = "#080808", "#090909"
+SERIES = len(_SERIES)
+"""Curves that a plot can tell apart."""
 _CSS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)} | {
     _INK: "var(--muted)",
     _RULE: "var(--rule)",
@@ -49,6 +54,23 @@ class Marker:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, step: float, estimate: Mapping[str, Any] | None) -> Marker | None:
+        """`{"value", "low", "high"}` of a summary; an unknown end of the interval is the value."""
+        if not estimate or estimate.get("value") is None:
+            return None
+        ends = (estimate.get(end) for end in ("low", "high"))
+        value = float(estimate["value"])
+        return cls(step, value, *(value if end is None else float(end) for end in ends))
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Figures of one kind: a marker's `step` is the index of its row."""
+
+    name: str
+    markers: Sequence[Marker]
+
 
 def smooth(values: Sequence[float]) -> np.ndarray:
     """Centred moving average over about a twentieth of the curve, over what there is at the ends.
@@ -73,7 +95,7 @@ def line_plot(
     x_ticks: Sequence[float] | None = None,
     markers: Sequence[Marker] = (),
 ) -> str:
-    """An `<svg>` element; colour i of the page's `--series-i` goes to curve i (at most five).
+    """An `<svg>` element; colour i of the page's `--series-i` goes to curve i (at most `SERIES`).
 
     Args:
       curves: lines over steps; those without points are left out.
@@ -83,12 +105,7 @@ def line_plot(
       x_ticks: the steps are categories on a doubling scale, such as sizes of a vote.
       markers: figures with intervals, in the colour of the first curve.
     """
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
-    ):
-        figure = Figure(figsize=_SIZE)
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    with _figure(title, _SIZE) as (figure, axes, out):
         every = [value for curve in curves for value in curve.values]
         for colour, curve in zip(_SERIES, curves, strict=False):
             if not len(curve.values):
@@ -110,7 +127,7 @@ def line_plot(
             axes.errorbar(
                 [m.step],
                 [m.value],
-                yerr=[[max(0.0, m.value - m.low)], [max(0.0, m.high - m.value)]],
+                yerr=_arms(m),
                 color=_SERIES[0],
                 marker="D",
                 markersize=5,
@@ -122,15 +139,17 @@ def line_plot(
             axes.set_yscale("log")
         elif percent:
             axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{round(100 * y, 2):g}%"))
+            axes.yaxis.set_major_formatter(_PERCENT)
             shown = every + [m.high for m in markers] + [m.low for m in markers]
             if shown and min(shown) >= 0 and max(shown) > 0.5:
                 axes.set_ylim(0, 1.02)
+            elif shown and min(shown) == max(shown) == 0:
+                axes.set_ylim(0, 0.05)  # no share is negative
         else:
             if every and min(every) == max(every) > 0:
                 axes.set_ylim(0, 2 * every[0])  # zoomed into a constant, all ticks read the same
             axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+            axes.yaxis.set_major_formatter(_SHORT)
         if x_ticks:
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(x_ticks), [f"{x:g}" for x in x_ticks])
@@ -139,15 +158,79 @@ def line_plot(
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel(x_label, color=_INK)
         axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        # One frame for all plots, so that their axes line up in the grid.
+        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
+    return _inline(out.getvalue(), title)
+
+
+def dot_plot(
+    labels: Sequence[str], series: Sequence[Dots], *, title: str, percent: bool = False
+) -> str:
+    """An `<svg>` element: a row for each label, in it a point with its interval for each series.
+
+    Args:
+      labels: names of the rows, from the top; long ones are cut.
+      series: at most `SERIES`, with the page's colours in order.
+      title: read out by screen readers; the page shows its own heading.
+      percent: values are shares, shown as per cent.
+    """
+    shown = [label if len(label) <= 16 else f"{label[:15]}…" for label in labels]
+    # Inches; the rows have the same height whatever their number.
+    width, below, above = _SIZE[0], 0.3, 0.06
+    height = 0.27 * len(labels) + below + above
+    with _figure(title, (width, height)) as (figure, axes, out):
+        for i, (colour, dots) in enumerate(zip(_SERIES, series, strict=False)):
+            offset = 0.3 * (i - (len(series) - 1) / 2)
+            for m in dots.markers:
+                axes.errorbar(
+                    [m.value],
+                    [m.step + offset],
+                    xerr=_arms(m),
+                    color=colour,
+                    marker="os^DvPX"[i],
+                    markersize=4.5,
+                    linewidth=1.4,
+                )
+        axes.set_ylim(len(labels) - 0.45, -0.55)
+        axes.set_yticks(range(len(labels)), shown)
+        for text in axes.get_yticklabels():
+            text.set_parse_math(False)  # a dollar in a name is no formula
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(_PERCENT if percent else _SHORT)
+        axes.grid(axis="both", color=_RULE, linewidth=0.7)
+        # A character of 9 points is at most 0.08 inches wide.
+        left = min(0.45, (0.15 + 0.078 * max(map(len, shown))) / width)
+        figure.subplots_adjust(
+            left=left, right=0.955, top=1 - above / height, bottom=below / height
+        )
+    return _inline(out.getvalue(), title)
+
+
+_PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%")
+_SHORT = FuncFormatter(lambda value, _: short(value))
+
+
+def _arms(marker: Marker) -> list[list[float]]:
+    """The interval as lengths below and above the value, as matplotlib wants it."""
+    return [[max(0.0, marker.value - marker.low)], [max(0.0, marker.high - marker.value)]]
+
+
+@contextmanager
+def _figure(title: str, size: tuple[float, float]) -> Iterator[tuple[Figure, Axes, io.StringIO]]:
+    """Axes in the page's style; at the end the figure is in the third value, as an SVG file."""
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
+    ):
+        figure = Figure(figsize=size)
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        out = io.StringIO()
+        yield figure, axes, out
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_RULE)
         axes.tick_params(colors=_RULE, labelcolor=_INK, length=0, which="both")
-        # One frame for all plots, so that their axes line up in the grid.
-        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
-        out = io.StringIO()
         canvas.print_svg(out, metadata={"Date": None, "Creator": None})
-    return _inline(out.getvalue(), title)
 
 
 def short(value: float) -> str:

@@ -1,0 +1,287 @@
+"""The run's stages as a graph, each with what it cost and what came of it.
+
+Drawn like a version history: one row per model and stage in their order, edges as lines in a gutter
+at the left. Rows are text that wraps, so that the same page serves a phone; lines are boxes with
+borders, which stretch with their rows as an image could not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+from r1jax.config.lineage import Edge
+from r1jax.config.schema import MODEL
+from r1jax.evaluation.run_directory import Run, StageRecord
+from r1jax.report.plots import short
+from r1jax.report.wording import KINDS, Figure, duration, figure
+
+_PHASES = ("rollout", "score_wait", "update", "compile", "checkpoint")
+_BARS = 6  # phases with a colour of their own in the bars; the others share one
+_COLOURS = 4  # of the page's series, for the lines that bend; the fifth is a grey
+
+# Pixels: between lanes, of the first port and between ports, and of a node's mark.
+LANE, _PORT, _PITCH, _MARK = 13, 17, 8, 10
+
+
+@dataclass(frozen=True)
+class Rail:
+    """One line from a row to one or more rows below it; lane 0 runs from mark to mark."""
+
+    source: int
+    targets: tuple[int, ...]
+    lane: int
+    gives: str
+
+    def __contains__(self, row: int) -> bool:
+        return self.source <= row <= self.targets[-1]
+
+    def meets(self, other: Rail) -> bool:
+        """Whether the two have a row in common."""
+        return self.source in other or other.source in self
+
+
+def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
+    """Lines for all edges between the rows `order`, such that no two share a lane of a row.
+
+    An edge to the next row is a straight line between the two marks. The others of a source share
+    a line for each thing that it gives.
+    """
+    row = {name: i for i, name in enumerate(order)}
+    wanted: dict[tuple[int, str], list[int]] = {}
+    for edge in edges:
+        if edge.source in row and edge.target in row:
+            wanted.setdefault((row[edge.source], edge.gives), []).append(row[edge.target])
+    straight: dict[int, Rail] = {}
+    bent: list[Rail] = []
+    # Short lines first: they lie nearest to the marks.
+    for source, gives in sorted(wanted, key=lambda key: (max(wanted[key]) - key[0], key)):
+        targets = sorted(set(wanted[source, gives]))
+        if targets[0] == source + 1 and source not in straight:
+            straight[source] = Rail(source, (targets.pop(0),), 0, gives)
+        if targets:
+            rail = Rail(source, tuple(targets), 0, gives)
+            taken = {other.lane for other in bent if rail.meets(other)}
+            bent.append(replace(rail, lane=min({*range(1, len(bent) + 2)} - taken)))
+    return [*straight.values(), *bent]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a line within one row, in pixels of the row; `height` None: to its end.
+
+    Attributes:
+      shape: `line` is vertical, `arrives` bends into the mark, `leaves` bends out of it.
+    """
+
+    shape: str
+    left: int
+    top: int
+    width: int
+    height: int | None
+    colour: int
+    gives: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The gutter of one row: its lines, and the height of its mark."""
+
+    pieces: list[Piece]
+    mark: int
+
+
+def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
+    """What to draw beside each of `count` rows, and the horizontal place of the marks."""
+    lanes = max((rail.lane for rail in lines), default=0)
+    centre = lanes * LANE + _MARK // 2
+    bent = sorted({rail.source for rail in lines if rail.lane})
+    colours = {source: i % _COLOURS + 1 for i, source in enumerate(bent)}
+    drawings = []
+    for row in range(count):
+        here = [rail for rail in lines if row in rail]
+        side = [rail for rail in here if rail.lane]
+        # In this order of ports no line crosses another that ends or begins in the same row.
+        arriving = sorted((r for r in side if row in r.targets), key=lambda rail: rail.lane)
+        leaving = sorted((r for r in side if r.source == row), key=lambda rail: -rail.lane)
+        port = {id(r): _PORT + i * _PITCH for i, r in enumerate([*arriving, *leaving])}
+        mark = _MARK + _PITCH * max(0, len(port) - 1)
+        top, bottom = _PORT - _MARK // 2, _PORT - _MARK // 2 + mark
+        pieces = []
+        for rail in here:
+            x = centre - rail.lane * LANE
+            if not rail.lane:
+                start, end = (bottom, None) if rail.source == row else (0, top)
+                pieces.append(Piece("line", x, start, 0, end, _COLOURS + 1, rail.gives))
+                continue
+            look = (colours[rail.source], rail.gives)
+            if rail.source < row < rail.targets[-1]:
+                pieces.append(Piece("line", x, 0, 0, None, *look))
+            if row in rail.targets:
+                pieces.append(Piece("arrives", x, 0, centre - x, port[id(rail)], *look))
+            if row == rail.source:
+                pieces.append(Piece("leaves", x, port[id(rail)], centre - x, None, *look))
+        drawings.append(Drawing(pieces, mark))
+    return drawings, centre
+
+
+@dataclass
+class Node:
+    """A row of the graph: a model or a stage, and the evaluations of its weights."""
+
+    name: str
+    kind: str
+    facts: list[str]
+    origins: list[tuple[str, str]] = field(default_factory=list)  # what, from where
+    status: str = "done"
+    cost: str = ""
+    share: str = ""
+    widths: list[float] = field(default_factory=list)  # of the phases, in per cent of the bar
+    evaluations: list[Evaluated] = field(default_factory=list)
+    drawing: Drawing = field(default_factory=lambda: Drawing([], _MARK))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation as a line below the weights that it evaluates."""
+
+    name: str
+    data: str
+    pass_at_1: Figure
+    cost: str
+    status: str
+
+
+def schedule(run: Run) -> dict[str, Any]:
+    """The graph for the template, with a table of seconds by stage and phase."""
+    nodes = _nodes(run)
+    order = list(nodes)
+    lines = rails(order, run.edges)
+    drawings, centre = draw(len(order), lines)
+    for node, drawing in zip(nodes.values(), drawings, strict=True):
+        node.drawing = drawing
+    return {
+        "nodes": list(nodes.values()),
+        "centre": centre,
+        "gutter": centre + _MARK // 2 + 12,
+        "gives": list(dict.fromkeys(rail.gives for rail in lines)),
+        "known": bool(run.edges),
+        "bars": [name.replace("_", " ") for name in _bars(run)],
+        "phases": [phase.replace("_", " ") for phase in _phases(run.stages)],
+        "table": [_table_row(stage, _phases(run.stages)) for stage in run.stages],
+        "total": duration(sum(_spent(stage) for stage in run.stages)),
+    }
+
+
+def _nodes(run: Run) -> dict[str, Node]:
+    """Rows in order: stages as in the config, each model before the first stage that uses it."""
+    total = sum(_spent(stage) for stage in run.stages)
+    longest = max((_spent(s) for s in run.stages if not _is_line(run, s)), default=0.0)
+    bars = _bars(run)
+    stages = {stage.name: stage for stage in run.stages}
+    nodes: dict[str, Node] = {}
+    for name in run.order():
+        if name not in stages:
+            nodes[name] = Node(name, "model", _model_facts(run, name))
+            continue
+        stage = stages[name]
+        weights = run.weights_of(stage.name)
+        spent = _spent(stage)
+        cost = duration(spent) if stage.seconds else ""
+        if weights is not None and _is_line(run, stage):
+            nodes[weights].evaluations.append(
+                Evaluated(
+                    stage.name,
+                    str(stage.config.get("data", "")),
+                    figure((stage.summary or {}).get("pass_at_1"), percent=True),
+                    cost,
+                    stage.status,
+                )
+            )
+            continue
+        nodes[stage.name] = Node(
+            stage.name,
+            KINDS.get(stage.kind, stage.kind),
+            _facts(stage),
+            [(edge.gives, edge.source) for edge in run.edges if edge.target == stage.name],
+            stage.status,
+            cost,
+            f"{100 * spent / total:.0f} %" if stage.seconds and total else "",
+            [
+                100 * sum(stage.seconds.get(phase, 0.0) for phase in phases) / longest
+                for phases in bars.values()
+                if longest
+            ],
+        )
+    return nodes
+
+
+def _model_facts(run: Run, name: str) -> list[str]:
+    section = run.config.get("model") if name == MODEL else (run.config.get("models") or {})[name]
+    if not isinstance(section, Mapping):
+        return []
+    if section.get("path"):
+        return [str(section["path"])]
+    kind = (section.get("config") or {}).get("model_type", "")
+    return [f"{kind}, random weights".removeprefix(", ")]
+
+
+def _facts(stage: StageRecord) -> list[str]:
+    """How long the stage is, and for rejection sampling what is left."""
+    facts = []
+    for unit in ("steps", "epochs"):
+        amount = stage.config.get(unit)
+        if isinstance(amount, int | float):
+            facts.append(f"{amount:,} {unit}".replace(".0 ", " "))
+    counts = (stage.summary or {}).get("samples")
+    if isinstance(counts, Mapping):
+        facts.append(f"{counts.get('kept', 0):,} of {sum(counts.values()):,} samples kept")
+    return facts
+
+
+def _spent(stage: StageRecord) -> float:
+    return sum(stage.seconds.values())
+
+
+def _is_line(run: Run, stage: StageRecord) -> bool:
+    """Whether a stage is a line of another's row: an evaluation of weights that are known."""
+    return stage.kind == "evaluate" and run.weights_of(stage.name) is not None
+
+
+def _phases(stages: Sequence[StageRecord]) -> list[str]:
+    order = {phase: i for i, phase in enumerate(_PHASES)}
+    return sorted(
+        {phase for stage in stages for phase in stage.seconds},
+        key=lambda phase: (order.get(phase, len(order)), phase),
+    )
+
+
+def _bars(run: Run) -> dict[str, list[str]]:
+    """Name of a part of the bars -> its phases: the longest ones, in order, and the rest."""
+    stages = [stage for stage in run.stages if not _is_line(run, stage)]
+    phases = _phases(stages)
+    spent = {phase: sum(s.seconds.get(phase, 0.0) for s in stages) for phase in phases}
+    # Where only one is left over, it needs no other name.
+    several = len(phases) > _BARS + 1
+    own = sorted(phases, key=lambda phase: -spent[phase])[:_BARS] if several else phases
+    bars = {phase: [phase] for phase in phases if phase in own}
+    rest = [phase for phase in phases if phase not in own]
+    return bars | ({"other": rest} if rest else {})
+
+
+def _table_row(stage: StageRecord, phases: Sequence[str]) -> dict[str, Any]:
+    timings = stage.columns("timings.jsonl")
+
+    def middle(name: str) -> str:
+        return short(median(timings[name][1])) if name in timings else "–"
+
+    return {
+        "stage": stage.name,
+        "status": stage.status,
+        "total": duration(_spent(stage)) if stage.seconds else "–",
+        "cells": [duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
+        "sampler_speed": middle("tokens_per_second/rollout"),
+        "update_speed": middle("tokens_per_second/update"),
+    }
