@@ -26,7 +26,7 @@ from r1jax.models import (
     prefill,
     token_scores,
 )
-from r1jax.models.decoder import empty_cache, unstack_layers
+from r1jax.models.decoder import empty_cache, project, unstack_layers
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.scores import score_hidden
 from r1jax.sharding import single_device
@@ -315,3 +315,20 @@ def test_no_array_of_a_train_step_spans_batch_time_and_vocabulary(scan_layers: b
 def test_the_memory_test_would_notice_whole_logits() -> None:
     text, forbidden = grpo_gradient_text(chunk=48)
     assert largest_array(text) >= forbidden
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_a_product_is_the_same_where_time_is_split(inputs: int) -> None:
+    class Split:
+        def shards(self, axis: str) -> int:
+            return 2 if axis == "time" else 1
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5)[: 2 + inputs])
+    weight = jax.random.normal(jax.random.key(1), (*x.shape[2:], 6, 7))
+    whole = project(x, weight, single_device(), inputs=inputs)
+    split = project(x, weight, Split(), inputs=inputs)  # type: ignore[arg-type]
+    letters = "de"[:inputs]
+    expected = np.einsum(f"bt{letters},{letters}xy->btxy", x, weight)
+    assert whole.shape == split.shape == (2, 3, 6, 7)
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    np.testing.assert_allclose(split, expected, atol=1e-5)
