@@ -11,6 +11,7 @@ import pytest
 
 from r1jax.models import Decoder, Execution, ModelConfig, forward, init_params, logits, token_scores
 from r1jax.sampler import Finish, Prompts, Samples, Sampling, filter_logits, generate
+from r1jax.sampler.distribution import _inverse_cdf
 from r1jax.sampler.generate import _continue
 from r1jax.sharding import single_device
 
@@ -193,3 +194,24 @@ def test_parameters_change_without_compiling() -> None:
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="max_new_tokens = 0"):
         sample(prompts([4]), max_new_tokens=0)
+
+
+def test_a_token_without_weight_is_never_drawn() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.random((200, VOCAB)).astype(np.float32) * (rng.random((200, VOCAB)) < 0.2)
+    weights[:, 0] = 0.0
+    weights[np.arange(200), rng.integers(1, VOCAB, 200)] = rng.random(200) + 1e-6
+    # 0 and the largest number below 1 are where comparing and rounding go wrong.
+    edges = np.asarray([0.0, np.nextafter(np.float32(1), np.float32(0))], np.float32)
+    for first in edges:
+        for second in edges:
+            uniforms = np.broadcast_to(np.asarray([first, second]), (200, 2))
+            drawn = np.asarray(_inverse_cdf(jnp.asarray(weights), jnp.asarray(uniforms)))
+            assert (np.take_along_axis(weights, drawn[:, None], axis=1) > 0).all()
+    # Of equal weights every one has its turn, whether or not the vocabulary fills its blocks.
+    for vocab in (1, 2, 9, 23):
+        grid = (np.arange(vocab * 40) + 0.5) / (vocab * 40)
+        both = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2).astype(np.float32)
+        ones = jnp.ones((len(both), vocab))
+        counts = np.bincount(np.asarray(_inverse_cdf(ones, jnp.asarray(both))), minlength=vocab)
+        np.testing.assert_allclose(counts / len(both), 1 / vocab, rtol=0.05)

@@ -147,7 +147,7 @@ def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first index whose cumulated weight exceeds uniform * total; its weight is positive."""
     ends = jnp.cumsum(weights, axis=-1)
-    total = ends[..., -1]
-    # The product may round up to the total, which no end exceeds.
-    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    # Below the last end in float32, too: the largest uniform is 1 - 2^-24, and a total that much
+    # smaller is at least half a unit in its last place away.
+    target = uniform * ends[..., -1]
     return jnp.sum(ends <= target[..., None], axis=-1, dtype=jnp.int32)
