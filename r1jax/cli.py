@@ -330,7 +330,9 @@ def _run_directory(config: RunConfig) -> Path:
 
 def _final_weights(run_directory: Path, config: RunConfig) -> str:
     """The weights that a run's last train stage left, or those that it only evaluated."""
-    trained = sorted(run_directory.glob("stages/*/model"))
+    from r1jax.evaluation import language_models
+
+    trained = language_models(run_directory)
     if trained:
         return str(trained[-1])
     if config.model.path is None:

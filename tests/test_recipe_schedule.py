@@ -15,6 +15,7 @@ import pytest
 
 from r1jax.config.lineage import edges, needs
 from r1jax.config.load import ConfigError, load_config
+from r1jax.evaluation import language_models
 from r1jax.stages.context import Context
 from r1jax.stages.recipe import check
 
@@ -179,6 +180,9 @@ def test_reward_models_learn_and_are_sequence_classifiers(finished: tuple[Path, 
     assert metrics[-1]["held_out/loss"] < metrics[0]["loss"]
     config = json.loads((directory / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+    # Commands that take a run's last weights take a language model's.
+    trained = [path.parent.name.partition("-")[2] for path in language_models(run)]
+    assert trained == ["base", "tuned", "rl", "distilled"]
     (safety,) = run.glob("stages/*-safety_model/metrics.jsonl")
     assert rows(safety)[-1]["loss"] < rows(safety)[0]["loss"]
 

@@ -9,7 +9,7 @@ from r1jax.evaluation.metrics import (
     summarise,
 )
 from r1jax.evaluation.results import before_and_after, write_results
-from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.evaluation.run_directory import Run, StageRecord, language_models, read_run
 
 __all__ = [
     "Estimate",
@@ -17,6 +17,7 @@ __all__ = [
     "StageRecord",
     "before_and_after",
     "cons_at_k",
+    "language_models",
     "mean_over_problems",
     "pass_at_1",
     "pass_at_k",

@@ -132,6 +132,16 @@ class Run:
         return gaps
 
 
+def language_models(run_dir: str | Path) -> list[Path]:
+    """The Hugging Face directories that the train stages left, in order; reward models aside."""
+    found = []
+    for path in sorted(Path(run_dir).glob("stages/*/model")):
+        config = _json_object(path / "config.json") or {}
+        if not str(config.get("architectures")).count("SequenceClassification"):
+            found.append(path)
+    return found
+
+
 def read_run(run_dir: str | Path) -> Run:
     """Reads a run directory.
 

@@ -31,6 +31,7 @@ from r1jax.config.schema import (
 )
 from r1jax.data import (
     Document,
+    EncodedPreference,
     Example,
     Prompt,
     encode_conversations,
@@ -174,6 +175,10 @@ class Context:
     record: dict[str, Any] = field(default_factory=dict)
     stop_requested: bool = False
     _examples: dict[str, Sequence[Example]] = field(default_factory=dict)
+    # Rows and report by (stage, dataset): the check encodes them, and the stage takes them over.
+    preferences: dict[tuple[str, str], tuple[list[EncodedPreference], str]] = field(
+        default_factory=dict
+    )
 
     @staticmethod
     def resolve(config: RunConfig) -> Context:

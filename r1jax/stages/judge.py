@@ -70,9 +70,10 @@ class Judge:
     def _scores(self, completions: Sequence[Completion], pending: Pending | None) -> list[RowScore]:
         parts: list[dict[str, Score]] = [{} for _ in completions]
         if pending is not None:
-            parts = [dict(row.parts) for row in pending.result()]
-        if not self._models and pending is not None:
-            return pending.result()
+            judged = pending.result()
+            if not self._models:
+                return judged
+            parts = [dict(row.parts) for row in judged]
         for model in self._models:
             for own, score in zip(parts, model.score(completions), strict=True):
                 if score is not None:

@@ -23,6 +23,7 @@ from r1jax.config.schema import (
     datasets_of,
 )
 from r1jax.data.templates import check_template
+from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
 from r1jax.processes import wait_for_all
 from r1jax.report import write_report
@@ -193,10 +194,11 @@ def _row_counts(config: RunConfig) -> dict[str, int]:
 
 
 def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Path:
-    """Copy the Hugging Face directory of a stage (default: the last that has one)."""
-    found = sorted(Path(run_dir).glob("stages/*/model"))
-    if stage is not None:
-        found = [path for path in found if path.parent.name.split("-", 1)[1] == stage]
+    """Copy the Hugging Face directory of a stage; default: the last that left a language model."""
+    if stage is None:
+        found = language_models(run_dir)
+    else:
+        found = sorted(Path(run_dir).glob(f"stages/[0-9][0-9]-{stage}/model"))
     if not found:
         raise ValueError(
             f"{run_dir} has no finished train stage{f' {stage!r}' if stage else ''} to export"

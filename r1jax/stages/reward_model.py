@@ -100,7 +100,10 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
 def preferences(
     stage: RewardModelStage, data: str, context: Context
 ) -> tuple[list[EncodedPreference], str]:
-    """The encoded rows of a dataset, and what to tell of them."""
+    """The encoded rows of a dataset, and what to tell of them; made once in a run."""
+    key = (stage.name, data)
+    if key in context.preferences:
+        return context.preferences[key]
     section = context.config.data[data]
     rows = load_pairs(section) if stage.loss == "pairwise" else load_labelled(section)
     encoded, report = encode_preferences(
@@ -110,7 +113,8 @@ def preferences(
         reads=stage.reads,
         max_tokens=stage.max_tokens,
     )
-    return encoded, str(report)
+    context.preferences[key] = encoded, str(report)
+    return context.preferences[key]
 
 
 def weighted_loss(

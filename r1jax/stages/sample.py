@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from r1jax.config.schema import DataSection, ModelSection, SamplingSection
 from r1jax.data import Example, load_tokenizer, render, stop_token_ids
+from r1jax.evaluation import language_models
 from r1jax.sampler import Finish, generate_chunks
 from r1jax.sharding import make_layout
 from r1jax.stages.context import build_decoder
@@ -33,7 +33,7 @@ def stream_completions(
       model_path: a Hugging Face directory, a hub name, or a run's directory (its last weights).
       template: `chat`, `r1_zero` or `plain`.
     """
-    trained = sorted(Path(model_path).glob("stages/*/model"))
+    trained = language_models(model_path)
     directory = trained[-1] if trained else hugging_face.resolve(model_path)
     section = ModelSection(path=str(directory))
     layout = make_layout({"data": 1, "fsdp": -1, "tensor": 1})
