@@ -40,7 +40,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     """
     kind, _, name = str(section.source).partition(":")
     if kind == "task" and name:
-        return _task_examples(section, name)
+        return _task_examples(section)
     return load_rows(section, _mapping, _problem)
 
 
@@ -64,8 +64,19 @@ class LazyRows(Sequence[T]):
         return self._make(self._indices[at])
 
 
-def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
+def load_task_rows(
+    section: DataSection, mapping: Callable[[Task], Callable[[int, Split], T]]
+) -> Sequence[T]:
+    """The rows of a `task:` source, made when they are indexed.
+
+    Args:
+        mapping: Makes, of the task, the function of an index and a split to a row.
+
+    Raises:
+        ValueError: the task, the split or an option is unknown, or a setting has no effect.
+    """
     where = f"source = {section.source!r}"
+    name = str(section.source).removeprefix("task:")
     if name not in TASKS:
         raise ValueError(f"{where}: no task {name!r}; known: {', '.join(sorted(TASKS))}")
     for setting in (
@@ -83,13 +94,19 @@ def _task_examples(section: DataSection, name: str) -> Sequence[Example]:
     if section.split not in get_args(Split):
         raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
     split = cast(Split, section.split)
-    task: Task = task_options(TASKS[name], section.options, where)
+    make = mapping(task_options(TASKS[name], section.options, where))
+    return LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
 
-    def make(index: int) -> Example:
-        example = task.example(index, split)
-        return replace(example, domain=section.domain) if section.domain else example
 
-    return LazyRows(make, range(section.limit or TASK_EXAMPLES))
+def _task_examples(section: DataSection) -> Sequence[Example]:
+    def mapping(task: Task) -> Callable[[int, Split], Example]:
+        def make(index: int, split: Split) -> Example:
+            example = task.example(index, split)
+            return replace(example, domain=section.domain) if section.domain else example
+
+        return make
+
+    return load_task_rows(section, mapping)
 
 
 # A reader gets the name after the colon, the split and the section's options.

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from r1jax.data.example import Example
-from r1jax.data.examples import as_text, columns_of, load_rows, missing_column
+from r1jax.data.example import Example, Split
+from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
 from r1jax.data.order import Walk, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
+from r1jax.data.tasks import PreferenceTask, Task
 from r1jax.data.templates import check_template, render_text
 from r1jax.data.tokenizers import encode_texts
 from r1jax.rewards.extraction import after_thinking
@@ -76,6 +77,8 @@ def load_pairs(section: DataSection) -> Sequence[PreferencePair]:
     def to_pair(row: _Fields, index: int) -> PreferencePair:
         return PreferencePair(index, row.text("prompt"), row.text("chosen"), row.text("rejected"))
 
+    if str(section.source).startswith("task:"):
+        return load_task_rows(section, _pairs_of)
     return _load(section, ("prompt", "chosen", "rejected"), to_pair)
 
 
@@ -86,7 +89,28 @@ def load_labelled(section: DataSection) -> Sequence[LabelledResponse]:
         safe = row.flag("safe")
         return LabelledResponse(index, row.text("prompt"), row.text("response"), safe)
 
+    if str(section.source).startswith("task:"):
+        return load_task_rows(section, _labelled_of)
     return _load(section, ("prompt", "response", "safe"), to_labelled)
+
+
+def _pairs_of(task: Task) -> Callable[[int, Split], PreferencePair]:
+    give = _preferences_of(task).pair
+    return lambda index, split: PreferencePair(index, *give(index, split))
+
+
+def _labelled_of(task: Task) -> Callable[[int, Split], LabelledResponse]:
+    give = _preferences_of(task).labelled
+    return lambda index, split: LabelledResponse(index, *give(index, split))
+
+
+def _preferences_of(task: Task) -> PreferenceTask:
+    if not isinstance(task, PreferenceTask):
+        raise ValueError(
+            f"source: the task {type(task).__name__} has no preferences; use another task, "
+            "jsonl:PATH, tfds:NAME or hf:NAME"
+        )
+    return task
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +151,6 @@ def _load(
     section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], _Row]
 ) -> Sequence[_Row]:
     where = f"source = {section.source!r}"
-    if str(section.source).startswith("task:"):
-        raise ValueError(
-            f"{where}: a task has no preferences; use jsonl:PATH, tfds:NAME or hf:NAME"
-        )
     for setting in ("answer_pattern", "wrong_answers", "row_format"):
         if getattr(section, setting):
             raise ValueError(

@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from r1jax.data.tasks.bilingual import Bilingual
 from r1jax.data.tasks.running_total import RunningTotal
-from r1jax.data.tasks.task import HELD_OUT_SHARE, Task, task_options
+from r1jax.data.tasks.task import HELD_OUT_SHARE, PreferenceTask, Task, task_options
 
-TASKS: Mapping[str, type[Task]] = MappingProxyType({"running_total": RunningTotal})
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {"bilingual": Bilingual, "running_total": RunningTotal}
+)
 """Name in `task:NAME` and `characters:NAME` -> the task."""
 
-__all__ = ["HELD_OUT_SHARE", "TASKS", "RunningTotal", "Task", "task_options"]
+__all__ = [
+    "HELD_OUT_SHARE",
+    "TASKS",
+    "Bilingual",
+    "PreferenceTask",
+    "RunningTotal",
+    "Task",
+    "task_options",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from r1jax.data.example import Example, Split
 
@@ -25,6 +25,19 @@ class Task(Protocol):
 
     def example(self, index: int, split: Split) -> Example:
         """The index-th example of a split; any index >= 0 has one."""
+        ...
+
+
+@runtime_checkable
+class PreferenceTask(Protocol):
+    """A task that has preferences to train reward models on, too."""
+
+    def pair(self, index: int, split: Split) -> tuple[str, str, str]:
+        """Prompt, better and worse response of the index-th pair; ValueError if there are none."""
+        ...
+
+    def labelled(self, index: int, split: Split) -> tuple[str, str, bool]:
+        """Prompt, response and whether it is safe; ValueError if there are none."""
         ...
 
 

@@ -1,0 +1,69 @@
+"""STEM: way, speed and time, by choice: `v=4 t=3 s? A7 B12 C34`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r1jax.data.tasks.bilingual.subject import Draw, Slips, another, below, shuffled
+
+_LETTERS = "ABC"
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Two quantities are given, the third is asked for.
+
+    Attributes:
+        speed, time: 2 .. 9; the way is their product.
+        asked: `s` (way), `v` (speed) or `t` (time).
+        options: The values offered, the right one among them.
+    """
+
+    speed: int
+    time: int
+    asked: str
+    options: tuple[int, ...]
+
+    @property
+    def prompt(self) -> str:
+        values = {"s": self.speed * self.time, "v": self.speed, "t": self.time}
+        given = " ".join(f"{name}={value}" for name, value in values.items() if name != self.asked)
+        offered = " ".join(f"{letter}{x}" for letter, x in zip(_LETTERS, self.options, strict=True))
+        return f"{given} {self.asked}? {offered}"
+
+    @property
+    def value(self) -> int:
+        """The right value."""
+        return {"s": self.speed * self.time, "v": self.speed, "t": self.time}[self.asked]
+
+    @property
+    def reference(self) -> str:
+        return _LETTERS[self.options.index(self.value)]
+
+    def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:
+        if self.asked == "s":
+            law, left = "product", f"{self.speed}*{self.time}"
+        else:
+            law = "quotient"
+            known = self.time if self.asked == "v" else self.speed
+            left = f"{self.speed * self.time}/{known}"
+        value = self.value
+        if slips(law):
+            value = next(x for x in shuffled(list(self.options), draw) if x != value)
+        return [f"{left}={value}"], _LETTERS[self.options.index(value)]
+
+    def guess(self, draw: Draw) -> str:
+        return _LETTERS[below(len(_LETTERS), draw)]
+
+
+def draw_motion(draw: Draw) -> Motion:
+    """Wrong options are near the right value, and differ."""
+    speed, time = 2 + below(8, draw), 2 + below(8, draw)
+    asked = "svt"[below(3, draw)]
+    value = {"s": speed * time, "v": speed, "t": time}[asked]
+    options = [value]
+    while len(options) < len(_LETTERS):
+        other = another(value, max(value - 6, 1), value + 6, draw)
+        if other not in options:
+            options.append(other)
+    return Motion(speed, time, asked, tuple(shuffled(options, draw)))
