@@ -35,6 +35,7 @@ from r1jax.data import (
     Example,
     Prompt,
     encode_conversations,
+    encode_documents,
     encode_prompts,
     load_examples,
     load_tokenizer,
@@ -55,6 +56,7 @@ from r1jax.weights import hugging_face
 
 # A row of a dataset: the dataset's name and the row's index in it.
 Place = tuple[str, int]
+Encode = Callable[[Sequence[Place]], list[Document]]
 
 
 class RunError(RuntimeError):
@@ -272,10 +274,24 @@ class Context:
         told = "; ".join(f"{part}: {counts[part]} of {parts[part][1]}" for part in parts)
         return mixed[:limit], told
 
-    def conversations(
-        self, data: str, model: LanguageModel
-    ) -> tuple[list[Place], Callable[[Sequence[Place]], list[Document]]]:
+    def conversations(self, data: str, model: LanguageModel) -> tuple[list[Place], Encode]:
         """Where the conversations of a dataset or mixture are, and what reads and encodes some."""
+
+        def encode(part: str, examples: Sequence[Example]) -> list[Document]:
+            section = self.config.data[part]
+            return encode_conversations(
+                examples, section=section, tokenizer=model.tokenizer, stop_ids=model.eos_ids
+            )
+
+        return self._documents(data, encode)
+
+    def texts(self, data: str, model: LanguageModel) -> tuple[list[Place], Encode]:
+        """Where the texts of a dataset or mixture are, and what reads and encodes some."""
+        return self._documents(data, lambda _, rows: encode_documents(rows, model.tokenizer))
+
+    def _documents(
+        self, data: str, encode_part: Callable[[str, Sequence[Example]], list[Document]]
+    ) -> tuple[list[Place], Encode]:
         section = self.config.data[data]
         parts = {part: self.examples(part) for part in section.mixture or [data]}
         rows = {part: len(examples) for part, examples in parts.items()}
@@ -285,12 +301,7 @@ class Context:
             documents: dict[Place, Document] = {}
             for part in parts:
                 own = [place for place in places if place[0] == part]
-                encoded = encode_conversations(
-                    [parts[part][index] for _, index in own],
-                    section=self.config.data[part],
-                    tokenizer=model.tokenizer,
-                    stop_ids=model.eos_ids,
-                )
+                encoded = encode_part(part, [parts[part][index] for _, index in own])
                 documents |= dict(zip(own, encoded, strict=True))
             return [documents[place] for place in places]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.config.schema import PretrainStage, SFTStage
-from r1jax.data import PackedRows, encode_documents, packed_once
+from r1jax.data import PackedRows, packed_once
 from r1jax.grpo import accumulate_gradients, apply_if_finite
 from r1jax.models import Decoder, token_scores
 from r1jax.processes import batch_share
@@ -29,9 +29,10 @@ def run_pretrain(stage: PretrainStage, context: Context, directory: Path) -> Non
     """Train on the dataset's texts, resuming where a former process stopped."""
     model = context.model_of(stage.name)
     share = batch_share(context.layout)
+    items, encode = context.texts(stage.data, model)
     rows = PackedRows(
-        context.examples(stage.data),
-        partial(encode_documents, tokenizer=model.tokenizer),
+        items,
+        encode,
         model.tokenizer,
         row_tokens=stage.row_tokens,
         seed=context.seed(stage.name),
