@@ -122,7 +122,8 @@ def test_a_label_is_true_or_false_and_nothing_else(label: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "task:running_total"}, "a task has no preferences; use jsonl:PATH"),
+        ({"source": "task:running_total"}, "the task RunningTotal has no preferences; use"),
+        ({"source": "task:bilingual"}, "options.subject = 'maths': only general has pairs"),
         ({"source": "rows.jsonl"}, "needs tfds:NAME, jsonl:PATH"),
         ({"answer_pattern": "(.)"}, "answer_pattern = '(.)' has no effect on preferences"),
         ({"fields": {"choosen": "a"}}, "fields.choosen: did you mean 'chosen'? known: prompt, cho"),

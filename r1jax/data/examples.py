@@ -95,7 +95,9 @@ def load_task_rows(
         raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
     split = cast(Split, section.split)
     make = mapping(task_options(TASKS[name], section.options, where))
-    return LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
+    rows = LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
+    rows[0]  # a task that has no rows of this kind says so now, not after the first compilation
+    return rows
 
 
 def _task_examples(section: DataSection) -> Sequence[Example]:
