@@ -269,7 +269,7 @@ def test_task_source_is_lazy_sliceable_and_limited() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "task:sums"}, "no task 'sums'; known: running_total"),
+        ({"source": "task:sums"}, "no task 'sums'; known: bilingual, running_total"),
         ({"split": "test"}, "split = 'test'; a task has train and held_out"),
         ({"options": {"terms": 3}}, "options.terms is not an option"),
         ({"held_out_fraction": 0.1}, "held_out_fraction = 0.1 has no effect on a task"),
