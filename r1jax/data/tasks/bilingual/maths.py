@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from r1jax.data.tasks.bilingual.subject import Draw, Slips, another, below
 
 _LARGEST = 9  # term
-_CEILING = 99  # total
+_CEILING = 19  # total
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Signed terms, the first positive; every running total is in 0 .. 99."""
+    """Signed terms, the first positive; every running total is in 0 .. 19.
+
+    Few sums, because the model shall know each of them well enough to choose between languages.
+    """
 
     terms: tuple[int, ...]
 
@@ -47,7 +50,8 @@ def draw_sum(draw: Draw) -> Sum:
     terms = [total]
     while len(terms) < count:
         term = 1 + below(_LARGEST, draw)
-        if total >= term and draw() < 0.5:
+        up, down = total + term <= _CEILING, total >= term
+        if down and (not up or draw() < 0.5):
             term = -term
         total += term
         terms.append(term)
