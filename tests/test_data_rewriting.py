@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r1jax.config.schema import RuleRewrite
 from r1jax.data.rewriting import (
     INSTRUCTION,
     Draft,
@@ -32,10 +33,14 @@ from r1jax.data.rewriting import (
     replace_words,
     wait_seconds,
 )
+from r1jax.rewards.code import program_of
 
 BOXED = Draft("What is 6 + 6?", "<think>6 and 6, so 12.</think>It is \\boxed{12}.", "12")
 PLAIN = Draft("Where is the Louvre?", "<think>In France.</think>In Paris.", "Paris")
 
+
+FENCED = "```\nprint(3 * 4)\n```"
+PROGRAM = Draft("Write 12.", f"<think>3 and 4.</think>\n<answer>{FENCED}</answer>", "")
 
 # What a rewritten text must be.
 
@@ -96,6 +101,36 @@ def test_an_answer_may_be_kept_in_the_form_it_had_in_the_draft() -> None:
     assert accept(draft, "<think>t</think>It is \\boxed{(G) twelve}") is not None
     assert accept(draft, "<think>t</think>It is \\boxed{G}") is not None
     assert accept(draft, "<think>t</think>It is \\boxed{(H) twelve}") is None
+
+
+@pytest.mark.parametrize("extracted", ["", " ", "print(3 * 4)\n", FENCED, f"So:\n{FENCED}"])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"<think>t</think>\n\n{FENCED}", True),
+        ("<think>t</think>So:\n~~~~python\nprint(3 * 4)\n~~~~\nIt prints 12.", True),
+        (f"<think>t</think>Not\n```\nprint(34)\n```\nbut\n{FENCED}", True),
+        (f"<think>t</think>{FENCED}\nor\n```\nprint(34)\n```", False),  # the last is the answer
+        ("<think>t</think>```\nprint(3*4)\n```", False),
+        ("<think>t</think>print(3 * 4)", False),  # occurs, but no reward reads it
+        (f"<think>{FENCED}</think>It is above.", False),
+        ("<think>t</think>It is \\boxed{print(3 * 4)}.", False),
+        (f"{FENCED}", False),
+    ],
+)
+def test_a_program_stays_as_it_is(text: str, kept: bool, extracted: str) -> None:
+    """Whatever a reward has extracted: `code` the program, `format` what is in the tag."""
+    draft = Draft(PROGRAM.question, PROGRAM.completion, extracted)
+    assert accept(draft, text) == (text if kept else None)
+
+
+def test_a_block_beside_the_answer_is_no_answer() -> None:
+    draft = Draft("q", f"<think>t</think>{FENCED}\nso \\boxed{{12}}", "12")
+    assert accept(draft, "<think>t</think>It is \\boxed{12}.") is not None
+    assert accept(draft, f"<think>t</think>{FENCED}\nso \\boxed{{13}}") is None
+    assert accept(draft, f"<think>t</think>{FENCED}") is None
+    (text,) = RuleRewriter().rewrite([draft])
+    assert text == "<think>t</think>\n\nThe final answer is \\boxed{12}."
 
 
 def test_accept_in_another_style() -> None:
@@ -224,11 +259,72 @@ def test_drafts_without_a_text_are_none_and_the_others_keep_their_place(completi
     assert texts[1] is None and texts[0] == texts[2] is not None
 
 
+def test_the_config_has_the_same_defaults() -> None:
+    assert RuleRewriter(**RuleRewrite().model_dump(exclude={"kind"})) == RuleRewriter()
+
+
 def test_rules_in_another_style() -> None:
     rewriter = RuleRewriter(
         template="<think>{thought}</think><answer>{answer}</answer>", style="tags"
     )
     assert rewriter.rewrite([BOXED]) == ["<think>6 and 6, so 12.</think><answer>12</answer>"]
+
+
+def test_a_program_has_a_summary_of_its_own() -> None:
+    inner = "for each in x:\n    print('{question} {answer}')\n\n"
+    drafts = [
+        PROGRAM,
+        BOXED,
+        Draft("q", f"<think>t</think>~~~ python\n{inner}~~~", ""),
+        Draft("q", f"<think>t</think>```{inner}", ""),  # no block, and so nothing
+    ]
+    assert RuleRewriter().rewrite(drafts) == [
+        f"<think>3 and 4.</think>\n\n{FENCED}",
+        "<think>6 and 6, so 12.</think>\n\nThe final answer is \\boxed{12}.",
+        f"<think>t</think>\n\n```\n{inner}```",
+        None,
+    ]
+    told = RuleRewriter(program_summary="{question} Run this:\n```python\n{program}```\nDone.")
+    assert told.rewrite([PROGRAM]) == [
+        "<think>3 and 4.</think>\n\nWrite 12. Run this:\n```python\nprint(3 * 4)\n```\nDone."
+    ]
+    tags = RuleRewriter(
+        template="<think>{thought}</think><answer>{summary}</answer>",
+        summary="{answer}",
+        style="tags",
+    )
+    assert tags.rewrite([PROGRAM]) == [f"<think>3 and 4.</think><answer>{FENCED}</answer>"]
+
+
+def test_a_program_that_the_fences_would_cut_off_has_no_text() -> None:
+    draft = Draft("q", "<think>t</think>~~~\nx = '''\n```\n'''\n~~~", "")
+    assert RuleRewriter().rewrite([draft]) == [None]
+    (text,) = RuleRewriter(program_summary="~~~\n{program}~~~").rewrite([draft])
+    assert text is not None and text.endswith("\n```\n'''\n~~~")
+
+
+def test_where_a_program_has_no_place_it_has_no_text() -> None:
+    """Such rules are fine for runs without programs."""
+    for settings in (
+        {"template": r"<think>{thought}</think>\boxed{{answer}}"},
+        {"style": "boxed"},
+        {"template": "<think>{thought}</think>So: {summary}"},
+    ):
+        texts = RuleRewriter(**settings).rewrite([PROGRAM, BOXED])
+        assert texts[0] is None and texts[1] is not None
+
+
+@given(
+    st.text(st.sampled_from("a`~ \n\r{}\\<>é")),
+    st.sampled_from(["", "x", " "]),
+    st.sampled_from(["```", "~~~", "`````"]),
+)
+def test_no_text_has_another_program_than_its_draft(program, before, fence) -> None:
+    draft = Draft("q", f"<think>t</think>{before}\n{fence}\n{program}\n{fence}", "")
+    (text,) = RuleRewriter().rewrite([draft])
+    assert text is None or program_of(text) == program_of(draft.completion)
+    if "```" not in program:
+        assert (text is None) == (program_of(draft.completion) is None)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +346,17 @@ def test_rules_in_another_style() -> None:
         ({"template": "<think>{thought}{summary}</think>Done."}, "no answer that can be read"),
         ({"summary": "<answer>{answer}</answer>"}, "is not of style 'think'"),
         ({"template": "<think>{thought}</think>{answer}", "summary": "{answer}!"}, "no {summary}"),
+        ({"program_summary": "```\n{answer}```"}, "program_summary: {answer} is not a placeholder"),
+        ({"program_summary": "```\nprint(7)\n```"}, "{program} is missing"),
+        ({"program_summary": "```{program}```"}, "fences need lines of their own"),
+        ({"program_summary": "~~~\n{program}~~~", "style": "boxed"}, "is not of style 'boxed'"),
+        (
+            {
+                "template": "<think>{thought}</think>{answer}",
+                "program_summary": "~~~\n{program}~~~",
+            },
+            "no {summary}",
+        ),
         ({"style": "r1"}, "style = 'r1': not one of ['tags', 'boxed', 'think']"),
         ({"replacements": {"": "x"}}, "replacements: '': 'x'"),
         ({"replacements": {"x": 3}}, "replacements: 'x': 3"),

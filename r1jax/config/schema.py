@@ -409,6 +409,9 @@ class RuleRewrite(Section):
     kind: Literal["rule"] = "rule"
     template: str = "<think>{thought}</think>\n\n{summary}"
     summary: str = r"The final answer is \boxed{{answer}}."
+    program_summary: str = Field(
+        "```\n{program}```", description="The summary where the answer is a program."
+    )
     replacements: dict[str, str] = Field(
         default_factory=dict, description="Words of the thought -> what to say instead."
     )

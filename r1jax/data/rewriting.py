@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from r1jax.rewards.code import program_of
 from r1jax.rewards.extraction import after_thinking, final_answer, thought
 from r1jax.rewards.format import STYLES, well_formed
 from r1jax.rewards.maths import equivalent_key
@@ -89,6 +90,9 @@ def accept(draft: Draft, text: str, style: str = "think") -> str | None:
     occur in what follows the thought, word for word; that is not enough for a draft that had a
     mark, since whoever learns from the text would no longer give answers that can be read.
 
+    Where the draft's answer is a program, its last fenced block after the thought, the text's last
+    fenced block must be the same program instead: that is how `r1jax.rewards.code` reads it.
+
     Args:
         style: a shape of `r1jax.rewards.format.well_formed`; `think` is R1's.
     """
@@ -100,7 +104,24 @@ def accept(draft: Draft, text: str, style: str = "think") -> str | None:
     return text if well_formed(text, style) and _keeps_answer(draft, text) else None
 
 
+def _program(draft: Draft) -> str | None:
+    """The program that is the draft's answer, or None.
+
+    A block beside another answer, such as a calculation above a box, is no answer. Nothing need be
+    extracted: not every reward reads programs.
+    """
+    program = program_of(draft.completion)
+    if program is None or not draft.answer.strip():
+        return program
+    # The reward `code` extracts the program, others the fences and what else is in an answer tag.
+    is_answer = draft.answer.strip() == program.strip() or program_of(draft.answer) == program
+    return program if is_answer else None
+
+
 def _keeps_answer(draft: Draft, text: str) -> bool:
+    program = _program(draft)
+    if program is not None:
+        return program_of(text) == program
     if not draft.answer.strip():
         return True
     drafted, given = final_answer(draft.completion), final_answer(text)
@@ -171,19 +192,23 @@ class RuleRewriter:
 
     What the completion says beside its thought is replaced by the summary. The thought comes
     without outer white space, so that a prefilled `<think>\n` and a bare `<think>` give the same
-    text. There is no text where a draft has no closed thought or no answer, where the thought is
-    blank, and where `accept` refuses the result (a tag inside of the thought).
+    text. There is no text where a draft has no closed thought, or neither answer nor program,
+    where the thought is blank, and where `accept` refuses the result (a tag inside of the thought,
+    a program in a style or template that has no place for one).
 
     Attributes:
         template: The text: `{thought}`, `{summary}`, `{question}`, `{answer}`. Other braces stay
             as they are, so a boxed answer is `\boxed{{answer}}`.
         summary: What stands for `{summary}`, with the same placeholders but itself.
+        program_summary: What stands for it where the answer is a program: `{question}` and
+            `{program}`, which ends with its last line's end.
         replacements: Words of the thought -> what to say instead, as in `replace_words`.
         style: The shape that the text must have; see `accept`.
     """
 
     template: str = "<think>{thought}</think>\n\n{summary}"
     summary: str = r"The final answer is \boxed{{answer}}."
+    program_summary: str = "```\n{program}```"
     replacements: Mapping[str, str] = field(default_factory=dict)
     style: str = "think"
 
@@ -193,8 +218,9 @@ class RuleRewriter:
         used = _placeholders(
             "template", self.template, ("thought", "summary", "question", "answer")
         )
+        own_program_summary = self.program_summary != type(self).program_summary
         if "summary" not in used:
-            if self.summary != type(self).summary:
+            if self.summary != type(self).summary or own_program_summary:
                 raise ValueError(
                     f"template = {self.template!r}: has no {{summary}}, but one is set"
                 )
@@ -206,6 +232,10 @@ class RuleRewriter:
                     f"template = {self.template!r}, summary = {self.summary!r}: "
                     f"{{{needed}}} is missing"
                 )
+        if "program" not in _placeholders(
+            "program_summary", self.program_summary, ("question", "program")
+        ):
+            raise ValueError(f"program_summary = {self.program_summary!r}: {{program}} is missing")
         for word, other in self.replacements.items():
             if not word or not isinstance(word, str) or not isinstance(other, str):
                 raise ValueError(f"replacements: {word!r}: {other!r}: needs words with their words")
@@ -215,6 +245,15 @@ class RuleRewriter:
                 f"template = {self.template!r}, summary = {self.summary!r}: the result, such as "
                 f"{sample!r}, is not of style {self.style!r} or has no answer that can be read"
             )
+        # The default has no place in every template, and most runs have no programs.
+        program = Draft("Write 7.", "<think>So 7.</think>```\nprint(7)\n```", "")
+        sample = self._text(program, "So 7.")
+        if own_program_summary and accept(program, sample, self.style) is None:
+            raise ValueError(
+                f"template = {self.template!r}, program_summary = {self.program_summary!r}: the "
+                f"result, such as {sample!r}, is not of style {self.style!r} or has no program "
+                "that can be read; fences need lines of their own"
+            )
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
         """See `Rewriter`."""
@@ -222,7 +261,7 @@ class RuleRewriter:
 
     def _rewrite_one(self, draft: Draft) -> str | None:
         inner = (thought(draft.completion) or "").strip()
-        if not inner or not draft.answer.strip():
+        if not inner or (not draft.answer.strip() and _program(draft) is None):
             return None
         return accept(draft, self._text(draft, inner), self.style)
 
@@ -232,7 +271,11 @@ class RuleRewriter:
             "question": draft.question.strip(),
             "answer": draft.answer.strip(),
         }
-        values["summary"] = _filled(self.summary, values)
+        program = _program(draft)
+        if program is None:
+            values["summary"] = _filled(self.summary, values)
+        else:
+            values["summary"] = _filled(self.program_summary, {**values, "program": program})
         return _filled(self.template, values)
 
 
