@@ -21,6 +21,7 @@ from r1jax.rewards import REWARDS, Answered, Outcome, Score, Verifier, check_rew
 from r1jax.rewards import code as module
 from r1jax.rewards.code import (
     Options,
+    Verdict,
     pack_tests,
     program_of,
     read_options,
@@ -37,6 +38,12 @@ except SandboxError as error:
 else:
     NOT_ISOLATED = None
 isolated = pytest.mark.skipif(NOT_ISOLATED is not None, reason=NOT_ISOLATED or "")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered() -> None:
+    module._remembered.clear()
+
 
 SUM = [("1 2\n", "3\n"), ("3 4\n", "7\n"), ("10 -10\n", "0\n")]
 RIGHT_SUM = "print(sum(map(int, input().split())))"
@@ -488,6 +495,108 @@ def test_a_missing_compiler_is_nobodys_wrong_answer(monkeypatch: pytest.MonkeyPa
 def test_no_block_is_unparseable() -> None:
     score = REWARDS["code"].function(Answered("p", "print(3)", prints_of(*SUM)), {})
     assert (score.reward, score.outcome) == (0.0, Outcome.UNPARSEABLE)
+
+
+class Runs:
+    """Stands for `run_tests`: has the verdicts it is told, and the programs that were run."""
+
+    def __init__(self, *verdicts: str) -> None:
+        self.verdicts = [Verdict(verdict) for verdict in verdicts]
+        self.programs: list[str] = []
+
+    def __call__(self, source: str, reference: Any, options: Options) -> tuple[Any, str]:
+        self.programs.append(source)
+        return list(self.verdicts), "limits"
+
+
+def judged(
+    program: str, tests: Any = SUM, thought: str = "Hm.", **options: Any
+) -> tuple[float, str | None]:
+    completion = f"<think>{thought}</think>\n```\n{program}\n```"
+    score = REWARDS["code"].function(Answered("p", completion, prints_of(*tests)), options)
+    assert json.loads(score.detail or "")["isolation"] == "limits"
+    return score.reward, score.extracted
+
+
+def test_an_identical_program_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs("passed", "wrong", "passed", "passed")
+    monkeypatch.setattr(module, "run_tests", runs)
+    assert judged("x", partial=True) == (0.75, "x\n")
+    assert judged("x", thought="Another.", partial=True) == (0.75, "x\n")
+    assert judged("x", partial=True, seconds=2) == (0.75, "x\n")  # as by default
+    assert len(runs.programs) == 1
+    # Another program, other tests, other options.
+    assert judged("x ", partial=True) == (0.75, "x \n")
+    judged("x\ud800", partial=True)
+    judged("x", SUM[:2], partial=True)
+    assert judged("x") == (0.0, "x\n")
+    judged("x", seconds=1.5)
+    assert runs.programs == ["x\n", "x \n", "x\ud800\n", "x\n", "x\n", "x\n"]
+    judged("x ", partial=True)
+    assert len(runs.programs) == 6
+
+
+STOPS = {"stop_at_first_failure": True}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "options", "remembered"),
+    [
+        ("passed passed", {}, True),
+        ("wrong passed crash output", {}, True),
+        ("compile_error compile_error", {}, True),
+        ("compile_error compile_error", STOPS, True),
+        ("passed time", {}, False),
+        ("time wrong", {}, False),
+        ("memory passed", {}, False),
+        ("passed not_run", {}, False),
+        ("wrong not_run", {}, False),
+        ("not_run not_run", {}, False),
+        ("passed passed", STOPS, True),
+        ("passed wrong", STOPS, True),
+        ("passed wrong not_run not_run", STOPS, True),
+        ("crash not_run", STOPS, True),
+        ("passed time not_run", STOPS, False),
+        ("passed not_run not_run", STOPS, False),
+        ("not_run not_run", STOPS, False),
+    ],
+)
+def test_what_the_load_may_have_caused_is_not_remembered(
+    verdicts: str, options: dict[str, bool], remembered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(*verdicts.split())
+    monkeypatch.setattr(module, "run_tests", runs)
+    assert judged("x", **options) == judged("x", **options)
+    assert len(runs.programs) == (1 if remembered else 2)
+
+
+def test_the_programs_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REMEMBERED", 2)
+    runs = Runs("passed")
+    monkeypatch.setattr(module, "run_tests", runs)
+    for program in "abacab":  # c takes the place of b, and b that of c
+        judged(program)
+    assert runs.programs == ["a\n", "b\n", "c\n", "b\n"]
+    assert len(module._remembered) == 2
+
+
+def test_a_run_that_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise SandboxError("no room")
+
+    monkeypatch.setattr(module, "run_tests", fails)
+    with pytest.raises(SandboxError):
+        judged("x")
+    monkeypatch.setattr(module, "run_tests", Runs("passed"))
+    assert judged("x") == (1.0, "x\n")
+
+
+@isolated
+def test_a_remembered_score_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = [RIGHT_SUM, "print(3)", "1/0", "("]
+    first = [score(program, prints_of(*SUM), partial=True) for program in programs]
+    monkeypatch.setattr(module, "run_tests", None)
+    assert [score(program, prints_of(*SUM), partial=True) for program in programs] == first
 
 
 def pool(**limits: Any) -> Verifier:

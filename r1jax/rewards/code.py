@@ -17,12 +17,19 @@ Deadlines. A test has `seconds` from the program's start; compiler and tests of 
 have `total_seconds`, and what they no longer leave time for has not passed. Both end with a score.
 `verifier.deadline_seconds` ends without one (the row is masked), so it must come later: a run whose
 deadline is not more than a second after `total_seconds` is refused.
+
+Many samples of a group are the same program after different thoughts. A worker process remembers
+what became of its last programs and does not run them again, unless the machine's load may have
+had a hand in it: what had no time or no memory left is run anew. So a program that draws lots has
+one draw.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import itertools
 import json
 import math
 import re
@@ -32,7 +39,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -466,6 +473,45 @@ def run_tests(source: str, reference: Reference, options: Options) -> tuple[list
     return verdicts + [Verdict.NOT_RUN] * (len(reference.cases) - len(verdicts)), isolation
 
 
+# Ones that the same program has again on a machine that is busier or less busy.
+_LASTING = frozenset(
+    {Verdict.PASSED, Verdict.WRONG, Verdict.CRASH, Verdict.OUTPUT, Verdict.COMPILE_ERROR}
+)
+
+
+def _lasting(verdicts: Sequence[Verdict], options: Options) -> bool:
+    """Whether another run of the program would have the same verdicts."""
+    if options.stop_at_first_failure:  # what has not run after it would not run again either
+        passed = sum(1 for _ in itertools.takewhile(Verdict.PASSED.__eq__, verdicts))
+        verdicts = verdicts[: passed + 1]
+    return _LASTING.issuperset(verdicts)
+
+
+_REMEMBERED = 4096  # Under 1 KB each: neither programs nor tests are kept.
+_remembered: dict[tuple[bytes, Options], Score] = {}
+"""Digest of program and reference, options -> score; the one that was used last is at the end."""
+
+
+def _digest(*texts: str) -> bytes:
+    # As JSON, half of a surrogate pair is text, too.
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+
+
+def _judge(source: str, reference: Reference, options: Options) -> tuple[Score, bool]:
+    """The score, and whether it may be remembered."""
+    verdicts, isolation = run_tests(source, reference, options)
+    counts = Counter(verdicts)
+    passed = counts[Verdict.PASSED]
+    right = passed == len(verdicts)
+    found = {str(verdict): counts[verdict] for verdict in Verdict if counts[verdict]}
+    score = Score(
+        reward=passed / len(verdicts) if options.partial else float(right),
+        outcome=Outcome.RIGHT if right else Outcome.WRONG,
+        detail=json.dumps({"isolation": isolation, "tests": len(verdicts), **found}),
+    )
+    return score, _lasting(verdicts, options)
+
+
 def _check(options: Mapping[str, Any]) -> None:
     minimum = read_options(options).minimum_isolation
     try:
@@ -508,18 +554,17 @@ def code(row: Answered, options: Mapping[str, Any]) -> Score:
     how many had each `Verdict`.
     """
     read = read_options(options)
-    reference = read_reference(row.answer)
     source = program_of(row.completion)
     if source is None:
+        read_reference(row.answer)  # a bad one is nobody's wrong answer
         return Score(0.0, Outcome.UNPARSEABLE)
-    verdicts, isolation = run_tests(source, reference, read)
-    counts = Counter(verdicts)
-    passed = counts[Verdict.PASSED]
-    right = passed == len(verdicts)
-    found = {str(verdict): counts[verdict] for verdict in Verdict if counts[verdict]}
-    return Score(
-        reward=passed / len(verdicts) if read.partial else float(right),
-        outcome=Outcome.RIGHT if right else Outcome.WRONG,
-        extracted=source,
-        detail=json.dumps({"isolation": isolation, "tests": len(verdicts), **found}),
-    )
+    key = (_digest(source, row.answer), read)
+    score = _remembered.pop(key, None)
+    lasting = score is not None
+    if score is None:
+        score, lasting = _judge(source, read_reference(row.answer), read)
+    if lasting:
+        if len(_remembered) >= _REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = score
+    return replace(score, extracted=source)
