@@ -574,7 +574,7 @@ def test_the_programs_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "_REMEMBERED", 2)
     runs = Runs("passed")
     monkeypatch.setattr(module, "run_tests", runs)
-    for program in "abacab":  # c takes the place of b, and b that of c
+    for program in "abbacab":  # c takes the place of b, and b that of c
         judged(program)
     assert runs.programs == ["a\n", "b\n", "c\n", "b\n"]
     assert len(module._remembered) == 2
