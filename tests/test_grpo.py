@@ -18,6 +18,7 @@ from r1jax.grpo import (
     init_train_state,
     k3_divergence,
     make_grpo_step,
+    map_micro_batches,
     token_terms,
     token_weights,
 )
@@ -215,6 +216,23 @@ def test_a_non_finite_step_changes_nothing_but_the_counter() -> None:
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_micro_batches_are_dealt_in_turn_and_come_back_in_order() -> None:
+    rows = {"a": jnp.arange(6.0), "b": jnp.arange(12.0).reshape(6, 2)}
+
+    def function(part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return part["a"][:, None] + part["b"], jnp.broadcast_to(part["a"].sum(), part["a"].shape)
+
+    sums, together = map_micro_batches(function, rows, 2)
+    np.testing.assert_array_equal(sums, rows["a"][:, None] + rows["b"])
+    # Rows 0, 2, 4 went together, and 1, 3, 5.
+    np.testing.assert_array_equal(together, [6, 9, 6, 9, 6, 9])
+    sums, together = map_micro_batches(function, rows, 1)
+    np.testing.assert_array_equal(sums, rows["a"][:, None] + rows["b"])
+    np.testing.assert_array_equal(together, [15] * 6)
+    with pytest.raises(ValueError, match="6 rows does not split into 4"):
+        map_micro_batches(function, rows, 4)
 
 
 def test_bad_settings_are_refused() -> None:

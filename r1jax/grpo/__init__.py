@@ -15,6 +15,7 @@ from r1jax.grpo.step import (
     apply_if_finite,
     init_train_state,
     make_grpo_step,
+    map_micro_batches,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "init_train_state",
     "k3_divergence",
     "make_grpo_step",
+    "map_micro_batches",
     "token_terms",
     "token_weights",
 ]

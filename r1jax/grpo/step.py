@@ -55,6 +55,42 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, GRPOBatch], tuple[TrainState, Metrics]]
 
 
+def _deal(rows: Any, parts: int) -> Any:
+    """Leaves [N, ...] as [parts, N / parts, ...]: row n goes to part n % parts.
+
+    Dealing in turn, not by neighbours, keeps the rows of every part spread over the mesh, where
+    they are.
+
+    Raises:
+      ValueError: N is no multiple of `parts`.
+    """
+
+    def deal(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] % parts:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows does not split into {parts} micro-batches"
+            )
+        return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(deal, rows)
+
+
+def map_micro_batches(function: Callable[[Any], Any], rows: Any, micro_batches: int) -> Any:
+    """`function` of all rows, a micro-batch at a time, to bound activation memory.
+
+    Args:
+      function: leaves [n, ...] -> leaves [n, ...], each row for itself.
+      rows: leaves [N, ...].
+
+    Returns:
+      What `function` gives for all N rows, in their order.
+    """
+    if micro_batches == 1:
+        return function(rows)
+    parts = jax.lax.map(function, _deal(rows, micro_batches))
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), parts)
+
+
 def accumulate_gradients(
     loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
     params: Any,
@@ -63,8 +99,8 @@ def accumulate_gradients(
 ) -> tuple[jax.Array, Any, Any]:
     """Sum of losses and gradients over `micro_batches` equal parts of the rows.
 
-    Exact when loss_fn is a weighted sum over rows, as all losses here are. Rows are dealt out in
-    turn (row n goes to part n % micro_batches), which keeps them spread over the mesh.
+    Exact when loss_fn is a weighted sum over rows, as all losses here are. Rows are dealt out by
+    `_deal`.
 
     Returns:
       Loss, gradients, and loss_fn's auxiliary values of each part, stacked [micro_batches, ...].
@@ -74,21 +110,13 @@ def accumulate_gradients(
         (loss, aux), gradients = value_and_grad(params, batch)
         return loss, gradients, jax.tree.map(lambda leaf: leaf[None], aux)
 
-    def deal(leaf: jax.Array) -> jax.Array:
-        if leaf.shape[0] % micro_batches:
-            raise ValueError(
-                f"a batch of {leaf.shape[0]} rows does not split into {micro_batches} micro-batches"
-            )
-        return leaf.reshape(-1, micro_batches, *leaf.shape[1:]).swapaxes(0, 1)
-
-    parts = jax.tree.map(deal, batch)
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
 
     def add(total: Any, part: Any) -> tuple[Any, Any]:
         (loss, aux), gradients = value_and_grad(params, part)
         return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
-    (loss, gradients), aux = jax.lax.scan(add, zeros, parts)
+    (loss, gradients), aux = jax.lax.scan(add, zeros, _deal(batch, micro_batches))
     return loss, gradients, aux
 
 

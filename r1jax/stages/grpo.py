@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.schema import GRPOStage, datasets_of
 from r1jax.data import PromptIterator, Taken
-from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step
+from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step, map_micro_batches
 from r1jax.models import token_scores
 from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
@@ -47,9 +47,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
         def part(inputs: Any) -> jax.Array:
             return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
 
-        deal = jax.tree.map(lambda x: x.reshape(stage.micro_batches, -1, x.shape[-1]), inputs)
-        scored = part(inputs) if stage.micro_batches == 1 else jax.lax.map(part, deal)
-        return scored.reshape(-1, scored.shape[-1])
+        return map_micro_batches(part, inputs, stage.micro_batches)
 
     update = make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
     group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
