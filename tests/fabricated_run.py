@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from r1jax.config.schema import EvaluateStage, RunConfig, SFTStage
+from r1jax.config.schema import EvaluateStage, GRPOStage, RunConfig, SFTStage
 from r1jax.evaluation import summarise
 
 HOSTILE = "<script>alert('model text')</script> & \"quotes\""
@@ -99,8 +99,10 @@ def _write(
             write_lines(path / "metrics.jsonl", _fine_tuning(rng, shown, stage.held_out))
         elif stage.kind == "reward_model":
             write_lines(path / "metrics.jsonl", _preferences(rng, shown))
-        elif stage.kind == "grpo":
+        elif isinstance(stage, GRPOStage):
             write_lines(path / "metrics.jsonl", _grpo(rng, shown, steps))
+            if stage.held_out is not None:
+                write_lines(path / "held_out.jsonl", _held_out(stage, shown, domains))
             write_lines(path / "timings.jsonl", _timings(rng, shown))
             write_lines(path / "samples.jsonl", _training_samples(rng, shown, steps, domains))
         elif isinstance(stage, EvaluateStage):
@@ -153,7 +155,10 @@ def _config(problems: int, samples: int, steps: int) -> dict[str, Any]:
         "stages": [
             {"name": "base", "kind": "pretrain", "data": "train", "steps": 300, **_PACKED},
             {"name": "base-eval", **evaluate},
-            {"name": "r1-zero", "kind": "grpo", "data": "train", "steps": steps, **_ADAM},
+            {
+                **{"name": "r1-zero", "kind": "grpo", "data": "train", "steps": steps, **_ADAM},
+                **{"held_out": "held_out", "held_out_every": max(1, steps // 5)},
+            },
             {"name": "final-eval", **evaluate},
         ],
     }
@@ -216,7 +221,7 @@ def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
         "stages": [
             learning("base", "pretrain", "model", "texts"),
             evaluation("base", "held_out_plain"),
-            learning("zero", "grpo", "base", "questions"),
+            learning("zero", "grpo", "base", "questions", held_out="held_out_plain"),
             evaluation("zero", "held_out_plain"),
             sampling("cold-start", "zero", filters={"repetition": {}}),
             learning("dev1", "sft", "base", "cold", held_out="general"),
@@ -283,6 +288,30 @@ def _grpo(rng: np.random.Generator, steps: int, total: int) -> Iterable[dict[str
             "optimizer/learning_rate": 3e-4,
             "loss": 1e-3 * rng.standard_normal(),
             "experiment/surprise": rng.random(),
+        }
+
+
+def _held_out(stage: GRPOStage, steps: int, domains: tuple[str, ...]) -> Iterable[dict[str, Any]]:
+    def estimate(value: float, width: float) -> dict[str, float]:
+        return {"value": value, "low": value - width, "high": value + width}
+
+    for step in range(0, steps + 1, stage.held_out_every):
+        t = step / stage.steps
+        right = 0.25 + 0.5 * t
+        figures = {
+            "pass_at_1": estimate(right, 0.06),
+            f"cons_at_{stage.held_out_samples}": estimate(right + 0.1, 0.06),
+            "mean_length": estimate(100 + 400 * t, 30),
+        }
+        by_domain = {
+            name: {"pass_at_1": estimate(right - 0.02 * i, 0.1)} for i, name in enumerate(domains)
+        }
+        yield {
+            "step": step,
+            **figures,
+            "problems": 30,
+            "samples": stage.held_out_samples,
+            **({"by_domain": by_domain} if len(domains) > 1 else {}),
         }
 
 

@@ -17,6 +17,7 @@ from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics import Recorder
 from r1jax.stages import recipe
+from r1jax.stages.judge import Judge
 from r1jax.weights import hugging_face
 
 
@@ -35,6 +36,10 @@ def die_in(owner: Any, name: str, number: int, last_words: Callable[..., None]) 
 
 def kill(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def kill_once_half_written(checkpoints: Checkpoints, *_: Any) -> None:
@@ -67,7 +72,9 @@ def main() -> int:
     elif point == "export":
         die_in(hugging_face, "_write_weights", number, kill)
     elif point == "sigterm":
-        die_in(Recorder, "log", number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        die_in(Recorder, "log", number, ask_to_stop)
+    elif point == "sigterm_in_judging":
+        die_in(Judge, "submit", number, ask_to_stop)
     return recipe.run(load_config(sys.argv[3], sys.argv[4:]))
 
 

@@ -23,11 +23,12 @@ def log_step(recorder: Recorder, step: int) -> None:
     recorder.log(step, {"loss": 1.0 / step, "reward/mean": np.float32(step), "bad": math.inf})
     recorder.log_timings(step, {"seconds/rollout": 0.25})
     recorder.log_samples([{"step": step, "completion": f"é {step}", "parts": {"format": 1.0}}])
+    recorder.log_held_out(step, {"pass_at_1": {"value": None, "low": np.float32(0.5)}})
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     """The files that the seed determines; timings hold the clock."""
-    return {name: (directory / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    return {name: (directory / name).read_bytes() for name in FILES if name != "timings.jsonl"}
 
 
 def events(directory: Path) -> list[tuple[int, str, float, float]]:

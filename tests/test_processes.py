@@ -75,4 +75,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
             np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)
     samples = [rows(run / "stages/01-before/samples.jsonl") for run in (one, two)]
     assert samples[0] == samples[1]
+    evaluated = [rows(run / "stages/02-zero/held_out.jsonl") for run in (one, two)]
+    assert [row["step"] for row in evaluated[1]] == [0, 3]
+    assert evaluated[0] == evaluated[1]
     assert json.loads((two / "run.json").read_text())["hardware"]["processes"] == 2

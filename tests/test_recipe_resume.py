@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# In this order, on one run: dead in pretraining, in a save, in an export, in the evaluation, in
-# the RL stage's log, asked to stop there, dead in its save.
+# In this order, on one run: dead in pretraining, in a save, in an export, in the evaluation; asked
+# to stop in the RL stage's first held-out evaluation (in the fourth batch, as the evaluation still
+# had two); dead in its log, asked to stop there, dead in its save, and behind its last held-out
+# evaluation, in its export.
 DEATHS = [
     ("log", 4),
     ("save", 1),
     ("export", 1),
     ("samples", 2),
+    ("sigterm_in_judging", 4),
     ("log", 4),
     ("sigterm", 1),
     ("save", 1),
+    ("export", 1),
 ]
 
 
@@ -51,7 +55,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert start(tmp_path / "whole", cache, "none", 0) == 0
     for point, number in DEATHS:
         code = start(tmp_path / "killed", cache, point, number)
-        assert code == (143 if point == "sigterm" else -9), (point, number)
+        assert code == (143 if point.startswith("sigterm") else -9), (point, number)
     assert start(tmp_path / "killed", cache, "none", 0) == 0
     whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert whole.keys() == killed.keys()
@@ -61,6 +65,10 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     zero = tmp_path / "killed" / "tiny-s0" / "stages" / "02-zero"
     rows = [json.loads(line) for line in (zero / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
+    # Held-out evaluations are there once each; the first is of the weights that `before` evaluated.
+    evaluated = [json.loads(line) for line in (zero / "held_out.jsonl").read_text().splitlines()]
+    assert [row.pop("step") for row in evaluated] == [0, 4, 8]
+    assert evaluated[0] == json.loads(whole["stages/01-before/summary.json"])
     # The weights did move, in pretraining and in RL: equal bytes are not those of a run that did
     # nothing.
     models = [whole[f"stages/{stage}/model/model.safetensors"] for stage in ("00-base", "02-zero")]

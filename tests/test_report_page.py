@@ -123,7 +123,10 @@ def test_every_part_of_the_run_can_be_tampered_with(tmp_path: Path, make: Any) -
                 row[key] = f"<script>{key}</script></pre>"
             row["response"] = "<script>response</script></pre>"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for file in run_dir.glob("stages/*/summary.json"):
+    for file in [
+        *run_dir.glob("stages/*/summary.json"),
+        *run_dir.glob("stages/*/held_out.jsonl"),
+    ]:
         hostile = (
             file.read_text().replace("format", "<script>$p_").replace('"maths"', '"<script>$"')
         )
@@ -279,6 +282,29 @@ def test_losses_of_fine_tuning_and_reward_models(recipe: tuple[Path, str, Page])
     # A stage without a held-out set has no curve of one.
     (section,) = [each for each in sections if "<h2>distilled <small>" in each]
     assert "held-out" not in section
+
+
+def test_held_out_evaluations_in_training_come_first(
+    finished: tuple[str, Page], recipe: tuple[Path, str, Page]
+) -> None:
+    panels = [  # title, what it says, bands
+        ("Held-out accuracy over training", r"25\.0 % → 75\.0 % .*pass@1cons@16 30 problems", 1),
+        ("Held-out length over training", "100 → 500 ", 1),
+        ("Held-out accuracy by domain", r"25\.0 % → 75\.0 % .*codelogicmathsstem", 0),
+    ]
+    for html, heading, expected in (
+        (finished[0], "<h2>Training: r1-zero", panels[:2]),
+        (recipe[1], "<h2>zero <small>", panels),
+        (recipe[1], "<h2>dev2 <small>", []),
+    ):
+        (section,) = [each for each in html.split("<section>") if heading in each]
+        shown = re.findall(r'<figure class="card panel">.*?</figure>', section, re.DOTALL)
+        titles = re.findall(r"<h3>(.*?)</h3>", section)
+        assert titles[: len(expected) + 1] == [*(title for title, _, _ in expected), "Reward"]
+        assert section.count("Held-out accuracy by domain</h3>") == (len(expected) == 3)
+        for panel, (_, says, bands) in zip(shown, expected, strict=False):
+            assert re.search(says, Page(panel).words)
+            assert panel.count("opacity: 0.15") == bands
 
 
 def test_the_same_problem_at_every_checkpoint(recipe: tuple[Path, str, Page]) -> None:
@@ -463,6 +489,27 @@ def test_dot_plots_take_colours_from_the_page_and_names_as_they_are() -> None:
     assert {"$x_1$", "&lt;b&gt;&amp;", "a name that is …", "50%"} <= set(texts)
     assert svg == dot_plot(labels, series, title='a "b" <c>', percent=True)
     assert "<svg" in dot_plot(["a"], [Dots("one", [])], title="t")
+
+
+def test_a_band_is_where_the_intervals_are() -> None:
+    def heights(path: str) -> list[float]:
+        return [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+
+    # So many points that a line without a band would be smoothed over.
+    marks = [Marker(i, i % 2, i % 2 - 0.25, i % 2 + 0.5) for i in range(100)]
+    svg = line_plot([Curve.of("a", marks)], title="t")
+    assert 'id="FillBetween' not in svg
+    (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke-width: 1\.9', svg)
+    ((name, shift),) = re.findall(
+        r'<use xlink:href="#(\w+)" x="0" y="(\S+)"[^>]*opacity: 0\.15', svg
+    )
+    (band,) = re.findall(rf'<path id="{name}" d="([^"]*)"', svg)
+    zero, one = heights(line)[:2]
+    assert heights(line) == [zero, one] * 50
+    ends = {round((zero - y - float(shift)) / (zero - one), 3) for y in heights(band)}
+    assert ends == {-0.25, 0.5, 0.75, 1.5}
+    bare = line_plot([Curve.of("a", marks, band=False)], title="t")
+    assert "opacity: 0.15" not in bare and "opacity: 0.28" in bare
 
 
 def test_a_plot_tells_its_curves_apart() -> None:

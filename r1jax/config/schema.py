@@ -294,6 +294,14 @@ class GRPOStage(TrainStage):
     reference_refresh_every: int | None = Field(400, ge=1)
     optimizer: OptimizerSection
     samples_every: int = Field(10, ge=1, description="Steps between stored sample completions.")
+    held_out: str | None = Field(
+        None, description="A dataset on which the policy is evaluated as it trains."
+    )
+    held_out_every: int = Field(
+        100, ge=1, description="Steps between two held-out evaluations; there is one at each end."
+    )
+    held_out_samples: int = Field(16, ge=1, description="Samples of each held-out problem.")
+    held_out_sampling: EvaluationSampling = EvaluationSampling()
 
     @model_validator(mode="after")
     def _divisible(self) -> GRPOStage:
@@ -319,6 +327,12 @@ class GRPOStage(TrainStage):
                 f"checkpoint_every = {self.checkpoint_every} is not a multiple of "
                 f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: checkpoints are "
                 "taken between rollout phases"
+            )
+        if self.held_out is not None and self.held_out_every % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"held_out_every = {self.held_out_every} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: evaluations take "
+                "place between rollout phases"
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
@@ -673,7 +687,7 @@ def datasets_of(stage: Stage) -> list[tuple[str, str]]:
         found.append(("data", stage.data))
     else:
         found += [(f"data.{i}.data", change.data) for i, change in enumerate(stage.data)]
-    if isinstance(stage, EpochStage) and stage.held_out is not None:
+    if isinstance(stage, GRPOStage | EpochStage) and stage.held_out is not None:
         found.append(("held_out", stage.held_out))
     if isinstance(stage, RejectionSamplingStage):
         found += [("decontaminate", data) for data in stage.decontaminate]

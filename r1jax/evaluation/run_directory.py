@@ -1,8 +1,9 @@
 """Reads what a run has written so far; a run that is still going is read like a finished one.
 
 Layout: `config.yaml` (resolved), `run.json`, and for each stage `stages/NN-<name>/` with
-`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`; for evaluations and rejection sampling also
-`summary.json`, and for the latter `dataset.jsonl`. All but `config.yaml` may be missing.
+`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`, `held_out.jsonl` (the evaluations that an RL
+stage made as it trained); for evaluations and rejection sampling also `summary.json`, and for the
+latter `dataset.jsonl`. All but `config.yaml` may be missing.
 """
 
 from __future__ import annotations

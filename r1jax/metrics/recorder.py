@@ -1,9 +1,9 @@
 """What a stage measured, as files that a resumed run continues to the byte.
 
-`metrics.jsonl` and `samples.jsonl` hold only what the seed determines, so two runs of one config
-have equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte offset per file) is
-saved in the checkpoint; a resumed run cuts the files there and writes on. Trackers show the same
-numbers elsewhere and are never read back.
+`metrics.jsonl`, `samples.jsonl` and `held_out.jsonl` hold only what the seed determines, so two
+runs of one config have equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte
+offset per file) is saved in the checkpoint; a resumed run cuts the files there and writes on.
+Trackers show metrics and timings elsewhere and are never read back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from r1jax.metrics.json_lines import encode_line, end_of_last_line
 from r1jax.metrics.trackers import Tracker, open_tracker
 
-FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "held_out.jsonl")
 
 
 class Recorder:
@@ -92,6 +92,11 @@ class Recorder:
         """Appends rows (JSON mappings; numpy and jax scalars allowed) to samples.jsonl."""
         if self._active:
             self._append("samples.jsonl", b"".join(encode_line(row) for row in rows))
+
+    def log_held_out(self, step: int, summary: Mapping[str, Any]) -> None:
+        """Appends {"step": step, **summary} (a JSON mapping) to held_out.jsonl."""
+        if self._active:
+            self._append("held_out.jsonl", encode_line({"step": int(step), **summary}))
 
     def cursor(self) -> dict[str, int]:
         """Bytes per file after everything logged so far, which is on the disk when this returns."""

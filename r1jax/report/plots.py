@@ -38,11 +38,23 @@ _SMOOTH_FROM = 40  # points from which on a curve is drawn smoothed, over its ra
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: name, steps and finite values."""
+    """One line: name, steps and finite values.
+
+    low, high: an interval at each step, drawn as a band; default: none.
+    """
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+    @classmethod
+    def of(cls, name: str, measured: Sequence[Marker], *, band: bool = True) -> Curve:
+        """A line through figures, with their intervals as its band."""
+        steps, values = [m.step for m in measured], [m.value for m in measured]
+        ends = ([m.low for m in measured], [m.high for m in measured]) if band else ((), ())
+        return cls(name, steps, values, *ends)
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ def line_plot(
     """An `<svg>` element; colour i of the page's `--series-i` goes to curve i (at most `SERIES`).
 
     Args:
-      curves: lines over steps; those without points are left out.
+      curves: lines over steps; those without points are left out. Long ones are smoothed, unless
+        a band says how far their points are to be trusted.
       title: read out by screen readers; the page shows its own heading.
       percent: values are shares, shown as per cent.
       log: logarithmic values, where all are positive.
@@ -106,11 +119,15 @@ def line_plot(
       markers: figures with intervals, in the colour of the first curve.
     """
     with _figure(title, _SIZE) as (figure, axes, out):
-        every = [value for curve in curves for value in curve.values]
+        every = [v for curve in curves for v in (*curve.values, *curve.low, *curve.high)]
         for colour, curve in zip(_SERIES, curves, strict=False):
             if not len(curve.values):
                 continue
-            many = len(curve.values) >= _SMOOTH_FROM
+            many = len(curve.values) >= _SMOOTH_FROM and not curve.low
+            if curve.low:
+                axes.fill_between(
+                    curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
+                )
             if many:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.28)
             axes.plot(
@@ -255,7 +272,9 @@ def _inline(svg: str, title: str) -> str:
     svg = re.sub(r'<g id="patch_[12]">.*?</g>\s*', "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)
     # Several plots share one page: their ids must not meet, and only clip paths are referred to.
-    svg = re.sub(r' id="(?:figure|axes|patch|line2d|matplotlib|xtick|ytick|text)[^"]*"', "", svg)
+    svg = re.sub(
+        r' id="(?:figure|axes|patch|line2d|FillBetween|matplotlib|xtick|ytick|text)[^"]*"', "", svg
+    )
     # Matplotlib writes the long form for plain text and the short one for exponents.
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", svg)

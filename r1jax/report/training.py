@@ -12,6 +12,7 @@ from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import SERIES, Curve, Marker, endpoints, line_plot, short
 
 Columns = Mapping[str, tuple[list[float], list[float]]]
+Figure = tuple["Panel", Sequence[Curve], Sequence[Marker]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ _PAIRS = Panel(
     "Share of pairs whose better side scores higher; of single answers, on the right side of 0.",
     percent=True,
 )
+_HELD_OUT_ACCURACY = "Held-out accuracy over training"
+_HELD_OUT_LENGTH = "Held-out length over training"
+_HELD_OUT_DOMAINS = "Held-out accuracy by domain"
+_BAND = "95 % interval over problems"
 _LOSS_NOTES = {
     "pretrain": "Next-token cross-entropy, nats.",
     "sft": "Cross-entropy of the assistant's tokens, nats.",
@@ -107,6 +112,8 @@ class Drawn:
 def training(run: Run, stage: StageRecord, benchmark: str | None) -> dict[str, Any] | None:
     """All plots of one train stage; None for other stages, and before its first metrics.
 
+    Held-out evaluations during training come first: they are what the training is for.
+
     Args:
       benchmark: the dataset whose evaluations are drawn into the curves: of the weights that the
         stage starts from, and of its own.
@@ -119,17 +126,17 @@ def training(run: Run, stage: StageRecord, benchmark: str | None) -> dict[str, A
     known = {key for panel in panels for key in panel.keys}
     last_step = max(steps[-1] for steps, _ in metrics.values())
     held_out = _evaluations(run, stage, benchmark, last_step) if stage.kind == "grpo" else []
-    drawn = [
-        figure
-        for panel in panels
-        if (figure := _draw(panel, columns[panel.file], _markers(panel, held_out))) is not None
+    shown: list[Figure] = [
+        (panel, curves, []) for panel, curves in _held_out(list(stage.rows("held_out.jsonl")))
     ]
-    others = [
-        figure
-        for key in sorted(metrics.keys() - known)
-        if (figure := _draw(Panel(key, {key: key}), metrics, [])) is not None
+    shown += [
+        (panel, _curves(panel, columns[panel.file]), _markers(panel, held_out)) for panel in panels
     ]
-    return {"panels": drawn, "others": others}
+    others = [Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
+    return {
+        "panels": [_draw(*figure) for figure in shown if figure[1]],
+        "others": [_draw(panel, _curves(panel, metrics), []) for panel in others],
+    }
 
 
 def _panels(kind: str, metrics: Columns) -> list[Panel]:
@@ -152,6 +159,36 @@ def _panels(kind: str, metrics: Columns) -> list[Panel]:
     domains = [name for name in sorted(metrics) if name.startswith("domain/")]
     by_domain = Panel("Reward by domain", {n: n.removeprefix("domain/") for n in domains})
     return [reward, *_PANELS, by_domain, loss]
+
+
+def _held_out(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Panel, list[Curve]]]:
+    """Panels and curves of the evaluations that a stage made as it trained, one row for each."""
+    if not rows:
+        return []
+
+    def line(name: str, figure: str, domain: str | None = None, *, band: bool = False) -> Curve:
+        summaries = [row if domain is None else row["by_domain"][domain] for row in rows]
+        found = [
+            Marker.of(row["step"], summary.get(figure))
+            for row, summary in zip(rows, summaries, strict=True)
+        ]
+        return Curve.of(name, [marker for marker in found if marker is not None], band=band)
+
+    problems, samples = rows[0]["problems"], rows[0]["samples"]
+    asked = f"{problems} problems that are not trained on, {samples} samples each"
+    vote = [line(f"cons@{samples}", f"cons_at_{samples}")] if samples > 1 else []
+    accuracy = [line("pass@1", "pass_at_1", band=True), *vote]
+    length = [line("mean tokens per completion", "mean_length", band=True)]
+    domains = [
+        line(domain or "none", "pass_at_1", domain) for domain in rows[0].get("by_domain", {})
+    ]
+    figures = [
+        (Panel(_HELD_OUT_ACCURACY, {}, f"{asked}; with pass@1's {_BAND}.", percent=True), accuracy),
+        (Panel(_HELD_OUT_LENGTH, {}, f"Of the same samples, with its {_BAND}."), length),
+        (Panel(_HELD_OUT_DOMAINS, {}, "Of the same samples, pass@1.", percent=True), domains),
+    ]
+    known = [(panel, [curve for curve in curves if curve.values]) for panel, curves in figures]
+    return [(panel, curves) for panel, curves in known if curves]
 
 
 def _evaluations(
@@ -177,10 +214,11 @@ def _markers(panel: Panel, held_out: Sequence[tuple[float, Mapping[str, Any]]]) 
     return [marker for marker in found if marker is not None]
 
 
-def _draw(panel: Panel, columns: Columns, markers: Sequence[Marker]) -> Drawn | None:
-    curves = [Curve(label, *columns[key]) for key, label in panel.keys.items() if key in columns]
-    if not curves:
-        return None
+def _curves(panel: Panel, columns: Columns) -> list[Curve]:
+    return [Curve(label, *columns[key]) for key, label in panel.keys.items() if key in columns]
+
+
+def _draw(panel: Panel, curves: Sequence[Curve], markers: Sequence[Marker]) -> Drawn:
     svg = line_plot(
         curves[:SERIES], title=panel.title, percent=panel.percent, log=panel.log, markers=markers
     )

@@ -115,6 +115,8 @@ def _longest_prompt(
     stage: GRPOStage | EvaluateStage | RejectionSamplingStage, context: Context
 ) -> int:
     names = [stage.data] if isinstance(stage.data, str) else [c.data for c in stage.data]
+    if isinstance(stage, GRPOStage) and stage.held_out is not None:
+        names.append(stage.held_out)
     sections = [context.config.data[name] for name in names]
     parts = [context.config.data[part] for section in sections for part in section.mixture]
     return max(section.max_prompt_tokens for section in sections + parts if not section.mixture)

@@ -20,6 +20,7 @@ from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context
+from r1jax.stages.held_out import HeldOut
 from r1jax.stages.judge import Judge
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
@@ -54,15 +55,19 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     per_phase = stage.questions_per_step * phase
     own = per_phase // share.count  # questions of this process
     part = own // stage.rollout_batches
+    held_out = HeldOut(stage, context, batch=share.count * part)
     loop = TrainLoop(
         stage, context, directory, stage.steps, optimizer, update, with_reference=with_reference
     )
     with loop, Judge(rewards, context) as judge:
         loop.restore(questions)
-        for report in questions.reports:
+        for report in questions.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
         while loop.step < stage.steps:
             first = loop.step
+            # 0. Measure the policy as it stands, where an evaluation is due.
+            held_out.evaluate_if_due(loop, judge, questions, max_new_tokens(stage, first))
+
             # 1. Sample. Each part is scored by the workers while the next one is generated.
             taken = questions.take(per_phase, first)
             asked, firsts = taken.prompts, [repeat * group for repeat in taken.repeats]
@@ -148,9 +153,11 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                 loop.step,
                 reward=facts["reward/mean"],
                 length=facts["length/mean"],
+                held_out=held_out.accuracy,
                 tokens_per_second=sampled / rollout_seconds,
             )
             loop.save_if_due(questions)
+        held_out.evaluate_if_due(loop, judge, questions, max_new_tokens(stage, loop.step))
         loop.finish()
 
 
@@ -171,7 +178,8 @@ class Questions:
         self.reports: list[str] = []
         self.domains: dict[str, str] = {}
         self._walks: dict[str, PromptIterator] = {}
-        for name in dict.fromkeys(data for _, data in datasets_of(stage)):
+        trained = (data for key, data in datasets_of(stage) if key != "held_out")
+        for name in dict.fromkeys(trained):
             prompts, report = context.prompts(name, tokenizer)
             self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")
             self.domains |= {prompt.domain: name for prompt in prompts}

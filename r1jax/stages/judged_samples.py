@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from r1jax.config.schema import EvaluateStage, RejectionSamplingStage
+from r1jax.config.schema import EvaluateStage, RejectionSamplingStage, SamplingSection
 from r1jax.data import Prompt
 from r1jax.metrics import Progress, Recorder
 from r1jax.processes import Share, anywhere, batch_share, gather, wait_for_all
-from r1jax.stages.context import Clock, Context, Preempted
+from r1jax.stages.context import Clock, Context, LanguageModel, Preempted
 from r1jax.stages.judge import Judge
 from r1jax.stages.rollout import check_domains, sample_batch, stop_search, to_sampling
 
@@ -56,7 +56,6 @@ def judge_samples(
     rewards = context.config.rewards_of(stage.rewards)
     check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
     clock = Clock(context.seconds(stage.name))
-    share = batch_share(context.layout)
     process = jax.process_index()
     directory.mkdir(parents=True, exist_ok=True)
     with (
@@ -66,35 +65,24 @@ def judge_samples(
     ):
         progress.print(f"{stage.name}: {report}")
         count = samples_per_batch or samples
-        parts = [(prompt, first) for prompt in prompts for first in range(0, samples, count)]
+        parts = split_samples(prompts, samples, count)
         done, offset = _whole_batches(directory / SAMPLES, len(parts), count, batch)
         params = context.initial_weights(stage.name) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
         clock.lap("setup")
-        while done < len(parts):
-            asked = parts[done : done + batch]
-            own = slice_of_process(asked, batch, share)
-            drawn = own or asked[-1:]  # a process without a prompt of its own still takes part
-            completions = sample_batch(
-                params,
-                [prompt for prompt, _ in drawn],
-                model.decoder,
-                model.tokenizer,
-                rows=batch // share.count,
-                firsts=[first for _, first in drawn],
-                samples=count,
-                max_new_tokens=stage.max_new_tokens,
-                seed=seed,
-                sampling=to_sampling(stage.sampling),
-                eos_ids=model.eos_ids,
-                stop=stop_search(model.tokenizer, stage.sampling),
-            )
-            completions = completions[: len(own) * count]
-            scores = judge.submit(completions).result()
-            pairs = zip(completions, scores, strict=True)
-            rows = gather([c.row(score, step=0) for c, score in pairs], context.layout)
+        for rows in judged_batches(
+            params,
+            parts[done:],
+            model,
+            judge,
+            batch=batch,
+            samples=count,
+            max_new_tokens=stage.max_new_tokens,
+            seed=seed,
+            sampling=stage.sampling,
+        ):
             recorder.log_samples(rows)
-            done += len(asked)
+            done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
             asked_in_full = done * count // samples
             progress.update(
@@ -110,6 +98,58 @@ def judge_samples(
     # Process 0 has written the last rows when any process goes on to read them.
     wait_for_all(stage.name)
     return clock, prompts
+
+
+def split_samples(prompts: Iterable[Prompt], samples: int, count: int) -> list[Part]:
+    """Every prompt's samples, `count` at once; `count` divides `samples`."""
+    return [(prompt, first) for prompt in prompts for first in range(0, samples, count)]
+
+
+def judged_batches(
+    params: Any,
+    parts: Sequence[Part],
+    model: LanguageModel,
+    judge: Judge,
+    *,
+    batch: int,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    sampling: SamplingSection,
+) -> Iterator[Rows]:
+    """Sample parts of prompts and score every sample, batch by batch.
+
+    Each process samples and scores its share of a batch; every process gets all rows, in order.
+
+    Args:
+      batch: parts at once, over all processes.
+      samples: completions of a part.
+      seed: of the noise.
+    """
+    layout = model.decoder.layout
+    share = batch_share(layout)
+    for start in range(0, len(parts), batch):
+        asked = parts[start : start + batch]
+        own = slice_of_process(asked, batch, share)
+        drawn = own or asked[-1:]  # a process without a prompt of its own still takes part
+        completions = sample_batch(
+            params,
+            [prompt for prompt, _ in drawn],
+            model.decoder,
+            model.tokenizer,
+            rows=batch // share.count,
+            firsts=[first for _, first in drawn],
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampling=to_sampling(sampling),
+            eos_ids=model.eos_ids,
+            stop=stop_search(model.tokenizer, sampling),
+        )
+        completions = completions[: len(own) * samples]
+        scores = judge.submit(completions).result()
+        pairs = zip(completions, scores, strict=True)
+        yield gather([c.row(score, step=0) for c, score in pairs], layout)
 
 
 def share_right(rows: Iterable[dict[str, Any]]) -> float:

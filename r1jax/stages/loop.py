@@ -182,10 +182,23 @@ class TrainLoop:
         """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
         stop = anywhere(self._context.stop_requested)
         if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._steps:
-            self.save(data)
-            self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
+            self._save_and_mark(data)
         if stop and self.step < self._steps:
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
+
+    def leave_if_asked(self, data: Resumable) -> None:
+        """When asked to stop, save and raise `Preempted`.
+
+        For work between two steps that leaves no trace until it is done: a resumed run begins with
+        it again.
+        """
+        if anywhere(self._context.stop_requested):
+            self._save_and_mark(data)
+            raise Preempted(f"{self._stage.name}: saved at step {self.step}")
+
+    def _save_and_mark(self, data: Resumable) -> None:
+        self.save(data)
+        self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
 
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
