@@ -45,7 +45,7 @@ def solved(subject: str, prompt: str) -> str:
             value = v * t
         else:
             value = s // (v or t)
-        return {int(x): letter for letter, x in re.findall(r"([ABC])(\d+)", prompt)}[value]
+        return {int(x): letter for x, letter in re.findall(r"(\d+)([FGH])", prompt)}[value]
     facts = re.findall(r"(\d)>(\d)", prompt)
     first = ({a for a, _ in facts} - {b for _, b in facts}).pop()
     order = [first]

@@ -1,4 +1,4 @@
-"""STEM: way, speed and time, by choice: `v=4 t=3 s? A7 B12 C34`."""
+"""STEM: way, speed and time, by choice: `v=4 t=3 s? 7F 12G 34H`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from r1jax.data.tasks.bilingual.subject import Draw, Slips, another, below, shuffled
 
-_LETTERS = "ABC"
+_LETTERS = "FGH"
+"""Names of the options. No word of either language has them, so that a thought may name one."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Motion:
     """Two quantities are given, the third is asked for.
 
     Attributes:
-        speed, time: 2 .. 9; the way is their product.
+        speed, time: 2 .. 7; the way is their product.
         asked: `s` (way), `v` (speed) or `t` (time).
         options: The values offered, the right one among them.
     """
@@ -28,7 +29,7 @@ class Motion:
     def prompt(self) -> str:
         values = {"s": self.speed * self.time, "v": self.speed, "t": self.time}
         given = " ".join(f"{name}={value}" for name, value in values.items() if name != self.asked)
-        offered = " ".join(f"{letter}{x}" for letter, x in zip(_LETTERS, self.options, strict=True))
+        offered = " ".join(f"{x}{letter}" for letter, x in zip(_LETTERS, self.options, strict=True))
         return f"{given} {self.asked}? {offered}"
 
     @property
@@ -50,7 +51,8 @@ class Motion:
         value = self.value
         if slips(law):
             value = next(x for x in shuffled(list(self.options), draw) if x != value)
-        return [f"{left}={value}"], _LETTERS[self.options.index(value)]
+        letter = _LETTERS[self.options.index(value)]
+        return [f"{left}={value}{letter}"], letter
 
     def guess(self, draw: Draw) -> str:
         return _LETTERS[below(len(_LETTERS), draw)]
@@ -58,7 +60,7 @@ class Motion:
 
 def draw_motion(draw: Draw) -> Motion:
     """Wrong options are near the right value, and differ."""
-    speed, time = 2 + below(8, draw), 2 + below(8, draw)
+    speed, time = 2 + below(6, draw), 2 + below(6, draw)
     asked = "svt"[below(3, draw)]
     value = {"s": speed * time, "v": speed, "t": time}[asked]
     options = [value]

@@ -39,8 +39,11 @@ from r1jax.data.tasks.task import HELD_OUT_SHARE
 _TASK_KEY = 0x62696C67  # Keeps this task's random streams apart from any other task's.
 _SMALL = "abcdefghijklmnopqrstuvwxyz"
 
-LANGUAGES: Mapping[str, str] = MappingProxyType({"english": _SMALL, "german": _SMALL.upper()})
-"""Language -> its letters, as the language consistency reward takes them."""
+LANGUAGES: Mapping[str, str] = MappingProxyType(
+    {"english": _SMALL, "german": "ABCDEIJKLMNOPQRSTUVWXYZ"}
+)
+"""Language -> its letters, as the language consistency reward takes them. F, G and H are names of
+options and no letters of a word."""
 
 _OPENING = {"english": "so", "german": "ALSO"}
 _NEXT = {"english": "then", "german": "DANN"}
@@ -87,10 +90,10 @@ class Bilingual:
     subject: str = "maths"
     worked: float = 0.4
     guess: float = 0.5
-    english: float = 0.3
-    german: float = 0.2
+    english: float = 0.15
+    german: float = 0.15
     slip: float = 0.05
-    slip_other: float = 0.2
+    slip_other: float = 0.35
 
     alphabet: ClassVar[str] = _SMALL + _SMALL.upper() + "0123456789+-*/=<>()[]{}.,:?`\\ \n"
 
