@@ -11,6 +11,7 @@ Workers import this package, so nothing here imports jax, transformers or sympy.
 from r1jax.rewards import choice as _choice  # noqa: F401  (registers its reward, as the others do)
 from r1jax.rewards import code as _code  # noqa: F401
 from r1jax.rewards import format as _format  # noqa: F401
+from r1jax.rewards import readable as _readable  # noqa: F401
 from r1jax.rewards import structure as _structure  # noqa: F401
 from r1jax.rewards.language import language_share, words_by_language
 from r1jax.rewards.maths import equivalent_key, final_answer, same_answer
