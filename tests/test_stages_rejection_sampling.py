@@ -103,6 +103,14 @@ def test_the_part_that_runs_out_first_sets_the_size_of_a_mixture() -> None:
         "o": 200_000,
     }
     assert mixture_counts({"a": 10, "b": 1000}, {"a": 0.1, "b": 0.3}) == {"a": 10, "b": 30}
+    # So many rows in all, at the shares: 7 at 2 : 1 : 1 are 3.5, 1.75 and 1.75.
+    many, shares = dict.fromkeys("abc", 100), {"a": 2, "b": 1, "c": 1}
+    assert mixture_counts(many, shares, 8) == {"a": 4, "b": 2, "c": 2}
+    assert mixture_counts(many, shares, 7) == {"a": 3, "b": 2, "c": 2}
+    with pytest.raises(ValueError, match="12 rows need 6 of a, which has 5"):
+        mixture_counts({"a": 5, "b": 9, "c": 9}, shares, 12)
+    with pytest.raises(ValueError, match="c .* would have no row"):
+        mixture_counts(many, shares, 2)
     with pytest.raises(ValueError, match="b .* would have no row"):
         mixture_counts({"a": 5, "b": 5}, {"a": 0.99, "b": 0.01})
     ids = {mixed_id(row, part, 3) for part in range(3) for row in range(50)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def mixture_counts(rows: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, int]:
-    """How many rows of each part make the largest mixture of these shares.
+def mixture_counts(
+    rows: Mapping[str, int], shares: Mapping[str, float], limit: int | None = None
+) -> dict[str, int]:
+    """How many rows of each part make the largest mixture of these shares, or one of `limit` rows.
 
     The part that runs out first sets the size; of the others the first rows are taken. 600,000
     and 200,000 rows at 3 : 1 are all used.
@@ -14,13 +16,33 @@ def mixture_counts(rows: Mapping[str, int], shares: Mapping[str, float]) -> dict
     Args:
       rows: part -> rows that it has.
       shares: part -> share, in any unit.
+      limit: exactly so many rows in all. Where a share is no whole number, those parts that lose
+        most by rounding down get a row more.
 
     Raises:
-      ValueError: a part would have no row in the mixture.
+      ValueError: a part would have no row in the mixture, or there are fewer rows than `limit`.
     """
+    if limit is not None:
+        exact = {part: limit * share / sum(shares.values()) for part, share in shares.items()}
+        counts = {part: int(count + 1e-9) for part, count in exact.items()}
+        by_loss = sorted(shares, key=lambda part: counts[part] - exact[part])
+        for part in by_loss[: limit - sum(counts.values())]:
+            counts[part] += 1
+        if short := [part for part in shares if counts[part] > rows[part]]:
+            raise ValueError(
+                f"mixture: {limit} rows need {counts[short[0]]} of {short[0]}, which has "
+                f"{rows[short[0]]}; ask for fewer, or change the shares"
+            )
+        return _each_with_rows(counts, rows, shares)
     size = min(rows[part] / share for part, share in shares.items())
     # Not below a whole number by a rounding error: 0.3 * (3 / 0.1) is 8.999999999999998.
     counts = {part: int(size * share + 1e-9) for part, share in shares.items()}
+    return _each_with_rows(counts, rows, shares)
+
+
+def _each_with_rows(
+    counts: dict[str, int], rows: Mapping[str, int], shares: Mapping[str, float]
+) -> dict[str, int]:
     empty = [part for part, count in counts.items() if count == 0]
     if empty:
         raise ValueError(

@@ -254,7 +254,7 @@ class Context:
         """The prompts of a dataset or mixture, and what to tell of them.
 
         Args:
-          limit: of a mixture or dataset, only the first so many examples.
+          limit: only so many examples, the first ones; of a mixture, at its shares.
         """
         section = self.config.data[data]
         if not section.mixture:
@@ -265,14 +265,14 @@ class Context:
             return prompts, str(report)
         parts = {part: self.prompts(part, tokenizer) for part in section.mixture}
         rows = {part: len(prompts) for part, (prompts, _) in parts.items()}
-        counts = mixture_counts(rows, section.mixture)
+        counts = mixture_counts(rows, section.mixture, limit)
         mixed = [
             replace(prompt, id=mixed_id(prompt.id, index, len(parts)))
             for index, (part, (prompts, _)) in enumerate(parts.items())
             for prompt in prompts[: counts[part]]
         ]
         told = "; ".join(f"{part}: {counts[part]} of {parts[part][1]}" for part in parts)
-        return mixed[:limit], told
+        return mixed, told
 
     def conversations(self, data: str, model: LanguageModel) -> tuple[list[Place], Encode]:
         """Where the conversations of a dataset or mixture are, and what reads and encodes some."""
