@@ -86,19 +86,19 @@ def test_the_last_one_is_what_an_evaluation_of_the_last_weights_says(
 def test_few_problems_are_one_batch_of_their_own_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = config(tmp_path / "run")
+    plan = config(tmp_path / "run", held_out_every=6)
     stage = plan.stages[0]
     assert isinstance(stage, GRPOStage)
     asked: list[Any] = []
     monkeypatch.setattr(held_out, "judged_batches", lambda *_, **given: asked.append(given) or [])
-    for step, batch in ((0, 1000), (1, 1000), (2, 4), (4, 1000)):
+    for step, batch in ((0, 1000), (2, 1000), (4, 4)):
         loop = SimpleNamespace(step=step, state=SimpleNamespace(params=None))
         evaluations = held_out.HeldOut(stage, Context.resolve(plan), batch=batch)
         due: Any = pytest.raises(ValueError, match="nothing was evaluated")
-        with nullcontext() if step == 1 else due:
+        with nullcontext() if step == 2 else due:
             evaluations.evaluate_if_due(loop, None, None, 8)  # type: ignore[arg-type]
-    # 6 problems of 6 samples in parts of 2; at step 1 there is nothing to do.
-    assert [given["batch"] for given in asked] == [18, 4, 18]
+    # 6 problems of 6 samples in parts of 2; at the stage's end, but not between, one is due.
+    assert [given["batch"] for given in asked] == [18, 4]
 
 
 def test_what_is_asked_of_the_config(tmp_path: Path) -> None:
