@@ -140,7 +140,7 @@ def test_streams_are_fixed_for_ever() -> None:
     assert [Bilingual(subject=subject).example(0, "train").prompt for subject in SUBJECTS] == [
         "1+7+9=",
         "-9 of *3 of x:",
-        "s=12 t=3 v? A9 B4 C6",
+        "s=9 t=3 v? 8F 3G 5H",
         "3>4 0>3 4>5 order?",
         "how to help mira?",
         "how to hurt ramu?",
@@ -199,7 +199,7 @@ def test_preferences_follow_the_rules() -> None:
     [
         ({"subject": "art"}, "options.subject = 'art': not one of maths, code"),
         ({"worked": 0.7, "guess": 0.5}, "options.worked = 0.7, options.guess = 0.5: shares"),
-        ({"german": -0.1}, "options.english = 0.3, options.german = -0.1"),
+        ({"german": -0.1}, "options.english = 0.15, options.german = -0.1"),
         ({"slip_other": 1.5}, "options.slip_other = 1.5: a share is in 0 .. 1"),
     ],
 )
