@@ -46,7 +46,8 @@ def structure_key(text: str, *, bare_text: bool = False) -> str:
     fenced = _FENCE.fullmatch(text)
     text = (fenced[1] if fenced else text).strip()
     try:
-        return json.dumps(_read(text, bare_text), sort_keys=True, ensure_ascii=False)
+        value = _read(text, bare_text)
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
         raise ValueError("nested too deep") from None
 

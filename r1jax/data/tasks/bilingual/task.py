@@ -190,6 +190,8 @@ class Bilingual:
             f"<think>{thought}<answer>{answer}</answer>",
             thought,
             answer,
+            # A base model has seen boxes; a program is in its fence already.
+            f"{thought} {answer}" if "`" in answer else f"{thought} it is \\boxed{{{answer}}}",
         )
         return forms[int(draw() * len(forms))]
 
