@@ -56,6 +56,13 @@ def largest(value: int) -> int:
     return int(multihost_utils.process_allgather(np.asarray(value, np.int64)).max())
 
 
+def smallest(value: float) -> float:
+    """The smallest of all processes' values, each of which is a float32's."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.process_allgather(np.asarray(value, np.float32)).min())
+
+
 def anywhere(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     return bool(largest(int(flag)))

@@ -8,74 +8,142 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
+from r1jax.config.load import load_config
+from r1jax.processes import Share
+from r1jax.stages import recipe
+from r1jax.stages.context import Context
+
 TESTS = Path(__file__).parent
-# One update a phase: several would be dealt out within each process.
-CHANGES = [
-    "mesh.axes={data: -1}",
-    "stages.zero.mini_batches_per_rollout=1",
-    "stages.zero.questions_per_step=4",
-    "stages.zero.steps=3",
-    "stages.zero.checkpoint_every=3",
-    "stages.before.problems_per_batch=4",  # of 6 problems: the last batch is not whole
-    # Equal to rounding is asked for below; a sample that flips would be no fault of the loop's.
-    "stages.base.optimizer.learning_rate=0.001",
-    "stages.zero.optimizer.learning_rate=0.001",
-]
+RUN = "tiny-processes-s0"
 
 
-def run(output: Path, processes: int) -> Path:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+def start(output: Path, processes: int, cache: Path, *changes: str) -> list[subprocess.Popen[str]]:
+    """The processes of a run on two devices in all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "JAX_NUM_CPU_DEVICES": str(2 // processes),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    started = [
+    return [
         subprocess.Popen(
             [
-                *(sys.executable, str(TESTS / "one_of_many.py"), str(port)),
-                *(str(processes), str(index), str(TESTS / "tiny.yaml")),
-                *(f"output={output}", f"mesh.cpu_devices={2 // processes}", *CHANGES),
+                *(sys.executable, "one_of_many.py", str(port), str(processes), str(index)),
+                *("tiny_processes.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"),
+                *changes,
             ],
             env=environment,
+            cwd=TESTS,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for index in range(processes)
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
-    # Process 0 speaks; the others have nothing to say.
-    assert all("Report:" not in text and "zero" not in text for text in said[1:])
-    return output / "tiny-s0"
 
 
-def rows(path: Path) -> list[dict[str, object]]:
+def ended(started: list[subprocess.Popen[str]], status: int) -> list[str]:
+    """What the processes said, all of which must end with this exit status."""
+    try:
+        said = [process.communicate(timeout=900)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [status] * len(started), "\n".join(said)
+    return said
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
-    one, two = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
-    for stage in ("00-base", "02-zero"):
-        metrics = [rows(run / "stages" / stage / "metrics.jsonl") for run in (one, two)]
-        assert len(metrics[0]) == len(metrics[1]) > 2
-        for alone, shared in zip(*metrics, strict=True):
-            assert alone.keys() == shared.keys()
-            np.testing.assert_allclose(list(shared.values()), list(alone.values()), atol=2e-4)
-        weights = [
-            load_file(run / "stages" / stage / "model/model.safetensors") for run in (one, two)
-        ]
-        for name, value in weights[0].items():
-            np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)
-    samples = [rows(run / "stages/01-before/samples.jsonl") for run in (one, two)]
-    assert samples[0] == samples[1]
-    evaluated = [rows(run / "stages/02-zero/held_out.jsonl") for run in (one, two)]
-    assert [row["step"] for row in evaluated[1]] == [0, 3]
-    assert evaluated[0] == evaluated[1]
+def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path, cache: Path) -> None:
+    ended(start(tmp_path / "one", 1, cache), 0)
+    said = ended(start(tmp_path / "two", 2, cache), 0)
+    # Process 0 speaks; the others have nothing to say.
+    assert "by_rule: " in said[0] and "Report:" in said[0]
+    assert not any(words in said[1] for words in ("Report:", "by_rule", "distilled"))
+    one, two = tmp_path / "one" / RUN, tmp_path / "two" / RUN
     assert json.loads((two / "run.json").read_text())["hardware"]["processes"] == 2
+    found = sorted(path.relative_to(one) for path in one.glob("stages/*/*"))
+    assert len([path for path in found if path.name == "model"]) == 6
+    for path in found:
+        name = str(path)
+        if path.name in ("dataset.jsonl", "held_out.jsonl") or "after/samples" in name:
+            assert (two / path).read_bytes() == (one / path).read_bytes(), name
+        elif path.name == "metrics.jsonl":
+            metrics = [rows(run / path) for run in (one, two)]
+            assert len(metrics[0]) == len(metrics[1])
+            for alone, shared in zip(*metrics, strict=True):
+                assert alone.keys() == shared.keys()
+                for key, value in alone.items():
+                    np.testing.assert_allclose(
+                        float(shared[key]), float(value), atol=2e-4, err_msg=f"{name}: {key}"
+                    )
+        elif path.name == "model":
+            weights = [load_file(run / path / "model.safetensors") for run in (one, two)]
+            assert weights[0].keys() == weights[1].keys()
+            for key, value in weights[0].items():
+                np.testing.assert_allclose(
+                    weights[1][key], value, atol=2e-4, err_msg=f"{name}: {key}"
+                )
+    # Of the last batches process 1 had nothing: of prompts, of drafts, and of readable texts.
+    for stage in ("01-by_rule", "02-by_model", "07-after"):
+        assert len(rows(two / "stages" / stage / "samples.jsonl")) == 12 * 4
+    assert len(rows(two / "stages/02-by_model/dataset.jsonl")) < 8
+    (last,) = rows(two / "stages/06-rl/metrics.jsonl")[-1:]
+    assert {"domain/general", "domain/maths", "reward/helpful", "reward/safety"} <= last.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.by_rule.prompts_per_batch=7", "by_rule.prompts_per_batch = 7"),
+        ("stages.by_model.rewrite.drafts_per_batch=3", "by_model.rewrite.drafts_per_batch = 3"),
+        ("stages.after.problems_per_batch=5", "after.problems_per_batch = 5"),
+        ("stages.rl.rollout_batches=8", "mini_batches_per_rollout / rollout_batches = 1"),
+    ],
+)
+def test_batches_that_processes_cannot_share_are_refused(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the rows that are left over would be nobody's."""
+    monkeypatch.chdir(TESTS)
+    monkeypatch.setattr(recipe, "batch_share", lambda layout: Share(0, 2))
+    config = load_config("tiny_processes.yaml", [change])
+    with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
+        recipe.check(Context.resolve(config))
+
+
+def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cache: Path) -> None:
+    said = ended(
+        start(
+            tmp_path,
+            2,
+            cache,
+            "stages.base.steps=2",
+            "stages.base.checkpoint_every=2",
+            "stages.by_rule.filters={length: {min_words: 100}}",
+        ),
+        1,
+    )
+    errors = [
+        [line for line in text.splitlines() if "RunError: by_rule: no sample is left" in line]
+        for text in said
+    ]
+    assert len(errors[0]) == 1 and errors[0] == errors[1]
+    assert "filter length" in errors[0][0]

@@ -1,7 +1,8 @@
-"""A reward that even an untrained model earns now and then."""
+"""Rewards that even an untrained model earns now and then."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,3 +13,11 @@ def digits(row: Answered, options: Mapping[str, Any]) -> Score:
     """The share of digits among the completion's characters."""
     count = sum(character.isdigit() for character in row.completion)
     return Score(count / max(len(row.completion), 1), Outcome.RIGHT)
+
+
+def last_number(row: Answered, options: Mapping[str, Any]) -> Score:
+    """1 for whoever says a number, whichever; the last one is the answer."""
+    numbers = re.findall(r"\d+", row.completion)
+    if not numbers:
+        return Score(0.0, Outcome.WRONG)
+    return Score(1.0, Outcome.RIGHT, extracted=numbers[-1])

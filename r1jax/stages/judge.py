@@ -17,7 +17,7 @@ from r1jax.config.schema import (
     RewardSection,
 )
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
-from r1jax.processes import batch_share, largest
+from r1jax.processes import batch_share, largest, smallest
 from r1jax.reward_models import reward_scores
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
 from r1jax.rewards.verifier import combine
@@ -148,7 +148,7 @@ class RewardModel:
 
         From pairs it is the score itself; from labels the probability of "safe", in 0..1.
         What has nothing to read (a thought without an end has no summary) gets the lowest score of
-        the batch: never more than what was answered.
+        the batch, of all processes: never more than what was answered.
         """
         own = [
             i
@@ -165,7 +165,8 @@ class RewardModel:
         readable = [text for text in texts if text is not None]
         values = iter(self._values(readable))
         scores = [math.nan if text is None else next(values) for text in texts]
-        lowest = min((value for value in scores if not math.isnan(value)), default=0.0)
+        lowest = smallest(min((x for x in scores if not math.isnan(x)), default=math.inf))
+        lowest = 0.0 if lowest == math.inf else lowest
         found: list[Score | None] = [None] * len(completions)
         for i, value in zip(own, scores, strict=True):
             read = not math.isnan(value)

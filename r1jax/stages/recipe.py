@@ -15,6 +15,7 @@ from r1jax.config.lineage import needs
 from r1jax.config.schema import (
     EvaluateStage,
     GRPOStage,
+    ModelRewrite,
     PretrainStage,
     RejectionSamplingStage,
     RewardModelStage,
@@ -25,7 +26,7 @@ from r1jax.config.schema import (
 from r1jax.data.templates import check_template
 from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
-from r1jax.processes import wait_for_all
+from r1jax.processes import batch_share, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
 from r1jax.stages.context import Context, Preempted
@@ -173,6 +174,12 @@ def check(context: Context) -> None:
             raise ValueError(
                 f"{name} = {count} is not a multiple of {shards}, the mesh's split of the batch"
             )
+    shares = batch_share(context.layout).count
+    for name, count in _prompt_counts(config).items():
+        if count % shares:
+            raise ValueError(
+                f"{name} = {count} is not a multiple of {shares}, the processes that share a batch"
+            )
 
 
 def _row_counts(config: RunConfig) -> dict[str, int]:
@@ -188,9 +195,26 @@ def _row_counts(config: RunConfig) -> dict[str, int]:
             rows[f"{where}: questions_per_step x outputs_per_question / micro_batches"] = (
                 stage.questions_per_step * stage.outputs_per_question // stage.micro_batches
             )
-        elif isinstance(stage, EvaluateStage) and jax.process_count() > 1:
-            rows[f"{where}.problems_per_batch"] = stage.problems_per_batch
     return rows
+
+
+def _prompt_counts(config: RunConfig) -> dict[str, int]:
+    """What the processes must divide: prompts that are sampled at once (a part may be padded)."""
+    prompts: dict[str, int] = {}
+    for stage in config.stages:
+        where = f"stages.{stage.name}"
+        if isinstance(stage, GRPOStage):
+            phase = stage.questions_per_step * stage.mini_batches_per_rollout
+            prompts[f"{where}: questions_per_step x mini_batches_per_rollout / rollout_batches"] = (
+                phase // stage.rollout_batches
+            )
+        elif isinstance(stage, EvaluateStage):
+            prompts[f"{where}.problems_per_batch"] = stage.problems_per_batch
+        elif isinstance(stage, RejectionSamplingStage):
+            prompts[f"{where}.prompts_per_batch"] = stage.prompts_per_batch
+            if isinstance(stage.rewrite, ModelRewrite):
+                prompts[f"{where}.rewrite.drafts_per_batch"] = stage.rewrite.drafts_per_batch
+    return prompts
 
 
 def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Path:
