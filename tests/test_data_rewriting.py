@@ -28,6 +28,7 @@ from r1jax.data.rewriting import (
     Reply,
     RewriteLog,
     RuleRewriter,
+    Stopped,
     accept,
     instruction_prompt,
     replace_words,
@@ -501,6 +502,41 @@ def test_at_most_so_many_requests_at_a_time(serve, tmp_path: Path) -> None:
 
 
 MORE = [Draft("q8", "<think>so 8</think>\\boxed{8}", "8")]
+
+
+def test_asked_to_stop_it_keeps_what_is_under_way_and_asks_nothing_twice(
+    serve, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    together = threading.Barrier(2)
+
+    def answer(question: str, before: int) -> Answer:
+        if not stop.is_set():
+            together.wait(20)
+            stop.set()  # while two requests are under way
+        return replied(good(question))
+
+    server = serve(answer)
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(Stopped, match=f"2 of 8 replies are in {re.escape(str(log))}"):
+        rewriter(server, log, concurrency=2, stop_requested=stop.is_set).rewrite(DRAFTS)
+    assert len(log.read_text().splitlines()) == 2
+    assert rewriter(server, log).rewrite(DRAFTS) == GOOD
+    assert len(server.requests) == 8 and set(server.asked.values()) == {1}
+    # Where nothing is left to ask for there is nothing to stop.
+    assert rewriter(server, log, stop_requested=lambda: True).rewrite(DRAFTS) == GOOD
+
+
+def test_asked_to_stop_it_does_not_sit_out_a_long_wait(serve, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def answer(question: str, before: int) -> Answer:
+        threading.Timer(0.1, stop.set).start()
+        return failed(429, Retry_After="500")
+
+    asks = rewriter(serve(answer), tmp_path / "log.jsonl", stop_requested=stop.is_set)
+    with pytest.raises(Stopped, match="0 of 1"):
+        asks.rewrite(DRAFTS[:1])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +87,8 @@ def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path, cache: Pat
     assert len([path for path in found if path.name == "model"]) == 6
     for path in found:
         name = str(path)
-        if path.name in ("dataset.jsonl", "held_out.jsonl") or "after/samples" in name:
+        exact = ("dataset.jsonl", "held_out.jsonl", "rewritten.jsonl")
+        if path.name in exact or "after/samples" in name:
             assert (two / path).read_bytes() == (one / path).read_bytes(), name
         elif path.name == "metrics.jsonl":
             metrics = [rows(run / path) for run in (one, two)]
@@ -104,6 +109,7 @@ def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path, cache: Pat
     # Of the last batches process 1 had nothing: of prompts, of drafts, and of readable texts.
     for stage in ("01-by_rule", "02-by_model", "07-after"):
         assert len(rows(two / "stages" / stage / "samples.jsonl")) == 12 * 4
+    assert len(rows(two / "stages/02-by_model/rewritten.jsonl")) % 8 in range(1, 5)
     assert len(rows(two / "stages/02-by_model/dataset.jsonl")) < 8
     (last,) = rows(two / "stages/06-rl/metrics.jsonl")[-1:]
     assert {"domain/general", "domain/maths", "reward/helpful", "reward/safety"} <= last.keys()
@@ -147,3 +153,46 @@ def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cac
     ]
     assert len(errors[0]) == 1 and errors[0] == errors[1]
     assert "filter length" in errors[0][0]
+
+
+def test_sigterm_to_one_process_stops_the_rewriting_of_all(tmp_path: Path, cache: Path) -> None:
+    asked: list[str] = []
+    started: list[subprocess.Popen[str]] = []
+    server = answering(lambda: started[1].send_signal(signal.SIGTERM), asked)
+    started += start(
+        tmp_path,
+        2,
+        cache,
+        "stages.base.steps=2",
+        "stages.base.checkpoint_every=2",
+        "stages.by_rule.rewrite={kind: endpoint, model: m, concurrency: 1, "
+        f"url: 'http://127.0.0.1:{server.server_port}/v1'}}",
+    )
+    said = ended(started, 143)
+    server.shutdown()
+    kept = rows(tmp_path / RUN / "stages/01-by_rule/rewritten.jsonl")
+    assert len(kept) == len(asked) == len(set(asked))
+    assert f"Stopped by SIGTERM. by_rule: {len(kept)} of " in " ".join(said[0].split())
+
+
+def answering(begin: Callable[[], None], asked: list[str]) -> HTTPServer:
+    """A slow model's server, which calls `begin` as it is asked for the first time."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            if len(asked) == 1:
+                begin()
+            threading.Event().wait(0.5)
+            choice = {"message": {"content": "<think>1+1=2</think>2"}, "finish_reason": "stop"}
+            body = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server

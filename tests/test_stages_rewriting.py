@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 
 from r1jax.config.load import load_config
 from r1jax.config.schema import RejectionSamplingStage
 from r1jax.data.rewriting import Draft
-from r1jax.stages.context import Context, RunError
+from r1jax.stages import recipe, rejection_sampling
+from r1jax.stages.context import Context, Preempted, RunError
 from r1jax.stages.rejection_sampling import rewrite
 
 TESTS = Path(__file__).parent
@@ -29,6 +36,24 @@ def staged(tmp_path: Path, section: dict[str, Any]) -> tuple[RejectionSamplingSt
     stage = config.stage("sampled")
     assert isinstance(stage, RejectionSamplingStage)
     return stage, Context.resolve(config)
+
+
+def answer(request: BaseHTTPRequestHandler, text: str, status: int = 200) -> None:
+    message = {"message": {"content": text}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [message]}).encode()
+    request.send_response(status)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The url of a server in a thread."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
 
 
 def test_without_a_rewriter_the_completion_stays(tmp_path: Path) -> None:
@@ -62,7 +87,7 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
         accepted.append((draft.question, text, style))
         return text
 
-    monkeypatch.setattr("r1jax.stages.rejection_sampling.accept", accept)
+    monkeypatch.setattr("r1jax.data.rewriting.accept", accept)
     section = {
         "kind": "model",
         "weights": "model",
@@ -79,7 +104,76 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
     ended = [(each.question, text) for each, text in zip(drafts, texts, strict=True) if text]
     assert ended and [(question, text) for question, text, _ in accepted if text] == ended
     assert {style for _, _, style in accepted} == {"tags"}
-    assert rewrite(stage, context, tmp_path, drafts) == texts
+
+    # Asked to stop in the third of five batches, it goes on with the fourth.
+    sample_batch, asked = rejection_sampling.sample_batch, []
+
+    def counted(params: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append([prompt.text for prompt in prompts])
+        context.stop_requested = len(asked) == 3
+        return sample_batch(params, prompts, *arguments, **options)
+
+    monkeypatch.setattr(rejection_sampling, "sample_batch", counted)
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(Preempted, match="sampled: 6 of 9 drafts are rewritten"):
+        rewrite(stage, context, elsewhere, drafts)
+    context.stop_requested = False
+    assert rewrite(stage, context, elsewhere, drafts) == texts
+    assert asked == [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
+    # A whole log needs no model.
+    assert rewrite(stage, context, elsewhere, drafts) == texts
+    assert len(asked) == 5
+
+
+def test_a_run_that_is_stopped_while_an_endpoint_rewrites_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked[self.rfile.read(int(self.headers["Content-Length"])).decode()] += 1
+            if sum(asked.values()) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                stopping.wait(20)  # replies when the run knows, as a slow model would
+            answer(self, "<think>1+1=2</think>2")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    stopping = threading.Event()
+
+    def see(context: Context, name: str, value: Any) -> None:
+        object.__setattr__(context, name, value)
+        if name == "stop_requested" and value:
+            stopping.set()
+
+    monkeypatch.setattr(Context, "__setattr__", see)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    whole = yaml.safe_load((TESTS / "tiny.yaml").read_text())
+    stage = {
+        "name": "sampled",
+        "kind": "rejection_sampling",
+        "weights": "model",
+        "data": "train",
+        "prompts": 8,
+        "prompts_per_batch": 8,
+        "samples_per_prompt": 2,
+        "max_new_tokens": 24,
+    }
+    plan = tmp_path / "plan.yaml"
+    with serving(Server) as url:
+        stage["rewrite"] = {"kind": "endpoint", "url": url, "model": "m", "concurrency": 1}
+        rewards = {"digits": {"function": "tiny_rewards:digits"}}
+        plan.write_text(yaml.safe_dump({**whole, "rewards": rewards, "stages": [stage]}))
+        config = load_config(str(plan), [f"output={tmp_path}"])
+        assert recipe.run(config) == recipe.EXIT_PREEMPTED
+        directory = tmp_path / "tiny-s0" / "stages" / "00-sampled"
+        assert len((directory / "rewritten.jsonl").read_text().splitlines()) == 3
+        assert not (directory / "dataset.jsonl").exists()
+        assert recipe.run(config) == 0
+    rows = [json.loads(line) for line in (directory / "dataset.jsonl").read_text().splitlines()]
+    assert len(rows) == len(asked) > 4 and set(asked.values()) == {1}
+    assert {row["response"] for row in rows} == {"<think>1+1=2</think>2"}
 
 
 def test_an_endpoint_that_fails_is_told_and_loses_nothing(tmp_path: Path) -> None:
@@ -88,31 +182,17 @@ def test_an_endpoint_that_fails_is_told_and_loses_nothing(tmp_path: Path) -> Non
     class Server(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            failing = len(asked) == 2
-            text = "<think>so</think> It is \\boxed{4}."
-            message = {"message": {"content": text}, "finish_reason": "stop"}
-            body = json.dumps({"choices": [message]}).encode()
-            self.send_response(400 if failing else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            answer(self, "<think>so</think> It is \\boxed{4}.", 400 if len(asked) == 2 else 200)
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    Thread(target=server.serve_forever, daemon=True).start()
-    section = {
-        "kind": "endpoint",
-        "url": f"http://127.0.0.1:{server.server_port}/v1",
-        "model": "some-model",
-        "concurrency": 1,
-    }
-    stage, context = staged(tmp_path, section)
     drafts = [Draft(f"{n}+{4 - n}=", "<think>so</think>\\boxed{4}", "4") for n in range(3)]
-    with pytest.raises(RunError, match=r"sampled: .*some-model.*400.*run again"):
-        rewrite(stage, context, tmp_path, drafts)
-    before = len(asked)
-    texts = rewrite(stage, context, tmp_path, drafts)
+    with serving(Server) as url:
+        section = {"kind": "endpoint", "url": url, "model": "some-model", "concurrency": 1}
+        stage, context = staged(tmp_path, section)
+        with pytest.raises(RunError, match=r"sampled: .*some-model.*400.*run again"):
+            rewrite(stage, context, tmp_path, drafts)
+        before = len(asked)
+        texts = rewrite(stage, context, tmp_path, drafts)
     assert texts == ["<think>so</think> It is \\boxed{4}."] * 3
     assert before + len(asked[before:]) == 4  # three drafts, one of them asked for twice
-    server.shutdown()

@@ -19,7 +19,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -376,11 +376,16 @@ class RewriteLog:
             self._replies[key] = reply
 
 
+class Stopped(Exception):
+    """A rewriter was asked to stop before it had every reply; those that came are in its log."""
+
+
 class EndpointError(RuntimeError):
     """An endpoint does not answer, or not in a way that can be used; what it answered is kept."""
 
 
 _LONGEST_BACKOFF = 60.0
+_GLANCE = 1.0  # Seconds of a wait after which it is looked whether to stop.
 _LONGEST_WAIT = 600.0  # A server that asks for more is rather asked again in another run.
 _LONGEST_BODY = 200  # Characters of a server's words that an error repeats.
 
@@ -409,6 +414,8 @@ class EndpointRewriter:
             some chance in it; a server's Retry-After is honoured where it is longer.
         concurrency: Requests under way at a time.
         style: The shape that a text must have; see `accept`.
+        stop_requested: Looked at before each request, from several threads. Once it is true none is
+            sent any more; replies to those under way are waited for, and kept.
     """
 
     url: str
@@ -423,6 +430,7 @@ class EndpointRewriter:
     backoff_seconds: float = 1.0
     concurrency: int = 8
     style: str = "think"
+    stop_requested: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         """ValueErrors begin with the name of the field."""
@@ -461,6 +469,7 @@ class EndpointRewriter:
         Raises:
             EndpointError: a request failed for good. What was under way is waited for, and every
                 reply is in the log: called again, only the rest is asked for.
+            Stopped: `stop_requested` was true before all was asked for; the same holds.
         """
         settings = {
             "model": self.model,
@@ -479,6 +488,9 @@ class EndpointRewriter:
                 f"{self.url}: model {self.model!r}: {failure}. {failure.remedy}. {known} of "
                 f"{len(distinct)} replies are in {self.log.path}; run again to ask for the rest"
             ) from failure
+        known = sum(key in self.log for key in distinct)
+        if known < len(distinct):
+            raise Stopped(f"{known} of {len(distinct)} replies are in {self.log.path}")
         return [
             self.log[key].accepted(draft, self.style)
             for key, draft in zip(keys, drafts, strict=True)
@@ -507,7 +519,7 @@ class EndpointRewriter:
 
     def _ask_until_answered(self, key: str, draft: Draft, stop: threading.Event) -> None:
         for attempt in range(self.retries + 1):
-            if stop.is_set():
+            if self._stopped(stop):
                 return
             try:
                 self.log.add(key, self._ask(draft))
@@ -522,7 +534,12 @@ class EndpointRewriter:
                 if wait > _LONGEST_WAIT:
                     failure.add(f"the server asks to wait {wait:.0f} seconds")
                     raise
-                stop.wait(wait)
+                end = time.monotonic() + wait
+                while (left := end - time.monotonic()) > 0 and not self._stopped(stop):
+                    stop.wait(min(left, _GLANCE))
+
+    def _stopped(self, stop: threading.Event) -> bool:
+        return stop.is_set() or self.stop_requested()
 
     def _ask(self, draft: Draft) -> Reply:
         """One request."""

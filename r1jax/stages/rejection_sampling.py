@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +42,25 @@ from r1jax.data.rewriting import (
     Draft,
     EndpointError,
     EndpointRewriter,
+    Reply,
     RewriteLog,
     RuleRewriter,
-    accept,
+    Stopped,
     instruction_prompt,
 )
 from r1jax.data.tokenizers import encode_texts
 from r1jax.metrics import read_rows
-from r1jax.processes import batch_share, from_first, gather, wait_for_all
+from r1jax.processes import anywhere, batch_share, from_first, gather, wait_for_all
 from r1jax.sampler import Finish
-from r1jax.stages.context import Context, RunError
+from r1jax.stages.context import Context, Preempted, RunError
 from r1jax.stages.judged_samples import SAMPLES, judge_samples, share_right, slice_of_process
 from r1jax.stages.rollout import sample_batch, stop_search, to_sampling
 
 DATASET = "dataset.jsonl"
+REWRITTEN = "rewritten.jsonl"
 KEPT = "kept"
+
+_GLANCE = 1.0  # seconds between two looks whether to stop
 
 Row = Mapping[str, Any]
 
@@ -92,8 +99,11 @@ def run_rejection_sampling(
             kept.append(row)
     clock.lap("choose")
     drafts = [draft(row, asked[row["problem_id"]]) for row in kept]
-    texts = rewrite(stage, context, directory, drafts)
-    clock.lap("rewrite")
+    try:
+        texts = rewrite(stage, context, directory, drafts)
+    finally:  # a rewriting that is stopped took its time, too
+        clock.lap("rewrite")
+        context.mark(stage.name, stage.kind, "running", clock.seconds)
     tokenizer = context.model_of(stage.name).tokenizer
     rows = [
         dataset_row(row, asked[row["problem_id"]], text, stage, context, tokenizer)
@@ -217,32 +227,65 @@ def rewrite(
         options = section.model_dump(exclude={"kind"})
         return RuleRewriter(**options).rewrite(drafts)
     if isinstance(section, EndpointRewrite):
-        given = section.model_dump(exclude={"kind"})
-        options = {name: value for name, value in given.items() if value is not None}
-        texts: list[str | None] = []
-        failure: str | None = None
-        if jax.process_index() == 0:
-            log = RewriteLog(directory / "rewritten.jsonl")
-            try:
-                texts = EndpointRewriter(log=log, **options).rewrite(drafts)
-            except EndpointError as error:  # the other processes wait to be told
-                failure = str(error)
-        failure, *texts = from_first([failure, *texts])
-        if failure is not None:
-            raise RunError(f"{stage.name}: {failure}")
-        return texts
-    return rewrite_with_model(section, stage, context, drafts)
+        return rewrite_with_endpoint(section, stage, context, directory, drafts)
+    return rewrite_with_model(section, stage, context, directory, drafts)
+
+
+def rewrite_with_endpoint(
+    section: EndpointRewrite,
+    stage: RejectionSamplingStage,
+    context: Context,
+    directory: Path,
+    drafts: Sequence[Draft],
+) -> list[str | None]:
+    """Process 0 asks, in a thread; meanwhile all processes look together whether to stop."""
+    abandoned = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        asking: Future[list[str | None]] | None = None
+        try:
+            if jax.process_index() == 0:
+                given = section.model_dump(exclude={"kind"})
+                options = {name: value for name, value in given.items() if value is not None}
+                rewriter = EndpointRewriter(
+                    log=RewriteLog(directory / REWRITTEN),
+                    stop_requested=lambda: context.stop_requested or abandoned.is_set(),
+                    **options,
+                )
+                asking = thread.submit(rewriter.rewrite, drafts)
+            while anywhere(asking is not None and bool(wait([asking], _GLANCE).not_done)):
+                context.stop_requested = anywhere(context.stop_requested)
+        except BaseException:
+            abandoned.set()
+            raise
+    texts: list[str | None] = []
+    failure = stopped = None
+    if asking is not None:
+        try:
+            texts = asking.result()
+        except EndpointError as error:  # the other processes wait to be told
+            failure = str(error)
+        except Stopped as stop:
+            stopped = str(stop)
+    failure, stopped, *texts = from_first([failure, stopped, *texts])
+    if failure is not None:
+        raise RunError(f"{stage.name}: {failure}")
+    if stopped is not None:
+        raise Preempted(f"{stage.name}: {stopped}")
+    return texts
 
 
 def rewrite_with_model(
     section: ModelRewrite,
     stage: RejectionSamplingStage,
     context: Context,
+    directory: Path,
     drafts: Sequence[Draft],
 ) -> list[str | None]:
-    """Ask a model of the run, one completion for each draft."""
+    """Ask a model of the run, one completion for each draft, going on behind the last whole batch.
+
+    Process 0 keeps the replies of a batch before the next one is asked for.
+    """
     model = context.model_of(section.weights)
-    params = context.weights(section.weights, model)
     share = batch_share(context.layout)
     data = DataSection(source="jsonl:-", template=section.template)
     instruction = section.instruction or INSTRUCTION
@@ -254,9 +297,22 @@ def rewrite_with_model(
         )
         for i, each in enumerate(drafts)
     ]
-    texts: list[str | None] = []
+    # A draft's place is part of its noise, so equal drafts may get unlike replies.
+    settings = section.model_dump(mode="json", exclude={"style"})
+    keys = [RewriteLog.key(each, {**settings, "place": i}) for i, each in enumerate(drafts)]
+    log = RewriteLog(directory / REWRITTEN) if jax.process_index() == 0 else None
+    known = [None if log is None or key not in log else astuple(log[key]) for key in keys]
+    replies = [None if each is None else Reply(*each) for each in from_first(known)]
+    params = None
     for start in range(0, len(prompts), section.drafts_per_batch):
-        asked = prompts[start : start + section.drafts_per_batch]
+        batch = slice(start, start + section.drafts_per_batch)
+        if None not in replies[batch]:
+            continue
+        if anywhere(context.stop_requested):
+            raise Preempted(f"{stage.name}: {start} of {len(prompts)} drafts are rewritten")
+        if params is None:
+            params = context.weights(section.weights, model)
+        asked = prompts[batch]
         own = slice_of_process(asked, section.drafts_per_batch, share)
         completions = sample_batch(
             params,
@@ -271,13 +327,15 @@ def rewrite_with_model(
             eos_ids=model.eos_ids,
             stop=stop_search(model.tokenizer, section.sampling),
         )[: len(own)]
-        written = [
-            None if c.finish == Finish.LENGTH else c.prompt.prefill + c.text for c in completions
-        ]
-        texts += gather(written, context.layout)
+        written = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in completions]
+        replies[batch] = [Reply(*each) for each in gather(written, context.layout)]
+        if log is not None:
+            for key, reply in zip(keys[batch], replies[batch], strict=True):
+                assert reply is not None
+                log.add(key, reply)
     return [
-        None if text is None else accept(each, text, section.style)
-        for each, text in zip(drafts, texts, strict=True)
+        None if reply is None else reply.accepted(each, section.style)
+        for each, reply in zip(drafts, replies, strict=True)
     ]
 
 
