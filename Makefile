@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds test lint bench wheel clean
+.PHONY: demo demo-seeds r1-seeds test lint bench wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -13,6 +13,10 @@ demo: .venv/installed
 
 demo-seeds: .venv/installed
 	for seed in 0 1 2; do $(BIN)/r1jax run tiny/r1_zero seed=$$seed || exit 1; done
+
+r1-seeds: .venv/installed
+	for seed in 0 1 2; do $(BIN)/r1jax run tiny/r1 seed=$$seed || exit 1; done
+	$(BIN)/r1jax report $(foreach seed,0 1 2,runs/r1_tiny-s$(seed)) --out runs/tiny-r1-seeds
 
 # Lint comes first, so that the last line is pytest's own summary.
 test: .venv/installed-test lint

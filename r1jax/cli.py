@@ -278,12 +278,36 @@ def export(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
-    """Write report.html of a run, finished or not."""
-    _require_run(run_directory)
-    from r1jax.report import write_report
+def report(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.html, tables.md and results.json over seeds; several runs "
+            "need it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write report.html of a run, finished or not; or of finished runs that differ in seed."""
+    from r1jax.config.load import ConfigError
 
-    typer.echo(f"report: {write_report(run_directory).resolve()}")
+    for directory in run_directories:
+        _require_run(directory)
+    if out is None and len(run_directories) > 1:
+        raise ConfigError(
+            [
+                f"{len(run_directories)} runs: say with --out DIR where their common report goes; "
+                "or give one run, for the report inside it"
+            ]
+        )
+    from r1jax.report import write_report, write_seeds_report
+
+    if out is None:
+        typer.echo(f"report: {write_report(run_directories[0]).resolve()}")
+        return
+    for path in write_seeds_report(run_directories, out):
+        typer.echo(f"{path.stem}: {path.resolve()}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Writes a run directory that no run has made: quick, small, and with the awkward cases.
 
 `python tests/fabricated_run.py DIRECTORY [recipe] [STAGE]` writes one and its report, to look at;
-with the name of a stage, one that has come so far.
+with the name of a stage, one that has come so far; with `seeds`, three and their common report.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def fabricate(
     samples: int = 8,
     steps: int = 200,
     until: str | None = None,
+    seed: int = 0,
 ) -> Path:
     """A finished run of pretrain, evaluate, grpo, evaluate; or one that is at stage `until`."""
-    config = _config(problems, samples, steps)
+    config = _config(problems, samples, steps) | {"seed": seed}
     return _write(directory, config, {"base": 0.3, "r1-zero": 0.96}, until, ("",))
 
 
@@ -43,6 +44,7 @@ def fabricate_recipe(
     samples: int = 8,
     steps: int = 200,
     until: str | None = None,
+    seed: int = 0,
 ) -> Path:
     """The whole recipe: R1-Zero, cold start, reasoning, all scenarios, and a distilled student."""
     skills = {
@@ -55,7 +57,8 @@ def fabricate_recipe(
         "student": 0.08,
         "distilled": 0.62,
     }
-    return _write(directory, _recipe(problems, samples, steps), skills, until, DOMAINS)
+    config = _recipe(problems, samples, steps) | {"seed": seed}
+    return _write(directory, config, skills, until, DOMAINS)
 
 
 def _write(
@@ -65,7 +68,7 @@ def _write(
     until: str | None,
     domains: tuple[str, ...],
 ) -> Path:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(config["seed"])
     resolved = RunConfig.model_validate(config)
     names = [stage.name for stage in resolved.stages]
     reached = len(names) if until is None else names.index(until) + 1
@@ -246,6 +249,13 @@ def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
             evaluation("student"),
             learning("distilled", "sft", "student", "all"),
             evaluation("distilled"),
+        ],
+        "comparisons": [
+            {
+                "title": "Distillation against reinforcement learning",
+                "evaluations": ["dev2-eval", "distilled-eval"],
+                "note": "The student learns from what dev2 wrote.\n\nOne run each.",
+            }
         ],
     }
 
@@ -458,8 +468,13 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    from r1jax.report import write_report
+    from r1jax.report import write_report, write_seeds_report
 
-    recipe, until = "recipe" in sys.argv[2:], [arg for arg in sys.argv[2:] if arg != "recipe"]
-    make = fabricate_recipe if recipe else fabricate
-    print(write_report(make(Path(sys.argv[1]), until=until[0] if until else None)))
+    directory, *words = sys.argv[1:]
+    make = fabricate_recipe if "recipe" in words else fabricate
+    until = [word for word in words if word not in ("recipe", "seeds")]
+    if "seeds" in words:
+        runs = [make(Path(directory) / f"s{seed}", seed=seed) for seed in range(3)]
+        print(*write_seeds_report(runs, Path(directory) / "seeds"))
+    else:
+        print(write_report(make(Path(directory), until=until[0] if until else None)))

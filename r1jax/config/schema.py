@@ -545,6 +545,17 @@ MODEL = "model"
 """The name of the section `model`, beside the names in `models`."""
 
 
+class ComparisonSection(Section):
+    """Checkpoints that the report puts side by side, such as a run with a reward and one without.
+
+    Each row is an evaluation, with what its weights took to train since what all rows share.
+    """
+
+    title: str
+    evaluations: list[str] = Field(min_length=2, description="Names of evaluate stages.")
+    note: str = Field("", description="Shown below the table: what it says, and what it does not.")
+
+
 class RunConfig(Section):
     """A whole run: model, mesh, data, rewards, and an ordered list of stages."""
 
@@ -563,6 +574,9 @@ class RunConfig(Section):
     verifier: VerifierSection = VerifierSection()
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     stages: list[Stage] = Field(min_length=1)
+    comparisons: list[ComparisonSection] = Field(
+        default_factory=list, description="Tables of the report beside the one of all stages."
+    )
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
@@ -613,7 +627,18 @@ class RunConfig(Section):
                             f"{reward_model}: that must come before, or {where}.rewards must "
                             "leave the reward out"
                         )
+        self._check_comparisons()
         return self
+
+    def _check_comparisons(self) -> None:
+        known = [stage.name for stage in self.stages if stage.kind == "evaluate"]
+        for index, section in enumerate(self.comparisons):
+            where = f"comparisons.{index}.evaluations"
+            for name in section.evaluations:
+                if name not in known:
+                    raise ValueError(f"{where}: {name!r} is not one of the evaluate stages {known}")
+                if section.evaluations.count(name) > 1:
+                    raise ValueError(f"{where}: {name!r} is named twice; a row is enough")
 
     def _check_source(self, where: str, key: str, data: str, source: str, index: int) -> None:
         before = {s.name: s.kind for s in self.stages[:index]}

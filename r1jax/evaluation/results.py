@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def wall_seconds(run: Run) -> dict[str, float]:
     return seconds | {"total": sum(seconds.values())}
 
 
+def evaluation(run: Run, stage: StageRecord | None) -> dict[str, Any] | None:
+    """A finished evaluation's summary with its stage, weights and data; else None."""
+    if stage is None or stage.summary is None:
+        return None
+    origin = {"weights": run.weights_of(stage.name), "data": stage.config["data"]}
+    return {"stage": stage.name, **origin, **stage.summary}
+
+
 def results(run: Run) -> dict[str, Any]:
     """The content of `results.json`.
 
@@ -54,22 +63,15 @@ def results(run: Run) -> dict[str, Any]:
     resolved, so that the file says by itself what was measured how.
     """
     before, after = before_and_after(run)
-
-    def figures(stage: StageRecord | None) -> dict[str, Any] | None:
-        if stage is None or stage.summary is None:
-            return None
-        origin = {"weights": run.weights_of(stage.name), "data": stage.config["data"]}
-        return {"stage": stage.name, **origin, **stage.summary}
-
-    evaluated = [figures(stage) for stage in run.stages if stage.kind == "evaluate"]
+    evaluated = [evaluation(run, stage) for stage in run.stages if stage.kind == "evaluate"]
     missing = run.missing()
     return {
         "name": run.info.get("name", run.config.get("name")),
         "seed": run.info.get("seed", run.config.get("seed")),
         "complete": not missing,
         "missing": missing,
-        "before": figures(before),
-        "after": figures(after),
+        "before": evaluation(run, before),
+        "after": evaluation(run, after),
         "evaluations": [each for each in evaluated if each is not None],
         "wall_seconds": wall_seconds(run),
         "stage_seconds": {stage.name: stage.seconds for stage in run.stages if stage.seconds},
@@ -82,9 +84,18 @@ def results(run: Run) -> dict[str, Any]:
 def write_results(run_dir: str | Path) -> Path:
     """Writes `results.json` into a run directory; a reader never sees half a file."""
     run = read_run(run_dir)
-    path = run.directory / "results.json"
-    text = json.dumps(results(run), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_json(run.directory / "results.json", results(run))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Writes a JSON file whole or not at all; returns its path."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file whole or not at all; returns its path."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -39,6 +39,11 @@ class StageRecord:
     seconds: dict[str, float]
     summary: dict[str, Any] | None
 
+    @property
+    def spent(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
     def rows(self, file: str) -> Iterator[dict[str, Any]]:
         """Rows of a JSON-lines file, one at a time; none where the file does not exist."""
         if self.directory is not None:

@@ -7,7 +7,6 @@ plots are inserted as they are, and what they hold of the run's text matplotlib 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from r1jax.evaluation.results import before_and_after, wall_seconds
+from r1jax.evaluation.results import before_and_after, wall_seconds, write_whole
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.report.comparisons import comparisons
 from r1jax.report.completions import side_by_side, strip
 from r1jax.report.datasets import written_dataset
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
 from r1jax.report.training import training
-from r1jax.report.wording import KINDS, Figure, duration, figure, flat, value_of, votes
+from r1jax.report.wording import KINDS, Figure, duration, figure, flat, paragraphs, value_of, votes
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -34,23 +34,12 @@ def write_report(run_dir: str | Path) -> Path:
       ValueError: a file of the run is damaged; names file and line.
     """
     run = read_run(run_dir)
-    path = run.directory / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_whole(run.directory / "report.html", render(run))
 
 
 def render(run: Run) -> str:
     """The page as text."""
     before, after = before_and_after(run)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("r1jax.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     missing = run.missing()
     compared = after or before
     benchmark = run.benchmark(compared.config["data"]) if compared is not None else None
@@ -65,14 +54,14 @@ def render(run: Run) -> str:
         for stage in run.stages
         if stage.kind != "evaluate"
     ]
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         title=run.config.get("title") or run.config.get("name"),
         name=run.info.get("name", run.config.get("name")),
         seed=run.info.get("seed", run.config.get("seed")),
         started=str(run.info.get("started", ""))[:16].replace("T", " "),
         total=duration(wall_seconds(run)["total"]),
         missing=missing,
-        headline=_headline(run, before, after),
+        headline=headline(run, before, after),
         comparison=_comparison(before, after),
         protocol=_protocol(after if _summary(after) else before),
         votes=_votes(before, after),
@@ -80,20 +69,33 @@ def render(run: Run) -> str:
         whole_recipe=len(stages) > 2,
         schedule=schedule(run),
         stage_tables=stage_tables(run, (before, after)),
+        comparisons=comparisons(run),
         groups=side_by_side(run, before, after),
         stages=stages,
-        notes=[p for p in str(run.config.get("notes") or "").split("\n\n") if p.strip()],
+        notes=paragraphs(str(run.config.get("notes") or "")),
         versions=flat(run.info.get("versions")),
         hardware=flat(run.info.get("hardware")),
         config=(run.directory / "config.yaml").read_text(encoding="utf-8"),
     )
 
 
+def template(name: str) -> jinja2.Template:
+    """A template of this package; what it inserts is escaped, and what is missing an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("r1jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def _summary(stage: StageRecord | None) -> dict[str, Any]:
     return (stage.summary if stage is not None else None) or {}
 
 
-def _headline(run: Run, before: StageRecord | None, after: StageRecord | None) -> dict[str, Any]:
+def headline(run: Run, before: StageRecord | None, after: StageRecord | None) -> dict[str, Any]:
     """Two big figures, with what each is and what is still to come."""
     sides = []
     for label, stage in (("Before", before), ("After", after)):

@@ -78,10 +78,15 @@ class Marker:
 
 @dataclass(frozen=True)
 class Dots:
-    """Figures of one kind: a marker's `step` is the index of its row."""
+    """Figures of one kind: a marker's `step` is the index of its row.
+
+    Attributes:
+      seeds: of single seeds, of which `markers` are the means; drawn pale and without intervals.
+    """
 
     name: str
     markers: Sequence[Marker]
+    seeds: Sequence[Marker] = ()
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
@@ -198,6 +203,16 @@ def dot_plot(
     with _figure(title, (width, height)) as (figure, axes, out):
         for i, (colour, dots) in enumerate(zip(_SERIES, series, strict=False)):
             offset = 0.3 * (i - (len(series) - 1) / 2)
+            axes.plot(
+                [m.value for m in dots.seeds],
+                [m.step + offset for m in dots.seeds],
+                color=colour,
+                marker="o",
+                markersize=6,
+                markeredgewidth=0,
+                alpha=0.35,
+                linestyle="",
+            )
             for m in dots.markers:
                 axes.errorbar(
                     [m.value],
@@ -220,6 +235,42 @@ def dot_plot(
         figure.subplots_adjust(
             left=left, right=0.955, top=1 - above / height, bottom=below / height
         )
+    return _inline(out.getvalue(), title)
+
+
+def band_plot(
+    steps: Sequence[float], seeds: np.ndarray, *, title: str, percent: bool = False
+) -> str:
+    """An `<svg>` element: the mean of several runs over steps, in a band from lowest to highest.
+
+    Args:
+      seeds: [seeds, steps]; where there are many steps, each seed is smoothed first, as by
+        `line_plot`.
+      title: read out by screen readers; the page shows its own heading.
+      percent: values are shares, shown as per cent.
+    """
+    many = len(steps) >= _SMOOTH_FROM
+    lines = np.array([smooth(line) for line in seeds]) if many else np.asarray(seeds)
+    with _figure(title, _SIZE) as (figure, axes, out):
+        low, high = lines.min(axis=0), lines.max(axis=0)
+        axes.fill_between(steps, low, high, color=_SERIES[0], alpha=0.22, linewidth=0)
+        axes.plot(
+            steps,
+            lines.mean(axis=0),
+            color=_SERIES[0],
+            linewidth=1.9,
+            solid_capstyle="round",
+            marker="o" if len(steps) < 12 else "",
+            markersize=3.5,
+        )
+        if percent and low.min() >= 0 and high.max() > 0.5:
+            axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(_PERCENT if percent else _SHORT)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step", color=_INK)
+        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
     return _inline(out.getvalue(), title)
 
 

@@ -171,14 +171,14 @@ def schedule(run: Run) -> dict[str, Any]:
         "bars": [name.replace("_", " ") for name in _bars(run)],
         "phases": [phase.replace("_", " ") for phase in _phases(run.stages)],
         "table": [_table_row(stage, _phases(run.stages)) for stage in run.stages],
-        "total": duration(sum(_spent(stage) for stage in run.stages)),
+        "total": duration(sum(stage.spent for stage in run.stages)),
     }
 
 
 def _nodes(run: Run) -> dict[str, Node]:
     """Rows in order: stages as in the config, each model before the first stage that uses it."""
-    total = sum(_spent(stage) for stage in run.stages)
-    longest = max((_spent(s) for s in run.stages if not _is_line(run, s)), default=0.0)
+    total = sum(stage.spent for stage in run.stages)
+    longest = max((s.spent for s in run.stages if not _is_line(run, s)), default=0.0)
     bars = _bars(run)
     stages = {stage.name: stage for stage in run.stages}
     nodes: dict[str, Node] = {}
@@ -188,8 +188,7 @@ def _nodes(run: Run) -> dict[str, Node]:
             continue
         stage = stages[name]
         weights = run.weights_of(stage.name)
-        spent = _spent(stage)
-        cost = duration(spent) if stage.seconds else ""
+        cost = duration(stage.spent) if stage.seconds else ""
         if weights is not None and _is_line(run, stage):
             nodes[weights].evaluations.append(
                 Evaluated(
@@ -208,7 +207,7 @@ def _nodes(run: Run) -> dict[str, Node]:
             [(edge.gives, edge.source) for edge in run.edges if edge.target == stage.name],
             stage.status,
             cost,
-            f"{100 * spent / total:.0f} %" if stage.seconds and total else "",
+            f"{100 * stage.spent / total:.0f} %" if stage.seconds and total else "",
             [
                 100 * sum(stage.seconds.get(phase, 0.0) for phase in phases) / longest
                 for phases in bars.values()
@@ -239,10 +238,6 @@ def _facts(stage: StageRecord) -> list[str]:
     if isinstance(counts, Mapping):
         facts.append(f"{counts.get('kept', 0):,} of {sum(counts.values()):,} samples kept")
     return facts
-
-
-def _spent(stage: StageRecord) -> float:
-    return sum(stage.seconds.values())
 
 
 def _is_line(run: Run, stage: StageRecord) -> bool:
@@ -280,7 +275,7 @@ def _table_row(stage: StageRecord, phases: Sequence[str]) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "status": stage.status,
-        "total": duration(_spent(stage)) if stage.seconds else "–",
+        "total": duration(stage.spent) if stage.seconds else "–",
         "cells": [duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
         "sampler_speed": middle("tokens_per_second/rollout"),
         "update_speed": middle("tokens_per_second/update"),

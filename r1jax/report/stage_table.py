@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import Dots, Marker, dot_plot
+from r1jax.report.tables import Heading, Plot, Table
 from r1jax.report.wording import KINDS, Figure, figure, value_of, votes
 
 Summary = Mapping[str, Any]
@@ -69,21 +70,23 @@ class Measure:
         found = (summary.get("parts") or {}) if self.part else summary
         return found.get(self.name)
 
+    @property
+    def percent(self) -> bool:
+        """Whether it is a share of right answers."""
+        return self.name.startswith(("pass_at_", "cons_at_")) and not self.part
+
+    def said(self, checkpoint: Checkpoint) -> Figure:
+        """In words, with its interval."""
+        return figure(self.of(checkpoint), percent=self.percent, digits=2 if self.part else 1)
+
 
 @dataclass(frozen=True)
-class Table:
-    title: str
-    lead: str
-    columns: list[Measure]
-    rows: list[tuple[Checkpoint, list[Figure]]]
-    folded: bool
+class Measures:
+    """The columns of the stage table: right answers and votes by benchmark, then the rest."""
 
-
-@dataclass(frozen=True)
-class Plot:
-    title: str
-    svg: Markup
-    legend: list[str]
+    right: list[Measure]
+    vote: list[Measure]
+    rest: list[Measure]
 
 
 def checkpoints(run: Run) -> list[Checkpoint]:
@@ -100,15 +103,19 @@ def checkpoints(run: Run) -> list[Checkpoint]:
         summaries = found.setdefault(run.weights_of(stage.name) or stage.name, {})
         data = run.benchmark(stage.config["data"])
         turn = sum(each.data == data and each.domain is None for each in summaries)
-        summary = stage.summary or {}
-        summaries[Benchmark(data, turn)] = summary
-        for domain, figures in (summary.get("by_domain") or {}).items():
-            summaries[Benchmark(data, turn, domain)] = figures
+        summaries |= by_benchmark(data, turn, stage.summary or {})
     return [
         Checkpoint(name, kinds.get(name, "model"), found[name])
         for name in run.order()
         if name in found
     ]
+
+
+def by_benchmark(data: str, turn: int, summary: Summary) -> dict[Benchmark, Summary]:
+    """One evaluation's figures: of all problems, and of each domain."""
+    domains = (summary.get("by_domain") or {}).items()
+    parts = {Benchmark(data, turn, domain): figures for domain, figures in domains}
+    return {Benchmark(data, turn): summary, **parts}
 
 
 def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> dict[str, Any] | None:
@@ -117,45 +124,85 @@ def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> dict[str, 
     None where `compared`, the evaluations before and after, are all that there are, of one domain.
     """
     rows = checkpoints(run)
-    benchmarks = _benchmarks(rows)
     others = [s for s in run.stages if s.kind == "evaluate" and s not in compared]
-    if not others and len(benchmarks) < 2:
-        return None
+    return stage_by_stage(rows) if others or len(_benchmarks(rows)) > 1 else None
+
+
+def stage_by_stage(
+    rows: Sequence[Checkpoint], seeds: Sequence[Sequence[Checkpoint]] = ()
+) -> dict[str, Any]:
+    """The tables of some checkpoints, and their plots.
+
+    Args:
+      seeds: the same checkpoints in each of several runs, where `rows` are means over them.
+    """
+    columns = measures(rows)
+    return {"tables": tables(columns, rows), "plots": plots(columns, rows, seeds)}
+
+
+def measures(rows: Sequence[Checkpoint]) -> Measures:
+    """What there is to say of some checkpoints."""
+    benchmarks = _benchmarks(rows)
     several = len({(each.data, each.turn) for each in benchmarks}) > 1
     right, vote, rest = [], [], []
-    plots = []
     for benchmark in benchmarks:
         whole = Benchmark(benchmark.data, benchmark.turn)
         parted = any(replace(each, domain=None) == whole != each for each in benchmarks)
         note = "all" if parted and benchmark == whole else whole.label if several and parted else ""
         right.append(Measure(benchmark, "pass_at_1", benchmark.label, note))
-        series = [("first try (pass@1)", right[-1])]
         k = max(votes(row.summaries.get(benchmark) or {}) for row in rows)
         if k > 1:
-            vote.append(Measure(benchmark, f"cons_at_{k}", benchmark.label, f"{note} cons@{k}"))
-            series.append((f"vote of {k} (cons@{k})", vote[-1]))
-        plots.append(_plot(right[-1], series, rows, percent=True))
+            note = f"{note} cons@{k}".strip()
+            vote.append(Measure(benchmark, f"cons_at_{k}", benchmark.label, note))
         if benchmark == whole:
             note = whole.label if several else ""
             found = [row.summaries.get(whole) or {} for row in rows]
-            more = [
+            rest += [
                 *(
                     Measure(whole, n, n.replace("_", " "), note, True)
                     for n in rewards_beyond(found)
                 ),
                 Measure(whole, "mean_length", "tokens per completion", note),
             ]
-            rest += more
-    plots += [_plot(each, [("mean", each)], rows) for each in rest]
-    tables = [
-        _table("Right at the first try", "pass@1", right, rows, percent=True),
-        _table("Rewards and length", "means over problems", rest, rows),
-        _table("Right by a vote", "cons@k", vote, rows, percent=True, folded=True),
+    return Measures(right, vote, rest)
+
+
+def tables(columns: Measures, rows: Sequence[Checkpoint]) -> list[Table]:
+    """Right answers, the rest, and votes, as far as there are any."""
+    found = [
+        ("Right at the first try", "pass@1", columns.right, False),
+        ("Rewards and length", "means over problems", columns.rest, False),
+        ("Right by a vote", "cons@k", columns.vote, True),
     ]
-    return {
-        "tables": [table for table in tables if table is not None],
-        "plots": [plot for plot in plots if plot is not None],
-    }
+    return [
+        Table(
+            title,
+            lead,
+            [Heading(each.label, each.note) for each in chosen],
+            [(Heading(row.name, row.kind), [m.said(row) for m in chosen]) for row in rows],
+            folded,
+        )
+        for title, lead, chosen, folded in found
+        if chosen
+    ]
+
+
+def plots(
+    columns: Measures,
+    rows: Sequence[Checkpoint],
+    seeds: Sequence[Sequence[Checkpoint]] = (),
+) -> list[Plot]:
+    """One for each benchmark, of first try and vote, and one for each other figure."""
+    found = []
+    for right in columns.right:
+        series = [("first try (pass@1)", right)]
+        for vote in columns.vote:
+            if vote.benchmark == right.benchmark:
+                k = vote.name.rsplit("_", 1)[1]
+                series.append((f"vote of {k} (cons@{k})", vote))
+        found.append(_plot(right, series, rows, seeds))
+    found += [_plot(each, [("mean", each)], rows, seeds) for each in columns.rest]
+    return [plot for plot in found if plot is not None]
 
 
 def _benchmarks(rows: Sequence[Checkpoint]) -> list[Benchmark]:
@@ -178,39 +225,23 @@ def rewards_beyond(summaries: Sequence[Summary]) -> list[str]:
     return [name for name in names if not all(repeats(name, each) for each in summaries)]
 
 
-def _table(
-    title: str,
-    lead: str,
-    columns: list[Measure],
-    rows: Sequence[Checkpoint],
-    *,
-    percent: bool = False,
-    folded: bool = False,
-) -> Table | None:
-    if not columns:
-        return None
-
-    def cell(measure: Measure, row: Checkpoint) -> Figure:
-        return figure(measure.of(row), percent=percent, digits=2 if measure.part else 1)
-
-    cells = [(row, [cell(measure, row) for measure in columns]) for row in rows]
-    return Table(title, lead, columns, cells, folded)
-
-
 def _plot(
     column: Measure,
     series: Sequence[tuple[str, Measure]],
     rows: Sequence[Checkpoint],
-    *,
-    percent: bool = False,
+    seeds: Sequence[Sequence[Checkpoint]],
 ) -> Plot | None:
     """One point with its interval for each checkpoint and series; None where nothing is known."""
+
+    def markers(measure: Measure, rows: Sequence[Checkpoint]) -> list[Marker]:
+        return [m for i, row in enumerate(rows) if (m := Marker.of(i, measure.of(row)))]
+
     dots = [
-        Dots(name, [m for i, row in enumerate(rows) if (m := Marker.of(i, measure.of(row)))])
+        Dots(name, markers(measure, rows), [m for seed in seeds for m in markers(measure, seed)])
         for name, measure in series
     ]
-    if not any(each.markers for each in dots):
+    if not any(each.markers or each.seeds for each in dots):
         return None
     title = f"{column.label} ({column.note})" if column.note else column.label
-    svg = dot_plot([row.name for row in rows], dots, title=title, percent=percent)
+    svg = dot_plot([row.name for row in rows], dots, title=title, percent=column.percent)
     return Plot(title, Markup(svg), [name for name, _ in series] if len(series) > 1 else [])

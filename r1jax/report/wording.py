@@ -80,6 +80,11 @@ def shortened(text: str) -> str:
     return f"{text[:half]}\n\n[… {left_out:,} characters left out …]\n\n{text[-half:]}"
 
 
+def paragraphs(text: str) -> list[str]:
+    """Parts of a text that blank lines keep apart."""
+    return [part for part in text.split("\n\n") if part.strip()]
+
+
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as rows of dotted name and text."""
     if not isinstance(value, Mapping):

@@ -246,6 +246,13 @@ def evaluation_config(config: RunConfig, model_path: str, stage_name: str | None
         update={"path": model_path, "config": None, "tokenizer": model_path}
     )
     stage = stages[-1].model_copy(update={"weights": None})
+    name = f"{config.name}-eval"
     return config.model_copy(
-        update={"model": model, "models": {}, "stages": [stage], "name": f"{config.name}-eval"}
+        update={
+            "model": model,
+            "models": {},
+            "stages": [stage],
+            "comparisons": [],
+            "name": name,
+        }
     )

@@ -1,0 +1,258 @@
+"""Runs of one config that differ in their seed: what they have in common, and how far they differ.
+
+The seed is the unit. A figure of several runs is the mean of each run's own, and its interval is
+Student's t over seeds with n - 1 degrees of freedom: it says how the mean would move with other
+seeds, where a run's own intervals say how its figure would move with other problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from r1jax.config.lineage import differences
+from r1jax.config.load import ConfigError
+from r1jax.evaluation.metrics import LEVEL, Estimate, Floats
+from r1jax.evaluation.results import evaluation, wall_seconds
+from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+
+# What runs of one config may differ in: their seed, where they live, and words about them.
+_MAY_DIFFER = ("seed", "name", "output", "title", "notes", "comparisons")
+_DIFFERENCES_SHOWN = 8
+# Figures of held-out problems -> the columns of the metrics that say the same of training answers.
+_IN_TRAINING = {"pass_at_1": ("reward/accuracy", "outcome/right"), "mean_length": ("length/mean",)}
+
+
+def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
+    """Reads finished runs of one config, in the order of their seeds.
+
+    Raises:
+      ConfigError: two are of the same seed, one is not finished, or their configs differ in more
+        than the seed, the place and the words; has a line for each.
+      FileNotFoundError: a directory holds no `config.yaml`.
+      ValueError: a file of a run is damaged; names file and line.
+    """
+    if not run_dirs:
+        raise ValueError("no run directory given: nothing to compare")
+    runs = sorted((read_run(path) for path in run_dirs), key=seed_of)
+    problems = []
+    for one, other in zip(runs, runs[1:], strict=False):
+        if seed_of(one) == seed_of(other):
+            problems.append(
+                f"{one.directory} and {other.directory} both have seed = {seed_of(one)}: give one "
+                "run of each seed"
+            )
+    first = runs[0]
+    for run in runs[1:]:
+        found = list(differences(_common(first), _common(run)))
+        if found:
+            rest = len(found) - _DIFFERENCES_SHOWN
+            problems += [
+                f"{first.directory} and {run.directory} are runs of different configs:",
+                *(f"  {line}" for line in found[:_DIFFERENCES_SHOWN]),
+                *([f"  and {rest} more"] if rest > 0 else []),
+            ]
+    for run in runs:
+        gaps = run.missing()
+        if gaps:
+            problems.append(f"{run.directory} is not finished: {'; '.join(gaps)}")
+    if problems:
+        raise ConfigError(problems)
+    return tuple(runs)
+
+
+def seed_of(run: Run) -> int:
+    return int(run.config.get("seed", 0))
+
+
+def _common(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.config.items() if name not in _MAY_DIFFER}
+
+
+def mean_over_seeds(values: Sequence[float], *, is_share: bool) -> Estimate:
+    """The mean of one value per seed, with Student's t interval.
+
+    Where all seeds agree, the interval has no width.
+
+    Args:
+      values: at least one. A single one says nothing of other seeds: the ends are nan.
+      is_share: values lie in [0, 1] whatever the seed, so the interval is cut there.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 1:
+        return Estimate(float(x[0]), math.nan, math.nan)
+    quantile = float(stdtrit(x.size - 1, (1 + LEVEL) / 2))
+    half = quantile * float(x.std(ddof=1)) / math.sqrt(x.size)
+    mean = float(x.mean())
+    low, high = mean - half, mean + half
+    if is_share:
+        low, high = float(np.maximum(low, 0.0)), float(np.minimum(high, 1.0))  # which keep nan
+    return Estimate(mean, low, high)
+
+
+def summary_over_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of one evaluation over seeds; of a single seed its own, intervals included.
+
+    Each `{"value", "low", "high"}` is over seeds, by domain and by reward too. One that a seed has
+    not got (the verifier failed on every sample) is null: a mean over the others would be of other
+    seeds than its neighbours. Counts are kept where all seeds agree, as on the number of problems.
+    """
+    if len(summaries) == 1:
+        return dict(summaries[0])
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for summary in summaries for name in summary):
+        found = [summary.get(name) for summary in summaries]
+        tables = [each if isinstance(each, Mapping) else {} for each in found]
+        if any("value" in table for table in tables):
+            values = [_value(table) for table in tables]
+            is_share = name.startswith(("pass_at_", "cons_at_"))
+            merged[name] = mean_over_seeds(values, is_share=is_share).to_json()
+        elif any(any(isinstance(inner, Mapping) for inner in table.values()) for table in tables):
+            merged[name] = summary_over_seeds(tables)
+        elif all(each == found[0] for each in found):
+            merged[name] = found[0]
+    return merged
+
+
+def _value(estimate: Mapping[str, Any]) -> float:
+    value = estimate.get("value")
+    return math.nan if value is None else float(value)
+
+
+def mean_run(runs: Sequence[Run]) -> Run:
+    """One run that stands for all: its summaries and seconds are means over seeds.
+
+    Only evaluations keep a summary, and no stage has a directory: what else a run has written is
+    one seed's.
+    """
+
+    def mean_stage(stages: Sequence[StageRecord]) -> StageRecord:
+        phases = dict.fromkeys(phase for stage in stages for phase in stage.seconds)
+        seconds = {p: sum(s.seconds.get(p, 0.0) for s in stages) / len(stages) for p in phases}
+        summaries = [stage.summary or {} for stage in stages]
+        summary = summary_over_seeds(summaries) if stages[0].kind == "evaluate" else None
+        return replace(stages[0], directory=None, seconds=seconds, summary=summary)
+
+    records = zip(*(run.stages for run in runs), strict=True)
+    return replace(runs[0], stages=tuple(mean_stage(stages) for stages in records))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One curve of a stage, in each run.
+
+    Attributes:
+      measure: `pass_at_1`, `cons_at_<k>` or `mean_length`.
+      held_out: measured on held-out problems; else on the answers just trained on.
+      steps: those that all runs have.
+      values: [seeds, steps].
+    """
+
+    stage: str
+    measure: str
+    held_out: bool
+    steps: list[float]
+    values: Floats
+
+
+def bundles(runs: Sequence[Run]) -> list[Bundle]:
+    """The curves of the GRPO stages: of held-out problems if all runs measured them, else of
+    training answers."""
+    found = []
+    for stages in zip(*(run.stages for run in runs), strict=True):
+        if stages[0].kind != "grpo":
+            continue
+        seeds = [_held_out_curves(stage) for stage in stages]
+        held_out = all(seeds)
+        if not held_out:
+            seeds = [_training_curves(stage) for stage in stages]
+        for measure in seeds[0]:
+            lines = [curves.get(measure, {}) for curves in seeds]
+            steps = sorted(set.intersection(*(set(line) for line in lines)))
+            if steps:
+                values = np.array([[line[step] for step in steps] for line in lines])
+                found.append(Bundle(stages[0].name, measure, held_out, steps, values))
+    return found
+
+
+def _held_out_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
+    """measure -> step -> value: pass@1, the largest vote and the length."""
+    curves: dict[str, dict[float, float]] = {}
+    for row in stage.rows("held_out.jsonl"):
+        for name, figure in row.items():
+            if isinstance(figure, Mapping) and figure.get("value") is not None:
+                curves.setdefault(name, {})[float(row["step"])] = float(figure["value"])
+    votes = sorted(
+        (name for name in curves if name.startswith("cons_at_")),
+        key=lambda name: int(name.rsplit("_", 1)[1]),
+    )
+    return {n: curves[n] for n in ("pass_at_1", *votes[-1:], "mean_length") if n in curves}
+
+
+def _training_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
+    """The same of training answers, as far as the metrics know."""
+    columns = stage.columns("metrics.jsonl")
+    curves = {}
+    for measure, names in _IN_TRAINING.items():
+        known = [name for name in names if name in columns]
+        if known:
+            curves[measure] = dict(zip(*columns[known[0]], strict=True))
+    return curves
+
+
+def results_over_seeds(runs: Sequence[Run]) -> dict[str, Any]:
+    """The content of the `results.json` of several runs.
+
+    `evaluations` are those of `results`, each over seeds, with `by_seed` each seed's own;
+    `wall_seconds` and `stage_seconds` have `mean`, `lowest`, `highest` and `by_seed`; `curves` are
+    over the steps of RL training, with `mean`, `lowest` and `highest`; `config`, resolved, of the
+    first seed.
+    """
+    seeds = [str(seed_of(run)) for run in runs]
+    mean = mean_run(runs)
+
+    def spread(seconds: Sequence[float]) -> dict[str, Any]:
+        ends = {"lowest": min(seconds), "highest": max(seconds)}
+        by_seed = dict(zip(seeds, seconds, strict=True))
+        return {"mean": sum(seconds) / len(seconds), **ends, "by_seed": by_seed}
+
+    evaluations = []
+    for stage, *own in zip(mean.stages, *(run.stages for run in runs), strict=True):
+        if stage.kind == "evaluate":
+            by_seed = {seed: each.summary for seed, each in zip(seeds, own, strict=True)}
+            evaluations.append({**(evaluation(mean, stage) or {}), "by_seed": by_seed})
+    return {
+        "name": mean.config.get("name"),
+        "seeds": [seed_of(run) for run in runs],
+        "evaluations": evaluations,
+        "wall_seconds": spread([wall_seconds(run)["total"] for run in runs]),
+        "stage_seconds": {
+            stages[0].name: spread([stage.spent for stage in stages])
+            for stages in zip(*(run.stages for run in runs), strict=True)
+        },
+        "curves": [
+            {
+                "stage": each.stage,
+                "measure": each.measure,
+                "held_out": each.held_out,
+                "steps": each.steps,
+                "mean": each.values.mean(axis=0).tolist(),
+                "lowest": each.values.min(axis=0).tolist(),
+                "highest": each.values.max(axis=0).tolist(),
+            }
+            for each in bundles(runs)
+        ],
+        "versions": {
+            seed: run.info.get("versions", {}) for seed, run in zip(seeds, runs, strict=True)
+        },
+        "hardware": {
+            seed: run.info.get("hardware", {}) for seed, run in zip(seeds, runs, strict=True)
+        },
+        "config": runs[0].config,
+    }

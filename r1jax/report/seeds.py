@@ -1,0 +1,206 @@
+"""Several seeds of one config on one page, with their tables as Markdown and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from r1jax.config.load import ConfigError
+from r1jax.evaluation.results import before_and_after, write_json, write_whole
+from r1jax.evaluation.run_directory import Run
+from r1jax.evaluation.seeds import (
+    bundles,
+    mean_over_seeds,
+    mean_run,
+    read_seeds,
+    results_over_seeds,
+    seed_of,
+)
+from r1jax.report.comparisons import comparisons
+from r1jax.report.page import headline, template
+from r1jax.report.plots import Dots, Marker, band_plot, dot_plot
+from r1jax.report.stage_table import checkpoints, measures, stage_by_stage, tables
+from r1jax.report.tables import Heading, Plot, Table, markdown, plain
+from r1jax.report.wording import KINDS, Figure, duration, flat, paragraphs
+
+_CURVES = {"pass_at_1": "pass@1", "mean_length": "tokens per completion"}
+
+
+def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Writes `report.html`, `tables.md` and `results.json` of several runs; returns their paths.
+
+    Args:
+      run_dirs: finished runs of one config, each of another seed.
+      out: a directory of their own; made if it does not exist.
+
+    Raises:
+      ConfigError: `out` is a run's directory, whose own files would be lost; or the runs do not
+        go together, as in `read_seeds`.
+    """
+    directory = Path(out)
+    if (directory / "config.yaml").exists():
+        raise ConfigError(
+            [f"--out {directory} is a run's directory, with a report of its own: name another"]
+        )
+    runs = read_seeds(run_dirs)
+    page, text, content = render(runs), render_markdown(runs), results_over_seeds(runs)
+    directory.mkdir(parents=True, exist_ok=True)
+    return [
+        write_whole(directory / "report.html", page),
+        write_whole(directory / "tables.md", text),
+        write_json(directory / "results.json", content),
+    ]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    mean = mean_run(runs)
+    several = len(runs) > 1
+    rows = checkpoints(mean)
+    return template("seeds.html.j2").render(
+        title=mean.config.get("title") or mean.config.get("name"),
+        name=mean.config.get("name"),
+        seeds=_seeds(runs),
+        total=duration(sum(stage.spent for run in runs for stage in run.stages)),
+        headline=headline(mean, *before_and_after(mean)),
+        interval="95 % interval over seeds" if several else "95 % interval over problems",
+        meaning=_meaning(runs),
+        stages=stage_by_stage(rows, [checkpoints(run) for run in runs] if several else ()),
+        each_seed=_each_seed(runs) if several else [],
+        comparisons=comparisons(mean, runs if several else ()),
+        curves=_curves(runs),
+        wall=_wall_table(runs),
+        wall_by_seed=_wall_by_seed(runs),
+        wall_plot=_wall_plot(runs),
+        hardware="" if _same_hardware(runs) else "The seeds ran on different hardware.",
+        notes=paragraphs(str(mean.config.get("notes") or "")),
+        setups=[
+            (
+                f"seed {seed_of(run)}",
+                flat(run.info.get("versions")) + flat(run.info.get("hardware")),
+            )
+            for run in runs
+        ],
+        config=(mean.directory / "config.yaml").read_text(encoding="utf-8"),
+    )
+
+
+def render_markdown(runs: Sequence[Run]) -> str:
+    """All tables as Markdown."""
+    mean = mean_run(runs)
+    rows = checkpoints(mean)
+    several = len(runs) > 1
+    title = str(mean.config.get("title") or mean.config.get("name"))
+    parts = [f"# {plain(title)}\n", f"{plain(_seeds(runs).capitalize())}. {_meaning(runs)}\n"]
+    for table in tables(measures(rows), rows):
+        parts += [f"## {table.title} ({table.lead})\n", markdown(table)]
+    for compared in comparisons(mean, runs if several else ()):
+        parts += [f"## {plain(compared.table.title)}\n", markdown(compared.table)]
+        parts += [f"{plain(text)}\n" for text in (compared.counted, *compared.note)]
+    wall = _wall_table(runs)
+    parts += [f"## {wall.title}\n", markdown(wall)]
+    for table in _each_seed(runs) if several else []:
+        parts += [f"<details><summary>{table.title}</summary>\n", markdown(table), "</details>\n"]
+    return "\n".join(parts)
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    numbers = [str(seed_of(run)) for run in runs]
+    return f"seeds {', '.join(numbers)}" if len(numbers) > 1 else f"seed {numbers[0]}"
+
+
+def _meaning(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return "A single seed: 95 % intervals over problems."
+    return (
+        f"Means over {len(runs)} seeds with 95 % intervals over seeds (Student's t; of shares cut "
+        "at 0 and 100 %; without width where all seeds agree)."
+    )
+
+
+def _each_seed(runs: Sequence[Run]) -> list[Table]:
+    """The stage tables with a row for each seed, whose intervals are its own."""
+    columns = measures(checkpoints(mean_run(runs)))
+    seeds = [(run, tables(columns, checkpoints(run))) for run in runs]
+    found = []
+    for each in zip(*(own for _, own in seeds), strict=True):
+        lines = zip(*(table.rows for table in each), strict=True)
+        rows = [
+            (Heading(heading.label, f"seed {seed_of(run)}"), cells)
+            for line in lines
+            for run, (heading, cells) in zip(runs, line, strict=True)
+        ]
+        title = f"Each seed: {each[0].title.lower()}"
+        lead = "95 % intervals over problems"
+        found.append(Table(title, lead, each[0].columns, rows, folded=True))
+    return found
+
+
+def _wall(runs: Sequence[Run]) -> list[tuple[Heading, list[float]]]:
+    """Seconds of each seed: by stage, of all evaluations together, and in all."""
+    rows = []
+    for stages in zip(*(run.stages for run in runs), strict=True):
+        if stages[0].kind != "evaluate":
+            kind = KINDS.get(stages[0].kind, stages[0].kind)
+            rows.append((Heading(stages[0].name, kind), [stage.spent for stage in stages]))
+    asked = [[s.spent for s in run.stages if s.kind == "evaluate"] for run in runs]
+    if asked[0]:
+        count = f"{len(asked[0])} in all" if len(asked[0]) > 1 else ""
+        rows.append((Heading("evaluation", count), [sum(each) for each in asked]))
+    totals = [sum(stage.spent for stage in run.stages) for run in runs]
+    return [*rows, (Heading("total", ""), totals)]
+
+
+def _wall_table(runs: Sequence[Run]) -> Table:
+    """Mean and range over seeds."""
+
+    def cell(seconds: Sequence[float]) -> Figure:
+        ends = f"{duration(min(seconds))} – {duration(max(seconds))}"
+        return Figure(duration(sum(seconds) / len(seconds)), ends if len(runs) > 1 else "")
+
+    note = "mean over seeds, and range" if len(runs) > 1 else ""
+    rows = [(heading, [cell(seconds)]) for heading, seconds in _wall(runs)]
+    return Table("Wall time", "", [Heading("wall time", note)], rows)
+
+
+def _wall_by_seed(runs: Sequence[Run]) -> Table:
+    """Each seed's own, with every evaluation."""
+    rows = [
+        (
+            Heading(stages[0].name, KINDS.get(stages[0].kind, stages[0].kind)),
+            [Figure(duration(stage.spent)) for stage in stages],
+        )
+        for stages in zip(*(run.stages for run in runs), strict=True)
+    ]
+    columns = [Heading(f"seed {seed_of(run)}") for run in runs]
+    return Table("Every stage in each seed", "", columns, rows, folded=True)
+
+
+def _wall_plot(runs: Sequence[Run]) -> Plot:
+    rows = _wall(runs)[:-1]  # beside the total, no stage is seen
+    means, seeds = [], []
+    for i, (_, seconds) in enumerate(rows):
+        mean = mean_over_seeds(seconds, is_share=False).value
+        means.append(Marker(i, mean, mean, mean))
+        seeds += [Marker(i, each, each, each) for each in seconds if len(runs) > 1]
+    title = "seconds by stage"
+    dots = Dots("mean", means, seeds)
+    return Plot(title, Markup(dot_plot([h.label for h, _ in rows], [dots], title=title)), [])
+
+
+def _curves(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
+    """Stage -> plots."""
+    found: dict[str, list[Plot]] = {}
+    for each in bundles(runs):
+        label = _CURVES.get(each.measure, each.measure.replace("_at_", "@"))
+        title = f"{label}, {'held-out' if each.held_out else 'training answers'}"
+        percent = each.measure != "mean_length"
+        svg = band_plot(each.steps, each.values, title=f"{title} ({each.stage})", percent=percent)
+        found.setdefault(each.stage, []).append(Plot(title, Markup(svg), []))
+    return list(found.items())
+
+
+def _same_hardware(runs: Sequence[Run]) -> bool:
+    return all(run.info.get("hardware") == runs[0].info.get("hardware") for run in runs)
