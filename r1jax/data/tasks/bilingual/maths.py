@@ -34,7 +34,7 @@ class Sum:
             # After a slip a total may leave the range; the text has no such numbers, so it is cut.
             total = min(max(total + term, 0), _CEILING)
             if slips("sum" if term > 0 else "difference"):
-                total = _near(total, 9, draw)
+                total += 1 if total < _CEILING else -1
             steps.append(f"{before}{term:+d}={total}")
         return steps, str(total)
 

@@ -93,7 +93,7 @@ class Bilingual:
     english: float = 0.15
     german: float = 0.15
     slip: float = 0.05
-    slip_other: float = 0.35
+    slip_other: float = 0.6
 
     alphabet: ClassVar[str] = _SMALL + _SMALL.upper() + "0123456789+-*/=<>()[]{}.,:?`\\ \n"
 
