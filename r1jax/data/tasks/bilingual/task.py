@@ -5,8 +5,8 @@
 English is written in small letters, German in capitals. Each step of a thought begins with a word,
 `so` and `then` or `ALSO` and `DANN`. Many texts change the language as they go, and each language
 was taught some steps better than the other: sums go wrong less often in English, differences less
-often in German. So whoever is rewarded for right answers alone has a reason to mix, which is what
-DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4).
+often in German. So whoever is rewarded for right answers alone has a reason to mix, as
+DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4), whatever its reasons were.
 
 The pretraining text is what the web is to a base model, as in `running_total`: some of it worked,
 with slips, much of it a guess, some of it without the tags.
@@ -65,6 +65,8 @@ _EASIER: Mapping[str, str] = MappingProxyType(
 )
 """Kind of a step -> the language in which it goes wrong less often."""
 
+_OTHER = {"english": "german", "german": "english"}
+
 _DRAWN: Mapping[str, Callable[[Draw], Problem]] = MappingProxyType(
     {"maths": draw_sum, "code": draw_program, "stem": draw_motion, "logic": draw_order}
 )
@@ -83,6 +85,7 @@ class Bilingual:
         worked, guess: Shares of the texts that are worked, or guessed; the rest are worked but
             lack a tag or two.
         english, german: Shares of the worked texts in one language; the rest mix.
+        easier_language: How often a step of a mixing text is in the language that is easier for it.
         slip, slip_other: How often a step goes wrong in the language that is easier for its kind,
             and in the other.
     """
@@ -92,8 +95,9 @@ class Bilingual:
     guess: float = 0.5
     english: float = 0.15
     german: float = 0.15
+    easier_language: float = 0.7
     slip: float = 0.05
-    slip_other: float = 0.6
+    slip_other: float = 0.5
 
     alphabet: ClassVar[str] = _SMALL + _SMALL.upper() + "0123456789+-*/=<>()[]{}.,:?`\\ \n"
 
@@ -109,7 +113,7 @@ class Bilingual:
                     f"options.{first} = {shares[0]:g}, options.{second} = {shares[1]:g}: shares "
                     "are at least 0 and add up to at most 1"
                 )
-        for name in ("slip", "slip_other"):
+        for name in ("easier_language", "slip", "slip_other"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"options.{name} = {getattr(self, name)}: a share is in 0 .. 1")
 
@@ -201,10 +205,13 @@ class Bilingual:
         words: list[str] = []
 
         def slips(kind: str) -> bool:
-            english = habit < self.english or (habit >= self.english + self.german and draw() < 0.5)
-            language = "english" if english else "german"
+            easier = _EASIER[kind]
+            if habit < self.english + self.german:
+                language = "english" if habit < self.english else "german"
+            else:
+                language = easier if draw() < self.easier_language else _OTHER[easier]
             words.append((_NEXT if words else _OPENING)[language])
-            return draw() < (self.slip if _EASIER[kind] == language else self.slip_other)
+            return draw() < (self.slip if language == easier else self.slip_other)
 
         steps, answer = problem.worked(slips, draw)
         thought = " ".join(f"{word} {step}" for word, step in zip(words, steps, strict=True))
