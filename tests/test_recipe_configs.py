@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers import Qwen2ForCausalLM as Model
 
 from r1jax.config.load import load_config
+from r1jax.config.schema import RejectionSamplingStage, RuleRewrite
+from r1jax.data.tasks.bilingual import LANGUAGES, REPLACEMENTS
 from r1jax.stages import recipe
 from r1jax.stages.context import Context
 from r1jax.stages.dry_run import describe
@@ -159,3 +161,14 @@ def test_streaming_equals_one_text(tmp_path: Path) -> None:
     assert pieces > 4  # in several pieces
     assert all(len(text.encode()) >= 20 for text in texts)
     assert texts[0] != texts[1]
+
+
+def test_the_miniature_passes_every_check_and_knows_its_languages() -> None:
+    config = load_config("tiny/r1")
+    recipe.check(Context.resolve(config))
+    languages = config.rewards["language_consistency"].options["languages"]
+    assert languages == LANGUAGES
+    cold_start = config.stage("cold_start")
+    assert isinstance(cold_start, RejectionSamplingStage)
+    assert isinstance(cold_start.rewrite, RuleRewrite)
+    assert cold_start.rewrite.replacements == REPLACEMENTS
