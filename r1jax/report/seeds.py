@@ -63,6 +63,7 @@ def render(runs: Sequence[Run]) -> str:
         title=mean.config.get("title") or mean.config.get("name"),
         name=mean.config.get("name"),
         seeds=_seeds(runs),
+        several=several,
         total=duration(sum(stage.spent for run in runs for stage in run.stages)),
         headline=headline(mean, *before_and_after(mean)),
         interval="95 % interval over seeds" if several else "95 % interval over problems",
