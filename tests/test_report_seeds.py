@@ -240,6 +240,9 @@ def test_a_single_seed_shows_its_own_intervals(tmp_path: Path) -> None:
 
 def test_curves_of_held_out_problems_or_else_of_training(tmp_path: Path) -> None:
     runs = few(tmp_path)
+    held_out = [run / "stages" / "02-r1-zero" / "held_out.jsonl" for run in runs]
+    for file in held_out:
+        file.unlink()
     found = bundles(read_seeds(runs))
     assert [(each.measure, each.held_out) for each in found] == [
         ("pass_at_1", False),
@@ -254,11 +257,11 @@ def test_curves_of_held_out_problems_or_else_of_training(tmp_path: Path) -> None
         nothing = {"value": None, "low": None, "high": None}
         return {"step": step, "problems": 4, "pass_at_1": figure, **votes, "mean_length": nothing}
 
-    write_lines(runs[0] / "stages" / "02-r1-zero" / "held_out.jsonl", [row(0, 0.25), row(10, 0.5)])
+    write_lines(held_out[0], [row(0, 0.25), row(10, 0.5)])
     # One seed alone is not enough.
     assert not bundles(read_seeds(runs))[0].held_out
     rows = [row(0, 0.75), row(10, 0.25), row(20, 1.0)]
-    write_lines(runs[1] / "stages" / "02-r1-zero" / "held_out.jsonl", rows)
+    write_lines(held_out[1], rows)
     right, vote = bundles(read_seeds(runs))
     assert (right.measure, vote.measure) == ("pass_at_1", "cons_at_16") and right.held_out
     assert right.steps == vote.steps == [0, 10]
