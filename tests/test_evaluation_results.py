@@ -11,6 +11,7 @@ import yaml
 from fabricated_run import fabricate, fabricate_recipe
 
 from r1jax.config.lineage import edges
+from r1jax.config.load import load_config
 from r1jax.config.schema import RunConfig
 from r1jax.evaluation import before_and_after, read_run, write_results
 
@@ -157,3 +158,15 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give the directory of a run"):
         write_results(tmp_path)
+
+
+def test_an_ablation_behind_the_recipe_is_not_its_result(tmp_path: Path) -> None:
+    """The miniature's last evaluation of the main model is that of another R1-Zero."""
+    config = load_config("tiny/r1").model_dump(mode="json")
+    assert [s["name"] for s in config["stages"] if s["kind"] == "evaluate"][
+        6
+    ] == "zero_english_eval"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    before, after = before_and_after(read_run(tmp_path))
+    assert before is not None and before.name == "base_eval"
+    assert after is not None and after.name == "r1_eval"

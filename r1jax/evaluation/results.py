@@ -18,15 +18,16 @@ _LEARNING = ("sft", "grpo")
 def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
     """The two evaluations to compare, finished or not.
 
-    `after` is the last evaluation of the config, `before` the first one on the same problems. A
-    lone evaluation is the one before if it precedes all learning, else the one after. Evaluations
-    of other models (a student's) count only where there is none of the main one.
+    `after` is the evaluation that most stages led to, of equal ones the last: an ablation behind
+    the recipe is not its result. `before` is the first one on the same problems. A lone evaluation
+    is the one before if it precedes all learning, else the one after. Evaluations of other models
+    (a student's) count only where there is none of the main one.
     """
     evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
     evaluations = [s for s in evaluations if run.model_of(s.name) == MODEL] or evaluations
     if not evaluations:
         return None, None
-    last = evaluations[-1]
+    last = max(reversed(evaluations), key=lambda stage: len(_behind(run, stage.name)))
     benchmark = run.benchmark(last.config["data"])
     first = next(s for s in evaluations if run.benchmark(s.config["data"]) == benchmark)
     if first is not last:
@@ -34,6 +35,16 @@ def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
     learning = [stage.kind in _LEARNING for stage in run.stages]
     trained = any(learning[: run.stages.index(last)])
     return (last, None) if any(learning) and not trained else (None, last)
+
+
+def _behind(run: Run, name: str) -> set[str]:
+    """The stages and models that a stage's result rests on."""
+    found: set[str] = set()
+    unseen = {name}
+    while unseen:
+        unseen = {edge.source for edge in run.edges if edge.target in unseen} - found
+        found |= unseen
+    return found
 
 
 def wall_seconds(run: Run) -> dict[str, float]:
