@@ -8,9 +8,9 @@ from r1jax.data.tasks.running_total import RunningTotal
 from r1jax.data.tasks.task import HELD_OUT_SHARE, PreferenceTask, Task, task_options
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
-    {"bilingual": Bilingual, "running_total": RunningTotal}
+    {"running_total": RunningTotal, "bilingual": Bilingual}
 )
-"""Name in `task:NAME` and `characters:NAME` -> the task."""
+"""Name in `task:NAME` and `characters:NAME` -> the task. TFDS takes the first where none is named."""
 
 __all__ = [
     "HELD_OUT_SHARE",
