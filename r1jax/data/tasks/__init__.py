@@ -10,7 +10,9 @@ from r1jax.data.tasks.task import HELD_OUT_SHARE, PreferenceTask, Task, task_opt
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {"running_total": RunningTotal, "bilingual": Bilingual}
 )
-"""Name in `task:NAME` and `characters:NAME` -> the task. TFDS takes the first where none is named."""
+"""Name in `task:NAME` and `characters:NAME` -> the task.
+
+TFDS takes the first where none is named."""
 
 __all__ = [
     "HELD_OUT_SHARE",
