@@ -16,9 +16,13 @@ from r1jax.planner.topologies import quiet
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled program. Bytes are of one device; `outputs` the shardings of what it returns."""
+    """A compiled program. Bytes are of one device; `outputs` the shardings of what it returns.
 
-    module: hlo.Module
+    module: None where its text cannot be had: a TPU compiler of another release may write what
+        this jaxlib does not read.
+    """
+
+    module: hlo.Module | None
     outputs: Any
     argument_bytes: int
     output_bytes: int
@@ -75,10 +79,15 @@ def _compile(lowered: Lowered) -> Binary:
             float(sizes[i]) * 2 ** (10 * " KMGT".index(sizes[i + 1] or " ")) for i in (1, 3)
         )
         raise DoesNotFit(needed, available) from error
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # of backends that compile for real
+    memory = compiled.memory_analysis()
+    assert memory is not None  # of backends that compile for real
+    try:
+        with quiet():
+            text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None
     return Binary(
-        module=hlo.parse(text),
+        module=None if text is None else hlo.parse(text),
         outputs=compiled.output_shardings,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

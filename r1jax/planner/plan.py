@@ -28,7 +28,7 @@ class ProgramPlan:
     total: their sum; where the program alone is too large for the compiler, at least so much.
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
     utilisation: the model's own FLOP/s as a share of the peak.
-    problem: why nothing is known but the memory of its arguments.
+    problem: why nothing is known but memory.
     """
 
     name: str
@@ -278,13 +278,17 @@ def _plan_program(
         return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
     seconds = time.perf_counter() - began
     memory = _memory(program, binary)
+    fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
+    if binary.module is None:
+        problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
+        return ProgramPlan(program.name, program.calls, memory, fits, problem=problem)
     cost = hlo.cost(binary.module, unknown_trips=program.turns, largest_branch=program.ranked)
     taken = times(cost, target)
     return ProgramPlan(
         name=program.name,
         calls=program.calls,
         memory=memory,
-        fits=None if target.hbm is None else sum(memory.values()) <= target.hbm,
+        fits=fits,
         flops=cost.flops,
         bytes=cost.bytes,
         exchange=tuple(traffic(cost, target, mesh)),

@@ -37,7 +37,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
                 if table.row_count:
                     console.print(table, markup=False)
             console.print(_step(stage), markup=False, highlight=False)
-            for line in _advice(plan, stage):
+            for line in [*_problems(stage), *_advice(plan, stage)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print()
     if len(plans) > 1:
@@ -68,7 +68,7 @@ def _memory(plan: Plan, stage: StagePlan) -> Table:
             program.name,
             *(_bytes(program.memory[kind]) if kind in program.memory else "" for kind in kinds),
             _bytes(program.total),
-            program.problem or {True: "yes", False: "no", None: ""}[program.fits],
+            {True: "yes", False: "no", None: "unknown" if program.problem else ""}[program.fits],
         )
     return table
 
@@ -124,6 +124,14 @@ def _step(stage: StagePlan) -> str:
         f"{stage.tokens:,} tokens, {stage.tokens_per_second:,.0f} tokens/s, "
         f"MFU {_share(stage.utilisation)}"
     )
+
+
+def _problems(stage: StagePlan) -> list[str]:
+    return [
+        f"{stage.name}: {program.name}: {program.problem}"
+        for program in stage.programs
+        if program.problem
+    ]
 
 
 def _advice(plan: Plan, stage: StagePlan) -> list[str]:

@@ -127,8 +127,8 @@ def tpu_slice(name: str) -> Slice:
         )
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
-            f"--topology {name} needs the TPU compiler: pip install libtpu (no TPU is needed); or "
-            "use --fake-devices N"
+            f"--topology {name} needs the TPU compiler: pip install 'r1jax[tpu]' (no TPU is "
+            "needed); or use --fake-devices N"
         )
     from jax.experimental import topologies
 
