@@ -15,6 +15,7 @@ from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
 from r1jax.sharding import DEFAULT_RULES, Layout, make_layout
 from r1jax.stages.context import decoder_of
+from r1jax.stages.judge import directory_section
 from r1jax.stages.recipe import Selection, check_rows
 from r1jax.weights import hugging_face
 
@@ -201,8 +202,7 @@ class _Decoders:
         config = self._config
         stages = {stage.name: stage for stage in config.stages}
         if name not in stages and name != MODEL and name not in config.models:
-            # A reward model of its own: executed as the policy is.
-            section = config.model.model_copy(update={"path": name, "config": None})
+            section = directory_section(name, config.model)
             return decoder_of(section, self._shape(f"model {name}", section), self._layout)
         key = config.model_of(name)
         section = config.model if key == MODEL else config.models[key]
@@ -282,7 +282,9 @@ def _plan_program(
     if binary.module is None:
         problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
         return ProgramPlan(program.name, program.calls, memory, fits, problem=problem)
-    cost = hlo.cost(binary.module, unknown_trips=program.turns, largest_branch=program.ranked)
+    cost = hlo.cost(
+        binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
+    )
     taken = times(cost, target)
     return ProgramPlan(
         name=program.name,

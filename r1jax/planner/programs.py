@@ -60,7 +60,8 @@ class Program:
     makes: what its results are, where they are new.
     calls: in a step of the stage; 0 where that depends on the data.
     turns: of its data-dependent loop in a call (a loop that decodes token by token).
-    ranked: whether sampling sorts the vocabulary.
+    larger_branch: whether conditionals take their larger branch: sampling does where it sorts the
+        vocabulary.
     useful_flops: of the model in a call, on all devices together; recomputed products do not count.
     """
 
@@ -71,7 +72,7 @@ class Program:
     calls: float
     makes: str = "outputs"
     turns: float = 1.0
-    ranked: bool = False
+    larger_branch: bool = True
     useful_flops: float = 0.0
 
 
@@ -151,8 +152,7 @@ def _grpo(
                 "log-probs",
                 partial(score.lower, weights, inputs),
                 {"weights": weights, "batch": inputs},
-                # The policy's are given once, the reference's at another time.
-                {**resident, "batch": [batch] * phase},
+                {**resident, "batch": [batch.replace(inputs=None), *[batch] * (phase - 1)]},
                 calls=with_reference + (phase > 1),
                 useful_flops=forward,
             )
@@ -299,7 +299,7 @@ class Rollout:
                 resident,
                 calls,
                 turns=turns,
-                ranked=self.sampling.top_p < 1 or self.sampling.top_k > 0,
+                larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
                 useful_flops=decoding * turns / self.new_tokens,
             )
         if len(capacities) > 1:
@@ -333,7 +333,7 @@ class Rollout:
 
     @cached_property
     def prefill(self) -> Lowered:
-        return self._start(self.capacities[0]).lower(*self._start_arguments)
+        return start.lower(*self._start_arguments, **self._start_options(self.capacities[0]))
 
     def decode(self, capacity: int) -> Lowered:
         state, prompt_cache = self.started(capacity)
@@ -363,18 +363,16 @@ class Rollout:
             raise NotPlanned(
                 "what it reads is laid out by the prefill, which does not fit"
             ) from error
-        return _placed(jax.eval_shape(self._start(capacity), *self._start_arguments), binary)
+        begin = partial(start, **self._start_options(capacity))
+        return _placed(jax.eval_shape(begin, *self._start_arguments), binary)
 
-    def _start(self, capacity: int) -> Any:
-        return jax.jit(
-            partial(
-                start,
-                model=self.model,
-                count=self.samples,
-                capacity=capacity,
-                max_new_tokens=self.new_tokens,
-            )
-        )
+    def _start_options(self, capacity: int) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "count": self.samples,
+            "capacity": capacity,
+            "max_new_tokens": self.new_tokens,
+        }
 
     @cached_property
     def _start_arguments(self) -> tuple[Any, ...]:

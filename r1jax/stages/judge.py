@@ -96,6 +96,12 @@ class Judged:
         return self._judge._scores(self._completions, self._pending)
 
 
+def directory_section(directory: str, policy: ModelSection) -> ModelSection:
+    """The model of a directory, executed as the policy is."""
+    like = {key: getattr(policy, key) for key in ("compute_dtype", "attention")}
+    return ModelSection(path=directory).model_copy(update=like)
+
+
 def rows_at_once(layout: Layout) -> int:
     """Texts that a reward model reads at once, over all devices."""
     return _ROWS * layout.shards("batch")
@@ -143,11 +149,7 @@ class RewardModel:
                     "run: a directory needs reads (summary or response), too"
                 )
             directory = hugging_face.resolve(reward.model)
-            section = ModelSection(path=str(directory))
-            execution = context.config.model
-            section = section.model_copy(
-                update={key: getattr(execution, key) for key in ("compute_dtype", "attention")}
-            )
+            section = directory_section(str(directory), context.config.model)
             self._model = LanguageModel.resolve(section, context.layout)
             self._section = DataSection(source="jsonl:-", template=reward.template or "chat")
             self._reads = reward.reads
