@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -152,7 +152,7 @@ def _grpo(
                 "log-probs",
                 partial(score.lower, weights, inputs),
                 {"weights": weights, "batch": inputs},
-                {**resident, "batch": [batch.replace(inputs=None), *[batch] * (phase - 1)]},
+                {**resident, "batch": [replace(batch, inputs=None), *[batch] * (phase - 1)]},
                 calls=with_reference + (phase > 1),
                 useful_flops=forward,
             )
