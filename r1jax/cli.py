@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -110,6 +110,70 @@ def run(
         return
     selection = recipe.Selection(only=only, first=first, last=last)
     raise typer.Exit(recipe.run(settings, selection))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
+    overrides: Overrides = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A TPU slice that need not be there, such as v5p:4x4x8; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How to arrange its devices: fsdp=8,tensor=4, or fsdp for all of them; may be "
+            "repeated. Default: the config's.",
+            show_default=False,
+        ),
+    ] = None,
+    fake: Annotated[
+        int | None,
+        typer.Option(
+            "--fake-devices",
+            min=1,
+            help="Plan for so many devices made of the CPU: without times.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A stage to plan; may be repeated. Default: all.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write everything to this file.")
+    ] = None,
+) -> None:
+    """Compile what a run will call for a slice, and tell memory, work, exchange and time.
+
+    Needs no accelerator, weights or data. Times are those of a perfect machine. The exit status is
+    1 where nothing fits.
+    """
+    from r1jax.config.load import ConfigError, load_config
+
+    if topology and fake is not None:
+        raise ConfigError(["--topology and --fake-devices: give one of them"])
+    settings = load_config(config, with_given_shapes(overrides or ()))
+
+    from r1jax import planner
+
+    if topology:
+        targets = [planner.tpu_slice(name) for name in topology]
+    else:
+        targets = [planner.attached() if fake is None else planner.fake_devices(fake)]
+    meshes = [planner.parse_mesh(text, settings.mesh) for text in mesh or ["config"]]
+    console = _console()
+    with console.status("planning") as status:
+        plans = planner.plan_all(settings, targets, meshes, stages=only, tell=status.update)
+    planner.print_plans(plans, console)
+    if out is not None:
+        out.write_text(json.dumps(planner.as_json(config, plans), indent=2) + "\n")
+    if not any(each.fits for each in plans):
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -339,6 +403,21 @@ def _complain(error: Exception, own: bool) -> None:
     if inside and not own:
         place = f"{inside[-1].filename}:{inside[-1].lineno}"
         typer.secho(f"({place}; R1JAX_DEBUG=1 shows the traceback)", dim=True, err=True)
+
+
+def with_given_shapes(overrides: Sequence[str]) -> list[str]:
+    """Overrides for a plan: a model's `config` takes the place of its `path`.
+
+    So that a config of a model that cannot be reached is planned with its shape. Weights and
+    tokenizer are not looked at.
+    """
+    found = list(overrides)
+    for override in overrides:
+        key, given, _ = override.partition("=")
+        model, _, last = key.rpartition(".")
+        if given and last == "config" and (model == "model" or model.startswith("models.")):
+            found += [f"{model}.path=null", f"{model}.tokenizer=none"]
+    return found
 
 
 def _require_run(directory: Path) -> None:

@@ -147,7 +147,7 @@ def make_layout(
     sizes = [len(devices) // known if size == -1 else size for size in axes.values()]
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh.axes = {dict(axes)} needs a multiple of {known} devices and this process sees "
+            f"mesh.axes = {dict(axes)} needs a multiple of {known} devices and there are "
             f"{len(devices)}; change the sizes, or use -1 for one of them"
         )
     rules = dict(DEFAULT_RULES)

@@ -12,7 +12,7 @@ import pytest
 from r1jax.models import Decoder, Execution, ModelConfig, forward, init_params, logits, token_scores
 from r1jax.sampler import Finish, Prompts, Samples, Sampling, filter_logits, generate
 from r1jax.sampler.distribution import _inverse_cdf
-from r1jax.sampler.generate import _continue
+from r1jax.sampler.generate import decode_until
 from r1jax.sharding import single_device
 
 VOCAB = 23
@@ -185,10 +185,10 @@ def test_filters_by_hand(sampling: Sampling, kept: set[int]) -> None:
 
 def test_parameters_change_without_compiling() -> None:
     sample(prompts([5, 8]), sampling=Sampling(temperature=0.9))
-    before = _continue._cache_size()
+    before = decode_until._cache_size()
     sample(prompts([4, 6]), sampling=Sampling(top_p=0.5, min_p=0.1), seed=5, eos_ids=(3,))
     sample(prompts([4, 6]), sampling=Sampling(temperature=jnp.float32(0), top_k=3), step=9)
-    assert _continue._cache_size() == before
+    assert decode_until._cache_size() == before
 
 
 def test_impossible_requests_are_refused() -> None:

@@ -79,6 +79,7 @@ StopSearch = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 UNFILTERED = Sampling()
+FIRST_CAPACITY = 128  # new tokens that the first cache has room for
 
 
 @struct.dataclass
@@ -92,7 +93,7 @@ class _State:
 
 
 @partial(jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens"))
-def _start(
+def start(
     params: Params,
     prompts: Prompts,
     seed: jax.Array,
@@ -103,6 +104,7 @@ def _start(
     capacity: int,
     max_new_tokens: int,
 ) -> tuple[_State, Cache]:
+    """Prefill: each prompt once. Gives the state of `count` samples of each, and their cache."""
     batch = prompts.tokens.shape[0]
     hidden, prompt_cache = prefill(params, prompts.tokens, prompts.lengths, model)
     shape = (batch, count)
@@ -132,7 +134,7 @@ def _start(
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def _continue(
+def decode_until(
     params: Params,
     state: _State,
     prompt_cache: Cache,
@@ -176,11 +178,11 @@ def _continue(
 
 
 @partial(jax.jit, static_argnames=("extra",))
-def _grow(cache: Cache, extra: int) -> Cache:
+def grow(cache: Cache, extra: int) -> Cache:
     return grow_cache(cache, extra)
 
 
-def _buckets(max_new_tokens: int, first: int) -> Iterator[int]:
+def capacities_of(max_new_tokens: int, first: int) -> Iterator[int]:
     """Cache capacities: `first`, doubling, the last one max_new_tokens."""
     capacity = first
     while capacity < max_new_tokens:
@@ -217,7 +219,7 @@ def generate_chunks(
     sampling: Sampling = UNFILTERED,
     eos_ids: tuple[int, ...] = (),
     stop: StopSearch | None = None,
-    first_bucket: int = 128,
+    first_bucket: int = FIRST_CAPACITY,
     sync_every: int | None = None,
 ) -> Iterator[tuple[int, Samples]]:
     """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation."""
@@ -232,8 +234,8 @@ def generate_chunks(
         jnp.asarray(sampling.top_k, jnp.int32),
         jnp.asarray(sampling.min_p, jnp.float32),
     )
-    capacities = list(_buckets(max_new_tokens, min(first_bucket, max_new_tokens)))
-    state, prompt_cache = _start(
+    capacities = list(capacities_of(max_new_tokens, min(first_bucket, max_new_tokens)))
+    state, prompt_cache = start(
         params,
         prompts,
         jnp.uint32(seed & 0xFFFFFFFF),
@@ -247,7 +249,7 @@ def generate_chunks(
     for index, capacity in enumerate(capacities):
         while done < capacity:
             until = capacity if sync_every is None else min(capacity, done + sync_every)
-            state = _continue(
+            state = decode_until(
                 params,
                 state,
                 prompt_cache,
@@ -266,7 +268,7 @@ def generate_chunks(
             if not bool(jnp.any(state.running)):
                 return
         if index + 1 < len(capacities):
-            cache = _grow(state.cache, capacities[index + 1] - capacity)
+            cache = grow(state.cache, capacities[index + 1] - capacity)
             state = state.replace(cache=cache)
 
 

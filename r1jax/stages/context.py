@@ -77,8 +77,13 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
     else:
         assert section.config is not None
         raw = section.config
-    config = ModelConfig.from_hugging_face(raw)
-    backend = jax.default_backend()
+    return decoder_of(section, ModelConfig.from_hugging_face(raw), layout), generation
+
+
+def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> Decoder:
+    """A model of this shape, executed as the section says on the devices of the mesh."""
+    # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
+    backend = layout.mesh.devices.flat[0].platform
     scan = section.scan_layers
     execution = Execution(
         param_dtype=jnp.dtype(section.param_dtype),
@@ -89,7 +94,7 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
         scan_layers=(backend != "cpu") if scan == "auto" else scan,
         log_prob_chunk=section.log_prob_chunk,
     )
-    return Decoder(config, execution, layout), generation
+    return Decoder(config, execution, layout)
 
 
 @dataclass(frozen=True)

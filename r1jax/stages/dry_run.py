@@ -82,7 +82,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
         else:
             samples, asked = stage.samples_per_prompt, stage.prompts_per_batch
         asked = -(-asked // shards)  # each device has one at least
-        cached = asked * (_longest_prompt(stage, context) + samples * stage.max_new_tokens)
+        cached = asked * (longest_prompt(stage, context.config) + samples * stage.max_new_tokens)
         size = cached * per_token
         return [{"what": f"{stage.name}: key-value cache, all at full length", "bytes": size}]
     moments = 1 + jnp.dtype(stage.optimizer.moment_dtype).itemsize / 4
@@ -90,7 +90,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
     if isinstance(stage, GRPOStage):
         limit = stage.max_new_tokens
         new = limit if isinstance(limit, int) else max(change.tokens for change in limit)
-        prompt = _longest_prompt(stage, context)
+        prompt = longest_prompt(stage, context.config)
         samples = stage.questions_per_step * stage.outputs_per_question
         count, time = samples // stage.micro_batches, prompt + new
         questions = stage.questions_per_step * stage.mini_batches_per_rollout
@@ -111,12 +111,13 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
     return [{"what": f"{stage.name}: {what}", "bytes": size} for what, size in sizes.items()]
 
 
-def _longest_prompt(
-    stage: GRPOStage | EvaluateStage | RejectionSamplingStage, context: Context
+def longest_prompt(
+    stage: GRPOStage | EvaluateStage | RejectionSamplingStage, config: RunConfig
 ) -> int:
+    """The tokens that a prompt of the stage may have."""
     names = [stage.data] if isinstance(stage.data, str) else [c.data for c in stage.data]
     if isinstance(stage, GRPOStage) and stage.held_out is not None:
         names.append(stage.held_out)
-    sections = [context.config.data[name] for name in names]
-    parts = [context.config.data[part] for section in sections for part in section.mixture]
+    sections = [config.data[name] for name in names]
+    parts = [config.data[part] for section in sections for part in section.mixture]
     return max(section.max_prompt_tokens for section in sections + parts if not section.mixture)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.schema import GRPOStage, datasets_of
 from r1jax.data import PromptIterator, Taken
 from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step, map_micro_batches
-from r1jax.models import token_scores
+from r1jax.grpo.step import Step
+from r1jax.models import Decoder, token_scores
 from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
 from r1jax.sampler import Finish
@@ -37,20 +39,8 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     check_domains(stage.name, questions.domains, rewards)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    temperature = stage.sampling.temperature
     with_reference = stage.loss.kl_coefficient > 0
-
-    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
-        return token_scores(params, **batch.inputs, model=model, temperature=temperature)
-
-    @jax.jit
-    def score(params: Any, inputs: Any) -> jax.Array:
-        def part(inputs: Any) -> jax.Array:
-            return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
-
-        return map_micro_batches(part, inputs, stage.micro_batches)
-
-    update = make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
+    score, update = jax.jit(make_score(stage, model)), make_update(stage, model, optimizer)
     group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
     per_phase = stage.questions_per_step * phase
     own = per_phase // share.count  # questions of this process
@@ -159,6 +149,29 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             loop.save_if_due(questions)
         held_out.evaluate_if_due(loop, judge, questions, max_new_tokens(stage, loop.step))
         loop.finish()
+
+
+def make_score(stage: GRPOStage, model: Decoder) -> Callable[[Any, Any], jax.Array]:
+    """`score(params, inputs)`: the log-probs [N, T] of all tokens under these weights."""
+
+    def score(params: Any, inputs: Any) -> jax.Array:
+        def part(inputs: Any) -> jax.Array:
+            temperature = stage.sampling.temperature
+            return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
+
+        return map_micro_batches(part, inputs, stage.micro_batches)
+
+    return score
+
+
+def make_update(stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation) -> Step:
+    """One GRPO update of the stage's policy."""
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
+        temperature = stage.sampling.temperature
+        return token_scores(params, **batch.inputs, model=model, temperature=temperature)
+
+    return make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
 
 
 class Questions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +17,12 @@ from r1jax.config.schema import (
     RewardSection,
 )
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest, smallest
 from r1jax.reward_models import reward_scores
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
 from r1jax.rewards.verifier import combine
-from r1jax.sharding import from_process_rows, to_process_rows
+from r1jax.sharding import Layout, from_process_rows, to_process_rows
 from r1jax.stages.context import Context, LanguageModel
 from r1jax.stages.rollout import Completion
 from r1jax.weights import hugging_face
@@ -95,6 +96,33 @@ class Judged:
         return self._judge._scores(self._completions, self._pending)
 
 
+def directory_section(directory: str, policy: ModelSection) -> ModelSection:
+    """The model of a directory, executed as the policy is."""
+    like = {key: getattr(policy, key) for key in ("compute_dtype", "attention")}
+    return ModelSection(path=directory).model_copy(update=like)
+
+
+def rows_at_once(layout: Layout) -> int:
+    """Texts that a reward model reads at once, over all devices."""
+    return _ROWS * layout.shards("batch")
+
+
+def row_tokens(longest: int) -> int:
+    """How long the rows of a batch are whose longest text has so many tokens."""
+    return -(-longest // _BUCKET) * _BUCKET
+
+
+def make_score(model: Decoder, as_probability: bool) -> Callable[..., jax.Array]:
+    """`score(params, rows)`: float32 [rows], split along the batch; rows of `pad_texts`."""
+
+    def score(params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        scores = reward_scores(params, **rows, model=model)
+        scores = jax.nn.sigmoid(scores) if as_probability else scores
+        return jax.lax.with_sharding_constraint(scores, model.layout.sharding(("batch",)))
+
+    return score
+
+
 class RewardModel:
     """A trained reward model, as a compiled function of completions."""
 
@@ -121,27 +149,15 @@ class RewardModel:
                     "run: a directory needs reads (summary or response), too"
                 )
             directory = hugging_face.resolve(reward.model)
-            section = ModelSection(path=str(directory))
-            execution = context.config.model
-            section = section.model_copy(
-                update={key: getattr(execution, key) for key in ("compute_dtype", "attention")}
-            )
+            section = directory_section(str(directory), context.config.model)
             self._model = LanguageModel.resolve(section, context.layout)
             self._section = DataSection(source="jsonl:-", template=reward.template or "chat")
             self._reads = reward.reads
-        decoder = self._model.decoder
         self._params = self._model.load(directory)
         self._layout = context.layout
         share = batch_share(context.layout)
-        self._rows = _ROWS * context.layout.shards("batch") // share.count
-
-        @jax.jit
-        def score(params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
-            scores = reward_scores(params, **rows, model=decoder)
-            scores = jax.nn.sigmoid(scores) if self._as_probability else scores
-            return jax.lax.with_sharding_constraint(scores, context.layout.sharding(("batch",)))
-
-        self._score = score
+        self._rows = rows_at_once(context.layout) // share.count
+        self._score = jax.jit(make_score(self._model.decoder, self._as_probability))
 
     def score(self, completions: Sequence[Completion]) -> list[Score | None]:
         """The model's score of each completion, None for those of other domains.
@@ -184,7 +200,7 @@ class RewardModel:
             batch = [texts[i] for i in order[start : start + self._rows]]
             longest = largest(max((len(text) for text in batch), default=1))
             filled = [*batch, *[np.zeros(1, np.int32)] * (self._rows - len(batch))]
-            arrays = pad_texts(filled, -(-longest // _BUCKET) * _BUCKET)
+            arrays = pad_texts(filled, row_tokens(longest))
             rows = {key: from_process_rows(leaf, self._layout) for key, leaf in arrays.items()}
             scored = to_process_rows(self._score(self._params, rows))[: len(batch)]
             values += [float(value) for value in scored]

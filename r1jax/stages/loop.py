@@ -22,7 +22,7 @@ from r1jax.stages.context import Clock, Context, Preempted, RunError
 from r1jax.stages.optimizer import (
     abstract_train_state,
     create_train_state,
-    shardings_of,
+    jit_update,
 )
 
 
@@ -65,9 +65,7 @@ class TrainLoop:
         self._abstract = abstract_train_state(
             self._model.abstract_params(), optimizer, self._layout
         )
-        self._update = jax.jit(
-            update, donate_argnums=0, out_shardings=(shardings_of(self._abstract), None)
-        )
+        self._update = jit_update(update, self._abstract)
         self.step = 0
         self._bad_in_a_row = 0
         config = context.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,6 +72,11 @@ def abstract_train_state(
 
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def jit_update(update: Callable[..., Any], abstract: TrainState) -> Any:
+    """`update(state, batch) -> (state, metrics)`, compiled; it consumes the state it is given."""
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
 
 
 def create_train_state(

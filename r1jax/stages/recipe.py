@@ -29,6 +29,7 @@ from r1jax.evaluation.results import write_results
 from r1jax.processes import batch_share, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
+from r1jax.sharding import Layout
 from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
@@ -168,17 +169,22 @@ def check(context: Context) -> None:
             raise ValueError(f"data.{name}: no examples")
     for model in context.models.values():
         model.abstract_params()
-    shards = context.layout.shards("batch")
-    for name, count in _row_counts(config).items():
-        if count % shards:
-            raise ValueError(
-                f"{name} = {count} is not a multiple of {shards}, the mesh's split of the batch"
-            )
+    check_rows(config, context.layout)
     shares = batch_share(context.layout).count
     for name, count in _prompt_counts(config).items():
         if count % shares:
             raise ValueError(
                 f"{name} = {count} is not a multiple of {shares}, the processes that share a batch"
+            )
+
+
+def check_rows(config: RunConfig, layout: Layout) -> None:
+    """Raises ValueError where the mesh does not divide rows that are on the devices at once."""
+    shards = layout.shards("batch")
+    for name, count in _row_counts(config).items():
+        if count % shards:
+            raise ValueError(
+                f"{name} = {count} is not a multiple of {shards}, the mesh's split of the batch"
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from r1jax.config.schema import RewardModelStage
 from r1jax.data.preferences import (
@@ -19,6 +20,7 @@ from r1jax.data.preferences import (
     preference_arrays,
 )
 from r1jax.grpo import accumulate_gradients, apply_if_finite
+from r1jax.grpo.step import Step
 from r1jax.models import Decoder
 from r1jax.processes import Share, batch_share
 from r1jax.reward_models import pairwise_loss, pointwise_loss, reward_scores, row_weights
@@ -48,18 +50,7 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
         report = f"{report}; held out: {held_out_report}"
     schedule = make_schedule(stage.optimizer, steps)
     optimizer = make_optimizer(stage.optimizer, steps)
-
-    def loss_fn(params: Any, part: Any) -> Sums:
-        batch, weights = part
-        return weighted_loss(params, batch, weights, model=model)
-
-    def update(state: Any, batch: Any) -> Any:
-        weights = row_weights(jnp.ones(batch["ends"].shape[0]))
-        loss, gradients, parts = accumulate_gradients(
-            loss_fn, state.params, (batch, weights), stage.micro_batches
-        )
-        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
-        return state, {**metrics, **{name: value.sum() for name, value in parts.items()}}
+    update = make_update(stage, model, optimizer)
 
     @jax.jit
     def measure(params: Any, batch: Any, weights: jax.Array) -> Sums:
@@ -115,6 +106,26 @@ def preferences(
     )
     context.preferences[key] = encoded, str(report)
     return context.preferences[key]
+
+
+def make_update(
+    stage: RewardModelStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> Step:
+    """One update on a batch of `preference_arrays`."""
+
+    def loss_fn(params: Any, part: Any) -> Sums:
+        batch, weights = part
+        return weighted_loss(params, batch, weights, model=model)
+
+    def update(state: Any, batch: Any) -> Any:
+        weights = row_weights(jnp.ones(batch["ends"].shape[0]))
+        loss, gradients, parts = accumulate_gradients(
+            loss_fn, state.params, (batch, weights), stage.micro_batches
+        )
+        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        return state, {**metrics, **{name: value.sum() for name, value in parts.items()}}
+
+    return update
 
 
 def weighted_loss(

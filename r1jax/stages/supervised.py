@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from r1jax.config.schema import PretrainStage, SFTStage
 from r1jax.data import PackedRows, packed_once
 from r1jax.grpo import accumulate_gradients, apply_if_finite
+from r1jax.grpo.step import Step
 from r1jax.models import Decoder, token_scores
 from r1jax.processes import batch_share
 from r1jax.stages.context import Context
@@ -85,22 +87,8 @@ def _train(
     model = context.model_of(stage.name).decoder
     schedule = make_schedule(stage.optimizer, steps)
     optimizer = make_optimizer(stage.optimizer, steps)
-    sums = partial(loss_sums, model=model)
-    measure = jax.jit(sums)
-
-    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        batch, weight = part
-        total, _ = sums(params, batch)
-        return total * weight[0], {}
-
-    def update(state: Any, batch: Any) -> Any:
-        count = batch["trained"].sum()
-        weights = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
-        loss, gradients, _ = accumulate_gradients(
-            loss_fn, state.params, (batch, weights), stage.micro_batches
-        )
-        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
-        return state, {**metrics, "tokens/trained": count.astype(jnp.float32)}
+    measure = jax.jit(partial(loss_sums, model=model))
+    update = make_update(stage, model, optimizer)
 
     with TrainLoop(stage, context, directory, steps, optimizer, update) as loop:
         loop.restore(rows)
@@ -133,6 +121,28 @@ def _train(
                 f"{stage.row_tokens} and left out"
             )
         loop.finish()
+
+
+def make_update(
+    stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> Step:
+    """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`."""
+
+    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        batch, weight = part
+        total, _ = loss_sums(params, batch, model=model)
+        return total * weight[0], {}
+
+    def update(state: Any, batch: Any) -> Any:
+        count = batch["trained"].sum()
+        weights = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
+        loss, gradients, _ = accumulate_gradients(
+            loss_fn, state.params, (batch, weights), stage.micro_batches
+        )
+        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        return state, {**metrics, "tokens/trained": count.astype(jnp.float32)}
+
+    return update
 
 
 def loss_sums(

@@ -76,6 +76,27 @@ def resolve(path_or_name: str) -> Path:
         ) from error
 
 
+def find_config(path_or_name: str) -> dict[str, Any]:
+    """`config.json` of a local directory, or of a hub repository without its weights.
+
+    Raises:
+      ValueError: neither a directory nor a repository that can be reached.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return read_config(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return _read_mapping(Path(hf_hub_download(path_or_name, "config.json")))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise ValueError(
+            f"model {path_or_name!r}: not a directory here, and its config.json is not to be had "
+            f"from the hub ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory."""
     path = Path(directory) / "config.json"

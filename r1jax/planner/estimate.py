@@ -1,0 +1,102 @@
+"""How long a program takes at best: the roofline of its operations on a chip.
+
+Each operation takes the longer of its products at peak speed and its bytes at the bandwidth of HBM;
+operations follow each other. Exchange between devices runs beside them, over the links that its
+mesh axes lie on. A program takes the longer of both. Real programs take longer: nothing here waits,
+starts, or misses its peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from r1jax.planner.hlo import Collective, Cost, axes_of
+from r1jax.planner.topologies import Slice
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call, at best.
+
+    compute: all products at peak speed. memory: all bytes at full bandwidth. network: all exchange.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    total: float
+
+    @property
+    def bound(self) -> str:
+        """What limits the program."""
+        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Exchange of one kind along some mesh axes, in a call.
+
+    bytes: that each device sends. seconds: None where the links are unknown.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: float
+    bytes: float
+    seconds: float | None
+
+
+def times(cost: Cost, target: Slice) -> Times | None:
+    """None where nothing is known about the chip."""
+    chip = target.chip
+    if chip is None:
+        return None
+    flops, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    on_chip = sum(
+        each.times * max(each.flops / flops, each.bytes / bandwidth) for each in cost.operations
+    )
+    network = sum(each.times * _seconds(each, target) for each in cost.collectives)
+    return Times(
+        compute=cost.flops / flops,
+        memory=cost.bytes / bandwidth,
+        network=network,
+        total=max(on_chip, network),
+    )
+
+
+def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]:
+    """Exchange by kind and mesh axes, the most bytes first.
+
+    Args:
+      mesh: axis -> size; the target's devices in the mesh's order.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+    for each in cost.collectives:
+        found.setdefault((each.kind, axes_of(each.group, mesh)), []).append(each)
+    rows = [
+        Traffic(
+            kind,
+            axes,
+            sum(each.times for each in group),
+            sum(each.times * each.bytes for each in group),
+            None
+            if target.chip is None
+            else sum(each.times * _seconds(each, target) for each in group),
+        )
+        for (kind, axes), group in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _seconds(each: Collective, target: Slice) -> float:
+    assert target.chip is not None
+    bandwidth = target.links(each.group) * target.chip.link_bandwidth
+    sent = each.bytes
+    if each.kind == "all-to-all":
+        # What goes to a far device passes through those between: n / 4 links on average in a ring
+        # that is used both ways.
+        size = len(each.group)
+        sent *= max(1.0, size / 4 * size / (size - 1))
+    return sent / bandwidth

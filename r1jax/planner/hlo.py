@@ -1,0 +1,680 @@
+"""What a compiled program does, read from its HLO text: products, bytes, collectives, loops.
+
+XLA's own `cost_analysis` counts the body of a loop once, and says nothing about collectives. Here
+each operation counts as often as it runs, and each collective is laid to the mesh axes that its
+groups of devices run along.
+
+The text is that of `compiled.as_text()`: the program of one device, after optimisation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array. `in_hbm` is false for what the compiler keeps in a chip's faster memory."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def bytes(self) -> float:
+        bits = _BITS.get(self.dtype)
+        if bits is None:  # f32, bf16, s8, u4, f8e4m3fn, c64, ...
+            found = re.match(r"(?:bf|f|s|u|c)(\d+)", self.dtype)
+            bits = int(found[1]) if found else 0
+        return self.elements * bits / 8
+
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. `shapes` are the leaves of its value; `rest` its attributes."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    rest: str
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=([^\s,]+)", self.rest)
+        return found[1] if found else None
+
+    def list_attribute(self, name: str) -> tuple[int, ...]:
+        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.rest)
+        return tuple(int(x) for x in found[1].split(",") if x) if found else ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The computations that it names: of a fusion, an asynchronous start, or a call."""
+        return tuple(re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.rest))
+
+
+@dataclass
+class Computation:
+    """Instructions by name, in order; `root` is the last word."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    root: str = ""
+
+    def parameters(self) -> dict[int, str]:
+        """Index -> name."""
+        return {
+            int(each.arguments): each.name
+            for each in self.instructions.values()
+            if each.opcode == "parameter"
+        }
+
+    def users(self, name: str) -> list[Instruction]:
+        return [each for each in self.instructions.values() if name in each.operands]
+
+    def source(self, name: str) -> Instruction | None:
+        """What a value is, behind copies, conversions and bitcasts."""
+        each = self.instructions.get(name)
+        while each is not None and each.opcode in _SAME and each.operands:
+            each = self.instructions.get(each.operands[0])
+        return each
+
+
+_SAME = ("bitcast", "copy", "copy-start", "copy-done", "convert", "reshape")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A program: its computations by name."""
+
+    entry: str
+    computations: Mapping[str, Computation]
+    devices: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Work of one device: what it computes and moves at a time, and how often."""
+
+    flops: float
+    bytes: float
+    times: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Devices exchanging data.
+
+    bytes: what each device sends at a time, by the cheapest known way (a ring): all-gather its part
+        to all others; all-reduce twice all but one part; and so on. times: how often it runs.
+    group: positions in the mesh (flattened) of one group of devices that talk to each other.
+    """
+
+    kind: str
+    bytes: float
+    group: tuple[int, ...]
+    times: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a program does on each device in one call.
+
+    flops: of matrix products and convolutions, and of the attention kernels that are known; two for
+        a multiplication and an addition.
+    bytes: read from and written to HBM.
+    unknown: kernels whose products could not be counted.
+    """
+
+    operations: tuple[Operation, ...]
+    collectives: tuple[Collective, ...]
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        return sum(each.flops * each.times for each in self.operations)
+
+    @property
+    def bytes(self) -> float:
+        return sum(each.bytes * each.times for each in self.operations)
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> Module:
+    """Read the text of an HLO module."""
+    header = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            found = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+            if found:
+                current = Computation(found[2])
+                computations[current.name] = current
+                entry = current.name if found[1] else entry
+        elif line.rstrip() == "}":  # a kernel's metadata may begin a line with more of them
+            current = None
+        else:
+            instruction, root = _instruction(line)
+            if instruction is not None:
+                current.instructions[instruction.name] = instruction
+                current.root = instruction.name if root else current.root
+    if not entry:
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+    return Module(entry, computations, int(header[1]) if header else 1)
+
+
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+def _instruction(line: str) -> tuple[Instruction | None, bool]:
+    line = _COMMENT.sub("", line)
+    found = _LINE.match(line)
+    if not found:
+        return None, False
+    start = found.end()
+    end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
+    shapes = _shapes(line[start:end])
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    arguments = line[opening + 1 : closing]
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    opcode = line[end:opening].strip()
+    return (
+        Instruction(found[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
+        found[1] is not None,
+    )
+
+
+def _closing(line: str, opening: int) -> int:
+    """The place of the bracket that closes the one at `opening`; quoted text does not count."""
+    depth, quoted = 0, False
+    for place in range(opening, len(line)):
+        letter = line[place]
+        if letter == '"':
+            quoted = not quoted
+        elif not quoted and letter == "(":
+            depth += 1
+        elif not quoted and letter == ")":
+            depth -= 1
+            if depth == 0:
+                return place
+    raise ValueError(f"unbalanced brackets in an HLO instruction: {line[:200]}")
+
+
+_LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    leaves = []
+    for dtype, sizes, layout in _LEAF.findall(text):
+        numbers = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        # S(1) and up: vector, scalar and semaphore memory of a TPU.
+        leaves.append(Shape(dtype, numbers, re.search(r"S\([1-9]", layout) is None))
+    return tuple(leaves)
+
+
+# --- Counting ------------------------------------------------------------------------------------
+
+
+def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = True) -> Cost:
+    """What a call of the program does on each device.
+
+    Args:
+      unknown_trips: how often loops run whose number of turns is not in the text (a loop that
+        decodes until all samples have ended).
+      largest_branch: of a conditional, count the branch that does most, else the one that does
+        least.
+    """
+    counter = _Counter(module, unknown_trips, largest_branch)
+    counter.visit(module.computations[module.entry], 1.0)
+    return counter.result()
+
+
+# Neither computed nor moved: names, places, and the ends of what has begun elsewhere.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
+    *("async-done", "async-update", "copy-done", "send-done", "recv-done"),
+    *(f"{kind}-done" for kind in COLLECTIVES),
+}
+_WHOLE = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+
+
+class _Counter:
+    def __init__(self, module: Module, unknown_trips: float, largest_branch: bool) -> None:
+        self._module = module
+        self._trips, self._largest = unknown_trips, largest_branch
+        self._operations: list[Operation] = []
+        self._collectives: list[Collective] = []
+        self._unknown: dict[str, None] = {}
+
+    def result(self) -> Cost:
+        return Cost(tuple(self._operations), tuple(self._collectives), tuple(self._unknown))
+
+    def visit(self, computation: Computation, times: float) -> None:
+        for each in computation.instructions.values():
+            self._count(each, computation, times)
+
+    def _count(self, each: Instruction, computation: Computation, times: float) -> None:
+        computations = self._module.computations
+        if each.opcode in _FREE:
+            return
+        kind = each.opcode.removesuffix("-start")
+        if each.opcode == "while":
+            known = trip_count(each, computation, self._module)
+            turns = times * (self._trips if known is None else known)
+            for name in ("condition", "body"):
+                self.visit(computations[_target(each, name)], turns)
+        elif each.opcode == "conditional":
+            self._branch(each, times)
+        elif each.opcode in ("call", "async-start"):
+            for name in each.called:
+                self.visit(computations[name], times)
+        elif kind in COLLECTIVES:
+            operands = self._operands(each, computation)
+            group = first_group(each.rest, self._module.devices)
+            sent = sum(shape.bytes for shape in operands) * _sent(kind, len(group))
+            if len(group) > 1:
+                self._collectives.append(Collective(kind, sent, group, times))
+            moved = 2 * sum(shape.bytes for shape in operands if shape.in_hbm)
+            self._operations.append(Operation(0.0, moved, times))
+        else:
+            flops = self._flops(each, computation)
+            moved = _bytes(each, computation, computations)
+            if flops or moved:
+                self._operations.append(Operation(flops, moved, times))
+            if each.opcode == "fusion":  # collectives that were fused with the products beside them
+                for name in each.called:
+                    self._fused_collectives(computations[name], times)
+
+    def _fused_collectives(self, computation: Computation, times: float) -> None:
+        for each in computation.instructions.values():
+            kind = each.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and each.opcode not in _FREE:
+                self._count(each, computation, times)
+            elif each.opcode == "fusion":
+                for name in each.called:
+                    self._fused_collectives(self._module.computations[name], times)
+
+    def _branch(self, each: Instruction, times: float) -> None:
+        names = re.findall(
+            r"%?([\w.\-]+)",
+            (re.search(r"branch_computations=\{([^}]*)\}", each.rest) or ["", ""])[1],
+        ) or [_target(each, "true_computation"), _target(each, "false_computation")]
+        branches = []
+        for name in names:
+            counter = _Counter(self._module, self._trips, self._largest)
+            counter.visit(self._module.computations[name], times)
+            branches.append(counter)
+        choose = max if self._largest else min
+        chosen = choose(branches, key=lambda c: (c.result().bytes, c.result().flops))
+        self._operations += chosen._operations
+        self._collectives += chosen._collectives
+        self._unknown |= chosen._unknown
+
+    def _flops(self, each: Instruction, computation: Computation) -> float:
+        operands = self._operands(each, computation)
+        if each.opcode == "dot":
+            contracted = each.list_attribute("lhs_contracting_dims")
+            depth = math.prod(operands[0].sizes[axis] for axis in contracted)
+            return 2.0 * each.shapes[0].elements * depth
+        if each.opcode == "convolution":
+            return _convolution_flops(each, operands[0], operands[1])
+        if each.opcode == "fusion":
+            inner = self._module.computations
+            return sum(
+                self._flops(instruction, inner[name])
+                for name in each.called
+                for instruction in inner[name].instructions.values()
+            )
+        if each.opcode == "custom-call" and "tpu_custom_call" in each.rest:
+            flops = kernel_flops(each.name, operands)
+            if flops is None:
+                self._unknown[re.sub(r"[.\d]+$", "", each.name)] = None
+            return flops or 0.0
+        return 0.0
+
+    def _operands(self, each: Instruction, computation: Computation) -> list[Shape]:
+        found = (computation.instructions.get(name) for name in each.operands)
+        return [shape for operand in found if operand is not None for shape in operand.shapes]
+
+
+def _target(each: Instruction, name: str) -> str:
+    return str(each.attribute(name)).removeprefix("%")
+
+
+def _sent(kind: str, n: int) -> float:
+    """What a device sends, as a multiple of the bytes that it puts in."""
+    return {
+        "all-gather": n - 1,
+        "reduce-scatter": (n - 1) / n,
+        "all-reduce": 2 * (n - 1) / n,
+        "all-to-all": (n - 1) / n,
+        "collective-permute": 1,
+    }[kind]
+
+
+def trip_count(each: Instruction, computation: Computation, module: Module) -> int | None:
+    """How often a while loop runs, or None where that depends on data.
+
+    From `known_trip_count` where the compiler wrote it; else, as on TPU, from the condition, which
+    compares a counter with a constant.
+    """
+    found = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
+    if found:
+        return int(found[1])
+    bound = _bound(module.computations[_target(each, "condition")], module)
+    if bound is None:
+        return None
+    index, limit = bound
+    first = 0
+    operand = computation.instructions.get(each.operands[0])
+    if operand is not None and operand.opcode == "tuple":
+        first = _constant(computation.source(operand.operands[index])) or 0
+    body = module.computations[_target(each, "body")]
+    step = _step(body, index)
+    return max(0, -(-(limit - first) // step))
+
+
+def _bound(condition: Computation, module: Module) -> tuple[int, int] | None:
+    """(place of the counter in the loop's state, limit), where the condition is counter < limit."""
+    root = condition.instructions[condition.root]
+    if root.opcode == "fusion":  # compared inside: follow the fusion's parameters outwards
+        inner = module.computations[root.called[0]]
+        compare = inner.instructions[inner.root]
+        names = inner.parameters()
+        outside = {names[i]: operand for i, operand in enumerate(root.operands) if i in names}
+        values = [
+            condition.source(outside[name]) if name in outside else inner.source(name)
+            for name in compare.operands
+        ]
+    else:
+        compare = root
+        values = [condition.source(name) for name in compare.operands]
+    if compare.opcode != "compare" or compare.attribute("direction") != "LT" or len(values) != 2:
+        return None
+    counter, limit = values[0], _constant(values[1])
+    if counter is None or counter.opcode != "get-tuple-element" or limit is None:
+        return None
+    return int(str(counter.attribute("index"))), limit
+
+
+def _constant(each: Instruction | None) -> int | None:
+    if each is None or each.opcode != "constant" or not re.fullmatch(r"-?\d+", each.arguments):
+        return None
+    return int(each.arguments)
+
+
+def _step(body: Computation, index: int) -> int:
+    """What a turn adds to the counter; 1 where that cannot be seen."""
+    root = body.instructions[body.root]
+    if root.opcode != "tuple" or index >= len(root.operands):
+        return 1
+    added = body.source(root.operands[index])
+    if added is None or added.opcode != "add":
+        return 1
+    steps = [_constant(body.source(name)) for name in added.operands]
+    return max((step for step in steps if step is not None and step > 0), default=1)
+
+
+# --- Products ------------------------------------------------------------------------------------
+
+
+def _convolution_flops(each: Instruction, image: Shape, kernel: Shape) -> float:
+    """Two for each product of an output, padding and the holes of dilations left out.
+
+    On TPU every matrix product is a convolution; the dimensions of a batch are spatial ones, padded
+    and dilated so that each output has one valid product in them.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
+    assert labels is not None, each.rest
+    left, right, out = labels[1], labels[2], labels[3]
+    window = _window(each.rest)
+    groups = int(each.attribute("batch_group_count") or 1)
+    batch = image.sizes[left.index("b")] // groups
+    flops = 2.0 * batch * kernel.sizes[right.index("i")] * kernel.sizes[right.index("o")]
+    for axis in sorted(set(left) - set("bf")):
+        number = int(axis)
+        flops *= _valid_products(
+            inputs=image.sizes[left.index(axis)],
+            taps=kernel.sizes[right.index(axis)],
+            outputs=each.shapes[0].sizes[out.index(axis)],
+            stride=window.get("stride", {}).get(number, 1),
+            low=window.get("pad", {}).get(number, 0),
+            left_dilation=window.get("lhs_dilate", {}).get(number, 1),
+            right_dilation=window.get("rhs_dilate", {}).get(number, 1),
+        )
+    return flops
+
+
+def _window(rest: str) -> dict[str, dict[int, int]]:
+    """`window={size=2x3 pad=0_1x0_0}` as property -> dimension -> value (of pads the low one)."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    parts = [part.split("=") for part in found[1].split()] if found else []
+    return {
+        name: {i: int(value.split("_")[0]) for i, value in enumerate(values.split("x"))}
+        for name, values in parts
+    }
+
+
+def _valid_products(
+    *,
+    inputs: int,
+    taps: int,
+    outputs: int,
+    stride: int,
+    low: int,
+    left_dilation: int,
+    right_dilation: int,
+) -> int:
+    """Pairs of an output and a tap of the kernel that meet an input, along one dimension."""
+    last = (inputs - 1) * left_dilation
+    total = 0
+    for tap in range(taps):
+        shift = tap * right_dilation - low
+        first = max(0, -(shift // stride))  # the first output whose place is not below 0
+        end = min(outputs, (last - shift) // stride + 1)
+        if end <= first:
+            continue
+        if left_dilation == 1:
+            total += end - first
+            continue
+        # Places repeat with the dilation: look at one period of outputs.
+        period = left_dilation // math.gcd(left_dilation, stride)
+        hits = [o for o in range(first, min(end, first + period)) if (o * stride + shift) >= 0]
+        for output in hits:
+            if (output * stride + shift) % left_dilation == 0:
+                total += (end - 1 - output) // period + 1
+    return total
+
+
+# The products of a Pallas attention kernel for each query and key: scores and values forward;
+# scores, the gradient of the weights, and of the queries; and those with keys and values.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+def kernel_flops(name: str, operands: Sequence[Shape]) -> float | None:
+    """Products of a kernel that XLA cannot look into; None where it is not known.
+
+    Of causal splash attention: whole blocks on and below the diagonal.
+    """
+    matrices = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
+    if matrices is None:
+        return None
+    arrays = [shape for shape in operands if shape.dtype in ("bf16", "f32") and shape.sizes]
+    queries, keys = arrays[0], arrays[1]
+    # The first operand says which block of keys each block of queries goes to next.
+    blocks = max(operands[0].sizes[-2:], default=1)
+    square = 2.0 * queries.elements * keys.sizes[-2]
+    return matrices * square * (blocks + 1) / (2 * blocks)
+
+
+# --- Bytes ---------------------------------------------------------------------------------------
+
+# These read of their first operand no more than they give.
+_SLICES = ("slice", "dynamic-slice", "gather")
+
+
+def _bytes(
+    each: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> float:
+    """Bytes of HBM that an instruction reads and writes."""
+    if each.opcode == "custom-call" and any(f'"{name}"' in each.rest for name in _WHOLE):
+        return 0.0
+    operands = [
+        found for name in each.operands if (found := computation.instructions.get(name)) is not None
+    ]
+    if each.opcode == "fusion":
+        inner = computations[each.called[0]]
+        names = inner.parameters()
+        read = sum(
+            _read(inner, names[i], operand) for i, operand in enumerate(operands) if i in names
+        )
+        return read + _written(each, inner)
+    if each.opcode == "copy-start":
+        # Its value is (target, source, flag).
+        return sum(shape.bytes for shape in each.shapes[:2] if shape.in_hbm)
+    if each.opcode in _SLICES and operands:
+        taken = sum(shape.bytes for shape in each.shapes)
+        return taken * sum(_in_hbm(shapes) for shapes in (operands[0].shapes, each.shapes))
+    if each.opcode == "dynamic-update-slice":
+        return 2 * _hbm(operands[1].shapes)
+    if each.opcode == "scatter":
+        return 3 * _hbm(operands[-1].shapes)
+    return sum(_hbm(operand.shapes) for operand in operands) + _hbm(each.shapes)
+
+
+def _hbm(shapes: Sequence[Shape]) -> float:
+    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+
+
+def _in_hbm(shapes: Sequence[Shape]) -> bool:
+    return all(shape.in_hbm for shape in shapes)
+
+
+def _read(inner: Computation, name: str, operand: Instruction) -> float:
+    """What a fusion reads of an operand: only slices, where it takes nothing but slices of it."""
+    if not _in_hbm(operand.shapes):
+        return 0.0
+    whole = _hbm(operand.shapes)
+    taken = 0.0
+    for user in _real_users(inner, name):
+        first = inner.source(user.operands[0])
+        is_first = first is not None and first.name == name
+        if user.opcode in _SLICES and is_first:
+            taken += sum(shape.bytes for shape in user.shapes)
+        elif user.opcode == "dynamic-update-slice" and is_first:
+            continue  # updated in place
+        else:
+            return whole
+    return min(taken, whole)
+
+
+def _real_users(inner: Computation, name: str) -> Iterator[Instruction]:
+    for user in inner.users(name):
+        if user.opcode == "bitcast":
+            yield from _real_users(inner, user.name)
+        else:
+            yield user
+
+
+def _written(each: Instruction, inner: Computation) -> float:
+    """What a fusion writes: only the update, where it updates a part of an array in place."""
+    root = inner.instructions[inner.root]
+    names = root.operands if root.opcode == "tuple" else (root.name,)
+    total = 0.0
+    for name, shape in zip(names, each.shapes, strict=False):
+        if not shape.in_hbm:
+            continue
+        value = inner.source(name)
+        if value is not None and value.opcode == "dynamic-update-slice":
+            update = inner.instructions[value.operands[1]]
+            total += sum(leaf.bytes for leaf in update.shapes)
+        else:
+            total += shape.bytes
+    return total
+
+
+# --- Groups of devices ---------------------------------------------------------------------------
+
+
+def first_group(rest: str, devices: int) -> tuple[int, ...]:
+    """One of the groups of devices of a collective, as positions in the flattened mesh.
+
+    Understands the four notations: lists, `[groups,size]<=[dims]T(permutation)`, `mesh[...] {axes}`
+    and pairs of source and target, of which the first two that differ are given.
+    """
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
+    if pairs:
+        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        moving = [(int(a), int(b)) for a, b in found if a != b]
+        return moving[0] if moving else ()
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return tuple(int(x) for x in listed[1].split(","))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if iota:
+        ids = _iota(iota[3], iota[4])
+        return tuple(int(x) for x in ids.reshape(int(iota[1]), int(iota[2]))[0])
+    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\](.*?)\s*\{([^}]*)\}", rest)
+    if named:
+        return _named_group(named[1], named[2], named[3])
+    return tuple(range(devices))
+
+
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    sizes = [int(x) for x in dims.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(x) for x in permutation.split(",")]) if permutation else ids
+
+
+def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
+    """`mesh['a'=4,'b'=2] {'b'}`; an axis may be a part of one, `'a':(2)2`: (size before)size."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    moved = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    ids = np.arange(math.prod(sizes.values())) if not moved else _iota(moved[1], moved[2])
+    ids = ids.reshape(tuple(sizes.values()))
+    group = ids
+    # The first device of every other axis; of a split axis the part that is named.
+    index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        place, size = list(sizes).index(name), sizes[name]
+        if part:
+            inner = size // (int(before) * int(part))
+            chosen = np.arange(int(part)) * inner
+        else:
+            chosen = np.arange(size)
+        index[place] = np.unique(np.add.outer(index[place], chosen))
+    group = ids[np.ix_(*index)]
+    return tuple(int(x) for x in group.ravel())
+
+
+def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a group's devices differ.
+
+    Args:
+      mesh: axis -> size, in the mesh's order.
+    """
+    places = np.stack(np.unravel_index(np.asarray(group, int), tuple(mesh.values())))
+    return tuple(
+        axis for axis, along in zip(mesh, places, strict=True) if len(np.unique(along)) > 1
+    )

@@ -1,0 +1,371 @@
+"""What a run would take on a slice: memory, work, exchange and time of everything it compiles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from r1jax.config.schema import MODEL, MeshSection, ModelSection, RunConfig, Stage
+from r1jax.models import Decoder, ModelConfig
+from r1jax.planner import hlo
+from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
+from r1jax.planner.estimate import Times, Traffic, times, traffic
+from r1jax.planner.programs import Program, bytes_on_device, stage_programs
+from r1jax.planner.topologies import Slice
+from r1jax.sharding import DEFAULT_RULES, Layout, make_layout
+from r1jax.stages.context import decoder_of
+from r1jax.stages.judge import directory_section
+from r1jax.stages.recipe import Selection, check_rows
+from r1jax.weights import hugging_face
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """One compiled function of a stage, on one device.
+
+    memory: bytes in HBM by what they are, `activations` being all temporaries of the program
+        (gradients and logits are among them).
+    total: their sum; where the program alone is too large for the compiler, at least so much.
+    flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
+    utilisation: the model's own FLOP/s as a share of the peak.
+    problem: why nothing is known but memory.
+    """
+
+    name: str
+    calls: float
+    memory: dict[str, float]
+    fits: bool | None
+    flops: float = 0.0
+    bytes: float = 0.0
+    exchange: tuple[Traffic, ...] = ()
+    times: Times | None = None
+    utilisation: float | None = None
+    unknown_kernels: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage: its programs, and a step of it (or a batch, where it only samples).
+
+    seconds: None where a program does not fit, or the chip is unknown. tokens: of a step, sampled
+    or trained on, over all devices.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    tokens: int
+    programs: tuple[ProgramPlan, ...]
+    seconds: float | None
+    tokens_per_second: float | None
+    utilisation: float | None
+
+    @property
+    def fullest(self) -> ProgramPlan:
+        return max(self.programs, key=lambda program: program.total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a slice, its devices arranged as a mesh. `refused`: why it cannot be."""
+
+    target: str
+    mesh: dict[str, int]
+    devices: int
+    hbm: float | None
+    stages: tuple[StagePlan, ...] = ()
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        programs = [program for stage in self.stages for program in stage.programs]
+        return not self.refused and all(program.fits is not False for program in programs)
+
+
+def plan(
+    config: RunConfig,
+    target: Slice,
+    mesh: Mapping[str, int],
+    *,
+    stages: Sequence[str] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compile everything that a run's stages call for a slice, and add it up.
+
+    Needs no weights, data or tokenizer: lengths are the largest that the config allows.
+
+    Args:
+      mesh: axis -> size, one of which may be -1.
+      stages: names of those to plan; default: all.
+      tell: is given a line before each compilation.
+
+    Raises:
+      ValueError: the mesh does not fit the slice, the config or the models, or a model's shape is
+        not to be had.
+    """
+    chosen = [Selection(only=name).stages(config)[0] for name in stages or ()]
+    layout = make_layout(mesh, config.mesh.rules, target.devices)
+    _check_axes(layout)
+    check_rows(config, layout)
+    decoders = _Decoders(config, layout)
+    compiler = Compiler()
+    found = [
+        _plan_stage(stage, config, decoders, compiler, target, layout, tell)
+        for stage in config.stages
+        if not chosen or stage.name in chosen
+    ]
+    return Plan(
+        target=target.name,
+        mesh=dict(layout.mesh.shape),
+        devices=layout.mesh.size,
+        hbm=target.hbm,
+        stages=tuple(found),
+    )
+
+
+def plan_all(
+    config: RunConfig,
+    targets: Iterable[Slice],
+    meshes: Sequence[Mapping[str, int]],
+    *,
+    stages: Sequence[str] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Plan]:
+    """Each mesh on each slice; of several, one that is refused says so in its place."""
+    pairs = [(target, mesh) for target in targets for mesh in meshes]
+    if len(pairs) == 1:
+        return [plan(config, *pairs[0], stages=stages, tell=tell)]
+    plans = []
+    for target, mesh in pairs:
+        try:
+            plans.append(plan(config, target, mesh, stages=stages, tell=tell))
+        except ValueError as error:
+            refused = Plan(target.name, dict(mesh), len(target.devices), target.hbm)
+            plans.append(replace(refused, refused=str(error)))
+    if all(each.refused for each in plans):
+        raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
+    return plans
+
+
+def parse_mesh(text: str, config: MeshSection) -> dict[str, int]:
+    """A mesh as it is written on the command line: `data=2,fsdp=-1`, or `fsdp` for `fsdp=-1`.
+
+    `config` is the config's own. Axes of the config that are not named have size 1, so that its
+    rules stay valid.
+    """
+    if text == "config":
+        return dict(config.axes)
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.isidentifier() or (size and not size.lstrip("-").isdigit()):
+            raise ValueError(
+                f"--mesh {text}: {part!r} is no axis; should be such as fsdp=8,tensor=4 or fsdp "
+                "(all devices) or config"
+            )
+        axes[name] = int(size or -1)
+    bad = [name for name, size in axes.items() if size < 1 and size != -1]
+    if bad or list(axes.values()).count(-1) > 1:
+        raise ValueError(
+            f"--mesh {text}: a size is at least 1, or -1 for what is left, which one axis may be"
+        )
+    return {**axes, **{name: 1 for name in config.axes if name not in axes}}
+
+
+def _check_axes(layout: Layout) -> None:
+    """An axis over which nothing is split would only repeat the work."""
+    used = {axis for _, axes in layout.rules for axis in axes}
+    for axis, size in layout.mesh.shape.items():
+        if size > 1 and axis not in used:
+            known = sorted({axis for axes in DEFAULT_RULES.values() for axis in axes})
+            raise ValueError(
+                f"mesh axis {axis!r}: no rule splits anything over it; use one of "
+                f"{', '.join(known)}, or name it in mesh.rules"
+            )
+
+
+class _Decoders:
+    """The decoder of a stage's weights, of a model by its name, or of a directory."""
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self._config, self._layout = config, layout
+        self._shapes: dict[str, ModelConfig] = {}
+
+    def __call__(self, name: str) -> Decoder:
+        config = self._config
+        stages = {stage.name: stage for stage in config.stages}
+        if name not in stages and name != MODEL and name not in config.models:
+            section = directory_section(name, config.model)
+            return decoder_of(section, self._shape(f"model {name}", section), self._layout)
+        key = config.model_of(name)
+        section = config.model if key == MODEL else config.models[key]
+        where = MODEL if key == MODEL else f"models.{key}"
+        shape = self._shape(where, section)
+        if name in stages and stages[name].kind == "reward_model":
+            shape = replace(shape, head="scalar")
+        return decoder_of(section, shape, self._layout)
+
+    def _shape(self, where: str, section: ModelSection) -> ModelConfig:
+        if where not in self._shapes:
+            raw = section.config
+            if raw is None:
+                try:
+                    raw = hugging_face.find_config(str(section.path))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error}. Give its shape, which is all that a plan needs: "
+                        f"'{where}.config={{model_type: ..., hidden_size: ..., ...}}' (the keys of "
+                        "its config.json), or a directory with that file as "
+                        f"{where}.path"
+                    ) from error
+            self._shapes[where] = ModelConfig.from_hugging_face(raw)
+        return self._shapes[where]
+
+
+def _plan_stage(
+    stage: Stage,
+    config: RunConfig,
+    decoders: _Decoders,
+    compiler: Compiler,
+    target: Slice,
+    layout: Layout,
+    tell: Callable[[str], None],
+) -> StagePlan:
+    called = stage_programs(stage, config, decoders, compiler)
+    programs = []
+    for program in called.programs:
+        tell(f"{target.name}: {stage.name}: {program.name}")
+        programs.append(_plan_program(program, compiler, target, layout.mesh.shape))
+    seconds: float | None = 0.0
+    for each in programs:
+        known = None if each.times is None else each.times.total
+        seconds = None if seconds is None or known is None else seconds + each.calls * known
+    useful = sum(program.calls * program.useful_flops for program in called.programs)
+    return StagePlan(
+        name=stage.name,
+        kind=stage.kind,
+        unit=called.unit,
+        tokens=called.tokens,
+        programs=tuple(programs),
+        seconds=seconds,
+        tokens_per_second=None if not seconds else called.tokens / seconds,
+        utilisation=_utilisation(useful, seconds, target),
+    )
+
+
+def _plan_program(
+    program: Program, compiler: Compiler, target: Slice, mesh: Mapping[str, int]
+) -> ProgramPlan:
+    began = time.perf_counter()
+    try:
+        binary = compiler(program.lower())
+    except DoesNotFit as error:
+        # The compiler's number holds the arguments, too.
+        memory = _held(program.resident)
+        memory["activations"] = error.needed
+        return ProgramPlan(
+            program.name, program.calls, memory, False, problem="too large to compile"
+        )
+    except NotPlanned as error:
+        memory = _add(_held(program.resident), _held(program.arguments))
+        return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
+    seconds = time.perf_counter() - began
+    memory = _memory(program, binary)
+    fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
+    if binary.module is None:
+        problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
+        return ProgramPlan(program.name, program.calls, memory, fits, problem=problem)
+    cost = hlo.cost(
+        binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
+    )
+    taken = times(cost, target)
+    return ProgramPlan(
+        name=program.name,
+        calls=program.calls,
+        memory=memory,
+        fits=fits,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        exchange=tuple(traffic(cost, target, mesh)),
+        times=taken,
+        utilisation=_utilisation(
+            program.useful_flops, None if taken is None else taken.total, target
+        ),
+        unknown_kernels=cost.unknown,
+        compile_seconds=round(seconds, 1),
+    )
+
+
+def _memory(program: Program, binary: Binary) -> dict[str, float]:
+    """Bytes on a device while the program runs, by what they are."""
+    arguments = _held(program.arguments)
+    memory = _add(_held(program.resident), arguments)
+    padding = binary.argument_bytes - sum(arguments.values())
+    more = {
+        "activations": binary.temporary_bytes,
+        program.makes: binary.output_bytes - binary.alias_bytes,
+        "padding": padding,
+    }
+    memory = _add(memory, {name: float(size) for name, size in more.items() if size > 0})
+    return {name: size for name, size in memory.items() if size}
+
+
+def _held(trees: Mapping[str, object]) -> dict[str, float]:
+    return {name: float(bytes_on_device(tree)) for name, tree in trees.items()}
+
+
+def _add(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
+    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {**left, **right}}
+
+
+def _utilisation(useful: float, seconds: float | None, target: Slice) -> float | None:
+    if not seconds or target.chip is None:
+        return None
+    peak = target.chip.flops / target.chip.devices * len(target.devices)
+    return useful / seconds / peak
+
+
+def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> str:
+    """By how much a program is too large, and what would help, the largest part first."""
+    large = [
+        name
+        for name in sorted(program.memory, key=lambda name: -program.memory[name])
+        if program.memory[name] > 0.1 * program.total
+    ]
+    hints = [_HINTS[name] for name in large if name in _HINTS]
+    if "activations" in large or "cache" in large:
+        hints.insert(0, _FEWER[stage.kind])
+    wanted = -(-devices * program.total // hbm)
+    return (
+        f"{stage.name}: {program.name} is {(program.total - hbm) / 2**30:.3g} GiB a device too "
+        f"large; its {large[0]} are {program.memory[large[0]] / 2**30:.3g} GiB. What would help: "
+        f"{'; '.join([*hints, f'about {wanted:.0f} such devices instead of {devices}'])}"
+    )
+
+
+# What puts less on the devices at once, by kind of stage.
+_FEWER = {
+    "grpo": "more rollout_batches and micro_batches, fewer max_new_tokens",
+    "pretrain": "more micro_batches",
+    "sft": "more micro_batches",
+    "reward_model": "more micro_batches",
+    "evaluate": "a smaller problems_per_batch or samples_per_batch",
+    "rejection_sampling": "a smaller prompts_per_batch",
+}
+# By what takes the memory.
+_HINTS = {
+    "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",
+    "optimizer": "a larger fsdp axis, optimizer.moment_dtype: bfloat16",
+    "reference": "loss.kl_coefficient: 0 (then no reference policy is kept)",
+    "activations": "model.remat: full, a smaller model.log_prob_chunk, a tensor axis",
+    "cache": "kv_heads over a tensor axis",
+    "batch": "a smaller mini_batches_per_rollout",
+    "reward models": "smaller reward models",
+}

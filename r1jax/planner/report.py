@@ -1,0 +1,203 @@
+"""A plan for people, as tables, and for programs, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from r1jax.planner.plan import Plan, StagePlan, advice
+
+
+def as_json(config: str, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Everything, in bytes, FLOPs, seconds and bytes sent, of one device unless said otherwise."""
+    return {"config": config, "plans": [_plan_json(plan) for plan in plans]}
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    content = asdict(plan) | {"fits": plan.fits}
+    for stage, own in zip(content["stages"], plan.stages, strict=True):
+        for program, each in zip(stage["programs"], own.programs, strict=True):
+            program["total"] = each.total
+            if each.times is not None:
+                program["times"]["bound"] = each.times.bound
+    return content
+
+
+def print_plans(plans: Sequence[Plan], console: Console) -> None:
+    """Each plan's programs, exchange and steps; then, of several, one table of all."""
+    for plan in plans:
+        if plan.refused:
+            continue
+        for stage in plan.stages:
+            for table in (_memory(plan, stage), _work(stage), _exchange(stage)):
+                if table.row_count:
+                    console.print(table, markup=False)
+            console.print(_step(stage), markup=False, highlight=False)
+            for line in [*_problems(stage), *_advice(plan, stage)]:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print()
+    if len(plans) > 1:
+        console.print(_comparison(plans), markup=False)
+        for plan in plans:
+            if plan.refused:
+                line = f"{_mesh(plan)} on {plan.target}: {plan.refused}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    kernels = dict.fromkeys(
+        name
+        for plan in plans
+        for stage in plan.stages
+        for program in stage.programs
+        for name in program.unknown_kernels
+    )
+    if kernels:
+        console.print(f"Products not counted: {', '.join(kernels)}", markup=False)
+
+
+def _memory(plan: Plan, stage: StagePlan) -> Table:
+    title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan)}"
+    kinds = list(dict.fromkeys(k for program in stage.programs for k in program.memory))
+    table = Table("HBM of a device", title=title, title_justify="left", box=None)
+    for name in (*kinds, "all", "fits"):
+        table.add_column(name, justify="right")
+    for program in stage.programs:
+        table.add_row(
+            program.name,
+            *(_bytes(program.memory[kind]) if kind in program.memory else "" for kind in kinds),
+            _bytes(program.total),
+            {True: "yes", False: "no", None: "unknown" if program.problem else ""}[program.fits],
+        )
+    return table
+
+
+def _work(stage: StagePlan) -> Table:
+    table = Table("work of a device", box=None)
+    names = ("FLOPs", "HBM bytes", "bytes sent", "compute", "memory", "network", "time", "MFU")
+    for name in (f"calls a {stage.unit}", *names):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    for program in stage.programs:
+        if program.problem:
+            continue
+        taken = program.times
+        parts = () if taken is None else (taken.compute, taken.memory, taken.network, taken.total)
+        table.add_row(
+            program.name,
+            f"{program.calls:.3g}",
+            _number(program.flops),
+            _bytes(program.bytes),
+            _bytes(sum(row.bytes for row in program.exchange)),
+            *([_seconds(part) for part in parts] or [""] * 4),
+            _share(program.utilisation),
+            "" if taken is None else taken.bound,
+        )
+    return table
+
+
+def _exchange(stage: StagePlan) -> Table:
+    table = Table("exchange", "kind", "mesh axes", box=None)
+    for name in ("times", "bytes sent", "time"):
+        table.add_column(name, justify="right")
+    for program in stage.programs:
+        shown = ""
+        for row in program.exchange[:6]:
+            table.add_row(
+                "" if shown == program.name else program.name,
+                row.kind,
+                " + ".join(row.axes),
+                f"{row.count:,.0f}",
+                _bytes(row.bytes),
+                "" if row.seconds is None else _seconds(row.seconds),
+            )
+            shown = program.name
+    return table
+
+
+def _step(stage: StagePlan) -> str:
+    if stage.seconds is None or stage.tokens_per_second is None:
+        return f"A {stage.unit} of {stage.name}: {stage.tokens:,} tokens; no time to tell"
+    return (
+        f"A {stage.unit} of {stage.name}, at best: {_seconds(stage.seconds)}, "
+        f"{stage.tokens:,} tokens, {stage.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {_share(stage.utilisation)}"
+    )
+
+
+def _problems(stage: StagePlan) -> list[str]:
+    return [
+        f"{stage.name}: {program.name}: {program.problem}"
+        for program in stage.programs
+        if program.problem
+    ]
+
+
+def _advice(plan: Plan, stage: StagePlan) -> list[str]:
+    lines = []
+    for program in stage.programs:
+        if program.fits is False and plan.hbm is not None:
+            lines.append(advice(program, stage, plan.hbm, plan.devices))
+    return lines
+
+
+def _comparison(plans: Sequence[Plan]) -> Table:
+    """One row a plan; a time for each stage."""
+    stages = next(plan.stages for plan in plans if plan.stages)
+    table = Table("slice", "mesh", box=None)
+    for name in ("fits", "fullest", "HBM"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_column(f"{stage.name}: {stage.unit}", justify="right")
+        table.add_column("tokens/s", justify="right")
+        table.add_column("MFU", justify="right")
+    for plan in plans:
+        if plan.refused:
+            table.add_row(plan.target, _mesh(plan), "refused")
+            continue
+        stage = max(plan.stages, key=lambda each: each.fullest.total)
+        cells = [f"{stage.name}: {stage.fullest.name}", _bytes(stage.fullest.total)]
+        for each in plan.stages:
+            rate = each.tokens_per_second
+            cells += [
+                "" if each.seconds is None else _seconds(each.seconds),
+                "" if rate is None else f"{rate:,.0f}",
+                _share(each.utilisation),
+            ]
+        verdict = "no" if not plan.fits else "yes" if plan.hbm is not None else ""
+        table.add_row(plan.target, _mesh(plan), verdict, *cells)
+    return table
+
+
+def _mesh(plan: Plan) -> str:
+    shown = [f"{axis} {size}" for axis, size in plan.mesh.items() if size != 1]
+    return ", ".join(shown) or "one device"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _number(value: float) -> str:
+    for unit in ("", " K", " M", " G", " T", " P"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} E"
+
+
+def _seconds(value: float) -> str:
+    for unit in ("s", "ms"):
+        if value >= 1:
+            return f"{value:.3g} {unit}"
+        value *= 1000
+    return f"{value:.3g} us"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"

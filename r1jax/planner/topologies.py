@@ -1,0 +1,203 @@
+"""Slices that a run may be planned for: TPUs that are not there, CPUs that are not many.
+
+A TPU slice is known to the TPU compiler (`libtpu`) by its name alone, so that programs for it can
+be compiled on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has.
+
+    hbm: bytes. flops: peak in bfloat16, per second. hbm_bandwidth, link_bandwidth: bytes per
+    second, the latter of one link in one direction. dimensions: of the torus. wraps: an axis of so
+    many chips, or a multiple, is a ring; a shorter one a line. devices: what JAX sees of a chip.
+    """
+
+    hbm: float
+    flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    wraps: int
+    devices: int = 1
+
+
+_GIB = 2**30
+
+# Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x): peak
+# bfloat16 FLOP/s, bandwidth of HBM, and the bandwidth of a chip's interconnect, both directions of
+# all its links (v4 600 GB/s, v5e 400, v5p 1,200, v6e 800, TPU7x 1,200): six links in a 3D torus,
+# four in a 2D one. Slices of v4, v5p and TPU7x have rings along axes of whole cubes of
+# 4 x 4 x 4, those of v5e and v6e along axes of 16. HBM is what the compiler leaves to a program, a
+# little less than the 32, 16, 95, 32 and 192 GiB that the chips have.
+CHIPS = {
+    "v4": Chip(30.75 * _GIB, 275e12, 1228e9, 50e9, 3, 4),
+    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 100e9, 3, 4),
+    "v6e": Chip(31.24 * _GIB, 918e12, 1638e9, 100e9, 2, 16),
+    "tpu7x": Chip(189.48 * _GIB, 2307e12, 7380e9, 100e9, 3, 4, devices=2),
+}
+# As on Cloud's machines: without it, the compiler takes the two cores of a v4 chip for devices.
+_SETTINGS = {"v4": {"chip_config_name": "megacore"}}
+# What JAX calls the chips that are attached.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Devices to plan for. `chip` is None where nothing is known about their speed."""
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    chip: Chip | None
+
+    @property
+    def hbm(self) -> float | None:
+        """Bytes of a device."""
+        return None if self.chip is None else self.chip.hbm / self.chip.devices
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Chips along each axis of the torus."""
+        places = [_place(device) for device in self.devices]
+        return tuple(1 + max(along) - min(along) for along in zip(*places, strict=True))
+
+    def links(self, group: Sequence[int]) -> float:
+        """Links of a device, counted in one direction, that a group of devices can talk over.
+
+        Along each axis of the torus that the group extends over: two where the axis is a ring and
+        the group all of it, else one. What lies in between is assumed to be free.
+
+        Args:
+          group: indices of `devices`.
+        """
+        assert self.chip is not None
+        places = [_place(self.devices[i]) for i in group]
+        links = 0.0
+        for size, along in zip(self.shape, zip(*places, strict=True), strict=True):
+            extent = len(set(along))
+            if extent > 1:
+                ring = extent == size and size % self.chip.wraps == 0
+                links += 2 if ring else 1
+        # The two halves of a TPU7x share its links; between them it is six times as fast as a link
+        # (cloud.google.com/tpu/docs/tpu7x, "Dual-chiplet architecture").
+        return links / self.chip.devices if links else 6.0
+
+
+def _place(device: jax.Device) -> tuple[int, ...]:
+    return tuple(device.coords)
+
+
+def tpu_slice(name: str) -> Slice:
+    """A slice by its name, such as `v5p:4x4x8`; nothing of it need be there.
+
+    Raises:
+      ValueError: no such slice, or no TPU compiler on this machine.
+    """
+    kind, _, shape = name.partition(":")
+    known = ", ".join(_example(chip) for chip in CHIPS)
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(f"--topology {name}: no such slice; should be KIND:SHAPE, such as {known}")
+    chip = CHIPS[kind]
+    if shape.count("x") + 1 != chip.dimensions:
+        raise ValueError(
+            f"--topology {name}: a slice of {kind} has {chip.dimensions} dimensions, such as "
+            f"{_example(kind)}"
+        )
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ValueError(
+            f"--topology {name} needs the TPU compiler: pip install 'r1jax[tpu]' (no TPU is "
+            "needed); or use --fake-devices N"
+        )
+    from jax.experimental import topologies
+
+    # There may be no cloud around this machine, and no TPU is used: another process may have it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    _use_cpu()
+    try:
+        with quiet():
+            found = topologies.get_topology_desc(
+                topology_name=name, platform="tpu", **_SETTINGS.get(kind, {})
+            )
+    except Exception as error:  # JAX passes on whatever the plug-in raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"--topology {name}: the TPU compiler knows no such slice ({reason[:200]}); others are "
+            f"{known}"
+        ) from error
+    return Slice(name, tuple(found.devices), chip)
+
+
+def _example(kind: str) -> str:
+    return f"{kind}:{'4x4' if CHIPS[kind].dimensions == 2 else '4x4x4'}"
+
+
+def fake_devices(count: int) -> Slice:
+    """So many devices made of this machine's CPU.
+
+    Raises:
+      ValueError: JAX has started with fewer.
+    """
+    _use_cpu()
+    with contextlib.suppress(RuntimeError):  # JAX has already started
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"--fake-devices {count}: JAX has started with {len(devices)}; plan in a new process"
+        )
+    return Slice(f"{count} fake devices", tuple(devices[:count]), None)
+
+
+def attached() -> Slice:
+    """The devices of this machine."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    chip = CHIPS.get(_KINDS.get(kind, ""))
+    return Slice(f"{len(devices)} x {kind}", tuple(devices), chip)
+
+
+def _use_cpu() -> None:
+    """Only compiling: an attached accelerator may belong to a run."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what the compiler writes to the standard error stream from the user.
+
+    It writes to the file descriptor, behind Python's back.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as noise:
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
