@@ -233,6 +233,27 @@ def test_create_asks_and_waits(settings: dict[str, Any], expected: list[str], cl
     assert len(cloud.calls()) == 1
 
 
+def test_what_is_asked_before_and_while_waiting(cloud: Cloud) -> None:
+    cloud.save(lives=[READY])
+    cloud.run("create.sh")
+    log = [json.loads(line) for line in cloud.log.read_text().splitlines()]
+    assert log == [
+        [
+            *("gcloud", "storage", "buckets", "describe", "gs://a-bucket", "--project=proj"),
+            *("--raw", "--format=value(hierarchicalNamespace.enabled)", "--quiet"),
+        ],
+        [
+            *(*QUEUE, "list", *PLACE, '--filter=name~"/r1$"'),
+            *("--format=value(state.state)", "--quiet"),
+        ],
+        [
+            # Without the quotes gcloud reads the parentheses as its own, and finds nothing.
+            *("gcloud", "compute", "tpus", "tpu-vm", "list", *PLACE),
+            *('--filter=name~"/r1(-[0-9]+)?$"', "--format=value(name.basename(),state)", "--quiet"),
+        ],
+    ]
+
+
 def test_create_waits_for_every_node(cloud: Cloud) -> None:
     cloud.two_slices()
     states = [{"r1-1": "CREATING"}, {"r1-0": "REPAIRING"}, {}]
@@ -570,6 +591,22 @@ def test_stop_saves_and_tells_watch(cloud: Cloud) -> None:
     cloud.plan("wait", "143")
     cloud.run("launch.sh", "tiny/r1_zero")
     assert "preempted" in cloud.run("watch.sh", status=143)
+
+
+def test_a_vm_that_goes_down_waits_for_the_run_to_save(cloud: Cloud) -> None:
+    """SIGTERM then reaches the run's supervisor, too, which must not die before it."""
+    cloud.install_and_launch()
+    home = cloud.folder / "r1-0/r1jax"
+    while not (home / "pid").exists():
+        time.sleep(0.05)
+    run = int((home / "pid").read_text())
+    os.kill(os.getsid(run), signal.SIGTERM)
+    time.sleep(0.3)
+    assert not (home / "ended").exists()
+    os.kill(run, signal.SIGTERM)
+    cloud.until_ended("r1/0")
+    assert (home / "ended").read_text().split()[0] == "143"
+    cloud.run("stop.sh")
 
 
 def test_stop_of_nothing(cloud: Cloud) -> None:

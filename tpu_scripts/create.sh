@@ -11,8 +11,9 @@ load_settings PROJECT ZONE SLICE ACCELERATOR_TYPE RUNTIME_VERSION BUCKET
 
 check_bucket() {
   local enabled
-  enabled=$(gcloud storage buckets describe "gs://$BUCKET" --project="$PROJECT" \
-    --format='value(hierarchical_namespace.enabled)' --quiet) ||
+  # Only the raw description has the field.
+  enabled=$(gcloud storage buckets describe "gs://$BUCKET" --project="$PROJECT" --raw \
+    --format='value(hierarchicalNamespace.enabled)' --quiet) ||
     give_up "$UNUSABLE" "gs://$BUCKET cannot be looked at; $SCRIPTS/slice.env.example says how to make it"
   [[ $enabled == True ]] ||
     give_up "$UNUSABLE" "gs://$BUCKET has no hierarchical namespace, so a checkpoint could be left \

@@ -124,7 +124,7 @@ slice_health() {
   local state
   # A list, because it tells "there is none" from "you may not ask".
   state=$(gcloud compute tpus queued-resources list --project="$PROJECT" --zone="$ZONE" \
-    --filter="name~/$SLICE\$" --format='value(state.state)' --quiet) || return
+    --filter="name~\"/$SLICE\$\"" --format='value(state.state)' --quiet) || return
   case $state in
     '') echo none ;;
     CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) echo "waiting $state" ;;
@@ -139,8 +139,9 @@ slice_health() {
 # As slice_health, of an active queued resource: one preempted VM is the end of a run on all.
 nodes_health() {
   local listed node state health=ready
+  # In quotes, as parentheses are gcloud's own outside them.
   listed=$(gcloud compute tpus tpu-vm list --project="$PROJECT" --zone="$ZONE" \
-    --filter="name~/$SLICE(-[0-9]+)?\$" --format='value(name.basename(),state)' --quiet) || return
+    --filter="name~\"/$SLICE(-[0-9]+)?\$\"" --format='value(name.basename(),state)' --quiet) || return
   for node in $(nodes); do
     state=$(awk -v node="$node" '$1 == node { print $2 }' <<<"$listed")
     case ${state:-DELETED} in

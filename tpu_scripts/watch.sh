@@ -17,7 +17,7 @@ readonly DOUBTS=3
 # The ends of a run that say nothing of its cause: 143 saved at SIGTERM; 134 is how JAX ends a process
 # that has lost another one, and `lost` one that a reboot or the kernel ended.
 failures() { # STATES; the earliest first
-  awk '$2 == "ended" && $3 !~ /^(0|134|143)$/' <<<"$1" | sort -s -n -k4,4
+  awk '$2 == "ended" && $3 !~ /^(0|134|143)$/' <<<"$1" | LC_ALL=C sort -s -n -k4,4
 }
 
 preempted() { # WHY

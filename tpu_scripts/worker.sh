@@ -59,15 +59,16 @@ mount_bucket() { # BUCKET MOUNT
     --enable-streaming-writes=false "$1" "$2" >&2 9>&- # it lives on, and must not keep the lock
 }
 
-# Held by a run as long as it lives, whatever ends it.
-is_running() { ! flock --nonblock lock true; }
+# Held by a run as long as it lives, whatever ends it. Shared, so that two who ask do not find each
+# other.
+is_running() { ! flock --shared --nonblock lock true; }
 
 start_step() { # BUCKET MOUNT ARGUMENT...
   local bucket=$1 mount=$2 wanted
   shift 2
   printf -v wanted '%q ' r1jax run "$@"
   exec 9>>lock
-  if ! flock --wait 2 9; then # state_step holds it for a moment, too
+  if ! flock --wait 2 9; then # is_running holds it for a moment, too
     if [[ -f words && $(<words) == "$wanted" ]]; then
       report running already
       return
@@ -90,15 +91,14 @@ start_step() { # BUCKET MOUNT ARGUMENT...
 }
 
 supervise_step() { # ARGUMENT...
-  local status=0
+  local status=0 interrupted=yes
   # When the VM goes down this shell gets SIGTERM as well, and waits for the run to save.
-  trap : TERM
+  trap 'interrupted=yes' TERM
   # Programs of the run may live on; the lock is this shell's alone.
   venv/bin/r1jax run "$@" 9>&- &
   printf '%s\n' "$!" >pid
-  wait "$!" || status=$?
-  while kill -0 "$!" 2>/dev/null; do # it was the trap that ended the wait
-    status=0
+  while [[ $interrupted == yes ]]; do
+    interrupted=no status=0
     wait "$!" || status=$?
   done
   printf '%s %s\n' "$status" "$(date +%s.%N)" >ended.partial

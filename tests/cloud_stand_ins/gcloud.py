@@ -125,7 +125,8 @@ def main() -> int:
             nodes(scenario)
             path.write_text(json.dumps(scenario))
         elif what == ["storage", "buckets", "describe"]:
-            print(scenario["hierarchical_namespace"])
+            # Without --raw, gcloud leaves the field out.
+            print(scenario["hierarchical_namespace"] if "--raw" in WORDS else "")
     if what == ["compute", "tpus", "tpu-vm"] and rest[0] == "ssh":
         return ssh(scenario, rest[1])
     if what == ["compute", "tpus", "tpu-vm"] and rest[0] == "scp":
