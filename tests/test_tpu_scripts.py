@@ -189,9 +189,10 @@ class Cloud:
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path)
     yield cloud
-    for path in tmp_path.glob("*/r1jax/pid"):
+    left = [path.read_text() for path in (*tmp_path.glob("*/r1jax/pid"), *tmp_path.glob("daemons"))]
+    for pid in " ".join(left).split():
         try:
-            os.kill(int(path.read_text()), signal.SIGKILL)
+            os.kill(int(pid), signal.SIGKILL)
         except ProcessLookupError:
             pass
 

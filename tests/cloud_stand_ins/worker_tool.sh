@@ -13,7 +13,8 @@ case $tool in
   gcsfuse)
     note "$@"
     touch "$HOME/mounted"
-    sleep 20 >/dev/null 2>&1 & # a daemon, which keeps what it inherits
+    sleep 900 >/dev/null 2>&1 & # a daemon, which keeps what it inherits
+    echo "$!" >>"$CLOUD/daemons"
     ;;
   python3)
     case "$1 $2 $3" in
