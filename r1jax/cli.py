@@ -103,8 +103,10 @@ def run(
 
     settings = load_config(config, overrides or ())
 
+    from r1jax.processes import join_processes
     from r1jax.stages import dry_run, recipe
 
+    join_processes()
     if describe:
         _print_description(settings, dry_run.describe(settings))
         return
@@ -231,8 +233,10 @@ def evaluate(
             ]
         )
 
+    from r1jax.processes import join_processes
     from r1jax.stages import dry_run, recipe
 
+    join_processes()
     if trained is not None:
         settings = settings.model_copy(update={"output": str(Path(model) / "evaluations")})
     if out is not None:

@@ -8,6 +8,8 @@ decides a shape or a branch must therefore be agreed on first. With one process 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,66 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from r1jax.sharding import Layout
+
+
+def join_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of this run, if the environment says that there are several.
+
+    Call it before anything that touches a device; without such a sign, or when `jax.distributed`
+    is initialised already, it does nothing. The signs are
+
+    - `JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`: spelled out. Without
+      the last two, JAX asks the cluster for them.
+    - `TPU_WORKER_HOSTNAMES` or `TPU_PROCESS_ADDRESSES` with several names, or
+      `MEGASCALE_NUM_SLICES` above 1: GKE sets them in the pods of a TPU job.
+    - `R1JAX_MULTI_HOST=1`: JAX finds out by itself, on Cloud TPU VMs (whose environment says
+      nothing; tpu_scripts/ sets it) and under Slurm or MPI. One host alone is fine, too.
+
+    Returns when all processes have come, which may take them five minutes.
+
+    Raises:
+      ValueError: a variable is not a number in range, or JAX knows of no other processes.
+    """
+    if jax.distributed.is_initialized() or not (asked := _sign_of_others(environment)):
+        return
+    count = _number(environment, "JAX_NUM_PROCESSES", least=1)
+    index = _number(environment, "JAX_PROCESS_ID", least=0)
+    if count is not None and index is not None and index >= count:
+        raise ValueError(
+            f"JAX_PROCESS_ID = {index}: with JAX_NUM_PROCESSES = {count} it is one of 0 to "
+            f"{count - 1}"
+        )
+    try:
+        jax.distributed.initialize(
+            environment.get("JAX_COORDINATOR_ADDRESS"), num_processes=count, process_id=index
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{asked} = {environment[asked]} says that this run has several processes, but JAX "
+            f"does not find them ({error}). Unset it for a run on this machine alone, or set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def _sign_of_others(environment: Mapping[str, str]) -> str | None:
+    """The variable that says that there are other processes."""
+    if environment.get("JAX_COORDINATOR_ADDRESS"):
+        return "JAX_COORDINATOR_ADDRESS"
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if "," in environment.get(name, ""):
+            return name
+    if (_number(environment, "MEGASCALE_NUM_SLICES", least=1) or 1) > 1:
+        return "MEGASCALE_NUM_SLICES"
+    return "R1JAX_MULTI_HOST" if environment.get("R1JAX_MULTI_HOST") == "1" else None
+
+
+def _number(environment: Mapping[str, str], name: str, least: int) -> int | None:
+    text = environment.get(name, "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ValueError(f"{name} = {text}: it has to be a whole number from {least} on")
+    return int(text)
 
 
 @dataclass(frozen=True)

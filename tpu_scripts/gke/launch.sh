@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# launch.sh [--slice FILE] [--dry-run] CONFIG [KEY.PATH=VALUE]... [--from STAGE] ...
+#
+# Runs `r1jax run CONFIG ...` on GKE, as the JobSet that jobset.yaml describes, and returns; JobSet
+# itself starts it again after a preemption. The same command again changes nothing while it runs, and
+# goes on with a run that has ended. --dry-run prints the manifest, and the command that takes it.
+
+. "$(dirname "${BASH_SOURCE[0]}")/../slice.sh"
+read_options "$@"
+load_settings PROJECT SLICE BUCKET KUBE_CONTEXT SERVICE_ACCOUNT IMAGE GKE_ACCELERATOR GKE_TOPOLOGY \
+  CHIPS_PER_HOST
+prepare_run
+
+kubectl=(kubectl --context="$KUBE_CONTEXT" --namespace="$NAMESPACE")
+
+# A list of strings that YAML, and then Kubernetes, read as these words.
+words() { # WORD...
+  local word comma=''
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    word=${word//\"/\\\"}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
+    word=${word//\$/\$\$} # $(NAME) would be a variable of the pod
+    printf '%s"%s"' "$comma" "$word"
+    comma=', '
+  done
+}
+
+chips=$((${GKE_TOPOLOGY//x/*}))
+((chips % CHIPS_PER_HOST == 0)) ||
+  give_up "$UNUSABLE" "GKE_TOPOLOGY=$GKE_TOPOLOGY is $chips chips, which CHIPS_PER_HOST=$CHIPS_PER_HOST \
+does not divide"
+# shellcheck disable=SC2034 # by name, below
+HOSTS=$((chips / CHIPS_PER_HOST)) SPOT=
+# shellcheck disable=SC2034
+if [[ $GKE_SPOT == yes ]]; then SPOT='cloud.google.com/gke-spot: "true"'; fi
+
+manifest=$(<"$SCRIPTS/gke/jobset.yaml")
+for name in SLICE SLICES HOSTS RESTARTS SERVICE_ACCOUNT GKE_ACCELERATOR GKE_TOPOLOGY SPOT IMAGE \
+  CHIPS_PER_HOST MOUNT BUCKET; do
+  manifest=${manifest//"{{$name}}"/"${!name}"}
+done
+# Last, as a user's words may have braces.
+manifest=${manifest//"{{ARGUMENTS}}"/"[$(words "${RUN[@]}")]"}
+
+if [[ $DRY_RUN == no ]]; then
+  ended=$("${kubectl[@]}" get jobset "$SLICE" --ignore-not-found \
+    --output='jsonpath={.status.terminalState}')
+  if [[ -n $ended ]]; then
+    say "$SLICE: the JobSet of before is $ended, and makes room"
+    "${kubectl[@]}" delete jobset "$SLICE" --ignore-not-found
+  fi
+  "${kubectl[@]}" apply --filename=- <<<"$manifest" ||
+    give_up 1 "if another run is going on, gke/stop.sh first"
+else
+  change "${kubectl[@]}" apply --filename=-
+  printf '%s\n' "$manifest"
+fi
