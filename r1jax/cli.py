@@ -128,8 +128,8 @@ def plan(
     mesh: Annotated[
         list[str] | None,
         typer.Option(
-            help="How to arrange its devices: fsdp=8,tensor=4, or fsdp for all of them; may be "
-            "repeated. Default: the config's.",
+            help="How to arrange its devices: fsdp=8,tensor=4, a name in configs/mesh, or an axis "
+            "for all of them; may be repeated. Default: the config's.",
             show_default=False,
         ),
     ] = None,
@@ -383,7 +383,8 @@ def configs() -> None:
     """List the configs that come with r1jax."""
     from rich.table import Table
 
-    from r1jax.config.load import load_config, packaged_configs
+    from r1jax.config.load import load_config
+    from r1jax.config.packaged import packaged_configs
 
     table = Table("config", "title", box=None)
     for name, path in packaged_configs().items():

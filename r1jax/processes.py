@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r1jax.sharding import Layout
+from r1jax.sharding import Layout, own_parts
 
 
 def join_processes(environment: Mapping[str, str] = os.environ) -> None:
@@ -95,20 +95,18 @@ def batch_share(layout: Layout) -> Share:
     and read and score the same rows.
 
     Raises:
-      ValueError: the devices of a process do not hold neighbouring rows.
+      ValueError: two processes hold some, but not all of their rows in common.
     """
-    shards = layout.shards("batch")
-    placed = layout.sharding(("batch",)).devices_indices_map((shards,))
-    mine = set(jax.local_devices())
-    own = sorted({ix[0].indices(shards)[0] for device, ix in placed.items() if device in mine})
-    count = shards // len(own)
-    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
+    processes = sorted({device.process_index for device in layout.mesh.devices.flat})
+    held = {process: tuple(own_parts(layout, process)) for process in processes}
+    distinct = sorted(set(held.values()))
+    if sum(map(len, distinct)) != layout.shards("batch"):
         raise ValueError(
-            f"mesh.axes = {dict(layout.mesh.shape)}: process {jax.process_index()} would hold the "
-            f"parts {own} of {shards} of a batch, which are not neighbours; put the axes that the "
-            "batch is split over first"
+            f"mesh = {dict(layout.mesh.shape)}: processes hold overlapping parts of a batch "
+            f"({', '.join(f'{n}: {list(parts)}' for n, parts in held.items())}); put the axes that "
+            "the batch is split over first"
         )
-    return Share(own[0] // len(own), count)
+    return Share(distinct.index(held[jax.process_index()]), len(distinct))
 
 
 def largest(value: int) -> int:

@@ -11,17 +11,20 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
 
 # Weights are split over `fsdp` along one dimension and over `tensor` along another; activations
-# over the batch. Mesh axes that a mesh does not have are dropped.
+# over the batch, and over time where there is a `sequence` axis. Attention sees whole rows: there,
+# `sequence` splits the heads instead (DeepSpeed-Ulysses, arXiv 2309.14509). Mesh axes that a mesh
+# does not have are dropped.
 DEFAULT_RULES: Rules = {
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -32,8 +35,17 @@ DEFAULT_RULES: Rules = {
     "layers": (),
     "batch": ("data", "fsdp"),
     "sample": (),
-    "time": (),
+    "time": ("sequence",),
+    "attention_heads": ("tensor", "sequence"),
     "activation_embed": (),
+}
+
+# A decoded token has no time to split: the devices of a `sequence` axis take more prompts.
+ROLLOUT_RULES: Rules = {
+    **DEFAULT_RULES,
+    "batch": ("data", "fsdp", "sequence"),
+    "time": (),
+    "attention_heads": ("tensor",),
 }
 
 
@@ -67,7 +79,7 @@ class Layout:
                 raise ValueError(
                     f"{name}: logical axis {axis!r} has no rule; known: {sorted(table)}"
                 )
-            targets = tuple(t for t in table[axis] if t in self.mesh.shape)
+            targets = table[axis]
             for target in targets:
                 if target in used:
                     raise ValueError(
@@ -79,8 +91,9 @@ class Layout:
             if shape is not None and shape[index] % size:
                 raise ValueError(
                     f"{name}: dimension {index} ({axis!r}, size {shape[index]}) is not divisible "
-                    f"by {size}, the size of mesh axes {targets}; choose a size that divides "
-                    f"{shape[index]}, or map {axis!r} to null in mesh.rules"
+                    f"by {size}, the size of mesh axes {targets}; make it "
+                    f"{_either(_divisors(shape[index], self.mesh.size))}, or map {axis!r} to null "
+                    "in mesh.rules"
                 )
             parts.append(targets[0] if len(targets) == 1 else (targets or None))
         return PartitionSpec(*parts)
@@ -96,8 +109,7 @@ class Layout:
 
     def shards(self, axis: str) -> int:
         """Into how many parts the logical axis is split."""
-        targets = dict(self.rules)[axis]
-        return math.prod(self.mesh.shape[t] for t in targets if t in self.mesh.shape)
+        return math.prod(self.mesh.shape[t] for t in dict(self.rules)[axis])
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         if self.mesh.size == 1:
@@ -108,19 +120,50 @@ class Layout:
 def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
     """This process's rows [n, ...] as its part of an array that is split along the batch.
 
+    They fill the parts of the batch that its devices hold, in the batch's order; the parts of a
+    process need not be neighbours, since a slice's devices are not arranged host by host.
+
     Raises:
-      ValueError: the rows of all processes do not divide by the mesh's split of the batch.
+      ValueError: the rows do not divide by the process's parts of the batch.
     """
     sharding = layout.sharding(("batch", *(None,) * (rows.ndim - 1)))
-    mine = set(jax.local_devices())
-    placed = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
-    parts = len({str(index) for device, index in placed.items() if device in mine})
-    if len(rows) % parts:
+    parts = own_parts(layout)
+    if len(rows) % len(parts):
         raise ValueError(
-            f"{len(rows)} rows do not divide by {parts}, the parts of the batch on this process; "
-            "change the number of rows or mesh.axes"
+            f"{len(rows)} rows do not divide by {len(parts)}, the parts of the batch on this "
+            "process; change the number of rows or mesh.axes"
         )
-    return jax.make_array_from_process_local_data(sharding, rows)
+    size = len(rows) // len(parts)
+    place = {part * size: i * size for i, part in enumerate(parts)}
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        first = place[index[0].start or 0]
+        return rows[first : first + size]
+
+    shape = (size * layout.shards("batch"), *rows.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def move_rows(rows: Any, layout: Layout) -> Any:
+    """Arrays [n, ...] of the same devices, split along the batch as `layout` says."""
+
+    def sharding(leaf: jax.Array) -> NamedSharding:
+        return layout.sharding(("batch", *(None,) * (leaf.ndim - 1)), shape=leaf.shape, name="rows")
+
+    return jax.jit(_same, out_shardings=jax.tree.map(sharding, rows))(rows)
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def own_parts(layout: Layout, process: int | None = None) -> list[int]:
+    """Which of the batch's equal parts the devices of a process (default: this one) hold."""
+    process = jax.process_index() if process is None else process
+    placed = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
+    devices = [device for device in layout.mesh.devices.flat if device.process_index == process]
+    return sorted({placed[device][0].start or 0 for device in devices})
 
 
 def to_process_rows(array: jax.Array) -> np.ndarray:
@@ -138,33 +181,123 @@ def make_layout(
 ) -> Layout:
     """Arrange `devices` (default: all) as named axes; at most one size may be -1.
 
+    On a TPU neighbours on an axis are neighbours in the slice. Over several slices, the first axis
+    that is larger than 1 crosses them: their network (DCN) is the slow one.
+
     Args:
       axes: mesh axis -> size, outermost first.
       overrides: logical axis -> mesh axis, several, or None; replaces the default rule.
+
+    Raises:
+      ValueError: the sizes do not make up the devices, a rule names what does not exist, or an axis
+        larger than 1 splits nothing.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(axes, len(devices), "mesh.axes")
+    rules = _override(DEFAULT_RULES, overrides or {}, axes, "mesh.rules")
+    return _layout(_arrange(devices, dict(zip(axes, sizes, strict=True))), axes, rules)
+
+
+def make_rollout_layout(
+    training: Layout,
+    axes: Mapping[str, int] | None = None,
+    overrides: Mapping[str, str | Sequence[str] | None] | None = None,
+    *,
+    inherited: Mapping[str, str | Sequence[str] | None] | None = None,
+) -> Layout:
+    """The same devices as those of `training`, arranged for sampling.
+
+    Their order stays the same, so that one compiled program can move weights from one layout to the
+    other.
+
+    Args:
+      axes: as in `make_layout`; default: those of `training`.
+      overrides: rules in place of the default ones for sampling.
+      inherited: rules that training was given; `overrides` go before them.
+
+    Raises:
+      ValueError: as `make_layout`.
+    """
+    mesh = training.mesh
+    named = dict(mesh.shape) if axes is None else axes
+    sizes = _sizes(named, mesh.size, "mesh.rollout.axes")
+    rules = _override(ROLLOUT_RULES, inherited or {}, {**mesh.shape, **named}, "mesh.rules")
+    rules = _override(rules, overrides or {}, named, "mesh.rollout.rules")
+    return _layout(mesh.devices.reshape(sizes), named, rules)
+
+
+def _sizes(axes: Mapping[str, int], devices: int, field: str) -> list[int]:
     known = math.prod(size for size in axes.values() if size != -1)
-    sizes = [len(devices) // known if size == -1 else size for size in axes.values()]
-    if math.prod(sizes) != len(devices):
+    sizes = [devices // known if size == -1 else size for size in axes.values()]
+    if math.prod(sizes) != devices:
         raise ValueError(
-            f"mesh.axes = {dict(axes)} needs a multiple of {known} devices and there are "
-            f"{len(devices)}; change the sizes, or use -1 for one of them"
+            f"{field} = {dict(axes)} needs a multiple of {known} devices and there are "
+            f"{devices}; change the sizes, or use -1 for one of them"
         )
-    rules = dict(DEFAULT_RULES)
-    for logical, target in (overrides or {}).items():
+    return sizes
+
+
+def _override(
+    rules: Rules,
+    overrides: Mapping[str, str | Sequence[str] | None],
+    axes: Mapping[str, int],
+    field: str,
+) -> dict[str, tuple[str, ...]]:
+    rules = dict(rules)
+    for logical, target in overrides.items():
         if logical not in rules:
             raise ValueError(
-                f"mesh.rules.{logical}: no such logical axis; known: {', '.join(sorted(rules))}"
+                f"{field}.{logical}: no such logical axis; known: {', '.join(sorted(rules))}"
             )
         targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-        unknown = [t for t in targets if t not in axes]
-        if unknown:
-            raise ValueError(f"mesh.rules.{logical} = {target!r}: mesh axes are {', '.join(axes)}")
+        if any(t not in axes for t in targets):
+            raise ValueError(f"{field}.{logical} = {target!r}: mesh axes are {', '.join(axes)}")
         rules[logical] = targets
-    mesh = Mesh(
-        np.asarray(devices).reshape(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+    return rules
+
+
+def _layout(devices: np.ndarray, axes: Mapping[str, int], rules: Rules) -> Layout:
+    used = {target for targets in rules.values() for target in targets}
+    for axis, size in zip(axes, devices.shape, strict=True):
+        if size > 1 and axis not in used:
+            raise ValueError(
+                f"mesh axis {axis!r} has {size} devices and splits nothing, so they would repeat "
+                f"each other's work; use {_either(sorted(used))}, or name it in mesh.rules"
+            )
+    mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    # Without what the mesh does not have, so that layouts that do the same are equal.
+    present = {name: tuple(t for t in targets if t in axes) for name, targets in rules.items()}
+    return Layout(mesh, tuple(sorted(present.items())))
+
+
+def _arrange(devices: Sequence[jax.Device], axes: Mapping[str, int]) -> np.ndarray:
+    sizes = tuple(axes.values())
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    outer = next((axis for axis, size in axes.items() if size > 1), next(iter(axes)))
+    if axes[outer] % slices:
+        raise ValueError(
+            f"mesh.axes.{outer} = {axes[outer]}: the outermost axis crosses the {slices} slices, "
+            f"so it is a multiple of {slices}"
+        )
+    across = tuple(slices if axis == outer else 1 for axis in axes)
+    within = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
-    return Layout(mesh, tuple(sorted(rules.items())))
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
+
+
+def _either(options: Sequence[object]) -> str:
+    """`1, 2 or 4`"""
+    *some, last = map(str, options)
+    return f"{', '.join(some)} or {last}" if some else last
 
 
 def split_cpu(devices: int | Literal["cores"]) -> None:

@@ -11,9 +11,16 @@ import numpy as np
 
 from r1jax.config.schema import OptimizerSection
 from r1jax.grpo import GRPOBatch, GRPOConfig, make_grpo_step
-from r1jax.models import Decoder, Execution, ModelConfig, abstract_params, init_params, token_scores
-from r1jax.sampler import Prompts, generate
-from r1jax.sharding import make_layout
+from r1jax.models import (
+    Decoder,
+    Execution,
+    ModelConfig,
+    abstract_params,
+    init_params,
+    token_scores,
+)
+from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.sharding import Layout, make_layout, make_rollout_layout
 from r1jax.stages.optimizer import (
     abstract_train_state,
     create_train_state,
@@ -24,26 +31,33 @@ from r1jax.stages.optimizer import (
 CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4)
 
 
-def main(axes: dict[str, int], scan: bool) -> dict[str, object]:
+def main(
+    axes: dict[str, int], scan: bool, rollout_axes: dict[str, int] | None = None
+) -> dict[str, object]:
     count = int(np.prod(list(axes.values())))
     layout = make_layout(axes, devices=jax.devices()[:count])
+    rollout_layout = make_rollout_layout(layout, rollout_axes)
     execution = Execution(compute_dtype=jnp.float32, scan_layers=scan, log_prob_chunk=4)
     model = Decoder(CONFIG, execution, layout)
     params = init_params(jax.random.key(0), CONFIG, layout)
 
-    def put(x: np.ndarray) -> jax.Array:
+    sampler = to_sample(model, rollout_layout)
+    to_sampler = make_rollout_weights(model, sampler)
+
+    def put(x: np.ndarray, layout: Layout = layout) -> jax.Array:
         axes = ("batch", *(None,) * (x.ndim - 1))
         return jax.device_put(x, layout.sharding(axes, shape=x.shape))
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 32, (4, 8)).astype(np.int32)
-    prompts = Prompts(put(tokens), put(np.full(4, 8, np.int32)), put(np.arange(4, dtype=np.uint32)))
-    samples = generate(params, prompts, model, samples=2, max_new_tokens=6, seed=1)
-    rows = np.concatenate([np.repeat(tokens, 2, 0), np.asarray(samples.tokens).reshape(8, 6)], 1)
-    positions = np.broadcast_to(np.arange(14, dtype=np.int32), rows.shape)
+    tokens = rng.integers(0, 32, (8, 8)).astype(np.int32)
+    asked = (tokens, np.full(len(tokens), 8, np.int32), np.arange(len(tokens), dtype=np.uint32))
+    prompts = Prompts(*(put(x, rollout_layout) for x in asked))
+    samples = generate(to_sampler(params), prompts, sampler, samples=2, max_new_tokens=8, seed=1)
+    rows = np.concatenate([np.repeat(tokens, 2, 0), np.asarray(samples.tokens).reshape(16, 8)], 1)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), rows.shape)
     inputs = {"tokens": rows, "positions": positions, "segment_ids": np.ones_like(rows)}
     batch = GRPOBatch(
-        inputs, (positions >= 8).astype(np.float32), rng.normal(size=8).astype(np.float32)
+        inputs, (positions >= 8).astype(np.float32), rng.normal(size=16).astype(np.float32)
     )
     batch = jax.tree.map(put, batch)
     optimizer = make_optimizer(OptimizerSection(learning_rate=1e-3), 10)

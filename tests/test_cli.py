@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from r1jax.cli import app
-from r1jax.config.load import dump_config, load_config, packaged_configs, parse_config
+from r1jax.config.load import dump_config, load_config, parse_config
+from r1jax.config.packaged import packaged_configs
 from r1jax.stages.context import RunError
 
 CONFIG = """\

@@ -10,7 +10,8 @@ import pytest
 from test_recipe_configs import make_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from r1jax.config.load import load_config, packaged_configs
+from r1jax.config.load import load_config
+from r1jax.config.packaged import packaged_configs
 from r1jax.config.schema import EvaluateStage, RunConfig, SFTStage
 from r1jax.stages import dry_run, recipe
 from r1jax.stages.optimizer import make_schedule

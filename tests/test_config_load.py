@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from r1jax.config.load import (
     ConfigError,
     dump_config,
     find_config,
     load_config,
-    packaged_configs,
     parse_config,
 )
-from r1jax.config.schema import EvaluateStage, GRPOStage
+from r1jax.config.packaged import packaged_configs, packaged_meshes
+from r1jax.config.schema import EvaluateStage, GRPOStage, MeshSection
 
 # Line numbers in the tests count from 1 at `name`.
 GOOD = """\
@@ -347,6 +348,28 @@ def test_the_three_configs_of_the_readme_are_packaged() -> None:
         "qwen2.5-1.5b/r1_zero_gsm8k",
         "qwen2.5-math-7b/r1_zero_math",
     } <= set(packaged_configs())
+
+
+@pytest.mark.parametrize("name", packaged_meshes())
+def test_every_mesh_can_be_named(name: str) -> None:
+    mesh = parse_config(GOOD, "a.yaml", [f"mesh={name}"]).mesh
+    assert mesh == MeshSection.model_validate(yaml.safe_load(packaged_meshes()[name].read_text()))
+
+
+def test_a_named_mesh_may_be_overridden_in_part() -> None:
+    config = parse_config(GOOD, "a.yaml", ["mesh=rollout_tensor4", "mesh.rollout.axes.tensor=8"])
+    assert config.mesh.axes == {"fsdp": -1}
+    assert config.mesh.rollout is not None
+    assert config.mesh.rollout.axes == {"data": -1, "tensor": 8}
+
+
+def test_an_unknown_mesh_is_told_with_its_place_and_the_nearest() -> None:
+    near = "mesh=fsdq: mesh = 'fsdq': no such mesh; did you mean fsdp\\?"
+    with pytest.raises(ConfigError, match=f"command line, {near}"):
+        parse_config(GOOD, "a.yaml", ["mesh=fsdq"])
+    known = r"a.yaml:\d+: mesh = 'elsewhere': no such mesh; there are fsdp, .*two_slices"
+    with pytest.raises(ConfigError, match=known):
+        parse_config(f"{GOOD}mesh: elsewhere\n", "a.yaml")
 
 
 @pytest.mark.parametrize("name", packaged_configs())

@@ -96,7 +96,7 @@ def test_few_problems_are_one_batch_of_their_own_size(
         evaluations = held_out.HeldOut(stage, Context.resolve(plan), batch=batch)
         due: Any = pytest.raises(ValueError, match="nothing was evaluated")
         with nullcontext() if step == 2 else due:
-            evaluations.evaluate_if_due(loop, None, None, 8)  # type: ignore[arg-type]
+            evaluations.evaluate_if_due(loop, None, None, None, 8)  # type: ignore[arg-type]
     # 6 problems of 6 samples in parts of 2; at the stage's end, but not between, one is due.
     assert [given["batch"] for given in asked] == [18, 4]
 

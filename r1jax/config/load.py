@@ -25,14 +25,13 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from r1jax.config.benchmarks import fill_in
+from r1jax.config.packaged import packaged_configs, read_mesh
 from r1jax.config.schema import RunConfig
 
 KeyPath = tuple[str | int, ...]
 JsonSchema = dict[str, Any]
 ErrorDetails = Mapping[str, Any]
 """Pydantic's: `type`, `loc`, `msg`, `input`."""
-
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class ConfigError(ValueError):
@@ -44,16 +43,6 @@ class ConfigError(ValueError):
 
 
 # --- Finding -------------------------------------------------------------------------------------
-
-
-def packaged_configs() -> dict[str, Path]:
-    """The configs that come with r1jax: name, such as `tiny/r1_zero`, to file, sorted by name."""
-    # A wheel carries them inside the package; in a checkout they lie beside it.
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-        if folder.is_dir():
-            files = sorted(folder.rglob("*.yaml"))
-            return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-    return {}
 
 
 def find_config(name_or_path: str | Path) -> Path:
@@ -109,6 +98,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError([f"{source}: should be a mapping of keys, not {_show(data)}"])
     document = _Document(source, data, lines)
     faults = [f"{source}:{line}: {problem}" for line, problem in repeated]
+    faults += [document.locate(*problem) for problem in _name_mesh(document)]
     faults += _apply_overrides(document, overrides)
     unnamed = [(at, f"{document.name(at)} = {what}") for at, what in fill_in(document.data)]
     problems = [*unnamed, *_unknown_keys(document)]
@@ -320,6 +310,8 @@ def _apply_overrides(document: _Document, overrides: Sequence[str]) -> list[str]
             if repeated:
                 raise ValueError(repeated[0][1])
             path = _set(document.data, name.split("."), value)
+            for _, problem in _name_mesh(document):
+                raise ValueError(problem)
         except _Unreadable as error:
             problems.append(f"command line, {text}: {error.problem}")
         except (ValueError, LookupError) as error:
@@ -330,6 +322,19 @@ def _apply_overrides(document: _Document, overrides: Sequence[str]) -> list[str]
                 del document.overridden[at]
             document.overridden[path] = text
     return problems
+
+
+def _name_mesh(document: _Document) -> list[tuple[KeyPath, str]]:
+    """Puts the mesh in the place of its name, before an override steps into it."""
+    name = document.data.get("mesh")
+    if not isinstance(name, str):
+        return []
+    document.data["mesh"] = {}
+    try:
+        document.data["mesh"] = read_mesh(name)
+    except ValueError as error:
+        return [(("mesh",), f"mesh = {error}")]
+    return []
 
 
 def _set(data: dict[str, Any], parts: list[str], value: Any) -> KeyPath:
@@ -605,6 +610,5 @@ __all__ = [
     "dump_config",
     "find_config",
     "load_config",
-    "packaged_configs",
     "parse_config",
 ]

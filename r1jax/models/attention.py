@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from r1jax.models.config import Execution
 from r1jax.sharding import Layout
 
 _MASKED = -1e30  # finite: a fully masked (padding) row must give numbers, not NaN
 _QUERY_CHUNK = 1024  # rows longer than this are attended in blocks of queries
+_ATTENTION = ("batch", None, "attention_heads", None)  # queries, keys and values of whole rows
 
 
 def row_attention(
@@ -39,11 +39,37 @@ def row_attention(
     Returns:
       [batch, time, heads, head_dim]; undefined (but finite) where segment_ids is 0.
     """
+    repeat = _repeats(q.shape[2], k.shape[2], layout)
+    if repeat > 1:
+        # Whole keys everywhere first: they are few, and the compiler cannot cut a repeated head.
+        k, v = (layout.constrain(x, ("batch", None, None, None)) for x in (k, v))
+        k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
+    # Where rows are split over time, this is an all-to-all from pieces of rows to heads.
+    q, k, v = (layout.constrain(x, _ATTENTION) for x in (q, k, v))
     if execution.attention == "splash":
-        return _splash(q, k, v, segment_ids, layout)
-    if execution.attention == "flash":
-        return _flash(q, k, v, segment_ids, layout)
-    return _xla(q, k, v, segment_ids)
+        out = _splash(q, k, v, segment_ids, layout)
+    elif execution.attention == "flash":
+        out = _flash(q, k, v, segment_ids, layout)
+    else:
+        out = _xla(q, k, v, segment_ids)
+    return layout.constrain(out, ("batch", "time", "heads", None))
+
+
+def _repeats(heads: int, kv_heads: int, layout: Layout) -> int:
+    """How often key heads are repeated so that they divide over the devices that share the heads.
+
+    Raises:
+      ValueError: not even the query heads divide.
+    """
+    shards = layout.shards("attention_heads")
+    if heads % math.lcm(shards, kv_heads):
+        fits = [n for n in range(1, heads + 1) if heads % math.lcm(n, kv_heads) == 0]
+        raise ValueError(
+            f"num_attention_heads = {heads}, num_key_value_heads = {kv_heads}: attention's heads "
+            f"do not divide by {shards}, the size of mesh axes "
+            f"{dict(layout.rules)['attention_heads']}; {', '.join(map(str, fits))} would do"
+        )
+    return math.lcm(shards, kv_heads) // kv_heads
 
 
 def choose_attention(requested: str, backend: str) -> Any:
@@ -121,14 +147,12 @@ def _per_shard(function: Any, layout: Layout) -> Any:
     """Run a kernel on each device's own rows and heads; kernels know nothing of meshes."""
     if layout.mesh.size == 1:
         return function
-    rows = layout.spec(("batch",))[0]
-    q_spec = PartitionSpec(rows, None, layout.spec(("heads",))[0], None)
-    kv_spec = PartitionSpec(rows, None, layout.spec(("kv_heads",))[0], None)
+    heads, rows = layout.spec(_ATTENTION), layout.spec(("batch", None))
     return jax.shard_map(
         function,
         mesh=layout.mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(rows, None)),
-        out_specs=q_spec,
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
         check_vma=False,
     )
 

@@ -19,6 +19,8 @@ from r1jax.sharding import Layout
 # Keys and values of all layers: stacked [layers, ...] arrays when layers are scanned, else a tuple
 # with one entry per layer.
 Cache = Any
+_PROMPT_CACHE = ("batch", "kv_heads", None, "head_dim")
+_NEW_CACHE = ("batch", "sample", "kv_heads", None, "head_dim")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -91,10 +93,21 @@ def unstack_layers(params: Params, model: Decoder) -> Params:
     return {**params, "layers": split}
 
 
-def embed(params: Params, tokens: jax.Array, model: Decoder) -> jax.Array:
-    """Token ids [...] -> activations [..., hidden] in the compute dtype."""
-    table = params["embed"].astype(model.execution.compute_dtype)
-    return jnp.take(table, tokens, axis=0, mode="clip")
+def embed(params: Params, tokens: jax.Array, model: Decoder, *, many: bool = True) -> jax.Array:
+    """Token ids [...] -> activations [..., hidden] in the compute dtype.
+
+    Args:
+      many: the tokens weigh more than the table. What `fsdp` splits of the table then comes to
+        the tokens; else the pieces of the few tokens' activations go everywhere.
+    """
+    table, everywhere = (
+        params["embed"].astype(model.execution.compute_dtype),
+        model.layout.constrain,
+    )
+    if many:
+        return jnp.take(everywhere(table, ("vocab", None)), tokens, axis=0, mode="clip")
+    tokens = everywhere(tokens, (None,) * tokens.ndim)
+    return everywhere(jnp.take(table, tokens, axis=0, mode="clip"), (None,) * (tokens.ndim + 1))
 
 
 def unembedding(params: Params, model: Decoder) -> jax.Array:
@@ -141,8 +154,9 @@ def _run_rows(
     def body(x: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             out = row_attention(q, k, v, segment_ids, execution, layout)
-            kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
-            return out, kept
+            if not keep_cache:
+                return out, None
+            return out, tuple(layout.constrain(x.swapaxes(1, 2), _PROMPT_CACHE) for x in (k, v))
 
         x, kept = _layer(x, weights, cos, sin, model, attend)
         return layout.constrain(x, activation), kept
@@ -205,14 +219,12 @@ def empty_cache(batch: int, samples: int, capacity: int, model: Decoder) -> Cach
     """Room for `capacity` new tokens, per layer [batch, samples, kv_heads, capacity, head_dim]."""
     config, dtype = model.config, model.execution.compute_dtype
     shape = (batch, samples, config.num_key_value_heads, capacity, config.head_dim)
-    axes = ("batch", "sample", "kv_heads", "time", "head_dim")
     if model.execution.scan_layers:
         stacked = (config.num_hidden_layers, *shape)
-        return tuple(
-            model.layout.constrain(jnp.zeros(stacked, dtype), ("layers", *axes)) for _ in range(2)
-        )
+        axes = ("layers", *_NEW_CACHE)
+        return tuple(model.layout.constrain(jnp.zeros(stacked, dtype), axes) for _ in range(2))
     return tuple(
-        tuple(model.layout.constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
+        tuple(model.layout.constrain(jnp.zeros(shape, dtype), _NEW_CACHE) for _ in range(2))
         for _ in range(config.num_hidden_layers)
     )
 
@@ -253,7 +265,9 @@ def decode(
     config = model.config
     positions = jnp.broadcast_to(prompt_lengths[:, None] + step, tokens.shape)
     cos, sin = rotations(positions, config)
-    x = embed(params, tokens, model)
+    x = model.layout.constrain(
+        embed(params, tokens, model, many=False), ("batch", "sample", "activation_embed")
+    )
 
     def run(x: jax.Array, weights: Params, prompt: Any, write: Callable[..., Any]) -> Any:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:

@@ -6,13 +6,16 @@ The logits of a whole batch are the largest array of a language model's train st
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from r1jax.models.decoder import Decoder, forward, unembedding
 from r1jax.models.parameters import Params
+from r1jax.sharding import Layout
 
 
 class TokenScores(NamedTuple):
@@ -29,6 +32,7 @@ def score_hidden(
     *,
     chunk: int,
     temperature: jax.Array | float = 1.0,
+    layout: Layout | None = None,
 ) -> TokenScores:
     """log softmax(hidden @ matrix / temperature)[targets], `chunk` time steps at once.
 
@@ -38,16 +42,45 @@ def score_hidden(
       hidden: [batch, time, hidden].
       matrix: [hidden, vocab].
       targets: int32 [batch, time].
+      layout: how `hidden` is split over devices along ("batch", "time"); default: it is not.
     """
+    score = partial(_score_rows, chunk=chunk)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    if layout is None or layout.shards("batch") * layout.shards("time") == 1:
+        return score(hidden, matrix, targets, temperature)
+    rows, table = layout.spec(("batch", "time")), dict(layout.rules)
+    # Each device scores its own tokens. Left to itself, the compiler sums the matrix's gradient
+    # over the devices in every chunk; here it leaves a device once. Axes that split the vocabulary
+    # stay the compiler's.
+    return jax.shard_map(
+        score,
+        mesh=layout.mesh,
+        in_specs=(rows, PartitionSpec(), rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names={*table["batch"], *table["time"]},
+        check_vma=False,
+    )(hidden, matrix, targets, temperature)
+
+
+def _score_rows(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    *,
+    chunk: int,
+) -> TokenScores:
     batch, time, width = hidden.shape
     chunk = min(chunk, time)
     padded = -(-time // chunk) * chunk
+    wide = matrix.astype(jnp.float32)  # so that the chunks' gradients are summed in float32
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - time), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padded - time)))
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
-        raw = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
+        narrow = wide.astype(matrix.dtype)
+        raw = jnp.matmul(hidden, narrow, preferred_element_type=jnp.float32) / temperature
         total = jax.nn.logsumexp(raw, axis=-1)
         chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
         frozen, frozen_total = jax.lax.stop_gradient((raw, total))
@@ -84,12 +117,16 @@ def token_scores(
       padding, about which the model says nothing, have 0.
     """
     hidden = forward(params, tokens, positions, segment_ids, model)
+    # The last step's target is any token: rows keep their length, which divides over devices.
     scores = score_hidden(
-        hidden[:, :-1],
+        hidden,
         unembedding(params, model),
-        tokens[:, 1:],
+        jnp.roll(tokens, -1, axis=1),
         chunk=model.execution.log_prob_chunk,
         temperature=temperature,
+        layout=model.layout,
     )
     follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    return TokenScores(*(jnp.pad(jnp.where(follows, x, 0.0), ((0, 0), (1, 0))) for x in scores))
+    return TokenScores(
+        *(jnp.pad(jnp.where(follows, x[:, :-1], 0.0), ((0, 0), (1, 0))) for x in scores)
+    )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.schema import MODEL, MeshSection, ModelSection, RunConfig, Stage
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
@@ -13,8 +14,8 @@ from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
-from r1jax.sharding import DEFAULT_RULES, Layout, make_layout
-from r1jax.stages.context import decoder_of
+from r1jax.sharding import Layout
+from r1jax.stages.context import decoder_of, make_layouts
 from r1jax.stages.judge import directory_section
 from r1jax.stages.recipe import Selection, check_rows
 from r1jax.weights import hugging_face
@@ -92,7 +93,7 @@ class Plan:
 def plan(
     config: RunConfig,
     target: Slice,
-    mesh: Mapping[str, int],
+    mesh: MeshSection,
     *,
     stages: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -102,7 +103,7 @@ def plan(
     Needs no weights, data or tokenizer: lengths are the largest that the config allows.
 
     Args:
-      mesh: axis -> size, one of which may be -1.
+      mesh: how to arrange the slice's devices.
       stages: names of those to plan; default: all.
       tell: is given a line before each compilation.
 
@@ -111,13 +112,12 @@ def plan(
         not to be had.
     """
     chosen = [Selection(only=name).stages(config)[0] for name in stages or ()]
-    layout = make_layout(mesh, config.mesh.rules, target.devices)
-    _check_axes(layout)
-    check_rows(config, layout)
+    layout, rollout_layout = make_layouts(mesh, target.devices)
+    check_rows(config, layout, rollout_layout)
     decoders = _Decoders(config, layout)
     compiler = Compiler()
     found = [
-        _plan_stage(stage, config, decoders, compiler, target, layout, tell)
+        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, tell)
         for stage in config.stages
         if not chosen or stage.name in chosen
     ]
@@ -133,7 +133,7 @@ def plan(
 def plan_all(
     config: RunConfig,
     targets: Iterable[Slice],
-    meshes: Sequence[Mapping[str, int]],
+    meshes: Sequence[MeshSection],
     *,
     stages: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -147,21 +147,25 @@ def plan_all(
         try:
             plans.append(plan(config, target, mesh, stages=stages, tell=tell))
         except ValueError as error:
-            refused = Plan(target.name, dict(mesh), len(target.devices), target.hbm)
+            refused = Plan(target.name, dict(mesh.axes), len(target.devices), target.hbm)
             plans.append(replace(refused, refused=str(error)))
     if all(each.refused for each in plans):
         raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
     return plans
 
 
-def parse_mesh(text: str, config: MeshSection) -> dict[str, int]:
-    """A mesh as it is written on the command line: `data=2,fsdp=-1`, or `fsdp` for `fsdp=-1`.
+def parse_mesh(text: str, config: MeshSection) -> MeshSection:
+    """A mesh as it is written on the command line: `data=2,fsdp=-1`, `fsdp` for `fsdp=-1`, or a
+    name in configs/mesh.
 
     `config` is the config's own. Axes of the config that are not named have size 1, so that its
     rules stay valid.
     """
     if text == "config":
-        return dict(config.axes)
+        return config
+    if text in packaged_meshes():
+        named = MeshSection.model_validate({"rules": config.rules} | read_mesh(text))
+        return named.model_copy(update={"axes": _with_axes_of(config, named.axes)})
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
@@ -176,19 +180,11 @@ def parse_mesh(text: str, config: MeshSection) -> dict[str, int]:
         raise ValueError(
             f"--mesh {text}: a size is at least 1, or -1 for what is left, which one axis may be"
         )
-    return {**axes, **{name: 1 for name in config.axes if name not in axes}}
+    return config.model_copy(update={"axes": _with_axes_of(config, axes), "rollout": None})
 
 
-def _check_axes(layout: Layout) -> None:
-    """An axis over which nothing is split would only repeat the work."""
-    used = {axis for _, axes in layout.rules for axis in axes}
-    for axis, size in layout.mesh.shape.items():
-        if size > 1 and axis not in used:
-            known = sorted({axis for axes in DEFAULT_RULES.values() for axis in axes})
-            raise ValueError(
-                f"mesh axis {axis!r}: no rule splits anything over it; use one of "
-                f"{', '.join(known)}, or name it in mesh.rules"
-            )
+def _with_axes_of(config: MeshSection, axes: dict[str, int]) -> dict[str, int]:
+    return axes | {name: 1 for name in config.axes if name not in axes}
 
 
 class _Decoders:
@@ -233,16 +229,16 @@ def _plan_stage(
     stage: Stage,
     config: RunConfig,
     decoders: _Decoders,
+    rollout_layout: Layout,
     compiler: Compiler,
     target: Slice,
-    layout: Layout,
     tell: Callable[[str], None],
 ) -> StagePlan:
-    called = stage_programs(stage, config, decoders, compiler)
+    called = stage_programs(stage, config, decoders, rollout_layout, compiler)
     programs = []
     for program in called.programs:
         tell(f"{target.name}: {stage.name}: {program.name}")
-        programs.append(_plan_program(program, compiler, target, layout.mesh.shape))
+        programs.append(_plan_program(program, compiler, target))
     seconds: float | None = 0.0
     for each in programs:
         known = None if each.times is None else each.times.total
@@ -260,9 +256,7 @@ def _plan_stage(
     )
 
 
-def _plan_program(
-    program: Program, compiler: Compiler, target: Slice, mesh: Mapping[str, int]
-) -> ProgramPlan:
+def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:
     began = time.perf_counter()
     try:
         binary = compiler(program.lower())
@@ -293,7 +287,7 @@ def _plan_program(
         fits=fits,
         flops=cost.flops,
         bytes=cost.bytes,
-        exchange=tuple(traffic(cost, target, mesh)),
+        exchange=tuple(traffic(cost, target, program.mesh)),
         times=taken,
         utilisation=_utilisation(
             program.useful_flops, None if taken is None else taken.total, target

@@ -38,9 +38,10 @@ from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, ModelConfig, abstract_params, declare
 from r1jax.models.parameters import is_spec
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
-from r1jax.sampler import Prompts, Sampling
+from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
 from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, grow, start
-from r1jax.sharding import Axes
+from r1jax.sampler.weights import weights_mover
+from r1jax.sharding import Axes, Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
 from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.optimizer import abstract_train_state, jit_update, make_optimizer
@@ -54,6 +55,7 @@ DecoderOf = Callable[[str], Decoder]
 class Program:
     """One compiled function of a stage.
 
+    mesh: axis -> size, of the layout that it runs over.
     lower: gives it, lowered for the mesh; may need others to be compiled first (`DoesNotFit`).
     arguments: what it is given, by what it is: `weights`, `optimizer`, `cache`, `batch`, ...
     resident: what else is in memory at the time.
@@ -66,6 +68,7 @@ class Program:
     """
 
     name: str
+    mesh: Mapping[str, int]
     lower: Callable[[], Lowered]
     arguments: Mapping[str, Any]
     resident: Mapping[str, Any]
@@ -89,17 +92,22 @@ class StagePrograms:
 
 
 def stage_programs(
-    stage: Stage, config: RunConfig, decoder_of: DecoderOf, compiler: Compiler
+    stage: Stage,
+    config: RunConfig,
+    decoder_of: DecoderOf,
+    rollout_layout: Layout,
+    compiler: Compiler,
 ) -> StagePrograms:
     """The programs of one stage."""
     model = decoder_of(stage.name)
+    sampler = to_sample(model, rollout_layout)
     if isinstance(stage, GRPOStage):
-        return _grpo(stage, config, model, decoder_of, compiler)
+        return _grpo(stage, config, model, sampler, decoder_of, compiler)
     if isinstance(stage, PretrainStage | SFTStage):
         return _supervised(stage, model)
     if isinstance(stage, RewardModelStage):
         return _reward_model(stage, model)
-    return _sampling(stage, config, model, decoder_of, compiler)
+    return _sampling(stage, config, sampler, decoder_of, compiler)
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -109,6 +117,7 @@ def _grpo(
     stage: GRPOStage,
     config: RunConfig,
     model: Decoder,
+    sampler: Decoder,
     decoder_of: DecoderOf,
     compiler: Compiler,
 ) -> StagePrograms:
@@ -141,15 +150,33 @@ def _grpo(
         sampler_log_probs=per_token,
     )
     forward = forward_flops(model.config, rows, prompt + new)
-    rollout = Rollout(model, questions, group, prompt, new, stage.sampling, compiler)
+    rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
     resident = {**beside, "optimizer": state.opt_state}
-    programs = list(rollout.programs(resident, stage.rollout_batches / phase))
+    programs: list[Program] = []
+    if reads_as_is(model, sampler):
+        programs += rollout.programs(resident, stage.rollout_batches / phase)
+    else:
+        move = weights_mover(sampler)
+        programs.append(
+            Program(
+                "weights to the sampler",
+                sampler.layout.mesh.shape,
+                partial(move.lower, weights),
+                {"weights": weights},
+                resident,
+                calls=1 / phase,
+                makes="sampler's weights",
+            )
+        )
+        held = {**resident, "policy": weights}
+        programs += rollout.programs(held, stage.rollout_batches / phase)
     programs += _reward_programs(judges, prompt + new, rows, {**resident, "weights": state.params})
     if with_reference or phase > 1:
         score = jax.jit(grpo.make_score(stage, model))
         programs.append(
             Program(
                 "log-probs",
+                model.layout.mesh.shape,
                 partial(score.lower, weights, inputs),
                 {"weights": weights, "batch": inputs},
                 {**resident, "batch": [replace(batch, inputs=None), *[batch] * (phase - 1)]},
@@ -161,6 +188,7 @@ def _grpo(
     programs.append(
         Program(
             "update",
+            model.layout.mesh.shape,
             partial(update.lower, state, batch),
             {"weights": state.params, "optimizer": state.opt_state, "batch": batch},
             {**beside, "batch": [batch] * (phase - 1)},
@@ -236,6 +264,7 @@ def _update(
     state = abstract_train_state(_weights(model), optimizer, model.layout)
     return Program(
         "update",
+        model.layout.mesh.shape,
         partial(jit_update(update, state).lower, state, batch),
         {"weights": state.params, "optimizer": state.opt_state, "batch": batch},
         {},
@@ -249,6 +278,7 @@ def _measure(measure: Any, rows: tuple[Any, ...], update: Program, forward: floa
     weights = update.arguments["weights"]
     return Program(
         "held-out loss",
+        update.mesh,
         partial(measure.lower, weights, *rows),
         {"weights": weights, "batch": rows},
         {"optimizer": update.arguments["optimizer"]},
@@ -282,6 +312,7 @@ class Rollout:
         weights = _weights(self.model)
         yield Program(
             "prefill",
+            self.model.layout.mesh.shape,
             lambda: self.prefill,
             {"weights": weights, "batch": self.arguments},
             resident,
@@ -294,6 +325,7 @@ class Rollout:
         for capacity, turns in token_counts(capacities).items():
             yield Program(
                 "decode" if len(capacities) == 1 else f"decode, cache of {capacity}",
+                self.model.layout.mesh.shape,
                 partial(self.decode, capacity),
                 {"weights": weights, "cache": [self.new_cache(capacity), self.prompt_cache]},
                 resident,
@@ -307,6 +339,7 @@ class Rollout:
             moved = sum(a + b for a, b in zip(capacities, capacities[1:], strict=False))
             yield Program(
                 "grow the cache",
+                self.model.layout.mesh.shape,
                 lambda: grow.lower(self.started(before)[0].cache, last - before),
                 {"cache": self.new_cache(before)},
                 {**resident, "weights": weights, "cache": self.prompt_cache},
@@ -453,6 +486,7 @@ def _reward_programs(
         others = [_weights(other) for key, (other, _) in judges.items() if key != name]
         yield Program(
             f"reward {name}",
+            model.layout.mesh.shape,
             partial(score.lower, _weights(model), inputs),
             {"reward models": _weights(model), "batch": inputs},
             {**resident, "reward models": others},

@@ -9,6 +9,7 @@ from r1jax.sampler.generate import (
     generate,
     generate_chunks,
 )
+from r1jax.sampler.weights import make_rollout_weights, reads_as_is, to_sample
 
 __all__ = [
     "Finish",
@@ -20,5 +21,8 @@ __all__ = [
     "filter_logits",
     "generate",
     "generate_chunks",
+    "make_rollout_weights",
+    "reads_as_is",
     "sample_keys",
+    "to_sample",
 ]

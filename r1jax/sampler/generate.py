@@ -113,7 +113,7 @@ def start(
     row = (*shape, max_new_tokens)
 
     def over_batch(leaf: jax.Array) -> jax.Array:
-        axes = ("batch", "sample", *("time",) * (leaf.ndim - 2))
+        axes = ("batch", "sample", *(None,) * (leaf.ndim - 2))
         return model.layout.constrain(leaf, axes)
 
     state = _State(

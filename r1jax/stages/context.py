@@ -24,6 +24,7 @@ from r1jax.config.lineage import differences, ingredients
 from r1jax.config.schema import (
     MODEL,
     DataSection,
+    MeshSection,
     ModelRewrite,
     ModelSection,
     RejectionSamplingStage,
@@ -51,7 +52,8 @@ from r1jax.models import (
     init_params,
 )
 from r1jax.processes import wait_for_all
-from r1jax.sharding import Layout, make_layout, split_cpu
+from r1jax.sampler import to_sample
+from r1jax.sharding import Layout, make_layout, make_rollout_layout, split_cpu
 from r1jax.weights import hugging_face
 
 # A row of a dataset: the dataset's name and the row's index in it.
@@ -65,6 +67,18 @@ class RunError(RuntimeError):
 
 class Preempted(Exception):
     """SIGTERM arrived; the state is saved."""
+
+
+def make_layouts(
+    section: MeshSection, devices: Sequence[jax.Device] | None = None
+) -> tuple[Layout, Layout]:
+    """The devices (default: all) arranged for training, and for sampling."""
+    training = make_layout(section.axes, section.rules, devices)
+    if section.rollout is None:
+        return training, make_rollout_layout(training, inherited=section.rules)
+    return training, make_rollout_layout(
+        training, section.rollout.axes, section.rollout.rules, inherited=section.rules
+    )
 
 
 def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[str, Any] | None]:
@@ -178,6 +192,7 @@ class Context:
     config: RunConfig
     directory: Path
     layout: Layout
+    rollout_layout: Layout
     models: dict[str, LanguageModel]
     record: dict[str, Any] = field(default_factory=dict)
     stop_requested: bool = False
@@ -194,7 +209,7 @@ class Context:
         Only models that a stage uses are looked at.
         """
         split_cpu(config.mesh.cpu_devices)
-        layout = make_layout(config.mesh.axes, config.mesh.rules)
+        layout, rollout_layout = make_layouts(config.mesh)
         used = dict.fromkeys(config.model_of(stage.name) for stage in config.stages)
         for stage in config.stages:
             if isinstance(stage, RejectionSamplingStage) and isinstance(
@@ -204,13 +219,18 @@ class Context:
         sections = {MODEL: config.model, **config.models}
         models = {name: LanguageModel.resolve(sections[name], layout) for name in used}
         directory = Path(config.output) / f"{config.name}-s{config.seed}"
-        return Context(config, directory, layout, models)
+        return Context(config, directory, layout, rollout_layout, models)
 
     def model_of(self, name: str) -> LanguageModel:
         """The model that the weights of a stage (or of a model, by its name) are of."""
         model = self.models[self.config.model_of(name)]
         kinds = {stage.name: stage.kind for stage in self.config.stages}
         return model.with_scalar_head() if kinds.get(name) == "reward_model" else model
+
+    def sampler_of(self, name: str) -> LanguageModel:
+        """As `model_of`, arranged for sampling, its weights in the dtype that it computes in."""
+        model = self.model_of(name)
+        return replace(model, decoder=to_sample(model.decoder, self.rollout_layout))
 
     def initial_weights(self, stage: str) -> Any:
         """The weights that a stage starts from."""

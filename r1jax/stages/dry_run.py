@@ -18,6 +18,7 @@ from r1jax.config.schema import (
 )
 from r1jax.models import declare
 from r1jax.models.parameters import is_spec
+from r1jax.sharding import Layout
 from r1jax.stages.context import Context, LanguageModel
 from r1jax.stages.recipe import check
 
@@ -29,7 +30,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     """
     context = Context.resolve(config)
     check(context)
-    layout = context.layout
+    layout, sampling = context.layout, context.rollout_layout
     weights: list[dict[str, Any]] = []
     memory: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
@@ -46,8 +47,13 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "weights": weights,
         "memory": memory,
         "devices": f"{layout.mesh.size} x {jax.devices()[0].device_kind}, mesh "
-        + ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()),
+        + _shape(layout)
+        + ("" if layout.mesh == sampling.mesh else f"; while sampling {_shape(sampling)}"),
     }
+
+
+def _shape(layout: Layout) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
 
 
 def _weights(model: LanguageModel) -> list[dict[str, Any]]:
@@ -71,6 +77,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
     decoder = context.model_of(stage.name).decoder
     config, execution = decoder.config, decoder.execution
     shards = context.layout.shards("batch")
+    sampling_shards = context.rollout_layout.shards("batch")
     compute = jnp.dtype(execution.compute_dtype).itemsize
     per_token = (
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute
@@ -81,7 +88,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
             asked = stage.problems_per_batch
         else:
             samples, asked = stage.samples_per_prompt, stage.prompts_per_batch
-        asked = -(-asked // shards)  # each device has one at least
+        asked = -(-asked // sampling_shards)  # each device has one at least
         cached = asked * (longest_prompt(stage, context.config) + samples * stage.max_new_tokens)
         size = cached * per_token
         return [{"what": f"{stage.name}: key-value cache, all at full length", "bytes": size}]
@@ -98,7 +105,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
         cached = questions * (prompt + stage.outputs_per_question * new)
         if stage.loss.kl_coefficient:
             sizes["reference policy"] = own
-        sizes["key-value cache"] = cached * per_token // shards
+        sizes["key-value cache"] = cached * per_token // sampling_shards
     elif isinstance(stage, RewardModelStage):
         texts = 2 if stage.loss == "pairwise" else 1
         count, time = texts * stage.rows_per_step // stage.micro_batches, stage.max_tokens

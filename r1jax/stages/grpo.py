@@ -20,7 +20,7 @@ from r1jax.grpo.step import Step
 from r1jax.models import Decoder, token_scores
 from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
-from r1jax.sampler import Finish
+from r1jax.sampler import Finish, make_rollout_weights
 from r1jax.stages.context import Context
 from r1jax.stages.held_out import HeldOut
 from r1jax.stages.judge import Judge
@@ -31,16 +31,17 @@ from r1jax.stages.rollout import Completion, check_domains, sample_batch, stop_s
 
 def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     """Train with GRPO, resuming where a former process stopped."""
-    language_model = context.model_of(stage.name)
-    model, tokenizer = language_model.decoder, language_model.tokenizer
-    rewards = context.config.rewards_of(stage.rewards)
-    share = batch_share(model.layout)
+    model, sampler = context.model_of(stage.name).decoder, context.sampler_of(stage.name)
+    tokenizer, rewards = sampler.tokenizer, context.config.rewards_of(stage.rewards)
+    rollout_layout = sampler.decoder.layout
+    share = batch_share(rollout_layout)
     questions = Questions(stage, context, tokenizer, share)
     check_domains(stage.name, questions.domains, rewards)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     with_reference = stage.loss.kl_coefficient > 0
     score, update = jax.jit(make_score(stage, model)), make_update(stage, model, optimizer)
+    rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
     per_phase = stage.questions_per_step * phase
     own = per_phase // share.count  # questions of this process
@@ -56,7 +57,8 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
         while loop.step < stage.steps:
             first = loop.step
             # 0. Measure the policy as it stands, where an evaluation is due.
-            held_out.evaluate_if_due(loop, judge, questions, max_new_tokens(stage, first))
+            weights = rollout_weights(loop.state.params)
+            held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, first))
 
             # 1. Sample. Each part is scored by the workers while the next one is generated.
             taken = questions.take(per_phase, first)
@@ -65,9 +67,9 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             pending = []
             for start in range(0, own, part):
                 batch = sample_batch(
-                    loop.state.params,
+                    weights,
                     asked[start : start + part],
-                    model,
+                    sampler.decoder,
                     tokenizer,
                     firsts=firsts[start : start + part],
                     samples=group,
@@ -75,11 +77,12 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     seed=context.seed(stage.name, "rollout"),
                     step=first,
                     sampling=to_sampling(stage.sampling),
-                    eos_ids=language_model.eos_ids,
+                    eos_ids=sampler.eos_ids,
                     stop=stop_search(tokenizer, stage.sampling),
                 )
                 pending.append(judge.submit(batch))
                 completions.extend(batch)
+            del weights  # where they are a copy, the update needs its room
             sampled = share.count * sum(len(completion.token_ids) for completion in completions)
             rollout_seconds = loop.clock.lap("rollout")
             scores = [score_ for each in pending for score_ in each.result()]
@@ -92,8 +95,8 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             )
             rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
             facts = rollout_metrics(
-                gather(sample_facts(completions, scores), model.layout),
-                gather(np.asarray(advantages.zero_variance).tolist(), model.layout),
+                gather(sample_facts(completions, scores), rollout_layout),
+                gather(np.asarray(advantages.zero_variance).tolist(), rollout_layout),
             )
 
             # 3. Update: the phase's outputs, split at random into mini-batches.
@@ -103,7 +106,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     order
                 )
             mini_batches = [
-                loop.place(jax.tree.map(lambda x, i=index: x[i], rows))
+                loop.place(jax.tree.map(lambda x, i=index: x[i], rows), rollout_layout)
                 for index in np.split(order, phase)
             ]
             if phase > 1:  # these weights sampled the phase; the updates below move away from them
@@ -147,7 +150,8 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                 tokens_per_second=sampled / rollout_seconds,
             )
             loop.save_if_due(questions)
-        held_out.evaluate_if_due(loop, judge, questions, max_new_tokens(stage, loop.step))
+        weights = rollout_weights(loop.state.params)
+        held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, loop.step))
         loop.finish()
 
 

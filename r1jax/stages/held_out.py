@@ -39,7 +39,7 @@ class HeldOut:
 
     def __init__(self, stage: GRPOStage, context: Context, *, batch: int) -> None:
         self._stage = stage
-        self._model = context.model_of(stage.name)
+        self._model = context.sampler_of(stage.name)
         self.reports: list[str] = []
         self.accuracy: float | None = None
         self._parts: list[Part] = []
@@ -53,14 +53,21 @@ class HeldOut:
         self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)
         self._parts = split_samples(prompts, stage.held_out_samples, self._samples)
         # Of few problems one smaller batch: a rollout's would be padded with copies of the last.
-        count = batch_share(context.layout).count
+        count = batch_share(context.rollout_layout).count
         self._batch = min(batch, -(-len(self._parts) // count) * count)
         self._seed = context.seed("evaluate", stage.held_out)
 
     def evaluate_if_due(
-        self, loop: TrainLoop, judge: Judge, questions: Resumable, max_new_tokens: int
+        self,
+        loop: TrainLoop,
+        judge: Judge,
+        questions: Resumable,
+        weights: Any,
+        max_new_tokens: int,
     ) -> None:
         """At the stage's ends and every so many steps, write a row of held_out.jsonl.
+
+        `weights` are the loop's, as the sampler reads them.
 
         Call it after a step was saved, never before: a checkpoint is then without the evaluation of
         its own step, and a resumed run makes that again. Asked to stop in it, the loop saves
@@ -70,7 +77,7 @@ class HeldOut:
         due = step % stage.held_out_every == 0 or step == stage.steps
         if not self._parts or not due:
             return
-        rows = self._rows(loop, judge, questions, max_new_tokens)
+        rows = self._rows(loop, judge, questions, weights, max_new_tokens)
         summary = summarise(rows, same_answer=equivalent_key)
         loop.recorder.log_held_out(step, summary)
         loop.clock.lap("held_out")
@@ -82,11 +89,16 @@ class HeldOut:
         )
 
     def _rows(
-        self, loop: TrainLoop, judge: Judge, questions: Resumable, max_new_tokens: int
+        self,
+        loop: TrainLoop,
+        judge: Judge,
+        questions: Resumable,
+        weights: Any,
+        max_new_tokens: int,
     ) -> Iterator[dict[str, Any]]:
         """Judged samples, of which no more than a batch is in memory."""
         for rows in judged_batches(
-            loop.state.params,
+            weights,
             self._parts,
             self._model,
             judge,

@@ -51,7 +51,7 @@ def judge_samples(
     Returns:
       The stage's clock, and the prompts.
     """
-    model = context.model_of(stage.name)
+    model = context.sampler_of(stage.name)
     prompts, report = context.prompts(stage.data, model.tokenizer, limit)
     rewards = context.config.rewards_of(stage.rewards)
     check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
@@ -67,7 +67,8 @@ def judge_samples(
         count = samples_per_batch or samples
         parts = split_samples(prompts, samples, count)
         done, offset = _whole_batches(directory / SAMPLES, len(parts), count, batch)
-        params = context.initial_weights(stage.name) if done < len(parts) else None
+        source = context.config.weights_of(stage.name)
+        params = context.weights(source, model) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
         clock.lap("setup")
         for rows in judged_batches(

@@ -17,7 +17,7 @@ from r1jax.config.schema import TrainStage
 from r1jax.grpo import TrainState
 from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
 from r1jax.processes import anywhere
-from r1jax.sharding import from_process_rows, to_process_rows
+from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 from r1jax.stages.context import Clock, Context, Preempted, RunError
 from r1jax.stages.optimizer import (
     abstract_train_state,
@@ -126,9 +126,15 @@ class TrainLoop:
             self.progress.print(f"{self._stage.name}: resumed at step {self.step}")
         self.clock.lap("setup")
 
-    def place(self, batch: Any) -> Any:
-        """This process's rows [n, ...] onto the mesh, split along the batch."""
-        return jax.tree.map(lambda rows: from_process_rows(rows, self._layout), batch)
+    def place(self, batch: Any, share: Layout | None = None) -> Any:
+        """This process's rows [n, ...] onto the mesh, split along the batch.
+
+        Args:
+          share: whose share of the batch the rows are; default: the mesh's that trains.
+        """
+        share = share or self._layout
+        placed = jax.tree.map(lambda rows: from_process_rows(rows, share), batch)
+        return placed if share == self._layout else move_rows(placed, self._layout)
 
     def update(self, batch: Any) -> dict[str, Any]:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""

@@ -169,8 +169,8 @@ def check(context: Context) -> None:
             raise ValueError(f"data.{name}: no examples")
     for model in context.models.values():
         model.abstract_params()
-    check_rows(config, context.layout)
-    shares = batch_share(context.layout).count
+    check_rows(config, context.layout, context.rollout_layout)
+    shares = batch_share(context.rollout_layout).count
     for name, count in _prompt_counts(config).items():
         if count % shares:
             raise ValueError(
@@ -178,14 +178,39 @@ def check(context: Context) -> None:
             )
 
 
-def check_rows(config: RunConfig, layout: Layout) -> None:
+def check_rows(config: RunConfig, layout: Layout, rollout_layout: Layout) -> None:
     """Raises ValueError where the mesh does not divide rows that are on the devices at once."""
-    shards = layout.shards("batch")
+    shards, pieces = layout.shards("batch"), layout.shards("time")
     for name, count in _row_counts(config).items():
         if count % shards:
             raise ValueError(
                 f"{name} = {count} is not a multiple of {shards}, the mesh's split of the batch"
             )
+    for stage in config.stages:
+        if isinstance(stage, GRPOStage):
+            rows = stage.questions_per_step * stage.outputs_per_question
+            shards = rollout_layout.shards("batch")
+            if rows % shards:
+                raise ValueError(
+                    f"stages.{stage.name}: questions_per_step x outputs_per_question = {rows} is "
+                    f"not a multiple of {shards}, the split of the batch while sampling"
+                )
+    for name, tokens in _row_lengths(config).items():
+        if tokens % pieces:
+            raise ValueError(
+                f"{name} = {tokens} is not a multiple of {pieces}, the mesh's split of a row's time"
+            )
+
+
+def _row_lengths(config: RunConfig) -> dict[str, int]:
+    """What a sequence axis must divide: the length of rows, or what it is a multiple of."""
+    lengths: dict[str, int] = {}
+    for stage in config.stages:
+        if isinstance(stage, PretrainStage | SFTStage):
+            lengths[f"stages.{stage.name}.row_tokens"] = stage.row_tokens
+        elif isinstance(stage, GRPOStage | RewardModelStage):
+            lengths[f"stages.{stage.name}.length_bucket"] = stage.length_bucket
+    return lengths
 
 
 def _row_counts(config: RunConfig) -> dict[str, int]:

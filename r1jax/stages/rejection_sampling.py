@@ -285,8 +285,8 @@ def rewrite_with_model(
 
     Process 0 keeps the replies of a batch before the next one is asked for.
     """
-    model = context.model_of(section.weights)
-    share = batch_share(context.layout)
+    model = context.sampler_of(section.weights)
+    share = batch_share(context.rollout_layout)
     data = DataSection(source="jsonl:-", template=section.template)
     instruction = section.instruction or INSTRUCTION
     prompts = [
@@ -328,7 +328,7 @@ def rewrite_with_model(
             stop=stop_search(model.tokenizer, section.sampling),
         )[: len(own)]
         written = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in completions]
-        replies[batch] = [Reply(*each) for each in gather(written, context.layout)]
+        replies[batch] = [Reply(*each) for each in gather(written, context.rollout_layout)]
         if log is not None:
             for key, reply in zip(keys[batch], replies[batch], strict=True):
                 assert reply is not None

@@ -1,0 +1,56 @@
+"""From the weights that are trained to those that are sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+from jax.stages import Wrapped
+
+from r1jax.models.decoder import Decoder
+from r1jax.models.parameters import Params, abstract_params
+from r1jax.sharding import Layout
+
+
+def to_sample(policy: Decoder, layout: Layout) -> Decoder:
+    """The same model over `layout`, its weights in the dtype that it computes in."""
+    dtype = policy.execution.compute_dtype
+    execution = replace(policy.execution, param_dtype=dtype)
+    return replace(policy, layout=layout, execution=execution)
+
+
+def reads_as_is(policy: Decoder, sampler: Decoder) -> bool:
+    """Whether the sampler's weights are the policy's own arrays."""
+    own, wanted = (
+        abstract_params(model.config, model.layout, model.execution.param_dtype)
+        for model in (policy, sampler)
+    )
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.sharding == b.sharding, own, wanted)
+    return all(jax.tree.leaves(same))
+
+
+def make_rollout_weights(policy: Decoder, sampler: Decoder) -> Callable[[Params], Params]:
+    """Build `weights(params)`: the policy's weights where and in the dtype the sampler reads them.
+
+    One compiled program moves them from device to device; nothing passes through the host. Where
+    they lie right already it is the identity, and copies nothing.
+
+    Args:
+      policy: the model that is trained.
+      sampler: the same model from `to_sample`; its layout arranges the same devices in the same
+        order.
+    """
+    if reads_as_is(policy, sampler):
+        return lambda params: params
+    return weights_mover(sampler)
+
+
+def weights_mover(sampler: Decoder) -> Wrapped:
+    """The compiled program of `make_rollout_weights`."""
+    wanted = abstract_params(sampler.config, sampler.layout, sampler.execution.param_dtype)
+
+    def weights(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(sampler.execution.param_dtype), params)
+
+    return jax.jit(weights, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
