@@ -6,14 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
-from r1jax.sharding import make_layout
+from r1jax.models.attention import head_repeats
+from r1jax.processes import Share, batch_share
+from r1jax.sharding import make_layout, make_rollout_layout, own_parts
+from r1jax.stages.recipe import check_rows
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
 
@@ -53,6 +60,54 @@ def test_samples_and_updates_agree_on_one_and_eight_devices() -> None:
     assert one["compilations"] == 1
 
 
+def test_a_layout_that_samples_as_it_trains_is_the_same_layout() -> None:
+    # Then weights stay where they are, and rows as well.
+    training = make_layout({"data": 1, "fsdp": -1}, {"mlp": None}, jax.devices()[:1])
+    assert make_rollout_layout(training, inherited={"mlp": None}) == training
+
+
+def test_rules_for_sampling_come_after_those_for_training() -> None:
+    training = make_layout({"fsdp": 1, "sequence": 1}, {"kv_heads": None}, jax.devices()[:1])
+    sampling = make_rollout_layout(
+        training, {"data": -1, "tensor": 1}, {"vocab": None}, inherited={"kv_heads": None}
+    )
+    rules = dict(sampling.rules)
+    assert (rules["kv_heads"], rules["vocab"], rules["mlp"]) == ((), (), ("tensor",))
+    # A token has no time to split; the devices of that axis take prompts.
+    assert dict(make_rollout_layout(training).rules)["batch"] == ("fsdp", "sequence")
+
+
+def split_batch(processes: Sequence[int], parts: Sequence[int]) -> Any:
+    """A layout, as far as shares go: each device's process, and the part of a batch it holds."""
+    places = [(slice(part, part + 1),) for part in parts]
+
+    class Placed:
+        def __getitem__(self, device: Any) -> tuple[slice]:
+            return places[devices.index(device)]
+
+    def same(self: Any, other: Any) -> bool:
+        return self is other
+
+    devices = [type("Device", (), {"process_index": p, "__eq__": same})() for p in processes]
+    return SimpleNamespace(
+        mesh=SimpleNamespace(devices=np.asarray(devices), shape={"data": len(devices)}),
+        shards=lambda _: max(parts) + 1,
+        sharding=lambda _: SimpleNamespace(devices_indices_map=lambda _: Placed()),
+    )
+
+
+def test_the_parts_of_a_process_need_not_be_neighbours() -> None:
+    # As on a slice, whose devices are not arranged host by host.
+    apart = split_batch(processes=(0, 1, 0, 1), parts=(0, 1, 2, 3))
+    assert own_parts(apart, 0) == [0, 2] and own_parts(apart, 1) == [1, 3]
+    assert batch_share(apart) == Share(0, 2)
+    # A tensor axis that spans hosts: they read the same rows.
+    assert batch_share(split_batch((0, 1, 2, 3), (0, 0, 1, 1))) == Share(0, 2)
+    overlapping = split_batch((0, 1, 0, 1, 2), (0, 1, 2, 3, 0))
+    with pytest.raises(ValueError, match=r"overlapping parts .*0: \[0, 2\].*2: \[0\]"):
+        batch_share(overlapping)
+
+
 def test_bad_meshes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="mesh.axes .* needs a multiple of 3"):
         make_layout({"data": 3, "fsdp": -1}, devices=jax.devices()[:1])
@@ -62,6 +117,8 @@ def test_bad_meshes_are_refused_by_name() -> None:
         make_layout({"fsdp": -1}, {"embedding": "fsdp"}, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="mesh.rules.embed = 'model': mesh axes are fsdp"):
         make_layout({"fsdp": -1}, {"embed": "model"}, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="mesh.rollout.axes = .* needs a multiple of 2"):
+        make_rollout_layout(make_layout({"fsdp": -1}, devices=jax.devices()[:1]), {"tensor": 2})
     clash = make_layout({"fsdp": -1}, {"mlp": "fsdp"}, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="'embed' and 'mlp' both map to mesh axis 'fsdp'"):
         clash.spec(("embed", "mlp"), name="gate")
@@ -77,6 +134,38 @@ def test_a_dimension_that_does_not_divide_is_named() -> None:
     object.__setattr__(layout, "mesh", Mesh())
     config = ModelConfig("llama", 32, 16, 32, 2, 4, 2, 8)
     with pytest.raises(
-        ValueError, match=r"embed: dimension 0 \('vocab', size 32\).*divisible by 3"
+        ValueError,
+        match=r"embed: dimension 0 \('vocab', size 32\).*divisible by 3, .*make it 1 or 2, or map",
     ):
         abstract_params(config, layout, "float32")
+
+
+def test_heads_that_do_not_divide_are_told_with_what_would() -> None:
+    layout = make_layout({"tensor": 1, "sequence": 1}, devices=jax.devices()[:1])
+
+    class Mesh:
+        shape = {"tensor": 1, "sequence": 8}
+
+    object.__setattr__(layout, "mesh", Mesh())
+    # Qwen2.5-7B: of its 28 heads, 7 use each of the 4 key-value heads.
+    with pytest.raises(
+        ValueError, match=r"heads = 28.*by 8, .*\('tensor', 'sequence'\); 1, 2, 4, 7"
+    ):
+        head_repeats(28, 4, layout)
+    assert head_repeats(40, 8, layout) == 1
+    assert head_repeats(16, 4, layout) == 2
+
+
+def test_a_row_that_time_does_not_divide_is_refused() -> None:
+    config = load_config("tiny/r1_zero", ["stages.zero.length_bucket=20"])
+    layout = make_layout({"data": 1, "sequence": 1}, devices=jax.devices()[:1])
+    check_rows(config, layout, layout)
+
+    class Mesh:
+        shape = {"data": 1, "sequence": 8}
+
+    object.__setattr__(layout, "mesh", Mesh())
+    with pytest.raises(
+        ValueError, match=r"stages.base.row_tokens = \d+ .* 8|length_bucket = 20 .* 8"
+    ):
+        check_rows(config, layout, layout)

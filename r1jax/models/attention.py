@@ -39,7 +39,7 @@ def row_attention(
     Returns:
       [batch, time, heads, head_dim]; undefined (but finite) where segment_ids is 0.
     """
-    repeat = _repeats(q.shape[2], k.shape[2], layout)
+    repeat = head_repeats(q.shape[2], k.shape[2], layout)
     if repeat > 1:
         # Whole keys everywhere first: they are few, and the compiler cannot cut a repeated head.
         k, v = (layout.constrain(x, ("batch", None, None, None)) for x in (k, v))
@@ -55,7 +55,7 @@ def row_attention(
     return layout.constrain(out, ("batch", "time", "heads", None))
 
 
-def _repeats(heads: int, kv_heads: int, layout: Layout) -> int:
+def head_repeats(heads: int, kv_heads: int, layout: Layout) -> int:
     """How often key heads are repeated so that they divide over the devices that share the heads.
 
     Raises:

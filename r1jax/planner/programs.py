@@ -156,7 +156,7 @@ def _grpo(
     if reads_as_is(model, sampler):
         programs += rollout.programs(resident, stage.rollout_batches / phase)
     else:
-        move = weights_mover(sampler)
+        move = weights_mover(model, sampler)
         programs.append(
             Program(
                 "weights to the sampler",

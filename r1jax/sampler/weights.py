@@ -9,8 +9,8 @@ import jax
 from jax.stages import Wrapped
 
 from r1jax.models.decoder import Decoder
-from r1jax.models.parameters import Params, abstract_params
-from r1jax.sharding import Layout
+from r1jax.models.parameters import Params, abstract_params, declare
+from r1jax.sharding import Axes, Layout
 
 
 def to_sample(policy: Decoder, layout: Layout) -> Decoder:
@@ -43,14 +43,32 @@ def make_rollout_weights(policy: Decoder, sampler: Decoder) -> Callable[[Params]
     """
     if reads_as_is(policy, sampler):
         return lambda params: params
-    return weights_mover(sampler)
+    return weights_mover(policy, sampler)
 
 
-def weights_mover(sampler: Decoder) -> Wrapped:
+def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
     """The compiled program of `make_rollout_weights`."""
-    wanted = abstract_params(sampler.config, sampler.layout, sampler.execution.param_dtype)
+    dtype = sampler.execution.param_dtype
+    specs = declare(sampler.config)
+    wanted = abstract_params(sampler.config, sampler.layout, dtype)
+
+    def move(leaf: jax.Array, axes: Axes) -> jax.Array:
+        leaf = leaf.astype(dtype)
+        if policy.layout.mesh != sampler.layout.mesh:
+            # By way of whole arrays, layer by layer: between two meshes the compiler knows no
+            # better, and would do it with all layers at once.
+            leaf = policy.layout.constrain(leaf, (None,) * leaf.ndim)
+        return sampler.layout.constrain(leaf, axes)
 
     def weights(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(sampler.execution.param_dtype), params)
+        def one_layer(layer: Params) -> Params:
+            return jax.tree.map(
+                lambda leaf, spec: move(leaf, spec.axes[1:]), layer, specs["layers"]
+            )
+
+        moved = {
+            name: move(leaf, specs[name].axes) for name, leaf in params.items() if name != "layers"
+        }
+        return {**moved, "layers": jax.lax.map(one_layer, params["layers"])}
 
     return jax.jit(weights, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
