@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
 from r1jax.planner.programs import forward_flops, token_counts
 from r1jax.planner.topologies import CHIPS, Chip, Slice
+from r1jax.sharding import make_layout
 
 # A model of one layer: everything compiles in seconds.
 SMALL = ["model.config.num_hidden_layers=1", "stages.zero.micro_batches=2"]
@@ -114,6 +115,7 @@ class Device:
     device_kind: str = "none of those with an order of their own"
     core_on_chip: int = 0
     process_index: int = 0
+    slice_index: int = 0
 
 
 def cube(shape: tuple[int, ...], chip: Chip) -> Slice:
@@ -186,6 +188,23 @@ def test_a_slice_that_is_too_small_says_by_how_much() -> None:
 # --- What is refused -----------------------------------------------------------------------------
 
 
+def test_what_crosses_slices_waits_for_the_network_between_them() -> None:
+    one = cube((2, 2), CHIPS["v6e"])
+    two: Any = [replace(device, slice_index=n) for n in (0, 1) for device in one.devices]
+    both = replace(one, devices=tuple(two))
+    assert both.bandwidth([0, 1]) == one.bandwidth([0, 1]) == 100e9
+    assert both.bandwidth([0, 4]) == 12.5e9
+
+
+def test_the_outer_axis_crosses_slices() -> None:
+    one = cube((2, 2, 1), CHIPS["v6e"])
+    two: Any = [replace(device, slice_index=n) for n in (0, 1) for device in one.devices]
+    mesh = make_layout({"data": 1, "fsdp": 4, "tensor": -1}, devices=two).mesh
+    assert [[d.slice_index for d in row] for row in mesh.devices[0]] == [[0, 0]] * 2 + [[1, 1]] * 2
+    with pytest.raises(ValueError, match="mesh.axes.data = 3: the outermost .* crosses the 2 sl"):
+        make_layout({"data": 3, "fsdp": -1}, devices=[*two, *two[:4]])
+
+
 def test_meshes_of_the_command_line() -> None:
     own = MeshSection(axes={"data": 1, "fsdp": -1, "tensor": 2})
     assert parse_mesh("config", own) == own
@@ -241,6 +260,8 @@ def test_slices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) 
             tpu_slice(name)
     with pytest.raises(ValueError, match="has 3 dimensions, such as v5p:4x4x4"):
         tpu_slice("v5p:4x4")
+    with pytest.raises(ValueError, match="between slices of v4 is not known.*v5e, v5p, v6e is"):
+        tpu_slice("2xv4:2x2x2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'r1jax\[tpu\]'"):

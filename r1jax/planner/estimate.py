@@ -92,7 +92,7 @@ def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]
 
 def _seconds(each: Collective, target: Slice) -> float:
     assert target.chip is not None
-    bandwidth = target.links(each.group) * target.chip.link_bandwidth
+    bandwidth = target.bandwidth(each.group)
     sent = each.bytes
     if each.kind == "all-to-all":
         # What goes to a far device passes through those between: n / 4 links on average in a ring

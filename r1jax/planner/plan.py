@@ -114,6 +114,8 @@ def plan(
     chosen = [Selection(only=name).stages(config)[0] for name in stages or ()]
     layout, rollout_layout = make_layouts(mesh, target.devices)
     check_rows(config, layout, rollout_layout)
+    # Programs count their devices in the mesh's order.
+    target = replace(target, devices=tuple(layout.mesh.devices.flat))
     decoders = _Decoders(config, layout)
     compiler = Compiler()
     found = [

@@ -25,6 +25,7 @@ class Chip:
     hbm: bytes. flops: peak in bfloat16, per second. hbm_bandwidth, link_bandwidth: bytes per
     second, the latter of one link in one direction. dimensions: of the torus. wraps: an axis of so
     many chips, or a multiple, is a ring; a shorter one a line. devices: what JAX sees of a chip.
+    between_slices: bytes per second of a chip's share in the data-centre network, where published.
     """
 
     hbm: float
@@ -34,6 +35,7 @@ class Chip:
     dimensions: int
     wraps: int
     devices: int = 1
+    between_slices: float | None = None
 
 
 _GIB = 2**30
@@ -43,12 +45,13 @@ _GIB = 2**30
 # all its links (v4 600 GB/s, v5e 400, v5p 1,200, v6e 800, TPU7x 1,200): six links in a 3D torus,
 # four in a 2D one. Slices of v4, v5p and TPU7x have rings along axes of whole cubes of
 # 4 x 4 x 4, those of v5e and v6e along axes of 16. HBM is what the compiler leaves to a program, a
-# little less than the 32, 16, 95, 32 and 192 GiB that the chips have.
+# little less than the 32, 16, 95, 32 and 192 GiB that the chips have. Between slices: 6.4 Tbit/s of
+# 256 chips (v5e), 50 Gbit/s of a chip (v5p), 25.6 Tbit/s of 256 chips (v6e).
 CHIPS = {
     "v4": Chip(30.75 * _GIB, 275e12, 1228e9, 50e9, 3, 4),
-    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16),
-    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 100e9, 3, 4),
-    "v6e": Chip(31.24 * _GIB, 918e12, 1638e9, 100e9, 2, 16),
+    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16, between_slices=3.125e9),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 100e9, 3, 4, between_slices=6.25e9),
+    "v6e": Chip(31.24 * _GIB, 918e12, 1638e9, 100e9, 2, 16, between_slices=12.5e9),
     "tpu7x": Chip(189.48 * _GIB, 2307e12, 7380e9, 100e9, 3, 4, devices=2),
 }
 # As on Cloud's machines: without it, the compiler takes the two cores of a v4 chip for devices.
@@ -83,6 +86,20 @@ class Slice:
         places = [_place(device) for device in self.devices]
         return tuple(1 + max(along) - min(along) for along in zip(*places, strict=True))
 
+    def bandwidth(self, group: Sequence[int]) -> float:
+        """Bytes per second that a device can send to a group of devices.
+
+        A group that crosses slices waits for the network between them.
+
+        Args:
+          group: indices of `devices`.
+        """
+        assert self.chip is not None
+        if len({_slice_of(self.devices[i]) for i in group}) > 1:
+            assert self.chip.between_slices is not None
+            return self.chip.between_slices / self.chip.devices
+        return self.links(group) * self.chip.link_bandwidth
+
     def links(self, group: Sequence[int]) -> float:
         """Links of a device, counted in one direction, that a group of devices can talk over.
 
@@ -109,17 +126,31 @@ def _place(device: jax.Device) -> tuple[int, ...]:
     return tuple(device.coords)
 
 
+def _slice_of(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
+
+
 def tpu_slice(name: str) -> Slice:
-    """A slice by its name, such as `v5p:4x4x8`; nothing of it need be there.
+    """A slice by its name, such as `v5p:4x4x8`, or several, `2xv5p:4x4x8`; none need be there.
 
     Raises:
       ValueError: no such slice, or no TPU compiler on this machine.
     """
-    kind, _, shape = name.partition(":")
     known = ", ".join(_example(chip) for chip in CHIPS)
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"--topology {name}: no such slice; should be KIND:SHAPE, such as {known}")
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    if parts is None or parts[2] not in CHIPS:
+        raise ValueError(
+            f"--topology {name}: no such slice; should be KIND:SHAPE, such as {known}, or "
+            "2xKIND:SHAPE for two of them"
+        )
+    slices, kind, shape = int(parts[1] or 1), parts[2], parts[3]
     chip = CHIPS[kind]
+    if slices > 1 and chip.between_slices is None:
+        several = ", ".join(kind for kind, each in CHIPS.items() if each.between_slices)
+        raise ValueError(
+            f"--topology {name}: the network between slices of {kind} is not known here; that of "
+            f"{several} is"
+        )
     if shape.count("x") + 1 != chip.dimensions:
         raise ValueError(
             f"--topology {name}: a slice of {kind} has {chip.dimensions} dimensions, such as "
@@ -139,7 +170,10 @@ def tpu_slice(name: str) -> Slice:
     try:
         with quiet():
             found = topologies.get_topology_desc(
-                topology_name=name, platform="tpu", **_SETTINGS.get(kind, {})
+                topology_name=f"{kind}:{shape}",
+                platform="tpu",
+                **({"num_slices": slices} if slices > 1 else {}),
+                **_SETTINGS.get(kind, {}),
             )
     except Exception as error:  # JAX passes on whatever the plug-in raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
