@@ -31,17 +31,18 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
+        except (BrokenPipeError, typer.Exit, typer.Abort):
             raise  # `r1jax configs | head`: nobody is left to read a message.
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except Exception as error:
             # The package's own errors are worded for users; another library's RuntimeError, such
             # as XLA's, needs its traceback.
             own = type(error).__module__.startswith("r1jax.")
             failed = isinstance(error, RuntimeError)
             # Python's import errors have a name; those that ask for an extra are only text.
             broken = isinstance(error, ImportError) and error.name is not None
+            worded = isinstance(error, ValueError | OSError | ImportError) or (failed and own)
             process = _process()
-            if os.environ.get("R1JAX_DEBUG") == "1" or broken or (failed and not own):
+            if os.environ.get("R1JAX_DEBUG") == "1" or broken or not worded:
                 if process is not None:  # whose traceback it is
                     typer.secho(f"[process {process}] failed:", fg=typer.colors.RED, err=True)
                 raise

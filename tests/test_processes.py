@@ -135,6 +135,44 @@ def test_batches_that_processes_cannot_share_are_refused(
         recipe.check(Context.resolve(config))
 
 
+def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path) -> None:
+    def ran(*arguments: str) -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "r1jax", "run", "tiny_processes.yaml", *arguments],
+                env=os.environ
+                | {
+                    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+                cwd=TESTS,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [(p.returncode, *text) for p, text in zip(started, said, strict=True)]
+
+    first, second = ran(f"output={tmp_path}", "--dry-run")
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "parameters: " in first[1] and second[1] == ""
+    refused = ran(f"output={tmp_path}", "stages.after.problems_per_batch=5")
+    for index, (status, out, errors) in enumerate(refused):
+        assert (status, out) == (2, ""), errors
+        assert f"[process {index}] stages.after.problems_per_batch = 5" in errors
+
+
 def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cache: Path) -> None:
     said = ended(
         start(
