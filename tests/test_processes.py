@@ -14,8 +14,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors.numpy import load_file
 
 from r1jax.config.load import load_config
@@ -133,6 +135,19 @@ def test_batches_that_processes_cannot_share_are_refused(
     config = load_config("tiny_processes.yaml", [change])
     with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
         recipe.check(Context.resolve(config))
+
+
+def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    config = load_config(TESTS / "tiny.yaml")
+    try:
+        for index in (0, 1):
+            monkeypatch.setattr(jax, "process_index", lambda i=index: i)
+            Context.resolve(config)
+            assert are_progress_bars_disabled() == bool(index)
+            assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == str(index)
+    finally:
+        enable_progress_bars()
 
 
 def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path) -> None:
