@@ -210,12 +210,11 @@ class TrainLoop:
             )
         if self._timed > _WARM_UP and again and not self._warned:
             self._warned = True
-            functions = ", ".join(f"{name} ({again[name]:.1f} s)" for name in list(again)[:3])
+            functions = ", ".join(f"{name} {again[name]:.1f} s" for name in list(again)[:3])
             self.progress.print(
-                f"{self._stage.name}: step {self.step} compiled again: {functions}, for batches of "
-                f"{list(self._batch_shape)}. A new length costs this once. If compile_count in "
-                "timings.jsonl goes on growing, let lengths be rounded up further (length_bucket); "
-                "JAX_LOG_COMPILES=1 shows the shapes of each program"
+                f"{self._stage.name}: step {self.step} compiled again: {functions} (batches of "
+                f"{list(self._batch_shape)}). A new length costs this once; if compile_count in "
+                "timings.jsonl keeps growing, raise length_bucket. JAX_LOG_COMPILES=1 shows shapes"
             )
 
     @phase("checkpoint")
