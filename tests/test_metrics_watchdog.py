@@ -46,12 +46,14 @@ def parked() -> Iterator[None]:
 def test_it_tells_what_stands_still_since_when_and_where(
     tmp_path: Path, activity: Activity, parked: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    watchdog = Watchdog(60, tmp_path / "hangs", process_index=3)
+    ended: list[int] = []
+    watchdog = Watchdog(60, tmp_path / "hangs", process_index=3, end=ended.append)
     with phase("held_out"), phase("rollout"):
         since = activity.since
         watchdog.look(since + 59)
         assert capfd.readouterr().err == "" and not (tmp_path / "hangs").exists()
         watchdog.look(since + 61)
+    assert ended == []
     said = capfd.readouterr().err
     assert said.startswith("[process 3] watchdog: no progress for 61 s, since ")
     assert "stage zero, step 12, in held_out > rollout (watchdog.seconds = 60)" in said
