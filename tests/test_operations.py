@@ -113,6 +113,7 @@ def test_compilations_and_memory_are_noted_by_step_and_by_stage(done: Done) -> N
         asked = figures["cache_hits"] + figures["cache_misses"]
         assert 0 < asked <= figures["compile_count"]
     assert machine["zero"]["compile_count"] >= last["compile_count"]
+    assert json.loads((done.directory / "results.json").read_text())["machine"] == machine
     first, *_ = read_rows(done.directory / "stages/00-zero/timings.jsonl")
     asked = first["cache_hits"] + first["cache_misses"]
     line = f"zero: {first['compile_count']} programs compiled in {first['compile_seconds']:.0f} s"

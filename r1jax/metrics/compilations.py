@@ -89,10 +89,10 @@ class CompilationCounter:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process's fullest device: `memory_bytes` in use, `memory_peak_bytes` since the
-    process began, and `memory_limit_bytes` where the device tells.
+    """`memory_bytes` in use, `memory_peak_bytes` so far, of this process's fullest device.
 
-    A CPU "device" keeps no statistics: there they are about the resident set of the process.
+    `memory_limit_bytes` is what a device has, where it tells. A CPU "device" keeps no statistics:
+    there the figures are about the resident set of the process.
     """
     stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
     if not stats:

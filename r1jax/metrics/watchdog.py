@@ -55,9 +55,8 @@ class Watchdog:
     ) -> None:
         self._seconds, self._directory, self._abort = seconds, directory, abort
         self._process_index, self._end = process_index, end
-        self._reported: tuple[int, float] | None = (
-            None  # signs of life and time of the hang's start
-        )
+        # Of a hang that was reported: the signs of life until then, and when the last one was.
+        self._reported: tuple[int, float] | None = None
         self._due = seconds
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

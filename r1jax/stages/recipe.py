@@ -64,9 +64,7 @@ class Selection:
         names = [stage.name for stage in config.stages]
         for option, name in (("--only", self.only), ("--from", self.first), ("--until", self.last)):
             if name is not None and name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise ValueError(f"{option} {name}: no such stage; {hint}")
+                raise ValueError(f"{option} {name}: no such stage; {_meant(name, names)}")
         if self.only is not None:
             if self.first is not None or self.last is not None:
                 raise ValueError("--only does not go with --from or --until")
@@ -79,6 +77,12 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    """What a mistyped name may have been."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
 
 
 def run(
@@ -102,7 +106,7 @@ def run(
     context.profile = profile
     cache = use_compilation_cache(config.compilation_cache, config.output)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
-    with _watchdog(context), context.stopping_on_sigterm():
+    with _watchdog(context):
         check(context)
         context.open_record()
         _check_needs(context, selected)
@@ -111,9 +115,10 @@ def run(
         if cache is not None:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
-            for stage in config.stages:
-                if stage.name in selected and context.status(stage.name) != "done":
-                    _run_stage(stage, context)
+            with context.stopping_on_sigterm():
+                for stage in config.stages:
+                    if stage.name in selected and context.status(stage.name) != "done":
+                        _run_stage(stage, context)
         except Preempted as stop:
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
             return EXIT_PREEMPTED
@@ -182,9 +187,8 @@ def _check_profile(context: Context, selected: Sequence[str], profile: ProfiledS
     if profile.stage is not None:
         names = [stage.name for stage in config.stages if isinstance(stage, TrainStage)]
         if profile.stage not in names:
-            near = difflib.get_close_matches(profile.stage, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ValueError(f"{where}: {profile.stage} is no train stage; {hint}")
+            meant = _meant(profile.stage, names)
+            raise ValueError(f"{where}: {profile.stage} is no train stage; {meant}")
     told = []
     for stage in config.stages:
         if not isinstance(stage, TrainStage) or profile.stage not in (None, stage.name):
