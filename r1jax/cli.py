@@ -31,18 +31,22 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
+        except (BrokenPipeError, typer.Exit, typer.Abort):
             raise  # `r1jax configs | head`: nobody is left to read a message.
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except Exception as error:
             # The package's own errors are worded for users; another library's RuntimeError, such
             # as XLA's, needs its traceback.
             own = type(error).__module__.startswith("r1jax.")
             failed = isinstance(error, RuntimeError)
             # Python's import errors have a name; those that ask for an extra are only text.
             broken = isinstance(error, ImportError) and error.name is not None
-            if os.environ.get("R1JAX_DEBUG") == "1" or broken or (failed and not own):
+            worded = isinstance(error, ValueError | OSError | ImportError) or (failed and own)
+            process = _process()
+            if os.environ.get("R1JAX_DEBUG") == "1" or broken or not worded:
+                if process is not None:  # whose traceback it is
+                    typer.secho(f"[process {process}] failed:", fg=typer.colors.RED, err=True)
                 raise
-            _complain(error, own)
+            _complain(error, own, process)
             raise typer.Exit(1 if failed else 2) from None
 
 
@@ -97,21 +101,34 @@ def run(
             help="Print the resolved config, parameters, shardings and memory; run nothing.",
         ),
     ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile-steps",
+            metavar="[STAGE:]FIRST:LAST",
+            help="Trace these optimizer steps, both included and counted from 1, of every train "
+            "stage that gets there, or of STAGE; with the rollout that feeds them, and on process "
+            "0. XProf and TensorBoard show what is in the stage's folder profile/.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a config's stages; the same command again resumes a run that was stopped."""
     from r1jax.config.load import load_config
 
     settings = load_config(config, overrides or ())
 
+    from r1jax.metrics import ProfiledSteps
     from r1jax.processes import join_processes
     from r1jax.stages import dry_run, recipe
 
+    profiled = None if profile is None else ProfiledSteps.parse(profile)
     join_processes()
     if describe:
         _print_description(settings, dry_run.describe(settings))
         return
     selection = recipe.Selection(only=only, first=first, last=last)
-    raise typer.Exit(recipe.run(settings, selection))
+    raise typer.Exit(recipe.run(settings, selection, profiled))
 
 
 @app.command()
@@ -247,7 +264,7 @@ def evaluate(
         _print_description(settings, dry_run.describe(settings))
         return
     code = recipe.run(settings)
-    if code == 0:
+    if code == 0 and not _process():
         for each in settings.stages:
             (summary,) = _run_directory(settings).glob(
                 f"stages/[0-9][0-9]-{each.name}/summary.json"
@@ -396,11 +413,24 @@ def main() -> None:
     app()
 
 
-def _complain(error: Exception, own: bool) -> None:
+def _process() -> int | None:
+    """Which of several processes this is, once they have joined; None: it is the only one."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return None
+    try:
+        return int(jax.process_index())
+    except RuntimeError:  # the devices are what failed
+        return None
+
+
+def _complain(error: Exception, own: bool, process: int | None = None) -> None:
     """The message, and for errors that may be a fault of r1jax, where it was raised."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    if process is not None:
+        text = f"[process {process}] {text}"
     typer.secho(text, fg=typer.colors.RED, err=True)
     package = f"{Path(__file__).parent}{os.sep}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -474,6 +504,8 @@ def _print_description(config: RunConfig, description: Mapping[str, Any]) -> Non
 
     from r1jax.config.load import dump_config
 
+    if _process():
+        return
     typer.echo(dump_config(config))
     typer.echo(f"devices: {description['devices']}")
     typer.echo(f"parameters: {description['parameters']:,}")

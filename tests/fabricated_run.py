@@ -93,6 +93,14 @@ def _write(
             "kind": stage.kind,
             "status": "running" if running else "done",
             "seconds": seconds,
+            "machine": {
+                "compile_count": 31,
+                "compile_seconds": 12.2,
+                "cache_hits": 8 if stage.kind == "grpo" else 0,
+                "cache_misses": 23 if stage.kind == "grpo" else 0,
+                "memory_peak_bytes": 3 * 2**30,
+                **({"memory_limit_bytes": 16 * 2**30} if stage.kind == "grpo" else {}),
+            },
         }
         steps = getattr(stage, "steps", None) or 60
         shown = steps // (3 if running else 1)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
+from r1jax.metrics import ProfiledSteps
 from r1jax.stages.context import RunError
 
 CONFIG = """\
@@ -81,7 +82,7 @@ def test_run_gives_the_resolved_config_and_the_exit_status(
     result = invoke("run", config, "seed=5", "stages.last.problems=2")
     assert result.exit_code == code, result.output
     settings = load_config(config, ["seed=5", "stages.last.problems=2"])
-    run.assert_called_once_with(settings, recipe.Selection())
+    run.assert_called_once_with(settings, recipe.Selection(), None)
 
 
 def test_run_selects_stages(config: Path, recipe: Any, replace: Replace) -> None:
@@ -90,6 +91,16 @@ def test_run_selects_stages(config: Path, recipe: Any, replace: Replace) -> None
     assert run.call_args.args[1] == recipe.Selection(first="first", last="last")
     assert invoke("run", config, "--only", "last").exit_code == 0
     assert run.call_args.args[1] == recipe.Selection(only="last")
+
+
+def test_run_profiles_steps(config: Path, recipe: Any, replace: Replace) -> None:
+    run = replace(recipe, "run", return_value=0)
+    assert invoke("run", config, "--profile-steps", "first:10:12").exit_code == 0
+    assert run.call_args.args[2] == ProfiledSteps(10, 12, "first")
+    result = invoke("run", config, "--profile-steps", "10-12")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("--profile-steps 10-12: give FIRST:LAST")
+    run.assert_called_once()
 
 
 def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Replace) -> None:
@@ -179,6 +190,30 @@ def test_faults_keep_their_traceback(
     assert invoke("run", config).exception is error
 
 
+def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
+    config: Path, recipe: Any, replace: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    from r1jax.stages import dry_run
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    run = replace(recipe, "run", side_effect=RunError("5 non-finite steps"))
+    result = invoke("run", config)
+    assert (result.exit_code, result.stderr) == (1, "[process 3] 5 non-finite steps\n")
+    for fault in (KeyError("bug"), RuntimeError("XLA")):  # Python's traceback follows
+        run.side_effect = fault
+        assert invoke("run", config).stderr == "[process 3] failed:\n"
+    run.side_effect, run.return_value = None, 143
+    assert invoke("run", config).output == ""
+    replace(dry_run, "describe", return_value={})
+    assert invoke("run", config, "--dry-run").output == ""
+    monkeypatch.setattr(jax, "process_index", MagicMock(side_effect=RuntimeError("no device")))
+    run.side_effect = RunError("no device")
+    assert invoke("run", config).stderr == "no device\n"
+
+
 # --- eval ----------------------------------------------------------------------------------------
 
 
@@ -212,6 +247,18 @@ def test_eval_of_a_run_takes_its_config_and_final_weights(
     assert Path(config.output) == run_directory / "evaluations"
     for part in ("pass_at_1", "0.250", "0.200 to 0.312", "problems", "7"):
         assert part in result.output
+
+
+def test_eval_in_another_process_says_nothing(
+    run_directory: Path, evaluated: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    result = invoke("eval", run_directory)
+    assert (result.exit_code, result.output) == (0, "")
+    evaluated.assert_called_once()
 
 
 def test_eval_of_another_model_needs_a_config(

@@ -14,8 +14,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors.numpy import load_file
 
 from r1jax.config.load import load_config
@@ -133,6 +135,57 @@ def test_batches_that_processes_cannot_share_are_refused(
     config = load_config("tiny_processes.yaml", [change])
     with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
         recipe.check(Context.resolve(config))
+
+
+def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    config = load_config(TESTS / "tiny.yaml")
+    try:
+        for index in (0, 1):
+            monkeypatch.setattr(jax, "process_index", lambda i=index: i)
+            Context.resolve(config)
+            assert are_progress_bars_disabled() == bool(index)
+            assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == str(index)
+    finally:
+        enable_progress_bars()
+
+
+def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path) -> None:
+    def ran(*arguments: str) -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "r1jax", "run", "tiny_processes.yaml", *arguments],
+                env=os.environ
+                | {
+                    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+                cwd=TESTS,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [(p.returncode, *text) for p, text in zip(started, said, strict=True)]
+
+    first, second = ran(f"output={tmp_path}", "--dry-run")
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "parameters: " in first[1] and second[1] == ""
+    refused = ran(f"output={tmp_path}", "stages.after.problems_per_batch=5")
+    for index, (status, out, errors) in enumerate(refused):
+        assert (status, out) == (2, ""), errors
+        assert f"[process {index}] stages.after.problems_per_batch = 5" in errors
 
 
 def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cache: Path) -> None:

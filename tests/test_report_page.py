@@ -250,6 +250,22 @@ def test_bars_name_the_longest_phases_and_add_up(tmp_path: Path) -> None:
     assert (nodes["r1-zero"].share, nodes["base"].share) == ("67 %", "33 %")
 
 
+def test_the_table_of_seconds_says_compilations_and_memory(tmp_path: Path) -> None:
+    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    info = json.loads((run_dir / "run.json").read_text())
+    del info["stages"]["base"]["machine"]  # of an older run
+    (run_dir / "run.json").write_text(json.dumps(info))
+    shown = {
+        row["stage"]: (row["compiled"], row["memory"])
+        for row in schedule(read_run(run_dir))["table"]
+    }
+    assert shown["base"] == ("–", "–")
+    assert shown["base-eval"] == ("31 in 12 s", "3 GiB")
+    assert shown["r1-zero"] == ("31 in 12 s, 8 cached", "3 of 16 GiB")
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<td>31 in 12 s, 8 cached</td><td>3 of 16 GiB</td>" in page
+
+
 def test_evaluations_beyond_before_and_after_are_in_the_table(tmp_path: Path) -> None:
     run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
     config = run_dir / "config.yaml"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +189,44 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
     assert [path.name for path in saved] == [f"step-{n:06d}.npz" for n in (1, 3, 4)]
     (array,) = np.load(saved[0]).values()
     assert np.isnan(array).all()
+
+
+def test_what_is_compiled_again_behind_the_first_steps_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(str(TINY), [f"output={tmp_path}"])
+
+    def update(state: Any, batch: Any) -> Any:
+        return state, {"optimizer/finite": jnp.float32(1), "sum": batch["tokens"].sum()}
+
+    class Stream:
+        def restore(self, state: Any) -> None: ...
+
+        def state(self) -> Any: ...
+
+    said = []
+    with TrainLoop(
+        config.stages[0],  # type: ignore[arg-type]
+        Context.resolve(config),
+        tmp_path / "stage",
+        10,
+        optax.sgd(1.0),
+        update,
+    ) as loop:
+        loop.restore(Stream())
+        capsys.readouterr()
+        for tokens in (8, 16, 24, 24, 32, 40):
+            loop.update({"tokens": np.ones((2, tokens)), "weights": np.ones(2)})
+            loop.log_timings({})
+            said.append(capsys.readouterr().out)
+    assert [bool(text) for text in said] == [False] * 4 + [True, False]
+    assert "base: step 5 compiled again: update " in said[4]
+    assert "(batches of [2, 32])" in said[4]
+    rows = [json.loads(x) for x in (tmp_path / "stage" / "timings.jsonl").read_text().splitlines()]
+    counts = [row["compile_count"] for row in rows]
+    assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1, 0, 1, 1]
+    named = {"compile_seconds", "cache_hits", "cache_misses", "memory_bytes", "memory_peak_bytes"}
+    assert all(row.keys() >= named for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -585,6 +585,19 @@ class ComparisonSection(Section):
     note: str = Field("", description="Shown below the table: what it says, and what it does not.")
 
 
+class WatchdogSection(Section):
+    """What a process says when it stands still: what it was doing, and the stacks of its threads.
+
+    The time is longer than the first compilation of a large model takes.
+    """
+
+    seconds: float = Field(1800.0, gt=0, description="Without any progress, after which it speaks.")
+    abort: bool = Field(
+        False,
+        description="Then end the process with status 134, after which tpu_scripts/ start again.",
+    )
+
+
 class RunConfig(Section):
     """A whole run: model, mesh, data, rewards, and an ordered list of stages."""
 
@@ -605,6 +618,14 @@ class RunConfig(Section):
     stages: list[Stage] = Field(min_length=1)
     comparisons: list[ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."
+    )
+    watchdog: WatchdogSection | None = Field(
+        WatchdogSection(), description="null: a process that stands still says nothing."
+    )
+    compilation_cache: str | None = Field(
+        "auto",
+        description="Where compiled programs are kept for later runs: a directory, which may be "
+        "gs://..., or null for nowhere. `auto`: see r1jax.compilation_cache.",
     )
 
     @model_validator(mode="after")

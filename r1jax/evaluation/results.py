@@ -70,8 +70,9 @@ def results(run: Run) -> dict[str, Any]:
     `evaluations` are the summaries of all finished evaluations in order, each with its stage, the
     stage or model that the weights come from (null where unknown) and its data; `before` and
     `after` the two of them to compare (null where there is none yet); `wall_seconds` by phase and
-    `stage_seconds` by stage and phase; `complete`, and if not, `missing` in words; `config`,
-    resolved, so that the file says by itself what was measured how.
+    `stage_seconds` by stage and phase; `machine` by stage: compilations and memory; `complete`, and
+    if not, `missing` in words; `config`, resolved, so that the file says by itself what was
+    measured how.
     """
     before, after = before_and_after(run)
     evaluated = [evaluation(run, stage) for stage in run.stages if stage.kind == "evaluate"]
@@ -86,6 +87,7 @@ def results(run: Run) -> dict[str, Any]:
         "evaluations": [each for each in evaluated if each is not None],
         "wall_seconds": wall_seconds(run),
         "stage_seconds": {stage.name: stage.seconds for stage in run.stages if stage.seconds},
+        "machine": {stage.name: stage.machine for stage in run.stages if stage.machine},
         "versions": run.info.get("versions", {}),
         "hardware": run.info.get("hardware", {}),
         "config": run.config,

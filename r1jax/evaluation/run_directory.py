@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ _WORDING = ("domain", "template", "system_prompt", "prompt_suffix")
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the config, and what is there of it."""
+    """One stage of the config, and what is there of it.
+
+    Attributes:
+      machine: compilations and memory, as timings.jsonl names them, in the process that ended it.
+    """
 
     name: str
     kind: str
@@ -38,6 +42,7 @@ class StageRecord:
     status: str
     seconds: dict[str, float]
     summary: dict[str, Any] | None
+    machine: dict[str, float] = field(default_factory=dict)
 
     @property
     def spent(self) -> float:
@@ -181,6 +186,7 @@ def read_run(run_dir: str | Path) -> Run:
                 status=record.get("status", "not started" if path is None else "running"),
                 seconds={k: float(v) for k, v in (record.get("seconds") or {}).items()},
                 summary=None if path is None else _json_object(path / "summary.json"),
+                machine={k: float(v) for k, v in (record.get("machine") or {}).items()},
             )
         )
     return Run(directory, config, info, tuple(stages), _edges(config))

@@ -279,4 +279,24 @@ def _table_row(stage: StageRecord, phases: Sequence[str]) -> dict[str, Any]:
         "cells": [duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
         "sampler_speed": middle("tokens_per_second/rollout"),
         "update_speed": middle("tokens_per_second/update"),
+        "compiled": _compiled(stage.machine),
+        "memory": _memory(stage.machine),
     }
+
+
+def _compiled(machine: Mapping[str, float]) -> str:
+    """Programs, how long that took, and how many of them the cache had, where there is one."""
+    if "compile_count" not in machine:
+        return "–"
+    hits, misses = machine.get("cache_hits", 0), machine.get("cache_misses", 0)
+    cached = f", {hits:.0f} cached" if hits + misses else ""
+    return f"{machine['compile_count']:.0f} in {duration(machine['compile_seconds'])}{cached}"
+
+
+def _memory(machine: Mapping[str, float]) -> str:
+    """The peak of the fullest device, and what it has, where that is known."""
+    if "memory_peak_bytes" not in machine:
+        return "–"
+    limit = machine.get("memory_limit_bytes")
+    whole = f" of {limit / 2**30:.3g}" if limit else ""
+    return f"{machine['memory_peak_bytes'] / 2**30:.3g}{whole} GiB"

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import yaml
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.lineage import differences, ingredients
@@ -43,6 +44,7 @@ from r1jax.data import (
     stop_token_ids,
 )
 from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.metrics import ProfiledSteps
 from r1jax.models import (
     Decoder,
     Execution,
@@ -201,6 +203,9 @@ class Context:
     preferences: dict[tuple[str, str], tuple[list[EncodedPreference], str]] = field(
         default_factory=dict
     )
+    # What to trace, and the traces that were written.
+    profile: ProfiledSteps | None = None
+    profiles: list[Path] = field(default_factory=list)
 
     @staticmethod
     def resolve(config: RunConfig) -> Context:
@@ -210,6 +215,9 @@ class Context:
         """
         split_cpu(config.mesh.cpu_devices)
         layout, rollout_layout = make_layouts(config.mesh)
+        if jax.process_index() > 0:  # the bars of downloads are process 0's, as ours are
+            disable_progress_bars()
+            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         used = dict.fromkeys(config.model_of(stage.name) for stage in config.stages)
         for stage in config.stages:
             if isinstance(stage, RejectionSamplingStage) and isinstance(
@@ -254,6 +262,13 @@ class Context:
                 return path
         index = [stage.name for stage in self.config.stages].index(name)
         return stages / f"{index:02d}-{name}"
+
+    def profiled_steps(self, stage: str) -> ProfiledSteps | None:
+        """What to trace of a train stage in this process: process 0 traces, for all are alike."""
+        wanted = self.profile
+        if wanted is None or wanted.stage not in (None, stage) or jax.process_index() > 0:
+            return None
+        return wanted
 
     def seed(self, *parts: object) -> int:
         """A seed for one purpose: a function of the run's seed and the names given."""
@@ -396,11 +411,18 @@ class Context:
     def mark(self, name: str, kind: str, status: str, seconds: Mapping[str, float]) -> None:
         """Note a stage's status and its seconds by phase in run.json."""
         self.record["stages"][name] = {
+            **self.record["stages"].get(name, {}),
             "kind": kind,
             "status": status,
             "seconds": dict(seconds),
             "ingredients": ingredients(self.config, name),
         }
+        if jax.process_index() == 0:
+            self._write_record()
+
+    def note_machine(self, name: str, figures: Mapping[str, float]) -> None:
+        """Note in run.json what a stage took of the machine, in the process that ended it."""
+        self.record["stages"][name]["machine"] = dict(figures)
         if jax.process_index() == 0:
             self._write_record()
 

@@ -56,6 +56,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             loop.progress.print(f"{stage.name}: {report}")
         while loop.step < stage.steps:
             first = loop.step
+            loop.begin_round(phase)
             # 0. Measure the policy as it stands, where an evaluation is due.
             weights = rollout_weights(loop.state.params)
             held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, first))

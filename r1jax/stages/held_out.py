@@ -13,6 +13,7 @@ from typing import Any
 
 from r1jax.config.schema import GRPOStage
 from r1jax.evaluation.metrics import summarise
+from r1jax.metrics import phase
 from r1jax.processes import batch_share
 from r1jax.rewards.maths import equivalent_key
 from r1jax.stages.context import Context
@@ -57,6 +58,7 @@ class HeldOut:
         self._batch = min(batch, -(-len(self._parts) // count) * count)
         self._seed = context.seed("evaluate", stage.held_out)
 
+    @phase("held_out")
     def evaluate_if_due(
         self,
         loop: TrainLoop,

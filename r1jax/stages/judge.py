@@ -17,6 +17,7 @@ from r1jax.config.schema import (
     RewardSection,
 )
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.metrics import phase
 from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest, smallest
 from r1jax.reward_models import reward_scores
@@ -91,6 +92,7 @@ class Judged:
     ) -> None:
         self._judge, self._completions, self._pending = judge, completions, pending
 
+    @phase("reward")
     def result(self) -> list[RowScore]:
         """Waits, and returns one score for each completion, in order."""
         return self._judge._scores(self._completions, self._pending)
@@ -159,6 +161,7 @@ class RewardModel:
         self._rows = rows_at_once(context.layout) // share.count
         self._score = jax.jit(make_score(self._model.decoder, self._as_probability))
 
+    @phase("reward model")
     def score(self, completions: Sequence[Completion]) -> list[Score | None]:
         """The model's score of each completion, None for those of other domains.
 

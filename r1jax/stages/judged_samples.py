@@ -10,7 +10,7 @@ import jax
 
 from r1jax.config.schema import EvaluateStage, RejectionSamplingStage, SamplingSection
 from r1jax.data import Prompt
-from r1jax.metrics import Progress, Recorder
+from r1jax.metrics import ACTIVITY, Progress, Recorder
 from r1jax.processes import Share, anywhere, batch_share, gather, wait_for_all
 from r1jax.stages.context import Clock, Context, LanguageModel, Preempted
 from r1jax.stages.judge import Judge
@@ -86,6 +86,7 @@ def judge_samples(
             done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
             asked_in_full = done * count // samples
+            ACTIVITY.reach(asked_in_full)
             progress.update(
                 asked_in_full,
                 **progress_figures(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,15 @@ import optax
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.schema import TrainStage
 from r1jax.grpo import TrainState
-from r1jax.metrics import CompilationCounter, Progress, Recorder, memory
+from r1jax.metrics import (
+    ACTIVITY,
+    CompilationCounter,
+    Progress,
+    Recorder,
+    StepProfiler,
+    memory,
+    phase,
+)
 from r1jax.processes import anywhere
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 from r1jax.stages.context import Clock, Context, Preempted, RunError
@@ -24,6 +33,8 @@ from r1jax.stages.optimizer import (
     create_train_state,
     jit_update,
 )
+
+_WARM_UP = 3  # rows of timings in which everything may be compiled
 
 
 class Resumable(Protocol):
@@ -78,6 +89,10 @@ class TrainLoop:
         )
         self.checkpoints = Checkpoints(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.compilations = CompilationCounter()
+        self._timed = 0  # rows of timings in this process
+        self._warned = False
+        self._batch_shape: tuple[int, ...] = ()
+        self._profiler = StepProfiler(context.profiled_steps(stage.name), directory / "profile")
         self.clock = Clock()
 
     def __enter__(self) -> TrainLoop:
@@ -89,12 +104,16 @@ class TrainLoop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._profiler.close()
+        if self._profiler.wrote:
+            self._context.profiles.append(self._profiler.directory)
         if hasattr(self, "progress"):
             self.progress.__exit__(kind, error, trace)
         self.compilations.close()
         self.recorder.close()
         self.checkpoints.close()
 
+    @phase("setup")
     def restore(self, data: Resumable) -> None:
         """Go to the newest checkpoint, or to the start; metric files are cut to match."""
         abstract = {"state": self._abstract}
@@ -115,6 +134,7 @@ class TrainLoop:
             self.recorder.rewind(metadata["metrics"])
             self._bad_in_a_row = metadata["bad_in_a_row"]
             self.clock = Clock(metadata["seconds"])
+        ACTIVITY.reach(self.step)
         self.progress = Progress(
             self._stage.name,
             self._steps,
@@ -126,6 +146,11 @@ class TrainLoop:
             self.progress.print(f"{self._stage.name}: resumed at step {self.step}")
         self.clock.lap("setup")
 
+    def begin_round(self, updates: int = 1) -> None:
+        """Call it where the work for the next `updates` steps begins."""
+        self._profiler.begin_round(self.step, updates)
+
+    @phase("place")
     def place(self, batch: Any, share: Layout | None = None) -> Any:
         """This process's rows [n, ...] onto the mesh, split along the batch.
 
@@ -138,9 +163,14 @@ class TrainLoop:
 
     def update(self, batch: Any) -> dict[str, Any]:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
-        self.state, metrics = self._update(self.state, batch)
-        self.step += 1
-        if float(metrics["optimizer/finite"]):
+        with phase("update"):
+            self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
+            self.state, metrics = self._update(self.state, batch)
+            self.step += 1
+            finite = bool(float(metrics["optimizer/finite"]))  # waits for the devices
+        ACTIVITY.reach(self.step)
+        self._profiler.end_step(self.step)
+        if finite:
             self._bad_in_a_row = 0
             return metrics
         self._bad_in_a_row += 1
@@ -164,9 +194,30 @@ class TrainLoop:
 
     def log_timings(self, timings: Mapping[str, Any]) -> None:
         """Figures that differ from run to run stay out of metrics.jsonl."""
-        counts = {"compile_count": self.compilations.count, **memory()}
-        self.recorder.log_timings(self.step, {**timings, **counts})
+        figures = {**self.compilations.figures(), **memory()}
+        self.recorder.log_timings(self.step, {**timings, **figures})
+        self._tell_compilations()
 
+    def _tell_compilations(self) -> None:
+        """Once what the cache has saved; once, behind the first steps, what is compiled again."""
+        self._timed += 1
+        again, counted = self.compilations.again(), self.compilations
+        asked = counted.cache_hits + counted.cache_misses
+        if self._timed == 1 and asked:
+            self.progress.print(
+                f"{self._stage.name}: {counted.count} programs compiled in "
+                f"{counted.seconds:.0f} s; the cache had {counted.cache_hits} of {asked}"
+            )
+        if self._timed > _WARM_UP and again and not self._warned:
+            self._warned = True
+            functions = ", ".join(f"{name} {again[name]:.1f} s" for name in list(again)[:3])
+            self.progress.print(
+                f"{self._stage.name}: step {self.step} compiled again: {functions} (batches of "
+                f"{list(self._batch_shape)}). A new length costs this once; if compile_count in "
+                "timings.jsonl keeps growing, raise length_bucket. JAX_LOG_COMPILES=1 shows shapes"
+            )
+
+    @phase("checkpoint")
     def save(self, data: Resumable) -> None:
         if self.checkpoints.latest_step == self.step:
             return
@@ -204,6 +255,7 @@ class TrainLoop:
         self.save(data)
         self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
 
+    @phase("export")
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
         self._model.export(self._directory / "model", self.state.params)

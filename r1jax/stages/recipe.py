@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
+from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.schema import (
     EvaluateStage,
@@ -21,11 +24,14 @@ from r1jax.config.schema import (
     RewardModelStage,
     RunConfig,
     SFTStage,
+    Stage,
+    TrainStage,
     datasets_of,
 )
 from r1jax.data.templates import check_template
 from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
+from r1jax.metrics import ACTIVITY, CompilationCounter, ProfiledSteps, Watchdog, memory
 from r1jax.processes import batch_share, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
@@ -58,9 +64,7 @@ class Selection:
         names = [stage.name for stage in config.stages]
         for option, name in (("--only", self.only), ("--from", self.first), ("--until", self.last)):
             if name is not None and name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise ValueError(f"{option} {name}: no such stage; {hint}")
+                raise ValueError(f"{option} {name}: no such stage; {_meant(name, names)}")
         if self.only is not None:
             if self.first is not None or self.last is not None:
                 raise ValueError("--only does not go with --from or --until")
@@ -75,8 +79,21 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
+def _meant(name: str, names: Sequence[str]) -> str:
+    """What a mistyped name may have been."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+
+
+def run(
+    config: RunConfig,
+    selection: Selection = EVERYTHING,
+    profile: ProfiledSteps | None = None,
+) -> int:
     """Run or resume the selected stages and write results.json and report.html.
+
+    Args:
+      profile: optimizer steps of train stages to trace.
 
     Returns:
       0, or `EXIT_PREEMPTED`.
@@ -86,39 +103,70 @@ def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
     """
     selected = selection.stages(config)
     context = Context.resolve(config)
-    check(context)
-    context.open_record()
-    _check_needs(context, selected)
-    console = Console(highlight=False)
-    try:
-        with context.stopping_on_sigterm():
-            for stage in config.stages:
-                if stage.name not in selected or context.status(stage.name) == "done":
-                    continue
-                directory = context.stage_directory(stage.name)
-                directory.mkdir(parents=True, exist_ok=True)
-                context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))
-                if isinstance(stage, PretrainStage):
-                    run_pretrain(stage, context, directory)
-                elif isinstance(stage, SFTStage):
-                    run_sft(stage, context, directory)
-                elif isinstance(stage, GRPOStage):
-                    run_grpo(stage, context, directory)
-                elif isinstance(stage, RewardModelStage):
-                    run_reward_model(stage, context, directory)
-                elif isinstance(stage, RejectionSamplingStage):
-                    run_rejection_sampling(stage, context, directory)
-                else:
-                    run_evaluate(stage, context, directory)
-    except Preempted as stop:
-        if jax.process_index() == 0:
+    context.profile = profile
+    cache = use_compilation_cache(config.compilation_cache, config.output)
+    console = Console(highlight=False, quiet=jax.process_index() > 0)
+    with _watchdog(context):
+        check(context)
+        context.open_record()
+        _check_needs(context, selected)
+        if profile is not None:
+            _check_profile(context, selected, profile)
+        if cache is not None:
+            console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
+        try:
+            with context.stopping_on_sigterm():
+                for stage in config.stages:
+                    if stage.name in selected and context.status(stage.name) != "done":
+                        _run_stage(stage, context)
+        except Preempted as stop:
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
-        return EXIT_PREEMPTED
-    wait_for_all("stages")
+            return EXIT_PREEMPTED
+        finally:
+            for directory in context.profiles:
+                console.print(
+                    f"Profile: {directory}; to look at it: pip install xprof, and "
+                    f"xprof --logdir {directory}",
+                    soft_wrap=True,
+                )
+        wait_for_all("stages")
     if jax.process_index() == 0:
         write_results(context.directory)
         console.print(f"Report: {write_report(context.directory)}", soft_wrap=True)
     return 0
+
+
+def _watchdog(context: Context) -> AbstractContextManager[Any]:
+    section = context.config.watchdog
+    if section is None:
+        return nullcontext()
+    return Watchdog(
+        section.seconds,
+        context.directory / "hangs",
+        abort=section.abort,
+        process_index=jax.process_index(),
+    )
+
+
+def _run_stage(stage: Stage, context: Context) -> None:
+    ACTIVITY.begin(stage.name)
+    directory = context.stage_directory(stage.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))
+    with CompilationCounter() as compilations:
+        if isinstance(stage, PretrainStage):
+            run_pretrain(stage, context, directory)
+        elif isinstance(stage, SFTStage):
+            run_sft(stage, context, directory)
+        elif isinstance(stage, GRPOStage):
+            run_grpo(stage, context, directory)
+        elif isinstance(stage, RewardModelStage):
+            run_reward_model(stage, context, directory)
+        elif isinstance(stage, RejectionSamplingStage):
+            run_rejection_sampling(stage, context, directory)
+        else:
+            run_evaluate(stage, context, directory)
+    context.note_machine(stage.name, {**compilations.figures(), **memory()})
 
 
 def _check_needs(context: Context, selected: Sequence[str]) -> None:
@@ -130,6 +178,39 @@ def _check_needs(context: Context, selected: Sequence[str]) -> None:
                     f"the stage {name} needs {need}, which is not finished; run it first "
                     f"(--from {need}), or without a selection"
                 )
+
+
+def _check_profile(context: Context, selected: Sequence[str], profile: ProfiledSteps) -> None:
+    """Refuses steps that no train stage of this call will take."""
+    config = context.config
+    where = f"--profile-steps {profile}"
+    if profile.stage is not None:
+        names = [stage.name for stage in config.stages if isinstance(stage, TrainStage)]
+        if profile.stage not in names:
+            meant = _meant(profile.stage, names)
+            raise ValueError(f"{where}: {profile.stage} is no train stage; {meant}")
+    told = []
+    for stage in config.stages:
+        if not isinstance(stage, TrainStage) or profile.stage not in (None, stage.name):
+            continue
+        if stage.name not in selected:
+            told.append(f"{stage.name} is not selected")
+        elif context.status(stage.name) == "done":
+            told.append(f"{stage.name} is finished")
+        else:
+            # Where epochs are given, the steps are known when the data is counted.
+            steps = getattr(stage, "steps", None) or profile.first
+            done = _newest_checkpoint(context.stage_directory(stage.name))
+            if done < profile.last and profile.first <= steps:
+                return
+            told.append(f"{stage.name} goes from step {done + 1} to {steps}")
+    raise ValueError(f"{where}: no stage takes these steps ({'; '.join(told) or 'none trains'})")
+
+
+def _newest_checkpoint(directory: Path) -> int:
+    """The step that a stage goes on from; 0: from the start."""
+    names = [path.name for path in (directory / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def check(context: Context) -> None:

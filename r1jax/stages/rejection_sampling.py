@@ -49,7 +49,7 @@ from r1jax.data.rewriting import (
     instruction_prompt,
 )
 from r1jax.data.tokenizers import encode_texts
-from r1jax.metrics import read_rows
+from r1jax.metrics import ACTIVITY, phase, read_rows
 from r1jax.processes import anywhere, batch_share, from_first, gather, wait_for_all
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context, Preempted, RunError
@@ -213,6 +213,7 @@ def draft(row: Row, prompt: Prompt) -> Draft:
     return Draft(prompt.question, prompt.prefill + row["completion"], row["extracted"] or "")
 
 
+@phase("rewrite")
 def rewrite(
     stage: RejectionSamplingStage, context: Context, directory: Path, drafts: Sequence[Draft]
 ) -> list[str | None]:
@@ -254,6 +255,7 @@ def rewrite_with_endpoint(
                 asking = thread.submit(rewriter.rewrite, drafts)
             while anywhere(asking is not None and bool(wait([asking], _GLANCE).not_done)):
                 context.stop_requested = anywhere(context.stop_requested)
+                ACTIVITY.advance()  # the requests have deadlines of their own
         except BaseException:
             abandoned.set()
             raise

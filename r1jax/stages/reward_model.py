@@ -61,6 +61,7 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
         loop.progress.print(f"{stage.name}: {report}")
         seconds, tokens = 0.0, 0
         while loop.step < steps:
+            loop.begin_round()
             batch = rows.take(stage.rows_per_step)
             tokens += share.count * int((batch["segment_ids"] > 0).sum())
             placed = loop.place(batch)

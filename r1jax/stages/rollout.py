@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r1jax.config.schema import RewardSection, SamplingSection
 from r1jax.data import Prompt
+from r1jax.metrics import phase
 from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest
 from r1jax.rewards import Answered, RowScore
@@ -157,6 +158,7 @@ def pad_prompts(
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, starts)))
 
 
+@phase("rollout")
 def sample_batch(
     params: Any,
     prompts: Sequence[Prompt],

@@ -94,6 +94,7 @@ def _train(
         loop.restore(rows)
         seconds, tokens = 0.0, 0
         while loop.step < steps:
+            loop.begin_round()
             batch = loop.place(rows.take(stage.rows_per_step))
             loop.clock.lap("data")
             metrics = loop.update(batch)

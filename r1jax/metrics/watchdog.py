@@ -1,0 +1,138 @@
+"""A run that stands still says so, and shows where every thread of it stands."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from r1jax.metrics.phases import ACTIVITY
+
+EXIT_HUNG = 134
+"""Exit status of a process that the watchdog ends: that of SIGABRT (128 + 6), with which JAX ends
+a process that has lost another one. tpu_scripts/ start such a run again."""
+
+_PATIENCE = 10.0  # seconds for writing a file
+
+_ADVICE = """\
+What it may be:
+- the first compilation of a large model (the stack is in backend_compile): set watchdog.seconds
+  higher, or keep programs with compilation_cache;
+- another process that has ended, or has taken another branch: of all processes' files, the one
+  whose stack is elsewhere holds up the others;
+- a file system or a server that does not answer (the stack is in a read, a write or a socket)."""
+
+
+class Watchdog:
+    """Watches `ACTIVITY` from a thread of its own.
+
+    When nothing has happened for `seconds`, the stacks of all threads go to standard error and to
+    a file of their own in `directory`; again after twice as long, and so on. A process that goes on
+    says so. It only ends the process when it is told to.
+
+    Args:
+      seconds: without a sign of life.
+      directory: for the files; made when there is one to write.
+      abort: end the process with `EXIT_HUNG` after the first report.
+      process_index: of this process, which the report names.
+      end: how the process is ended. The main thread cannot be asked: it hangs.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        directory: Path,
+        *,
+        abort: bool = False,
+        process_index: int = 0,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._seconds, self._directory, self._abort = seconds, directory, abort
+        self._process_index, self._end = process_index, end
+        # Of a hang that was reported: the signs of life until then, and when the last one was.
+        self._reported: tuple[int, float] | None = None
+        self._due = seconds
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        ACTIVITY.advance()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def look(self, now: float) -> None:
+        """Speaks if it is time to.
+
+        Args:
+          now: seconds of `time.monotonic`.
+        """
+        signs, since = ACTIVITY.signs, ACTIVITY.since
+        if self._reported is not None and self._reported[0] != signs:
+            stood = since - self._reported[1]
+            self._say(f"goes on, after {_duration(stood)}: {ACTIVITY}")
+            self._reported, self._due = None, self._seconds
+        if now - since >= self._due:
+            self._reported = signs, since
+            self._due *= 2
+            self._report(now - since)
+            if self._abort:
+                self._say(f"ended with status {EXIT_HUNG}, as watchdog.abort says")
+                sys.stderr.flush()
+                self._end(EXIT_HUNG)
+
+    def _watch(self) -> None:
+        # Ten looks in the time: a hang is seen late by no more than a tenth.
+        while not self._closed.wait(min(self._seconds / 10, 10.0)):
+            self.look(time.monotonic())
+
+    def _report(self, stood: float) -> None:
+        began = time.strftime("%H:%M:%S", time.localtime(time.time() - stood))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        path = self._directory / f"process-{self._process_index}-{stamp}.txt"
+        text = (
+            f"no progress for {_duration(stood)}, since {began}: {ACTIVITY} "
+            f"(watchdog.seconds = {self._seconds:g})\n{_ADVICE}\n\n{_stacks()}"
+        )
+        self._say(f"{text}(also in {path})")
+
+        def write() -> None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"process {self._process_index}: {text}", encoding="utf-8")
+            except OSError as error:
+                self._say(f"{path} cannot be written: {error}")
+
+        # In a thread that may be left behind: the file system may be what hangs.
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(_PATIENCE)
+
+    def _say(self, text: str) -> None:
+        print(f"[process {self._process_index}] watchdog: {text}", file=sys.stderr, flush=True)
+
+
+def _stacks() -> str:
+    """The stacks of all threads, without Python's help: a thread may hold any lock."""
+    with tempfile.TemporaryFile() as file:  # faulthandler writes to descriptors only
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode("utf-8", "replace")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.3g} s"
