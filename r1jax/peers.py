@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -34,9 +35,10 @@ FIRST_LIMIT = 300.0  # the same before the first one: hosts do not load Python e
 GRACE = 10.0  # seconds in which the others may fail alike, before a failure counts as one process's
 
 _KEYS = "r1jax/peers/"
+_AGAIN = "The same command on all hosts goes on from the last checkpoint"
 
-# What a process told: `host`, `seen` (changes while it lives), `end` (`left`, `stopped`, or
-# `failed` and the error), and of process 0 perhaps `verdict`, why the run stops.
+# What a process told. `host`: where it is; `seen`: changes while it lives; `end`: `left`, `stopped`
+# with the run, `failed` and the error, or `gone` after that. Process 0: perhaps the `verdict`.
 Told = Mapping[str, str]
 
 
@@ -91,10 +93,7 @@ class Sightings:
             if end.startswith("failed") and silent > GRACE:
                 return f"{who} {end.replace(' ', ' with ', 1)}"
             if not end and silent > (LIMIT if "seen" in told else FIRST_LIMIT):
-                return (
-                    f"{who} is lost: it has not been seen for {silent:.0f} s. The same command on "
-                    "all hosts goes on from the last checkpoint"
-                )
+                return f"{who} is lost: it has not been seen for {silent:.0f} s. {_AGAIN}"
         return None
 
 
@@ -107,8 +106,8 @@ class _Watch:
         self._sightings = Sightings(peers, time.monotonic())
         self._over = threading.Event()
         self._ending = threading.Lock()
-        self._host = socket.gethostname()
-        self._tell("host", self._host)
+        self._witness = None if me.index == 0 else _Witness(me)
+        self._tell("host", socket.gethostname())
         # Reading may hang where process 0 does, so another thread counts the seconds.
         self._threads = [
             threading.Thread(target=target, name=f"r1jax peers {target.__name__}", daemon=True)
@@ -143,7 +142,7 @@ class _Watch:
         self._tell("end", " ".join(f"failed {type(error).__name__}: {error}".split())[:500])
         ends = self._wait_for_ends(GRACE + 4 * BEAT)
         if len(ends) < self._count or "stopped" in ends.values():
-            atexit.register(_exit_at_once)  # comes before JAX's, which is older
+            atexit.register(self._exit_at_once)  # comes before JAX's, which is older
 
     def _exchange(self) -> None:
         beats = 0
@@ -154,7 +153,6 @@ class _Watch:
                 told = self._read(None if self._index == 0 else 0)
                 self._sightings.note(told, time.monotonic())
                 if self._index > 0 and "verdict" in told.get(0, {}):
-                    self._tell("end", "stopped")
                     self._end(told[0]["verdict"])
             self._over.wait(BEAT)
 
@@ -167,24 +165,43 @@ class _Watch:
             before = now
             verdict = self._sightings.verdict(now)
             if verdict is not None:
-                if self._index == 0:
-                    self._tell("verdict", verdict)
-                    self._tell("end", "stopped")
                 self._end(verdict)
 
     def _end(self, verdict: str) -> None:
         self._ending.acquire()  # never released: it is said once
-        line = f"{verdict[0].upper()}{verdict[1:]}. Process {self._index} ({self._host}) stops."
-        print(f"\n{line}", file=sys.stderr, flush=True)
-        if self._index == 0:  # JAX ends, without the line, whoever has not read it when 0 goes
-            self._wait_for_ends(3 * BEAT)
-        os._exit(EXIT_PEER_LOST)
+        if self._index == 0:
+            self._tell("verdict", verdict)
+        print(f"\n{_sentence(verdict, self._index)}", file=sys.stderr, flush=True)
+        self._exit("stopped", EXIT_PEER_LOST)
 
-    def _wait_for_ends(self, seconds: float) -> dict[int, str]:
-        """How processes ended, as soon as all have; at the latest after so many seconds."""
+    def _exit_at_once(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._exit("gone", 1)
+
+    def _exit(self, end: str, status: int) -> None:
+        """Without JAX, whose exit waits for all processes."""
+        # A thread, as this hangs where process 0 does.
+        telling = threading.Thread(target=self._tell, args=("end", end), daemon=True)
+        telling.start()
+        telling.join(BEAT)
+        if self._index == 0:  # JAX ends, in its own words, whoever is still there when 0 goes
+            self._wait_for_ends(3 * BEAT, final=True)
+        if self._witness is not None:
+            self._witness.dismiss()
+        os._exit(status)
+
+    def _wait_for_ends(self, seconds: float, final: bool = False) -> dict[int, str]:
+        """How processes ended, as soon as all have; at the latest after so many seconds.
+
+        Args:
+          final: a process that failed is still there until it is `gone`.
+        """
         until = time.monotonic() + seconds
         while True:
             ends = {peer: told["end"] for peer, told in self._read().items() if "end" in told}
+            if final:
+                ends = {peer: end for peer, end in ends.items() if not end.startswith("failed")}
             if len(ends) == self._count or time.monotonic() > until:
                 return ends
             time.sleep(BEAT / 4)
@@ -193,6 +210,8 @@ class _Watch:
         self._over.set()
         for thread in self._threads:
             thread.join(BEAT)
+        if self._witness is not None:
+            self._witness.dismiss()
 
     def _tell(self, what: str, value: str) -> None:
         self._store.key_value_set(f"{_KEYS}{self._index}/{what}", value, allow_overwrite=True)
@@ -207,7 +226,41 @@ class _Watch:
         return told
 
 
-def _exit_at_once() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+class _Witness:
+    """Says that process 0 is lost where this process cannot: JAX ends it in the same moment.
+
+    A child, which does nothing until this process is gone. If process 0 is, too, it says so.
+    """
+
+    _PROGRAM = """
+import socket, sys
+line, host, port = sys.argv[1:]
+if not sys.stdin.read():
+    try:
+        socket.create_connection((host, int(port)), timeout=5)
+    except OSError:
+        print(line, file=sys.stderr)
+"""
+
+    def __init__(self, me: Joined) -> None:
+        host, _, port = me.address.rpartition(":")
+        line = _sentence(
+            f"process 0 ({me.address}) is lost: nobody answers there. {_AGAIN}", me.index
+        )
+        self._child = subprocess.Popen(
+            [sys.executable, "-ISc", self._PROGRAM, line, host.strip("[]"), port],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def dismiss(self) -> None:
+        """This process ends by itself."""
+        with suppress(OSError, ValueError):  # it is gone already, or dismissed
+            self._child.communicate(b"dismissed", timeout=BEAT)
+
+
+def _sentence(verdict: str, index: int) -> str:
+    return (
+        f"{verdict[0].upper()}{verdict[1:]}. Process {index} ({socket.gethostname()}) stops, with "
+        f"exit status {EXIT_PEER_LOST}."
+    )

@@ -89,11 +89,13 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int | None
 class Joined:
     """This process among those that joined, and the key-value store of `jax.distributed`.
 
-    The store is a `DistributedRuntimeClient`. It works before, and without, any device.
+    The store is a `DistributedRuntimeClient`, which works before, and without, any device; it lives
+    in process 0, at `address` (HOST:PORT).
     """
 
     index: int
     count: int
+    address: str
     store: Any
 
 
@@ -102,7 +104,9 @@ def joined() -> Joined | None:
     state = distributed.global_state
     if state.client is None or state.num_processes == 1:
         return None
-    return Joined(state.process_id, state.num_processes, state.client)
+    return Joined(
+        state.process_id, state.num_processes, str(state.coordinator_address), state.client
+    )
 
 
 class DisagreementError(ValueError):
