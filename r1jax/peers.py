@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import jax
@@ -37,8 +37,8 @@ GRACE = 10.0  # seconds in which the others may fail alike, before a failure cou
 _KEYS = "r1jax/peers/"
 _AGAIN = "The same command on all hosts goes on from the last checkpoint"
 
-# What a process told. `host`: where it is; `seen`: changes while it lives; `end`: `left`, `stopped`
-# with the run, `failed` and the error, or `gone` after that. Process 0: perhaps the `verdict`.
+# What a process told. `host`: where it is; `seen`: changes while it lives; `end`: `left`, or
+# `failed` and the error; `gone`: it ends now, without waiting. Process 0: perhaps the `verdict`.
 Told = Mapping[str, str]
 
 
@@ -107,6 +107,7 @@ class _Watch:
         self._over = threading.Event()
         self._ending = threading.Lock()
         self._witness = None if me.index == 0 else _Witness(me)
+        self._store.key_value_delete(f"{_KEYS}{me.index}")  # of a former run of this process
         self._tell("host", socket.gethostname())
         # Reading may hang where process 0 does, so another thread counts the seconds.
         self._threads = [
@@ -123,25 +124,19 @@ class _Watch:
 
     def see_all(self) -> None:
         """Returns when all others have shown that they live; the threads know what to do if not."""
-        before = self._read()
-        until = time.monotonic() + LIMIT + GRACE
-        while time.monotonic() < until:
-            time.sleep(BEAT)
-            told = self._read()
-            if all(
-                "end" in told.get(peer, {})
-                or told.get(peer, {}).get("seen") != before.get(peer, {}).get("seen")
-                for peer in range(self._count)
-                if peer != self._index
-            ):
-                return
+        before = [told["seen"] for told in self._read().values() if "seen" in told]
+        self._wait_until(
+            lambda told: "end" in told or told.get("seen") not in before, seconds=LIMIT + GRACE
+        )
 
     def fail(self, error: BaseException) -> None:
         """Says so and waits for the others to end; if they would not have, skips JAX's exit."""
         self._stop_looking()
         self._tell("end", " ".join(f"failed {type(error).__name__}: {error}".split())[:500])
-        ends = self._wait_for_ends(GRACE + 4 * BEAT)
-        if len(ends) < self._count or "stopped" in ends.values():
+        told = self._wait_until(
+            lambda told: "end" in told or "gone" in told, seconds=GRACE + 4 * BEAT
+        )
+        if any("end" not in told.get(peer, {}) for peer in range(self._count)):
             atexit.register(self._exit_at_once)  # comes before JAX's, which is older
 
     def _exchange(self) -> None:
@@ -149,7 +144,7 @@ class _Watch:
         while not self._over.is_set():
             beats += 1
             with suppress(jax.errors.JaxRuntimeError):  # the store goes with process 0
-                self._tell("seen", str(beats))
+                self._tell("seen", f"{self._index}:{beats}")
                 told = self._read(None if self._index == 0 else 0)
                 self._sightings.note(told, time.monotonic())
                 if self._index > 0 and "verdict" in told.get(0, {}):
@@ -172,38 +167,35 @@ class _Watch:
         if self._index == 0:
             self._tell("verdict", verdict)
         print(f"\n{_sentence(verdict, self._index)}", file=sys.stderr, flush=True)
-        self._exit("stopped", EXIT_PEER_LOST)
+        self._exit(EXIT_PEER_LOST)
 
     def _exit_at_once(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        self._exit("gone", 1)
+        self._exit(1)
 
-    def _exit(self, end: str, status: int) -> None:
+    def _exit(self, status: int) -> None:
         """Without JAX, whose exit waits for all processes."""
         # A thread, as this hangs where process 0 does.
-        telling = threading.Thread(target=self._tell, args=("end", end), daemon=True)
+        telling = threading.Thread(target=self._tell, args=("gone", "now"), daemon=True)
         telling.start()
         telling.join(BEAT)
         if self._index == 0:  # JAX ends, in its own words, whoever is still there when 0 goes
-            self._wait_for_ends(3 * BEAT, final=True)
+            self._wait_until(
+                lambda told: "gone" in told or told.get("end") == "left", seconds=3 * BEAT
+            )
         if self._witness is not None:
             self._witness.dismiss()
         os._exit(status)
 
-    def _wait_for_ends(self, seconds: float, final: bool = False) -> dict[int, str]:
-        """How processes ended, as soon as all have; at the latest after so many seconds.
-
-        Args:
-          final: a process that failed is still there until it is `gone`.
-        """
+    def _wait_until(self, done: Callable[[Told], bool], seconds: float) -> dict[int, Told]:
+        """What the processes told, as soon as all others are done; at the latest in `seconds`."""
         until = time.monotonic() + seconds
         while True:
-            ends = {peer: told["end"] for peer, told in self._read().items() if "end" in told}
-            if final:
-                ends = {peer: end for peer, end in ends.items() if not end.startswith("failed")}
-            if len(ends) == self._count or time.monotonic() > until:
-                return ends
+            told = self._read()
+            others = [told.get(peer, {}) for peer in range(self._count) if peer != self._index]
+            if all(map(done, others)) or time.monotonic() > until:
+                return told
             time.sleep(BEAT / 4)
 
     def _stop_looking(self) -> None:
@@ -216,14 +208,14 @@ class _Watch:
     def _tell(self, what: str, value: str) -> None:
         self._store.key_value_set(f"{_KEYS}{self._index}/{what}", value, allow_overwrite=True)
 
-    def _read(self, peer: int | None = None) -> dict[int, dict[str, str]]:
+    def _read(self, peer: int | None = None) -> dict[int, Told]:
         """What all processes told, or one."""
         told: dict[int, dict[str, str]] = {}
         folder = _KEYS if peer is None else f"{_KEYS}{peer}/"
         for key, value in self._store.key_value_dir_get(folder):
             number, what = key.removeprefix(_KEYS).split("/")
             told.setdefault(int(number), {})[what] = value
-        return told
+        return {**told}
 
 
 class _Witness:

@@ -129,7 +129,8 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
     me = joined()
     if me is None:
         return
-    keys, wait = f"r1jax/agree/{next(_rounds)}", 300_000  # milliseconds, as JAX waits to begin with
+    # Milliseconds; longer than peers.py waits, which says who is missing.
+    keys, wait = f"r1jax/agree/{next(_rounds)}", 600_000
     own = {"host": socket.gethostname(), "facts": facts}
     me.store.key_value_set(f"{keys}/{me.index}", json.dumps(own))
     if me.index == 0:

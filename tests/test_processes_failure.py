@@ -221,7 +221,7 @@ def test_sigterm_to_one_saves_the_same_step_of_all(
 
 def test_when_the_first_is_killed_the_others_name_it(hosts: Hosts, tmp_path: Path) -> None:
     """JAX ends them in that moment, as its key-value store was there."""
-    ended = hosts.run(tmp_path, 2, 2, accidents={0: "killed_in_its_log 1"})
+    ended = hosts.run(tmp_path, 2, 2, accidents={0: "killed_as_it_begins 1"})
     assert statuses(ended) == [-signal.SIGKILL, -signal.SIGABRT], told(ended)
     assert EXIT_PEER_LOST == 128 + signal.SIGABRT  # what a shell or a container says of it
     said = ended[1].said
@@ -278,9 +278,18 @@ def test_unequal_shares_do_not_hang(hosts: Hosts, tmp_path: Path) -> None:
             ],
         ),
         (
-            {2: "another_device 0"},
+            {1: "another_device 0"},
             {},
-            [f"devices of a process: 3 in process 2 ({HOST}); 2 in", "mesh.cpu_devices="],
+            [f"devices of a process: 2 in process 0 ({HOST}); 3 in", "mesh.cpu_devices="],
+        ),
+        (
+            {1: "shorter_data 1"},
+            {},
+            [
+                f"data.conversations: examples: 16 in process 0 ({HOST}); 15 in process 1",
+                f"data.questions: examples: 20 in process 0 ({HOST}); 19 in process 1",
+                "Every host has to read the same data",
+            ],
         ),
     ],
 )
@@ -291,8 +300,9 @@ def test_processes_that_differ_are_refused_before_anything_runs(
     hosts: Hosts,
     tmp_path: Path,
 ) -> None:
-    ended = hosts.run(tmp_path, 3, 2, accidents=accidents, own_changes=own_changes)
-    assert statuses(ended) == [2, 2, 2], told(ended)
+    count = 1 + max([*accidents, *own_changes])
+    ended = hosts.run(tmp_path, count, 2, accidents=accidents, own_changes=own_changes)
+    assert statuses(ended) == [2] * count, told(ended)
     for each in ended:
         for message in messages:
             assert message in each.said, each.said

@@ -99,6 +99,8 @@ def agree_to_start(config: RunConfig, selection: Selection) -> None:
     Or each would compile a program of its own, and they would wait for each other without end, or
     train on what is not the same.
     """
+    if joined() is None:
+        return
     agree(
         {
             **{name: version(name) for name in ("r1jax", "jax", "jaxlib")},
@@ -110,12 +112,11 @@ def agree_to_start(config: RunConfig, selection: Selection) -> None:
         "Give every host the same r1jax and packages, and the same command.",
     )
     split_cpu(config.mesh.cpu_devices)
-    if joined() is not None:
-        agree(
-            {"devices of a process": jax.local_device_count()},
-            "Every process needs as many devices as the others: use hosts of one kind, and on CPUs "
-            "say how many, as in mesh.cpu_devices=1.",
-        )
+    agree(
+        {"devices of a process": jax.local_device_count()},
+        "Every process needs as many devices as the others: use hosts of one kind, and on CPUs say "
+        "how many, as in mesh.cpu_devices=1.",
+    )
 
 
 def _hash_of_code() -> str:
@@ -203,13 +204,19 @@ def check(context: Context) -> None:
     )
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)
+    rows: dict[str, int] = {}
     for name, section in config.data.items():
         if section.mixture:
             continue
         check_template(section)
         # What a stage of this run writes is looked at when it is there.
-        if name in used and not config.source_stages(name) and len(context.examples(name)) == 0:
-            raise ValueError(f"data.{name}: no examples")
+        if name in used and not config.source_stages(name):
+            rows[f"data.{name}: examples"] = len(context.examples(name))
+            if not rows[f"data.{name}: examples"]:
+                raise ValueError(f"data.{name}: no examples")
+    agree(
+        rows, "Every host has to read the same data: copy it to all, or to where all of them see."
+    )
     for model in context.models.values():
         model.abstract_params()
     check_rows(config, context.layout, context.rollout_layout)
