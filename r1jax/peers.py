@@ -164,29 +164,34 @@ class _Watch:
 
     def _end(self, verdict: str) -> None:
         self._ending.acquire()  # never released: it is said once
-        if self._index == 0:
-            self._tell("verdict", verdict)
         print(f"\n{_sentence(verdict, self._index)}", file=sys.stderr, flush=True)
-        self._exit(EXIT_PEER_LOST)
+        self._exit(EXIT_PEER_LOST, verdict=verdict)
 
     def _exit_at_once(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._exit(1)
 
-    def _exit(self, status: int) -> None:
+    def _exit(self, status: int, **told: str) -> None:
         """Without JAX, whose exit waits for all processes."""
-        # A thread, as this hangs where process 0 does.
-        telling = threading.Thread(target=self._tell, args=("gone", "now"), daemon=True)
-        telling.start()
-        telling.join(BEAT)
-        if self._index == 0:  # JAX ends, in its own words, whoever is still there when 0 goes
-            self._wait_until(
-                lambda told: "gone" in told or told.get("end") == "left", seconds=3 * BEAT
-            )
-        if self._witness is not None:
-            self._witness.dismiss()
-        os._exit(status)
+
+        def tell() -> None:
+            with suppress(jax.errors.JaxRuntimeError):
+                for what, value in {**told, "gone": "now"}.items():
+                    self._tell(what, value)
+
+        try:
+            telling = threading.Thread(target=tell, daemon=True)  # it hangs where process 0 does
+            telling.start()
+            telling.join(BEAT)
+            if self._index == 0:  # JAX ends, in its own words, whoever is still there when 0 goes
+                self._wait_until(
+                    lambda told: "gone" in told or told.get("end") == "left", seconds=3 * BEAT
+                )
+            if self._witness is not None:
+                self._witness.dismiss()
+        finally:
+            os._exit(status)
 
     def _wait_until(self, done: Callable[[Told], bool], seconds: float) -> dict[int, Told]:
         """What the processes told, as soon as all others are done; at the latest in `seconds`."""
