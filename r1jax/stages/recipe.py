@@ -204,19 +204,17 @@ def check(context: Context) -> None:
     )
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)
-    rows: dict[str, int] = {}
+    examples: dict[str, int] = {}
     for name, section in config.data.items():
         if section.mixture:
             continue
         check_template(section)
         # What a stage of this run writes is looked at when it is there.
         if name in used and not config.source_stages(name):
-            rows[f"data.{name}: examples"] = len(context.examples(name))
-            if not rows[f"data.{name}: examples"]:
+            examples[f"data.{name}: examples"] = count = len(context.examples(name))
+            if count == 0:
                 raise ValueError(f"data.{name}: no examples")
-    agree(
-        rows, "Every host has to read the same data: copy it to all, or to where all of them see."
-    )
+    agree(examples, "Every host has to read the same data: copy it to all, or to a common place.")
     for model in context.models.values():
         model.abstract_params()
     check_rows(config, context.layout, context.rollout_layout)
