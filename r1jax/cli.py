@@ -5,7 +5,8 @@ Imports are inside the commands, so that `--help` and a mistyped config need not
 
 Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
 message and exit status 2; a run that gives up with advice is one with status 1. R1JAX_DEBUG=1 shows
-the traceback instead.
+the traceback instead. After 143 (SIGTERM: saved) and 134 (another process of the run is lost) the
+same command goes on from the last checkpoint; tpu_scripts/ give it again.
 """
 
 from __future__ import annotations

@@ -7,14 +7,17 @@ decides a shape or a branch must therefore be agreed on first. With one process 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
 
 from r1jax.sharding import Layout, own_parts
@@ -47,6 +50,8 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
             f"JAX_PROCESS_ID = {index}: with JAX_NUM_PROCESSES = {count} it is one of 0 to "
             f"{count - 1}"
         )
+    # SIGTERM is ours: JAX's handler would take it for a preemption that nobody asks it about.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             environment.get("JAX_COORDINATOR_ADDRESS"), num_processes=count, process_id=index
@@ -78,6 +83,103 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int | None
     if not (text.isascii() and text.isdigit()) or int(text) < least:
         raise ValueError(f"{name} = {text}: it has to be a whole number from {least} on")
     return int(text)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """This process among those that joined, and the key-value store of `jax.distributed`.
+
+    The store is a `DistributedRuntimeClient`, which works before, and without, any device; it lives
+    in process 0, at `address` (HOST:PORT).
+    """
+
+    index: int
+    count: int
+    address: str
+    store: Any
+
+
+def joined() -> Joined | None:
+    """Who this process is; None without `jax.distributed`, and for one process that is alone."""
+    state = distributed.global_state
+    if state.client is None or state.num_processes == 1:
+        return None
+    return Joined(
+        state.process_id, state.num_processes, str(state.coordinator_address), state.client
+    )
+
+
+class DisagreementError(ValueError):
+    """The processes of a run were started differently; the message names which, and in what."""
+
+
+_rounds = itertools.count()
+
+
+def agree(facts: Mapping[str, Any], remedy: str) -> None:
+    """Returns if all processes have the same facts; every process has to ask. Touches no device.
+
+    Args:
+      facts: JSON; mappings may be nested.
+      remedy: what to do where they differ, as a sentence.
+
+    Raises:
+      DisagreementError: in every process: what differs, its values and which processes have them.
+    """
+    me = joined()
+    if me is None:
+        return
+    # Milliseconds; longer than peers.py waits, which says who is missing.
+    keys, wait = f"r1jax/agree/{next(_rounds)}", 600_000
+    own = {"host": socket.gethostname(), "facts": facts}
+    me.store.key_value_set(f"{keys}/{me.index}", json.dumps(own))
+    if me.index == 0:
+        told = [
+            json.loads(me.store.blocking_key_value_get(f"{keys}/{index}", wait))
+            for index in range(me.count)
+        ]
+        found = differences([one["facts"] for one in told], [one["host"] for one in told])
+        me.store.key_value_set(f"{keys}/found", json.dumps(found))
+    found = json.loads(me.store.blocking_key_value_get(f"{keys}/found", 2 * wait))
+    if found:
+        more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+        listed = "\n  ".join([*found[:8], *more])
+        raise DisagreementError(f"the processes of this run do not agree:\n  {listed}\n{remedy}")
+
+
+def differences(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
+    """Facts that are not the same in all processes: `key.path: value in process 1 (host); ...`.
+
+    Args:
+      facts, hosts: of each process; the rarest value comes first.
+    """
+    leaves = [dict(_leaves(each)) for each in facts]
+    found = []
+    for path in dict.fromkeys(path for each in leaves for path in each):
+        holders: dict[str, list[int]] = {}
+        for index, each in enumerate(leaves):
+            holders.setdefault(each.get(path, "nothing"), []).append(index)
+        if len(holders) > 1:
+            values = sorted(holders.items(), key=lambda item: len(item[1]))
+            told = "; ".join(f"{value} in {_named(who, hosts)}" for value, who in values)
+            found.append(f"{path}: {told}")
+    return found
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The values of a JSON tree by `key.path`, as JSON; empty mappings and lists are values."""
+    if not tree or not isinstance(tree, Mapping | list):
+        yield path, json.dumps(tree)
+        return
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _named(processes: Sequence[int], hosts: Sequence[str]) -> str:
+    """`processes 0 (host-a), 1 (host-b) and 62 more`."""
+    shown = ", ".join(f"{index} ({hosts[index]})" for index in processes[:4])
+    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+    return f"process{'es' if len(processes) > 1 else ''} {shown}{more}"
 
 
 @dataclass(frozen=True)

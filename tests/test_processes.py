@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progre
 from safetensors.numpy import load_file
 
 from r1jax.config.load import load_config
-from r1jax.processes import Share
+from r1jax.processes import Share, agree, differences
 from r1jax.stages import recipe
 from r1jax.stages.context import Context
 
@@ -249,3 +249,30 @@ def answering(begin: Callable[[], None], asked: list[str]) -> HTTPServer:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
+
+
+def test_differences_name_the_value_and_who_has_it() -> None:
+    facts = [
+        {"jax": "1", "config": {"steps": step, "stages": [{"name": "a"}, {"name": name}]}}
+        for step, name in [(2, "b"), (2, "b"), (3, "c"), (2, "b"), (2, "b"), (2, "b")]
+    ]
+    assert differences(facts, list("uvwxyz")) == [
+        "config.steps: 3 in process 2 (w); 2 in processes 0 (u), 1 (v), 3 (x), 4 (y) and 1 more",
+        'config.stages.1.name: "c" in process 2 (w); "b" in processes 0 (u), 1 (v), 3 (x), 4 (y) '
+        "and 1 more",
+    ]
+    assert differences(facts[:2], ["u", "v"]) == []
+
+
+def test_differences_see_what_one_process_lacks() -> None:
+    """And 1, 1.0, "1", true, null, [] and {} are seven values."""
+    assert differences([{"a": 1, "b": {"c": []}}, {"a": 1}], ["u", "v"]) == [
+        "b.c: [] in process 0 (u); nothing in process 1 (v)"
+    ]
+    values = [1, 1.0, "1", True, None, [], {}]
+    (found,) = differences([{"a": value} for value in values], list("abcdefg"))
+    assert found.count(" in process ") == 7
+
+
+def test_one_process_agrees_with_itself() -> None:
+    agree({"jax": "1"}, "Nothing is wrong.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import platform
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,11 @@ from r1jax.data.templates import check_template
 from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
 from r1jax.metrics import ACTIVITY, CompilationCounter, ProfiledSteps, Watchdog, memory
-from r1jax.processes import batch_share, wait_for_all
+from r1jax.peers import watched_peers
+from r1jax.processes import agree, batch_share, joined, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
-from r1jax.sharding import Layout
+from r1jax.sharding import Layout, split_cpu
 from r1jax.stages.context import Context, Preempted
 from r1jax.stages.evaluate import run_evaluate
 from r1jax.stages.grpo import run_grpo
@@ -101,7 +105,47 @@ def run(
     Raises:
       ValueError, RunError: with a message for the user; everything finished stays on disk.
     """
-    selected = selection.stages(config)
+    with watched_peers():
+        agree_to_start(config, selection)
+        return _run(config, selection.stages(config), profile)
+
+
+def agree_to_start(config: RunConfig, selection: Selection) -> None:
+    """Raises DisagreementError in every process unless all run the same code, config and devices.
+
+    Or each would compile a program of its own, and they would wait for each other without end, or
+    train on what is not the same.
+    """
+    if joined() is None:
+        return
+    agree(
+        {
+            **{name: version(name) for name in ("r1jax", "jax", "jaxlib")},
+            "r1jax's code": _hash_of_code(),
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            "config": config.model_dump(mode="json"),
+            "selection": asdict(selection),
+        },
+        "Give every host the same r1jax and packages, and the same command.",
+    )
+    split_cpu(config.mesh.cpu_devices)
+    agree(
+        {"devices of a process": jax.local_device_count()},
+        "Every process needs as many devices as the others: use hosts of one kind, and on CPUs say "
+        "how many, as in mesh.cpu_devices=1.",
+    )
+
+
+def _hash_of_code() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | None) -> int:
     context = Context.resolve(config)
     context.profile = profile
     cache = use_compilation_cache(config.compilation_cache, config.output)
@@ -241,13 +285,17 @@ def check(context: Context) -> None:
     )
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)
+    examples: dict[str, int] = {}
     for name, section in config.data.items():
         if section.mixture:
             continue
         check_template(section)
         # What a stage of this run writes is looked at when it is there.
-        if name in used and not config.source_stages(name) and len(context.examples(name)) == 0:
-            raise ValueError(f"data.{name}: no examples")
+        if name in used and not config.source_stages(name):
+            examples[f"data.{name}: examples"] = count = len(context.examples(name))
+            if count == 0:
+                raise ValueError(f"data.{name}: no examples")
+    agree(examples, "Every host has to read the same data: copy it to all, or to a common place.")
     for model in context.models.values():
         model.abstract_params()
     check_rows(config, context.layout, context.rollout_layout)
