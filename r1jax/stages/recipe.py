@@ -156,13 +156,17 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
         _check_needs(context, selected)
         if profile is not None:
             _check_profile(context, selected, profile)
-        if cache is not None:
+        left = [
+            stage
+            for stage in config.stages
+            if stage.name in selected and context.status(stage.name) != "done"
+        ]
+        if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
             with context.stopping_on_sigterm():
-                for stage in config.stages:
-                    if stage.name in selected and context.status(stage.name) != "done":
-                        _run_stage(stage, context)
+                for stage in left:
+                    _run_stage(stage, context)
         except Preempted as stop:
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
             return EXIT_PREEMPTED
