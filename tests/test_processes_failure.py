@@ -115,7 +115,11 @@ def told(ended: list[Ended]) -> str:
 
 
 def assert_equal_runs(output: Path, reference: Path) -> None:
-    """Metrics of every step and the weights of every stage, to what float32 sums allow."""
+    """Metrics of every step and the weights of every stage, to float tolerance.
+
+    Each step moves a weight by up to 2e-3. Where its gradient is almost zero, Adam makes as much of
+    the rounding of float32 sums.
+    """
     for stage in ("00-tuned", "01-rl"):
         run, wanted = (folder / RUN / "stages" / stage for folder in (output, reference))
         metrics = [rows(folder / "metrics.jsonl") for folder in (run, wanted)]
@@ -125,12 +129,12 @@ def assert_equal_runs(output: Path, reference: Path) -> None:
             for key, value in row.items():
                 where = f"{stage}, step {row['step']}: {key}"
                 np.testing.assert_allclose(
-                    float(found[key]), float(value), atol=2e-5, err_msg=where
+                    float(found[key]), float(value), atol=2e-4, err_msg=where
                 )
         weights = [load_file(folder / "model/model.safetensors") for folder in (run, wanted)]
         assert weights[0].keys() == weights[1].keys()
         for key, value in weights[1].items():
-            np.testing.assert_allclose(weights[0][key], value, atol=2e-5, err_msg=key)
+            np.testing.assert_allclose(weights[0][key], value, atol=2e-4, err_msg=key)
 
 
 def checkpoints(output: Path, stage: str) -> list[str]:
