@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from r1jax.bucket import check_access, copy_folder
 from r1jax.config.lineage import needs
 from r1jax.config.schema import (
     EvaluateStage,
@@ -114,10 +114,14 @@ def run(config: RunConfig, selection: Selection = EVERYTHING) -> int:
         if jax.process_index() == 0:
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
         return EXIT_PREEMPTED
+    finally:
+        context.push()
     wait_for_all("stages")
     if jax.process_index() == 0:
         write_results(context.directory)
-        console.print(f"Report: {write_report(context.directory)}", soft_wrap=True)
+        report = write_report(context.directory)
+        context.push()
+        console.print(f"Report: {context.home(report)}", soft_wrap=True)
     return 0
 
 
@@ -135,6 +139,8 @@ def _check_needs(context: Context, selected: Sequence[str]) -> None:
 def check(context: Context) -> None:
     """Refuse, before any compute, what would fail later: data, templates, rewards, sharding."""
     config = context.config
+    if context.copy is not None:
+        check_access(config.output)
     own = [
         config.rewards_of(stage.rewards)
         for stage in config.stages
@@ -253,14 +259,14 @@ def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Pa
     if stage is None:
         found = language_models(run_dir)
     else:
-        found = sorted(Path(run_dir).glob(f"stages/[0-9][0-9]-{stage}/model"))
+        found = sorted(run_dir.glob(f"stages/[0-9][0-9]-{stage}/model"))
     if not found:
         raise ValueError(
             f"{run_dir} has no finished train stage{f' {stage!r}' if stage else ''} to export"
         )
     if destination.exists():
         raise ValueError(f"{destination} exists; name a new directory")
-    shutil.copytree(found[-1], destination)
+    copy_folder(found[-1], destination, last="config.json")
     return destination
 
 
