@@ -95,7 +95,7 @@ def check_access(folder: str) -> None:
         try:
             act()
         except Exception as error:  # of several libraries, with no class in common
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{folder}: cannot {operation} gs://{bucket} ({reason}). Check the bucket's name, "
                 "and that this machine's account has the roles roles/storage.objectAdmin and "

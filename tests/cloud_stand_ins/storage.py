@@ -1,4 +1,4 @@
-"""A Google Cloud Storage on this machine: as much of its JSON API as gcsfs, TensorStore and Orbax call.
+"""A Google Cloud Storage on this machine: those calls of its JSON API that gcsfs and Orbax make.
 
 Objects are in memory, each replaced at once and under a new generation, with the conditions
 (ifGenerationMatch, ifGenerationNotMatch) by which writers exclude each other. Point clients to it
