@@ -24,18 +24,20 @@ gcsfs is imported only where a path begins with `gs://`.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from tempfile import TemporaryDirectory, gettempdir
+from typing import IO, Any, cast
 
 _SCHEME = "gs://"
 RECORD = "run.json"
+_PREFIX, _LOCK = "r1jax-run-", "lock"  # of working copies
 # Folders of a run that no working copy gets: weights, a dataset's second form, and other runs.
 _LARGE = ("checkpoints", "model", "tfds", "evaluations")
 _PART_BYTES = 32 << 20  # of a request; several of them are under way at once
@@ -150,13 +152,16 @@ class WorkingCopy:
 
     Attributes:
       home: the run's directory on the bucket.
-      directory: the copy, empty at first; removed when this process ends.
+      directory: the copy, empty at first; removed when this process ends or, if that is killed,
+        by the next one.
     """
 
     def __init__(self, home: str) -> None:
         self.home = locate(home.rstrip("/"))
         self._files = _file_system(self.home)
-        self._scratch = TemporaryDirectory(prefix="r1jax-")
+        _remove_abandoned()
+        self._scratch = TemporaryDirectory(prefix=_PREFIX)
+        self._lock = _locked(Path(self._scratch.name))
         self.directory = Path(self._scratch.name) / self.home.name
         self.directory.mkdir()
         self._pulled: dict[str, Any] = {}  # name -> generation of the object
@@ -207,6 +212,22 @@ class WorkingCopy:
 
     def _object(self, name: str) -> str:
         return f"{os.fspath(self.home)}/{name}"
+
+
+def _locked(scratch: Path) -> IO[str]:
+    """A lock in this folder, held until it is closed, or this process is no more."""
+    lock = open(scratch / "new-lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, scratch / _LOCK)  # under this name it was never free
+    return lock
+
+
+def _remove_abandoned() -> None:
+    """Removes the working copies of processes that were killed, which could fill the disk."""
+    for scratch in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), open(scratch / _LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _file_system(place: str | os.PathLike[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,
     head_dim=8,
 )
+COMMITTED = r"\d+/commit_success.txt"  # Orbax's sign of a finished checkpoint
 # Times differ from run to run.
 VARY = ("timings.jsonl", "run.json", "results.json", "report.html")
 
@@ -159,6 +161,28 @@ def test_weights_and_neighbours_are_not_copied(storage: Storage) -> None:
     assert list(local(copy.directory)) == ["stages/00-a/metrics.jsonl"]
     copy.push()
     assert len(storage.objects[BUCKET]) == 7  # what it has not is not deleted
+
+
+def test_copies_of_killed_processes_are_removed(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    alive = WorkingCopy(RUN)
+    script = (
+        "import os, signal; from r1jax.bucket import WorkingCopy;"
+        f"copy = WorkingCopy({RUN!r}); (copy.directory / 'large').touch(); print(copy.directory);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}; {script}"],
+        capture_output=True,
+        text=True,
+    )
+    left = Path(killed.stdout.strip())
+    assert (left / "large").exists(), killed.stderr
+    WorkingCopy(RUN)
+    assert not left.exists() and not left.parent.exists()
+    assert alive.directory.is_dir()
 
 
 def test_the_record_is_the_last_to_be_replaced(storage: Storage) -> None:
@@ -398,40 +422,60 @@ def without_events(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if "tensorboard" not in name}
 
 
-def test_cut_off_between_any_two_writes_it_ends_the_same(
+def test_between_any_two_writes_there_is_a_run_to_go_on_with(
     storage: Storage, tmp_path: Path, pretrain: Callable[[str | Path], None]
 ) -> None:
     pretrain(tmp_path)
     whole = without_events(lasting(local(tmp_path / "tiny-s0")))
-    before = storage.writes
+    since = storage.writes
     pretrain("gs://a-bucket/runs")
-    writes = storage.writes - before
-    assert without_events(lasting(storage.files(BUCKET, "runs/tiny-s0"))) == whole
-    assert "stages/00-base/model/model.safetensors" in whole
-
-    storage.objects[BUCKET].clear()
-    deaths = 0
-    # On one run, each time further on; a resumed run makes fewer writes than a whole one.
-    for allowed in (1, 6, 20, 30, 14, 25, 9, 40):
-        storage.last_write = storage.writes + allowed
-        try:
-            pretrain("gs://a-bucket/runs")
-        except Exception as error:
-            assert "dead" in str(error)
-            deaths += 1
-    storage.last_write = None
-    pretrain("gs://a-bucket/runs")
-    assert deaths > 4 and writes > 40
     found = storage.files(BUCKET, "runs/tiny-s0")
     assert without_events(lasting(found)) == whole
-    steps = [
-        json.loads(line)["step"] for line in found["stages/00-base/metrics.jsonl"].splitlines()
-    ]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert "stages/00-base/model/model.safetensors" in whole
+
+    stage = "runs/tiny-s0/stages/00-base"
+    newest, parts, seen = 0, 0, set()
+    for state in storage.states(since):
+        below = [name.removeprefix(f"{stage}/checkpoints/") for name in state if stage in name]
+        done = [int(name.partition("/")[0]) for name in below if re.fullmatch(COMMITTED, name)]
+        own = len([name for name in below if name.startswith(f"{max(done, default=0)}/")])
+        # The newest checkpoint is as it was when it was committed, and counts on what is there.
+        assert newest in (0, *done)
+        if max(done, default=0) > newest:
+            newest, parts = max(done), own
+        assert own == parts
+        if newest:
+            metadata = json.loads(state[f"{stage}/checkpoints/{newest}/metadata/metadata"])
+            for name, size in metadata["metrics"].items():
+                assert len(state[f"{stage}/{name}"]) >= size
+            kept = state[f"{stage}/metrics.jsonl"][: metadata["metrics"]["metrics.jsonl"]]
+            assert [json.loads(line)["step"] for line in kept.splitlines()] == [
+                *range(1, newest + 1)
+            ]
+        record = json.loads(state.get("runs/tiny-s0/run.json", b'{"stages": {}}'))
+        status = record["stages"].get("base", {}).get("status")
+        if status == "done":
+            assert state[f"{stage}/model/config.json"] == whole["stages/00-base/model/config.json"]
+        seen.add((newest, status))
+    assert seen >= {(0, None), (0, "running"), (2, "running"), (6, "running"), (6, "done")}
+
+
+def test_cut_off_again_and_again_it_ends_the_same(
+    storage: Storage, tmp_path: Path, pretrain: Callable[[str | Path], None]
+) -> None:
+    pretrain(tmp_path)
+    whole = without_events(lasting(local(tmp_path / "tiny-s0")))
+    for allowed in (1, 25, 40, 12):  # on one run, each time further on
+        storage.last_write = storage.writes + allowed
+        with pytest.raises(Exception, match="dead"):
+            pretrain("gs://a-bucket/runs")
+    storage.last_write = None
+    pretrain("gs://a-bucket/runs")
+    found = storage.files(BUCKET, "runs/tiny-s0")
+    assert without_events(lasting(found)) == whole
     events = [name for name in found if "tensorboard" in name]
     assert len(events) == 1  # what a former process left is gone
-    record = json.loads(found["run.json"])
-    assert record["stages"]["base"]["status"] == "done"
+    assert json.loads(found["run.json"])["stages"]["base"]["status"] == "done"
 
     # Other settings for what is done are refused, on the bucket as well.
     config = load_config("tiny.yaml", ["output=gs://a-bucket/runs", "stages.base.steps=7"])

@@ -35,7 +35,7 @@ class Storage(ThreadingHTTPServer):
     Attributes:
       objects: by bucket and name.
       forbidden: methods that the account may not use, such as "DELETE"; "BUCKET": to look at one.
-      writes: how many objects were written or deleted.
+      history: bucket, name and content of all writes in their order; None: it was deleted.
       last_write: number of the write after which all others are refused, as if their process had
         died; None: there is no such write.
     """
@@ -46,7 +46,7 @@ class Storage(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.objects: dict[str, dict[str, Object]] = {bucket: {} for bucket in buckets}
         self.forbidden: set[str] = set()
-        self.writes = 0
+        self.history: list[tuple[str, str, bytes | None]] = []
         self.last_write: int | None = None
         self.lock = threading.RLock()
         self.uploads: dict[str, tuple[str, str, dict[str, str], bytearray]] = {}
@@ -65,6 +65,20 @@ class Storage(ThreadingHTTPServer):
             # gcsfs would ask a gRPC service, and Google's own, what kind of bucket it has.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
+
+    @property
+    def writes(self) -> int:
+        return len(self.history)
+
+    def states(self, since: int) -> Iterator[dict[str, bytes]]:
+        """The objects of all buckets after each of the writes, by name; since that many."""
+        state: dict[str, bytes] = {}
+        for _, name, content in self.history[since:]:
+            if content is None:
+                del state[name]
+            else:
+                state[name] = content
+            yield state
 
     def files(self, bucket: str, folder: str) -> dict[str, bytes]:
         """The objects in a folder, by their names in it."""
@@ -139,11 +153,12 @@ class _Handler(BaseHTTPRequestHandler):
         if operation in self.server.forbidden:
             raise _Refused(403, f"The account does not have access ({operation}).")
 
-    def _write(self) -> None:
-        """Counts an object that is about to change."""
-        if self.server.last_write is not None and self.server.writes >= self.server.last_write:
+    def _write(self, name: str, content: bytes | None) -> None:
+        """Notes that an object is about to change."""
+        history, last = self.server.history, self.server.last_write
+        if last is not None and len(history) >= last:
             raise _Refused(403, "The process that asks is dead.")
-        self.server.writes += 1
+        history.append((self.bucket, name, content))
 
     def _meets_conditions(self, name: str, query: dict[str, str]) -> None:
         now = self.held[name].generation if name in self.held else 0
@@ -203,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.held:
             raise _Refused(404, f"No such object: {self.bucket}/{name}")
         self._meets_conditions(name, self.query)
-        self._write()
+        self._write(name, None)
         del self.held[name]
         self._answer(204, b"", {})
 
@@ -252,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _store(self, name: str, content: bytes, query: dict[str, str]) -> None:
         self._meets_conditions(name, query)
-        self._write()
+        self._write(name, content)
         self.held[name] = Object(content, 1_000_000 + next(self.server.numbers))
         self._json(self._description(name))
 
