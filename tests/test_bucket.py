@@ -145,6 +145,18 @@ def test_a_copy_made_later_has_the_same_files(storage: Storage) -> None:
     assert second.place(second.directory / "stages") == locate(f"{RUN}/stages")
 
 
+def test_what_other_processes_write_is_seen(storage: Storage) -> None:
+    copy = WorkingCopy(RUN)
+    for number in range(3):
+        copy.pull()
+        assert len(local(copy.directory)) == number
+        folder = locate(f"{RUN}/stages")
+        assert len(list(folder.iterdir()) if folder.is_dir() else []) == number
+        assert not (folder / f"{number}.json").is_file()
+        storage.objects[BUCKET][f"runs/tiny-s0/stages/{number}.json"] = Object(b"1", number + 1)
+        assert (folder / f"{number}.json").is_file()
+
+
 def test_weights_and_neighbours_are_not_copied(storage: Storage) -> None:
     for name in (
         "tiny-s0/stages/00-a/metrics.jsonl",

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from r1jax.bucket import locate
+from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
 from r1jax.config.schema import RunConfig
 
@@ -144,9 +144,9 @@ def language_models(run_dir: str | Path) -> list[Path]:
     found = []
     for path in sorted(locate(run_dir).glob("stages/*/model")):
         config = _json_object(path / "config.json")
-        if config is None:  # on a bucket: still being written
+        if config is None and on_bucket(path):  # it is still being written
             continue
-        if not str(config.get("architectures")).count("SequenceClassification"):
+        if not str((config or {}).get("architectures")).count("SequenceClassification"):
             found.append(path)
     return found
 
