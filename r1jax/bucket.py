@@ -36,10 +36,10 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import IO, Any, cast
 
 _SCHEME = "gs://"
-RECORD = "run.json"
+_RECORD = "run.json"
 _PREFIX, _LOCK = "r1jax-run-", "lock"  # of working copies
-# Folders of a run that no working copy gets: weights, a dataset's second form, and other runs.
-_LARGE = ("checkpoints", "model", "tfds", "evaluations")
+# Folders that no working copy gets: weights, a dataset's second form, traces, and other runs.
+_LARGE = ("checkpoints", "model", "tfds", "profile", "evaluations")
 _PART_BYTES = 32 << 20  # of a request; several of them are under way at once
 
 
@@ -84,6 +84,7 @@ def check_access(folder: str) -> None:
     from google.cloud import storage
 
     files = _file_system(folder)
+    folder = folder.rstrip("/")
     bucket = folder.removeprefix(_SCHEME).partition("/")[0]
     probe = f"{folder}/access-{uuid.uuid4().hex}"
     for operation, act in (
@@ -196,14 +197,14 @@ class WorkingCopy:
         }
         changed = [name for name, state in here.items() if self._pushed.get(name) != state]
         contents = {self._object(name): (self.directory / name).read_bytes() for name in changed}
-        record = contents.pop(self._object(RECORD), None)
+        record = contents.pop(self._object(_RECORD), None)
         if contents:
             self._files.pipe(contents)
         for name in self._pushed.keys() - here.keys():
             self._files.rm_file(self._object(name))
             del self._pushed[name]
         if record is not None:
-            self._files.pipe_file(self._object(RECORD), record)
+            self._files.pipe_file(self._object(_RECORD), record)
         self._pushed = here
 
     def place(self, path: Path) -> Path:
