@@ -7,6 +7,9 @@ A checkpoint is everything that makes a resumed run equal to one that was never 
     DIRECTORY/STEP.orbax-checkpoint-tmp/...   while it is written
     DIRECTORY/STEP/{arrays,metadata}/...      after one rename(2), which is the commit
 
+(A bucket, `gs://...`, has no rename: there Orbax writes under the last name, and an object
+`commit_success.txt` is the commit.)
+
 A directory is renamed when all of its files are closed, so a name without the suffix is a finished
 checkpoint and a process killed at any moment leaves either the old name set or the new one. Older
 checkpoints are removed after the commit, oldest first, so the newest finished one is never at risk.
@@ -32,6 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from r1jax.bucket import locate, on_bucket
+
 PyTree = Any
 
 _ARRAYS = "arrays"
@@ -42,7 +47,7 @@ class Checkpoints:
     """The checkpoints of one stage, newest `keep` of them.
 
     Args:
-      directory: made if it is missing; shared by all processes of a run.
+      directory: made if it is missing; shared by all processes of a run; local or on a bucket.
       keep: how many finished checkpoints stay, at least 1.
 
     Opening a directory removes what a killed process left half-written, so only one run may write
@@ -52,7 +57,8 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], *, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least the newest checkpoint has to stay")
-        self.directory = Path(os.path.abspath(directory))
+        where = locate(directory)
+        self.directory = where if on_bucket(where) else Path(os.path.abspath(where))
         self._manager = ocp.CheckpointManager(
             self.directory,
             handler_registry=_handlers(),

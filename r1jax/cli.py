@@ -218,7 +218,7 @@ def evaluate(
         str | None, typer.Option(help="Which evaluate stage; default: the config's last.")
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder for the evaluation's own run directory; default: RUN_DIR/evaluations, or "
             "the config's output."
@@ -230,16 +230,17 @@ def evaluate(
 
     The same command again resumes. Leaves results.json, and every sample of each stage.
     """
+    from r1jax.bucket import locate
     from r1jax.config.benchmarks import evaluation_of
     from r1jax.config.load import ConfigError, load_config, parse_config
 
-    own = Path(model) / "config.yaml"
+    own = locate(model) / "config.yaml"
     trained = load_config(own) if own.is_file() else None
-    weights = model if trained is None else _final_weights(Path(model), trained)
+    weights = model if trained is None else _final_weights(model, trained)
     if benchmark:
         if config is not None or stage is not None:
             raise ConfigError(["--benchmark needs no config: give it without --config and --stage"])
-        described = evaluation_of(weights, Path(model).resolve().name, benchmark)
+        described = evaluation_of(weights, locate(model).resolve().name, benchmark)
         settings = parse_config(json.dumps(described), "r1jax eval", overrides or ())
     elif config is not None or trained is not None:
         settings = load_config(config or own, overrides or ())
@@ -256,9 +257,9 @@ def evaluate(
 
     join_processes()
     if trained is not None:
-        settings = settings.model_copy(update={"output": str(Path(model) / "evaluations")})
+        settings = settings.model_copy(update={"output": str(locate(model) / "evaluations")})
     if out is not None:
-        settings = settings.model_copy(update={"output": str(out)})
+        settings = settings.model_copy(update={"output": out})
     if not benchmark:
         settings = recipe.evaluation_config(settings, weights, stage)
     if describe:
@@ -349,25 +350,27 @@ def score(
 
 @app.command()
 def export(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new directory.")],
+    run_directory: Annotated[str, typer.Argument(metavar="RUN_DIR")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new directory.")],
     stage: Annotated[
         str | None, typer.Option(help="Weights as this stage left them; default: the last.")
     ] = None,
 ) -> None:
     """Write a run's weights and tokenizer as a Hugging Face directory."""
-    _require_run(run_directory)
+    from r1jax.bucket import locate
+
+    _require_run(locate(run_directory))
     from r1jax.stages import recipe
 
-    recipe.export_run(run_directory, destination, stage)
+    recipe.export_run(locate(run_directory), locate(destination), stage)
     typer.echo(f"exported: {destination}")
 
 
 @app.command()
 def report(
-    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    run_directories: Annotated[list[str], typer.Argument(metavar="RUN_DIR...")],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder for report.html, tables.md and results.json over seeds; several runs "
             "need it.",
@@ -376,10 +379,13 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run, finished or not; or of finished runs that differ in seed."""
+    from contextlib import ExitStack
+
+    from r1jax.bucket import local_copy, locate, on_bucket
     from r1jax.config.load import ConfigError
 
     for directory in run_directories:
-        _require_run(directory)
+        _require_run(locate(directory))
     if out is None and len(run_directories) > 1:
         raise ConfigError(
             [
@@ -389,11 +395,15 @@ def report(
         )
     from r1jax.report import write_report, write_seeds_report
 
-    if out is None:
-        typer.echo(f"report: {write_report(run_directories[0]).resolve()}")
-        return
-    for path in write_seeds_report(run_directories, out):
-        typer.echo(f"{path.stem}: {path.resolve()}")
+    with ExitStack() as copies:
+        directories = [copies.enter_context(local_copy(each)) for each in run_directories]
+        if out is None:
+            written = [write_report(directories[0])]
+        else:
+            written = write_seeds_report(directories, copies.enter_context(local_copy(out)))
+        home = locate(out or run_directories[0])
+        for path in written:
+            typer.echo(f"{path.stem}: {(home if on_bucket(home) else home.resolve()) / path.name}")
 
 
 @app.command()
@@ -464,10 +474,12 @@ def _require_run(directory: Path) -> None:
 
 
 def _run_directory(config: RunConfig) -> Path:
-    return Path(config.output) / f"{config.name}-s{config.seed}"
+    from r1jax.bucket import locate
+
+    return locate(config.output) / f"{config.name}-s{config.seed}"
 
 
-def _final_weights(run_directory: Path, config: RunConfig) -> str:
+def _final_weights(run_directory: str, config: RunConfig) -> str:
     """The weights that a run's last train stage left, or those that it only evaluated."""
     from r1jax.evaluation import language_models
 

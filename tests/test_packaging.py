@@ -65,7 +65,12 @@ def test_every_import_is_a_declared_dependency() -> None:
     extras = project["optional-dependencies"]
     declared = {
         re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-")
-        for requirement in [*project["dependencies"], *extras["hf"], *extras["wandb"]]
+        for requirement in [
+            *project["dependencies"],
+            *extras["hf"],
+            *extras["gcs"],
+            *extras["wandb"],
+        ]
     }
     distributions = packages_distributions()
     undeclared = set()

@@ -32,7 +32,7 @@ COMMANDS = sorted(
     for path in SCRIPTS.rglob("*.sh")
     if path.name not in ("slice.sh", "worker.sh")
 )
-WORKER_TOOLS = ("curl", "sudo", "mountpoint", "gcsfuse", "python3", "r1jax")
+WORKER_TOOLS = ("curl", "python3", "r1jax")
 
 READY = {"queue": ["ACTIVE"]}
 NONE = {"queue": [""]}
@@ -53,7 +53,6 @@ class Cloud:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.mount = folder / "bucket"
         self.log = folder / "log.jsonl"
         programs = folder / "bin"
         programs.mkdir()
@@ -79,7 +78,6 @@ class Cloud:
             "RUNTIME_VERSION": "v2-alpha-tpuv6e",
             "CAPACITY": "spot",
             "BUCKET": "a-bucket",
-            "MOUNT": self.mount,
             "EXTRAS": "tpu,hf",
             "POLL_SECONDS": "0.05",
             "KUBE_CONTEXT": "gke_proj",
@@ -95,7 +93,7 @@ class Cloud:
             "nodes": ["r1"],
             "workers": 2,
             "unreachable": [],
-            "hierarchical_namespace": "True",
+            "bucket": "a-bucket",
             "create_error": "",
             "list_error": "",
             "failure": "",
@@ -189,7 +187,7 @@ class Cloud:
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path)
     yield cloud
-    left = [path.read_text() for path in (*tmp_path.glob("*/r1jax/pid"), *tmp_path.glob("daemons"))]
+    left = [path.read_text() for path in tmp_path.glob("*/r1jax/pid")]
     for pid in " ".join(left).split():
         try:
             os.kill(int(pid), signal.SIGKILL)
@@ -241,7 +239,7 @@ def test_what_is_asked_before_and_while_waiting(cloud: Cloud) -> None:
     assert log == [
         [
             *("gcloud", "storage", "buckets", "describe", "gs://a-bucket", "--project=proj"),
-            *("--raw", "--format=value(hierarchicalNamespace.enabled)", "--quiet"),
+            *("--format=value(name)", "--quiet"),
         ],
         [
             *(*QUEUE, "list", *PLACE, '--filter=name~"/r1$"'),
@@ -310,9 +308,9 @@ def test_not_being_able_to_ask_is_not_the_same_as_none(cloud: Cloud) -> None:
     assert cloud.calls() == []
 
 
-def test_a_flat_bucket_is_refused_before_anything_is_asked_for(cloud: Cloud) -> None:
-    cloud.save(hierarchical_namespace="")
-    assert "gs://a-bucket has no hierarchical namespace" in cloud.run("create.sh", status=2)
+def test_a_bucket_that_is_not_there_is_named_before_anything_is_asked_for(cloud: Cloud) -> None:
+    cloud.save(bucket="")
+    assert "gs://a-bucket cannot be looked at" in cloud.run("create.sh", status=2)
     assert cloud.calls() == []
 
 
@@ -343,7 +341,6 @@ def test_missing_settings_are_all_named(cloud: Cloud) -> None:
         ("SLICE", "R1"),
         ("SLICE", "r1-"),
         ("BUCKET", "gs://a-bucket"),
-        ("MOUNT", "runs"),
         ("EXTRAS", "tpu hf"),
         ("RESTARTS", "many"),
         ("POLL_SECONDS", "1m"),
@@ -406,9 +403,8 @@ def test_install_reaches_every_worker_and_is_cheap_again(cloud: Cloud) -> None:
     for line in installs:
         home = cloud.folder / line.split(" ")[0].replace("/", "-")
         assert line.endswith(
-            f"--reinstall-package r1jax r1jax[tpu,hf] @ file://{home}/r1jax/{wheel}"
+            f"--reinstall-package r1jax r1jax[gcs,tpu,hf] @ file://{home}/r1jax/{wheel}"
         )
-    assert not [line for line in cloud.tools("sudo") if "apt-get" in line]  # gcsfuse was there
 
     said = cloud.run("install.sh")
     assert len([line for line in cloud.tools("python3") if "uv" in line]) == 3 * len(everywhere)
@@ -430,18 +426,9 @@ def test_every_word_arrives_on_every_worker(cloud: Cloud) -> None:
         cloud.run("stop.sh")
         (run,) = [run for run in cloud.runs() if run[0] == worker]
         assert run[1:] == [
-            *("R1JAX_MULTI_HOST=1", "run", "tiny/r1_zero", f"output={cloud.mount}/runs"),
+            *("R1JAX_MULTI_HOST=1", "run", "tiny/r1_zero", "output=gs://a-bucket/runs"),
             *AWKWARD,
         ]
-        assert (
-            cloud.tools("gcsfuse").count(
-                f"{worker} gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "
-                "--metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false "
-                f"a-bucket {cloud.mount}"
-            )
-            == 1
-        )
-    assert (cloud.mount / "runs").is_dir()
 
 
 def test_launch_says_exactly_what_a_dry_run_says(cloud: Cloud) -> None:
@@ -488,7 +475,7 @@ def test_launch_needs_an_installation(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("script", ["launch.sh", "gke/launch.sh"])
-@pytest.mark.parametrize("output", ["runs", "gs://a-bucket/runs", "/mnt/other"])
+@pytest.mark.parametrize("output", ["runs", "/mnt/other"])
 def test_outputs_that_would_be_lost_are_refused(script: str, output: str, cloud: Cloud) -> None:
     said = cloud.run(script, "tiny/r1_zero", f"output={output}", status=2)
     assert f"output={output} would not outlive the machines" in said
@@ -500,13 +487,13 @@ def test_a_config_of_ones_own_goes_to_the_bucket(cloud: Cloud, tmp_path: Path) -
     config.write_text("name: mine\n")
     cloud.save(lives=[READY])
     cloud.run("install.sh")
-    cloud.run("launch.sh", str(config), f"output={cloud.mount}/elsewhere")
+    cloud.run("launch.sh", str(config), "output=gs://a-bucket/elsewhere")
     cloud.run("stop.sh")
     (copy,) = cloud.calls("gcloud", "storage")
     assert copy[2:5] == ["cp", str(config), "gs://a-bucket/configs/r1/"]
     assert cloud.runs()[0][2:] == [
-        *("run", f"{cloud.mount}/configs/r1/my run.yaml", f"output={cloud.mount}/runs"),
-        f"output={cloud.mount}/elsewhere",
+        *("run", "gs://a-bucket/configs/r1/my run.yaml", "output=gs://a-bucket/runs"),
+        "output=gs://a-bucket/elsewhere",
     ]
 
 
@@ -736,17 +723,7 @@ def test_the_manifest_is_the_job(cloud: Cloud) -> None:
     assert container["image"] == "registry/r1jax:1"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     words = [*container["command"], *map(expanded, container["args"])]
-    assert words == ["r1jax", "run", "tiny/r1_zero", f"output={cloud.mount}/runs", *AWKWARD]
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount == {"name": volume["name"], "mountPath": str(cloud.mount)}
-    assert volume["csi"] == {
-        "driver": "gcsfuse.csi.storage.gke.io",
-        "volumeAttributes": {
-            "bucketName": "a-bucket",
-            "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0,"
-            "metadata-cache:negative-ttl-secs:0,write:enable-streaming-writes:false",
-        },
-    }
+    assert words == ["r1jax", "run", "tiny/r1_zero", "output=gs://a-bucket/runs", *AWKWARD]
 
 
 def action(manifest: dict[str, Any], *, exit_code: int, disrupted: bool = False) -> str:

@@ -10,14 +10,9 @@ read_options "$@"
 load_settings PROJECT ZONE SLICE ACCELERATOR_TYPE RUNTIME_VERSION BUCKET
 
 check_bucket() {
-  local enabled
-  # Only the raw description has the field.
-  enabled=$(gcloud storage buckets describe "gs://$BUCKET" --project="$PROJECT" --raw \
-    --format='value(hierarchicalNamespace.enabled)' --quiet) ||
+  gcloud storage buckets describe "gs://$BUCKET" --project="$PROJECT" --format='value(name)' \
+    --quiet >/dev/null ||
     give_up "$UNUSABLE" "gs://$BUCKET cannot be looked at; $SCRIPTS/slice.env.example says how to make it"
-  [[ $enabled == True ]] ||
-    give_up "$UNUSABLE" "gs://$BUCKET has no hierarchical namespace, so a checkpoint could be left \
-half-written: make another bucket as $SCRIPTS/slice.env.example says"
 }
 
 ask() {
@@ -35,7 +30,7 @@ ask() {
     reserved) command+=(--reserved) ;;
   esac
   if [[ -n $QUEUE_FOR ]]; then command+=(--valid-until-duration="$QUEUE_FOR"); fi
-  # The TPU VMs mount the bucket.
+  # The TPU VMs write to the bucket.
   command+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
   change "${command[@]}"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # install.sh [--slice FILE] [--dry-run]
 #
-# Installs r1jax, as this checkout has it, on every worker, with gcsfuse. Workers that have the same
-# files already do nothing.
+# Installs r1jax, as this checkout has it, on every worker. Workers that have the same files already
+# do nothing.
 
 . "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 read_options "$@"

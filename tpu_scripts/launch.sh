@@ -17,5 +17,5 @@ if [[ $DRY_RUN == no ]]; then
     give_up 1 "a run is going on some of the workers only; stop.sh first:"$'\n'"$states"
   fi
 fi
-on_every_worker start "$BUCKET" "$MOUNT" "${RUN[@]}" ||
+on_every_worker start "${RUN[@]}" ||
   give_up 1 "not started on every worker; see above for which"

@@ -10,7 +10,7 @@ SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly UNUSABLE=2 NO_CAPACITY=3 STOPPED=10 PREEMPTED=143
 
 readonly SETTINGS=(
-  PROJECT ZONE SLICE SLICES ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY QUEUE_FOR BUCKET MOUNT EXTRAS
+  PROJECT ZONE SLICE SLICES ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY QUEUE_FOR BUCKET EXTRAS
   RESTARTS POLL_SECONDS KUBE_CONTEXT NAMESPACE SERVICE_ACCOUNT IMAGE GKE_ACCELERATOR GKE_TOPOLOGY
   CHIPS_PER_HOST GKE_SPOT
 )
@@ -71,13 +71,12 @@ load_settings() { # NAME...
     [[ -n ${!name:-} ]] || missing+=("$name")
   done
   ((${#missing[@]} == 0)) || give_up "$UNUSABLE" "$SLICE_FILE does not set ${missing[*]}"
-  : "${SLICES:=1}" "${CAPACITY:=on-demand}" "${QUEUE_FOR:=}" "${MOUNT:=/mnt/r1jax}" "${EXTRAS:=tpu}"
+  : "${SLICES:=1}" "${CAPACITY:=on-demand}" "${QUEUE_FOR:=}" "${EXTRAS:=tpu}"
   : "${RESTARTS:=100}" "${POLL_SECONDS:=30}" "${NAMESPACE:=default}" "${GKE_SPOT:=no}"
   check SLICE '[a-z]([-a-z0-9]*[a-z0-9])?' "a name of small letters, digits and hyphens"
   check SLICES '[1-9][0-9]*' "the number of slices"
   check CAPACITY 'spot|reserved|on-demand' "spot, reserved or on-demand"
   check BUCKET '[a-z0-9][-_.a-z0-9]*' "a bucket's name, without gs://"
-  check MOUNT '/[-_./A-Za-z0-9]*[-_.A-Za-z0-9]' "an absolute path without spaces"
   check EXTRAS '[-_a-z0-9]+(,[-_a-z0-9]+)*' "names with commas between them"
   check RESTARTS '[0-9]+' "a number"
   check POLL_SECONDS '[0-9]+(\.[0-9]+)?' "a number"
@@ -185,20 +184,20 @@ prepare_run() {
   local config=${ARGUMENTS[0]} rest=("${ARGUMENTS[@]:1}") argument
   for argument in ${rest[@]+"${rest[@]}"}; do
     case $argument in
-      output="$MOUNT"/*) ;;
+      output=gs://*) ;;
       output=*)
-        give_up "$UNUSABLE" "$argument would not outlive the machines, or cannot be written to: \
-outputs go to $MOUNT/runs, which is gs://$BUCKET/runs; for another folder there give output=$MOUNT/..."
+        give_up "$UNUSABLE" "$argument would not outlive the machines: outputs go to \
+gs://$BUCKET/runs; for another folder there give output=gs://$BUCKET/..."
         ;;
     esac
   done
   if [[ -f $config ]]; then
     local folder=configs/$SLICE
     change gcloud storage cp "$config" "gs://$BUCKET/$folder/" --project="$PROJECT" --quiet
-    config=$MOUNT/$folder/$(basename "$config")
+    config=gs://$BUCKET/$folder/$(basename "$config")
   fi
   # shellcheck disable=SC2034 # read by the scripts
-  RUN=("$config" "output=$MOUNT/runs" ${rest[@]+"${rest[@]}"})
+  RUN=("$config" "output=gs://$BUCKET/runs" ${rest[@]+"${rest[@]}"})
 }
 
 # Of the lines on standard input those that worker.sh printed, as NODE/WORKER STATE...

@@ -25,47 +25,25 @@ install_step() { # WHEEL EXTRAS
   wanted="$2 $(sha256sum <"$1")"
   if [[ ! -f installed || $(<installed) != "$wanted" ]]; then
     rm -f installed
-    command -v gcsfuse >/dev/null || install_gcsfuse
     if [[ ! -x venv/bin/python ]]; then
       # The VMs' own Python may be older than r1jax allows.
       python3 -m pip install --quiet --user uv
       python3 -m uv venv --quiet --clear --python 3.12 venv
     fi
+    # gcs: outputs are on the bucket.
     python3 -m uv pip install --quiet --python venv/bin/python --reinstall-package r1jax \
-      "r1jax[$2] @ file://$PWD/$1"
+      "r1jax[gcs,$2] @ file://$PWD/$1"
     printf '%s\n' "$wanted" >installed
   fi
   report installed
-}
-
-install_gcsfuse() {
-  local key=/usr/share/keyrings/cloud.google.asc repository=https://packages.cloud.google.com/apt
-  # A new VM may be updating itself and hold the lock.
-  local apt=(sudo env DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes -o DPkg::Lock::Timeout=600)
-  curl --silent --show-error --fail "$repository/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-  echo "deb [signed-by=$key] $repository gcsfuse-$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  "${apt[@]}" update >&2
-  "${apt[@]}" install gcsfuse >&2
-}
-
-mount_bucket() { # BUCKET MOUNT
-  if mountpoint -q "$2"; then return; fi
-  sudo mkdir -p "$2"
-  sudo chown "$(id -un)" "$2"
-  # Nothing is cached, as workers read what others wrote; and fsync has to upload, which a streaming
-  # write leaves to close(): the metric files stay open, and a checkpoint counts on their bytes.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-    --enable-streaming-writes=false "$1" "$2" >&2 9>&- # it lives on, and must not keep the lock
 }
 
 # Held by a run as long as it lives, whatever ends it. Shared, so that two who ask do not find each
 # other.
 is_running() { ! flock --shared --nonblock lock true; }
 
-start_step() { # BUCKET MOUNT ARGUMENT...
-  local bucket=$1 mount=$2 wanted
-  shift 2
+start_step() { # ARGUMENT...
+  local wanted
   printf -v wanted '%q ' r1jax run "$@"
   exec 9>>lock
   if ! flock --wait 2 9; then # is_running holds it for a moment, too
@@ -80,8 +58,6 @@ start_step() { # BUCKET MOUNT ARGUMENT...
     report broken "r1jax is not installed: install.sh"
     return 1
   }
-  mount_bucket "$bucket" "$mount"
-  mkdir -p "$mount/runs"
   rm -f ended stopped pid
   printf '%s\n' "$wanted" >words
   # A session of its own outlives the connection. TPU VMs have nothing in the environment that tells

@@ -24,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from r1jax.bucket import locate
 from r1jax.config.benchmarks import fill_in
 from r1jax.config.packaged import packaged_configs, read_mesh
 from r1jax.config.schema import RunConfig
@@ -48,10 +49,12 @@ class ConfigError(ValueError):
 def find_config(name_or_path: str | Path) -> Path:
     """The file meant by `name_or_path`: an existing file, or else the name of a packaged config.
 
+    The file may be on a bucket (`gs://...`).
+
     Raises:
       ConfigError: there is neither; the message names the nearest packaged configs.
     """
-    path = Path(name_or_path)
+    path = locate(name_or_path)
     if path.is_file():
         return path
     known = packaged_configs()

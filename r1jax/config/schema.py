@@ -35,7 +35,7 @@ def check_axes(axes: dict[str, int], field: str) -> None:
 class ModelSection(Section):
     """Which policy. Either `path` (weights exist) or `config` (from scratch), never both."""
 
-    path: str | None = Field(None, description="Hugging Face directory or hub name.")
+    path: str | None = Field(None, description="Hugging Face directory, gs://... or hub name.")
     config: dict[str, Any] | None = Field(
         None, description="A Hugging Face `config.json` as a mapping: random initial weights."
     )
@@ -603,7 +603,9 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
     seed: int = Field(0, ge=0)
-    output: str = Field("runs", description="The run lives in OUTPUT/NAME-sSEED.")
+    output: str = Field(
+        "runs", description="The run lives in OUTPUT/NAME-sSEED; gs://... is a bucket."
+    )
     title: str = ""
     notes: str = Field("", description="Shown in the report: choices, deviations from the paper.")
     model: ModelSection

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1jax.bucket import locate
+
 Row = Mapping[str, Any]
 
 
@@ -28,7 +30,9 @@ class Rows:
 
 
 def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
-    """`jsonl:PATH`: one JSON object per line of a UTF-8 file; blank lines are skipped.
+    """`jsonl:PATH`: one JSON object per line of a UTF-8 file, local or on a bucket (`gs://...`).
+
+    Blank lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +44,7 @@ def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
             f"source = 'jsonl:{name}': split = {split!r}; a file is one split, train. For a held "
             "out share of it set held_out_fraction in both datasets"
         )
-    path = Path(name).expanduser()
+    path = locate(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"source = 'jsonl:{name}': no file {path} (looked in {Path.cwd()})")
     rows: list[Row] = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from r1jax.bucket import download, locate, on_bucket
 from r1jax.data.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a directory, a hub name, or `characters:NAME`.
+    """Loads a tokenizer from a directory (local or on a bucket), a hub name, or `characters:NAME`.
 
     Raises:
         ValueError: there is no task NAME, or nothing can be loaded from the directory or hub.
@@ -39,24 +41,28 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    path = Path(name_or_path).expanduser()
-    try:
-        if not path.is_dir():
-            path = Path(snapshot_download(name_or_path, allow_patterns=_TOKENIZER_FILES))
-        source = str(path)
-        if (path / "tokenizer.json").is_file():
-            # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
-            # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
-            # tokenizer (DeepSeek-R1's distills) would get other ids, silently.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        declared = get_tokenizer_config(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer {name_or_path!r}: neither a directory with tokenizer files nor a hub name "
-            f"that can be reached ({str(error).splitlines()[0]})"
-        ) from error
+    path = locate(name_or_path).expanduser()
+    with TemporaryDirectory(prefix="r1jax-") as scratch:
+        try:
+            if on_bucket(path):
+                download(path, _TOKENIZER_FILES, Path(scratch))
+                path = Path(scratch)
+            elif not path.is_dir():
+                path = Path(snapshot_download(name_or_path, allow_patterns=_TOKENIZER_FILES))
+            source = str(path)
+            if (path / "tokenizer.json").is_file():
+                # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
+                # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
+                # tokenizer (DeepSeek-R1's distills) would get other ids, silently.
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source)
+            declared = get_tokenizer_config(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer {name_or_path!r}: neither a directory with tokenizer files nor a hub "
+                f"name that can be reached ({str(error).splitlines()[0]})"
+            ) from error
     if declared.get("add_bos_token") and not begins_with_bos(tokenizer):
         # transformers 5 drops this flag when there is a tokenizer.json. DeepSeek-R1's has no step
         # that adds BOS, yet its models never saw a text without one.

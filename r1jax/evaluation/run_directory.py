@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
 from r1jax.config.schema import RunConfig
 
@@ -146,9 +147,11 @@ class Run:
 def language_models(run_dir: str | Path) -> list[Path]:
     """The Hugging Face directories that the train stages left, in order; reward models aside."""
     found = []
-    for path in sorted(Path(run_dir).glob("stages/*/model")):
-        config = _json_object(path / "config.json") or {}
-        if not str(config.get("architectures")).count("SequenceClassification"):
+    for path in sorted(locate(run_dir).glob("stages/*/model")):
+        config = _json_object(path / "config.json")
+        if config is None and on_bucket(path):  # it is still being written
+            continue
+        if not str((config or {}).get("architectures")).count("SequenceClassification"):
             found.append(path)
     return found
 

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
+from r1jax.bucket import WorkingCopy, locate, on_bucket
 from r1jax.config.lineage import differences, ingredients
 from r1jax.config.schema import (
     MODEL,
@@ -189,13 +190,19 @@ class LanguageModel:
 
 @dataclass
 class Context:
-    """A run, resolved: where it lives, its models, its data and the record of its stages."""
+    """A run, resolved: where it lives, its models, its data and the record of its stages.
+
+    Attributes:
+      directory: where its files are written; of a run on a bucket the working copy.
+      copy: that working copy; None where the output is a local folder.
+    """
 
     config: RunConfig
     directory: Path
     layout: Layout
     rollout_layout: Layout
     models: dict[str, LanguageModel]
+    copy: WorkingCopy | None = None
     record: dict[str, Any] = field(default_factory=dict)
     stop_requested: bool = False
     _examples: dict[str, Sequence[Example]] = field(default_factory=dict)
@@ -226,8 +233,10 @@ class Context:
                 used[config.model_of(stage.rewrite.weights)] = None
         sections = {MODEL: config.model, **config.models}
         models = {name: LanguageModel.resolve(sections[name], layout) for name in used}
-        directory = Path(config.output) / f"{config.name}-s{config.seed}"
-        return Context(config, directory, layout, rollout_layout, models)
+        home = locate(config.output) / f"{config.name}-s{config.seed}"
+        copy = WorkingCopy(str(home)) if on_bucket(home) else None
+        directory = home if copy is None else copy.directory
+        return Context(config, directory, layout, rollout_layout, models, copy)
 
     def model_of(self, name: str) -> LanguageModel:
         """The model that the weights of a stage (or of a model, by its name) are of."""
@@ -244,15 +253,35 @@ class Context:
         """The weights that a stage starts from."""
         source, model = self.config.weights_of(stage), self.model_of(stage)
         if self.config.stage(stage).kind == "reward_model" and source not in self.models:
-            directory = self.stage_directory(source) / "model"
-            return model.load(directory, new_head=self.seed("head", stage))
+            return model.load(self.trained(source), new_head=self.seed("head", stage))
         return self.weights(source, model)
 
     def weights(self, source: str, model: LanguageModel) -> Any:
         """The weights of `model` that a train stage left, or its own."""
         if source in self.models:
             return model.initial(self.seed("weights", *([] if source == MODEL else [source])))
-        return model.load(self.stage_directory(source) / "model")
+        return model.load(self.trained(source))
+
+    def trained(self, stage: str) -> Path:
+        """The Hugging Face directory that a train stage leaves."""
+        return self.home(self.stage_directory(stage) / "model")
+
+    def home(self, path: Path) -> Path:
+        """Where a path in the run's directory lasts: itself, or its place on the bucket."""
+        return path if self.copy is None else self.copy.place(path)
+
+    def push(self) -> None:
+        """Brings what was written so far to where it lasts."""
+        if self.copy is not None:
+            self.copy.push()
+
+    def wait_for_files(self, where: str) -> None:
+        """Returns when every process has come here, and sees the files that process 0 wrote."""
+        if jax.process_index() == 0:
+            self.push()
+        wait_for_all(where)
+        if self.copy is not None and jax.process_index() > 0:
+            self.copy.pull()
 
     def stage_directory(self, name: str) -> Path:
         """`stages/NN-name`; the number stays what it was when the stage began."""
@@ -356,6 +385,8 @@ class Context:
         """
         if jax.process_index() > 0:
             wait_for_all("open_record")
+        if self.copy is not None:
+            self.copy.pull()
         self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.config.model_dump(mode="json", exclude={"output"})
         path = self.directory / "config.yaml"
@@ -386,7 +417,10 @@ class Context:
         }
         if jax.process_index() == 0:
             self._write_record()
+            self.push()
             wait_for_all("open_record")
+        if self.copy is not None:  # process 0 must not write on while the others read
+            wait_for_all("pulled")
 
     def _refuse_stale(self) -> None:
         """A stage that has begun must still be what the config says it is.
@@ -403,9 +437,11 @@ class Context:
             changed = list(differences(began_with, ingredients(self.config, name)))
             if changed:
                 raise ValueError(
-                    f"{self.directory}: the stage {name} is {entry['status']} with other settings "
+                    f"{self.home(self.directory)}: the stage {name} is {entry['status']} with "
+                    "other settings "
                     f"({'; '.join(changed[:5])}). Put them back, give the new run another name, or "
-                    f"delete {self.stage_directory(name)} and its entry in run.json to run it anew"
+                    f"delete {self.home(self.stage_directory(name))} and its entry in run.json to "
+                    "run it anew"
                 )
 
     def mark(self, name: str, kind: str, status: str, seconds: Mapping[str, float]) -> None:
@@ -419,6 +455,7 @@ class Context:
         }
         if jax.process_index() == 0:
             self._write_record()
+        self.push()
 
     def note_machine(self, name: str, figures: Mapping[str, float]) -> None:
         """Note in run.json what a stage took of the machine, in the process that ended it."""

@@ -143,7 +143,7 @@ class RewardModel:
             self._reads = stage.reads
             # Trained on labels, its score is a logit: rewards are the probability of "safe".
             self._as_probability = stage.loss == "pointwise"
-            directory = context.stage_directory(stage.name) / "model"
+            directory = context.trained(stage.name)
         else:
             if reward.reads is None:
                 raise ValueError(

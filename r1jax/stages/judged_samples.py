@@ -11,7 +11,7 @@ import jax
 from r1jax.config.schema import EvaluateStage, RejectionSamplingStage, SamplingSection
 from r1jax.data import Prompt
 from r1jax.metrics import ACTIVITY, Progress, Recorder
-from r1jax.processes import Share, anywhere, batch_share, gather, wait_for_all
+from r1jax.processes import Share, anywhere, batch_share, gather
 from r1jax.stages.context import Clock, Context, LanguageModel, Preempted
 from r1jax.stages.judge import Judge
 from r1jax.stages.rollout import check_domains, sample_batch, stop_search, to_sampling
@@ -98,7 +98,7 @@ def judge_samples(
                 stored = f"{asked_in_full} of {len(prompts)} prompts are stored"
                 raise Preempted(f"{stage.name}: {stored}")
     # Process 0 has written the last rows when any process goes on to read them.
-    wait_for_all(stage.name)
+    context.wait_for_files(stage.name)
     return clock, prompts
 
 

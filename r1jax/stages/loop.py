@@ -87,7 +87,8 @@ class TrainLoop:
             config=config.model_dump(mode="json"),
             process_index=jax.process_index(),
         )
-        self.checkpoints = Checkpoints(directory / "checkpoints", keep=stage.keep_checkpoints)
+        checkpoints = context.home(directory / "checkpoints")
+        self.checkpoints = Checkpoints(checkpoints, keep=stage.keep_checkpoints)
         self.compilations = CompilationCounter()
         self._timed = 0  # rows of timings in this process
         self._warned = False
@@ -181,12 +182,14 @@ class TrainLoop:
         rows: dict[str, Any] = {jax.tree_util.keystr(k): to_process_rows(x) for k, x in leaves}
         np.savez(path, **rows)
         self.progress.print(
-            f"step {self.step}: loss or gradient not finite, update skipped ({path})"
+            f"step {self.step}: loss or gradient not finite, update skipped "
+            f"({self._context.home(path)})"
         )
         if self._bad_in_a_row >= self._stage.max_bad_steps:
             raise RunError(
                 f"{self._stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "
-                f"last at step {self.step}; their batches are in {path.parent}. Lower "
+                f"last at step {self.step}; their batches are in "
+                f"{self._context.home(path.parent)}. Lower "
                 "optimizer.learning_rate or optimizer.max_grad_norm, use compute_dtype: float32 to "
                 "see whether it is a matter of range, and look at sampler/gap_max in metrics.jsonl"
             )
@@ -230,6 +233,8 @@ class TrainLoop:
             "bad_in_a_row": self._bad_in_a_row,
             "seconds": self.clock.seconds,
         }
+        # First the lines that the metrics' cursor counts on, then the checkpoint that has it.
+        self._context.push()
         self.checkpoints.save(self.step, arrays, metadata)
         self.clock.lap("checkpoint")
 
@@ -258,6 +263,6 @@ class TrainLoop:
     @phase("export")
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
-        self._model.export(self._directory / "model", self.state.params)
+        self._model.export(self._context.trained(self._stage.name), self.state.params)
         self.clock.lap("export")
         self._context.mark(self._stage.name, self._stage.kind, "done", self.clock.seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import platform
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from r1jax.bucket import check_access, copy_folder
 from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.schema import (
@@ -171,16 +171,19 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
             console.print(f"Stopped by SIGTERM. {stop}; the same command goes on.")
             return EXIT_PREEMPTED
         finally:
+            context.push()
             for directory in context.profiles:
                 console.print(
-                    f"Profile: {directory}; to look at it: pip install xprof, and "
-                    f"xprof --logdir {directory}",
+                    f"Profile: {context.home(directory)}; to look at it: pip install xprof, and "
+                    f"xprof --logdir {context.home(directory)}",
                     soft_wrap=True,
                 )
         wait_for_all("stages")
     if jax.process_index() == 0:
         write_results(context.directory)
-        console.print(f"Report: {write_report(context.directory)}", soft_wrap=True)
+        report = write_report(context.directory)
+        context.push()
+        console.print(f"Report: {context.home(report)}", soft_wrap=True)
     return 0
 
 
@@ -248,7 +251,7 @@ def _check_profile(context: Context, selected: Sequence[str], profile: ProfiledS
         else:
             # Where epochs are given, the steps are known when the data is counted.
             steps = getattr(stage, "steps", None) or profile.first
-            done = _newest_checkpoint(context.stage_directory(stage.name))
+            done = _newest_checkpoint(context.home(context.stage_directory(stage.name)))
             if done < profile.last and profile.first <= steps:
                 return
             told.append(f"{stage.name} goes from step {done + 1} to {steps}")
@@ -264,6 +267,8 @@ def _newest_checkpoint(directory: Path) -> int:
 def check(context: Context) -> None:
     """Refuse, before any compute, what would fail later: data, templates, rewards, sharding."""
     config = context.config
+    if context.copy is not None:
+        check_access(config.output)
     own = [
         config.rewards_of(stage.rewards)
         for stage in config.stages
@@ -386,14 +391,14 @@ def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Pa
     if stage is None:
         found = language_models(run_dir)
     else:
-        found = sorted(Path(run_dir).glob(f"stages/[0-9][0-9]-{stage}/model"))
+        found = sorted(run_dir.glob(f"stages/[0-9][0-9]-{stage}/model"))
     if not found:
         raise ValueError(
             f"{run_dir} has no finished train stage{f' {stage!r}' if stage else ''} to export"
         )
     if destination.exists():
         raise ValueError(f"{destination} exists; name a new directory")
-    shutil.copytree(found[-1], destination)
+    copy_folder(found[-1], destination, last="config.json")
     return destination
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -50,7 +51,7 @@ from r1jax.data.rewriting import (
 )
 from r1jax.data.tokenizers import encode_texts
 from r1jax.metrics import ACTIVITY, phase, read_rows
-from r1jax.processes import anywhere, batch_share, from_first, gather, wait_for_all
+from r1jax.processes import anywhere, batch_share, from_first, gather
 from r1jax.sampler import Finish
 from r1jax.stages.context import Context, Preempted, RunError
 from r1jax.stages.judged_samples import SAMPLES, judge_samples, share_right, slice_of_process
@@ -61,6 +62,7 @@ REWRITTEN = "rewritten.jsonl"
 KEPT = "kept"
 
 _GLANCE = 1.0  # seconds between two looks whether to stop
+_PUSH_EVERY = 60.0  # seconds after which replies of an endpoint are on a run's bucket
 
 Row = Mapping[str, Any]
 
@@ -116,7 +118,8 @@ def run_rejection_sampling(
     if not rows:
         raise RunError(
             f"{stage.name}: no sample is left ({told(counts)}). Weaken what removes most, sample "
-            f"more often, or take better weights; the samples are in {directory / SAMPLES}"
+            f"more often, or take better weights; the samples are in "
+            f"{context.home(directory / SAMPLES)}"
         )
     if jax.process_index() == 0:
         write_dataset(directory / DATASET, rows)
@@ -125,7 +128,7 @@ def run_rejection_sampling(
         summary = {"samples": dict(counts), **dataset_card(rows)}
         (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         Console(highlight=False).print(f"{stage.name}: {told(counts)}", markup=False)
-    wait_for_all(stage.name)
+    context.wait_for_files(stage.name)
     clock.lap("write")
     context.mark(stage.name, stage.kind, "done", clock.seconds)
 
@@ -241,6 +244,7 @@ def rewrite_with_endpoint(
 ) -> list[str | None]:
     """Process 0 asks, in a thread; meanwhile all processes look together whether to stop."""
     abandoned = threading.Event()
+    pushed = time.monotonic()
     with ThreadPoolExecutor(1) as thread:
         asking: Future[list[str | None]] | None = None
         try:
@@ -256,6 +260,9 @@ def rewrite_with_endpoint(
             while anywhere(asking is not None and bool(wait([asking], _GLANCE).not_done)):
                 context.stop_requested = anywhere(context.stop_requested)
                 ACTIVITY.advance()  # the requests have deadlines of their own
+                if time.monotonic() - pushed > _PUSH_EVERY:
+                    context.push()
+                    pushed = time.monotonic()
         except BaseException:
             abandoned.set()
             raise
@@ -335,6 +342,7 @@ def rewrite_with_model(
             for key, reply in zip(keys[batch], replies[batch], strict=True):
                 assert reply is not None
                 log.add(key, reply)
+            context.push()
     return [
         None if reply is None else reply.accepted(each, section.style)
         for each, reply in zip(drafts, replies, strict=True)

@@ -1,5 +1,7 @@
 """Hugging Face directories: read tensor by tensor into sharded arrays, and written back.
 
+They are local, or on a bucket (`gs://...`), where tensors are read by ranges of bytes.
+
 What is read and written derives from `r1jax.models.declare`; there is no list of names here.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
 
 import jax
@@ -23,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from r1jax.bucket import locate, on_bucket, read_range
 from r1jax.models.config import Head, ModelConfig
 from r1jax.models.parameters import (
     Params,
@@ -51,13 +55,13 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 def resolve(path_or_name: str) -> Path:
-    """A local directory as it is, else the hub repository of that name, downloaded.
+    """A directory (local, or on a bucket) as it is; else the hub's repository, downloaded.
 
     Raises:
       ValueError: neither a directory nor a repository that can be reached.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
+    path = _directory(path_or_name)
+    if path is not None:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -77,13 +81,13 @@ def resolve(path_or_name: str) -> Path:
 
 
 def find_config(path_or_name: str) -> dict[str, Any]:
-    """`config.json` of a local directory, or of a hub repository without its weights.
+    """`config.json` of a directory, or of a hub repository without its weights.
 
     Raises:
       ValueError: neither a directory nor a repository that can be reached.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
+    path = _directory(path_or_name)
+    if path is not None:
         return read_config(path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -97,9 +101,19 @@ def find_config(path_or_name: str) -> dict[str, Any]:
         ) from error
 
 
+def _directory(path_or_name: str) -> Path | None:
+    """A directory that is there; None if the name may be one of the hub's."""
+    path = locate(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if on_bucket(path_or_name):
+        raise ValueError(f"model {path_or_name!r}: there is nothing under this name on the bucket")
+    return None
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory."""
-    path = Path(directory) / "config.json"
+    path = locate(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json: is it a Hugging Face model directory?")
     return _read_mapping(path)
@@ -107,7 +121,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
     """`generation_config.json` of a directory, or None; it names all EOS ids of a chat model."""
-    path = Path(directory) / "generation_config.json"
+    path = locate(directory) / "generation_config.json"
     if not path.is_file():
         return None
     return _read_mapping(path)
@@ -149,7 +163,7 @@ class Tensors:
         self._slices: dict[str, Any] = {}
         for file in files:
             try:
-                handle = safe_open(directory / file, framework="numpy")
+                handle = _open_safetensors(directory / file)
             except SafetensorError as error:
                 raise ValueError(
                     f"{directory / file} is not a whole safetensors file ({error}); copy or "
@@ -169,6 +183,58 @@ class Tensors:
         """tensor[box]; only that is copied out of the (memory-mapped) file."""
         part: np.ndarray = self._slices[name][box]
         return part
+
+
+def _open_safetensors(path: Path) -> Any:
+    return _OnBucket(path) if on_bucket(path) else safe_open(path, framework="numpy")
+
+
+class _OnBucket:
+    """As `safe_open`, of a file on a bucket; the format is explained at `_write_safetensors`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        size = path.stat().length  # type: ignore[attr-defined]  # etils' own
+        self._data = 8 + int.from_bytes(read_range(path, 0, min(8, size)), "little")
+        if self._data > size:
+            raise SafetensorError(f"it has {size} bytes, fewer than its header")
+        self._tensors: dict[str, Any] = json.loads(read_range(path, 8, self._data))
+        self._tensors.pop("__metadata__", None)
+        end = self._data + max((t["data_offsets"][1] for t in self._tensors.values()), default=0)
+        if end != size:
+            raise SafetensorError(f"it has {size} bytes, and its header says {end}")
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _SliceOnBucket:
+        entry = self._tensors[name]
+        start = self._data + entry["data_offsets"][0]
+        return _SliceOnBucket(self._path, tuple(entry["shape"]), entry["dtype"], start)
+
+
+@dataclass(frozen=True)
+class _SliceOnBucket:
+    """A tensor on a bucket: `[box]` reads the rows that the box touches."""
+
+    path: Path
+    shape: tuple[int, ...]
+    code: str
+    start: int
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.code
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        dtype = jnp.dtype(_DTYPES[self.code])
+        first, last, _ = box[0].indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * dtype.itemsize
+        data = read_range(self.path, self.start + first * row, self.start + last * row)
+        rows = np.frombuffer(data, dtype).reshape(last - first, *self.shape[1:])
+        return rows[:, *box[1:]]
 
 
 def stored_names(spec: ParamSpec) -> list[str]:
@@ -392,7 +458,9 @@ def export(
 
     Args:
       directory: written under a temporary name beside it and renamed, so that a killed export
-        leaves nothing half-written under this name.
+        leaves nothing half-written under this name. On a bucket (`gs://...`), which has no rename,
+        each file is there when it is complete, and `config.json`, without which there is no model,
+        is removed first and written last.
       params: the tree of `declare(model)`.
       tokenizer: saved beside the weights.
       generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
@@ -407,15 +475,19 @@ def export(
     """
     if model.head == "scalar":
         check_padding(tokenizer, generation_config)
-    target = Path(os.path.abspath(directory))
-    if target.exists() and not (target / "config.json").is_file() and os.listdir(target):
+    bucket = on_bucket(directory)
+    target = locate(directory) if bucket else Path(os.path.abspath(directory))
+    unknown = target.exists() and not (target / "config.json").is_file()
+    if unknown and not bucket and os.listdir(target):
         raise ValueError(
             f"{target} exists and has no config.json: an export replaces a model, nothing else; "
             "choose another directory"
         )
     tensors = _stored_tensors(params, model, dtype)
     if jax.process_index() == 0:
-        _export_here(target, tensors, model, tokenizer, generation_config, max_shard_bytes)
+        configs = _configs(tensors, model, tokenizer, generation_config)
+        write = _write_to_bucket if bucket else _write_and_rename
+        write(target, tensors, configs, tokenizer, max_shard_bytes)
     else:
         for tensor in tensors:
             tensor.gather()  # this process's part in the collectives
@@ -466,28 +538,64 @@ def _special_ids(
     return ids
 
 
-def _export_here(
-    target: Path,
+def _configs(
     tensors: list[_Tensor],
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     generation_config: Mapping[str, Any] | None,
-    max_shard_bytes: int,
-) -> None:
-    partial_dir = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    partial_dir.mkdir(parents=True)
+) -> dict[str, dict[str, Any]]:
+    """`generation_config.json`, where there is one, and `config.json`: name -> content."""
     kinds = {jnp.dtype(_DTYPES[tensor.code]).name for tensor in tensors}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
     ids = _special_ids(tokenizer, generation_config)
     config = {**model.to_hugging_face(), "dtype": kind, "torch_dtype": kind, **ids}
     generation = {**(generation_config or {}), **ids}
-    _write_json(partial_dir / "config.json", config)
-    if generation and model.head == "language":
-        _write_json(partial_dir / "generation_config.json", generation)
+    written = generation and model.head == "language"
+    return {**({"generation_config.json": generation} if written else {}), "config.json": config}
+
+
+def _write_small(
+    directory: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    for name, content in configs.items():
+        _write_json(directory / name, content)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial_dir))
+        tokenizer.save_pretrained(str(directory))
+
+
+def _write_to_bucket(
+    target: Path,
+    tensors: list[_Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_bytes: int,
+) -> None:
+    config = target / "config.json"
+    config.unlink(missing_ok=True)
+    for stale in target.glob("model*.safetensors*"):
+        stale.unlink()
+    with TemporaryDirectory(prefix="r1jax-") as scratch:
+        _write_small(Path(scratch), configs, tokenizer)
+        _write_weights(target, tensors, max_shard_bytes)
+        for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == config.name):
+            if path.is_file():
+                (target / path.relative_to(scratch)).write_bytes(path.read_bytes())
+
+
+def _write_and_rename(
+    target: Path,
+    tensors: list[_Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_bytes: int,
+) -> None:
+    partial_dir = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    partial_dir.mkdir(parents=True)
+    _write_small(partial_dir, configs, tokenizer)
     _write_weights(partial_dir, tensors, max_shard_bytes)
     if target.exists():
         # Moved aside first: removing takes longer than a rename and can fail half-way.
@@ -594,7 +702,7 @@ def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
         at += tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             file.write(tensor.gather().view(np.uint8).data)

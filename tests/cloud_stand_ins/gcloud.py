@@ -125,8 +125,9 @@ def main() -> int:
             nodes(scenario)
             path.write_text(json.dumps(scenario))
         elif what == ["storage", "buckets", "describe"]:
-            # Without --raw, gcloud leaves the field out.
-            print(scenario["hierarchical_namespace"] if "--raw" in WORDS else "")
+            if not scenario["bucket"]:
+                refuse("gs://a-bucket not found: 404.")
+            print(scenario["bucket"])
     if what == ["compute", "tpus", "tpu-vm"] and rest[0] == "ssh":
         return ssh(scenario, rest[1])
     if what == ["compute", "tpus", "tpu-vm"] and rest[0] == "scp":

@@ -5,17 +5,6 @@ tool=${0##*/}
 note() { printf '%s\n' "$AT $tool $*" >>"$CLOUD/worker.log"; }
 case $tool in
   curl) echo "${AT#*/}" ;; # the VM's metadata
-  sudo)
-    note "$@"
-    if [[ $1 != chown ]]; then exec "$@"; fi
-    ;;
-  mountpoint) [[ -e $HOME/mounted ]] ;;
-  gcsfuse)
-    note "$@"
-    touch "$HOME/mounted"
-    sleep 900 >/dev/null 2>&1 & # a daemon, which keeps what it inherits
-    echo "$!" >>"$CLOUD/daemons"
-    ;;
   python3)
     case "$1 $2 $3" in
       "-m pip wheel") # where install.sh is called, not on a worker

@@ -38,7 +38,7 @@ if [[ $GKE_SPOT == yes ]]; then SPOT='cloud.google.com/gke-spot: "true"'; fi
 
 manifest=$(<"$SCRIPTS/gke/jobset.yaml")
 for name in SLICE SLICES HOSTS RESTARTS SERVICE_ACCOUNT GKE_ACCELERATOR GKE_TOPOLOGY SPOT IMAGE \
-  CHIPS_PER_HOST MOUNT BUCKET; do
+  CHIPS_PER_HOST; do
   manifest=${manifest//"{{$name}}"/"${!name}"}
 done
 # Last, as a user's words may have braces.

@@ -1,0 +1,243 @@
+"""Runs whose outputs are on Google Cloud Storage: `output=gs://BUCKET/FOLDER`.
+
+A run appends to files and cuts them, and renames what is complete; an object store has neither,
+only whole objects that are replaced at once. So the files of a run are of two kinds:
+
+- **Large ones go straight to the bucket.** Checkpoints, by Orbax and TensorStore, which end each
+  with an object that says that it is complete; and Hugging Face directories, tensor by tensor,
+  `config.json` last (`r1jax.weights`). No host needs disk space for them.
+- **All others are written here**, in a `WorkingCopy`: what writes and reads them, the trackers and
+  TFDS included, knows local files only, and an output on a local disk is as it ever was. The copy
+  is uploaded, object by object and `run.json` last, before each checkpoint is begun and whenever
+  the run's record changes. So a checkpoint never counts on lines that the bucket does not have, and
+  a stage that `run.json` calls done has its results there.
+
+(Paths on the bucket everywhere would still need a local file behind every append, and code for both
+at every place that writes.)
+
+A process may therefore die between any two writes. What it leaves is a checkpoint, and files at
+least as long as that says, which a resumed run cuts, as it does on a disk. Nothing is read from a
+former process's disk: the working copy is made anew from the bucket.
+
+gcsfs is imported only where a path begins with `gs://`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import IO, Any, cast
+
+_SCHEME = "gs://"
+_RECORD = "run.json"
+_PREFIX, _LOCK = "r1jax-run-", "lock"  # of working copies
+# Folders that no working copy gets: weights, a dataset's second form, traces, and other runs.
+_LARGE = ("checkpoints", "model", "tfds", "profile", "evaluations")
+_PART_BYTES = 32 << 20  # of a request; several of them are under way at once
+
+
+def locate(place: str | os.PathLike[str]) -> Path:
+    """A local path as `Path`, and one on a bucket as `etils.epath.Path`, which has its methods.
+
+    Raises:
+      ValueError: another scheme than gs://.
+      ImportError: what reads buckets is not installed.
+    """
+    text = os.fspath(place)
+    scheme, found, _ = text.partition("://")
+    if not found:
+        return Path(place)
+    if scheme != "gs":
+        raise ValueError(
+            f"{text}: {scheme}:// is not known; give a local path, or gs://BUCKET/... for Google "
+            "Cloud Storage"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ImportError(f"{text}: Google Cloud Storage needs gcsfs: pip install 'r1jax[gcs]'")
+    import fsspec
+    from etils import epath
+
+    # For Orbax's own use of it, too. Other processes write to the same folders, and TensorStore
+    # does, so a listing is never kept. Uploads are cut into blocks.
+    ours = {"use_listings_cache": False, "block_size": _PART_BYTES}
+    fsspec.config.conf["gs"] = ours | fsspec.config.conf.get("gs", {})
+    return cast(Path, epath.Path(text))
+
+
+def on_bucket(place: str | os.PathLike[str]) -> bool:
+    return os.fspath(place).startswith(_SCHEME)
+
+
+def check_access(folder: str) -> None:
+    """Looks at the bucket, and writes, lists, reads and deletes an object in this folder.
+
+    Raises:
+      ValueError: one of these cannot be done; it and the bucket are named.
+    """
+    from google.cloud import storage
+
+    files = _file_system(folder)
+    folder = folder.rstrip("/")
+    bucket = folder.removeprefix(_SCHEME).partition("/")[0]
+    probe = f"{folder}/access-{uuid.uuid4().hex}"
+    for operation, act in (
+        # Orbax asks, too; that the objects may be used does not mean that the bucket may be seen.
+        ("look at the bucket (storage.buckets.get)", lambda: storage.Client().get_bucket(bucket)),
+        ("write (storage.objects.create)", lambda: files.pipe_file(probe, b"r1jax")),
+        ("list (storage.objects.list)", lambda: files.find(probe)),
+        ("read (storage.objects.get)", lambda: files.cat_file(probe)),
+        ("delete (storage.objects.delete)", lambda: files.rm_file(probe)),
+    ):
+        try:
+            act()
+        except Exception as error:  # of several libraries, with no class in common
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{folder}: cannot {operation} gs://{bucket} ({reason}). Check the bucket's name, "
+                "and that this machine's account has the roles roles/storage.objectAdmin and "
+                "roles/storage.legacyBucketReader on it"
+            ) from error
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an object; large ranges in several requests at once."""
+    starts = list(range(start, stop, _PART_BYTES))
+    stops = [*starts[1:], stop]
+    whole = [os.fspath(path)] * len(starts)
+    parts = _file_system(path).cat_ranges(whole, starts, stops, on_error="raise")
+    return b"".join(parts)
+
+
+def download(folder: Path, patterns: Sequence[str], target: Path) -> None:
+    """Copies the files of a folder whose names match one of the patterns."""
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in patterns):
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def copy_folder(source: Path, target: Path, last: str) -> None:
+    """Copies a folder, each end local or on a bucket; the file of that name when all others are."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            copy_folder(path, target / path.name, last)
+            continue
+        with path.open("rb") as content, (target / path.name).open("wb") as copy:
+            shutil.copyfileobj(content, copy, _PART_BYTES)
+
+
+@contextmanager
+def local_copy(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A run's directory to read and write in: itself or, of one on a bucket, a working copy.
+
+    The copy is uploaded at the end. It has no weights.
+    """
+    if not on_bucket(directory):
+        yield Path(directory)
+        return
+    copy = WorkingCopy(os.fspath(directory))
+    copy.pull()
+    yield copy.directory
+    copy.push()
+
+
+class WorkingCopy:
+    """The smaller files of a run on a bucket, as local files.
+
+    Attributes:
+      home: the run's directory on the bucket.
+      directory: the copy, empty at first; removed when this process ends or, if that is killed,
+        by the next one.
+    """
+
+    def __init__(self, home: str) -> None:
+        self.home = locate(home.rstrip("/"))
+        self._files = _file_system(self.home)
+        _remove_abandoned()
+        self._scratch = TemporaryDirectory(prefix=_PREFIX)
+        self._lock = _locked(Path(self._scratch.name))
+        self.directory = Path(self._scratch.name) / self.home.name
+        self.directory.mkdir()
+        self._pulled: dict[str, Any] = {}  # name -> generation of the object
+        self._pushed: dict[str, tuple[int, int]] = {}  # name -> state of the file
+
+    def pull(self) -> None:
+        """Downloads what is not here yet, or was replaced on the bucket since."""
+        prefix = f"{os.fspath(self.home).removeprefix(_SCHEME)}/"
+        found = {
+            path.removeprefix(prefix): entry["generation"]
+            for path, entry in self._files.find(f"{_SCHEME}{prefix}", detail=True).items()
+            if not path.endswith("/")  # some tools make an object for a folder
+        }
+        newer = {
+            name: generation
+            for name, generation in found.items()
+            if self._pulled.get(name) != generation and not set(name.split("/")) & set(_LARGE)
+        }
+        targets = [self.directory / name for name in newer]
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        self._files.get([self._object(name) for name in newer], [str(path) for path in targets])
+        self._pulled |= newer
+        self._pushed |= {name: _state(self.directory / name) for name in newer}
+
+    def push(self) -> None:
+        """Uploads what has changed here, and deletes what was deleted here; `run.json` last."""
+        here = {
+            path.relative_to(self.directory).as_posix(): _state(path)
+            for path in self.directory.rglob("*")
+            if path.is_file()
+        }
+        changed = [name for name, state in here.items() if self._pushed.get(name) != state]
+        contents = {self._object(name): (self.directory / name).read_bytes() for name in changed}
+        record = contents.pop(self._object(_RECORD), None)
+        if contents:
+            self._files.pipe(contents)
+        for name in self._pushed.keys() - here.keys():
+            self._files.rm_file(self._object(name))
+            del self._pushed[name]
+        if record is not None:
+            self._files.pipe_file(self._object(_RECORD), record)
+        self._pushed = here
+
+    def place(self, path: Path) -> Path:
+        """What has this path in the copy, on the bucket."""
+        return self.home / path.relative_to(self.directory)
+
+    def _object(self, name: str) -> str:
+        return f"{os.fspath(self.home)}/{name}"
+
+
+def _locked(scratch: Path) -> IO[str]:
+    """A lock in this folder, held until it is closed, or this process is no more."""
+    lock = open(scratch / "new-lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, scratch / _LOCK)  # under this name it was never free
+    return lock
+
+
+def _remove_abandoned() -> None:
+    """Removes the working copies of processes that were killed, which could fill the disk."""
+    for scratch in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), open(scratch / _LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _file_system(place: str | os.PathLike[str]) -> Any:
+    locate(place)  # sees to what it needs
+    import fsspec
+
+    return fsspec.filesystem("gs")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
