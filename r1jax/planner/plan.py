@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.schema import MODEL, MeshSection, ModelSection, RunConfig, Stage
@@ -30,6 +31,7 @@ class ProgramPlan:
     total: their sum; where the program alone is too large for the compiler, at least so much.
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
     utilisation: the model's own FLOP/s as a share of the peak.
+    compile_seconds: of processor time.
     problem: why nothing is known but memory.
     """
 
@@ -96,6 +98,8 @@ def plan(
     mesh: MeshSection,
     *,
     stages: Sequence[str] | None = None,
+    quick: bool = False,
+    cache: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Compile everything that a run's stages call for a slice, and add it up.
@@ -105,6 +109,7 @@ def plan(
     Args:
       mesh: how to arrange the slice's devices.
       stages: names of those to plan; default: all.
+      quick, cache: see `Compiler`.
       tell: is given a line before each compilation.
 
     Raises:
@@ -117,7 +122,7 @@ def plan(
     # Programs count their devices in the mesh's order.
     target = replace(target, devices=tuple(layout.mesh.devices.flat))
     decoders = _Decoders(config, layout)
-    compiler = Compiler()
+    compiler = Compiler(target, quick=quick, cache=cache)
     found = [
         _plan_stage(stage, config, decoders, rollout_layout, compiler, target, tell)
         for stage in config.stages
@@ -132,25 +137,32 @@ def plan(
     )
 
 
-def plan_all(
-    config: RunConfig,
-    targets: Iterable[Slice],
-    meshes: Sequence[MeshSection],
-    *,
-    stages: Sequence[str] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> list[Plan]:
-    """Each mesh on each slice; of several, one that is refused says so in its place."""
-    pairs = [(target, mesh) for target in targets for mesh in meshes]
-    if len(pairs) == 1:
-        return [plan(config, *pairs[0], stages=stages, tell=tell)]
-    plans = []
-    for target, mesh in pairs:
-        try:
-            plans.append(plan(config, target, mesh, stages=stages, tell=tell))
-        except ValueError as error:
-            refused = Plan(target.name, dict(mesh.axes), len(target.devices), target.hbm)
-            plans.append(replace(refused, refused=str(error)))
+@dataclass(frozen=True)
+class Case:
+    """What to plan: a config on a slice, its devices arranged as a mesh."""
+
+    config: RunConfig
+    target: Slice
+    mesh: MeshSection
+
+
+def plan_case(case: Case, **options: Any) -> Plan:
+    """The plan of a case; one that cannot be says why (`refused`).
+
+    Args:
+      options: of `plan`.
+    """
+    target = case.target
+    try:
+        return plan(case.config, target, case.mesh, **options)
+    except ValueError as error:
+        refused = Plan(target.name, dict(case.mesh.axes), len(target.devices), target.hbm)
+        return replace(refused, refused=str(error))
+
+
+def plan_all(cases: Sequence[Case], **options: Any) -> list[Plan]:
+    """Each case, or why it cannot be planned. Raises ValueError where none can."""
+    plans = [plan_case(case, **options) for case in cases]
     if all(each.refused for each in plans):
         raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
     return plans
@@ -259,7 +271,6 @@ def _plan_stage(
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:
-    began = time.perf_counter()
     try:
         binary = compiler(program.lower())
     except DoesNotFit as error:
@@ -272,12 +283,18 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
     except NotPlanned as error:
         memory = _add(_held(program.resident), _held(program.arguments))
         return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
-    seconds = time.perf_counter() - began
     memory = _memory(program, binary)
     fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
     if binary.module is None:
         problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
-        return ProgramPlan(program.name, program.calls, memory, fits, problem=problem)
+        return ProgramPlan(
+            program.name,
+            program.calls,
+            memory,
+            fits,
+            compile_seconds=binary.seconds,
+            problem=problem,
+        )
     cost = hlo.cost(
         binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
     )
@@ -295,7 +312,7 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
             program.useful_flops, None if taken is None else taken.total, target
         ),
         unknown_kernels=cost.unknown,
-        compile_seconds=round(seconds, 1),
+        compile_seconds=binary.seconds,
     )
 
 

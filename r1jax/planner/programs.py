@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.stages import Lowered
 from jax.typing import DTypeLike
 
@@ -397,7 +398,7 @@ class Rollout:
                 "what it reads is laid out by the prefill, which does not fit"
             ) from error
         begin = partial(start, **self._start_options(capacity))
-        return _placed(jax.eval_shape(begin, *self._start_arguments), binary)
+        return _placed(jax.eval_shape(begin, *self._start_arguments), binary, self.model.layout)
 
     def _start_options(self, capacity: int) -> dict[str, Any]:
         return {
@@ -512,12 +513,13 @@ def _like(arrays: Mapping[str, np.ndarray], model: Decoder) -> dict[str, jax.Sha
     return {name: _rows(model, array.shape, array.dtype) for name, array in arrays.items()}
 
 
-def _placed(shapes: Any, binary: Binary) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        binary.outputs,
-    )
+def _placed(shapes: Any, binary: Binary, layout: Layout) -> Any:
+    leaves, structure = jax.tree.flatten(shapes)
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, spec))
+        for leaf, spec in zip(leaves, binary.specs, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
 
 
 def bytes_on_device(tree: Any) -> int:
