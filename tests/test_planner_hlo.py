@@ -168,6 +168,34 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     assert hlo.kernel_flops("another_kernel", arrays) is None
 
 
+def test_what_another_unit_of_the_chip_does_counts() -> None:
+    """A v5p's and v6e's SparseCore runs computations of its own, beside the others."""
+    text = """HloModule jit_f, num_partitions=1
+
+%other (p: f32[4,8], q: f32[8,2]) -> f32[4,2] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[8,2]{1,0} parameter(1)
+  ROOT %d = f32[4,2]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}, execution_thread="sparsecore"
+
+%next (r: f32[4,2]) -> f32[4,2] {
+  ROOT %r = f32[4,2]{1,0} parameter(0)
+}
+
+ENTRY %main (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  %s = ((f32[4,8], f32[8,2]), f32[4,2]) call-start(%a, %b), \
+async_execution_thread="sparsecore", to_apply=%other
+  ROOT %e = f32[4,2]{1,0} call-done(%s)
+}
+"""
+    module = hlo.parse(text)
+    assert list(module.computations) == ["other", "next", "main"]
+    assert hlo.cost(module).flops == 2 * 4 * 8 * 2
+    assert hlo.cost(module).bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2)
+
+
 def test_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("x = 1\n")

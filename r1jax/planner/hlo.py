@@ -169,7 +169,7 @@ def parse(text: str) -> Module:
                 current = Computation(found[2])
                 computations[current.name] = current
                 entry = current.name if found[1] else entry
-        elif line.rstrip() == "}":  # a kernel's metadata may begin a line with more of them
+        elif _END.match(line):
             current = None
         else:
             instruction, root = _instruction(line)
@@ -181,6 +181,8 @@ def parse(text: str) -> Module:
     return Module(entry, computations, int(header[1]) if header else 1)
 
 
+# Some computations run on another unit of the chip. A kernel's metadata may begin a line with "}}".
+_END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
@@ -253,7 +255,7 @@ def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = Tru
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
-    *("async-done", "async-update", "copy-done", "send-done", "recv-done"),
+    *("async-done", "async-update", "call-done", "copy-done", "send-done", "recv-done"),
     *(f"{kind}-done" for kind in COLLECTIVES),
 }
 _WHOLE = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
@@ -286,7 +288,7 @@ class _Counter:
                 self.visit(computations[_target(each, name)], turns)
         elif each.opcode == "conditional":
             self._branch(each, times)
-        elif each.opcode in ("call", "async-start"):
+        elif each.opcode in ("call", "call-start", "async-start"):
             for name in each.called:
                 self.visit(computations[name], times)
         elif kind in COLLECTIVES:
