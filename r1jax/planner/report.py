@@ -116,7 +116,7 @@ def _row(plan: Plan, stage: StagePlan, kinds: Sequence[str]) -> list[str]:
     return [
         "yes" if free >= MARGIN else "tight" if free >= 0 else "**no**",
         *(_bytes(fullest.memory[kind]) if kind in fullest.memory else "" for kind in kinds),
-        _bytes(other),
+        _bytes(other) if other else "",
         _share(free),
         "" if stage.seconds is None else f"{stage.unit}: {_seconds(stage.seconds)}",
         "" if rate is None else f"{rate:,.0f}",
