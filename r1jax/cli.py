@@ -187,6 +187,14 @@ def plan(
             "out within a few percent.",
         ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run each program, too, with arguments that mean nothing: on the devices of this "
+            "machine, or on fake ones.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
@@ -200,6 +208,8 @@ def plan(
 
     if bool(slices) + bool(topology) + (fake is not None) > 1:
         raise ConfigError(["--slice, --topology and --fake-devices: give one of them"])
+    if measure and (slices or topology):
+        raise ConfigError(["--measure needs devices that are there: give no --slice or --topology"])
     shaped = with_given_shapes(overrides or ())
     settings = [load_config(config, shaped, name) for name in slices or [None]]
 
@@ -220,7 +230,9 @@ def plan(
     ]
     console = _console()
     with console.status("planning") as status:
-        plans = planner.plan_all(cases, stages=only, quick=quick, tell=status.update)
+        plans = planner.plan_all(
+            cases, stages=only, quick=quick, measure=measure, tell=status.update
+        )
     planner.print_plans(plans, console)
     if out is not None:
         out.write_text(json.dumps(planner.as_json(config, plans), indent=2) + "\n")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import struct
 
 from r1jax.cli import with_given_shapes
 from r1jax.config.load import load_config
@@ -20,8 +22,9 @@ from r1jax.config.schema import MeshSection
 from r1jax.models import ModelConfig
 from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
-from r1jax.planner.programs import forward_flops, token_counts
+from r1jax.planner.programs import forward_flops, prepare_decoding, token_counts
 from r1jax.planner.topologies import CHIPS, Chip, Slice
+from r1jax.sampler import Sampling
 from r1jax.sharding import make_layout
 
 # A model of one layer: everything compiles in seconds.
@@ -45,7 +48,7 @@ def run_plan(
 def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     content, done = run_plan(
         *(tmp_path / "plan.json", "tiny/r1_zero", *SMALL, "--fake-devices", "2"),
-        *("--only", "zero", "--mesh", "config", "--mesh", "data=3"),
+        *("--only", "zero", "--mesh", "config", "--mesh", "data=3", "--measure"),
     )
     assert done.returncode == 0, done.stderr
     good, refused = content["plans"]
@@ -79,7 +82,12 @@ def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     # 16 logits.
     assert sent == pytest.approx(2 * (weights + 4 * 32 * 96), rel=0.01)
     assert update["times"] is None  # nobody knows how fast a fake device is
-    assert "no time to tell" in done.stdout and "data=3" not in done.stderr
+    # It ran, which says nothing of a slice; a step is the sum of its calls.
+    measured = {name: program["measured"] for name, program in programs.items()}
+    assert all(seconds > 0 for seconds in measured.values())
+    total = sum(program["calls"] * program["measured"] for program in programs.values())
+    assert stage["measured"] == pytest.approx(total)
+    assert "no time to tell; measured: " in done.stdout and "data=3" not in done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
@@ -236,6 +244,36 @@ def test_what_does_not_go_together_is_refused_before_compiling() -> None:
         plan(config, three, MeshSection(axes={"data": 3}))
     with pytest.raises(ValueError, match="mesh axis 'pipeline' has 3 devices and splits nothing"):
         plan(config, three, MeshSection(axes={"pipeline": 3}))
+
+
+def test_what_is_not_there_cannot_be_measured() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "r1jax", "plan", "tiny/r1_zero", "--measure", "--slice", "v5e:2x2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "--measure needs devices that are there" in done.stderr
+
+
+def test_a_decode_loop_is_measured_for_some_of_its_tokens() -> None:
+    arguments = (
+        *("weights", State(jnp.int32(0)), "prompts", "lengths", jnp.int32(0)),
+        *(Sampling(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)), jnp.zeros(1)),
+    )
+    *_, state, _, _, until, sampling, eos_ids = prepare_decoding(arguments, capacity=100)
+    assert (int(state.step), int(until)) == (68, 100)  # the last 32 of a full cache
+    assert (float(sampling.temperature), float(sampling.top_p)) == (1, 1)
+    assert eos_ids.tolist() == [-1]  # no token ends a sample
+    *_, state, _, _, until, _, _ = prepare_decoding(arguments, capacity=8)
+    assert (int(state.step), int(until)) == (0, 8)
+
+
+@struct.dataclass
+class State:
+    """Of a sampler, as far as the loop counts."""
+
+    step: Any
 
 
 def test_a_model_without_a_shape_is_refused_with_what_to_give() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from r1jax.planner import hlo
 from r1jax.planner.topologies import Slice, quiet
@@ -80,6 +80,11 @@ class Compiler:
         if isinstance(found, DoesNotFit):
             raise found
         return found
+
+    def executable(self, lowered: Lowered) -> Compiled:
+        """The program itself, compiled again: for devices that are there."""
+        with quiet():
+            return lowered.compile(compiler_options=dict(self._options))
 
     def _record(self, key: str, lowered: Lowered) -> dict[str, Any]:
         path = None if self._cache is None else self._cache / f"{key}.json.gz"

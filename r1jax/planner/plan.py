@@ -13,6 +13,7 @@ from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.planner.estimate import Times, Traffic, times, traffic
+from r1jax.planner.measure import seconds as seconds_of
 from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
 from r1jax.sharding import Layout
@@ -32,6 +33,7 @@ class ProgramPlan:
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
     utilisation: the model's own FLOP/s as a share of the peak.
     compile_seconds: of processor time.
+    measured: seconds that a call took on the devices that are there; None where none was made.
     problem: why nothing is known but memory.
     """
 
@@ -46,6 +48,7 @@ class ProgramPlan:
     utilisation: float | None = None
     unknown_kernels: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    measured: float | None = None
     problem: str = ""
 
     @property
@@ -57,7 +60,8 @@ class ProgramPlan:
 class StagePlan:
     """A stage: its programs, and a step of it (or a batch, where it only samples).
 
-    seconds: None where a program does not fit, or the chip is unknown. tokens: of a step, sampled
+    seconds: None where a program does not fit, or the chip is unknown. measured: seconds, by the
+    measured calls of its programs. tokens: of a step, sampled
     or trained on, over all devices.
     """
 
@@ -69,6 +73,7 @@ class StagePlan:
     seconds: float | None
     tokens_per_second: float | None
     utilisation: float | None
+    measured: float | None = None
 
     @property
     def fullest(self) -> ProgramPlan:
@@ -100,6 +105,7 @@ def plan(
     stages: Sequence[str] | None = None,
     quick: bool = False,
     cache: Path | None = None,
+    measure: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Compile everything that a run's stages call for a slice, and add it up.
@@ -110,6 +116,7 @@ def plan(
       mesh: how to arrange the slice's devices.
       stages: names of those to plan; default: all.
       quick, cache: see `Compiler`.
+      measure: whether to run what fits, too; the slice's devices must be there.
       tell: is given a line before each compilation.
 
     Raises:
@@ -126,7 +133,7 @@ def plan(
     decoders = _Decoders(config, layout)
     compiler = Compiler(target, quick=quick, cache=cache)
     found = [
-        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, tell)
+        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, measure, tell)
         for stage in config.stages
         if not chosen or stage.name in chosen
     ]
@@ -248,17 +255,19 @@ def _plan_stage(
     rollout_layout: Layout,
     compiler: Compiler,
     target: Slice,
+    measure: bool,
     tell: Callable[[str], None],
 ) -> StagePlan:
     called = stage_programs(stage, config, decoders, rollout_layout, compiler)
     programs = []
     for program in called.programs:
         tell(f"{target.name}: {stage.name}: {program.name}")
-        programs.append(_plan_program(program, compiler, target))
-    seconds: float | None = 0.0
-    for each in programs:
-        known = None if each.times is None else each.times.total
-        seconds = None if seconds is None or known is None else seconds + each.calls * known
+        planned = _plan_program(program, compiler, target)
+        if measure and planned.fits is not False and not planned.problem:
+            tell(f"{target.name}: {stage.name}: {program.name}: measuring")
+            planned = replace(planned, measured=_measured(program, compiler))
+        programs.append(planned)
+    seconds = _sum(programs, [each.times and each.times.total for each in programs])
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -269,7 +278,24 @@ def _plan_stage(
         seconds=seconds,
         tokens_per_second=None if not seconds else called.tokens / seconds,
         utilisation=_utilisation(useful, seconds, target),
+        measured=_sum(programs, [each.measured for each in programs]),
     )
+
+
+def _sum(programs: Sequence[ProgramPlan], times: Sequence[float | None]) -> float | None:
+    """Seconds of a step; None where those of a program are unknown."""
+    total = 0.0
+    for each, known in zip(programs, times, strict=True):
+        if known is None:
+            return None
+        total += each.calls * known
+    return total
+
+
+def _measured(program: Program, compiler: Compiler) -> float:
+    """Seconds of a call; where the data decides on its turns, of as many as are planned with."""
+    compiled = compiler.executable(program.lower())
+    return seconds_of(compiled, program.prepare) * program.turns / program.trial_turns
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:

@@ -66,6 +66,8 @@ class Program:
     larger_branch: whether conditionals take their larger branch: sampling does where it sorts the
         vocabulary.
     useful_flops: of the model in a call, on all devices together; recomputed products do not count.
+    prepare: makes of arbitrary arguments some with which the program does its work.
+    trial_turns: of that loop, with what `prepare` gives.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Program:
     turns: float = 1.0
     larger_branch: bool = True
     useful_flops: float = 0.0
+    prepare: Callable[[Any], Any] = lambda arguments: arguments
+    trial_turns: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,8 @@ class Rollout:
                 turns=turns,
                 larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
                 useful_flops=decoding * turns / self.new_tokens,
+                prepare=partial(prepare_decoding, capacity=capacity),
+                trial_turns=min(capacity, _TRIAL_TOKENS),
             )
         if len(capacities) > 1:
             before, last = capacities[-2:]
@@ -430,6 +436,20 @@ class Rollout:
         dtype, sharding = self.model.execution.compute_dtype, self.model.layout.sharding(axes)
         leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         return [leaf] * (2 * self.model.config.num_hidden_layers)
+
+
+_TRIAL_TOKENS = 32
+
+
+def prepare_decoding(arguments: Any, capacity: int) -> Any:
+    """Some tokens of every sample, at the end of a full cache; no sample ends before."""
+    weights, state, prompt_cache, lengths, until, sampling, eos_ids = arguments
+    first = capacity - min(capacity, _TRIAL_TOKENS)
+    state = state.replace(step=jnp.full_like(state.step, first))
+    one = jnp.ones_like(sampling.temperature)
+    sampling = sampling.replace(temperature=one, top_p=one)
+    until = jnp.full_like(until, capacity)
+    return weights, state, prompt_cache, lengths, until, sampling, jnp.full_like(eos_ids, -1)
 
 
 def token_counts(capacities: list[int]) -> dict[int, float]:

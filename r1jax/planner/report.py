@@ -153,6 +153,9 @@ def _work(stage: StagePlan) -> Table:
     for name in (f"calls a {stage.unit}", *names):
         table.add_column(name, justify="right")
     table.add_column("bound by")
+    measured = any(program.measured is not None for program in stage.programs)
+    if measured:
+        table.add_column("measured", justify="right")
     for program in stage.programs:
         if program.problem:
             continue
@@ -167,6 +170,7 @@ def _work(stage: StagePlan) -> Table:
             *([_seconds(part) for part in parts] or [""] * 4),
             _share(program.utilisation),
             "" if taken is None else taken.bound,
+            *(["" if program.measured is None else _seconds(program.measured)] if measured else ()),
         )
     return table
 
@@ -191,13 +195,19 @@ def _exchange(stage: StagePlan) -> Table:
 
 
 def _step(stage: StagePlan) -> str:
-    if stage.seconds is None or stage.tokens_per_second is None:
-        return f"A {stage.unit} of {stage.name}: {stage.tokens:,} tokens; no time to tell"
-    return (
-        f"A {stage.unit} of {stage.name}, at best: {_seconds(stage.seconds)}, "
-        f"{stage.tokens:,} tokens, {stage.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {_share(stage.utilisation)}"
-    )
+    head = f"A {stage.unit} of {stage.name}"
+    rate = stage.tokens_per_second
+    if stage.seconds is None or rate is None:
+        line = f"{head}: {stage.tokens:,} tokens; no time to tell"
+    else:
+        line = (
+            f"{head}, at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
+            f"{rate:,.0f} tokens/s, MFU {_share(stage.utilisation)}"
+        )
+    if stage.measured:
+        rate = stage.tokens / stage.measured
+        line += f"; measured: {_seconds(stage.measured)}, {rate:,.0f} tokens/s"
+    return line
 
 
 def _problems(stage: StagePlan) -> list[str]:
