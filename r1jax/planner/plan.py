@@ -125,8 +125,6 @@ def plan(
     """
     chosen = [Selection(only=name).stages(config)[0] for name in stages or ()]
     layout, rollout_layout = make_layouts(mesh, target.devices)
-    # A mesh puts neighbours of an axis side by side, and groups of devices are places in it.
-    target = replace(target, devices=tuple(layout.mesh.devices.flat))
     check_rows(config, layout, rollout_layout)
     # Programs count their devices in the mesh's order.
     target = replace(target, devices=tuple(layout.mesh.devices.flat))
