@@ -18,14 +18,17 @@ from flax import struct
 
 from r1jax.cli import with_given_shapes
 from r1jax.config.load import load_config
-from r1jax.config.schema import MeshSection
-from r1jax.models import ModelConfig
+from r1jax.config.schema import MeshSection, RunConfig
+from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
+from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
-from r1jax.planner.programs import forward_flops, prepare_decoding, token_counts
+from r1jax.planner.programs import forward_flops, prepare_decoding, stage_programs, token_counts
 from r1jax.planner.topologies import CHIPS, Chip, Slice
 from r1jax.sampler import Sampling
 from r1jax.sharding import make_layout
+from r1jax.stages.context import decoder_of as decoder_in
+from r1jax.stages.context import make_layouts
 
 # A model of one layer: everything compiles in seconds.
 SMALL = ["model.config.num_hidden_layers=1", "stages.zero.micro_batches=2"]
@@ -244,6 +247,38 @@ def test_what_does_not_go_together_is_refused_before_compiling() -> None:
         plan(config, three, MeshSection(axes={"data": 3}))
     with pytest.raises(ValueError, match="mesh axis 'pipeline' has 3 devices and splits nothing"):
         plan(config, three, MeshSection(axes={"pipeline": 3}))
+
+
+def named(config: RunConfig, stage: str) -> dict[str, float]:
+    """Program -> calls, of one stage on one device; nothing is compiled."""
+    target = one_device()
+    layout, sampling = make_layouts(config.mesh, target.devices)
+
+    def decoder_of(_: str) -> Decoder:
+        shape = ModelConfig.from_hugging_face(config.model.config or {})
+        return decoder_in(config.model, shape, layout)
+
+    compiler = Compiler(target)
+    found = stage_programs(config.stage(stage), config, decoder_of, sampling, compiler)
+    return {program.name: program.calls for program in found.programs}
+
+
+def test_evaluations_within_a_stage_and_rewriting_models_are_planned() -> None:
+    rollout = ["prefill", "decode"]
+    held_out = "stages.zero.held_out=held_out"
+    config = load_config("tiny/r1_zero", [held_out])
+    # 16 samples are a rollout's group: the same programs. Eight are not.
+    assert list(named(config, "zero"))[:3] == [*rollout, "log-probs"]
+    fewer = load_config("tiny/r1_zero", [held_out, "stages.zero.held_out_samples=24"])
+    programs = named(fewer, "zero")
+    assert list(programs)[:4] == [*rollout, "held-out prefill", "held-out decode"]
+    assert programs["held-out decode"] == 0 and programs["decode"] > 0
+
+    rewrite = "stages.cold_start.rewrite={kind: model, weights: zero, max_new_tokens: 256}"
+    programs = named(load_config("tiny/r1", [rewrite]), "cold_start")
+    names = ["prefill", "decode, cache of 128", "decode, cache of 256", "grow the cache"]
+    assert list(programs) == [*rollout, *(f"rewrite: {name}" for name in names)]
+    assert not any(programs[name] for name in programs if name.startswith("rewrite"))
 
 
 def test_what_is_not_there_cannot_be_measured() -> None:

@@ -3,8 +3,8 @@
 The functions are the stages' and the sampler's own; here they are only given arguments. Texts are
 as long as the config lets them be: prompts of max_prompt_tokens, completions of max_new_tokens.
 
-Left out are evaluations within a GRPO stage (like its own rollouts), rewriting by a model, and what
-runs once: making, loading and saving states.
+Left out is what runs once: making, loading and saving states. How often a GRPO stage evaluates, or
+a model rewrites, is the data's business: their calls count as 0 in a step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from r1jax.config.schema import (
     EvaluateStage,
     GRPOStage,
+    ModelRewrite,
     PretrainStage,
     RejectionSamplingStage,
     RewardModelStage,
@@ -158,9 +159,8 @@ def _grpo(
     rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
     resident = {**beside, "optimizer": state.opt_state}
     programs: list[Program] = []
-    if reads_as_is(model, sampler):
-        programs += rollout.programs(resident, stage.rollout_batches / phase)
-    else:
+    held = resident
+    if not reads_as_is(model, sampler):
         move = weights_mover(model, sampler)
         programs.append(
             Program(
@@ -174,7 +174,12 @@ def _grpo(
             )
         )
         held = {**resident, "policy": weights}
-        programs += rollout.programs(held, stage.rollout_batches / phase)
+    programs += rollout.programs(held, stage.rollout_batches / phase)
+    evaluated = math.gcd(stage.held_out_samples, group)
+    if stage.held_out is not None and evaluated != group:  # else they are the rollout's own
+        sampling = stage.held_out_sampling
+        held_out = Rollout(sampler, questions, evaluated, prompt, new, sampling, compiler)
+        programs += _now_and_then(held_out.programs(held, 0.0), "held-out")
     programs += _reward_programs(judges, prompt + new, rows, {**resident, "weights": state.params})
     if with_reference or phase > 1:
         score = jax.jit(grpo.make_score(stage, model))
@@ -260,7 +265,25 @@ def _sampling(
     programs = list(rollout.programs(beside, 1.0))
     resident = {**beside, "weights": _weights(model)}
     programs += _reward_programs(judges, prompt + new, asked * samples, resident)
+    if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
+        section = stage.rewrite
+        # It is asked about a question and an answer, each as long as may be, and alone in memory.
+        rewriter = Rollout(
+            to_sample(decoder_of(section.weights), model.layout),
+            section.drafts_per_batch,
+            1,
+            prompt + new,
+            section.max_new_tokens,
+            section.sampling,
+            compiler,
+        )
+        programs += _now_and_then(rewriter.programs({}, 0.0), "rewrite:")
     return StagePrograms(tuple(programs), asked * samples * new, "batch")
+
+
+def _now_and_then(programs: Iterator[Program], prefix: str) -> list[Program]:
+    """Programs of another part of a stage, whose calls are the data's."""
+    return [replace(each, name=f"{prefix} {each.name}") for each in programs]
 
 
 def _update(
