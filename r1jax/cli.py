@@ -211,7 +211,8 @@ def plan(
     if measure and (slices or topology):
         raise ConfigError(["--measure needs devices that are there: give no --slice or --topology"])
     shaped = with_given_shapes(overrides or ())
-    settings = [load_config(config, shaped, name) for name in slices or [None]]
+    named: list[str | None] = [*slices] if slices else [None]
+    settings = [load_config(config, shaped, name) for name in named]
 
     from r1jax import planner
 

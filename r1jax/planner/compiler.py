@@ -66,7 +66,7 @@ class Compiler:
     """
 
     def __init__(self, target: Slice, *, quick: bool = False, cache: Path | None = None) -> None:
-        self._options = {"exec_time_optimization_effort": -1.0} if quick else {}
+        self._options: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if quick else {}
         self._context = json.dumps([target.name, self._options, jax.__version__, _libtpu()])
         self._cache = cache
         self._known: dict[str, Binary | DoesNotFit] = {}
@@ -84,7 +84,7 @@ class Compiler:
     def executable(self, lowered: Lowered) -> Compiled:
         """The program itself, compiled again: for devices that are there."""
         with quiet():
-            return lowered.compile(compiler_options=dict(self._options))
+            return lowered.compile(compiler_options=self._options)
 
     def _record(self, key: str, lowered: Lowered) -> dict[str, Any]:
         path = None if self._cache is None else self._cache / f"{key}.json.gz"
@@ -106,12 +106,12 @@ def _libtpu() -> str:
         return ""
 
 
-def _compile(lowered: Lowered, options: dict[str, float]) -> dict[str, Any]:
+def _compile(lowered: Lowered, options: dict[str, Any]) -> dict[str, Any]:
     """What `_understood` reads, as JSON."""
     began = time.process_time()
     try:
         with quiet():
-            compiled = lowered.compile(compiler_options=dict(options))
+            compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(
             r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(error)

@@ -265,7 +265,9 @@ def _plan_stage(
             tell(f"{target.name}: {stage.name}: {program.name}: measuring")
             planned = replace(planned, measured=_measured(program, compiler))
         programs.append(planned)
-    seconds = _sum(programs, [each.times and each.times.total for each in programs])
+    seconds = _sum(
+        programs, [None if each.times is None else each.times.total for each in programs]
+    )
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
