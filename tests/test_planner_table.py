@@ -78,6 +78,8 @@ def test_stages_that_are_alike_share_a_row_and_refusals_are_told() -> None:
     assert second[:5] == ["b", "v5e:2x2", "fsdp 3", "", "refused"] and len(second) == len(first)
     assert "- b on v5e:2x2: needs a multiple of 3 devices" in table
     assert not has_margin(refused)
+    apart = replace(planned(*same), sampling_mesh={"data": 2, "tensor": 2})
+    assert cells(as_markdown([("a", apart)], []))[0][2] == "fsdp 4; sampling: data 2, tensor 2"
 
 
 # --- What was compiled ---------------------------------------------------------------------------

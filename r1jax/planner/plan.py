@@ -82,13 +82,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on a slice, its devices arranged as a mesh. `refused`: why it cannot be."""
+    """A config on a slice, its devices arranged as a mesh.
+
+    sampling_mesh: how they are arranged while they sample, where that differs.
+    refused: why it cannot be.
+    """
 
     target: str
     mesh: dict[str, int]
     devices: int
     hbm: float | None
     stages: tuple[StagePlan, ...] = ()
+    sampling_mesh: dict[str, int] | None = None
     refused: str = ""
 
     @property
@@ -141,6 +146,7 @@ def plan(
         devices=layout.mesh.size,
         hbm=target.hbm,
         stages=tuple(found),
+        sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
     )
 
 
@@ -405,8 +411,8 @@ _HINTS = {
     "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",
     "optimizer": "a larger fsdp axis, optimizer.moment_dtype: bfloat16",
     "reference": "loss.kl_coefficient: 0 (then no reference policy is kept)",
-    "activations": "model.remat: full, a smaller model.log_prob_chunk, a tensor axis",
-    "cache": "kv_heads over a tensor axis",
+    "activations": "a sequence or tensor axis, model.remat: full, a smaller model.log_prob_chunk",
+    "cache": "a tensor axis while sampling (mesh.rollout), which splits kv_heads",
     "batch": "a smaller mini_batches_per_rollout",
     "reward models": "smaller reward models",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -78,7 +78,7 @@ def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     notes = []
     for name, plan in planned:
-        place = [name, plan.target, _mesh(plan)]
+        place = [name, plan.target, _meshes(plan)]
         if plan.refused:
             lines.append(f"| {' | '.join([*place, '', 'refused', *[''] * (len(head) - 5)])} |")
             notes.append(f"- {name} on {plan.target}: {plan.refused}")
@@ -255,8 +255,17 @@ def _comparison(plans: Sequence[Plan]) -> Table:
 
 
 def _mesh(plan: Plan) -> str:
-    shown = [f"{axis} {size}" for axis, size in plan.mesh.items() if size != 1]
-    return ", ".join(shown) or "one device"
+    return _axes(plan.mesh)
+
+
+def _meshes(plan: Plan) -> str:
+    """Of training, and of sampling where that is another one."""
+    sampling = "" if plan.sampling_mesh is None else f"; sampling: {_axes(plan.sampling_mesh)}"
+    return _mesh(plan) + sampling
+
+
+def _axes(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n != 1) or "one device"
 
 
 def _bytes(size: float) -> str:
