@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds r1-seeds test lint bench wheel clean
+.PHONY: demo demo-seeds r1-seeds test lint bench plan-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -30,11 +30,16 @@ lint: .venv/installed-test
 bench: .venv/installed
 	$(BIN)/python benchmarks/rollout_and_update.py
 
+# Every packaged config on every slice that it has settings for. What was compiled once is not
+# compiled again, so a call that was stopped goes on, and one after a change does only what changed.
+plan-all: .libtpu/installed
+	PYTHONPATH=.libtpu $(BIN)/r1jax plan-all --cache .libtpu/compiled --out configs/PLANS.md $(PLAN_FLAGS)
+
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .libtpu build dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -48,3 +53,16 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
+
+# The TPU compiler that belongs to the installed jax (needs no TPU; 0.7 GB). Not in .venv, where JAX
+# would look for a TPU at every start.
+.libtpu/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .libtpu \
+	  "$$($(BIN)/python -c "$$LIBTPU")"
+	@touch $@
+
+define LIBTPU
+from importlib.metadata import requires
+print(next(r.partition(";")[0] for r in requires("jax") if r.startswith("libtpu")))
+endef
+export LIBTPU

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,11 +114,17 @@ def run(
             show_default=False,
         ),
     ] = None,
+    slice_name: Annotated[
+        str | None,
+        typer.Option(
+            "--slice", help="Use the config's settings for this slice.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Run a config's stages; the same command again resumes a run that was stopped."""
     from r1jax.config.load import load_config
 
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, overrides or (), slice_name)
 
     from r1jax.metrics import ProfiledSteps
     from r1jax.processes import join_processes
@@ -136,6 +143,14 @@ def run(
 def plan(
     config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
     overrides: Overrides = None,
+    slices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slice",
+            help="As of `run`: the slice, with the config's settings for it; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     topology: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,6 +179,22 @@ def plan(
         list[str] | None,
         typer.Option(help="A stage to plan; may be repeated. Default: all.", show_default=False),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Compile with the least effort: up to four times as fast; memory and times come "
+            "out within a few percent.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run each program, too, with arguments that mean nothing: on the devices of this "
+            "machine, or on fake ones.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
@@ -175,24 +206,92 @@ def plan(
     """
     from r1jax.config.load import ConfigError, load_config
 
-    if topology and fake is not None:
-        raise ConfigError(["--topology and --fake-devices: give one of them"])
-    settings = load_config(config, with_given_shapes(overrides or ()))
+    if bool(slices) + bool(topology) + (fake is not None) > 1:
+        raise ConfigError(["--slice, --topology and --fake-devices: give one of them"])
+    if measure and (slices or topology):
+        raise ConfigError(["--measure needs devices that are there: give no --slice or --topology"])
+    shaped = with_given_shapes(overrides or ())
+    named: list[str | None] = [*slices] if slices else [None]
+    settings = [load_config(config, shaped, name) for name in named]
 
     from r1jax import planner
 
-    if topology:
-        targets = [planner.tpu_slice(name) for name in topology]
+    if fake is not None:
+        targets = [planner.fake_devices(fake)]
+    elif slices or topology:
+        targets = [planner.tpu_slice(name) for name in slices or topology or ()]
     else:
-        targets = [planner.attached() if fake is None else planner.fake_devices(fake)]
-    meshes = [planner.parse_mesh(text, settings.mesh) for text in mesh or ["config"]]
+        targets = [planner.attached()]
+    # A config for each slice, or one for all.
+    pairs = zip(settings * (1 if slices else len(targets)), targets, strict=True)
+    cases = [
+        planner.Case(own, target, planner.parse_mesh(text, own.mesh))
+        for own, target in pairs
+        for text in mesh or ["config"]
+    ]
     console = _console()
     with console.status("planning") as status:
-        plans = planner.plan_all(settings, targets, meshes, stages=only, tell=status.update)
+        plans = planner.plan_all(
+            cases, stages=only, quick=quick, measure=measure, tell=status.update
+        )
     planner.print_plans(plans, console)
     if out is not None:
         out.write_text(json.dumps(planner.as_json(config, plans), indent=2) + "\n")
     if not any(each.fits for each in plans):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan_all(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Configs with slices. Default: all that come with r1jax."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table to this file, after each slice.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder for what is compiled: a next call finds it.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin no slice after so many.", show_default=False)
+    ] = None,
+) -> None:
+    """Plan configs on every slice that they have settings for, quickly, as one Markdown table.
+
+    The exit status is 1 where something does not fit.
+    """
+    from r1jax import planner
+    from r1jax.config.load import load_config, slices_of
+    from r1jax.config.packaged import packaged_configs
+
+    names = configs or [name for name in packaged_configs() if slices_of(name)]
+    waiting = [(name, slice_name) for name in names for slice_name in slices_of(name)]
+    if not waiting:
+        raise ValueError(f"{', '.join(names)}: no config has slices; see r1jax/config/load.py")
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    console = _console()
+    planned: list[tuple[str, planner.Plan]] = []
+    with console.status("planning") as status:
+        while waiting and (until is None or time.monotonic() < until):
+            name, slice_name = waiting.pop(0)
+            settings = load_config(name, (), slice_name)
+            target = planner.tpu_slice(slice_name)
+            case = planner.Case(settings, target, settings.mesh)
+            found = planner.plan_case(
+                case,
+                quick=True,
+                cache=cache,
+                tell=lambda line, n=name: status.update(f"{n}: {line}"),
+            )
+            planned.append((name, found))
+            if out is not None:
+                out.write_text(planner.as_markdown(planned, waiting), encoding="utf-8")
+    if out is None:
+        console.print(
+            planner.as_markdown(planned, waiting), markup=False, highlight=False, soft_wrap=True
+        )
+    if not all(planner.has_margin(each) for _, each in planned):
         raise typer.Exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from r1jax.config.load import (
     find_config,
     load_config,
     parse_config,
+    slices_of,
 )
 from r1jax.config.packaged import packaged_configs, packaged_meshes
 from r1jax.config.schema import EvaluateStage, GRPOStage, MeshSection
@@ -370,6 +372,115 @@ def test_an_unknown_mesh_is_told_with_its_place_and_the_nearest() -> None:
     known = r"a.yaml:\d+: mesh = 'elsewhere': no such mesh; there are fsdp, .*two_slices"
     with pytest.raises(ConfigError, match=known):
         parse_config(f"{GOOD}mesh: elsewhere\n", "a.yaml")
+
+
+# --- On a base, and for a slice ------------------------------------------------------------------
+
+CHILD = """\
+base: base.yaml
+name: child
+stages.rl.steps: 8
+rewards: {format: {weight: 2}}
+slices:
+  v5e:2x2: {mesh.axes: {fsdp: 4}, stages.rl.micro_batches: 2}
+  v5p:2x2x2:
+    mesh: fsdp
+    stages.rl.steps: 16
+"""
+
+
+def on_base(folder: Path, child: str, base: str = GOOD) -> Path:
+    (folder / "base.yaml").write_text(base)
+    (folder / "child.yaml").write_text(child)
+    return folder / "child.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # bases are found as configs are: from the working directory
+    return tmp_path
+
+
+def test_a_file_on_a_base_sets_keys_as_the_command_line_does(folder: Path) -> None:
+    child = on_base(folder, CHILD)
+    as_overrides = ["name=child", "stages.rl.steps=8", "rewards={format: {weight: 2}}"]
+    assert load_config(child) == parse_config(GOOD, "a.yaml", as_overrides)
+    # A file on a file on a base; the nearest has the last word, but for the command line.
+    (folder / "grandchild.yaml").write_text("base: child.yaml\nstages.rl.steps: 12\n")
+    grandchild = load_config("grandchild.yaml", ["seed=3"])
+    steps = grandchild.stages[0].steps  # type: ignore[union-attr]
+    assert (grandchild.name, steps, grandchild.seed) == ("child", 12, 3)
+    assert slices_of("grandchild.yaml") == ["v5e:2x2", "v5p:2x2x2"]
+
+
+def test_a_slice_comes_between_the_file_and_the_command_line(folder: Path) -> None:
+    child = on_base(folder, CHILD)
+    config = load_config(child, ["stages.rl.micro_batches=4"], "v5e:2x2")
+    assert config.mesh.axes == {"fsdp": 4}
+    assert config.stages[0].micro_batches == 4  # type: ignore[union-attr]
+    other = load_config(child, (), "v5p:2x2x2")
+    assert other.mesh == MeshSection(axes={"fsdp": -1})
+    assert other.stages[0].steps == 16  # type: ignore[union-attr]
+    with pytest.raises(
+        ConfigError, match="no settings for the slice v4:2x2x2; it has settings for "
+    ):
+        load_config(child, (), "v4:2x2x2")
+    with pytest.raises(ConfigError, match="it has no slices"):
+        parse_config(GOOD, "a.yaml", (), "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "stages.rl.steps: 8",
+            "stages.rl.steps: x",
+            'child.yaml:3: stages.rl.steps = "x": should be',
+        ),
+        ("rl.steps: 8", "rk.steps: 8", "child.yaml:3, stages.rk.steps=8: stages has 2 entries"),
+        (
+            "name: child",
+            "nam: child",
+            'child.yaml:2: nam = "child": unknown key; did you mean name',
+        ),
+        ("base: base.yaml", "base: bade.yaml", "child.yaml:1: base: bade.yaml: neither a file nor"),
+        ("base: base.yaml", "base: child.yaml", "is based on this file itself"),
+        ("mesh.axes: {fsdp: 4}", "mesh.axis: 1", "child.yaml:6: mesh.axis = 1: unknown key"),
+        ("mesh: fsdp", "mesh: fsdq", "child.yaml:8, mesh="),
+    ],
+)
+def test_a_wrong_setting_is_told_with_its_own_file_and_line(
+    folder: Path, old: str, new: str, expected: str
+) -> None:
+    assert CHILD.count(old) == 1
+    child = on_base(folder, CHILD.replace(old, new))
+    slice_name = "v5e:2x2" if "axis" in new else "v5p:2x2x2" if "fsdq" in new else None
+    with pytest.raises(ConfigError) as caught:
+        load_config(child, (), slice_name)
+    assert expected in str(caught.value)
+
+
+def test_the_bases_own_mistakes_are_told_with_its_file(folder: Path) -> None:
+    child = on_base(folder, CHILD, GOOD.replace("learning_rate: 1e-4", "learning_rat: 1e-4"))
+    with pytest.raises(ConfigError, match=r"base.yaml:13: .*learning_rat = "):
+        load_config(child)
+
+
+def test_slices_that_are_no_table_are_refused() -> None:
+    problem = problem_of(GOOD + "slices: [v5e:2x2]\n")
+    assert problem == "a.yaml:17: slices: should be a mapping of slices to their settings"
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name"),
+    [(name, each) for name in packaged_configs() for each in slices_of(name)],
+)
+def test_every_slice_of_a_packaged_config_is_valid(name: str, slice_name: str) -> None:
+    config = load_config(name, (), slice_name)
+    devices = math.prod(int(size) for size in slice_name.partition(":")[2].split("x"))
+    assert math.prod(config.mesh.axes.values()) == devices
+    if config.mesh.rollout is not None:
+        assert math.prod(config.mesh.rollout.axes.values()) == devices
 
 
 @pytest.mark.parametrize("name", packaged_configs())

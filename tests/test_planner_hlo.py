@@ -168,6 +168,70 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     assert hlo.kernel_flops("another_kernel", arrays) is None
 
 
+def test_a_slice_in_a_fusion_in_a_fusion_is_all_that_is_read() -> None:
+    """A decode step multiplies by one layer of stacked weights, without a copy of the layer."""
+    text = """HloModule jit_f, num_partitions=1
+
+%layer (p: bf16[28,4,2], i: s32[]) -> bf16[4,2] {
+  %p = bf16[28,4,2]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = bf16[1,4,2]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,4,2}
+  ROOT %b = bf16[4,2]{1,0} bitcast(%d)
+}
+
+%product (w: bf16[28,4,2], j: s32[], x: bf16[8,4]) -> bf16[8,2] {
+  %w = bf16[28,4,2]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[8,4]{1,0} parameter(2)
+  %same = bf16[28,4,2]{2,1,0} bitcast(%w)
+  %n = bf16[4,2]{1,0} fusion(%same, %j), kind=kLoop, calls=%layer
+  ROOT %r = bf16[8,2]{1,0} dot(%x, %n), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[28,4,2], k: s32[], y: bf16[8,4]) -> bf16[8,2] {
+  %a = bf16[28,4,2]{2,1,0} parameter(0)
+  %k = s32[]{:S(6)} parameter(1)
+  %y = bf16[8,4]{1,0} parameter(2)
+  ROOT %o = bf16[8,2]{1,0} fusion(%a, %k, %y), kind=kOutput, calls=%product
+}
+"""
+    found = hlo.cost(hlo.parse(text))
+    assert found.flops == 2 * 8 * 4 * 2
+    assert found.bytes == 2 * (4 * 2 + 8 * 4 + 8 * 2)
+    # Used as a whole beside it, all of it is read.
+    both = text.replace("ROOT %r =", "%t = bf16[28,4,2]{2,1,0} negate(%w)\n  ROOT %r =")
+    assert hlo.cost(hlo.parse(both)).bytes == 2 * (28 * 4 * 2 + 8 * 4 + 8 * 2)
+
+
+def test_what_another_unit_of_the_chip_does_counts() -> None:
+    """A v5p's and v6e's SparseCore runs computations of its own, beside the others."""
+    text = """HloModule jit_f, num_partitions=1
+
+%other (p: f32[4,8], q: f32[8,2]) -> f32[4,2] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[8,2]{1,0} parameter(1)
+  ROOT %d = f32[4,2]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}, execution_thread="sparsecore"
+
+%next (r: f32[4,2]) -> f32[4,2] {
+  ROOT %r = f32[4,2]{1,0} parameter(0)
+}
+
+ENTRY %main (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  %s = ((f32[4,8], f32[8,2]), f32[4,2]) call-start(%a, %b), \
+async_execution_thread="sparsecore", to_apply=%other
+  ROOT %e = f32[4,2]{1,0} call-done(%s)
+}
+"""
+    module = hlo.parse(text)
+    assert list(module.computations) == ["other", "next", "main"]
+    assert hlo.cost(module).flops == 2 * 4 * 8 * 2
+    assert hlo.cost(module).bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2)
+
+
 def test_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("x = 1\n")

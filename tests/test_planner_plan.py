@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import struct
 
 from r1jax.cli import with_given_shapes
 from r1jax.config.load import load_config
-from r1jax.config.schema import MeshSection
-from r1jax.models import ModelConfig
+from r1jax.config.schema import MeshSection, RunConfig
+from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
+from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
-from r1jax.planner.programs import forward_flops, token_counts
+from r1jax.planner.programs import forward_flops, prepare_decoding, stage_programs, token_counts
 from r1jax.planner.topologies import CHIPS, Chip, Slice
+from r1jax.sampler import Sampling
 from r1jax.sharding import make_layout
+from r1jax.stages.context import decoder_of as decoder_in
+from r1jax.stages.context import make_layouts
 
 # A model of one layer: everything compiles in seconds.
 SMALL = ["model.config.num_hidden_layers=1", "stages.zero.micro_batches=2"]
@@ -45,7 +51,7 @@ def run_plan(
 def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     content, done = run_plan(
         *(tmp_path / "plan.json", "tiny/r1_zero", *SMALL, "--fake-devices", "2"),
-        *("--only", "zero", "--mesh", "config", "--mesh", "data=3"),
+        *("--only", "zero", "--mesh", "config", "--mesh", "data=3", "--measure"),
     )
     assert done.returncode == 0, done.stderr
     good, refused = content["plans"]
@@ -79,7 +85,12 @@ def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     # 16 logits.
     assert sent == pytest.approx(2 * (weights + 4 * 32 * 96), rel=0.01)
     assert update["times"] is None  # nobody knows how fast a fake device is
-    assert "no time to tell" in done.stdout and "data=3" not in done.stderr
+    # It ran, which says nothing of a slice; a step is the sum of its calls.
+    measured = {name: program["measured"] for name, program in programs.items()}
+    assert all(seconds > 0 for seconds in measured.values())
+    total = sum(program["calls"] * program["measured"] for program in programs.values())
+    assert stage["measured"] == pytest.approx(total)
+    assert "no time to tell; measured: " in done.stdout and "data=3" not in done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
@@ -236,6 +247,68 @@ def test_what_does_not_go_together_is_refused_before_compiling() -> None:
         plan(config, three, MeshSection(axes={"data": 3}))
     with pytest.raises(ValueError, match="mesh axis 'pipeline' has 3 devices and splits nothing"):
         plan(config, three, MeshSection(axes={"pipeline": 3}))
+
+
+def named(config: RunConfig, stage: str) -> dict[str, float]:
+    """Program -> calls, of one stage on one device; nothing is compiled."""
+    target = one_device()
+    layout, sampling = make_layouts(config.mesh, target.devices)
+
+    def decoder_of(_: str) -> Decoder:
+        shape = ModelConfig.from_hugging_face(config.model.config or {})
+        return decoder_in(config.model, shape, layout)
+
+    compiler = Compiler(target)
+    found = stage_programs(config.stage(stage), config, decoder_of, sampling, compiler)
+    return {program.name: program.calls for program in found.programs}
+
+
+def test_evaluations_within_a_stage_and_rewriting_models_are_planned() -> None:
+    rollout = ["prefill", "decode"]
+    held_out = "stages.zero.held_out=held_out"
+    config = load_config("tiny/r1_zero", [held_out])
+    # 16 samples are a rollout's group: the same programs. Eight are not.
+    assert list(named(config, "zero"))[:3] == [*rollout, "log-probs"]
+    fewer = load_config("tiny/r1_zero", [held_out, "stages.zero.held_out_samples=24"])
+    programs = named(fewer, "zero")
+    assert list(programs)[:4] == [*rollout, "held-out prefill", "held-out decode"]
+    assert programs["held-out decode"] == 0 and programs["decode"] > 0
+
+    rewrite = "stages.cold_start.rewrite={kind: model, weights: zero, max_new_tokens: 256}"
+    programs = named(load_config("tiny/r1", [rewrite]), "cold_start")
+    names = ["prefill", "decode, cache of 128", "decode, cache of 256", "grow the cache"]
+    assert list(programs) == [*rollout, *(f"rewrite: {name}" for name in names)]
+    assert not any(programs[name] for name in programs if name.startswith("rewrite"))
+
+
+def test_what_is_not_there_cannot_be_measured() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "r1jax", "plan", "tiny/r1_zero", "--measure", "--slice", "v5e:2x2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "--measure needs devices that are there" in done.stderr
+
+
+def test_a_decode_loop_is_measured_for_some_of_its_tokens() -> None:
+    arguments = (
+        *("weights", State(jnp.int32(0)), "prompts", "lengths", jnp.int32(0)),
+        *(Sampling(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)), jnp.zeros(1)),
+    )
+    *_, state, _, _, until, sampling, eos_ids = prepare_decoding(arguments, capacity=100)
+    assert (int(state.step), int(until)) == (68, 100)  # the last 32 of a full cache
+    assert (float(sampling.temperature), float(sampling.top_p)) == (1, 1)
+    assert eos_ids.tolist() == [-1]  # no token ends a sample
+    *_, state, _, _, until, _, _ = prepare_decoding(arguments, capacity=8)
+    assert (int(state.step), int(until)) == (0, 8)
+
+
+@struct.dataclass
+class State:
+    """Of a sampler, as far as the loop counts."""
+
+    step: Any
 
 
 def test_a_model_without_a_shape_is_refused_with_what_to_give() -> None:

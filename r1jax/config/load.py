@@ -4,6 +4,15 @@ YAML is read by the rules of YAML 1.2's core schema, not PyYAML's 1.1: `1e-4` is
 `12:30` are strings, `010` is ten. A key given twice is an error. All mistakes of a file and its
 command line are reported at once, each with its place, its value and what belongs there.
 
+A file may begin where another one ends (`base`), and say what changes on some slices (`slices`).
+Both are settings as on the command line: a key is a path, and its value takes the place of what was
+there:
+
+    base: r1_zero/qwen2.5-32b          # a file or a packaged config
+    model.path: Qwen/Qwen2.5-14B
+    slices:
+      v5p:4x4x4: {mesh.axes: {fsdp: 8, tensor: 8}, stages.rl.micro_batches: 64}
+
 Relative paths in a config (`jsonl:PATH`, `model.path`, `model.tokenizer`, `output`) are relative to
 the working directory, not to the config's folder: a packaged config must work from anywhere.
 """
@@ -71,7 +80,9 @@ def find_config(name_or_path: str | Path) -> Path:
 # --- Loading -------------------------------------------------------------------------------------
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = (), slice_name: str | None = None
+) -> RunConfig:
     """Reads, overrides and checks one config. Touches no device.
 
     Args:
@@ -79,29 +90,22 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
       overrides: `key.path=value` each, the later winning. The value is YAML. A path steps into a
         list by index or by the `name` of the entry: `stages.rl.optimizer.learning_rate=1e-6`.
         A section that the file leaves out keeps its other defaults.
+      slice_name: an entry of the config's `slices`, whose settings come before the overrides.
 
     Raises:
       ConfigError: with every problem of the file and of the overrides.
     """
     path = find_config(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError([f"{path}: not a text file in UTF-8"]) from None
-    return parse_config(text, str(path), overrides)
+    return parse_config(_text(path), str(path), overrides, slice_name)
 
 
-def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(
+    text: str, source: str, overrides: Sequence[str] = (), slice_name: str | None = None
+) -> RunConfig:
     """As `load_config`, from YAML text; `source` is what error messages call it."""
-    try:
-        data, lines, repeated = _plain(text)
-    except _Unreadable as error:
-        raise ConfigError([f"{source}:{error.line}: {error.problem}"]) from None
-    if not isinstance(data, dict):
-        raise ConfigError([f"{source}: should be a mapping of keys, not {_show(data)}"])
-    document = _Document(source, data, lines)
-    faults = [f"{source}:{line}: {problem}" for line, problem in repeated]
-    faults += [document.locate(*problem) for problem in _name_mesh(document)]
+    document, faults = _read(text, source)
+    if slice_name is not None:
+        faults += _apply_slice(document, slice_name)
     faults += _apply_overrides(document, overrides)
     unnamed = [(at, f"{document.name(at)} = {what}") for at, what in fill_in(document.data)]
     problems = [*unnamed, *_unknown_keys(document)]
@@ -119,6 +123,19 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     return config
 
 
+def slices_of(name_or_path: str | Path) -> list[str]:
+    """The slices that a config has settings for, in its order."""
+    path = find_config(name_or_path)
+    return list(_read(_text(path), str(path))[0].slices)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: not a text file in UTF-8"]) from None
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; `parse_config` reads it back to an equal one."""
     return yaml.dump(
@@ -130,6 +147,18 @@ def dump_config(config: RunConfig) -> str:
     )
 
 
+_COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value that takes the place of another; `text` and `place` are for messages about it."""
+
+    value: Any
+    text: str
+    place: str
+
+
 @dataclass
 class _Document:
     """Plain data, and where each part of it came from."""
@@ -137,7 +166,20 @@ class _Document:
     source: str
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    overridden: dict[KeyPath, str] = field(default_factory=dict)
+    slices: dict[str, dict[str, _Setting]] = field(default_factory=dict)
+    overridden: dict[KeyPath, _Setting] = field(default_factory=dict)
+
+    def set(self, key: str, setting: _Setting) -> None:
+        """Puts a value at a dotted key; raises ValueError or LookupError where it cannot be."""
+        if not key or "" in key.split("."):
+            raise ValueError("should be key.path=value")
+        path = _set(self.data, key.split("."), setting.value)
+        for _, problem in _name_mesh(self):
+            raise ValueError(problem)
+        # An earlier setting of the same place, or of a part of it, no longer counts.
+        for at in [at for at in self.overridden if at[: len(path)] == path]:
+            del self.overridden[at]
+        self.overridden[path] = setting
 
     def value(self, path: KeyPath) -> Any:
         """What stands at `path`; raises LookupError or TypeError where nothing does."""
@@ -157,16 +199,22 @@ class _Document:
 
     def locate(self, path: KeyPath, message: str) -> str:
         """`message` after the place to correct: the command line or a line of the file."""
-        within = [text for at, text in self.overridden.items() if path[: len(at)] == at]
-        below = [text for at, text in self.overridden.items() if at[: len(path)] == path]
+        within = [each for at, each in self.overridden.items() if path[: len(at)] == at]
+        below = [each for at, each in self.overridden.items() if at[: len(path)] == path]
         if within:
-            return f"command line: {message}"
+            return f"{within[-1].place}: {message}"
         if below and path not in self.lines:
-            return f"command line, {below[-1]}: {message}"
+            return f"{below[-1].place}, {below[-1].text}: {message}"
         line = next((self.lines[p] for p in _prefixes(path) if p in self.lines), 1)
         # A rule between keys may be broken by an override of one of them. At the root that says
         # nothing about which.
-        hint = f" (with {', '.join(below)} from the command line)" if below and path else ""
+        places = dict.fromkeys(each.place for each in below)
+        hints = [
+            f"with {', '.join(each.text for each in below if each.place == place)} from "
+            + place.replace(_COMMAND_LINE, f"the {_COMMAND_LINE}")
+            for place in places
+        ]
+        hint = f" ({', '.join(hints)})" if hints and path else ""
         return f"{self.source}:{line}: {message}{hint}"
 
 
@@ -299,7 +347,77 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-# --- Overrides -----------------------------------------------------------------------------------
+# --- Settings: of a file on its base, of a slice, of the command line ----------------------------
+
+
+def _read(text: str, source: str, above: tuple[str, ...] = ()) -> tuple[_Document, list[str]]:
+    """A file's data, or that of its base with its own settings; and what is wrong with them.
+
+    Args:
+      above: the files that are based on this one.
+    """
+    try:
+        data, lines, repeated = _plain(text)
+    except _Unreadable as error:
+        raise ConfigError([f"{source}:{error.line}: {error.problem}"]) from None
+    if not isinstance(data, dict):
+        raise ConfigError([f"{source}: should be a mapping of keys, not {_show(data)}"])
+    faults = [f"{source}:{line}: {problem}" for line, problem in repeated]
+    slices, more = _slices(data.pop("slices", None), source, lines)
+    faults += more
+    if "base" not in data:
+        document = _Document(source, data, lines, slices)
+        return document, faults + [document.locate(*problem) for problem in _name_mesh(document)]
+    base, place = data.pop("base"), f"{source}:{lines[('base',)]}"
+    try:
+        path = find_config(str(base))
+    except ConfigError as error:
+        raise ConfigError([f"{place}: base: {error}"]) from None
+    if str(path) in (*above, source):
+        raise ConfigError([f"{place}: base = {base} is based on this file itself"])
+    document, more = _read(_text(path), str(path), (*above, source))
+    document.slices = slices or document.slices
+    faults += more
+    for key, value in data.items():
+        place = f"{source}:{lines[(key,)]}"
+        faults += _put(document, key, _Setting(value, f"{key}={_show(value)}", place))
+    return document, faults
+
+
+def _slices(
+    table: Any, source: str, lines: Mapping[KeyPath, int]
+) -> tuple[dict[str, dict[str, _Setting]], list[str]]:
+    """Slice -> key -> setting."""
+    if table is None:
+        return {}, []
+    if not isinstance(table, dict) or not all(isinstance(each, dict) for each in table.values()):
+        line = lines[("slices",)]
+        return {}, [f"{source}:{line}: slices: should be a mapping of slices to their settings"]
+    found = {
+        name: {
+            # Keys that a merge (`<<`) brought have no line of their own.
+            key: _Setting(
+                value,
+                f"{key}={_show(value)}",
+                f"{source}:{lines.get(('slices', name, key), lines[('slices', name)])}",
+            )
+            for key, value in settings.items()
+        }
+        for name, settings in table.items()
+    }
+    return found, []
+
+
+def _apply_slice(document: _Document, name: str) -> list[str]:
+    if name not in document.slices:
+        known = ", ".join(document.slices)
+        told = f"it has settings for {known}" if known else "it has no slices"
+        return [f"{document.source}: no settings for the slice {name}; {told}"]
+    return [
+        problem
+        for key, setting in document.slices[name].items()
+        for problem in _put(document, key, setting)
+    ]
 
 
 def _apply_overrides(document: _Document, overrides: Sequence[str]) -> list[str]:
@@ -307,24 +425,27 @@ def _apply_overrides(document: _Document, overrides: Sequence[str]) -> list[str]
     for text in overrides:
         name, equals, value_text = text.partition("=")
         try:
-            if not equals or not name or "" in name.split("."):
+            if not equals:
                 raise ValueError("should be key.path=value")
             value, _, repeated = _plain(value_text)
             if repeated:
                 raise ValueError(repeated[0][1])
-            path = _set(document.data, name.split("."), value)
-            for _, problem in _name_mesh(document):
-                raise ValueError(problem)
         except _Unreadable as error:
-            problems.append(f"command line, {text}: {error.problem}")
-        except (ValueError, LookupError) as error:
-            problems.append(f"command line, {text}: {error.args[0]}")
+            problems.append(f"{_COMMAND_LINE}, {text}: {error.problem}")
+        except ValueError as error:
+            problems.append(f"{_COMMAND_LINE}, {text}: {error.args[0]}")
         else:
-            # An earlier override of the same place, or of a part of it, no longer counts.
-            for at in [at for at in document.overridden if at[: len(path)] == path]:
-                del document.overridden[at]
-            document.overridden[path] = text
+            problems += _put(document, name, _Setting(value, text, _COMMAND_LINE))
     return problems
+
+
+def _put(document: _Document, key: str, setting: _Setting) -> list[str]:
+    """What is wrong with a setting, which is in force otherwise."""
+    try:
+        document.set(key, setting)
+    except (ValueError, LookupError) as error:
+        return [f"{setting.place}, {setting.text}: {error.args[0]}"]
+    return []
 
 
 def _name_mesh(document: _Document) -> list[tuple[KeyPath, str]]:
@@ -614,4 +735,5 @@ __all__ = [
     "find_config",
     "load_config",
     "parse_config",
+    "slices_of",
 ]

@@ -1,4 +1,4 @@
-"""What comes with r1jax as YAML: configs of runs, and meshes by name."""
+"""What comes with r1jax: configs of runs, meshes by name, and the shapes of published models."""
 
 from __future__ import annotations
 
@@ -41,10 +41,22 @@ def read_mesh(name: str) -> dict[str, Any]:
     return mesh
 
 
+def packaged_shape(model: str) -> Path | None:
+    """The `config.json` of a model on the hub, as published; None where it is not one of ours."""
+    folder = _folder()
+    path = None if folder is None else folder / "models" / f"{model}.json"
+    return path if path is not None and path.is_file() else None
+
+
 def _packaged() -> dict[str, Path]:
+    folder = _folder()
+    if folder is None:
+        return {}
+    files = sorted(folder.rglob("*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _folder() -> Path | None:
     # A wheel carries them inside the package; in a checkout they lie beside it.
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-        if folder.is_dir():
-            files = sorted(folder.rglob("*.yaml"))
-            return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-    return {}
+    folders = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+    return next((folder for folder in folders if folder.is_dir()), None)

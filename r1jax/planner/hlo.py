@@ -169,7 +169,7 @@ def parse(text: str) -> Module:
                 current = Computation(found[2])
                 computations[current.name] = current
                 entry = current.name if found[1] else entry
-        elif line.rstrip() == "}":  # a kernel's metadata may begin a line with more of them
+        elif _END.match(line):
             current = None
         else:
             instruction, root = _instruction(line)
@@ -181,6 +181,8 @@ def parse(text: str) -> Module:
     return Module(entry, computations, int(header[1]) if header else 1)
 
 
+# Some computations run on another unit of the chip. A kernel's metadata may begin a line with "}}".
+_END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
@@ -253,7 +255,7 @@ def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = Tru
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
-    *("async-done", "async-update", "copy-done", "send-done", "recv-done"),
+    *("async-done", "async-update", "call-done", "copy-done", "send-done", "recv-done"),
     *(f"{kind}-done" for kind in COLLECTIVES),
 }
 _WHOLE = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
@@ -286,7 +288,7 @@ class _Counter:
                 self.visit(computations[_target(each, name)], turns)
         elif each.opcode == "conditional":
             self._branch(each, times)
-        elif each.opcode in ("call", "async-start"):
+        elif each.opcode in ("call", "call-start", "async-start"):
             for name in each.called:
                 self.visit(computations[name], times)
         elif kind in COLLECTIVES:
@@ -547,9 +549,11 @@ def _bytes(
         inner = computations[each.called[0]]
         names = inner.parameters()
         read = sum(
-            _read(inner, names[i], operand) for i, operand in enumerate(operands) if i in names
+            _read(inner, names[i], _hbm(operand.shapes), computations)
+            for i, operand in enumerate(operands)
+            if i in names and _in_hbm(operand.shapes)
         )
-        return read + _written(each, inner)
+        return read + _written(each, computations)
     if each.opcode == "copy-start":
         # Its value is (target, source, flag).
         return sum(shape.bytes for shape in each.shapes[:2] if shape.in_hbm)
@@ -571,34 +575,44 @@ def _in_hbm(shapes: Sequence[Shape]) -> bool:
     return all(shape.in_hbm for shape in shapes)
 
 
-def _read(inner: Computation, name: str, operand: Instruction) -> float:
-    """What a fusion reads of an operand: only slices, where it takes nothing but slices of it."""
-    if not _in_hbm(operand.shapes):
-        return 0.0
-    whole = _hbm(operand.shapes)
+def _read(
+    inner: Computation, name: str, whole: float, computations: Mapping[str, Computation]
+) -> float:
+    """What a fusion reads of an operand: only slices, where it takes nothing but slices of it.
+
+    Args:
+      name: of the parameter. whole: bytes of all of it.
+    """
     taken = 0.0
-    for user in _real_users(inner, name):
-        first = inner.source(user.operands[0])
-        is_first = first is not None and first.name == name
+    for user, used in _real_users(inner, name):
+        is_first = user.operands[0] == used
         if user.opcode in _SLICES and is_first:
             taken += sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and is_first:
             continue  # updated in place
+        elif user.opcode == "fusion":
+            nested = computations[user.called[0]]
+            names = nested.parameters()
+            for i, operand in enumerate(user.operands):
+                if operand == used:
+                    taken += _read(nested, names[i], whole, computations)
         else:
             return whole
     return min(taken, whole)
 
 
-def _real_users(inner: Computation, name: str) -> Iterator[Instruction]:
+def _real_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
+    """Who uses a value behind bitcasts, and under which name."""
     for user in inner.users(name):
         if user.opcode == "bitcast":
             yield from _real_users(inner, user.name)
         else:
-            yield user
+            yield user, name
 
 
-def _written(each: Instruction, inner: Computation) -> float:
+def _written(each: Instruction, computations: Mapping[str, Computation]) -> float:
     """What a fusion writes: only the update, where it updates a part of an array in place."""
+    inner = computations[each.called[0]]
     root = inner.instructions[inner.root]
     names = root.operands if root.opcode == "tuple" else (root.name,)
     total = 0.0
@@ -609,6 +623,8 @@ def _written(each: Instruction, inner: Computation) -> float:
         if value is not None and value.opcode == "dynamic-update-slice":
             update = inner.instructions[value.operands[1]]
             total += sum(leaf.bytes for leaf in update.shapes)
+        elif value is not None and value.opcode == "fusion" and len(value.shapes) == 1:
+            total += _written(value, computations)
         else:
             total += shape.bytes
     return total

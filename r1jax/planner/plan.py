@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.schema import MODEL, MeshSection, ModelSection, RunConfig, Stage
@@ -12,6 +13,7 @@ from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.planner.estimate import Times, Traffic, times, traffic
+from r1jax.planner.measure import seconds as seconds_of
 from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
 from r1jax.sharding import Layout
@@ -30,6 +32,8 @@ class ProgramPlan:
     total: their sum; where the program alone is too large for the compiler, at least so much.
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
     utilisation: the model's own FLOP/s as a share of the peak.
+    compile_seconds: of processor time.
+    measured: seconds that a call took on the devices that are there; None where none was made.
     problem: why nothing is known but memory.
     """
 
@@ -44,6 +48,7 @@ class ProgramPlan:
     utilisation: float | None = None
     unknown_kernels: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    measured: float | None = None
     problem: str = ""
 
     @property
@@ -55,7 +60,8 @@ class ProgramPlan:
 class StagePlan:
     """A stage: its programs, and a step of it (or a batch, where it only samples).
 
-    seconds: None where a program does not fit, or the chip is unknown. tokens: of a step, sampled
+    seconds: None where a program does not fit, or the chip is unknown. measured: seconds, by the
+    measured calls of its programs. tokens: of a step, sampled
     or trained on, over all devices.
     """
 
@@ -67,6 +73,7 @@ class StagePlan:
     seconds: float | None
     tokens_per_second: float | None
     utilisation: float | None
+    measured: float | None = None
 
     @property
     def fullest(self) -> ProgramPlan:
@@ -75,13 +82,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on a slice, its devices arranged as a mesh. `refused`: why it cannot be."""
+    """A config on a slice, its devices arranged as a mesh.
+
+    sampling_mesh: how they are arranged while they sample, where that differs.
+    refused: why it cannot be.
+    """
 
     target: str
     mesh: dict[str, int]
     devices: int
     hbm: float | None
     stages: tuple[StagePlan, ...] = ()
+    sampling_mesh: dict[str, int] | None = None
     refused: str = ""
 
     @property
@@ -96,6 +108,9 @@ def plan(
     mesh: MeshSection,
     *,
     stages: Sequence[str] | None = None,
+    quick: bool = False,
+    cache: Path | None = None,
+    measure: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Compile everything that a run's stages call for a slice, and add it up.
@@ -105,6 +120,8 @@ def plan(
     Args:
       mesh: how to arrange the slice's devices.
       stages: names of those to plan; default: all.
+      quick, cache: see `Compiler`.
+      measure: whether to run what fits, too; the slice's devices must be there.
       tell: is given a line before each compilation.
 
     Raises:
@@ -117,9 +134,9 @@ def plan(
     # Programs count their devices in the mesh's order.
     target = replace(target, devices=tuple(layout.mesh.devices.flat))
     decoders = _Decoders(config, layout)
-    compiler = Compiler()
+    compiler = Compiler(target, quick=quick, cache=cache)
     found = [
-        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, tell)
+        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, measure, tell)
         for stage in config.stages
         if not chosen or stage.name in chosen
     ]
@@ -129,28 +146,36 @@ def plan(
         devices=layout.mesh.size,
         hbm=target.hbm,
         stages=tuple(found),
+        sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
     )
 
 
-def plan_all(
-    config: RunConfig,
-    targets: Iterable[Slice],
-    meshes: Sequence[MeshSection],
-    *,
-    stages: Sequence[str] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> list[Plan]:
-    """Each mesh on each slice; of several, one that is refused says so in its place."""
-    pairs = [(target, mesh) for target in targets for mesh in meshes]
-    if len(pairs) == 1:
-        return [plan(config, *pairs[0], stages=stages, tell=tell)]
-    plans = []
-    for target, mesh in pairs:
-        try:
-            plans.append(plan(config, target, mesh, stages=stages, tell=tell))
-        except ValueError as error:
-            refused = Plan(target.name, dict(mesh.axes), len(target.devices), target.hbm)
-            plans.append(replace(refused, refused=str(error)))
+@dataclass(frozen=True)
+class Case:
+    """What to plan: a config on a slice, its devices arranged as a mesh."""
+
+    config: RunConfig
+    target: Slice
+    mesh: MeshSection
+
+
+def plan_case(case: Case, **options: Any) -> Plan:
+    """The plan of a case; one that cannot be says why (`refused`).
+
+    Args:
+      options: of `plan`.
+    """
+    target = case.target
+    try:
+        return plan(case.config, target, case.mesh, **options)
+    except ValueError as error:
+        refused = Plan(target.name, dict(case.mesh.axes), len(target.devices), target.hbm)
+        return replace(refused, refused=str(error))
+
+
+def plan_all(cases: Sequence[Case], **options: Any) -> list[Plan]:
+    """Each case, or why it cannot be planned. Raises ValueError where none can."""
+    plans = [plan_case(case, **options) for case in cases]
     if all(each.refused for each in plans):
         raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
     return plans
@@ -234,17 +259,21 @@ def _plan_stage(
     rollout_layout: Layout,
     compiler: Compiler,
     target: Slice,
+    measure: bool,
     tell: Callable[[str], None],
 ) -> StagePlan:
     called = stage_programs(stage, config, decoders, rollout_layout, compiler)
     programs = []
     for program in called.programs:
         tell(f"{target.name}: {stage.name}: {program.name}")
-        programs.append(_plan_program(program, compiler, target))
-    seconds: float | None = 0.0
-    for each in programs:
-        known = None if each.times is None else each.times.total
-        seconds = None if seconds is None or known is None else seconds + each.calls * known
+        planned = _plan_program(program, compiler, target)
+        if measure and planned.fits is not False and not planned.problem:
+            tell(f"{target.name}: {stage.name}: {program.name}: measuring")
+            planned = replace(planned, measured=_measured(program, compiler))
+        programs.append(planned)
+    seconds = _sum(
+        programs, [None if each.times is None else each.times.total for each in programs]
+    )
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -255,11 +284,27 @@ def _plan_stage(
         seconds=seconds,
         tokens_per_second=None if not seconds else called.tokens / seconds,
         utilisation=_utilisation(useful, seconds, target),
+        measured=_sum(programs, [each.measured for each in programs]),
     )
 
 
+def _sum(programs: Sequence[ProgramPlan], times: Sequence[float | None]) -> float | None:
+    """Seconds of a step; None where those of a program are unknown."""
+    total = 0.0
+    for each, known in zip(programs, times, strict=True):
+        if known is None:
+            return None
+        total += each.calls * known
+    return total
+
+
+def _measured(program: Program, compiler: Compiler) -> float:
+    """Seconds of a call; where the data decides on its turns, of as many as are planned with."""
+    compiled = compiler.executable(program.lower())
+    return seconds_of(compiled, program.prepare) * program.turns / program.trial_turns
+
+
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:
-    began = time.perf_counter()
     try:
         binary = compiler(program.lower())
     except DoesNotFit as error:
@@ -272,12 +317,18 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
     except NotPlanned as error:
         memory = _add(_held(program.resident), _held(program.arguments))
         return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
-    seconds = time.perf_counter() - began
     memory = _memory(program, binary)
     fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
     if binary.module is None:
         problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
-        return ProgramPlan(program.name, program.calls, memory, fits, problem=problem)
+        return ProgramPlan(
+            program.name,
+            program.calls,
+            memory,
+            fits,
+            compile_seconds=binary.seconds,
+            problem=problem,
+        )
     cost = hlo.cost(
         binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
     )
@@ -295,7 +346,7 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
             program.useful_flops, None if taken is None else taken.total, target
         ),
         unknown_kernels=cost.unknown,
-        compile_seconds=round(seconds, 1),
+        compile_seconds=binary.seconds,
     )
 
 
@@ -360,8 +411,8 @@ _HINTS = {
     "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",
     "optimizer": "a larger fsdp axis, optimizer.moment_dtype: bfloat16",
     "reference": "loss.kl_coefficient: 0 (then no reference policy is kept)",
-    "activations": "model.remat: full, a smaller model.log_prob_chunk, a tensor axis",
-    "cache": "kv_heads over a tensor axis",
+    "activations": "a sequence or tensor axis, model.remat: full, a smaller model.log_prob_chunk",
+    "cache": "a tensor axis while sampling (mesh.rollout), which splits kv_heads",
     "batch": "a smaller mini_batches_per_rollout",
     "reward models": "smaller reward models",
 }

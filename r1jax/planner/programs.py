@@ -3,8 +3,8 @@
 The functions are the stages' and the sampler's own; here they are only given arguments. Texts are
 as long as the config lets them be: prompts of max_prompt_tokens, completions of max_new_tokens.
 
-Left out are evaluations within a GRPO stage (like its own rollouts), rewriting by a model, and what
-runs once: making, loading and saving states.
+Left out is what runs once: making, loading and saving states. How often a GRPO stage evaluates, or
+a model rewrites, is the data's business: their calls count as 0 in a step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.stages import Lowered
 from jax.typing import DTypeLike
 
 from r1jax.config.schema import (
     EvaluateStage,
     GRPOStage,
+    ModelRewrite,
     PretrainStage,
     RejectionSamplingStage,
     RewardModelStage,
@@ -65,6 +67,8 @@ class Program:
     larger_branch: whether conditionals take their larger branch: sampling does where it sorts the
         vocabulary.
     useful_flops: of the model in a call, on all devices together; recomputed products do not count.
+    prepare: makes of arbitrary arguments some with which the program does its work.
+    trial_turns: of that loop, with what `prepare` gives.
     """
 
     name: str
@@ -77,6 +81,8 @@ class Program:
     turns: float = 1.0
     larger_branch: bool = True
     useful_flops: float = 0.0
+    prepare: Callable[[Any], Any] = lambda arguments: arguments
+    trial_turns: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,8 @@ def _grpo(
     rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
     resident = {**beside, "optimizer": state.opt_state}
     programs: list[Program] = []
-    if reads_as_is(model, sampler):
-        programs += rollout.programs(resident, stage.rollout_batches / phase)
-    else:
+    held = resident
+    if not reads_as_is(model, sampler):
         move = weights_mover(model, sampler)
         programs.append(
             Program(
@@ -169,7 +174,12 @@ def _grpo(
             )
         )
         held = {**resident, "policy": weights}
-        programs += rollout.programs(held, stage.rollout_batches / phase)
+    programs += rollout.programs(held, stage.rollout_batches / phase)
+    evaluated = math.gcd(stage.held_out_samples, group)
+    if stage.held_out is not None and evaluated != group:  # else they are the rollout's own
+        sampling = stage.held_out_sampling
+        held_out = Rollout(sampler, questions, evaluated, prompt, new, sampling, compiler)
+        programs += _now_and_then(held_out.programs(held, 0.0), "held-out")
     programs += _reward_programs(judges, prompt + new, rows, {**resident, "weights": state.params})
     if with_reference or phase > 1:
         score = jax.jit(grpo.make_score(stage, model))
@@ -255,7 +265,25 @@ def _sampling(
     programs = list(rollout.programs(beside, 1.0))
     resident = {**beside, "weights": _weights(model)}
     programs += _reward_programs(judges, prompt + new, asked * samples, resident)
+    if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
+        section = stage.rewrite
+        # It is asked about a question and an answer, each as long as may be, and alone in memory.
+        rewriter = Rollout(
+            to_sample(decoder_of(section.weights), model.layout),
+            section.drafts_per_batch,
+            1,
+            prompt + new,
+            section.max_new_tokens,
+            section.sampling,
+            compiler,
+        )
+        programs += _now_and_then(rewriter.programs({}, 0.0), "rewrite:")
     return StagePrograms(tuple(programs), asked * samples * new, "batch")
+
+
+def _now_and_then(programs: Iterator[Program], prefix: str) -> list[Program]:
+    """Programs of another part of a stage, whose calls are the data's."""
+    return [replace(each, name=f"{prefix} {each.name}") for each in programs]
 
 
 def _update(
@@ -333,6 +361,8 @@ class Rollout:
                 turns=turns,
                 larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
                 useful_flops=decoding * turns / self.new_tokens,
+                prepare=partial(prepare_decoding, capacity=capacity),
+                trial_turns=min(capacity, _TRIAL_TOKENS),
             )
         if len(capacities) > 1:
             before, last = capacities[-2:]
@@ -397,7 +427,7 @@ class Rollout:
                 "what it reads is laid out by the prefill, which does not fit"
             ) from error
         begin = partial(start, **self._start_options(capacity))
-        return _placed(jax.eval_shape(begin, *self._start_arguments), binary)
+        return _placed(jax.eval_shape(begin, *self._start_arguments), binary, self.model.layout)
 
     def _start_options(self, capacity: int) -> dict[str, Any]:
         return {
@@ -429,6 +459,20 @@ class Rollout:
         dtype, sharding = self.model.execution.compute_dtype, self.model.layout.sharding(axes)
         leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         return [leaf] * (2 * self.model.config.num_hidden_layers)
+
+
+_TRIAL_TOKENS = 32
+
+
+def prepare_decoding(arguments: Any, capacity: int) -> Any:
+    """Some tokens of every sample, at the end of a full cache; no sample ends before."""
+    weights, state, prompt_cache, lengths, until, sampling, eos_ids = arguments
+    first = capacity - min(capacity, _TRIAL_TOKENS)
+    state = state.replace(step=jnp.full_like(state.step, first))
+    one = jnp.ones_like(sampling.temperature)
+    sampling = sampling.replace(temperature=one, top_p=one)
+    until = jnp.full_like(until, capacity)
+    return weights, state, prompt_cache, lengths, until, sampling, jnp.full_like(eos_ids, -1)
 
 
 def token_counts(capacities: list[int]) -> dict[int, float]:
@@ -512,12 +556,13 @@ def _like(arrays: Mapping[str, np.ndarray], model: Decoder) -> dict[str, jax.Sha
     return {name: _rows(model, array.shape, array.dtype) for name, array in arrays.items()}
 
 
-def _placed(shapes: Any, binary: Binary) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        binary.outputs,
-    )
+def _placed(shapes: Any, binary: Binary, layout: Layout) -> Any:
+    leaves, structure = jax.tree.flatten(shapes)
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, spec))
+        for leaf, spec in zip(leaves, binary.specs, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
 
 
 def bytes_on_device(tree: Any) -> int:

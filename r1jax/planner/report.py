@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +57,80 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
         console.print(f"Products not counted: {', '.join(kernels)}", markup=False)
 
 
+MARGIN = 0.1  # of HBM, free at the fullest moment: what a packaged slice must leave
+
+
+def has_margin(plan: Plan) -> bool:
+    """Whether every program leaves a tenth of the memory free."""
+    return not plan.refused and all(_free(plan, stage) >= MARGIN for stage in plan.stages)
+
+
+def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str, str]]) -> str:
+    """One table of configs on slices, a row for each stage; stages that are alike share one.
+
+    Args:
+      planned: config -> its plan on a slice.
+      waiting: (config, slice) that are not planned yet.
+    """
+    kinds = ("weights", "optimizer", "reference", "cache", "activations")
+    head = ["config", "slice", "mesh", "stage", "fits", *kinds, "other", "HBM free", "time of a"]
+    head += ["tokens/s", "MFU", "bound by", "compiled in"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    notes = []
+    for name, plan in planned:
+        place = [name, plan.target, _meshes(plan)]
+        if plan.refused:
+            lines.append(f"| {' | '.join([*place, '', 'refused', *[''] * (len(head) - 5)])} |")
+            notes.append(f"- {name} on {plan.target}: {plan.refused}")
+            continue
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for stage in plan.stages:
+            alike.setdefault(tuple(_row(plan, stage, kinds)), []).append(stage.name)
+            if _free(plan, stage) < 0:
+                notes += [f"- {name} on {plan.target}: {line}" for line in _advice(plan, stage)]
+        for row, stages in alike.items():
+            lines.append(f"| {' | '.join([*place, ', '.join(stages), *row])} |")
+    notes += [f"- {name} on {where}: not planned yet" for name, where in waiting]
+    return "\n".join([_PREFACE, *lines, *(["", *notes] if notes else []), ""])
+
+
+_PREFACE = """# Configs on slices, as planned
+
+Made by `make plan-all`, with the real TPU compiler and no TPU: every function that a stage calls is
+compiled for the slice. A slice `fits` if a tenth of its memory stays free (`tight`: less). Memory
+is that of one device as its fullest program runs. Times are those of a perfect machine and of
+texts that are all as long as the config lets them be; `bound by` says what the step waits for most.
+Compiled with the least effort (`--quick`), in seconds of one core.
+"""
+
+
+def _row(plan: Plan, stage: StagePlan, kinds: Sequence[str]) -> list[str]:
+    fullest, free = stage.fullest, _free(plan, stage)
+    other = sum(size for kind, size in fullest.memory.items() if kind not in kinds)
+    parts = {"compute": 0.0, "memory": 0.0, "network": 0.0}
+    for program in stage.programs:
+        for part in parts if program.times is not None else ():
+            parts[part] += program.calls * getattr(program.times, part)
+    rate = stage.tokens_per_second
+    compiled = sum(program.compile_seconds for program in stage.programs)
+    return [
+        "yes" if free >= MARGIN else "tight" if free >= 0 else "**no**",
+        *(_bytes(fullest.memory[kind]) if kind in fullest.memory else "" for kind in kinds),
+        _bytes(other) if other else "",
+        _share(free),
+        "" if stage.seconds is None else f"{stage.unit}: {_seconds(stage.seconds)}",
+        "" if rate is None else f"{rate:,.0f}",
+        _share(stage.utilisation),
+        "" if stage.seconds is None else max(parts, key=lambda part: parts[part]),
+        f"{compiled:.0f} s",
+    ]
+
+
+def _free(plan: Plan, stage: StagePlan) -> float:
+    """Share of a device's memory that stays free."""
+    return 1.0 if plan.hbm is None else 1 - stage.fullest.total / plan.hbm
+
+
 def _memory(plan: Plan, stage: StagePlan) -> Table:
     title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan)}"
     kinds = list(dict.fromkeys(k for program in stage.programs for k in program.memory))
@@ -79,6 +153,9 @@ def _work(stage: StagePlan) -> Table:
     for name in (f"calls a {stage.unit}", *names):
         table.add_column(name, justify="right")
     table.add_column("bound by")
+    measured = any(program.measured is not None for program in stage.programs)
+    if measured:
+        table.add_column("measured", justify="right")
     for program in stage.programs:
         if program.problem:
             continue
@@ -93,6 +170,7 @@ def _work(stage: StagePlan) -> Table:
             *([_seconds(part) for part in parts] or [""] * 4),
             _share(program.utilisation),
             "" if taken is None else taken.bound,
+            *(["" if program.measured is None else _seconds(program.measured)] if measured else ()),
         )
     return table
 
@@ -117,13 +195,19 @@ def _exchange(stage: StagePlan) -> Table:
 
 
 def _step(stage: StagePlan) -> str:
-    if stage.seconds is None or stage.tokens_per_second is None:
-        return f"A {stage.unit} of {stage.name}: {stage.tokens:,} tokens; no time to tell"
-    return (
-        f"A {stage.unit} of {stage.name}, at best: {_seconds(stage.seconds)}, "
-        f"{stage.tokens:,} tokens, {stage.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {_share(stage.utilisation)}"
-    )
+    head = f"A {stage.unit} of {stage.name}"
+    rate = stage.tokens_per_second
+    if stage.seconds is None or rate is None:
+        line = f"{head}: {stage.tokens:,} tokens; no time to tell"
+    else:
+        line = (
+            f"{head}, at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
+            f"{rate:,.0f} tokens/s, MFU {_share(stage.utilisation)}"
+        )
+    if stage.measured:
+        rate = stage.tokens / stage.measured
+        line += f"; measured: {_seconds(stage.measured)}, {rate:,.0f} tokens/s"
+    return line
 
 
 def _problems(stage: StagePlan) -> list[str]:
@@ -171,8 +255,17 @@ def _comparison(plans: Sequence[Plan]) -> Table:
 
 
 def _mesh(plan: Plan) -> str:
-    shown = [f"{axis} {size}" for axis, size in plan.mesh.items() if size != 1]
-    return ", ".join(shown) or "one device"
+    return _axes(plan.mesh)
+
+
+def _meshes(plan: Plan) -> str:
+    """Of training, and of sampling where that is another one."""
+    sampling = "" if plan.sampling_mesh is None else f"; sampling: {_axes(plan.sampling_mesh)}"
+    return _mesh(plan) + sampling
+
+
+def _axes(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n != 1) or "one device"
 
 
 def _bytes(size: float) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,16 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
     else:
         assert section.config is not None
         raw = section.config
-    return decoder_of(section, ModelConfig.from_hugging_face(raw), layout), generation
+    config = ModelConfig.from_hugging_face(raw)
+    if section.path is not None:
+        different = hugging_face.differences_from_published(section.path, config)
+        if different:  # the model is right; plans of it are not
+            warnings.warn(
+                f"{section.path} differs from the shape that r1jax plans with: "
+                f"{'; '.join(different)}",
+                stacklevel=2,
+            )
+    return decoder_of(section, config, layout), generation
 
 
 def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> Decoder:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from r1jax.bucket import locate, on_bucket, read_range
+from r1jax.config.packaged import packaged_shape
 from r1jax.models.config import Head, ModelConfig
 from r1jax.models.parameters import (
     Params,
@@ -81,7 +82,10 @@ def resolve(path_or_name: str) -> Path:
 
 
 def find_config(path_or_name: str) -> dict[str, Any]:
-    """`config.json` of a directory, or of a hub repository without its weights.
+    """`config.json` for a plan: of a local directory, of r1jax itself, or of a hub repository.
+
+    The published shapes that come with r1jax need no network and give the same plan everywhere; a
+    run reads the model's own file, and `differences_from_published` compares the two.
 
     Raises:
       ValueError: neither a directory nor a repository that can be reached.
@@ -89,6 +93,9 @@ def find_config(path_or_name: str) -> dict[str, Any]:
     path = _directory(path_or_name)
     if path is not None:
         return read_config(path)
+    packaged = packaged_shape(path_or_name)
+    if packaged is not None:
+        return _read_mapping(packaged)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -109,6 +116,19 @@ def _directory(path_or_name: str) -> Path | None:
     if on_bucket(path_or_name):
         raise ValueError(f"model {path_or_name!r}: there is nothing under this name on the bucket")
     return None
+
+
+def differences_from_published(name: str, config: ModelConfig) -> list[str]:
+    """How a model of the hub differs from the shape that plans take it to have."""
+    packaged = packaged_shape(name)
+    if packaged is None:
+        return []
+    published = asdict(ModelConfig.from_hugging_face(_read_mapping(packaged)))
+    return [
+        f"{key} = {value!r}, planned with {published[key]!r}"
+        for key, value in asdict(config).items()
+        if value != published[key]
+    ]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
