@@ -525,13 +525,12 @@ def main() -> None:
 
 def _process() -> int | None:
     """Which of several processes this is, once they have joined; None: it is the only one."""
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
+    if "r1jax.processes" not in sys.modules:  # a mistake that was found before JAX was needed
         return None
-    try:
-        return int(jax.process_index())
-    except RuntimeError:  # the devices are what failed
-        return None
+    from r1jax.processes import joined
+
+    self = joined()
+    return None if self is None else self.index
 
 
 def _complain(error: Exception, own: bool, process: int | None = None) -> None:

@@ -193,12 +193,10 @@ def test_faults_keep_their_traceback(
 def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
     config: Path, recipe: Any, replace: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jax
-
+    from r1jax import processes
     from r1jax.stages import dry_run
 
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(processes, "joined", lambda: processes.Joined(3, 4, "", None))
     run = replace(recipe, "run", side_effect=RunError("5 non-finite steps"))
     result = invoke("run", config)
     assert (result.exit_code, result.stderr) == (1, "[process 3] 5 non-finite steps\n")
@@ -209,9 +207,6 @@ def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
     assert invoke("run", config).output == ""
     replace(dry_run, "describe", return_value={})
     assert invoke("run", config, "--dry-run").output == ""
-    monkeypatch.setattr(jax, "process_index", MagicMock(side_effect=RuntimeError("no device")))
-    run.side_effect = RunError("no device")
-    assert invoke("run", config).stderr == "no device\n"
 
 
 # --- eval ----------------------------------------------------------------------------------------
@@ -252,10 +247,9 @@ def test_eval_of_a_run_takes_its_config_and_final_weights(
 def test_eval_in_another_process_says_nothing(
     run_directory: Path, evaluated: MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import jax
+    from r1jax import processes
 
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "joined", lambda: processes.Joined(1, 2, "", None))
     result = invoke("eval", run_directory)
     assert (result.exit_code, result.output) == (0, "")
     evaluated.assert_called_once()
