@@ -22,12 +22,13 @@ Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
 
 # Weights are split over `fsdp` along one dimension and over `tensor` along another; activations
-# over the batch, and over time where there is a `sequence` axis. Attention sees whole rows: there,
+# over the batch, and over time where there is a `sequence` axis, which then splits the weights
+# like `fsdp`: its devices, too, would otherwise hold copies. Attention sees whole rows: there,
 # `sequence` splits the heads instead (DeepSpeed-Ulysses, arXiv 2309.14509). Mesh axes that a mesh
 # does not have are dropped.
 DEFAULT_RULES: Rules = {
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
