@@ -16,7 +16,7 @@ from typing import Any
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics import Recorder
-from r1jax.stages import recipe
+from r1jax.stages import grpo, recipe
 from r1jax.stages.judge import Judge
 from r1jax.weights import hugging_face
 
@@ -75,6 +75,9 @@ def main() -> int:
         die_in(Recorder, "log", number, ask_to_stop)
     elif point == "sigterm_in_judging":
         die_in(Judge, "submit", number, ask_to_stop)
+    elif point == "sigterm_in_rollout":
+        die_in(grpo, "sample_batch", number + 1, kill)  # it is not gone on with
+        die_in(grpo, "sample_batch", number, ask_to_stop)
     return recipe.run(load_config(sys.argv[3], sys.argv[4:]))
 
 

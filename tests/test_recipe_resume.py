@@ -11,8 +11,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 # In this order, on one run: dead in pretraining, in a save, in an export, in the evaluation; asked
 # to stop in the RL stage's first held-out evaluation (in the fourth batch, as the evaluation still
-# had two); dead in its log, asked to stop there, dead in its save, and behind its last held-out
-# evaluation, in its export.
+# had two); dead in its log, asked to stop between two batches of a rollout, and in its log, dead in
+# its save, and behind its last held-out evaluation, in its export.
 DEATHS = [
     ("log", 4),
     ("save", 1),
@@ -20,6 +20,7 @@ DEATHS = [
     ("samples", 2),
     ("sigterm_in_judging", 4),
     ("log", 4),
+    ("sigterm_in_rollout", 3),
     ("sigterm", 1),
     ("save", 1),
     ("export", 1),

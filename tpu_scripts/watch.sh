@@ -14,8 +14,8 @@ readonly PATIENCE=5
 # What a preemption breaks is seen before the preemption itself, so a failure is looked at this often.
 readonly DOUBTS=3
 
-# The ends of a run that say nothing of its cause: 143 saved at SIGTERM; 134 is how JAX ends a process
-# that has lost another one, and `lost` one that a reboot or the kernel ended.
+# The ends of a run that say nothing of its cause: 143 saved at SIGTERM; 134 is how a process ends
+# that has lost another one, or that its watchdog aborts, and `lost` one that a reboot or the kernel ended.
 failures() { # STATES; the earliest first
   awk '$2 == "ended" && $3 !~ /^(0|134|143)$/' <<<"$1" | LC_ALL=C sort -s -n -k4,4
 }

@@ -94,7 +94,7 @@ state_step() {
 }
 
 stop_step() {
-  # Again and again: while JAX starts, it takes SIGTERM for itself.
+  # Again and again: while Python starts, nobody waits for SIGTERM.
   local tries
   for ((tries = 0; tries < 120; tries++)); do
     if ! is_running; then

@@ -62,11 +62,14 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, first))
 
             # 1. Sample. Each part is scored by the workers while the next one is generated.
+            place = questions.state()
             taken = questions.take(per_phase, first)
             asked, firsts = taken.prompts, [repeat * group for repeat in taken.repeats]
             completions: list[Completion] = []
             pending = []
             for start in range(0, own, part):
+                # A preempted host has little time; a rollout may take an hour, and is done again.
+                loop.leave_if_asked(place)
                 batch = sample_batch(
                     weights,
                     asked[start : start + part],

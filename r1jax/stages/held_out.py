@@ -111,5 +111,5 @@ class HeldOut:
             sampling=self._stage.held_out_sampling,
         ):
             loop.clock.lap("held_out")
-            loop.leave_if_asked(questions)
+            loop.leave_if_asked(questions.state())
             yield from rows

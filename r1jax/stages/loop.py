@@ -221,14 +221,14 @@ class TrainLoop:
             )
 
     @phase("checkpoint")
-    def save(self, data: Resumable) -> None:
+    def save(self, place: Mapping[str, Any]) -> None:
         if self.checkpoints.latest_step == self.step:
             return
         arrays: dict[str, Any] = {"state": self.state}
         if self.reference is not None:
             arrays["reference"] = self.reference
         metadata = {
-            "data": data.state(),
+            "data": place,
             "metrics": self.recorder.cursor(),
             "bad_in_a_row": self._bad_in_a_row,
             "seconds": self.clock.seconds,
@@ -242,22 +242,22 @@ class TrainLoop:
         """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
         stop = anywhere(self._context.stop_requested)
         if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._steps:
-            self._save_and_mark(data)
+            self._save_and_mark(data.state())
         if stop and self.step < self._steps:
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
 
-    def leave_if_asked(self, data: Resumable) -> None:
+    def leave_if_asked(self, place: Mapping[str, Any]) -> None:
         """When asked to stop, save and raise `Preempted`.
 
         For work between two steps that leaves no trace until it is done: a resumed run begins with
-        it again.
+        it again, where `place` (what the data's `state` was before that work) says.
         """
         if anywhere(self._context.stop_requested):
-            self._save_and_mark(data)
+            self._save_and_mark(place)
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
 
-    def _save_and_mark(self, data: Resumable) -> None:
-        self.save(data)
+    def _save_and_mark(self, place: Mapping[str, Any]) -> None:
+        self.save(place)
         self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
 
     @phase("export")
