@@ -126,6 +126,15 @@ def test_a_copy_made_later_has_the_same_files(storage: Storage) -> None:
     first.push()
     assert storage.writes == before + 3
 
+    # Files of others may come and go in the meantime, here and there.
+    (first.directory / "stages/00-a/dangling").symlink_to("nothing")
+    (first.directory / "stages/00-a/empty.jsonl").unlink()
+    del storage.objects[BUCKET]["runs/tiny-s0/stages/00-a/empty.jsonl"]
+    first.push()
+    (first.directory / "stages/00-a/dangling").unlink()
+    (first.directory / "stages/00-a/empty.jsonl").touch()
+    first.push()
+
     second = WorkingCopy(RUN)
     second.pull()
     assert local(second.directory) == local(first.directory)
