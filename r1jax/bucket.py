@@ -190,18 +190,22 @@ class WorkingCopy:
 
     def push(self) -> None:
         """Uploads what has changed here, and deletes what was deleted here; `run.json` last."""
-        here = {
-            path.relative_to(self.directory).as_posix(): _state(path)
-            for path in self.directory.rglob("*")
-            if path.is_file()
-        }
-        changed = [name for name, state in here.items() if self._pushed.get(name) != state]
-        contents = {self._object(name): (self.directory / name).read_bytes() for name in changed}
+        here: dict[str, tuple[int, int]] = {}
+        contents: dict[str, bytes] = {}
+        for path in self.directory.rglob("*"):
+            name = path.relative_to(self.directory).as_posix()
+            with suppress(FileNotFoundError):  # a tracker's own, gone meanwhile
+                if path.is_file():
+                    state = _state(path)
+                    if self._pushed.get(name) != state:
+                        contents[self._object(name)] = path.read_bytes()
+                    here[name] = state
         record = contents.pop(self._object(_RECORD), None)
         if contents:
             self._files.pipe(contents)
         for name in self._pushed.keys() - here.keys():
-            self._files.rm_file(self._object(name))
+            with suppress(FileNotFoundError):
+                self._files.rm_file(self._object(name))
             del self._pushed[name]
         if record is not None:
             self._files.pipe_file(self._object(_RECORD), record)

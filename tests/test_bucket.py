@@ -30,6 +30,7 @@ from r1jax.config.load import load_config
 from r1jax.data import load_tokenizer
 from r1jax.data.sources import read_jsonl
 from r1jax.evaluation import language_models
+from r1jax.metrics import Watchdog
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout, make_layout, single_device
@@ -125,6 +126,15 @@ def test_a_copy_made_later_has_the_same_files(storage: Storage) -> None:
     os.truncate(first.directory / "stages/00-a/metrics.jsonl", 2)
     first.push()
     assert storage.writes == before + 3
+
+    # Files of others may come and go in the meantime, here and there.
+    (first.directory / "stages/00-a/dangling").symlink_to("nothing")
+    (first.directory / "stages/00-a/empty.jsonl").unlink()
+    del storage.objects[BUCKET]["runs/tiny-s0/stages/00-a/empty.jsonl"]
+    first.push()
+    (first.directory / "stages/00-a/dangling").unlink()
+    (first.directory / "stages/00-a/empty.jsonl").touch()
+    first.push()
 
     second = WorkingCopy(RUN)
     second.pull()
@@ -311,6 +321,13 @@ def test_configs_and_data_may_lie_on_a_bucket(storage: Storage) -> None:
     assert rows.label(1) == "gs://a-bucket/data/train.jsonl:3"
     with pytest.raises(FileNotFoundError, match="gs://a-bucket/data/other.jsonl"):
         read_jsonl("gs://a-bucket/data/other.jsonl", "train", {})
+
+
+def test_a_hang_is_told_on_the_bucket(storage: Storage) -> None:
+    """At once, and not by a push: the thread that pushes is the one that hangs."""
+    Watchdog(60.0, locate(f"{RUN}/hangs")).look(time.monotonic() + 600)
+    ((name, content),) = storage.files(BUCKET, "runs/tiny-s0/hangs").items()
+    assert name.startswith("process-0-") and b"no progress for 10 min" in content
 
 
 # --- What is refused before any compute ---

@@ -193,7 +193,7 @@ def _watchdog(context: Context) -> AbstractContextManager[Any]:
         return nullcontext()
     return Watchdog(
         section.seconds,
-        context.directory / "hangs",
+        context.home(context.directory / "hangs"),  # at once: a process that hangs pushes nothing
         abort=section.abort,
         process_index=jax.process_index(),
     )
