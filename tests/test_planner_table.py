@@ -56,10 +56,12 @@ def test_a_tenth_of_the_memory_stays_free() -> None:
         for size in (14, 15, 17)
     }
     assert [has_margin(plan) for plan in plans.values()] == [True, False, False]
-    table = as_markdown([(str(size), plan) for size, plan in plans.items()], [("x", "v5e:4x4")])
+    table = as_markdown(
+        [(str(size), plan) for size, plan in plans.items()], [("x", "v5e:4x4"), ("x", "v6e:2x2")]
+    )
     assert [row[4] for row in cells(table)] == ["yes", "tight", "**no**"]
     assert "- 17 on v5e:2x2: s: update is 1 GiB a device too large" in table
-    assert "- x on v5e:4x4: not planned yet" in table
+    assert "- x: not planned yet on v5e:4x4, v6e:2x2" in table
 
 
 def test_what_the_compiler_gave_up_on_does_not_fit() -> None:
@@ -150,4 +152,4 @@ def test_a_packaged_config_fits_its_slice(tmp_path: Path) -> None:
     (row,) = cells(table)
     assert row[1:5] == ["v5e:2x4", "fsdp 4, sequence 2", "sft", "yes"]
     assert float(row[11].removesuffix(" %")) >= 10
-    assert "on v5p:2x2x1: not planned yet" in table
+    assert ": not planned yet on v5p:2x2x1, v6e:2x2" in table

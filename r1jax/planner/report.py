@@ -90,7 +90,10 @@ def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str
                 notes += [f"- {name} on {plan.target}: {line}" for line in _advice(plan, stage)]
         for row, stages in alike.items():
             lines.append(f"| {' | '.join([*place, ', '.join(stages), *row])} |")
-    notes += [f"- {name} on {where}: not planned yet" for name, where in waiting]
+    later: dict[str, list[str]] = {}
+    for name, where in waiting:
+        later.setdefault(name, []).append(where)
+    notes += [f"- {name}: not planned yet on {', '.join(where)}" for name, where in later.items()]
     return "\n".join([_PREFACE, *lines, *(["", *notes] if notes else []), ""])
 
 
