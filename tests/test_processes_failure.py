@@ -25,6 +25,8 @@ from r1jax.stages.recipe import EXIT_PREEMPTED
 TESTS = Path(__file__).parent
 RUN = "tiny-hosts-s0"
 HOST = socket.gethostname()
+# A host trains on every other part of the batch, and samples on neighbouring ones.
+INTERLEAVED = ("mesh.axes={fsdp: 2, data: 2}", "mesh.rollout={axes: {data: 4}}")
 ON_FOUR_HOSTS = "mesh.axes={data: 2, fsdp: 4}"  # each of which has its own part of the weights
 
 
@@ -213,11 +215,12 @@ def test_sigterm_to_one_saves_the_same_step_of_all(
     hosts: Hosts, alone: Path, tmp_path: Path
 ) -> None:
     """On 2 hosts with 2 devices each; the run that goes on ends as that of one process."""
-    ended = hosts.run(tmp_path, 2, 2, accidents={1: "sigterm_before_an_update 1"})
+    accidents = {1: "sigterm_before_an_update 1"}
+    ended = hosts.run(tmp_path, 2, 2, *INTERLEAVED, accidents=accidents)
     assert statuses(ended) == [EXIT_PREEMPTED, EXIT_PREEMPTED], told(ended)
     assert "Stopped by SIGTERM. rl: saved at step 1" in ended[0].said
     assert checkpoints(tmp_path, "01-rl") == ["1"]
-    ended = hosts.run(tmp_path, 2, 2)
+    ended = hosts.run(tmp_path, 2, 2, *INTERLEAVED)
     assert statuses(ended) == [0, 0], told(ended)
     assert "rl: resumed at step 1" in ended[0].said
     assert_equal_runs(tmp_path, alone)
