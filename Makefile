@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds r1-seeds test lint bench plan-all wheel clean
+.PHONY: demo demo-seeds r1-seeds test test-plans lint bench plan-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -34,6 +34,10 @@ bench: .venv/installed
 # compiled again, so a call that was stopped goes on, and one after a change does only what changed.
 plan-all: .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/r1jax plan-all --cache .libtpu/compiled --out configs/PLANS.md $(PLAN_FLAGS)
+
+# The tests that need the TPU compiler: 700 MB, for which `test` does not ask.
+test-plans: .venv/installed-test .libtpu/installed
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_planner_plan.py tests/test_planner_table.py
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
