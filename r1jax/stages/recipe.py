@@ -146,6 +146,7 @@ def _hash_of_code() -> str:
 
 
 def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | None) -> int:
+    ACTIVITY.begin("")  # of a former run in this process
     context = Context.resolve(config)
     context.profile = profile
     cache = use_compilation_cache(config.compilation_cache, config.output)
