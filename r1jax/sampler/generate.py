@@ -29,7 +29,7 @@ from r1jax.models.decoder import (
 )
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import Sampling, draw, sample_keys
-from r1jax.sharding import Layout, from_process_rows, to_process_rows
+from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 
 
 class Finish(IntEnum):
@@ -274,6 +274,8 @@ def generate_chunks(
 
 def _search(stop: StopSearch, state: _State, layout: Layout) -> jax.Array:
     samples = state.samples
+    if layout.shards("sample") > 1:
+        samples = move_rows(samples, layout)
     tokens, lengths = to_process_rows(samples.tokens), to_process_rows(samples.lengths)
     ends = stop(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
     return from_process_rows(np.asarray(ends, np.int32).reshape(lengths.shape), layout)

@@ -16,7 +16,7 @@ from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest
 from r1jax.rewards import Answered, RowScore
 from r1jax.sampler import Finish, Prompts, Sampling, StopSearch, generate
-from r1jax.sharding import from_process_rows, to_process_rows
+from r1jax.sharding import from_process_rows, move_rows, to_process_rows
 
 # Hidden tests of a program may be megabytes, and would be stored with each of its samples.
 _STORED_CHARACTERS = 4000
@@ -177,6 +177,8 @@ def sample_batch(
       options: of `r1jax.sampler.generate`.
     """
     samples = generate(params, pad_prompts(prompts, model, rows, firsts), model, **options)
+    if model.layout.shards("sample") > 1:  # a process's devices may hold some samples of a prompt
+        samples = move_rows(samples, model.layout)
     tokens, lengths, finish, log_probs = (
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
