@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,23 @@ from r1jax.models import (
     Execution,
     MixtureOfExperts,
     ModelConfig,
+    YarnRopeScaling,
+    declare,
     decode,
     forward,
     logits,
     prefill,
+    token_scores,
 )
 from r1jax.models.decoder import empty_cache, unstack_layers
 from r1jax.models.experts import route
-from r1jax.models.parameters import Params
+from r1jax.models.parameters import Params, is_spec
+from r1jax.models.rope import rotations
+from r1jax.planner.programs import forward_flops
+from r1jax.sampler import Prompts, generate
+from r1jax.sampler.weights import weights_mover
 from r1jax.sharding import single_device
-from r1jax.weights.hugging_face import export, load_params, read_config
+from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 
 SIZES: dict[str, Any] = dict(
     vocab_size=61,
@@ -80,6 +88,42 @@ KINDS: dict[str, dict[str, Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     ),
 }
+# Of DeepSeek-V3 and R1, as published.
+PUBLISHED: dict[str, Any] = dict(
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    num_key_value_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    first_k_dense_replace=3,
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    scoring_func="sigmoid",
+    topk_method="noaux_tc",
+    rope_theta=10000,
+    rope_scaling={
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+)
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24), np.int32)
 
 
@@ -176,6 +220,54 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
                 )
 
 
+def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:
+    make("like V3", tmp_path)
+    cotangents = np.random.default_rng(1).standard_normal(TOKENS.shape, np.float32)
+
+    def score(params: Params, model: Decoder) -> jax.Array:
+        positions = positions_of(TOKENS)
+        scores = token_scores(params, TOKENS, positions, jnp.ones_like(positions), model)
+        return jnp.sum(scores.log_probs * cotangents)
+
+    gradients = jax.jit(jax.grad(score), static_argnums=1)
+    params, scanned = load(tmp_path, scan_layers=True)
+    _, unrolled = load(tmp_path, scan_layers=False)
+    remat = replace(unrolled, execution=replace(unrolled.execution, remat="full"))
+    expected, actual = gradients(params, scanned), gradients(params, remat)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=name)
+        assert (float(jnp.abs(a).max()) > 1e-3) == (name != "layers.router_bias"), name
+
+
+def test_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
+    """Samples of prompts of other lengths, a cache that grows, and weights that were moved."""
+    make("like V3", tmp_path)
+    params, policy = load(tmp_path, scan_layers=True)
+    sampler = replace(policy, execution=replace(policy.execution, scan_layers=False))
+    moved = weights_mover(policy, sampler)(params)
+    lengths, new = np.asarray([5, 3], np.int32), 6
+    tokens = np.where(np.arange(5) < lengths[:, None], TOKENS[:, :5], 0)
+    prompts = Prompts(tokens, lengths, np.arange(2, dtype=np.uint32))
+    options = {"samples": 2, "max_new_tokens": new, "seed": 0, "first_bucket": 4}
+    samples = jax.device_get(generate(moved, prompts, sampler, **options))
+    rows = np.zeros((4, 5 + new), np.int32)
+    segments = np.zeros_like(rows)
+    for row in range(4):
+        prompt, end = row // 2, lengths[row // 2]
+        rows[row, :end] = tokens[prompt, :end]
+        rows[row, end : end + new] = samples.tokens[prompt, row % 2]
+        segments[row, : end + new] = 1
+    score = jax.jit(token_scores, static_argnums=4)
+    scores = score(params, rows, positions_of(rows), segments, policy).log_probs
+    for row in range(4):
+        prompt, end = row // 2, lengths[row // 2]
+        found = samples.policy_log_probs[prompt, row % 2]
+        np.testing.assert_allclose(found, scores[row, end : end + new], atol=1e-4)
+
+
 # The router
 
 
@@ -229,6 +321,39 @@ def test_no_gradient_reaches_the_bias_and_some_reaches_the_router() -> None:
 
 
 # Configurations and directories
+
+
+def test_the_published_model_has_its_published_sizes() -> None:
+    config = ModelConfig.from_hugging_face(PUBLISHED)
+    assert ModelConfig.from_hugging_face(config.to_hugging_face()) == config
+    specs = jax.tree.leaves(declare(config), is_leaf=is_spec)
+    assert round(sum(math.prod(spec.shape) for spec in specs) / 1e9) == 671
+    assert config.cache_values == 61 * 576
+    # 37 billion weights are activated by a token, of which looking it up is no product.
+    assert round(forward_flops(config, 1, 1) / 2e9 + 129280 * 7168 / 1e9) in (37, 38)
+    # The released index has 91,991 tensors: these; the prediction module, which is another layer
+    # with six tensors of its own; and a scale of each matrix in the layers but the router.
+    names = [(name, spec) for spec in specs for name in stored_names(spec)]
+    assert len({name for name, _ in names}) == len(names)
+    last = [(name, spec) for name, spec in names if name.startswith("model.layers.60.")]
+    scaled = [
+        name
+        for name, spec in names + last
+        if spec.per_layer and len(spec.stored.file_shape) == 2 and "mlp.gate." not in name
+    ]
+    assert len(names) + len(last) + 6 + len(scaled) == 91_991
+    shapes = {name: spec.stored.file_shape for name, spec in names}
+    assert shapes["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"] == (576, 7168)
+    assert shapes["model.layers.0.self_attn.kv_b_proj.weight"] == (128 * 256, 512)
+    assert shapes["model.layers.60.mlp.experts.255.down_proj.weight"] == (7168, 2048)
+
+
+def test_yarn_sharpens_as_published() -> None:
+    config = ModelConfig.from_hugging_face(PUBLISHED)
+    assert isinstance(config.rope_scaling, YarnRopeScaling)
+    assert config.rope_scaling.sharpening(1.0) == pytest.approx(0.1 * math.log(40) + 1)
+    cos, sin = rotations(jnp.arange(3), config)
+    np.testing.assert_allclose(cos**2 + sin**2, 1.0, rtol=1e-6)  # mscale = mscale_all_dim
 
 
 def test_what_is_not_deepseek_v3_is_refused(tmp_path: Path) -> None:
