@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -39,6 +40,9 @@ from r1jax.sampler.weights import weights_mover
 from r1jax.sharding import single_device
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 
+# Each program runs once: spend no time on LLVM's optimisations. XLA's own passes are the same.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 SIZES: dict[str, Any] = dict(
     vocab_size=61,
     hidden_size=32,
@@ -150,14 +154,14 @@ def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     return load_params(directory, config, model.layout), model
 
 
-@jax.jit
+@jit
 def positions_of(tokens: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
 def whole_logits(params: Params, model: Decoder) -> np.ndarray:
     positions = positions_of(TOKENS)
-    run = jax.jit(forward, static_argnums=4)
+    run = jit(forward, static_argnums=4)
     hidden = run(params, TOKENS, positions, jnp.ones_like(positions), model)
     return np.asarray(logits(params, hidden, model))
 
@@ -198,7 +202,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     params, model = load(tmp_path, scan_layers=scan)
     expected = whole_logits(params, model)
     lengths = np.asarray([6, 4], np.int32)
-    hidden, prompts = jax.jit(prefill, static_argnums=3)(params, TOKENS[:, :6], lengths, model)
+    hidden, prompts = jit(prefill, static_argnums=3)(params, TOKENS[:, :6], lengths, model)
     for row, length in enumerate(lengths):
         found = logits(params, hidden[row], model)
         np.testing.assert_allclose(found, expected[row, length - 1], atol=1e-4)
@@ -207,7 +211,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     # 12 + 4 values per token and layer, whatever the number of heads.
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 2 * 2 * 4 * 3 * 16
     assert model.config.cache_values == 3 * 16
-    step_of = jax.jit(decode, static_argnums=6)
+    step_of = jit(decode, static_argnums=6)
     for step in range(3):
         following = np.stack([TOKENS[row, length + step] for row, length in enumerate(lengths)])
         new = np.broadcast_to(following[:, None], (2, 2))
@@ -229,7 +233,7 @@ def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:
         scores = token_scores(params, TOKENS, positions, jnp.ones_like(positions), model)
         return jnp.sum(scores.log_probs * cotangents)
 
-    gradients = jax.jit(jax.grad(score), static_argnums=1)
+    gradients = jit(jax.grad(score), static_argnums=1)
     params, scanned = load(tmp_path, scan_layers=True)
     _, unrolled = load(tmp_path, scan_layers=False)
     remat = replace(unrolled, execution=replace(unrolled.execution, remat="full"))
@@ -260,7 +264,7 @@ def test_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
         rows[row, :end] = tokens[prompt, :end]
         rows[row, end : end + new] = samples.tokens[prompt, row % 2]
         segments[row, : end + new] = 1
-    score = jax.jit(token_scores, static_argnums=4)
+    score = jit(token_scores, static_argnums=4)
     scores = score(params, rows, positions_of(rows), segments, policy).log_probs
     for row in range(4):
         prompt, end = row // 2, lengths[row // 2]
