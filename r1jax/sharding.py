@@ -24,17 +24,20 @@ Rules = Mapping[str, tuple[str, ...]]
 # Weights are split over `fsdp` along one dimension and over `tensor` along another; activations
 # over the batch, and over time where there is a `sequence` axis, which then splits the weights
 # like `fsdp`: its devices, too, would otherwise hold copies. Attention sees whole rows: there,
-# `sequence` splits the heads instead (DeepSpeed-Ulysses, arXiv 2309.14509). Mesh axes that a mesh
-# does not have are dropped.
+# `sequence` splits the heads instead (DeepSpeed-Ulysses, arXiv 2309.14509). The devices of an
+# `expert` axis hold different experts, and different rows of the batch. Mesh axes that a mesh does
+# not have are dropped.
 DEFAULT_RULES: Rules = {
     "vocab": ("tensor",),
     "embed": ("fsdp", "sequence"),
+    "latent": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     "layers": (),
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sample": (),
     "time": ("sequence",),
     "attention_heads": ("tensor", "sequence"),
@@ -44,7 +47,7 @@ DEFAULT_RULES: Rules = {
 # A decoded token has no time to split: the devices of a `sequence` axis take more prompts.
 ROLLOUT_RULES: Rules = {
     **DEFAULT_RULES,
-    "batch": ("data", "fsdp", "sequence"),
+    "batch": ("data", "fsdp", "expert", "sequence"),
     "time": (),
     "attention_heads": ("tensor",),
 }

@@ -1,7 +1,14 @@
 """Decoders as pure functions over pytrees of weights."""
 
 from r1jax.models.attention import choose_attention
-from r1jax.models.config import Execution, Llama3RopeScaling, ModelConfig
+from r1jax.models.config import (
+    Execution,
+    LatentAttention,
+    Llama3RopeScaling,
+    MixtureOfExperts,
+    ModelConfig,
+    YarnRopeScaling,
+)
 from r1jax.models.decoder import Decoder, decode, forward, logits, prefill
 from r1jax.models.parameters import ParamSpec, abstract_params, declare, init_params
 from r1jax.models.scores import TokenScores, token_scores
@@ -9,10 +16,13 @@ from r1jax.models.scores import TokenScores, token_scores
 __all__ = [
     "Decoder",
     "Execution",
+    "LatentAttention",
     "Llama3RopeScaling",
+    "MixtureOfExperts",
     "ModelConfig",
     "ParamSpec",
     "TokenScores",
+    "YarnRopeScaling",
     "abstract_params",
     "choose_attention",
     "declare",

@@ -33,11 +33,12 @@ def row_attention(
 
     Args:
       q: [batch, time, heads, head_dim].
-      k, v: [batch, time, kv_heads, head_dim]; heads is a multiple of kv_heads.
+      k: [batch, time, kv_heads, head_dim]; heads is a multiple of kv_heads.
+      v: [batch, time, kv_heads, value_dim]; value_dim is at most head_dim.
       segment_ids: int32 [batch, time]; equal ids see each other, 0 is padding.
 
     Returns:
-      [batch, time, heads, head_dim]; undefined (but finite) where segment_ids is 0.
+      [batch, time, heads, value_dim]; undefined (but finite) where segment_ids is 0.
     """
     repeat = head_repeats(q.shape[2], k.shape[2], layout)
     if repeat > 1:
@@ -46,12 +47,14 @@ def row_attention(
         k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
     # Where rows are split over time, this is an all-to-all from pieces of rows to heads.
     q, k, v = (layout.constrain(x, _ATTENTION) for x in (q, k, v))
-    if execution.attention == "splash":
-        out = _splash(q, k, v, segment_ids, layout)
-    elif execution.attention == "flash":
-        out = _flash(q, k, v, segment_ids, layout)
-    else:
+    if execution.attention == "xla":
         out = _xla(q, k, v, segment_ids)
+    else:
+        kernel = _splash if execution.attention == "splash" else _flash
+        value_dim = v.shape[-1]
+        # The kernels know one size of heads.
+        v = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - value_dim),))
+        out = kernel(q, k, v, segment_ids, layout)[..., :value_dim]
     return layout.constrain(out, ("batch", "time", "heads", None))
 
 
@@ -108,7 +111,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> ja
         return None, _attend_block(queries, k, v, ids, segment_ids, index * _QUERY_CHUNK)
 
     _, out = jax.lax.scan(block, None, (q, query_ids, jnp.arange(blocks, dtype=jnp.int32)))
-    return out.swapaxes(0, 1).reshape(batch, padded, heads, head_dim)[:, :time]
+    return out.swapaxes(0, 1).reshape(batch, padded, heads, v.shape[-1])[:, :time]
 
 
 def _attend_block(
@@ -139,8 +142,8 @@ def _attend_block(
     total = jnp.sum(weights, axis=-1)[..., None]
     weights = weights.reshape(batch, kv_heads, -1, keys).astype(v.dtype)
     out = jnp.einsum("bhnk,bkhd->bhnd", weights, v, preferred_element_type=jnp.float32)
-    out = out.reshape(batch, kv_heads, -1, queries, head_dim) / total
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim).astype(v.dtype)
+    out = out.reshape(batch, kv_heads, -1, queries, v.shape[-1]) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1).astype(v.dtype)
 
 
 def _per_shard(function: Any, layout: Layout) -> Any:

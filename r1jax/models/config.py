@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Architecture = Literal["qwen2", "qwen3", "llama"]
+Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar"]
 
 # A class of transformers is named after the family and what stands on the decoder.
-_HF_FAMILY: dict[str, str] = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_HF_FAMILY: dict[str, str] = {
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "llama": "Llama",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
 _HF_HEAD: dict[Head, str] = {
     "language": "ForCausalLM",
     "scalar": "ForSequenceClassification",
@@ -31,12 +38,121 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (arXiv 2309.00071): frequencies that turn rarely are divided by `factor`.
+
+    beta_fast, beta_slow: turns within the original context above which a frequency stays as it is,
+        and below which it is divided; linear in the dimension between them.
+    mscale, mscale_all_dim: how much attention is sharpened for the longer context, on the rotated
+        dimensions and on all of them; see `sharpening`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def sharpening(self, mscale: float) -> float:
+        """0.1 * mscale * ln(factor) + 1, by which keys or queries are multiplied."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads from one latent.
+
+    Of a token, `kv_lora_rank + qk_rope_head_dim` values are remembered: the latent, from which
+    every head's keys and values are projected, and a rotated key that all heads share.
+
+    q_lora_rank: rank of the queries' own latent; None: queries are projected in one step.
+    qk_nope_head_dim, qk_rope_head_dim: a head's query and key without and with a position.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """Routed and shared experts in place of the MLP (arXiv 2412.19437, section 2.1.2).
+
+    first_k_dense_replace: so many first layers have the dense MLP.
+    n_group, topk_group: experts lie in equal groups, and a token chooses within its best ones.
+    norm_topk_prob: the chosen experts' weights are divided by their sum.
+    routed_scaling_factor: and multiplied by this.
+    scoring_func: how an expert scores for itself, or against the others.
+    topk_method: `noaux_tc` chooses by scores plus a bias, a group being worth its two best experts
+        (DeepSeek-V3); `group_limited_greedy` by scores, a group being worth its best (V2, arXiv
+        2405.04434); `greedy` regardless of groups (V2-Lite).
+    """
+
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    first_k_dense_replace: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias for each expert has a say in the choice."""
+        return self.topk_method == "noaux_tc"
+
+    @property
+    def experts_of_a_score(self) -> int:
+        """How many of a group's experts make up its score."""
+        return 2 if self.biased else 1
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("scoring_func", ("sigmoid", "softmax")),
+            ("topk_method", ("noaux_tc", "greedy", "group_limited_greedy")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not supported; known: {', '.join(known)}"
+                )
+        smallest = self.experts_of_a_score * self.n_group
+        if self.n_routed_experts % self.n_group or self.n_routed_experts < smallest:
+            raise ValueError(
+                f"n_routed_experts = {self.n_routed_experts} does not make n_group = "
+                f"{self.n_group} equal groups of {self.experts_of_a_score} at least, which score "
+                "a group"
+            )
+        if self.topk_method == "greedy" and self.topk_group != self.n_group:
+            raise ValueError(
+                f"topk_group = {self.topk_group} of n_group = {self.n_group}: topk_method = "
+                "'greedy' knows no groups; set 'group_limited_greedy', or both to 1"
+            )
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if not 1 <= self.topk_group <= self.n_group or self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} of {reachable} experts in "
+                f"topk_group = {self.topk_group} of {self.n_group} groups: choose fewer experts, "
+                "or from more groups"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A dense pre-norm decoder with grouped-query attention, RoPE and a SwiGLU MLP.
+    """A pre-norm decoder with RoPE and SwiGLU MLPs.
 
-    The fields carry the names of Hugging Face's `config.json`; `from_hugging_face` reads one,
-    `to_hugging_face` writes one.
+    Attention is grouped-query attention, or latent attention; the MLP is dense, or a mixture of
+    experts. The fields carry the names of Hugging Face's `config.json`; `from_hugging_face` reads
+    one, `to_hugging_face` writes one.
 
+    head_dim: of a query and a key; with latent attention, both of its parts together.
+    latent, experts: the two parts that DeepSeek-V3 has and the dense families have not.
     head: what is read off the activations: `language`, the logits of the next token, or `scalar`,
         one number (a reward model: a sequence classification with one label).
     """
@@ -51,11 +167,13 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: Llama3RopeScaling | YarnRopeScaling | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32_768
     initializer_range: float = 0.02
     head: Head = "language"
+    latent: LatentAttention | None = None
+    experts: MixtureOfExperts | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -63,8 +181,54 @@ class ModelConfig:
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} is odd: RoPE rotates pairs")
+        if self.rope_dim % 2:
+            name = "head_dim" if self.latent is None else "qk_rope_head_dim"
+            raise ValueError(f"{name} = {self.rope_dim} is odd: RoPE rotates pairs")
+        if self.latent is not None:
+            width = self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
+            if self.head_dim != width or self.num_key_value_heads != self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim = {self.head_dim}, num_key_value_heads = "
+                    f"{self.num_key_value_heads}: latent attention has heads of {width} "
+                    f"(qk_nope_head_dim + qk_rope_head_dim), and {self.num_attention_heads} of "
+                    "keys, as many as of queries"
+                )
+        if self.experts is not None and not (
+            0 <= self.experts.first_k_dense_replace < self.num_hidden_layers
+        ):
+            raise ValueError(
+                f"first_k_dense_replace = {self.experts.first_k_dense_replace} leaves no layer of "
+                f"num_hidden_layers = {self.num_hidden_layers} for the experts"
+            )
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """Layers that are alike, and so stacked in one array: name in the tree -> their indices."""
+        dense = 0 if self.experts is None else self.experts.first_k_dense_replace
+        first = {"dense_layers": range(dense)} if dense else {}
+        return {**first, "layers": range(dense, self.num_hidden_layers)}
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a query and a key that are rotated."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Dimensions of a head's value."""
+        return self.head_dim if self.latent is None else self.latent.v_head_dim
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """What a layer remembers of a token, (heads, width) each: keys and values, or a latent."""
+        if self.latent is None:
+            return ((self.num_key_value_heads, self.head_dim),) * 2
+        return ((1, self.latent.kv_lora_rank + self.latent.qk_rope_head_dim),)
+
+    @property
+    def cache_values(self) -> int:
+        """Values per token in the cache of all layers."""
+        return self.num_hidden_layers * sum(heads * width for heads, width in self.cached)
 
     @property
     def qkv_bias(self) -> bool:
@@ -84,13 +248,19 @@ class ModelConfig:
             raise ValueError(
                 f"model_type = {architecture!r} is not supported; known: {sorted(_HF_FAMILY)}"
             )
-        required = (
+        required: tuple[str, ...] = (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
         )
+        deepseek = architecture.startswith("deepseek")
+        if deepseek:
+            config = {**_DEEPSEEK[architecture], **config}
+            required += tuple(
+                f.name for p in (LatentAttention, MixtureOfExperts) for f in fields(p)
+            )
         missing = [key for key in required if key not in config]
         if missing:
             raise ValueError(f"model config lacks {', '.join(missing)}")
@@ -102,6 +272,13 @@ class ModelConfig:
             if bias in config and bool(config[bias]) != expected and bool(config[bias]):
                 raise ValueError(f"{bias} = {config[bias]} is not supported for {architecture}")
         heads = config["num_attention_heads"]
+        if deepseek:
+            _refuse_other_deepseeks(config)
+        latent = LatentAttention(**_fields_of(LatentAttention, config)) if deepseek else None
+        experts = MixtureOfExperts(**_fields_of(MixtureOfExperts, config)) if deepseek else None
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        if latent is not None:
+            head_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         # transformers 5 nests the rotary settings, earlier releases keep them flat.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -113,14 +290,16 @@ class ModelConfig:
             num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=head_dim,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
-            rope_scaling=_rope_scaling(rope),
+            rope_scaling=_rope_scaling(rope, yarn=latent is not None),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=config.get("max_position_embeddings", 32_768),
             initializer_range=config.get("initializer_range", 0.02),
             head=_head(config),
+            latent=latent,
+            experts=experts,
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
@@ -128,14 +307,19 @@ class ModelConfig:
         scalar = self.head == "scalar"
         scaling: dict[str, Any] | None = None
         if self.rope_scaling is not None:
-            scaling = {
-                "rope_type": "llama3",
-                "factor": self.rope_scaling.factor,
-                "low_freq_factor": self.rope_scaling.low_freq_factor,
-                "high_freq_factor": self.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": (
-                    self.rope_scaling.original_max_position_embeddings
-                ),
+            kind = "yarn" if isinstance(self.rope_scaling, YarnRopeScaling) else "llama3"
+            # Releases before 4.45, and DeepSeek's own code, call it `type`.
+            old = {"type": kind} if kind == "yarn" else {}
+            scaling = {"rope_type": kind, **old, **asdict(self.rope_scaling)}
+        parts: dict[str, Any] = {}
+        if self.latent is not None and self.experts is not None:
+            # The prediction module (MTP) is not among the weights.
+            parts = {
+                **asdict(self.latent),
+                **asdict(self.experts),
+                "moe_layer_freq": 1,
+                "num_nextn_predict_layers": 0,
+                "rope_interleave": True,
             }
         return {
             "architectures": [_HF_FAMILY[self.architecture] + _HF_HEAD[self.head]],
@@ -146,7 +330,8 @@ class ModelConfig:
             "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
+            # transformers takes `head_dim` for the rotated part.
+            "head_dim": self.rope_dim,
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
@@ -161,7 +346,8 @@ class ModelConfig:
             "attention_dropout": 0.0,
             "use_cache": True,
             **({"attention_bias": False} if self.architecture != "qwen2" else {}),
-            **({"use_sliding_window": False} if self.architecture != "llama" else {}),
+            **({"use_sliding_window": False} if "qwen" in self.architecture else {}),
+            **parts,
             # transformers counts the labels by their names; without names it takes two.
             **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if scalar else {}),
         }
@@ -180,18 +366,59 @@ def _head(config: Mapping[str, Any]) -> Head:
     return "scalar"
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:
+def _fields_of(
+    part: type[LatentAttention] | type[MixtureOfExperts], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those entries that are fields of `part`; without groups, transformers writes null."""
+    return {
+        field.name: config[field.name]
+        for field in fields(part)
+        if config[field.name] is not None or field.default is MISSING
+    }
+
+
+# What a release's config.json, or transformers' of that name, may leave out.
+_DEEPSEEK: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy"},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+
+
+def _refuse_other_deepseeks(config: Mapping[str, Any]) -> None:
+    """Variants that no released DeepSeek-V2, V3, R1 or Moonlight has."""
+    only: dict[str, Any] = {
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+        "tie_word_embeddings": False,
+    }
+    if config["model_type"] == "deepseek_v2":
+        # DeepSeek's code would divide the weights by their sum; transformers' never does.
+        only["norm_topk_prob"] = False
+    for key, value in only.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} = {config[key]!r} is not supported; only {value!r}")
+
+
+def _rope_scaling(
+    rope: Mapping[str, Any], *, yarn: bool
+) -> Llama3RopeScaling | YarnRopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    known: dict[str, type[Llama3RopeScaling] | type[YarnRopeScaling]] = (
+        {"yarn": YarnRopeScaling} if yarn else {"llama3": Llama3RopeScaling}
+    )
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type = {kind!r} is not supported; known: default, llama3")
-    return Llama3RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
+    if kind not in known:
+        raise ValueError(
+            f"rope_type = {kind!r} is not supported; known: default, {', '.join(known)}"
+        )
+    scaling = known[kind]
+    values = {
+        field.name: (int if field.type == "int" else float)(rope[field.name])
+        for field in fields(scaling)
+        if field.name in rope or field.default is MISSING
+    }
+    return scaling(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

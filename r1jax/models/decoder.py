@@ -1,8 +1,7 @@
-"""The dense decoder as pure functions: one layer, used by training, prefill and decoding alike."""
+"""The decoder as pure functions: one layer, used by training, prefill and decoding alike."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,20 @@ import jax.numpy as jnp
 
 from r1jax.models.attention import cached_attention, row_attention
 from r1jax.models.config import Execution, ModelConfig
+from r1jax.models.experts import mixture_of_experts
+from r1jax.models.latent_attention import absorbed_attention, expand, queries_and_latents
 from r1jax.models.parameters import Params
+from r1jax.models.primitives import project, rms_norm, swiglu
 from r1jax.models.rope import rotate, rotations
-from r1jax.sharding import Layout
+from r1jax.sharding import Axes, Layout
 
-# Keys and values of all layers: stacked [layers, ...] arrays when layers are scanned, else a tuple
-# with one entry per layer.
-Cache = Any
-_PROMPT_CACHE = ("batch", "kv_heads", None, "head_dim")
-_NEW_CACHE = ("batch", "sample", "kv_heads", None, "head_dim")
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# What all layers remember (`ModelConfig.cached`: keys and values, or latents). For each stack of
+# layers, stacked [layers, ...] arrays when layers are scanned, else a tuple with one entry per
+# layer.
+Cache = dict[str, Any]
+# Given the queries, what a layer remembers of the tokens that it reads, [..., heads, width] each,
+# and its weights: what the queries find, and what is passed on.
+Attend = Callable[[jax.Array, tuple[jax.Array, ...], Params], tuple[jax.Array, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,26 +36,11 @@ class Decoder:
     layout: Layout
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis, in float32 (arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
-
-
-def project(x: jax.Array, weight: jax.Array, layout: Layout, *, inputs: int = 1) -> jax.Array:
-    """x [..., *in] times weight [*in, *out] -> [..., *out]; `inputs` counts the dimensions *in*.
-
-    Computed as one product of two plain matrices: in the backward pass of a product with several
-    leading dimensions, XLA's CPU backend transposes whole activations element by element, which
-    takes longer than the products themselves. Where time is split over devices the dimensions
-    stay apart, because merging two split ones would gather them.
-    """
-    if layout.shards("time") > 1:
-        return jnp.tensordot(x, weight, inputs)
-    rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
-    out = rows @ weight.reshape(rows.shape[1], -1)
-    return out.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
+def cache_axes(config: ModelConfig, *, new: bool) -> Axes:
+    """Logical axes of each array that a layer remembers: of the prompts, or of the new tokens."""
+    # A latent has no heads that devices could share.
+    heads, width = (None, None) if config.latent is not None else ("kv_heads", "head_dim")
+    return ("batch", *(("sample",) if new else ()), heads, None, width)
 
 
 def _layer(
@@ -67,17 +55,31 @@ def _layer(
     config, layout = model.config, model.layout
     w = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
     y = rms_norm(x, w["attention_norm"], config.rms_norm_eps)
+    if config.latent is not None:
+        q, *kept = queries_and_latents(y, w, cos, sin, config, layout)
+    else:
+        q, *kept = _queries_keys_values(y, w, cos, sin, config, layout)
+    attended, cache = attend(q, tuple(kept), w)
+    x = x + project(attended, w["o"], layout, inputs=2)
+    y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
+    if config.experts is not None and "router" in w:
+        if "router_bias" in w:
+            # It decides between experts that may be close: it is not rounded.
+            w["router_bias"] = weights["router_bias"]
+        return x + mixture_of_experts(y, w, config.experts, layout), cache
+    return x + swiglu(y, w["gate"], w["up"], w["down"], layout), cache
+
+
+def _queries_keys_values(
+    y: jax.Array, w: Params, cos: jax.Array, sin: jax.Array, config: ModelConfig, layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v = (project(y, w[name], layout) for name in ("q", "k", "v"))
     if config.qkv_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if config.qk_norm:
         q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
-    attended, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x = x + project(attended, w["o"], layout, inputs=2)
-    y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    inner = jax.nn.silu(project(y, w["gate"], layout)) * project(y, w["up"], layout)
-    return x + project(inner, w["down"], layout), kept
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def unstack_layers(params: Params, model: Decoder) -> Params:
@@ -85,12 +87,14 @@ def unstack_layers(params: Params, model: Decoder) -> Params:
 
     Done once outside of a decode loop, so that the loop does not slice weights at every token.
     """
-    layers = params["layers"]
-    if model.execution.scan_layers or isinstance(layers, tuple):
+    if model.execution.scan_layers or isinstance(params["layers"], tuple):
         return params
-    count = model.config.num_hidden_layers
-    split = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
-    return {**params, "layers": split}
+    return params | {
+        name: tuple(
+            jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(len(layers))
+        )
+        for name, layers in model.config.stacks.items()
+    }
 
 
 def embed(params: Params, tokens: jax.Array, model: Decoder, *, many: bool = True) -> jax.Array:
@@ -152,24 +156,28 @@ def _run_rows(
     x = layout.constrain(embed(params, tokens, model), activation)
 
     def body(x: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
+            k, v = kept if config.latent is None else expand(kept[0], w["kv_up"], config.latent)
             out = row_attention(q, k, v, segment_ids, execution, layout)
             if not keep_cache:
                 return out, None
-            return out, tuple(layout.constrain(x.swapaxes(1, 2), _PROMPT_CACHE) for x in (k, v))
+            axes = cache_axes(config, new=False)
+            return out, tuple(layout.constrain(x.swapaxes(-3, -2), axes) for x in kept)
 
         x, kept = _layer(x, weights, cos, sin, model, attend)
         return layout.constrain(x, activation), kept
 
     body = _remat(body, execution.remat)
-    if execution.scan_layers:
-        x, cache = jax.lax.scan(body, x, params["layers"])
-    else:
-        kept_layers = []
-        for weights in params["layers"]:
-            x, kept = body(x, weights)
-            kept_layers.append(kept)
-        cache = tuple(kept_layers)
+    cache: Cache = {}
+    for name in config.stacks:
+        if execution.scan_layers:
+            x, cache[name] = jax.lax.scan(body, x, params[name])
+        else:
+            kept_layers = []
+            for weights in params[name]:
+                x, kept = body(x, weights)
+                kept_layers.append(kept)
+            cache[name] = tuple(kept_layers)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
 
 
@@ -205,8 +213,8 @@ def prefill(
       lengths: int32 [batch], at least 1.
 
     Returns:
-      Activations of each prompt's last token [batch, hidden], and the prompts' keys and values,
-      per layer [batch, kv_heads, prompt_time, head_dim].
+      Activations of each prompt's last token [batch, hidden], and what is remembered of the prompts
+      (`ModelConfig.cached`), per layer [batch, heads, prompt_time, width].
     """
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
@@ -216,17 +224,24 @@ def prefill(
 
 
 def empty_cache(batch: int, samples: int, capacity: int, model: Decoder) -> Cache:
-    """Room for `capacity` new tokens, per layer [batch, samples, kv_heads, capacity, head_dim]."""
+    """Room for `capacity` new tokens, per layer [batch, samples, heads, capacity, width]."""
     config, dtype = model.config, model.execution.compute_dtype
-    shape = (batch, samples, config.num_key_value_heads, capacity, config.head_dim)
-    if model.execution.scan_layers:
-        stacked = (config.num_hidden_layers, *shape)
-        axes = ("layers", *_NEW_CACHE)
-        return tuple(model.layout.constrain(jnp.zeros(stacked, dtype), axes) for _ in range(2))
-    return tuple(
-        tuple(model.layout.constrain(jnp.zeros(shape, dtype), _NEW_CACHE) for _ in range(2))
-        for _ in range(config.num_hidden_layers)
-    )
+    axes = cache_axes(config, new=True)
+
+    def empty(*layers: int) -> tuple[jax.Array, ...]:
+        of_layers = ("layers",) * len(layers)
+        return tuple(
+            model.layout.constrain(
+                jnp.zeros((*layers, batch, samples, heads, capacity, width), dtype),
+                (*of_layers, *axes),
+            )
+            for heads, width in config.cached
+        )
+
+    return {
+        name: empty(len(layers)) if model.execution.scan_layers else tuple(empty() for _ in layers)
+        for name, layers in config.stacks.items()
+    }
 
 
 def grow_cache(cache: Cache, extra: int) -> Cache:
@@ -270,47 +285,57 @@ def decode(
     )
 
     def run(x: jax.Array, weights: Params, prompt: Any, write: Callable[..., Any]) -> Any:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            kept, new_k, new_v = write(k[..., None, :], v[..., None, :])
-            return (
-                cached_attention(q, prompt[0], prompt[1], prompt_lengths, new_k, new_v, step),
-                kept,
-            )
+        def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
+            cache, new = write(tuple(entry[..., None, :] for entry in kept))
+            if config.latent is not None:
+                latents = prompt[0], prompt_lengths, new[0], step
+                return absorbed_attention(q, *latents, w["kv_up"], config.latent), cache
+            out = cached_attention(q, prompt[0], prompt[1], prompt_lengths, new[0], new[1], step)
+            return out, cache
 
         return _layer(x, weights, cos, sin, model, attend)
 
-    if not model.execution.scan_layers:
+    def unrolled(x: jax.Array, name: str) -> tuple[jax.Array, Any]:
         kept_layers = []
-        for weights, prompt, entry in zip(params["layers"], prompt_cache, cache, strict=True):
+        for weights, prompt, entry in zip(
+            params[name], prompt_cache[name], cache[name], strict=True
+        ):
 
-            def write(k: jax.Array, v: jax.Array, entry: Any = entry) -> Any:
+            def write(new: tuple[jax.Array, ...], entry: Any = entry) -> Any:
                 put = jax.lax.dynamic_update_slice_in_dim
-                kept = put(entry[0], k, step, axis=3), put(entry[1], v, step, axis=3)
-                return kept, *kept
+                kept = tuple(put(old, x, step, axis=3) for old, x in zip(entry, new, strict=True))
+                return kept, kept
 
             x, kept = run(x, weights, prompt, write)
             kept_layers.append(kept)
-        cache = tuple(kept_layers)
-    else:
+        return x, tuple(kept_layers)
+
+    def scanned(x: jax.Array, name: str) -> tuple[jax.Array, Any]:
         # The cache is carried, not scanned over: a scanned-over cache is copied at every token.
-        def body(carry: tuple[jax.Array, Cache], xs: Any) -> tuple[tuple[jax.Array, Cache], None]:
-            x, (all_k, all_v) = carry
+        def body(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], None]:
+            x, stacked = carry
             weights, prompt, index = xs
 
-            def write(k: jax.Array, v: jax.Array) -> Any:
+            def write(new: tuple[jax.Array, ...]) -> Any:
                 zero = jnp.int32(0)
                 start = (index, zero, zero, zero, step, zero)
-                kept = (
-                    jax.lax.dynamic_update_slice(all_k, k[None], start),
-                    jax.lax.dynamic_update_slice(all_v, v[None], start),
+                kept = tuple(
+                    jax.lax.dynamic_update_slice(old, x[None], start)
+                    for old, x in zip(stacked, new, strict=True)
                 )
                 pick = jax.lax.dynamic_index_in_dim
-                return kept, *(pick(leaf, index, keepdims=False) for leaf in kept)
+                return kept, tuple(pick(leaf, index, keepdims=False) for leaf in kept)
 
             x, kept = run(x, weights, prompt, write)
             return (x, kept), None
 
-        indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        xs = (params["layers"], prompt_cache, indices)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), xs)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+        indices = jnp.arange(len(config.stacks[name]), dtype=jnp.int32)
+        xs = (params[name], prompt_cache[name], indices)
+        carry, _ = jax.lax.scan(body, (x, cache[name]), xs)
+        return carry
+
+    following: Cache = {}
+    for name in config.stacks:
+        step_of = scanned if model.execution.scan_layers else unrolled
+        x, following[name] = step_of(x, name)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), following

@@ -24,26 +24,42 @@ Params = dict[str, Any]
 class Stored:
     """How a weight lies in a Hugging Face checkpoint.
 
-    name: with `{layer}` where the weight has one tensor per layer.
+    name: with `{layer}` where the weight has one tensor per layer, and `{expert}` where each
+        expert has its own.
     shape: of one such tensor once its merged dimensions are split (a `[heads * head_dim, hidden]`
         matrix has shape `(heads, head_dim, hidden)`).
     order: `value = tensor.reshape(shape).transpose(order)`.
+    first_layer: the layer that the first entry belongs to.
     """
 
     name: str
     shape: tuple[int, ...]
     order: tuple[int, ...]
     file_shape: tuple[int, ...]
+    first_layer: int = 0
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: shape, logical axes, initial distribution and place in a checkpoint."""
+    """One weight: shape, logical axes, initial distribution and place in a checkpoint.
+
+    exact: kept in float32 whatever the dtype of the others.
+    """
 
     shape: tuple[int, ...]
     axes: Axes
     init: Literal["normal", "ones", "zeros"]
     stored: Stored
+    exact: bool = False
+
+    def dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """The weight's own, where the others have `dtype`."""
+        return jnp.float32 if self.exact else dtype
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether the second dimension runs over experts."""
+        return self.axes[1:2] == ("expert",)
 
     @property
     def per_layer(self) -> bool:
@@ -55,89 +71,61 @@ def is_spec(node: object) -> bool:
     return isinstance(node, ParamSpec)
 
 
-def declare(config: ModelConfig) -> dict[str, Any]:
-    """The tree of `ParamSpec`s of a dense decoder (Qwen2, Qwen3, Llama 3) and its head."""
-    layers, hidden, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    heads, kv_heads, head_dim = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
+@dataclass(frozen=True)
+class _Stack:
+    """Declares the weights of layers that are alike, stacked along a first dimension."""
 
-    def layer_matrix(
-        name: str, shape: tuple[int, ...], axes: Axes, order: tuple[int, ...], inputs: int
+    layers: range
+
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        inputs: int = 1,
+        experts: int | None = None,
     ) -> ParamSpec:
-        # `inputs`: how many leading dimensions of `shape` are the matrix's input; a torch Linear
-        # stores [out, in], so the stored tensor has the output dimensions first.
-        inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
-        split = tuple(shape[i] for i in inverse)
+        """A torch Linear, which stores [*out, *in]; ours is [*in, *out].
+
+        inputs: how many leading dimensions of `shape` are the matrix's input.
+        experts: so many of them, each a tensor of its own, along a dimension after the layers'.
+        """
         outputs = len(shape) - inputs
+        split = shape[inputs:] + shape[:inputs]
+        order = (*range(outputs, len(shape)), *range(outputs))
         file_shape = (_product(split[:outputs]), _product(split[outputs:]))
-        return ParamSpec(
-            (layers, *shape),
-            ("layers", *axes),
-            "normal",
-            Stored(f"model.layers.{{layer}}.{name}.weight", split, order, file_shape),
-        )
+        if experts is not None:
+            shape, axes = (experts, *shape), ("expert", *axes)
+        stored = self._stored(f"{name}.weight", split, order, file_shape)
+        return ParamSpec((len(self.layers), *shape), ("layers", *axes), "normal", stored)
 
-    def layer_vector(
-        name: str, shape: tuple[int, ...], axes: Axes, init: Literal["ones", "zeros"]
+    def vector(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: Axes,
+        init: Literal["ones", "zeros"],
+        *,
+        exact: bool = False,
     ) -> ParamSpec:
-        stored = Stored(
-            f"model.layers.{{layer}}.{name}", shape, tuple(range(len(shape))), (_product(shape),)
-        )
-        return ParamSpec((layers, *shape), ("layers", *axes), init, stored)
+        order = tuple(range(len(shape)))
+        stored = self._stored(name, shape, order, (_product(shape),))
+        return ParamSpec((len(self.layers), *shape), ("layers", *axes), init, stored, exact=exact)
 
-    layer: dict[str, ParamSpec] = {
-        "attention_norm": layer_vector("input_layernorm.weight", (hidden,), (None,), "ones"),
-        "q": layer_matrix(
-            "self_attn.q_proj",
-            (hidden, heads, head_dim),
-            ("embed", "heads", "head_dim"),
-            (2, 0, 1),
-            1,
-        ),
-        "k": layer_matrix(
-            "self_attn.k_proj",
-            (hidden, kv_heads, head_dim),
-            ("embed", "kv_heads", "head_dim"),
-            (2, 0, 1),
-            1,
-        ),
-        "v": layer_matrix(
-            "self_attn.v_proj",
-            (hidden, kv_heads, head_dim),
-            ("embed", "kv_heads", "head_dim"),
-            (2, 0, 1),
-            1,
-        ),
-        "o": layer_matrix(
-            "self_attn.o_proj",
-            (heads, head_dim, hidden),
-            ("heads", "head_dim", "embed"),
-            (1, 2, 0),
-            2,
-        ),
-        "mlp_norm": layer_vector("post_attention_layernorm.weight", (hidden,), (None,), "ones"),
-        "gate": layer_matrix("mlp.gate_proj", (hidden, inner), ("embed", "mlp"), (1, 0), 1),
-        "up": layer_matrix("mlp.up_proj", (hidden, inner), ("embed", "mlp"), (1, 0), 1),
-        "down": layer_matrix("mlp.down_proj", (inner, hidden), ("mlp", "embed"), (1, 0), 1),
-    }
-    if config.qkv_bias:
-        for name, count, axis in (
-            ("q", heads, "heads"),
-            ("k", kv_heads, "kv_heads"),
-            ("v", kv_heads, "kv_heads"),
-        ):
-            layer[f"{name}_bias"] = layer_vector(
-                f"self_attn.{name}_proj.bias", (count, head_dim), (axis, "head_dim"), "zeros"
-            )
-    if config.qk_norm:
-        for name in ("q", "k"):
-            layer[f"{name}_norm"] = layer_vector(
-                f"self_attn.{name}_norm.weight", (head_dim,), (None,), "ones"
-            )
+    def _stored(
+        self, name: str, shape: tuple[int, ...], order: tuple[int, ...], file: tuple[int, ...]
+    ) -> Stored:
+        return Stored(f"model.layers.{{layer}}.{name}", shape, order, file, self.layers.start)
 
+
+def declare(config: ModelConfig) -> dict[str, Any]:
+    """The tree of `ParamSpec`s of a decoder and its head.
+
+    Layers that are alike are stacked: `layers`, and where experts begin after some dense layers,
+    those as `dense_layers`.
+    """
+    hidden = config.hidden_size
     vocab = (config.vocab_size, hidden)
     tree: dict[str, Any] = {
         "embed": ParamSpec(
@@ -146,12 +134,116 @@ def declare(config: ModelConfig) -> dict[str, Any]:
             "normal",
             Stored("model.embed_tokens.weight", vocab, (0, 1), vocab),
         ),
-        "layers": layer,
         "final_norm": ParamSpec(
             (hidden,), (None,), "ones", Stored("model.norm.weight", (hidden,), (0,), (hidden,))
         ),
     }
+    for name, layers in config.stacks.items():
+        stack = _Stack(layers)
+        attention = _grouped_attention if config.latent is None else _latent_attention
+        mlp = _dense_mlp if config.experts is None or name == "dense_layers" else _mixture
+        tree[name] = {
+            "attention_norm": stack.vector("input_layernorm.weight", (hidden,), (None,), "ones"),
+            **attention(stack, config),
+            "mlp_norm": stack.vector("post_attention_layernorm.weight", (hidden,), (None,), "ones"),
+            **mlp(stack, config),
+        }
     return tree | declare_head(config)
+
+
+def _grouped_attention(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    weights = {
+        "o": stack.matrix(
+            "self_attn.o_proj", (heads, head_dim, hidden), ("heads", "head_dim", "embed"), inputs=2
+        )
+    }
+    for name, count, axis in (
+        ("q", heads, "heads"),
+        ("k", kv_heads, "kv_heads"),
+        ("v", kv_heads, "kv_heads"),
+    ):
+        weights[name] = stack.matrix(
+            f"self_attn.{name}_proj", (hidden, count, head_dim), ("embed", axis, "head_dim")
+        )
+        if config.qkv_bias:
+            weights[f"{name}_bias"] = stack.vector(
+                f"self_attn.{name}_proj.bias", (count, head_dim), (axis, "head_dim"), "zeros"
+            )
+    if config.qk_norm:
+        for name in ("q", "k"):
+            weights[f"{name}_norm"] = stack.vector(
+                f"self_attn.{name}_norm.weight", (head_dim,), (None,), "ones"
+            )
+    return weights
+
+
+def _latent_attention(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
+    latent = config.latent
+    assert latent is not None
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    rank, rotated, values = latent.kv_lora_rank, latent.qk_rope_head_dim, latent.v_head_dim
+    up = (rank, heads, latent.qk_nope_head_dim + values)
+    weights = {
+        "kv_down": stack.matrix(
+            "self_attn.kv_a_proj_with_mqa", (hidden, rank + rotated), ("embed", None)
+        ),
+        "kv_norm": stack.vector("self_attn.kv_a_layernorm.weight", (rank,), (None,), "ones"),
+        "kv_up": stack.matrix("self_attn.kv_b_proj", up, ("latent", "heads", "head_dim")),
+        "o": stack.matrix(
+            "self_attn.o_proj", (heads, values, hidden), ("heads", "head_dim", "embed"), inputs=2
+        ),
+    }
+    if latent.q_lora_rank is None:
+        shape = (hidden, heads, config.head_dim)
+        return weights | {
+            "q": stack.matrix("self_attn.q_proj", shape, ("embed", "heads", "head_dim"))
+        }
+    rank = latent.q_lora_rank
+    return weights | {
+        "q_down": stack.matrix("self_attn.q_a_proj", (hidden, rank), ("embed", None)),
+        "q_norm": stack.vector("self_attn.q_a_layernorm.weight", (rank,), (None,), "ones"),
+        "q_up": stack.matrix(
+            "self_attn.q_b_proj", (rank, heads, config.head_dim), ("latent", "heads", "head_dim")
+        ),
+    }
+
+
+def _dense_mlp(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
+    return _swiglu(stack, "mlp", config.hidden_size, config.intermediate_size)
+
+
+def _swiglu(
+    stack: _Stack, place: str, hidden: int, inner: int, experts: int | None = None
+) -> dict[str, ParamSpec]:
+    shapes: dict[str, tuple[tuple[int, ...], Axes]] = {
+        "gate": ((hidden, inner), ("embed", "mlp")),
+        "up": ((hidden, inner), ("embed", "mlp")),
+        "down": ((inner, hidden), ("mlp", "embed")),
+    }
+    return {
+        name: stack.matrix(f"{place}.{name}_proj", shape, axes, experts=experts)
+        for name, (shape, axes) in shapes.items()
+    }
+
+
+def _mixture(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
+    experts, hidden = config.experts, config.hidden_size
+    assert experts is not None
+    count, inner = experts.n_routed_experts, experts.moe_intermediate_size
+    shared = _swiglu(stack, "mlp.shared_experts", hidden, experts.n_shared_experts * inner)
+    bias = {
+        "router_bias": stack.vector(
+            "mlp.gate.e_score_correction_bias", (count,), (None,), "zeros", exact=True
+        )
+    }
+    return {
+        "router": stack.matrix("mlp.gate", (hidden, count), ("embed", None)),
+        **(bias if experts.biased else {}),
+        **_swiglu(stack, "mlp.experts.{expert}", hidden, inner, experts=count),
+        **{f"shared_{name}": spec for name, spec in shared.items()},
+    }
 
 
 def declare_head(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -184,7 +276,7 @@ def _abstract(declared: dict[str, Any], layout: Layout, dtype: DTypeLike) -> Par
     leaves = [
         jax.ShapeDtypeStruct(
             spec.shape,
-            dtype,
+            spec.dtype(dtype),
             sharding=layout.sharding(
                 spec.axes,
                 shape=spec.shape,
@@ -231,6 +323,7 @@ def _create(
 
 
 def _initial(key: jax.Array, spec: ParamSpec, config: ModelConfig, dtype: DTypeLike) -> jax.Array:
+    dtype = spec.dtype(dtype)
     if spec.init == "normal":
         scale = config.initializer_range
         return (scale * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)

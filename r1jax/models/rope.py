@@ -1,25 +1,31 @@
-"""Rotary position embeddings (arXiv 2104.09864) in the half-split layout of Hugging Face."""
+"""Rotary position embeddings (arXiv 2104.09864), with halves or neighbours as the pairs."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.config import ModelConfig
+from r1jax.models.config import ModelConfig, YarnRopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequencies in radians per token, float32 [head_dim / 2].
+    """Angular frequencies in radians per token, float32 [rope_dim / 2].
 
     With Llama 3's scaling, wavelengths above `original / low_freq_factor` are stretched by
     `factor`, those below `original / high_freq_factor` are kept, and those between interpolated.
+    YaRN does the same by dimensions instead of wavelengths, from `beta_fast` to `beta_slow`.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    exponents = np.arange(0, config.rope_dim, 2, dtype=np.float32) / config.rope_dim
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, YarnRopeScaling):
+        kept = 1 - _yarn_ramp(scaling, config.rope_dim, config.rope_theta)
+        return (frequencies / scaling.factor * (1 - kept) + frequencies * kept).astype(np.float32)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     smooth = (turns - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -28,15 +34,49 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
 
 
+def _yarn_ramp(scaling: YarnRopeScaling, dim: int, theta: float) -> np.ndarray:
+    """How far each frequency is divided, from 0 (kept) to 1, float32 [dim / 2]."""
+
+    def pair(turns: float) -> float:
+        """Which pair of dimensions turns so often within the original context."""
+        per_radian = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return dim * math.log(per_radian) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair(scaling.beta_slow)), dim - 1)
+    steps = np.arange(dim // 2, dtype=np.float32) - low
+    # A ramp without width would divide by 0; DeepSeek's code gives it this one.
+    ramp: np.ndarray = np.clip(steps / (high - low or 0.001), 0, 1)
+    return ramp
+
+
 def rotations(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of positions [...], float32 [..., head_dim / 2]."""
+    """Cosines and sines of positions [...], float32 [..., rope_dim / 2].
+
+    With YaRN they carry what `mscale` sharpens on top of `mscale_all_dim`.
+    """
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling):
+        return cos, sin
+    ratio = scaling.sharpening(scaling.mscale) / scaling.sharpening(scaling.mscale_all_dim)
+    return ratio * cos, ratio * sin
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [..., heads, head_dim] by cos, sin [..., head_dim / 2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate x [..., heads, rope_dim] by cos, sin [..., rope_dim / 2].
+
+    Args:
+      interleaved: dimensions 2i and 2i + 1 are a pair (DeepSeek), else i and i + rope_dim / 2. The
+        result has the pairs' halves apart either way: products of queries and keys, which are all
+        that it is for, do not depend on the order.
+    """
+    wide = x.astype(jnp.float32)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -38,12 +38,13 @@ from r1jax.config.schema import (
 from r1jax.data.preferences import EncodedPreference, pad_texts, preference_arrays
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, ModelConfig, abstract_params, declare
-from r1jax.models.parameters import is_spec
+from r1jax.models.decoder import cache_axes
+from r1jax.models.parameters import ParamSpec, is_spec
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
 from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, grow, start
 from r1jax.sampler.weights import weights_mover
-from r1jax.sharding import Axes, Layout
+from r1jax.sharding import Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
 from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.optimizer import abstract_train_state, jit_update, make_optimizer
@@ -443,22 +444,21 @@ class Rollout:
         return _weights(self.model), self.arguments, seed, seed
 
     def new_cache(self, capacity: int) -> list[Any]:
-        """Keys and values of the new tokens, as the layout splits them."""
-        config = self.model.config
-        shape = (self.rows, self.samples, config.num_key_value_heads, capacity, config.head_dim)
-        return self._keys_and_values(shape, ("batch", "sample", "kv_heads", "time", "head_dim"))
+        """What is remembered of the new tokens, as the layout splits it."""
+        return self._remembered((self.rows, self.samples), capacity, new=True)
 
     @cached_property
     def prompt_cache(self) -> list[Any]:
-        """Those of the prompts."""
-        config, time = self.model.config, bucket(self.prompt_tokens)
-        shape = (self.rows, config.num_key_value_heads, time, config.head_dim)
-        return self._keys_and_values(shape, ("batch", "kv_heads", None, "head_dim"))
+        """And of the prompts."""
+        return self._remembered((self.rows,), bucket(self.prompt_tokens), new=False)
 
-    def _keys_and_values(self, shape: tuple[int, ...], axes: Axes) -> list[Any]:
-        dtype, sharding = self.model.execution.compute_dtype, self.model.layout.sharding(axes)
-        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return [leaf] * (2 * self.model.config.num_hidden_layers)
+    def _remembered(self, of: tuple[int, ...], time: int, *, new: bool) -> list[Any]:
+        config, dtype = self.model.config, self.model.execution.compute_dtype
+        sharding = self.model.layout.sharding(cache_axes(config, new=new))
+        return [
+            jax.ShapeDtypeStruct((*of, heads, time, width), dtype, sharding=sharding)
+            for heads, width in config.cached
+        ] * config.num_hidden_layers
 
 
 _TRIAL_TOKENS = 32
@@ -588,12 +588,20 @@ def forward_flops(config: ModelConfig, rows: int, time: int, start: int = 0) -> 
       start: tokens of a row that were read before, and are attended to.
     """
     weights = sum(
-        math.prod(spec.shape)
+        math.prod(spec.shape) * _used(spec, config)
         for path, spec in jax.tree.leaves_with_path(declare(config), is_leaf=is_spec)
         # Looking tokens up is no product; a tied table is the output matrix, too.
         if jax.tree_util.keystr(path, simple=True) != "embed"
         or (config.tie_word_embeddings and config.head == "language")
     )
     seen = time * start + time * (time + 1) / 2
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
-    return 2.0 * rows * (time * weights + 2 * attention)
+    # Queries with keys, and weights with values.
+    width = config.num_attention_heads * (config.head_dim + config.v_head_dim)
+    return 2.0 * rows * (time * weights + config.num_hidden_layers * width * seen)
+
+
+def _used(spec: ParamSpec, config: ModelConfig) -> float:
+    """The part of a weight that a token is multiplied by: of the routed experts, the chosen."""
+    if not spec.per_expert or config.experts is None:
+        return 1.0
+    return config.experts.num_experts_per_tok / config.experts.n_routed_experts

@@ -9,7 +9,7 @@ import jax
 from jax.stages import Wrapped
 
 from r1jax.models.decoder import Decoder
-from r1jax.models.parameters import Params, abstract_params, declare
+from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare
 from r1jax.sharding import Axes, Layout
 
 
@@ -52,8 +52,8 @@ def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
     specs = declare(sampler.config)
     wanted = abstract_params(sampler.config, sampler.layout, dtype)
 
-    def move(leaf: jax.Array, axes: Axes) -> jax.Array:
-        leaf = leaf.astype(dtype)
+    def move(leaf: jax.Array, spec: ParamSpec, axes: Axes) -> jax.Array:
+        leaf = leaf.astype(spec.dtype(dtype))
         if policy.layout.mesh != sampler.layout.mesh:
             # By way of whole arrays, layer by layer: between two meshes the compiler knows no
             # better, and would do it with all layers at once.
@@ -61,14 +61,20 @@ def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
         return sampler.layout.constrain(leaf, axes)
 
     def weights(params: Params) -> Params:
-        def one_layer(layer: Params) -> Params:
-            return jax.tree.map(
-                lambda leaf, spec: move(leaf, spec.axes[1:]), layer, specs["layers"]
-            )
+        def stack(name: str) -> Params:
+            def one_layer(layer: Params) -> Params:
+                return jax.tree.map(
+                    lambda leaf, spec: move(leaf, spec, spec.axes[1:]), layer, specs[name]
+                )
 
-        moved = {
-            name: move(leaf, specs[name].axes) for name, leaf in params.items() if name != "layers"
+            moved: Params = jax.lax.map(one_layer, params[name])
+            return moved
+
+        return {
+            name: stack(name)
+            if name in sampler.config.stacks
+            else move(leaf, specs[name], specs[name].axes)
+            for name, leaf in params.items()
         }
-        return {**moved, "layers": jax.lax.map(one_layer, params["layers"])}
 
     return jax.jit(weights, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))

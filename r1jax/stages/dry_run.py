@@ -79,9 +79,7 @@ def _stage_memory(stage: Stage, context: Context, own: int) -> list[dict[str, An
     shards = context.layout.shards("batch")
     sampling_shards = context.rollout_layout.shards("batch")
     compute = jnp.dtype(execution.compute_dtype).itemsize
-    per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute
-    )
+    per_token = config.cache_values * compute
     if isinstance(stage, EvaluateStage | RejectionSamplingStage):
         if isinstance(stage, EvaluateStage):
             samples = stage.samples_per_batch or stage.samples_per_problem

@@ -258,10 +258,17 @@ class _SliceOnBucket:
 
 
 def stored_names(spec: ParamSpec) -> list[str]:
-    """The checkpoint tensors of a weight: one, or one per layer."""
-    if not spec.per_layer:
-        return [spec.stored.name]
-    return [spec.stored.name.format(layer=layer) for layer in range(spec.shape[0])]
+    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert."""
+    return [name for name, _ in _entries(spec)]
+
+
+def _entries(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each tensor of a weight, and the index that its value has there."""
+    stacked = int(spec.per_layer) + int(spec.per_expert)
+    for index in np.ndindex(spec.shape[:stacked]):
+        layer, expert = (*index, 0, 0)[:2]
+        name = spec.stored.name.format(layer=spec.stored.first_layer + layer, expert=expert)
+        yield name, index
 
 
 def _head_names(model: ModelConfig, *heads: Head) -> set[str]:
@@ -283,8 +290,14 @@ def _check(
     specs = jax.tree.leaves(declared, is_leaf=is_spec)
     expected = {name: spec.stored.file_shape for spec in specs for name in stored_names(spec)}
     missing = sorted(expected.keys() - found.keys())
+    # DeepSeek-V3 stores its prediction module (MTP) as a layer behind the last.
+    passed_over = (
+        (f"model.layers.{model.num_hidden_layers}.",) if model.architecture == "deepseek_v3" else ()
+    )
     extra = sorted(
-        name for name in found.keys() - expected.keys() - ignored if not name.endswith(_DERIVED)
+        name
+        for name in found.keys() - expected.keys() - ignored
+        if not (name.endswith(_DERIVED) or name.startswith(passed_over))
     )
     wrong = [
         f"{name} is {list(found[name])}, expected {list(shape)}"
@@ -378,13 +391,15 @@ def load_params(
     _check(tensors, declared, model, directory, ignored=ignored)
 
     def load(spec: ParamSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
-        names = stored_names(spec)
+        names, kind = stored_names(spec), target.dtype
         if not spec.per_layer:
-            return _read(tensors, names[0], spec, spec.shape, dtype, target.sharding)
+            return _read(tensors, names, spec, spec.shape, kind, target.sharding)
         shape, sharding = spec.shape[1:], layout.sharding(spec.axes[1:])
-        stack = jnp.zeros(spec.shape, dtype, device=target.sharding)
-        for layer, name in enumerate(names):
-            value = _read(tensors, name, spec, shape, dtype, sharding)
+        stack = jnp.zeros(spec.shape, kind, device=target.sharding)
+        for layer in range(spec.shape[0]):
+            each = len(names) // spec.shape[0]
+            own = names[layer * each : (layer + 1) * each]
+            value = _read(tensors, own, spec, shape, kind, sharding)
             # Waiting keeps the host from reading ahead of the transfers.
             stack = _put_layer(stack, value, np.int32(layer), target.sharding)
             stack = jax.block_until_ready(stack)
@@ -406,19 +421,25 @@ def _put_layer(
 
 def _read(
     tensors: Tensors,
-    name: str,
+    names: list[str],
     spec: ParamSpec,
     shape: tuple[int, ...],
     dtype: DTypeLike,
     sharding: NamedSharding,
 ) -> jax.Array:
+    """A weight, or a layer of it, from its tensor, or from those of its experts."""
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         wanted = index or tuple(slice(None) for _ in shape)
         bounds = tuple(s.indices(size)[:2] for s, size in zip(wanted, shape, strict=True))
         if bounds not in shards:  # devices with the same shard share one copy on the host
-            shards[bounds] = _read_part(tensors, name, spec, bounds, dtype)
+            if spec.per_expert:  # only those that the device holds
+                own = names[slice(*bounds[0])]
+                parts = [_read_part(tensors, name, spec, bounds[1:], dtype) for name in own]
+                shards[bounds] = np.stack(parts)
+            else:
+                shards[bounds] = _read_part(tensors, names[0], spec, bounds, dtype)
         return shards[bounds]
 
     return jax.make_array_from_callback(shape, sharding, part)
@@ -565,7 +586,13 @@ def _configs(
     generation_config: Mapping[str, Any] | None,
 ) -> dict[str, dict[str, Any]]:
     """`generation_config.json`, where there is one, and `config.json`: name -> content."""
-    kinds = {jnp.dtype(_DTYPES[tensor.code]).name for tensor in tensors}
+    exact = {
+        name
+        for spec in jax.tree.leaves(declare(model), is_leaf=is_spec)
+        if spec.exact
+        for name in stored_names(spec)
+    }
+    kinds = {jnp.dtype(_DTYPES[t.code]).name for t in tensors if t.name not in exact}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
     ids = _special_ids(tokenizer, generation_config)
@@ -647,8 +674,10 @@ class _Tensor:
 
 
 @jax.jit
-def _layer_of(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+def _entry_of(stack: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for position in index:
+        stack = jax.lax.dynamic_index_in_dim(stack, position, 0, keepdims=False)
+    return stack
 
 
 def _stored_tensors(params: Params, model: ModelConfig, dtype: DTypeLike | None) -> list[_Tensor]:
@@ -663,7 +692,7 @@ def _stored_tensors(params: Params, model: ModelConfig, dtype: DTypeLike | None)
     tensors = []
     for path, spec in declared:
         leaf = leaves[path]
-        kind = jnp.dtype(dtype or leaf.dtype)
+        kind = jnp.dtype(spec.dtype(dtype or leaf.dtype))
         if leaf.shape != spec.shape:
             raise ValueError(f"{spec.stored.name}: shape {leaf.shape}, expected {spec.shape}")
         if kind not in _CODES:
@@ -671,14 +700,14 @@ def _stored_tensors(params: Params, model: ModelConfig, dtype: DTypeLike | None)
                 f"{spec.stored.name}: {kind} is not stored; give a dtype of "
                 f"{', '.join(known.name for known in _CODES)}"
             )
-        for layer, name in enumerate(stored_names(spec)):
-            gather = partial(_gather, leaf, spec, layer if spec.per_layer else None, kind)
+        for name, index in _entries(spec):
+            gather = partial(_gather, leaf, spec, index, kind)
             tensors.append(_Tensor(name, spec.stored.file_shape, _CODES[kind], gather))
     return tensors
 
 
-def _gather(leaf: jax.Array, spec: ParamSpec, layer: int | None, kind: np.dtype) -> np.ndarray:
-    value = leaf if layer is None else _layer_of(leaf, np.int32(layer))
+def _gather(leaf: jax.Array, spec: ParamSpec, index: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    value = _entry_of(leaf, tuple(np.int32(i) for i in index)) if index else leaf
     if not (value.is_fully_addressable or value.is_fully_replicated):
         assert isinstance(value.sharding, NamedSharding)
         everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
