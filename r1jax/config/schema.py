@@ -50,6 +50,9 @@ class ModelSection(Section):
     remat: Literal["none", "dots", "full"] = "full"
     scan_layers: bool | Literal["auto"] = "auto"
     log_prob_chunk: int = Field(256, ge=1, description="Time steps whose logits exist at once.")
+    expert_chunk: int = Field(
+        4096, ge=1, description="Tokens that a device sends to their experts at once."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:

@@ -430,6 +430,7 @@ class Execution:
     scan_layers: one compiled layer body in a loop (fast to compile), or an unrolled network
         (faster on the CPU, where loops over stacked weights copy them).
     log_prob_chunk: time steps whose logits exist at once.
+    expert_chunk: tokens that a device sends to their experts at once.
     attention: `xla` everywhere, `splash` on TPU, `flash` (Pallas) on GPU.
     """
 
@@ -439,3 +440,4 @@ class Execution:
     remat: Literal["none", "dots", "full"] = "full"
     scan_layers: bool = True
     log_prob_chunk: int = 256
+    expert_chunk: int = 4096

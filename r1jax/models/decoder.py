@@ -50,8 +50,14 @@ def _layer(
     sin: jax.Array,
     model: Decoder,
     attend: Attend,
+    axes: Axes,
+    real: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One pre-norm block on x [..., hidden]; `attend` decides what the queries see."""
+    """One pre-norm block on x [..., hidden]; `attend` decides what the queries see.
+
+    Args:
+      axes: logical axes of x but the last. real: bool, where x is a token's; default: everywhere.
+    """
     config, layout = model.config, model.layout
     w = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
     y = rms_norm(x, w["attention_norm"], config.rms_norm_eps)
@@ -66,7 +72,10 @@ def _layer(
         if "router_bias" in w:
             # It decides between experts that may be close: it is not rounded.
             w["router_bias"] = weights["router_bias"]
-        return x + mixture_of_experts(y, w, config.experts, layout), cache
+        found, _ = mixture_of_experts(
+            y, w, config.experts, model.execution, layout, axes=axes, real=real
+        )
+        return x + found, cache
     return x + swiglu(y, w["gate"], w["up"], w["down"], layout), cache
 
 
@@ -164,7 +173,7 @@ def _run_rows(
             axes = cache_axes(config, new=False)
             return out, tuple(layout.constrain(x.swapaxes(-3, -2), axes) for x in kept)
 
-        x, kept = _layer(x, weights, cos, sin, model, attend)
+        x, kept = _layer(x, weights, cos, sin, model, attend, activation[:2], segment_ids != 0)
         return layout.constrain(x, activation), kept
 
     body = _remat(body, execution.remat)
@@ -293,7 +302,7 @@ def decode(
             out = cached_attention(q, prompt[0], prompt[1], prompt_lengths, new[0], new[1], step)
             return out, cache
 
-        return _layer(x, weights, cos, sin, model, attend)
+        return _layer(x, weights, cos, sin, model, attend, ("batch", "sample"))
 
     def unrolled(x: jax.Array, name: str) -> tuple[jax.Array, Any]:
         kept_layers = []
