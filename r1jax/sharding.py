@@ -25,11 +25,12 @@ Rules = Mapping[str, tuple[str, ...]]
 # over the batch, and over time where there is a `sequence` axis, which then splits the weights
 # like `fsdp`: its devices, too, would otherwise hold copies. Attention sees whole rows: there,
 # `sequence` splits the heads instead (DeepSpeed-Ulysses, arXiv 2309.14509). The devices of an
-# `expert` axis hold different experts, and different rows of the batch. Mesh axes that a mesh does
-# not have are dropped.
+# `expert` axis hold different experts and different rows of the batch, and split the other weights
+# like `fsdp`. Mesh axes that a mesh does not have are dropped.
 DEFAULT_RULES: Rules = {
     "vocab": ("tensor",),
-    "embed": ("fsdp", "sequence"),
+    "embed": ("fsdp", "expert", "sequence"),
+    "expert_embed": ("fsdp", "sequence"),  # of a weight that `expert` splits already
     "latent": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -44,9 +45,11 @@ DEFAULT_RULES: Rules = {
     "activation_embed": (),
 }
 
-# A decoded token has no time to split: the devices of a `sequence` axis take more prompts.
+# A decoded token has no time to split: the devices of a `sequence` axis take more prompts. And it
+# waits for every weight that is gathered: those of an `expert` axis each hold what is no expert's.
 ROLLOUT_RULES: Rules = {
     **DEFAULT_RULES,
+    "embed": ("fsdp", "sequence"),
     "batch": ("data", "fsdp", "expert", "sequence"),
     "time": (),
     "attention_heads": ("tensor",),

@@ -63,7 +63,8 @@ def mixture_of_experts(
         if layout.mesh.size > 1:
             # Gathered here, so that their gradients are scattered, rather than summed everywhere.
             weights = {
-                name: _gather(leaf, table["embed"], _EMBED[name]) for name, leaf in weights.items()
+                name: _gather(leaf, table["expert_embed"], _EMBED[name])
+                for name, leaf in weights.items()
             }
         nowhere = jnp.where(real.reshape(-1, 1), chosen, experts.n_routed_experts)
         total = run_experts(tokens, nowhere, share, weights, exchange)
@@ -76,9 +77,9 @@ def mixture_of_experts(
     if layout.mesh.size > 1:
         rows = layout.spec(axes)
         of_weights = {
-            "gate": layout.spec(("expert", "embed", "mlp")),
-            "up": layout.spec(("expert", "embed", "mlp")),
-            "down": layout.spec(("expert", "mlp", "embed")),
+            "gate": layout.spec(("expert", "expert_embed", "mlp")),
+            "up": layout.spec(("expert", "expert_embed", "mlp")),
+            "down": layout.spec(("expert", "mlp", "expert_embed")),
         }
         local = jax.shard_map(
             local,

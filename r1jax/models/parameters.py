@@ -217,10 +217,11 @@ def _dense_mlp(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
 def _swiglu(
     stack: _Stack, place: str, hidden: int, inner: int, experts: int | None = None
 ) -> dict[str, ParamSpec]:
+    embed = "embed" if experts is None else "expert_embed"
     shapes: dict[str, tuple[tuple[int, ...], Axes]] = {
-        "gate": ((hidden, inner), ("embed", "mlp")),
-        "up": ((hidden, inner), ("embed", "mlp")),
-        "down": ((inner, hidden), ("mlp", "embed")),
+        "gate": ((hidden, inner), (embed, "mlp")),
+        "up": ((hidden, inner), (embed, "mlp")),
+        "down": ((inner, hidden), ("mlp", embed)),
     }
     return {
         name: stack.matrix(f"{place}.{name}_proj", shape, axes, experts=experts)
