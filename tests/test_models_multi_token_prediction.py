@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_models_deepseek import PUBLISHED, make
+from test_models_deepseek import PUBLISHED, TOKENS, jit, make
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
     DeepseekV3RMSNorm,
 )
 
-from r1jax.config.schema import ModelSection
-from r1jax.models import ModelConfig, declare
-from r1jax.models.parameters import is_spec
+from r1jax.config.schema import ModelSection, RunConfig, SFTStage
+from r1jax.grpo.step import init_train_state
+from r1jax.models import Decoder, Execution, ModelConfig, ahead_scores, declare
+from r1jax.models.parameters import Params, is_spec
 from r1jax.planner.programs import forward_flops
 from r1jax.sharding import single_device
 from r1jax.stages.context import build_decoder
+from r1jax.stages.supervised import make_update, mtp_weight
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 
 LAYER = "model.layers.3."
@@ -146,6 +152,164 @@ def test_the_published_module() -> None:
         "shared_head.norm.weight",
     }
     assert of_a_layer < own
-    # A token of the model itself is not multiplied by the module.
+    # 685 billion in the released files, the copies included.
+    total = sum(math.prod(spec.shape) * (1 + len(spec.stored.copies)) for spec in specs)
+    assert round(total / 1e9) == 685
+    # A token of the model itself is not multiplied by the module. Of that one it is by one expert
+    # in 32, and by the head again.
     without = replace(config, num_nextn_predict_layers=0)
     assert forward_flops(config, 1, 8) == forward_flops(without, 1, 8)
+    total = sum(math.prod(spec.shape) for spec in declare(config)["prediction"].values())
+    experts = 3 * 256 * 7168 * 2048
+    used = total - experts + experts / 32 + 7168 * 129280
+    more = forward_flops(config, 1, 1, with_module=True) - forward_flops(config, 1, 1)
+    assert more == pytest.approx(2 * used, rel=1e-3)
+
+
+# The function
+
+
+def positions_of(tokens: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+
+def theirs(model: torch.nn.Module, module: Module, tokens: np.ndarray) -> tuple[Any, Any]:
+    """Logits of the next token at every step, and of the one after it at all but the last."""
+    ids = torch.tensor(tokens, dtype=torch.long)
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state  # after the final norm
+        time = ids.shape[1] - 1
+        embedded = module.enorm(model.model.embed_tokens(ids[:, 1:]))
+        x = module.eh_proj(torch.cat([embedded, module.hnorm(hidden[:, :-1])], dim=-1))
+        places = torch.arange(time)[None]
+        causal = torch.full((time, time), -torch.inf).triu(1)[None, None]
+        turned = model.model.rotary_emb(x, places)
+        x = module.layer(x, attention_mask=causal, position_embeddings=turned)
+        ahead = model.lm_head(module.norm(x))
+        return model.lm_head(hidden), ahead
+
+
+def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
+    config = ModelConfig.from_hugging_face(read_config(directory))
+    settings = Execution(compute_dtype=jnp.float32, **{"remat": "none", **execution})
+    model = Decoder(config, settings, single_device())
+    return load_params(directory, config, model.layout), model
+
+
+score = jit(ahead_scores, static_argnums=4)
+
+
+@pytest.mark.parametrize(("kind", "scan"), [("like V3", True), ("like Moonlight", False)])
+def test_the_token_after_the_next_as_transformers_parts_predict_it(
+    kind: str, scan: bool, tmp_path: Path
+) -> None:
+    model, module = make_with_module(kind, tmp_path)
+    following, ahead = theirs(model, module, TOKENS)
+    params, ours = load(tmp_path, scan_layers=scan, log_prob_chunk=7)
+    found = score(params, TOKENS, positions_of(TOKENS), np.ones_like(TOKENS), ours)
+    log_probs = torch.log_softmax(ahead[:, :-1], dim=-1).numpy()
+    targets = TOKENS[:, 2:, None]
+    expected = np.take_along_axis(log_probs, targets, axis=-1)[..., 0]
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(found.ahead[:, 2:], expected, atol=1e-4)
+    np.testing.assert_array_equal(found.ahead[:, :2], 0)
+    agrees = ahead[:, :-1].argmax(-1) == following[:, 1:-1].argmax(-1)
+    np.testing.assert_array_equal(found.agrees[:, 2:], agrees.numpy())
+    assert not found.agrees[:, :2].any()
+    log_probs = torch.log_softmax(following[:, :-1], dim=-1).numpy()
+    expected = np.take_along_axis(log_probs, TOKENS[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.log_probs[:, 1:], expected, atol=1e-4)
+
+
+def test_documents_in_a_row_know_nothing_of_each_other(tmp_path: Path) -> None:
+    """Packed, and alone: the same; a document of two tokens has nothing to predict."""
+    make_with_module("like V3", tmp_path)
+    params, model = load(tmp_path)
+    alone = score(params, TOKENS, positions_of(TOKENS), np.ones_like(TOKENS), model)
+    tokens = np.concatenate([TOKENS[:1, :9], TOKENS[:1, :2], TOKENS[1:, :10], TOKENS[:1, 21:]], 1)
+    lengths = (9, 2, 10, 3)  # the last are padding
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    segments = np.repeat([1, 2, 3, 0], lengths)[None]
+    packed = score(params, tokens, positions, segments, model)
+    for part in ("log_probs", "ahead", "agrees"):
+        found, expected = (np.asarray(getattr(scores, part)) for scores in (packed, alone))
+        np.testing.assert_allclose(found[0, :9], expected[0, :9], atol=1e-5, err_msg=part)
+        np.testing.assert_allclose(found[0, 11:21], expected[1, :10], atol=1e-5, err_msg=part)
+        assert not found[0, 21:].any()
+    assert not np.asarray(packed.ahead)[0, 9:11].any()
+    assert np.count_nonzero(packed.ahead) == 7 + 8
+
+
+# The loss
+
+
+STAGE = {
+    "name": "sft",
+    "data": "d",
+    "steps": 9,
+    "rows_per_step": 2,
+    "row_tokens": 24,
+    "micro_batches": 2,
+    "optimizer": {"learning_rate": 1.0},
+}
+
+
+def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
+    """Means over the tokens of the batch, though its parts have different numbers of them."""
+    make_with_module("like V3", tmp_path)
+    params, model = load(tmp_path, remat="full", log_prob_chunk=5)
+    segments = np.ones_like(TOKENS)
+    segments[1, 6:] = 0
+    trained = (segments > 0) & (positions_of(TOKENS) >= 1)
+    trained[0, 1:9] = False
+    batch = {"tokens": TOKENS, "positions": positions_of(TOKENS)}
+    batch |= {"segment_ids": segments, "trained": trained}
+    # Of the first row tokens 9..23, of the second 1..5, of which the first has no module's word.
+    own, ahead = 15 + 5, 15 + 4
+
+    def both(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        scores = ahead_scores(params, TOKENS, positions_of(TOKENS), segments, model)
+        first = -jnp.sum(jnp.where(trained, scores.log_probs, 0.0)) / own
+        second = -jnp.sum(jnp.where(trained, scores.ahead, 0.0)) / ahead
+        return first + 0.3 * second, (first, second)
+
+    gradients, (first, second) = jit(jax.grad(both, has_aux=True))(params)
+    stage = SFTStage(**STAGE, mtp_weight=[{"step": 0, "weight": 9.0}, {"step": 4, "weight": 0.3}])
+    optimizer = optax.sgd(1.0)
+    state = init_train_state(params, optimizer).replace(step=jnp.int32(5))
+    after, metrics = jit(make_update(stage, model, optimizer))(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(first), rel=1e-5)
+    assert float(metrics["mtp/loss"]) == pytest.approx(float(second), rel=1e-5)
+    scores = score(params, TOKENS, positions_of(TOKENS), segments, model)
+    accepted = int((np.asarray(scores.agrees) & trained).sum())
+    assert float(metrics["mtp/acceptance"]) == pytest.approx(accepted / ahead)
+    moved = jax.tree.map(lambda old, new: old - new, params, after.params)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(moved), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+        if "router_bias" not in name:
+            assert float(jnp.abs(a).max()) > 1e-4, name
+
+
+def test_the_weight_changes_from_its_step_on() -> None:
+    changes = [{"step": 0, "weight": 0.3}, {"step": 4, "weight": 0.1}]
+    stage = SFTStage(**STAGE, mtp_weight=changes)
+    found = [float(mtp_weight(stage, jnp.int32(step))) for step in (0, 3, 4, 8)]
+    assert found == pytest.approx([0.3, 0.3, 0.1, 0.1])
+    with pytest.raises(ValueError, match="mtp_weight: steps must start at 0"):
+        SFTStage(**STAGE, mtp_weight=changes[1:])
+
+
+def test_a_run_is_refused_that_trains_a_module_which_it_has_not() -> None:
+    raw = {
+        "name": "r",
+        "model": {"path": "m"},
+        "data": {"d": {"source": "jsonl:d"}},
+        "stages": [{**STAGE, "kind": "sft", "mtp_weight": 0.3}],
+    }
+    with pytest.raises(ValueError, match=r"sft\.mtp_weight needs .* model\.multi_token_prediction"):
+        RunConfig.model_validate(raw)
+    raw["model"] = {"path": "m", "multi_token_prediction": True}
+    assert RunConfig.model_validate(raw).model.multi_token_prediction
