@@ -239,6 +239,11 @@ class SamplingSection(Section):
     top_k: int = Field(0, ge=0, description="0: off.")
     min_p: float = Field(0.0, ge=0, lt=1)
     stop: list[str] = Field(default_factory=list)
+    speculative: bool = Field(
+        False,
+        description="Let the module for multi-token prediction draft: samples of the same "
+        "distribution, sooner where it drafts well. The model needs multi_token_prediction.",
+    )
 
 
 class EvaluationSampling(SamplingSection):
@@ -726,6 +731,16 @@ class RunConfig(Section):
         """What needs a module for multi-token prediction is asked of a model that has one."""
         if isinstance(stage, PretrainStage | SFTStage) and stage.mtp_weight:
             self._needs_module(f"{where}.mtp_weight", stage.name)
+        sampled: list[tuple[str, SamplingSection, str]] = []
+        if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
+            sampled.append(("sampling", stage.sampling, stage.name))
+        if isinstance(stage, GRPOStage):
+            sampled.append(("held_out_sampling", stage.held_out_sampling, stage.name))
+        if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
+            sampled.append(("rewrite.sampling", stage.rewrite.sampling, stage.rewrite.weights))
+        for key, section, weights in sampled:
+            if section.speculative:
+                self._needs_module(f"{where}.{key}.speculative", weights)
 
     def _needs_module(self, key: str, weights: str) -> None:
         model = self.model_of(weights)
