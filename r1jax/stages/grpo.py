@@ -83,6 +83,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     sampling=to_sampling(stage.sampling),
                     eos_ids=sampler.eos_ids,
                     stop=stop_search(tokenizer, stage.sampling),
+                    speculative=stage.sampling.speculative,
                 )
                 pending.append(judge.submit(batch))
                 completions.extend(batch)
@@ -275,6 +276,8 @@ def sample_facts(
             "domain": completion.prompt.domain,
             "reward": score.reward if score.scored else None,
             "parts": {name: part.reward for name, part in score.parts.items()},
+            "drafted": completion.drafted,
+            "accepted": completion.accepted,
         }
         for completion, score in zip(completions, scores, strict=True)
     ]
@@ -306,6 +309,22 @@ def rollout_metrics(
         "length/truncated": mean([sample["truncated"] for sample in samples]),
         "groups/zero_variance": mean(zero_variance),
         **_by_domain(scored),
+        **_by_drafts(samples),
+    }
+
+
+def _by_drafts(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of speculative samples: drafts that stayed, and tokens for each reading of the weights.
+
+    The second is the most that sampling can be faster by, where reading the weights is all it does.
+    """
+    drafted = sum(sample["drafted"] for sample in samples)
+    if not drafted:
+        return {}
+    tokens = sum(sample["length"] - 1 for sample in samples)  # the first comes of the prompt
+    return {
+        "speculative/acceptance": sum(sample["accepted"] for sample in samples) / drafted,
+        "speculative/tokens_per_step": tokens / drafted,
     }
 
 

@@ -28,6 +28,7 @@ class Completion:
 
     token_ids, sampler_log_probs: [length], EOS included; the log-probs are those of the
     distribution that was drawn from.
+    drafted, accepted: how many tokens were drafted for it, and how many of them stayed.
     """
 
     prompt: Prompt
@@ -36,6 +37,8 @@ class Completion:
     sampler_log_probs: np.ndarray
     finish: Finish
     text: str
+    drafted: int = 0
+    accepted: int = 0
 
     def answered(self) -> Answered:
         """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
@@ -183,6 +186,10 @@ def sample_batch(
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
+    drafts = [
+        np.zeros_like(lengths) if leaf is None else to_process_rows(leaf)
+        for leaf in (samples.drafted, samples.accepted)
+    ]
     kept, texts_of = [], []
     for i in range(len(prompts)):
         for j in range(tokens.shape[1]):
@@ -195,6 +202,14 @@ def sample_batch(
 
     texts = tokenizer.batch_decode(texts_of, clean_up_tokenization_spaces=False)
     return [
-        Completion(prompts[i], start(i) + j, tokens[i, j, :n], log_probs[i, j, :n], reason, text)
+        Completion(
+            prompts[i],
+            start(i) + j,
+            tokens[i, j, :n],
+            log_probs[i, j, :n],
+            reason,
+            text,
+            *(int(leaf[i, j]) for leaf in drafts),
+        )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
     ]
