@@ -1,4 +1,4 @@
-"""DeepSeek-V3 against transformers, and the latent cache against whole rows."""
+"""DeepSeek-V2 and V3 against transformers, and the latent cache against whole rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 
 from r1jax.models import (
     Decoder,
@@ -91,6 +97,25 @@ KINDS: dict[str, dict[str, Any]] = {
         norm_topk_prob=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     ),
+    "like V2": dict(
+        q_lora_rank=10,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=4.0,
+        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "like V2-Lite": dict(
+        q_lora_rank=None,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=None,
+        topk_group=None,
+        topk_method="greedy",
+        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
 }
 # Of DeepSeek-V3 and R1, as published.
 PUBLISHED: dict[str, Any] = dict(
@@ -134,7 +159,12 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24), np.int32)
 def make(kind: str, directory: Path) -> torch.nn.Module:
     """A random model on disk, norms and the router's biases moved away from their defaults."""
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES, **KINDS[kind])).eval()
+    config, of_config = (
+        (DeepseekV2Config, DeepseekV2ForCausalLM)
+        if kind.startswith("like V2")
+        else (DeepseekV3Config, DeepseekV3ForCausalLM)
+    )
+    model = of_config(config(**SIZES, **KINDS[kind])).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or name.endswith("mlp.gate.weight"):
@@ -365,7 +395,9 @@ def test_what_is_not_deepseek_v3_is_refused(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "config.json").read_text())
     config = ModelConfig.from_hugging_face(raw)
     for change, message in (
-        ({"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        ({"scoring_func": "tanh"}, "scoring_func = 'tanh' is not supported; known: sigmoid"),
+        ({"topk_method": "greedy"}, "topk_group = 2 of n_group = 4: topk_method = 'greedy' knows"),
+        ({"model_type": "deepseek_v2"}, "norm_topk_prob = True is not supported; only False"),
         ({"n_group": 3}, "n_routed_experts = 8 does not make n_group = 3"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 of 4 experts"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace = 3 leaves no layer"),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3"]
+Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar"]
 
 # A class of transformers is named after the family and what stands on the decoder.
@@ -18,6 +18,7 @@ _HF_FAMILY: dict[str, str] = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "llama": "Llama",
+    "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
 }
 _HF_HEAD: dict[Head, str] = {
@@ -84,6 +85,10 @@ class MixtureOfExperts:
     n_group, topk_group: experts lie in equal groups, and a token chooses within its best ones.
     norm_topk_prob: the chosen experts' weights are divided by their sum.
     routed_scaling_factor: and multiplied by this.
+    scoring_func: how an expert scores for itself, or against the others.
+    topk_method: `noaux_tc` chooses by scores plus a bias, a group being worth its two best experts
+        (DeepSeek-V3); `group_limited_greedy` by scores, a group being worth its best (V2, arXiv
+        2405.04434); `greedy` regardless of groups (V2-Lite).
     """
 
     n_routed_experts: int
@@ -95,12 +100,39 @@ class MixtureOfExperts:
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
     norm_topk_prob: bool = True
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias for each expert has a say in the choice."""
+        return self.topk_method == "noaux_tc"
+
+    @property
+    def experts_of_a_score(self) -> int:
+        """How many of a group's experts make up its score."""
+        return 2 if self.biased else 1
 
     def __post_init__(self) -> None:
-        if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
+        for name, known in (
+            ("scoring_func", ("sigmoid", "softmax")),
+            ("topk_method", ("noaux_tc", "greedy", "group_limited_greedy")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not supported; known: {', '.join(known)}"
+                )
+        smallest = self.experts_of_a_score * self.n_group
+        if self.n_routed_experts % self.n_group or self.n_routed_experts < smallest:
             raise ValueError(
                 f"n_routed_experts = {self.n_routed_experts} does not make n_group = "
-                f"{self.n_group} equal groups of two at least, which score a group"
+                f"{self.n_group} equal groups of {self.experts_of_a_score} at least, which score "
+                "a group"
+            )
+        if self.topk_method == "greedy" and self.topk_group != self.n_group:
+            raise ValueError(
+                f"topk_group = {self.topk_group} of n_group = {self.n_group}: topk_method = "
+                "'greedy' knows no groups; set 'group_limited_greedy', or both to 1"
             )
         reachable = self.n_routed_experts // self.n_group * self.topk_group
         if not 1 <= self.topk_group <= self.n_group or self.num_experts_per_tok > reachable:
@@ -223,8 +255,9 @@ class ModelConfig:
             "num_hidden_layers",
             "num_attention_heads",
         )
-        deepseek = architecture == "deepseek_v3"
+        deepseek = architecture.startswith("deepseek")
         if deepseek:
+            config = {**_DEEPSEEK[architecture], **config}
             required += tuple(
                 f.name for p in (LatentAttention, MixtureOfExperts) for f in fields(p)
             )
@@ -239,11 +272,12 @@ class ModelConfig:
             if bias in config and bool(config[bias]) != expected and bool(config[bias]):
                 raise ValueError(f"{bias} = {config[bias]} is not supported for {architecture}")
         heads = config["num_attention_heads"]
+        if deepseek:
+            _refuse_other_deepseeks(config)
         latent = LatentAttention(**_fields_of(LatentAttention, config)) if deepseek else None
         experts = MixtureOfExperts(**_fields_of(MixtureOfExperts, config)) if deepseek else None
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         if latent is not None:
-            _refuse_other_deepseeks(config)
             head_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         # transformers 5 nests the rotary settings, earlier releases keep them flat.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -283,8 +317,6 @@ class ModelConfig:
             parts = {
                 **asdict(self.latent),
                 **asdict(self.experts),
-                "scoring_func": "sigmoid",
-                "topk_method": "noaux_tc",
                 "moe_layer_freq": 1,
                 "num_nextn_predict_layers": 0,
                 "rope_interleave": True,
@@ -337,19 +369,31 @@ def _head(config: Mapping[str, Any]) -> Head:
 def _fields_of(
     part: type[LatentAttention] | type[MixtureOfExperts], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Those entries that are fields of `part`."""
-    return {field.name: config[field.name] for field in fields(part)}
+    """Those entries that are fields of `part`; without groups, transformers writes null."""
+    return {
+        field.name: config[field.name]
+        for field in fields(part)
+        if config[field.name] is not None or field.default is MISSING
+    }
+
+
+# What a release's config.json, or transformers' of that name, may leave out.
+_DEEPSEEK: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy"},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
 
 
 def _refuse_other_deepseeks(config: Mapping[str, Any]) -> None:
-    """Variants that no released DeepSeek-V3, R1 or Moonlight has."""
-    only = {
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
+    """Variants that no released DeepSeek-V2, V3, R1 or Moonlight has."""
+    only: dict[str, Any] = {
         "moe_layer_freq": 1,
         "rope_interleave": True,
         "tie_word_embeddings": False,
     }
+    if config["model_type"] == "deepseek_v2":
+        # DeepSeek's code would divide the weights by their sum; transformers' never does.
+        only["norm_topk_prob"] = False
     for key, value in only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} = {config[key]!r} is not supported; only {value!r}")

@@ -63,8 +63,9 @@ def _layer(
     x = x + project(attended, w["o"], layout, inputs=2)
     y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
     if config.experts is not None and "router" in w:
-        # The bias decides between experts that may be close: it is not rounded.
-        w["router_bias"] = weights["router_bias"]
+        if "router_bias" in w:
+            # It decides between experts that may be close: it is not rounded.
+            w["router_bias"] = weights["router_bias"]
         return x + mixture_of_experts(y, w, config.experts, layout), cache
     return x + swiglu(y, w["gate"], w["up"], w["down"], layout), cache
 

@@ -1,4 +1,4 @@
-"""The mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), without dropping tokens.
+"""The mixture of experts of DeepSeek-V2 and V3 (arXiv 2412.19437, section 2.1.2), dropless.
 
 A token's experts and its result depend on nothing but the token: prefill, decoding and training
 give the same.
@@ -21,17 +21,17 @@ def mixture_of_experts(
     """The routed experts' weighted sum plus the shared expert; x [..., hidden], the result, too.
 
     Args:
-      w: a layer's weights in the dtype of x, `router_bias` in float32.
+      w: a layer's weights in the dtype of x, a `router_bias` in float32.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    chosen, weights = route(tokens, w["router"], w["router_bias"], experts)
+    chosen, weights = route(tokens, w["router"], w.get("router_bias"), experts)
     routed = _run_experts(tokens, chosen, weights, w["gate"], w["up"], w["down"])
     shared = swiglu(x, w["shared_gate"], w["shared_up"], w["shared_down"], layout)
     return routed.reshape(x.shape) + shared
 
 
 def route(
-    tokens: jax.Array, router: jax.Array, bias: jax.Array, experts: MixtureOfExperts
+    tokens: jax.Array, router: jax.Array, bias: jax.Array | None, experts: MixtureOfExperts
 ) -> tuple[jax.Array, jax.Array]:
     """Which experts a token goes to, and what they weigh; in float32.
 
@@ -45,16 +45,17 @@ def route(
     Args:
       tokens: [n, hidden].
       router: [hidden, n_routed_experts].
-      bias: float32 [n_routed_experts].
+      bias: float32 [n_routed_experts], where `experts.biased`.
 
     Returns:
       int32 [n, num_experts_per_tok], best first, and float32 weights of the same shape.
     """
-    scores = jax.nn.sigmoid(tokens.astype(jnp.float32) @ router.astype(jnp.float32))
-    ranking = jax.lax.stop_gradient(scores + bias)
+    score = jax.nn.sigmoid if experts.scoring_func == "sigmoid" else jax.nn.softmax
+    scores = score(tokens.astype(jnp.float32) @ router.astype(jnp.float32))
+    ranking = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if experts.topk_group < experts.n_group:
         groups = ranking.reshape(len(ranking), experts.n_group, -1)
-        group_scores = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+        group_scores = jnp.sum(jax.lax.top_k(groups, experts.experts_of_a_score)[0], axis=-1)
         kept = jax.lax.top_k(group_scores, experts.topk_group)[1]
         inside = jnp.any(kept[:, :, None] == jnp.arange(experts.n_group), axis=1)
         ranking = jnp.where(inside[:, :, None], groups, -jnp.inf).reshape(ranking.shape)

@@ -233,11 +233,14 @@ def _mixture(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
     assert experts is not None
     count, inner = experts.n_routed_experts, experts.moe_intermediate_size
     shared = _swiglu(stack, "mlp.shared_experts", hidden, experts.n_shared_experts * inner)
-    return {
-        "router": stack.matrix("mlp.gate", (hidden, count), ("embed", None)),
+    bias = {
         "router_bias": stack.vector(
             "mlp.gate.e_score_correction_bias", (count,), (None,), "zeros", exact=True
-        ),
+        )
+    }
+    return {
+        "router": stack.matrix("mlp.gate", (hidden, count), ("embed", None)),
+        **(bias if experts.biased else {}),
         **_swiglu(stack, "mlp.experts.{expert}", hidden, inner, experts=count),
         **{f"shared_{name}": spec for name, spec in shared.items()},
     }
