@@ -44,6 +44,12 @@ class ModelSection(Section):
         description="Directory or hub name, or `characters:NAME` for the alphabet of a task; "
         "default: the model's path.",
     )
+    multi_token_prediction: bool = Field(
+        False,
+        description="Have the module that predicts the token after the next (DeepSeek-V3's MTP, "
+        "num_nextn_predict_layers = 1), for mtp_weight and sampling.speculative. Most runs do "
+        "without: its layer is then neither loaded nor exported, and takes no memory.",
+    )
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "xla", "splash", "flash"] = "auto"

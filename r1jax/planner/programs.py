@@ -589,7 +589,9 @@ def forward_flops(config: ModelConfig, rows: int, time: int, start: int = 0) -> 
     """
     weights = sum(
         math.prod(spec.shape) * _used(spec, config)
-        for path, spec in jax.tree.leaves_with_path(declare(config), is_leaf=is_spec)
+        for path, spec in jax.tree.leaves_with_path(
+            declare(replace(config, num_nextn_predict_layers=0)), is_leaf=is_spec
+        )
         # Looking tokens up is no product; a tied table is the output matrix, too.
         if jax.tree_util.keystr(path, simple=True) != "embed"
         or (config.tie_word_embeddings and config.head == "language")

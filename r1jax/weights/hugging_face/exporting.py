@@ -85,7 +85,7 @@ def export(
     if model.head == "scalar":
         check_padding(tokenizer, generation_config)
     _refuse_what_is_no_model(target := _target(directory))
-    weights = _stored_weights(params, model, dtype, fp8)
+    weights = stored_weights(params, model, dtype, fp8)
     if jax.process_index() == 0:
         ids = _special_ids(tokenizer, generation_config)
         configs = {"config.json": model.to_hugging_face() | _format(weights, model, fp8) | ids}
@@ -138,11 +138,15 @@ def convert(
         values = read_values(tensors, name, tuple(slice(None) for _ in shape))
         return np.ascontiguousarray(values, dtype)
 
-    weights = [
-        _stored(spec, name, spec.dtype(dtype), fp8, partial(read, name, spec.stored.file_shape))
-        for spec in jax.tree.leaves(declared, is_leaf=is_spec)
-        for name in stored_names(spec)
-    ]
+    weights = []
+    for spec in jax.tree.leaves(declared, is_leaf=is_spec):
+        names = stored_names(spec)
+        for name, original in [
+            *zip(names, names, strict=True),
+            *((c, names[0]) for c in spec.stored.copies),
+        ]:
+            values = partial(read, original, spec.stored.file_shape)
+            weights.append(_stored(spec, name, spec.dtype(dtype), fp8, values))
     former = {key: value for key, value in raw.items() if key != "quantization_config"}
 
     def write_others(folder: Path) -> None:
@@ -289,9 +293,10 @@ def _entry_of(stack: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return stack
 
 
-def _stored_weights(
+def stored_weights(
     params: Params, model: ModelConfig, dtype: DTypeLike | None, fp8: bool
 ) -> list[StoredWeight]:
+    """What `export` writes, with the same arguments."""
     declared = jax.tree.leaves_with_path(declare(model), is_leaf=is_spec)
     leaves = dict(jax.tree.leaves_with_path(params))
     misfits = sorted(
@@ -306,7 +311,8 @@ def _stored_weights(
         if leaf.shape != spec.shape:
             raise ValueError(f"{spec.stored.name}: shape {leaf.shape}, expected {spec.shape}")
         kind = spec.dtype(dtype or (jnp.bfloat16 if fp8 else leaf.dtype))
-        for name, index in entries(spec):
+        copies: list[tuple[str, tuple[int, ...]]] = [(name, ()) for name in spec.stored.copies]
+        for name, index in [*entries(spec), *copies]:
             weights.append(_stored(spec, name, kind, fp8, partial(_gather, leaf, spec, index)))
     return weights
 

@@ -108,7 +108,8 @@ def _put(
     """
     rows, *rest = value.shape
     split = stack.reshape(stack.shape[0], rows, -1, *rest)
-    start = (layer, 0, turn, *(0 for _ in rest))
+    zero = jnp.zeros_like(layer)
+    start = [layer, zero, turn, *(zero for _ in rest)]
     split = jax.lax.dynamic_update_slice(split, value[None, :, None], start)
     return jax.lax.with_sharding_constraint(split.reshape(stack.shape), sharding)
 

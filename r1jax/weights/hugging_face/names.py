@@ -23,7 +23,10 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 def stored_names(spec: ParamSpec) -> list[str]:
-    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert."""
+    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert.
+
+    Copies that a prediction module has of it are not among them.
+    """
     return [name for name, _ in entries(spec)]
 
 
@@ -39,7 +42,7 @@ def entries(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 def stored_shapes(
     declared: Mapping[str, Any], in_fp8: Callable[[str], bool]
 ) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors of a checkpoint.
+    """Name -> shape of all tensors of a checkpoint, copies and scales too.
 
     Args:
       declared: as `declare` gives it.
@@ -48,7 +51,7 @@ def stored_shapes(
     shapes = {
         name: spec.stored.file_shape
         for spec in jax.tree.leaves(declared, is_leaf=is_spec)
-        for name in stored_names(spec)
+        for name in [*stored_names(spec), *spec.stored.copies]
     }
     scales = {scale_name(name): scale_shape(shapes[name]) for name in shapes if in_fp8(name)}
     return shapes | scales
@@ -82,11 +85,21 @@ def check(
     found = {name: type.shape for name, type in tensors.types.items()}
     codes = {name: type.code for name, type in tensors.types.items()}
     expected = stored_shapes(declared, lambda name: codes.get(name) == CODES[FLOAT8])
-    # DeepSeek-V3 stores its prediction module (MTP) as a layer behind the last.
-    passed_over = (
-        (f"model.layers.{model.num_hidden_layers}.",) if model.architecture == "deepseek_v3" else ()
-    )
-    missing = sorted(expected.keys() - found.keys())
+    specs = jax.tree.leaves(declared, is_leaf=is_spec)
+    copies = {copy for spec in specs for copy in spec.stored.copies}
+    missing = sorted(expected.keys() - found.keys() - copies)
+    # A prediction module (MTP) is stored as a layer behind the last; a model may do without it.
+    module = f"model.layers.{model.num_hidden_layers}."
+    lost = [name for name in missing if name.startswith(module)]
+    if lost and lost == missing and not any(name.startswith(module) for name in found):
+        raise ValueError(
+            f"{directory} has no prediction module ({module}*), though num_nextn_predict_layers = "
+            f"{model.num_nextn_predict_layers}: transformers leaves it out of what it writes. Set "
+            "multi_token_prediction of the model to false, or copy the layer's tensors from the "
+            "model that this one was made of"
+        )
+    unused = f"{module}eh_proj.weight" in found and not model.num_nextn_predict_layers
+    passed_over = (module,) if unused else ()
     extra = sorted(
         name
         for name in found.keys() - expected.keys() - ignored
