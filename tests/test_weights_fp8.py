@@ -30,6 +30,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from r1jax.models import ModelConfig, abstract_params, declare
 from r1jax.models.parameters import Params, is_spec
 from r1jax.sharding import single_device
+from r1jax.stages.recipe import export_run
 from r1jax.weights.hugging_face import (
     Tensors,
     convert,
@@ -394,6 +395,19 @@ def test_a_directory_is_converted_as_its_weights_are_exported(in_fp8: Path, tmp_
     found, expected = (tensors_of(tmp_path / name) for name in ("converted", "exported"))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name].float(), value.float(), rtol=2.0**-8, err_msg=name)
+
+
+def test_a_run_is_exported_in_other_dtypes(in_fp8: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "stages" / "00-rl" / "model"
+    export(stage, load(in_fp8), TINY)
+    for dtype, converted in (("fp8", {"fp8": True}), ("float16", {"dtype": jnp.float16})):
+        export_run(tmp_path / "run", tmp_path / dtype, None, dtype)
+        convert(stage, tmp_path / "expected", **converted)
+        expected = tensors_of(tmp_path / "expected")
+        for name, value in tensors_of(tmp_path / dtype).items():
+            assert bytes_of(value) == bytes_of(expected[name]), name
+    assert is_quantised(read_config(tmp_path / "fp8"))
+    assert read_config(tmp_path / "float16")["torch_dtype"] == "float16"
 
 
 def test_the_host_holds_one_expert(tmp_path: Path) -> None:

@@ -276,6 +276,12 @@ def test_incomplete_directories_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load(tmp_path)
 
+    lying = whole.replace(b'"shape": [24, 16]', b'"shape": [25, 16]', 1)
+    assert lying != whole
+    (tmp_path / WEIGHTS).write_bytes(lying)
+    with pytest.raises(ValueError, match=r"not a whole .* \[25, 16\] has 1536 bytes"):
+        load(tmp_path)
+
     export(tmp_path, random_params(), CONFIG, max_shard_bytes=20_000)
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()

@@ -111,7 +111,7 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     by_column = np.repeat(scales, BLOCK, axis=1)[:, : values.shape[1]]
     for first, of_columns in zip(starts[0], by_column, strict=True):
         block_row = slice(first, first + BLOCK)
-        codes[block_row] = np.clip(values[block_row] / of_columns, -_LARGEST, _LARGEST)
+        codes[block_row] = values[block_row] / of_columns
     return codes, scales
 
 
