@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -554,10 +555,14 @@ def test_scales_that_do_not_fit_are_named(in_fp8: Path, tmp_path: Path) -> None:
         "other than BF16, F16, F32 and F8_E4M3 matrices: model.norm.weight is F8_E4M3",
     ):
         assert part in str(error.value)
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+
+
+def test_fp8_needs_its_config(in_fp8: Path, tmp_path: Path) -> None:
+    shutil.copytree(in_fp8, tmp_path / "m")
+    config = {k: v for k, v in read_config(in_fp8).items() if k != "quantization_config"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"F32 without a quantization_config: \S+ is F8_E4M3"):
-        load(tmp_path)
+        load(tmp_path / "m")
 
 
 def test_fp8_without_scales_is_no_dtype_of_an_export(tmp_path: Path) -> None:
