@@ -103,15 +103,16 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     So codes survive `dequantise` and this, and even a rounding to bfloat16 between them; the scales
     then differ by a rounding, unless the product of scale and 448 is exact.
     """
-    starts = [np.arange(0, size, BLOCK) for size in values.shape]
-    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), starts[0]), starts[1], axis=1)
-    # A block of zeros has a scale, too, by which engines divide.
-    scales = np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny)
+    rows, columns = values.shape
     codes = np.empty(values.shape, FLOAT8)
-    by_column = np.repeat(scales, BLOCK, axis=1)[:, : values.shape[1]]
-    for first, of_columns in zip(starts[0], by_column, strict=True):
-        block_row = slice(first, first + BLOCK)
-        codes[block_row] = values[block_row] / of_columns
+    scales = np.empty(scale_shape(values.shape), np.float32)
+    for index, first in enumerate(range(0, rows, BLOCK)):
+        block_row = values[first : first + BLOCK]
+        of_column = np.abs(block_row).max(axis=0)
+        largest = np.maximum.reduceat(of_column, range(0, columns, BLOCK))
+        # A block of zeros has a scale, too, by which engines divide.
+        scales[index] = np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny)
+        codes[first : first + BLOCK] = block_row / np.repeat(scales[index], BLOCK)[:columns]
     return codes, scales
 
 
