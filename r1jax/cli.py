@@ -464,6 +464,14 @@ def export(
     stage: Annotated[
         str | None, typer.Option(help="Weights as this stage left them; default: the last.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "fp8"] | None,
+        typer.Option(
+            help="Of the weights; fp8: as DeepSeek-V3 is released, in blocks of 128 x 128. "
+            "Default: as they were trained.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a run's weights and tokenizer as a Hugging Face directory."""
     from r1jax.bucket import locate
@@ -471,7 +479,7 @@ def export(
     _require_run(locate(run_directory))
     from r1jax.stages import recipe
 
-    recipe.export_run(locate(run_directory), locate(destination), stage)
+    recipe.export_run(locate(run_directory), locate(destination), stage, dtype)
     typer.echo(f"exported: {destination}")
 
 

@@ -18,7 +18,7 @@ from r1jax.config.load import load_config
 from r1jax.metrics import Recorder
 from r1jax.stages import grpo, recipe
 from r1jax.stages.judge import Judge
-from r1jax.weights import hugging_face
+from r1jax.weights.hugging_face import exporting
 
 
 def die_in(owner: Any, name: str, number: int, last_words: Callable[..., None]) -> None:
@@ -70,7 +70,7 @@ def main() -> int:
     elif point == "save":
         die_in(Checkpoints, "save", number, kill_once_half_written)
     elif point == "export":
-        die_in(hugging_face, "_write_weights", number, kill)
+        die_in(exporting, "write_weights", number, kill)
     elif point == "sigterm":
         die_in(Recorder, "log", number, ask_to_stop)
     elif point == "sigterm_in_judging":

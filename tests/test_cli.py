@@ -407,7 +407,9 @@ def test_export(run_directory: Path, recipe: Any, replace: Replace, tmp_path: Pa
     export = replace(recipe, "export_run")
     result = invoke("export", run_directory, tmp_path / "out", "--stage", "rl")
     assert result.exit_code == 0, result.output
-    export.assert_called_once_with(run_directory, tmp_path / "out", "rl")
+    export.assert_called_once_with(run_directory, tmp_path / "out", "rl", None)
+    assert invoke("export", run_directory, tmp_path / "out", "--dtype", "fp8").exit_code == 0
+    export.assert_called_with(run_directory, tmp_path / "out", None, "fp8")
 
 
 def test_report(run_directory: Path, replace: Replace) -> None:

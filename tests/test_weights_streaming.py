@@ -24,7 +24,13 @@ from r1jax.models import ModelConfig, declare
 from r1jax.models.parameters import Params, is_spec
 from r1jax.sharding import single_device
 from r1jax.weights import hugging_face
-from r1jax.weights.hugging_face import export, load_params, read_config, resolve
+from r1jax.weights.hugging_face import (
+    export,
+    load_params,
+    read_config,
+    resolve,
+    tensor_files,
+)
 
 CONFIG = ModelConfig(
     architecture="qwen2",
@@ -259,6 +265,7 @@ def test_incomplete_directories_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON .* again"):
         read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="only pytorch_model.bin; write safetensors"):
         load(tmp_path)
@@ -267,6 +274,12 @@ def test_incomplete_directories_say_what_to_do(tmp_path: Path) -> None:
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load(tmp_path)
+
+    lying = whole.replace(b'"shape": [24, 16]', b'"shape": [25, 16]', 1)
+    assert lying != whole
+    (tmp_path / WEIGHTS).write_bytes(lying)
+    with pytest.raises(ValueError, match=r"not a whole .* \[25, 16\] has 1536 bytes"):
         load(tmp_path)
 
     export(tmp_path, random_params(), CONFIG, max_shard_bytes=20_000)
@@ -346,13 +359,13 @@ def test_only_a_model_is_replaced_and_only_by_a_whole_one(
     before = (target / WEIGHTS).read_bytes()
     doubled = jax.tree.map(lambda x: 2 * x, random_params())
     with monkeypatch.context() as patch:
-        broken = hugging_face._write_safetensors
+        broken = tensor_files._write_safetensors
 
-        def full_disk(path: Path, tensors: Any) -> None:
-            broken(path, tensors[:5])
+        def full_disk(path: Path, weights: Any) -> None:
+            broken(path, weights[:5])
             raise OSError("no space left on device")
 
-        patch.setattr(hugging_face, "_write_safetensors", full_disk)
+        patch.setattr(tensor_files, "_write_safetensors", full_disk)
         with pytest.raises(OSError, match="no space"):
             export(target, doubled, CONFIG)
     assert (target / WEIGHTS).read_bytes() == before

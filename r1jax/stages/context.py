@@ -91,6 +91,7 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
     if section.path is not None:
         directory = hugging_face.resolve(section.path)
         raw: Mapping[str, Any] = hugging_face.read_config(directory)
+        hugging_face.is_quantised(raw)  # refuses what cannot be loaded, before a run begins
         generation = hugging_face.read_generation_config(directory)
     else:
         assert section.config is not None

@@ -387,8 +387,15 @@ def _prompt_counts(config: RunConfig) -> dict[str, int]:
     return prompts
 
 
-def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Path:
-    """Copy the Hugging Face directory of a stage; default: the last that left a language model."""
+def export_run(
+    run_dir: Path, destination: Path, stage: str | None = None, dtype: str | None = None
+) -> Path:
+    """Copy the Hugging Face directory of a stage; default: the last that left a language model.
+
+    Args:
+      dtype: of the copy's weights, as numpy names it, or `fp8` (`hugging_face.convert`); default:
+        the same.
+    """
     if stage is None:
         found = language_models(run_dir)
     else:
@@ -399,7 +406,11 @@ def export_run(run_dir: Path, destination: Path, stage: str | None = None) -> Pa
         )
     if destination.exists():
         raise ValueError(f"{destination} exists; name a new directory")
-    copy_folder(found[-1], destination, last="config.json")
+    if dtype is None:
+        copy_folder(found[-1], destination, last="config.json")
+    else:
+        fp8 = dtype == "fp8"
+        hugging_face.convert(found[-1], destination, "bfloat16" if fp8 else dtype, fp8=fp8)
     return destination
 
 

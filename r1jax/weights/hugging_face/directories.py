@@ -1,0 +1,119 @@
+"""Where a model's directory is, and the configs in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from r1jax.bucket import locate, on_bucket
+from r1jax.config.packaged import packaged_shape
+from r1jax.models.config import ModelConfig
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Some repositories hold the same weights a second time, in their authors' own format.
+_OTHER_FORMATS = ["*/*", "consolidated*"]
+
+
+def resolve(path_or_name: str) -> Path:
+    """A directory (local, or on a bucket) as it is; else the hub's repository, downloaded.
+
+    Raises:
+      ValueError: neither a directory nor a repository that can be reached.
+    """
+    path = _directory(path_or_name)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_name, allow_patterns=_PATTERNS, ignore_patterns=_OTHER_FORMATS
+            )
+        )
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise ValueError(
+            f"model {path_or_name!r}: not a directory here, and not to be had from the hub "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Check the name; without "
+            "a network, copy the model's directory to this machine and give its path"
+        ) from error
+
+
+def find_config(path_or_name: str) -> dict[str, Any]:
+    """`config.json` for a plan: of a local directory, of r1jax itself, or of a hub repository.
+
+    The published shapes that come with r1jax need no network and give the same plan everywhere; a
+    run reads the model's own file, and `differences_from_published` compares the two.
+
+    Raises:
+      ValueError: neither a directory nor a repository that can be reached.
+    """
+    path = _directory(path_or_name)
+    if path is not None:
+        return read_config(path)
+    packaged = packaged_shape(path_or_name)
+    if packaged is not None:
+        return read_mapping(packaged)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return read_mapping(Path(hf_hub_download(path_or_name, "config.json")))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise ValueError(
+            f"model {path_or_name!r}: not a directory here, and its config.json is not to be had "
+            f"from the hub ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
+
+
+def _directory(path_or_name: str) -> Path | None:
+    """A directory that is there; None if the name may be one of the hub's."""
+    path = locate(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if on_bucket(path_or_name):
+        raise ValueError(f"model {path_or_name!r}: there is nothing under this name on the bucket")
+    return None
+
+
+def differences_from_published(name: str, config: ModelConfig) -> list[str]:
+    """How a model of the hub differs from the shape that plans take it to have."""
+    packaged = packaged_shape(name)
+    if packaged is None:
+        return []
+    published = asdict(ModelConfig.from_hugging_face(read_mapping(packaged)))
+    return [
+        f"{key} = {value!r}, planned with {published[key]!r}"
+        for key, value in asdict(config).items()
+        if value != published[key]
+    ]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory."""
+    path = locate(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json: is it a Hugging Face model directory?")
+    return read_mapping(path)
+
+
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """`generation_config.json` of a directory, or None; it names all EOS ids of a chat model."""
+    path = locate(directory) / "generation_config.json"
+    if not path.is_file():
+        return None
+    return read_mapping(path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; raises ValueError for another content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a mapping")
+    return content

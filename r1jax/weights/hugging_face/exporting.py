@@ -1,0 +1,352 @@
+"""Directories that transformers loads, written tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from r1jax.bucket import locate, on_bucket
+from r1jax.models.config import ModelConfig
+from r1jax.models.parameters import Params, ParamSpec, declare, is_spec
+from r1jax.weights.hugging_face.directories import read_config
+from r1jax.weights.hugging_face.fp8 import (
+    QUANTIZATION_CONFIG,
+    is_quantised,
+    is_quantised_matrix,
+    quantise,
+    read_values,
+    scale_name,
+    scale_shape,
+)
+from r1jax.weights.hugging_face.names import PLAIN, check, entries, head_names, stored_names
+from r1jax.weights.hugging_face.tensor_files import (
+    CODES,
+    DTYPES,
+    FLOAT8,
+    StoredWeight,
+    Tensors,
+    TensorType,
+    write_json,
+    write_weights,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARD_BYTES = 2 << 30
+
+
+def export(
+    directory: str | Path,
+    params: Params,
+    model: ModelConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+    fp8: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a directory that transformers loads; an earlier model there is replaced when complete.
+
+    Every process of a `jax.distributed` run calls this; process 0 writes.
+
+    Args:
+      directory: written under a temporary name beside it and renamed, so that a killed export
+        leaves nothing half-written under this name. On a bucket (`gs://...`), which has no rename,
+        each file is there when it is complete, and `config.json`, without which there is no model,
+        is removed first and written last.
+      params: the tree of `declare(model)`.
+      tokenizer: saved beside the weights.
+      generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
+        are the tokenizer's. A model without logits generates nothing: only its `config.json` has
+        the ids.
+      dtype: of the stored weights; default: that of each array or, with `fp8`, bfloat16.
+      fp8: the matrices that DeepSeek releases so are written in fp8 (`quantise`), the rest in
+        `dtype`.
+      max_shard_bytes: most bytes of a safetensors file, unless one tensor is larger.
+
+    Raises:
+      ValueError: `directory` holds something else than a model, a weight is not as `model` says,
+        a dtype is none that is stored, or a model with a scalar head has no fit padding token.
+    """
+    if model.head == "scalar":
+        check_padding(tokenizer, generation_config)
+    _refuse_what_is_no_model(target := _target(directory))
+    weights = stored_weights(params, model, dtype, fp8)
+    if jax.process_index() == 0:
+        ids = _special_ids(tokenizer, generation_config)
+        configs = {"config.json": model.to_hugging_face() | _format(weights, model, fp8) | ids}
+        generation = {**(generation_config or {}), **ids}
+        if generation and model.head == "language":
+            configs["generation_config.json"] = generation
+
+        def write_others(folder: Path) -> None:
+            for name, content in configs.items():
+                write_json(folder / name, content)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+
+        _write(target, weights, write_others, max_shard_bytes)
+    else:
+        for weight in weights:
+            weight.values()  # this process's part in the collectives
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {target.name}")
+
+
+def convert(
+    source: str | Path,
+    directory: str | Path,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    fp8: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model of a directory with other dtypes; the other files beside it are copied.
+
+    One tensor is in memory at a time, and none is on a device.
+
+    Args:
+      source, directory: local, or on a bucket; `directory` as in `export`.
+      dtype, fp8: as in `export`.
+
+    Raises:
+      ValueError: as `load_params` and `export` say.
+    """
+    source = locate(source)
+    raw = read_config(source)
+    model, quantised = ModelConfig.from_hugging_face(raw), is_quantised(raw)
+    _refuse_what_is_no_model(target := _target(directory))
+    tensors, declared = Tensors(source), declare(model)
+    ignored = head_names(model, "language") if model.tie_word_embeddings else set()
+    check(tensors, declared, model, source, quantised=quantised, ignored=ignored)
+
+    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        values = read_values(tensors, name, tuple(slice(None) for _ in shape))
+        return np.ascontiguousarray(values, dtype)
+
+    weights = []
+    for spec in jax.tree.leaves(declared, is_leaf=is_spec):
+        names = stored_names(spec)
+        for name, original in [
+            *zip(names, names, strict=True),
+            *((c, names[0]) for c in spec.stored.copies),
+        ]:
+            values = partial(read, original, spec.stored.file_shape)
+            weights.append(_stored(spec, name, spec.dtype(dtype), fp8, values))
+    former = {key: value for key, value in raw.items() if key != "quantization_config"}
+
+    def write_others(folder: Path) -> None:
+        for path in source.iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                (folder / path.name).write_bytes(path.read_bytes())
+        write_json(folder / "config.json", former | _format(weights, model, fp8))
+
+    _write(target, weights, write_others, max_shard_bytes)
+
+
+def _target(directory: str | Path) -> Path:
+    return locate(directory) if on_bucket(directory) else Path(os.path.abspath(directory))
+
+
+def _refuse_what_is_no_model(target: Path) -> None:
+    unknown = target.exists() and not (target / "config.json").is_file()
+    if unknown and not on_bucket(target) and os.listdir(target):
+        raise ValueError(
+            f"{target} exists and has no config.json: an export replaces a model, nothing else; "
+            "choose another directory"
+        )
+
+
+def check_padding(
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None = None
+) -> None:
+    """Whether a reward model with this tokenizer gives the same scores in transformers.
+
+    A sequence classification there has no lengths: it reads a text's score at the last token that
+    is not `pad_token_id`. Without one it takes no batches, and where EOS is the padding it would
+    read the token before EOS. Ask before training: `export` refuses, too, but after it.
+
+    Raises:
+      ValueError: there is no padding token, or it is the EOS that ends every text.
+    """
+    ids = _special_ids(tokenizer, generation_config)
+    pad, eos = ids.get("pad_token_id"), getattr(tokenizer, "eos_token_id", None)
+    if pad is not None and pad != eos:
+        return
+    raise ValueError(
+        (
+            "a reward model needs a padding token (pad_token_id), and there is none"
+            if pad is None
+            else f"pad_token_id = {pad} is also the EOS token, which ends every text; transformers "
+            "would take it for padding and score the token before it"
+        )
+        + ". Set another one of the vocabulary, such as an unused special token, as "
+        "tokenizer.pad_token, write the tokenizer with save_pretrained and name its directory in "
+        "model.tokenizer"
+    )
+
+
+def _special_ids(
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The ids that both configs of a directory name; those of the generation config come first."""
+    ids = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = (generation_config or {}).get(key)
+        if value is None:
+            value = getattr(tokenizer, key, None)
+        if value is not None:
+            ids[key] = value
+    return ids
+
+
+def _format(weights: list[StoredWeight], model: ModelConfig, fp8: bool) -> dict[str, Any]:
+    """What `config.json` says of the dtypes."""
+    exact = {
+        name
+        for spec in jax.tree.leaves(declare(model), is_leaf=is_spec)
+        if spec.exact
+        for name in stored_names(spec)
+    }
+    kinds = {
+        DTYPES[tensor.code].name
+        for weight in weights
+        if len(weight.tensors) == 1  # not quantised
+        for name, tensor in weight.tensors.items()
+        if name not in exact
+    }
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
+    quantisation = {"quantization_config": QUANTIZATION_CONFIG} if fp8 else {}
+    return {"dtype": kind, "torch_dtype": kind, **quantisation}
+
+
+def _write(
+    target: Path,
+    weights: list[StoredWeight],
+    write_others: Callable[[Path], None],
+    max_shard_bytes: int,
+) -> None:
+    """Write a directory; `write_others` writes all but the weights into the folder it is given."""
+    write = _write_to_bucket if on_bucket(target) else _write_and_rename
+    write(target, weights, write_others, max_shard_bytes)
+
+
+def _write_to_bucket(
+    target: Path,
+    weights: list[StoredWeight],
+    write_others: Callable[[Path], None],
+    max_shard_bytes: int,
+) -> None:
+    config = target / "config.json"
+    config.unlink(missing_ok=True)
+    for stale in target.glob("model*.safetensors*"):
+        stale.unlink()
+    with TemporaryDirectory(prefix="r1jax-") as scratch:
+        write_others(Path(scratch))
+        write_weights(target, weights, max_shard_bytes)
+        for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == config.name):
+            if path.is_file():
+                (target / path.relative_to(scratch)).write_bytes(path.read_bytes())
+
+
+def _write_and_rename(
+    target: Path,
+    weights: list[StoredWeight],
+    write_others: Callable[[Path], None],
+    max_shard_bytes: int,
+) -> None:
+    partial_dir = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    partial_dir.mkdir(parents=True)
+    write_others(partial_dir)
+    write_weights(partial_dir, weights, max_shard_bytes)
+    if target.exists():
+        # Moved aside first: removing takes longer than a rename and can fail half-way.
+        replaced = target.with_name(target.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        partial_dir.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        partial_dir.rename(target)
+
+
+@jax.jit
+def _entry_of(stack: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for position in index:
+        stack = jax.lax.dynamic_index_in_dim(stack, position, 0, keepdims=False)
+    return stack
+
+
+def stored_weights(
+    params: Params, model: ModelConfig, dtype: DTypeLike | None, fp8: bool
+) -> list[StoredWeight]:
+    """What `export` writes, with the same arguments."""
+    declared = jax.tree.leaves_with_path(declare(model), is_leaf=is_spec)
+    leaves = dict(jax.tree.leaves_with_path(params))
+    misfits = sorted(
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path in leaves.keys() ^ {path for path, _ in declared}
+    )
+    if misfits:
+        raise ValueError(f"params and the model config differ in {', '.join(misfits)}")
+    weights = []
+    for path, spec in declared:
+        leaf = leaves[path]
+        if leaf.shape != spec.shape:
+            raise ValueError(f"{spec.stored.name}: shape {leaf.shape}, expected {spec.shape}")
+        kind = spec.dtype(dtype or (jnp.bfloat16 if fp8 else leaf.dtype))
+        copies: list[tuple[str, tuple[int, ...]]] = [(name, ()) for name in spec.stored.copies]
+        for name, index in [*entries(spec), *copies]:
+            weights.append(_stored(spec, name, kind, fp8, partial(_gather, leaf, spec, index)))
+    return weights
+
+
+def _stored(
+    spec: ParamSpec,
+    name: str,
+    dtype: DTypeLike,
+    fp8: bool,
+    values: Callable[[np.dtype], np.ndarray],
+) -> StoredWeight:
+    """One tensor of a weight, or the two of a quantised one; `values` gives it in a dtype."""
+    shape, kind = spec.stored.file_shape, jnp.dtype(dtype)
+    if CODES.get(kind) not in PLAIN:
+        raise ValueError(
+            f"{spec.stored.name}: {kind} is not stored; give a dtype of "
+            f"{', '.join(DTYPES[code].name for code in PLAIN)}"
+        )
+    if fp8 and is_quantised_matrix(name):
+        codes = TensorType(shape, CODES[FLOAT8])
+        scales = TensorType(scale_shape(shape), "F32")
+        exact = jnp.dtype(jnp.float32)
+        return StoredWeight(
+            {name: codes, scale_name(name): scales}, lambda: quantise(values(exact))
+        )
+    return StoredWeight({name: TensorType(shape, CODES[kind])}, lambda: (values(kind),))
+
+
+def _gather(leaf: jax.Array, spec: ParamSpec, index: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    value = _entry_of(leaf, tuple(np.int32(i) for i in index)) if index else leaf
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        assert isinstance(value.sharding, NamedSharding)
+        everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
+        value = jax.jit(lambda x: x, out_shardings=everywhere)(value)
+    inverse = np.argsort(spec.stored.order)
+    array = np.asarray(value).transpose(inverse).reshape(spec.stored.file_shape)
+    return np.ascontiguousarray(array, kind)
