@@ -66,6 +66,11 @@ class Layout:
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: `cpu`, `gpu` or `tpu`."""
+        return str(self.mesh.devices.flat[0].platform)
+
     def spec(
         self, axes: Axes, *, shape: tuple[int, ...] | None = None, name: str = ""
     ) -> PartitionSpec:

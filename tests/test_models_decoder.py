@@ -182,7 +182,9 @@ def test_scan_and_remat_change_neither_values_nor_gradients() -> None:
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_prefill_and_decode_give_the_logits_of_whole_rows(scan_layers: bool) -> None:
+def test_prefill_and_decode_give_the_logits_of_whole_rows(
+    scan_layers: bool, cache_of_platform: str
+) -> None:
     model = decoder(LLAMA, scan_layers=scan_layers)
     params = random_params(model)
     tokens = random_tokens(2, 9)

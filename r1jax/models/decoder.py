@@ -197,8 +197,8 @@ def run_rows(
             out = row_attention(q, k, v, segment_ids, execution, layout)
             if not keep_cache:
                 return out, None
-            axes = cache_axes(config, new=False)
-            return out, tuple(layout.constrain(x.swapaxes(-3, -2), axes) for x in kept)
+            axes, entries = cache_axes(config, new=False), _filled(kept, model)
+            return out, tuple(layout.constrain(x.swapaxes(-3, -2), axes) for x in entries)
 
         x, kept = _layer(x, weights, cos, sin, model, attend, activation[:2], segment_ids != 0)
         return layout.constrain(x, activation), kept
@@ -266,25 +266,74 @@ def prefill_rows(
     return _run_rows(params, tokens, steps, segment_ids, model, keep_cache=True)
 
 
+_IN_ORDER = (0, 1, 2, 3, 4)
+
+
+def _memory_order(model: Decoder) -> tuple[int, ...]:
+    """How [batch, sample, head, time, width] lies in memory.
+
+    On TPU, as its compiler wants to read it: in another order, a decode loop first copies the whole
+    cache, which then takes twice the room.
+    """
+    return (3, 0, 2, 1, 4) if model.layout.platform == "tpu" else _IN_ORDER
+
+
+def remembered(model: Decoder) -> tuple[tuple[int, int], ...]:
+    """`ModelConfig.cached`, as it lies in memory.
+
+    A TPU tiles the last dimension by 128: the 576 values of a latent take the room of 640, or are
+    laid out along time, from which they are copied to be read. So they get zeros behind them.
+    """
+    if model.config.latent is None or model.layout.platform != "tpu":
+        return model.config.cached
+    return tuple((heads, width + -width % 128) for heads, width in model.config.cached)
+
+
+def _filled(entries: tuple[jax.Array, ...], model: Decoder) -> tuple[jax.Array, ...]:
+    """What a layer remembers, [..., width], with the zeros of `remembered`."""
+    widths = (width for _, width in remembered(model))
+    return tuple(
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+        for x, width in zip(entries, widths, strict=True)
+    )
+
+
+def _time_axis(model: Decoder) -> int:
+    """Of an array of `empty_cache`, from behind."""
+    return _memory_order(model).index(3) - len(_IN_ORDER)
+
+
+def _logical(stored: jax.Array, model: Decoder) -> jax.Array:
+    """[batch, samples, heads, time, width], which says how it is read; nothing is moved."""
+    order = _memory_order(model)
+    return stored.transpose([order.index(i) for i in _IN_ORDER])
+
+
+def new_cache_arrays(
+    batch: int, samples: int, capacity: int, model: Decoder
+) -> list[tuple[tuple[int, ...], Axes]]:
+    """Shape and logical axes of what a layer remembers of new tokens, as it lies in memory."""
+    order, axes = _memory_order(model), cache_axes(model.config, new=True)
+    shapes = [(batch, samples, heads, capacity, width) for heads, width in remembered(model)]
+    return [(tuple(shape[i] for i in order), tuple(axes[i] for i in order)) for shape in shapes]
+
+
 def empty_cache(
     batch: int, samples: int, capacity: int, model: Decoder, stacks: tuple[str, ...] | None = None
 ) -> Cache:
-    """Room for `capacity` new tokens, per layer [batch, samples, heads, capacity, width].
+    """Room for `capacity` new tokens, per layer as `new_cache_arrays`.
 
     Args:
       stacks: of layers; default: the decoder's.
     """
     config, dtype = model.config, model.execution.compute_dtype
-    axes = cache_axes(config, new=True)
+    arrays = new_cache_arrays(batch, samples, capacity, model)
 
     def empty(*layers: int) -> tuple[jax.Array, ...]:
         of_layers = ("layers",) * len(layers)
         return tuple(
-            model.layout.constrain(
-                jnp.zeros((*layers, batch, samples, heads, capacity, width), dtype),
-                (*of_layers, *axes),
-            )
-            for heads, width in config.cached
+            model.layout.constrain(jnp.zeros((*layers, *shape), dtype), (*of_layers, *axes))
+            for shape, axes in arrays
         )
 
     return {
@@ -294,12 +343,12 @@ def empty_cache(
     }
 
 
-def grow_cache(cache: Cache, extra: int) -> Cache:
+def grow_cache(cache: Cache, extra: int, model: Decoder) -> Cache:
     """The same cache with room for `extra` more tokens."""
 
     def grow(leaf: jax.Array) -> jax.Array:
         widths = [(0, 0)] * leaf.ndim
-        widths[-2] = (0, extra)
+        widths[_time_axis(model)] = (0, extra)
         return jnp.pad(leaf, widths)
 
     return jax.tree.map(grow, cache)
@@ -329,7 +378,7 @@ def decode(
     """
     tokens = tokens[..., None]
     positions = jnp.broadcast_to(prompt_lengths[:, None, None] + step, tokens.shape)
-    capacity = jax.tree.leaves(cache)[0].shape[-2]
+    capacity = jax.tree.leaves(cache)[0].shape[_time_axis(model)]
     filled = (jnp.arange(capacity) <= step)[None, None, None]
     hidden, cache = decode_several(
         params, tokens, positions, prompt_cache, prompt_lengths, cache, step, filled, model
@@ -406,7 +455,9 @@ def run_new(
     def run(x: jax.Array, weights: Params, prompt: Any, write: Callable[..., Any]) -> Any:
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
             q = apart(q)
-            cache, new = write(tuple(apart(entry).swapaxes(-3, -2) for entry in kept))
+            entries = (apart(entry).swapaxes(-3, -2) for entry in _filled(kept, model))
+            cache, new = write(tuple(entry.transpose(_memory_order(model)) for entry in entries))
+            new = tuple(_logical(entry, model) for entry in new)
             if config.latent is not None:
                 latents = prompt[0], prompt_lengths, new[0], visible
                 out = absorbed_attention(q, *latents, w["kv_up"], config.latent)
@@ -425,7 +476,8 @@ def run_new(
 
             def write(new: tuple[jax.Array, ...], entry: Any = entry) -> Any:
                 put = jax.lax.dynamic_update_slice_in_dim
-                kept = tuple(put(old, x, step, axis=3) for old, x in zip(entry, new, strict=True))
+                axis = _time_axis(model)
+                kept = tuple(put(old, x, step, axis) for old, x in zip(entry, new, strict=True))
                 return kept, kept
 
             x, kept = run(x, weights, prompt, write)
@@ -439,8 +491,8 @@ def run_new(
             weights, prompt, index = xs
 
             def write(new: tuple[jax.Array, ...]) -> Any:
-                zero = jnp.int32(0)
-                start = (index, zero, zero, zero, step, zero)
+                start = [index, *[jnp.int32(0)] * len(_IN_ORDER)]
+                start[_time_axis(model)] = step
                 kept = tuple(
                     jax.lax.dynamic_update_slice(old, x[None], start)
                     for old, x in zip(stacked, new, strict=True)

@@ -80,9 +80,9 @@ def absorbed_attention(
 
     Args:
       q: [batch, samples, tokens, heads, head_dim], from `queries_and_latents`.
-      prompt: [batch, 1, prompt_time, kv_lora_rank + qk_rope_head_dim].
+      prompt: [batch, 1, prompt_time, kv_lora_rank + qk_rope_head_dim]; zeros may follow.
       prompt_lengths: int32 [batch].
-      new: [batch, samples, 1, capacity, kv_lora_rank + qk_rope_head_dim].
+      new: [batch, samples, 1, capacity, kv_lora_rank + qk_rope_head_dim], and as many.
       visible: bool [batch or 1, samples or 1, tokens, capacity], which of `new` are seen.
       up: [kv_lora_rank, heads, qk_nope_head_dim + v_head_dim].
 
@@ -93,6 +93,7 @@ def absorbed_attention(
     up_k, up_v = jnp.split(up, [latent.qk_nope_head_dim], axis=-1)
     wide = jnp.einsum("...hd,rhd->...hr", plain, up_k, preferred_element_type=jnp.float32)
     wide = jnp.concatenate([wide, turned.astype(jnp.float32)], axis=-1)
+    wide = jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, new.shape[-1] - wide.shape[-1])])
     # Scores are divided by the root of the width that they are taken over, which is another here.
     wide = (wide * math.sqrt(wide.shape[-1] / q.shape[-1])).astype(q.dtype)
     # The cache is both keys and values. Cutting the rotated keys off first would copy it; what

@@ -38,13 +38,13 @@ from r1jax.config.schema import (
 from r1jax.data.preferences import EncodedPreference, pad_texts, preference_arrays
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, ModelConfig, abstract_params, declare
-from r1jax.models.decoder import cache_axes
+from r1jax.models.decoder import cache_axes, new_cache_arrays, remembered
 from r1jax.models.parameters import ParamSpec, is_spec
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
 from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, grow, start
 from r1jax.sampler.weights import weights_mover
-from r1jax.sharding import Layout
+from r1jax.sharding import Axes, Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
 from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.optimizer import abstract_train_state, jit_update, make_optimizer
@@ -372,7 +372,7 @@ class Rollout:
             yield Program(
                 "grow the cache",
                 self.model.layout.mesh.shape,
-                lambda: grow.lower(self.started(before)[0].cache, last - before),
+                lambda: grow.lower(self.started(before)[0].cache, last - before, self.model),
                 {"cache": self.new_cache(before)},
                 {**resident, "weights": weights, "cache": self.prompt_cache},
                 calls * moved / (last + before),
@@ -446,19 +446,22 @@ class Rollout:
 
     def new_cache(self, capacity: int) -> list[Any]:
         """What is remembered of the new tokens, as the layout splits it."""
-        return self._remembered((self.rows, self.samples), capacity, new=True)
+        return self._remembered(new_cache_arrays(self.rows, self.samples, capacity, self.model))
 
     @cached_property
     def prompt_cache(self) -> list[Any]:
         """And of the prompts."""
-        return self._remembered((self.rows,), bucket(self.prompt_tokens), new=False)
+        config, time = self.model.config, bucket(self.prompt_tokens)
+        axes = cache_axes(config, new=False)
+        return self._remembered(
+            [((self.rows, heads, time, width), axes) for heads, width in remembered(self.model)]
+        )
 
-    def _remembered(self, of: tuple[int, ...], time: int, *, new: bool) -> list[Any]:
+    def _remembered(self, arrays: list[tuple[tuple[int, ...], Axes]]) -> list[Any]:
         config, dtype = self.model.config, self.model.execution.compute_dtype
-        sharding = self.model.layout.sharding(cache_axes(config, new=new))
         return [
-            jax.ShapeDtypeStruct((*of, heads, time, width), dtype, sharding=sharding)
-            for heads, width in config.cached
+            jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding(axes))
+            for shape, axes in arrays
         ] * config.num_hidden_layers
 
 

@@ -122,9 +122,9 @@ def decode_until(
     return jax.lax.while_loop(more, advance, state)
 
 
-@partial(jax.jit, static_argnames=("extra",))
-def grow(cache: Cache, extra: int) -> Cache:
-    return grow_cache(cache, extra)
+@partial(jax.jit, static_argnames=("extra", "model"))
+def grow(cache: Cache, extra: int, model: Decoder) -> Cache:
+    return grow_cache(cache, extra, model)
 
 
 def capacities_of(max_new_tokens: int, first: int) -> Iterator[int]:
@@ -203,9 +203,9 @@ def generate_chunks(
         if index + 1 < len(capacities):
             extra = capacities[index + 1] - capacity
             if isinstance(state, SpeculativeState):
-                state = grow_speculation(state, extra)
+                state = grow_speculation(state, extra, model)
             else:
-                state = state.replace(cache=grow(state.cache, extra))
+                state = state.replace(cache=grow(state.cache, extra, model))
 
 
 def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:

@@ -215,11 +215,11 @@ def decode_speculatively(
     return jax.lax.while_loop(more, advance, state)
 
 
-@partial(jax.jit, static_argnames=("extra",))
-def grow_speculation(state: SpeculativeState, extra: int) -> SpeculativeState:
+@partial(jax.jit, static_argnames=("extra", "model"))
+def grow_speculation(state: SpeculativeState, extra: int, model: Decoder) -> SpeculativeState:
     """The same with room for `extra` more steps."""
     kept = jnp.pad(state.kept, ((0, 0), (0, 0), (0, extra)))
-    return state.replace(kept=kept, cache=grow_cache(state.cache, 2 * extra))
+    return state.replace(kept=kept, cache=grow_cache(state.cache, 2 * extra, model))
 
 
 def _visible(kept: jax.Array, step: jax.Array) -> jax.Array:
