@@ -35,9 +35,10 @@ bench: .venv/installed
 plan-all: .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/r1jax plan-all --cache .libtpu/compiled --out configs/PLANS.md $(PLAN_FLAGS)
 
-# The tests that need the TPU compiler: 700 MB, for which `test` does not ask.
+# The tests that need the TPU compiler: 700 MB, for which `test` does not ask, and .ci/run does.
 test-plans: .venv/installed-test .libtpu/installed
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_planner_plan.py tests/test_planner_table.py
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
+	  tests/test_planner_plan.py tests/test_planner_table.py
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

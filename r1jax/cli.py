@@ -280,6 +280,7 @@ def plan_all(
             case = planner.Case(settings, target, settings.mesh)
             found = planner.plan_case(
                 case,
+                stages=planner.distinct_stages(settings),
                 quick=True,
                 cache=cache,
                 tell=lambda line, n=name: status.update(f"{n}: {line}"),

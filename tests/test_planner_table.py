@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from r1jax.planner import Plan, ProgramPlan, Slice, StagePlan, as_markdown, compiler, has_margin
+from r1jax.config.load import load_config
+from r1jax.planner import (
+    Plan,
+    ProgramPlan,
+    Slice,
+    StagePlan,
+    as_markdown,
+    compiler,
+    distinct_stages,
+    has_margin,
+)
 from r1jax.planner.estimate import Times
 
 GIB = 2.0**30
@@ -82,6 +92,21 @@ def test_stages_that_are_alike_share_a_row_and_refusals_are_told() -> None:
     assert not has_margin(refused)
     apart = replace(planned(*same), sampling_mesh={"data": 2, "tensor": 2})
     assert cells(as_markdown([("a", apart)], []))[0][2] == "fsdp 4; sampling: data 2, tensor 2"
+
+
+def test_of_evaluations_that_differ_in_what_they_ask_the_largest_is_planned() -> None:
+    config = load_config("distill/qwen2.5-math-7b", (), "v5p:2x2x2")
+    assert [stage.name for stage in config.stages][1:] == [
+        *("aime_2024", "math_500", "gpqa_diamond", "livecodebench")
+    ]
+    assert distinct_stages(config) == ["student", "livecodebench"]  # questions of 8,192 tokens
+    # Another batch, or other sampling, is another program.
+    other = load_config(
+        "distill/qwen2.5-math-7b",
+        ["stages.math_500.problems_per_batch=8", "stages.gpqa_diamond.sampling.temperature=1.0"],
+        "v5p:2x2x2",
+    )
+    assert distinct_stages(other) == ["student", "math_500", "gpqa_diamond", "livecodebench"]
 
 
 # --- What was compiled ---------------------------------------------------------------------------

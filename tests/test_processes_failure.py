@@ -27,6 +27,8 @@ RUN = "tiny-hosts-s0"
 HOST = socket.gethostname()
 # A host trains on every other part of the batch, and samples on neighbouring ones.
 INTERLEAVED = ("mesh.axes={fsdp: 2, data: 2}", "mesh.rollout={axes: {data: 4}}")
+# Each host samples half of the answers to every question.
+SPLIT_ANSWERS = ("mesh.axes={fsdp: 2}", "mesh.rollout={axes: {sample: 2}, rules: {sample: sample}}")
 ON_FOUR_HOSTS = "mesh.axes={data: 2, fsdp: 4}"  # each of which has its own part of the weights
 
 
@@ -224,6 +226,20 @@ def test_sigterm_to_one_saves_the_same_step_of_all(
     assert statuses(ended) == [0, 0], told(ended)
     assert "rl: resumed at step 1" in ended[0].said
     assert_equal_runs(tmp_path, alone)
+
+
+def test_hosts_that_share_the_answers_to_a_question_run_as_one_process(
+    hosts: Hosts, alone: Path, tmp_path: Path
+) -> None:
+    """Stop strings are looked for, and rewards given, where a whole group has come together."""
+    ended = hosts.run(tmp_path, 2, 1, *SPLIT_ANSWERS)
+    assert statuses(ended) == [0, 0], told(ended)
+    assert_equal_runs(tmp_path, alone)
+    found, wanted = (
+        rows(output / RUN / "stages/01-rl/samples.jsonl") for output in (tmp_path, alone)
+    )
+    assert [row["completion"] for row in found] == [row["completion"] for row in wanted]
+    assert sum(row["completion"].endswith(("7", "42")) for row in found) > 5
 
 
 def test_when_the_first_is_killed_the_others_name_it(hosts: Hosts, tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
-from r1jax.config.schema import MODEL, MeshSection, ModelSection, RunConfig, Stage
+from r1jax.config.schema import (
+    MODEL,
+    EvaluateStage,
+    MeshSection,
+    ModelSection,
+    RunConfig,
+    Stage,
+)
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
@@ -18,6 +25,7 @@ from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
 from r1jax.sharding import Layout
 from r1jax.stages.context import decoder_of, make_layouts
+from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.judge import directory_section
 from r1jax.stages.recipe import Selection, check_rows
 from r1jax.weights import hugging_face
@@ -148,6 +156,27 @@ def plan(
         stages=tuple(found),
         sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
     )
+
+
+def distinct_stages(config: RunConfig) -> list[str]:
+    """The stages that show what a config needs: of evaluations that differ in what they ask, and
+    how often, the one with the longest questions stands for all."""
+    asked = {"name", "benchmark", "data", "rewards", "problems", "samples_per_problem"}
+    longest: dict[str, EvaluateStage] = {}
+    for stage in config.stages:
+        if isinstance(stage, EvaluateStage):
+            samples = stage.samples_per_batch or stage.samples_per_problem
+            judges = [str(each.model) for each in config.rewards_of(stage.rewards).values()]
+            key = f"{stage.model_dump(exclude=asked)} {samples} {sorted(set(judges) - {'None'})}"
+            known = longest.get(key)
+            if known is None or longest_prompt(stage, config) > longest_prompt(known, config):
+                longest[key] = stage
+    kept = {stage.name for stage in longest.values()}
+    return [
+        stage.name
+        for stage in config.stages
+        if not isinstance(stage, EvaluateStage) or stage.name in kept
+    ]
 
 
 @dataclass(frozen=True)

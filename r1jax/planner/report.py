@@ -103,6 +103,7 @@ Made by `make plan-all`, with the real TPU compiler and no TPU: every function t
 compiled for the slice. A slice `fits` if a tenth of its memory stays free (`tight`: less). Memory
 is that of one device as its fullest program runs. Times are those of a perfect machine and of
 texts that are all as long as the config lets them be; `bound by` says what the step waits for most.
+Of evaluations that differ in what they ask, the one with the longest questions stands for all.
 Compiled with the least effort (`--quick`), in seconds of one core.
 """
 
