@@ -66,6 +66,7 @@ SIZES: dict[str, Any] = dict(
     max_position_embeddings=128,
     initializer_range=0.3,
     rms_norm_eps=1e-3,  # not that of the latents' norms
+    num_nextn_predict_layers=0,  # transformers writes 1, and no such layer
 )
 YARN = {
     "rope_type": "yarn",
@@ -411,12 +412,9 @@ def test_what_is_not_deepseek_v3_is_refused(tmp_path: Path) -> None:
         replace(config, head_dim=10)
 
 
-def test_the_prediction_module_is_passed_over_and_strangers_are_not(tmp_path: Path) -> None:
+def test_strangers_are_not_passed_over(tmp_path: Path) -> None:
     make("like V3", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.3.eh_proj.weight"] = np.zeros((2, 2), np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    load(tmp_path)
     tensors["model.layers.4.eh_proj.weight"] = np.zeros((2, 2), np.float32)
     del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")

@@ -8,6 +8,7 @@ the run is resolved, still before any compute.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,6 +44,12 @@ class ModelSection(Section):
         None,
         description="Directory or hub name, or `characters:NAME` for the alphabet of a task; "
         "default: the model's path.",
+    )
+    multi_token_prediction: bool = Field(
+        False,
+        description="Have the module that predicts the token after the next (DeepSeek-V3's MTP, "
+        "num_nextn_predict_layers = 1), for mtp_weight and sampling.speculative. Most runs do "
+        "without: its layer is then neither loaded nor exported, and takes no memory.",
     )
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -258,6 +265,29 @@ class DataChange(Section):
     data: str
 
 
+class WeightChange(Section):
+    """From optimizer step `step` on, a term of the loss has the weight `weight`."""
+
+    step: int = Field(ge=0)
+    weight: float = Field(ge=0)
+
+
+def _mtp_weight() -> Any:
+    return Field(
+        0.0,
+        description="Weight of the loss of multi-token prediction, which trains the module and, "
+        "through it, the model; or which one from which step on (paper: 0.3, later 0.1). The model "
+        "needs multi_token_prediction. 0: only the next token is trained.",
+    )
+
+
+def _check_changes(name: str, changes: Sequence[LengthChange | DataChange | WeightChange]) -> None:
+    """Raises ValueError unless the steps at which a setting changes start at 0 and increase."""
+    steps = [change.step for change in changes]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        raise ValueError(f"{name}: steps must start at 0 and increase")
+
+
 class StageBase(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
     weights: str | None = Field(
@@ -286,10 +316,13 @@ class PretrainStage(TrainStage):
     row_tokens: int = Field(ge=8)
     micro_batches: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
+    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = _mtp_weight()
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
     def _divisible(self) -> PretrainStage:
+        if isinstance(self.mtp_weight, list):
+            _check_changes("mtp_weight", self.mtp_weight)
         if self.rows_per_step % self.micro_batches:
             raise ValueError(
                 f"rows_per_step = {self.rows_per_step} is not a multiple of "
@@ -370,9 +403,8 @@ class GRPOStage(TrainStage):
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
         for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
             if isinstance(changes, list):
+                _check_changes(name, changes)
                 steps = [change.step for change in changes]
-                if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-                    raise ValueError(f"{name}: steps must start at 0 and increase")
                 odd = [step for step in steps if step % self.mini_batches_per_rollout]
                 if odd:
                     raise ValueError(
@@ -428,6 +460,13 @@ class SFTStage(EpochStage):
 
     kind: Literal["sft"] = "sft"
     row_tokens: int = Field(ge=8)
+    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = _mtp_weight()
+
+    @model_validator(mode="after")
+    def _changes(self) -> SFTStage:
+        if isinstance(self.mtp_weight, list):
+            _check_changes("mtp_weight", self.mtp_weight)
+        return self
 
 
 class RewardModelStage(EpochStage):
@@ -667,6 +706,7 @@ class RunConfig(Section):
                 stage.rewrite, ModelRewrite
             ):
                 _check_weights(f"{where}.rewrite.weights", stage.rewrite.weights, known)
+            self._check_module(where, stage)
             if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
                 if not isinstance(stage.rewards, dict) and not self.rewards:
                     raise ValueError(f"{where} needs at least one entry in rewards")
@@ -684,6 +724,21 @@ class RunConfig(Section):
                         )
         self._check_comparisons()
         return self
+
+    def _check_module(self, where: str, stage: Stage) -> None:
+        """What needs a module for multi-token prediction is asked of a model that has one."""
+        if isinstance(stage, PretrainStage | SFTStage) and stage.mtp_weight:
+            self._needs_module(f"{where}.mtp_weight", stage.name)
+
+    def _needs_module(self, key: str, weights: str) -> None:
+        model = self.model_of(weights)
+        section = self.model if model == MODEL else self.models[model]
+        if not section.multi_token_prediction:
+            where = MODEL if model == MODEL else f"models.{model}"
+            raise ValueError(
+                f"{key} needs the module for multi-token prediction, which this run's model does "
+                f"without; set {where}.multi_token_prediction to true, or leave {key} out"
+            )
 
     def _check_comparisons(self) -> None:
         known = [stage.name for stage in self.stages if stage.kind == "evaluate"]

@@ -215,38 +215,36 @@ def _flash(
 
 def cached_attention(
     q: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    values: tuple[jax.Array, jax.Array],
     prompt_lengths: jax.Array,
-    new_k: jax.Array,
-    new_v: jax.Array,
-    step: jax.Array,
+    visible: jax.Array,
 ) -> jax.Array:
-    """One new token of each sample attends to its prompt and to the tokens sampled so far.
+    """New tokens of each sample attend to its prompt and to the tokens sampled so far.
 
     The prompt's keys and values exist once and are shared by the prompt's samples.
 
     Args:
-      q: [batch, samples, heads, head_dim].
-      prompt_k, prompt_v: [batch, kv_heads, prompt_time, head_dim], padded on the right.
+      q: [batch, samples, tokens, heads, head_dim].
+      keys, values: those of the prompts [batch, kv_heads, prompt_time, head_dim], padded on the
+        right, and of the new tokens [batch, samples, kv_heads, capacity, head_dim].
       prompt_lengths: int32 [batch].
-      new_k, new_v: [batch, samples, kv_heads, capacity, head_dim].
-      step: int32 scalar; entries 0..step of new_k, new_v are filled.
+      visible: bool [batch or 1, samples or 1, tokens, capacity], which of the new ones are seen.
 
     Returns:
-      [batch, samples, heads, head_dim].
+      [batch, samples, tokens, heads, head_dim].
     """
-    batch, samples, heads, head_dim = q.shape
-    kv_heads, prompt_time = prompt_k.shape[1:3]
-    q = q.reshape(batch, samples, kv_heads, heads // kv_heads, head_dim)
-    old = jnp.einsum("bshgd,bhkd->bshgk", q, prompt_k, preferred_element_type=jnp.float32)
-    new = jnp.einsum("bshgd,bshkd->bshgk", q, new_k, preferred_element_type=jnp.float32)
+    batch, samples, tokens, heads, head_dim = q.shape
+    kv_heads, prompt_time = keys[0].shape[1:3]
+    q = q.reshape(batch, samples, tokens, kv_heads, heads // kv_heads, head_dim)
+    old = jnp.einsum("bsthgd,bhkd->bshtgk", q, keys[0], preferred_element_type=jnp.float32)
+    new = jnp.einsum("bsthgd,bshkd->bshtgk", q, keys[1], preferred_element_type=jnp.float32)
     seen = jnp.arange(prompt_time)[None, :] < prompt_lengths[:, None]
-    old = jnp.where(seen[:, None, None, None], old, _MASKED)
-    new = jnp.where(jnp.arange(new_k.shape[3]) <= step, new, _MASKED)
+    old = jnp.where(seen[:, None, None, None, None], old, _MASKED)
+    new = jnp.where(visible[:, :, None, :, None], new, _MASKED)
     scores = jnp.concatenate([old, new], axis=-1) / math.sqrt(head_dim)
-    weights = jax.nn.softmax(scores, axis=-1).astype(new_v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values[1].dtype)
     old, new = weights[..., :prompt_time], weights[..., prompt_time:]
-    out = jnp.einsum("bshgk,bhkd->bshgd", old, prompt_v)
-    out = out + jnp.einsum("bshgk,bshkd->bshgd", new, new_v)
-    return out.reshape(batch, samples, heads, head_dim)
+    out = jnp.einsum("bshtgk,bhkd->bsthgd", old, values[0])
+    out = out + jnp.einsum("bshtgk,bshkd->bsthgd", new, values[1])
+    return out.reshape(batch, samples, tokens, heads, head_dim)

@@ -153,6 +153,8 @@ class ModelConfig:
 
     head_dim: of a query and a key; with latent attention, both of its parts together.
     latent, experts: the two parts that DeepSeek-V3 has and the dense families have not.
+    num_nextn_predict_layers: 1 with a module that predicts the token after the next (see
+        `r1jax.models.multi_token_prediction`), else 0.
     head: what is read off the activations: `language`, the logits of the next token, or `scalar`,
         one number (a reward model: a sequence classification with one label).
     """
@@ -174,8 +176,14 @@ class ModelConfig:
     head: Head = "language"
     latent: LatentAttention | None = None
     experts: MixtureOfExperts | None = None
+    num_nextn_predict_layers: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ValueError(
+                f"num_nextn_predict_layers = {self.num_nextn_predict_layers} is not supported: a "
+                "model has one module for multi-token prediction, or none; set it to 1 or 0"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -207,6 +215,12 @@ class ModelConfig:
         dense = 0 if self.experts is None else self.experts.first_k_dense_replace
         first = {"dense_layers": range(dense)} if dense else {}
         return {**first, "layers": range(dense, self.num_hidden_layers)}
+
+    @property
+    def prediction_layers(self) -> range:
+        """Indices of the layers of multi-token prediction, behind the decoder's own."""
+        first = self.num_hidden_layers
+        return range(first, first + self.num_nextn_predict_layers)
 
     @property
     def rope_dim(self) -> int:
@@ -300,6 +314,7 @@ class ModelConfig:
             head=_head(config),
             latent=latent,
             experts=experts,
+            num_nextn_predict_layers=config.get("num_nextn_predict_layers", 0),
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
@@ -313,14 +328,14 @@ class ModelConfig:
             scaling = {"rope_type": kind, **old, **asdict(self.rope_scaling)}
         parts: dict[str, Any] = {}
         if self.latent is not None and self.experts is not None:
-            # The prediction module (MTP) is not among the weights.
             parts = {
                 **asdict(self.latent),
                 **asdict(self.experts),
                 "moe_layer_freq": 1,
-                "num_nextn_predict_layers": 0,
                 "rope_interleave": True,
             }
+        if parts or self.num_nextn_predict_layers:
+            parts["num_nextn_predict_layers"] = self.num_nextn_predict_layers
         return {
             "architectures": [_HF_FAMILY[self.architecture] + _HF_HEAD[self.head]],
             "model_type": self.architecture,

@@ -102,8 +102,14 @@ def unstack_layers(params: Params, model: Decoder) -> Params:
         name: tuple(
             jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(len(layers))
         )
-        for name, layers in model.config.stacks.items()
+        for name, layers in all_stacks(model.config).items()
+        if name in params
     }
+
+
+def all_stacks(config: ModelConfig) -> dict[str, range]:
+    """The decoder's stacks of layers, and `prediction`, where there is such a module."""
+    return {**config.stacks, "prediction": config.prediction_layers}
 
 
 def embed(params: Params, tokens: jax.Array, model: Decoder, *, many: bool = True) -> jax.Array:
@@ -158,11 +164,32 @@ def _run_rows(
     *,
     keep_cache: bool,
 ) -> tuple[jax.Array, Cache]:
+    x = embed(params, tokens, model)
+    rows = (positions, segment_ids)
+    x, cache = run_rows(params, x, *rows, model, tuple(model.config.stacks), keep_cache=keep_cache)
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache
+
+
+def run_rows(
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    model: Decoder,
+    stacks: tuple[str, ...],
+    *,
+    keep_cache: bool,
+) -> tuple[jax.Array, Cache]:
+    """Run these stacks of layers on whole rows, x [batch, time, hidden]; no final norm.
+
+    Returns:
+      Activations [batch, time, hidden], and what is remembered, as of `prefill`, or None.
+    """
     config, execution, layout = model.config, model.execution, model.layout
     params = unstack_layers(params, model)
     cos, sin = rotations(positions, config)
     activation = ("batch", "time", "activation_embed")
-    x = layout.constrain(embed(params, tokens, model), activation)
+    x = layout.constrain(x, activation)
 
     def body(x: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
@@ -178,7 +205,7 @@ def _run_rows(
 
     body = _remat(body, execution.remat)
     cache: Cache = {}
-    for name in config.stacks:
+    for name in stacks:
         if execution.scan_layers:
             x, cache[name] = jax.lax.scan(body, x, params[name])
         else:
@@ -187,7 +214,7 @@ def _run_rows(
                 x, kept = body(x, weights)
                 kept_layers.append(kept)
             cache[name] = tuple(kept_layers)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+    return x, cache
 
 
 def forward(
@@ -225,15 +252,28 @@ def prefill(
       Activations of each prompt's last token [batch, hidden], and what is remembered of the prompts
       (`ModelConfig.cached`), per layer [batch, heads, prompt_time, width].
     """
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = _run_rows(params, tokens, steps, segment_ids, model, keep_cache=True)
+    hidden, cache = prefill_rows(params, tokens, lengths, model)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last, cache
 
 
-def empty_cache(batch: int, samples: int, capacity: int, model: Decoder) -> Cache:
-    """Room for `capacity` new tokens, per layer [batch, samples, heads, capacity, width]."""
+def prefill_rows(
+    params: Params, tokens: jax.Array, lengths: jax.Array, model: Decoder
+) -> tuple[jax.Array, Cache]:
+    """As `prefill`, with the activations of every token [batch, prompt_time, hidden]."""
+    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
+    return _run_rows(params, tokens, steps, segment_ids, model, keep_cache=True)
+
+
+def empty_cache(
+    batch: int, samples: int, capacity: int, model: Decoder, stacks: tuple[str, ...] | None = None
+) -> Cache:
+    """Room for `capacity` new tokens, per layer [batch, samples, heads, capacity, width].
+
+    Args:
+      stacks: of layers; default: the decoder's.
+    """
     config, dtype = model.config, model.execution.compute_dtype
     axes = cache_axes(config, new=True)
 
@@ -249,7 +289,8 @@ def empty_cache(batch: int, samples: int, capacity: int, model: Decoder) -> Cach
 
     return {
         name: empty(len(layers)) if model.execution.scan_layers else tuple(empty() for _ in layers)
-        for name, layers in config.stacks.items()
+        for name, layers in all_stacks(config).items()
+        if name in (config.stacks if stacks is None else stacks)
     }
 
 
@@ -286,21 +327,62 @@ def decode(
     Returns:
       Activations [batch, samples, hidden] and the cache.
     """
-    config = model.config
     positions = jnp.broadcast_to(prompt_lengths[:, None] + step, tokens.shape)
+    x = embed(params, tokens, model, many=False)
+    capacity = jax.tree.leaves(cache)[0].shape[-2]
+    filled = (jnp.arange(capacity) <= step)[None, None, None]
+    prompts = (prompt_cache, prompt_lengths)
+    stacks = tuple(model.config.stacks)
+    x, cache = run_new(params, x, positions, *prompts, cache, step, filled, model, stacks)
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache
+
+
+def run_new(
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    prompt_cache: Cache,
+    prompt_lengths: jax.Array,
+    cache: Cache,
+    step: jax.Array,
+    visible: jax.Array,
+    model: Decoder,
+    stacks: tuple[str, ...],
+) -> tuple[jax.Array, Cache]:
+    """Run these stacks of layers on a few new tokens of every sample; no final norm.
+
+    Args:
+      params: as `unstack_layers` returns them.
+      x: [batch, samples * tokens, hidden], a sample's tokens side by side.
+      positions: int32 [batch, samples * tokens].
+      prompt_cache, prompt_lengths: what is remembered of the prompts.
+      cache: of the new tokens; entries from `step` on are filled here.
+      step: int32 scalar.
+      visible: bool [batch, samples, tokens, capacity], which entries of the cache a token attends
+        to, its own included; the first two dimensions may be 1.
+
+    Returns:
+      Activations [batch, samples * tokens, hidden], and the cache.
+    """
+    config, count = model.config, visible.shape[2]
     cos, sin = rotations(positions, config)
-    x = model.layout.constrain(
-        embed(params, tokens, model, many=False), ("batch", "sample", "activation_embed")
-    )
+    x = model.layout.constrain(x, ("batch", "sample", "activation_embed"))
+
+    def apart(rows: jax.Array) -> jax.Array:
+        """[batch, samples * tokens, ...] -> [batch, samples, tokens, ...]."""
+        return rows.reshape(rows.shape[0], -1, count, *rows.shape[2:])
 
     def run(x: jax.Array, weights: Params, prompt: Any, write: Callable[..., Any]) -> Any:
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
-            cache, new = write(tuple(entry[..., None, :] for entry in kept))
+            q = apart(q)
+            cache, new = write(tuple(apart(entry).swapaxes(-3, -2) for entry in kept))
             if config.latent is not None:
-                latents = prompt[0], prompt_lengths, new[0], step
-                return absorbed_attention(q, *latents, w["kv_up"], config.latent), cache
-            out = cached_attention(q, prompt[0], prompt[1], prompt_lengths, new[0], new[1], step)
-            return out, cache
+                latents = prompt[0], prompt_lengths, new[0], visible
+                out = absorbed_attention(q, *latents, w["kv_up"], config.latent)
+            else:
+                keys, values = (prompt[0], new[0]), (prompt[1], new[1])
+                out = cached_attention(q, keys, values, prompt_lengths, visible)
+            return out.reshape(out.shape[0], -1, *out.shape[3:]), cache
 
         return _layer(x, weights, cos, sin, model, attend, ("batch", "sample"))
 
@@ -338,13 +420,13 @@ def decode(
             x, kept = run(x, weights, prompt, write)
             return (x, kept), None
 
-        indices = jnp.arange(len(config.stacks[name]), dtype=jnp.int32)
+        indices = jnp.arange(len(all_stacks(config)[name]), dtype=jnp.int32)
         xs = (params[name], prompt_cache[name], indices)
         carry, _ = jax.lax.scan(body, (x, cache[name]), xs)
         return carry
 
     following: Cache = {}
-    for name in config.stacks:
+    for name in stacks:
         step_of = scanned if model.execution.scan_layers else unrolled
         x, following[name] = step_of(x, name)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), following
+    return x, following

@@ -72,30 +72,30 @@ def absorbed_attention(
     prompt: jax.Array,
     prompt_lengths: jax.Array,
     new: jax.Array,
-    step: jax.Array,
+    visible: jax.Array,
     up: jax.Array,
     latent: LatentAttention,
 ) -> jax.Array:
     """As `cached_attention` of expanded keys and values, without expanding them.
 
     Args:
-      q: [batch, samples, heads, head_dim], from `queries_and_latents`.
+      q: [batch, samples, tokens, heads, head_dim], from `queries_and_latents`.
       prompt: [batch, 1, prompt_time, kv_lora_rank + qk_rope_head_dim].
       prompt_lengths: int32 [batch].
       new: [batch, samples, 1, capacity, kv_lora_rank + qk_rope_head_dim].
-      step: int32 scalar; entries 0..step of `new` are filled.
+      visible: bool [batch or 1, samples or 1, tokens, capacity], which of `new` are seen.
       up: [kv_lora_rank, heads, qk_nope_head_dim + v_head_dim].
 
     Returns:
-      [batch, samples, heads, v_head_dim].
+      [batch, samples, tokens, heads, v_head_dim].
     """
     plain, turned = jnp.split(q, [latent.qk_nope_head_dim], axis=-1)
     up_k, up_v = jnp.split(up, [latent.qk_nope_head_dim], axis=-1)
-    wide = jnp.einsum("bshd,rhd->bshr", plain, up_k, preferred_element_type=jnp.float32)
+    wide = jnp.einsum("...hd,rhd->...hr", plain, up_k, preferred_element_type=jnp.float32)
     wide = jnp.concatenate([wide, turned.astype(jnp.float32)], axis=-1)
     # Scores are divided by the root of the width that they are taken over, which is another here.
     wide = (wide * math.sqrt(wide.shape[-1] / q.shape[-1])).astype(q.dtype)
     # The cache is both keys and values. Cutting the rotated keys off first would copy it; what
     # they add to the sums is cut off afterwards.
-    found = cached_attention(wide, prompt, prompt, prompt_lengths, new, new, step)
-    return jnp.einsum("bshr,rhd->bshd", found[..., : latent.kv_lora_rank], up_v)
+    found = cached_attention(wide, (prompt, new), (prompt, new), prompt_lengths, visible)
+    return jnp.einsum("...hr,rhd->...hd", found[..., : latent.kv_lora_rank], up_v)

@@ -30,6 +30,8 @@ class Stored:
         matrix has shape `(heads, head_dim, hidden)`).
     order: `value = tensor.reshape(shape).transpose(order)`.
     first_layer: the layer that the first entry belongs to.
+    copies: names under which the same tensor is stored again. They are written, and when read they
+        may be there.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stored:
     order: tuple[int, ...]
     file_shape: tuple[int, ...]
     first_layer: int = 0
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,32 +126,54 @@ def declare(config: ModelConfig) -> dict[str, Any]:
     """The tree of `ParamSpec`s of a decoder and its head.
 
     Layers that are alike are stacked: `layers`, and where experts begin after some dense layers,
-    those as `dense_layers`.
+    those as `dense_layers`. The module of multi-token prediction is `prediction`: one more layer
+    and what joins it to the decoder, whose embedding and head it shares.
     """
     hidden = config.hidden_size
     vocab = (config.vocab_size, hidden)
+    copies = _copies(config, "embed_tokens")
+    if config.tie_word_embeddings:
+        copies += _copies(config, "shared_head.head")
     tree: dict[str, Any] = {
         "embed": ParamSpec(
             vocab,
             ("vocab", "embed"),
             "normal",
-            Stored("model.embed_tokens.weight", vocab, (0, 1), vocab),
+            Stored("model.embed_tokens.weight", vocab, (0, 1), vocab, copies=copies),
         ),
         "final_norm": ParamSpec(
             (hidden,), (None,), "ones", Stored("model.norm.weight", (hidden,), (0,), (hidden,))
         ),
     }
     for name, layers in config.stacks.items():
-        stack = _Stack(layers)
-        attention = _grouped_attention if config.latent is None else _latent_attention
-        mlp = _dense_mlp if config.experts is None or name == "dense_layers" else _mixture
-        tree[name] = {
-            "attention_norm": stack.vector("input_layernorm.weight", (hidden,), (None,), "ones"),
-            **attention(stack, config),
-            "mlp_norm": stack.vector("post_attention_layernorm.weight", (hidden,), (None,), "ones"),
-            **mlp(stack, config),
+        tree[name] = _decoder_layers(_Stack(layers), config, dense=name == "dense_layers")
+    if config.prediction_layers:
+        stack = _Stack(config.prediction_layers)
+        tree["prediction"] = {
+            "token_norm": stack.vector("enorm.weight", (hidden,), (None,), "ones"),
+            "activation_norm": stack.vector("hnorm.weight", (hidden,), (None,), "ones"),
+            "join": stack.matrix("eh_proj", (2 * hidden, hidden), ("embed", None)),
+            **_decoder_layers(stack, config, dense=False),
+            "output_norm": stack.vector("shared_head.norm.weight", (hidden,), (None,), "ones"),
         }
     return tree | declare_head(config)
+
+
+def _copies(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """Where released checkpoints store a matrix again that the prediction module shares."""
+    return tuple(f"model.layers.{layer}.{name}.weight" for layer in config.prediction_layers)
+
+
+def _decoder_layers(stack: _Stack, config: ModelConfig, *, dense: bool) -> dict[str, ParamSpec]:
+    hidden = config.hidden_size
+    attention = _grouped_attention if config.latent is None else _latent_attention
+    mlp = _dense_mlp if config.experts is None or dense else _mixture
+    return {
+        "attention_norm": stack.vector("input_layernorm.weight", (hidden,), (None,), "ones"),
+        **attention(stack, config),
+        "mlp_norm": stack.vector("post_attention_layernorm.weight", (hidden,), (None,), "ones"),
+        **mlp(stack, config),
+    }
 
 
 def _grouped_attention(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
@@ -255,7 +280,8 @@ def declare_head(config: ModelConfig) -> dict[str, ParamSpec]:
     if config.tie_word_embeddings:
         return {}
     vocab = (config.vocab_size, hidden)
-    stored = Stored("lm_head.weight", vocab, (1, 0), vocab)
+    copies = _copies(config, "shared_head.head")
+    stored = Stored("lm_head.weight", vocab, (1, 0), vocab, copies=copies)
     return {"unembed": ParamSpec(vocab[::-1], ("embed", "vocab"), "normal", stored)}
 
 

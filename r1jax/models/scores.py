@@ -25,6 +25,14 @@ class TokenScores(NamedTuple):
     entropy: jax.Array
 
 
+class HiddenScores(NamedTuple):
+    """As `TokenScores`, and the most likely token, int32 [batch, time]."""
+
+    log_probs: jax.Array
+    entropy: jax.Array
+    best: jax.Array
+
+
 def score_hidden(
     hidden: jax.Array,
     matrix: jax.Array,
@@ -33,7 +41,7 @@ def score_hidden(
     chunk: int,
     temperature: jax.Array | float = 1.0,
     layout: Layout | None = None,
-) -> TokenScores:
+) -> HiddenScores:
     """log softmax(hidden @ matrix / temperature)[targets], `chunk` time steps at once.
 
     Each chunk's logits are recomputed in the backward pass.
@@ -69,7 +77,7 @@ def _score_rows(
     temperature: jax.Array,
     *,
     chunk: int,
-) -> TokenScores:
+) -> HiddenScores:
     batch, time, width = hidden.shape
     chunk = min(chunk, time)
     padded = -(-time // chunk) * chunk
@@ -78,14 +86,15 @@ def _score_rows(
     targets = jnp.pad(targets, ((0, 0), (0, padded - time)))
 
     @jax.checkpoint
-    def score(hidden: jax.Array, targets: jax.Array) -> TokenScores:
+    def score(hidden: jax.Array, targets: jax.Array) -> HiddenScores:
         narrow = wide.astype(matrix.dtype)
         raw = jnp.matmul(hidden, narrow, preferred_element_type=jnp.float32) / temperature
         total = jax.nn.logsumexp(raw, axis=-1)
         chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
         frozen, frozen_total = jax.lax.stop_gradient((raw, total))
         mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
-        return TokenScores(chosen - total, frozen_total - mean)
+        best = jnp.argmax(frozen, axis=-1).astype(jnp.int32)
+        return HiddenScores(chosen - total, frozen_total - mean, best)
 
     if padded == chunk:
         scores = score(hidden, targets)
@@ -117,16 +126,43 @@ def token_scores(
       padding, about which the model says nothing, have 0.
     """
     hidden = forward(params, tokens, positions, segment_ids, model)
-    # The last step's target is any token: rows keep their length, which divides over devices.
+    scores = scores_ahead(params, hidden, tokens, segment_ids, model, temperature=temperature)
+    return TokenScores(scores.log_probs, scores.entropy)
+
+
+def scores_ahead(
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    model: Decoder,
+    *,
+    ahead: int = 1,
+    temperature: jax.Array | float = 1.0,
+) -> HiddenScores:
+    """Score each token by the activations of `ahead` tokens before it.
+
+    Args:
+      hidden: [batch, time, hidden], normalised.
+      tokens, segment_ids: int32 [batch, time].
+
+    Returns:
+      Scores [batch, time]; entry t is about tokens[:, t], and 0 where `follows` is false.
+    """
+    # The last steps' targets are any tokens: rows keep their length, which divides over devices.
     scores = score_hidden(
         hidden,
         unembedding(params, model),
-        jnp.roll(tokens, -1, axis=1),
+        jnp.roll(tokens, -ahead, axis=1),
         chunk=model.execution.log_prob_chunk,
         temperature=temperature,
         layout=model.layout,
     )
-    follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    return TokenScores(
-        *(jnp.pad(jnp.where(follows, x[:, :-1], 0.0), ((0, 0), (1, 0))) for x in scores)
-    )
+    said = follows(segment_ids, ahead)
+    return HiddenScores(*(jnp.where(said, jnp.roll(x, ahead, axis=1), 0) for x in scores))
+
+
+def follows(segment_ids: jax.Array, ahead: int = 1) -> jax.Array:
+    """Whether a token has `ahead` others before it in its segment, bool [batch, time]."""
+    same = (segment_ids[:, ahead:] == segment_ids[:, :-ahead]) & (segment_ids[:, ahead:] != 0)
+    return jnp.pad(same, ((0, 0), (ahead, 0)))

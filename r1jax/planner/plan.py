@@ -262,6 +262,7 @@ class _Decoders:
         shape = self._shape(where, section)
         if name in stages and stages[name].kind == "reward_model":
             shape = replace(shape, head="scalar")
+            section = section.model_copy(update={"multi_token_prediction": False})
         return decoder_of(section, shape, self._layout)
 
     def _shape(self, where: str, section: ModelSection) -> ModelConfig:

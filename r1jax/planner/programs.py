@@ -218,12 +218,13 @@ def _supervised(stage: PretrainStage | SFTStage, model: Decoder) -> StageProgram
     }
     # Its number of steps only shapes the learning rate.
     optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
-    forward = forward_flops(model.config, *shape)
+    forward = forward_flops(model.config, *shape, with_module=bool(stage.mtp_weight))
     programs = [
         _update(supervised.make_update(stage, model, optimizer), optimizer, model, batch, forward)
     ]
     if isinstance(stage, SFTStage) and stage.held_out is not None:
         measure = jax.jit(partial(supervised.loss_sums, model=model))
+        forward = forward_flops(model.config, *shape)
         programs.append(_measure(measure, (batch,), programs[0], forward))
     return StagePrograms(tuple(programs), math.prod(shape))
 
@@ -580,24 +581,33 @@ def _round_up(number: int, multiple: int) -> int:
 # --- What a model computes -----------------------------------------------------------------------
 
 
-def forward_flops(config: ModelConfig, rows: int, time: int, start: int = 0) -> float:
+def forward_flops(
+    config: ModelConfig, rows: int, time: int, start: int = 0, *, with_module: bool = False
+) -> float:
     """Products of a forward pass, two FLOPs each: weights, and causal attention.
 
     Args:
       rows, time: tokens read of each row.
       start: tokens of a row that were read before, and are attended to.
+      with_module: multi-token prediction is computed, too.
     """
-    weights = sum(
-        math.prod(spec.shape) * _used(spec, config)
-        for path, spec in jax.tree.leaves_with_path(declare(config), is_leaf=is_spec)
-        # Looking tokens up is no product; a tied table is the output matrix, too.
-        if jax.tree_util.keystr(path, simple=True) != "embed"
-        or (config.tie_word_embeddings and config.head == "language")
-    )
+    weights = 0.0
+    for path, spec in jax.tree.leaves_with_path(declare(config), is_leaf=is_spec):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        used = math.prod(spec.shape) * _used(spec, config)
+        if name.startswith("prediction."):
+            weights += used * with_module
+        elif name == "unembed" or (name == "embed" and config.head == "language"):
+            # Looking tokens up is no product; a tied table is the output matrix, too.
+            is_head = name == "unembed" or config.tie_word_embeddings
+            weights += used * is_head * (1 + with_module)
+        elif name != "embed":
+            weights += used
     seen = time * start + time * (time + 1) / 2
     # Queries with keys, and weights with values.
     width = config.num_attention_heads * (config.head_dim + config.v_head_dim)
-    return 2.0 * rows * (time * weights + config.num_hidden_layers * width * seen)
+    layers = config.num_hidden_layers + with_module
+    return 2.0 * rows * (time * weights + layers * width * seen)
 
 
 def _used(spec: ParamSpec, config: ModelConfig) -> float:

@@ -72,7 +72,7 @@ def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
 
         return {
             name: stack(name)
-            if name in sampler.config.stacks
+            if isinstance(leaf, dict)
             else move(leaf, specs[name], specs[name].axes)
             for name, leaf in params.items()
         }

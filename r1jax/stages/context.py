@@ -108,7 +108,19 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, dict[
 
 
 def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> Decoder:
-    """A model of this shape, executed as the section says on the devices of the mesh."""
+    """A model of this shape, executed as the section says on the devices of the mesh.
+
+    Raises:
+      ValueError: the section wants a prediction module, and the model has none.
+    """
+    if not section.multi_token_prediction:
+        config = replace(config, num_nextn_predict_layers=0)
+    elif not config.num_nextn_predict_layers:
+        raise ValueError(
+            "model.multi_token_prediction = true, but the model's config has "
+            "num_nextn_predict_layers = 0, so no such module; set multi_token_prediction to false "
+            "(a model from scratch may have one: num_nextn_predict_layers = 1 in model.config)"
+        )
     # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
     backend = layout.mesh.devices.flat[0].platform
     scan = section.scan_layers
@@ -183,7 +195,7 @@ class LanguageModel:
 
     def with_scalar_head(self) -> LanguageModel:
         """The same model with one number in place of the next token: a reward model."""
-        config = replace(self.decoder.config, head="scalar")
+        config = replace(self.decoder.config, head="scalar", num_nextn_predict_layers=0)
         return replace(self, decoder=replace(self.decoder, config=config))
 
     def export(self, directory: Path, params: Any) -> None:

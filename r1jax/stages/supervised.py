@@ -17,7 +17,8 @@ from r1jax.config.schema import PretrainStage, SFTStage
 from r1jax.data import PackedRows, packed_once
 from r1jax.grpo import accumulate_gradients, apply_if_finite
 from r1jax.grpo.step import Step
-from r1jax.models import Decoder, token_scores
+from r1jax.models import Decoder, ahead_scores, token_scores
+from r1jax.models.scores import follows
 from r1jax.processes import batch_share
 from r1jax.stages.context import Context
 from r1jax.stages.loop import TrainLoop
@@ -127,23 +128,48 @@ def _train(
 def make_update(
     stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
 ) -> Step:
-    """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`."""
+    """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
+
+    Its `loss` is the next token's, whatever else is trained.
+    """
+    with_module = bool(stage.mtp_weight)
 
     def loss_fn(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        batch, weight = part
-        total, _ = loss_sums(params, batch, model=model)
-        return total * weight[0], {}
+        batch, weight, ahead_weight = part
+        if not with_module:
+            total, _ = loss_sums(params, batch, model=model)
+            return total * weight[0], {}
+        total, ahead, agreed = ahead_loss_sums(params, batch, model=model)
+        sums = {"loss": total, "mtp/loss": ahead, "mtp/acceptance": agreed}
+        return total * weight[0] + ahead * ahead_weight[0], sums
 
     def update(state: Any, batch: Any) -> Any:
+        # The losses are means over the whole batch, however it is split.
         count = batch["trained"].sum()
-        weights = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
-        loss, gradients, _ = accumulate_gradients(
-            loss_fn, state.params, (batch, weights), stage.micro_batches
+        each = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
+        ahead_count = jnp.sum(predicted_ahead(batch))
+        ahead_each = mtp_weight(stage, state.step) / jnp.maximum(ahead_count, 1)
+        weights = each, jnp.full((stage.rows_per_step,), ahead_each, jnp.float32)
+        loss, gradients, sums = accumulate_gradients(
+            loss_fn, state.params, (batch, *weights), stage.micro_batches
         )
         state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        counts = {"loss": count, "mtp/loss": ahead_count, "mtp/acceptance": ahead_count}
+        metrics |= {
+            name: values.sum() / jnp.maximum(counts[name], 1) for name, values in sums.items()
+        }
         return state, {**metrics, "tokens/trained": count.astype(jnp.float32)}
 
     return update
+
+
+def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
+    """The weight that multi-token prediction has at a step, a float32 scalar."""
+    if not isinstance(stage.mtp_weight, list):
+        return jnp.float32(stage.mtp_weight)
+    starts = jnp.asarray([change.step for change in stage.mtp_weight])
+    weights = jnp.asarray([change.weight for change in stage.mtp_weight], jnp.float32)
+    return weights[jnp.searchsorted(starts, step, side="right") - 1]
 
 
 def loss_sums(
@@ -154,10 +180,38 @@ def loss_sums(
     Args:
       batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
     """
-    inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-    log_probs = token_scores(params, **inputs, model=model).log_probs
+    log_probs = token_scores(params, **_inputs(batch), model=model).log_probs
     trained = batch["trained"].astype(jnp.float32)
     return -jnp.sum(log_probs * trained), trained.sum()
+
+
+def ahead_loss_sums(
+    params: Any, batch: Mapping[str, jax.Array], *, model: Decoder
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over the trained tokens, with the module for multi-token prediction.
+
+    Returns:
+      The decoder's negative log-likelihoods and, of those tokens that `predicted_ahead` counts, the
+      module's, and how many the module would draft as the decoder would choose (the acceptance of
+      greedy drafts).
+    """
+    scores = ahead_scores(params, **_inputs(batch), model=model)
+    trained = batch["trained"].astype(jnp.float32)
+    counted = predicted_ahead(batch).astype(jnp.float32)
+    return (
+        -jnp.sum(scores.log_probs * trained),
+        -jnp.sum(scores.ahead * counted),
+        jnp.sum(scores.agrees * counted),
+    )
+
+
+def predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Trained tokens with two others before them in their segment, bool [rows, time]."""
+    return follows(batch["segment_ids"], 2) & (batch["trained"] > 0)
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
 
 
 def mean_loss(parts: Iterator[tuple[jax.Array, jax.Array]]) -> float:

@@ -258,7 +258,10 @@ class _SliceOnBucket:
 
 
 def stored_names(spec: ParamSpec) -> list[str]:
-    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert."""
+    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert.
+
+    Copies that a prediction module has of it are not among them.
+    """
     return [name for name, _ in _entries(spec)]
 
 
@@ -290,13 +293,22 @@ def _check(
     specs = jax.tree.leaves(declared, is_leaf=is_spec)
     expected = {name: spec.stored.file_shape for spec in specs for name in stored_names(spec)}
     missing = sorted(expected.keys() - found.keys())
-    # DeepSeek-V3 stores its prediction module (MTP) as a layer behind the last.
-    passed_over = (
-        (f"model.layers.{model.num_hidden_layers}.",) if model.architecture == "deepseek_v3" else ()
-    )
+    copies = {copy for spec in specs for copy in spec.stored.copies}
+    # A prediction module (MTP) is stored as a layer behind the last; a model may do without it.
+    module = f"model.layers.{model.num_hidden_layers}."
+    lost = [name for name in missing if name.startswith(module)]
+    if lost and lost == missing and not any(name.startswith(module) for name in found):
+        raise ValueError(
+            f"{directory} has no prediction module ({module}*), though num_nextn_predict_layers = "
+            f"{model.num_nextn_predict_layers}: transformers leaves it out of what it writes. Set "
+            "multi_token_prediction of the model to false, or copy the layer's tensors from the "
+            "model that this one was made of"
+        )
+    unused = f"{module}eh_proj.weight" in found and not model.num_nextn_predict_layers
+    passed_over = (module,) if unused else ()
     extra = sorted(
         name
-        for name in found.keys() - expected.keys() - ignored
+        for name in found.keys() - expected.keys() - copies - ignored
         if not (name.endswith(_DERIVED) or name.startswith(passed_over))
     )
     wrong = [
@@ -700,7 +712,8 @@ def _stored_tensors(params: Params, model: ModelConfig, dtype: DTypeLike | None)
                 f"{spec.stored.name}: {kind} is not stored; give a dtype of "
                 f"{', '.join(known.name for known in _CODES)}"
             )
-        for name, index in _entries(spec):
+        copies = [(name, ()) for name in spec.stored.copies]
+        for name, index in [*_entries(spec), *copies]:
             gather = partial(_gather, leaf, spec, index, kind)
             tensors.append(_Tensor(name, spec.stored.file_shape, _CODES[kind], gather))
     return tensors
