@@ -400,6 +400,10 @@ def sample(
         Literal["chat", "r1_zero", "plain"],
         typer.Option(help="chat: the tokenizer's own. plain: for base models."),
     ] = "chat",
+    speculative: Annotated[
+        bool,
+        typer.Option(help="Let the model's module for multi-token prediction draft: sooner."),
+    ] = False,
 ) -> None:
     """Print a model's completions of a prompt as they are made."""
     if prompt is None:
@@ -413,7 +417,12 @@ def sample(
     from r1jax.stages.sample import stream_completions
 
     sampling = SamplingSection(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop or []
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        stop=stop or [],
+        speculative=speculative,
     )
     rest = [""] * samples
     _heading(0, samples)

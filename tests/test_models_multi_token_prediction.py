@@ -154,7 +154,7 @@ def test_the_published_module() -> None:
     assert of_a_layer < own
     # 685 billion in the released files, the copies included.
     total = sum(math.prod(spec.shape) * (1 + len(spec.stored.copies)) for spec in specs)
-    assert round(total / 1e9) == 685
+    assert round(total / 1e9, 1) == 684.5
     # A token of the model itself is not multiplied by the module. Of that one it is by one expert
     # in 32, and by the head again.
     without = replace(config, num_nextn_predict_layers=0)

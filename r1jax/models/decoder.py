@@ -440,13 +440,39 @@ def decode(
     Returns:
       Activations [batch, samples, hidden] and the cache.
     """
-    positions = jnp.broadcast_to(prompt_lengths[:, None] + step, tokens.shape)
-    x = embed(params, tokens, model, many=False)
+    tokens = tokens[..., None]
+    positions = jnp.broadcast_to(prompt_lengths[:, None, None] + step, tokens.shape)
     capacity = jax.tree.leaves(cache)[0].shape[-2]
     filled = (jnp.arange(capacity) <= step)[None, None, None]
+    hidden, cache = decode_several(
+        params, tokens, positions, prompt_cache, prompt_lengths, cache, step, filled, model
+    )
+    return hidden[:, :, 0], cache
+
+
+def decode_several(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    prompt_cache: Cache,
+    prompt_lengths: jax.Array,
+    cache: Cache,
+    step: jax.Array,
+    visible: jax.Array,
+    model: Decoder,
+) -> tuple[jax.Array, Cache]:
+    """Read a few new tokens of every sample; for what is not said here, see `run_new`.
+
+    Args:
+      tokens, positions: int32 [batch, samples, tokens].
+
+    Returns:
+      Activations [batch, samples, tokens, hidden] and the cache.
+    """
+    x = embed(params, tokens, model, many=False)
     prompts = (prompt_cache, prompt_lengths)
     stacks = tuple(model.config.stacks)
-    x, cache = run_new(params, x, positions, *prompts, cache, step, filled, model, stacks)
+    x, cache = run_new(params, x, positions, *prompts, cache, step, visible, model, stacks)
     return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache
 
 
@@ -466,24 +492,29 @@ def run_new(
 
     Args:
       params: as `unstack_layers` returns them.
-      x: [batch, samples * tokens, hidden], a sample's tokens side by side.
-      positions: int32 [batch, samples * tokens].
+      x: [batch, samples, tokens, hidden].
+      positions: int32 [batch, samples, tokens].
       prompt_cache, prompt_lengths: what is remembered of the prompts.
       cache: of the new tokens; entries from `step` on are filled here.
-      step: int32 scalar.
+      step: int32 scalar; capacity - tokens at most.
       visible: bool [batch, samples, tokens, capacity], which entries of the cache a token attends
         to, its own included; the first two dimensions may be 1.
 
     Returns:
-      Activations [batch, samples * tokens, hidden], and the cache.
+      Activations [batch, samples, tokens, hidden], and the cache of these stacks.
     """
-    config, count = model.config, visible.shape[2]
-    cos, sin = rotations(positions, config)
-    x = model.layout.constrain(x, ("batch", "sample", "activation_embed"))
+    config, shape = model.config, x.shape[:3]
+
+    def joined(rows: jax.Array) -> jax.Array:
+        """[batch, samples, tokens, ...] -> [batch, samples * tokens, ...]."""
+        return rows.reshape(shape[0], -1, *rows.shape[3:])
 
     def apart(rows: jax.Array) -> jax.Array:
-        """[batch, samples * tokens, ...] -> [batch, samples, tokens, ...]."""
-        return rows.reshape(rows.shape[0], -1, count, *rows.shape[2:])
+        return rows.reshape(*shape, *rows.shape[2:])
+
+    # But to attention, a sample's tokens are like those of other samples.
+    cos, sin = rotations(joined(positions), config)
+    x = model.layout.constrain(joined(x), ("batch", "sample", "activation_embed"))
 
     def run(x: jax.Array, weights: Params, prompt: Any, write: Callable[..., Any]) -> Any:
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
@@ -495,7 +526,7 @@ def run_new(
             else:
                 keys, values = (prompt[0], new[0]), (prompt[1], new[1])
                 out = cached_attention(q, keys, values, prompt_lengths, visible)
-            return out.reshape(out.shape[0], -1, *out.shape[3:]), cache
+            return joined(out), cache
 
         def mix(y: jax.Array, w: Params) -> tuple[jax.Array, Routing]:
             assert config.experts is not None
@@ -554,4 +585,4 @@ def run_new(
     if "experts" in cache:
         put = jax.lax.dynamic_update_slice_in_dim
         following["experts"] = put(cache["experts"], apart(recorded(routings)), step, axis=2)
-    return x, following
+    return apart(x), following

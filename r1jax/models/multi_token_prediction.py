@@ -120,12 +120,12 @@ def draft(
     """The module on a few new tokens of every sample; for what is not said here, see `run_new`.
 
     Args:
-      hidden: [batch, samples * tokens, hidden], the decoder's activations.
-      following: int32 [batch, samples * tokens], the token after each of them.
+      hidden: [batch, samples, tokens, hidden], the decoder's activations.
+      following: int32 [batch, samples, tokens], the token after each of them.
       prompt_cache: from `prefill_with_module`, of `prompt_lengths - 1` entries.
 
     Returns:
-      Activations [batch, samples * tokens, hidden] that the head reads, and the cache.
+      Activations [batch, samples, tokens, hidden] that the head reads, and the cache.
     """
     x = join(params, hidden, following, model, many=False)
     prompts = (prompt_cache, prompt_lengths - 1)

@@ -157,7 +157,9 @@ def _grpo(
         sampler_log_probs=per_token,
     )
     forward = forward_flops(model.config, rows, prompt + new)
-    rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
+    rollout = Rollout(
+        sampler, questions, group, prompt, new, stage.sampling, compiler, stage.replay_experts
+    )
     resident = {**beside, "optimizer": state.opt_state}
     programs: list[Program] = []
     held = resident
@@ -336,6 +338,7 @@ class Rollout:
     new_tokens: int
     sampling: SamplingSection
     compiler: Compiler
+    record_experts: bool = False
 
     def programs(self, resident: Mapping[str, Any], calls: float) -> Iterator[Program]:
         config, capacities = self.model.config, self.capacities

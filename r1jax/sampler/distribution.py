@@ -89,7 +89,8 @@ def draw(
     Args:
       logits: float32 [batch, samples, vocab].
       keys: [batch, samples] from `sample_keys`.
-      position: int32 scalar, the index of the new token, folded into the keys.
+      position: int32, the index of the new token, folded into the keys; a scalar, or
+        [batch, samples].
 
     Returns:
       Tokens int32, the log-prob under the policy softmax(logits / temperature) (temperature 1 when
@@ -97,9 +98,24 @@ def draw(
       [batch, samples].
     """
     filtered = filter_logits(logits, sampling)
+    tokens = draw_filtered(filtered, _uniforms(keys, position, 2))
+    return tokens, *token_log_probs(tokens, logits, filtered, sampling)
+
+
+def draw_filtered(filtered: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Tokens [batch, samples] of the distribution that `filter_logits` gives.
+
+    Args:
+      uniforms: [batch, samples, 2] in [0, 1).
+    """
     best = jnp.max(filtered, axis=-1, keepdims=True)
-    weights = jnp.exp(filtered - best)
-    tokens = _inverse_cdf(weights, _two_uniforms(keys, position))
+    return _inverse_cdf(jnp.exp(filtered - best), uniforms)
+
+
+def token_log_probs(
+    tokens: jax.Array, logits: jax.Array, filtered: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of tokens [batch, samples] under the policy, and under what `filtered` leaves."""
     temperature = jnp.asarray(sampling.temperature)
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     if temperature.ndim:
@@ -110,17 +126,65 @@ def draw(
         return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
 
     policy = at_token(scaled) - jax.nn.logsumexp(scaled, axis=-1)
-    drawn = at_token(filtered) - best[..., 0] - jnp.log(jnp.sum(weights, axis=-1))
-    return tokens, policy, drawn
+    best = jnp.max(filtered, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(filtered - best), axis=-1)
+    return policy, at_token(filtered) - best[..., 0] - jnp.log(total)
 
 
-def _two_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
-    """Two numbers in [0, 1) for each key and position, float32 [..., 2]."""
+def draft_and_verify_uniforms(
+    keys: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Numbers for `draw_filtered` of a draft, for keeping it, and for a draw in its place.
 
-    def uniforms(key: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+    All are independent of each other and of those at other positions.
 
-    return jax.vmap(jax.vmap(uniforms))(keys)
+    Args:
+      keys, position: as of `draw`.
+
+    Returns:
+      float32 [batch, samples, 2], [batch, samples] and [batch, samples, 2].
+    """
+    five = _uniforms(keys, position, 5)
+    return five[..., :2], five[..., 2], five[..., 3:]
+
+
+def verify(
+    drafts: jax.Array,
+    draft_filtered: jax.Array,
+    filtered: jax.Array,
+    uniform: jax.Array,
+    others: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Keep a draft or draw another token, such that the result is distributed as `filtered` says.
+
+    With p of the model and q of the draft, a draft x is kept with probability min(1, p(x) / q(x)),
+    and else replaced by a draw from max(0, p - q), normalised (arXiv 2211.17192, section 2.3).
+
+    Args:
+      drafts: int32 [batch, samples], drawn from `draft_filtered`.
+      draft_filtered, filtered: [batch, samples, vocab], from `filter_logits` of the draft's and of
+        the model's logits.
+      uniform: [batch, samples] in [0, 1). others: [batch, samples, 2] in [0, 1).
+
+    Returns:
+      Tokens int32 [batch, samples], and bool, whether they are the drafts.
+    """
+    p, q = jax.nn.softmax(filtered, axis=-1), jax.nn.softmax(draft_filtered, axis=-1)
+    of_p, of_q = (jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p, q))
+    kept = uniform * of_q < of_p
+    rest = jnp.maximum(p - q, 0.0)
+    # Two equal distributions may differ by rounding alone, and leave nothing to draw from.
+    rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)
+    return jnp.where(kept, drafts, _inverse_cdf(rest, others)), kept
+
+
+def _uniforms(keys: jax.Array, position: jax.Array, count: int) -> jax.Array:
+    """Numbers in [0, 1) for each key and position, float32 [..., count]."""
+
+    def uniforms(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (count,))
+
+    return jax.vmap(jax.vmap(uniforms))(keys, jnp.broadcast_to(position, keys.shape))
 
 
 def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:

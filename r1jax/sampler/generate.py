@@ -6,9 +6,8 @@ have ended, and doubles the cache when it is full. No token passes through it on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from enum import IntEnum
 from functools import partial
 from typing import Any
 
@@ -28,55 +27,15 @@ from r1jax.models.decoder import (
     unstack_layers,
 )
 from r1jax.models.parameters import Params
-from r1jax.sampler.distribution import Sampling, draw, sample_keys
+from r1jax.sampler.distribution import Sampling, draw
+from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch, cut, keys_of, no_samples
+from r1jax.sampler.speculative import (
+    SpeculativeState,
+    decode_speculatively,
+    grow_speculation,
+    start_speculatively,
+)
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
-
-
-class Finish(IntEnum):
-    """Why a sample ended: `LENGTH` means truncated."""
-
-    LENGTH = 0
-    EOS = 1
-    STOP = 2
-
-
-@struct.dataclass
-class Prompts:
-    """Right-padded prompts.
-
-    tokens: int32 [batch, time]. lengths: int32 [batch]. ids: uint32 [batch], part of the keys.
-    first_samples: int32 [batch] or a scalar, the index of a prompt's first sample, part of the
-        keys: more samples of a prompt, later or in the same batch, go on where the others ended.
-    """
-
-    tokens: Any
-    lengths: Any
-    ids: Any
-    first_samples: Any = 0
-
-
-@struct.dataclass
-class Samples:
-    """Completions, [batch, samples, ...], right-padded with 0 beyond their lengths.
-
-    tokens: int32 [..., max_new_tokens]; a final EOS is included.
-    lengths: int32, sampled tokens, the EOS included.
-    finish: int32, see `Finish`.
-    policy_log_probs: float32, of each token under softmax(logits / temperature).
-    sampling_log_probs: float32, under the filtered distribution that was drawn from.
-    """
-
-    tokens: Any
-    lengths: Any
-    finish: Any
-    policy_log_probs: Any
-    sampling_log_probs: Any
-
-
-# Given the tokens so far [N, t] and their lengths [N], the lengths at which stop strings end
-# (-1: none occurs).
-StopSearch = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 
 UNFILTERED = Sampling()
 FIRST_CAPACITY = 128  # new tokens that the first cache has room for
@@ -92,7 +51,9 @@ class _State:
     cache: Cache
 
 
-@partial(jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens"))
+@partial(
+    jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens", "record_experts")
+)
 def start(
     params: Params,
     prompts: Prompts,
@@ -103,32 +64,21 @@ def start(
     count: int,
     capacity: int,
     max_new_tokens: int,
+    record_experts: bool = False,
 ) -> tuple[_State, Cache]:
     """Prefill: each prompt once. Gives the state of `count` samples of each, and their cache."""
     batch = prompts.tokens.shape[0]
-    hidden, prompt_cache = prefill(params, prompts.tokens, prompts.lengths, model)
-    shape = (batch, count)
-    firsts = jnp.broadcast_to(prompts.first_samples, (batch,))
-    indices = firsts[:, None] + jnp.arange(count, dtype=jnp.int32)
-    row = (*shape, max_new_tokens)
-
-    def over_batch(leaf: jax.Array) -> jax.Array:
-        axes = ("batch", "sample", *(None,) * (leaf.ndim - 2))
-        return model.layout.constrain(leaf, axes)
-
+    hidden, prompt_cache = prefill(
+        params, prompts.tokens, prompts.lengths, model, record_experts=record_experts
+    )
+    samples = no_samples(batch, count, max_new_tokens, model.layout)
     state = _State(
         step=jnp.int32(0),
-        hidden=jnp.broadcast_to(hidden[:, None], (*shape, hidden.shape[-1])),
-        keys=sample_keys(seed, rollout, prompts.ids, indices),
-        running=over_batch(jnp.ones(shape, bool)),
-        samples=Samples(
-            tokens=over_batch(jnp.zeros(row, jnp.int32)),
-            lengths=over_batch(jnp.zeros(shape, jnp.int32)),
-            finish=over_batch(jnp.full(shape, Finish.LENGTH, jnp.int32)),
-            policy_log_probs=over_batch(jnp.zeros(row, jnp.float32)),
-            sampling_log_probs=over_batch(jnp.zeros(row, jnp.float32)),
-        ),
-        cache=empty_cache(batch, count, capacity, model),
+        hidden=jnp.broadcast_to(hidden[:, None], (batch, count, hidden.shape[-1])),
+        keys=keys_of(prompts, seed, rollout, count),
+        running=model.layout.constrain(jnp.ones((batch, count), bool), ("batch", "sample")),
+        samples=samples,
+        cache=empty_cache(batch, count, capacity, model, record_experts=record_experts),
     )
     return state, prompt_cache
 
@@ -162,7 +112,7 @@ def decode_until(
             return jax.lax.dynamic_update_slice_in_dim(buffer, column[..., None], step, axis=2)
 
         ended = running & jnp.any(tokens[..., None] == eos_ids, axis=-1)
-        samples = Samples(
+        samples = old.replace(
             tokens=put(old.tokens, tokens),
             lengths=old.lengths + running,
             finish=jnp.where(ended, Finish.EOS, old.finish),
@@ -191,22 +141,6 @@ def capacities_of(max_new_tokens: int, first: int) -> Iterator[int]:
     yield max_new_tokens
 
 
-@jax.jit
-def _cut(samples: Samples, running: jax.Array, ends: jax.Array) -> tuple[Samples, jax.Array]:
-    """End the samples in which a stop string was found (ends >= 0) after `ends` tokens."""
-    found = (ends >= 0) & (ends <= samples.lengths)
-    lengths = jnp.where(found, ends, samples.lengths)
-    inside = jnp.arange(samples.tokens.shape[-1]) < lengths[..., None]
-    cut = Samples(
-        tokens=jnp.where(inside, samples.tokens, 0),
-        lengths=lengths,
-        finish=jnp.where(found, Finish.STOP, samples.finish),
-        policy_log_probs=jnp.where(inside, samples.policy_log_probs, 0.0),
-        sampling_log_probs=jnp.where(inside, samples.sampling_log_probs, 0.0),
-    )
-    return cut, running & ~found
-
-
 def generate_chunks(
     params: Params,
     prompts: Prompts,
@@ -221,8 +155,23 @@ def generate_chunks(
     stop: StopSearch | None = None,
     first_bucket: int = FIRST_CAPACITY,
     sync_every: int | None = None,
+    speculative: bool = False,
+    record_experts: bool = False,
 ) -> Iterator[tuple[int, Samples]]:
-    """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation."""
+    """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation.
+
+    Speculative samples have so many tokens at least, unless they have ended.
+    """
+    if speculative and not model.config.num_nextn_predict_layers:
+        raise ValueError(
+            "speculative = true, but the model has no module for multi-token prediction that could "
+            "draft; set model.multi_token_prediction to true, or speculative to false"
+        )
+    if speculative and record_experts:
+        raise ValueError(
+            "speculative = true with record_experts = true: the experts of drafts that did not "
+            "stay would be among those recorded; set one of them to false"
+        )
     if max_new_tokens < 1 or samples < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each")
     prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
@@ -234,46 +183,49 @@ def generate_chunks(
         jnp.asarray(sampling.top_k, jnp.int32),
         jnp.asarray(sampling.min_p, jnp.float32),
     )
-    capacities = list(capacities_of(max_new_tokens, min(first_bucket, max_new_tokens)))
-    state, prompt_cache = start(
-        params,
-        prompts,
-        jnp.uint32(seed & 0xFFFFFFFF),
-        jnp.uint32(step),
-        model=model,
-        count=samples,
-        capacity=capacities[0],
-        max_new_tokens=max_new_tokens,
-    )
+    # Of a speculative sample, the first token comes of the prompt, and each step gives one or two.
+    steps = max(1, max_new_tokens - 1) if speculative else max_new_tokens
+    capacities = list(capacities_of(steps, min(first_bucket, steps)))
+    seeds = (jnp.uint32(seed & 0xFFFFFFFF), jnp.uint32(step))
+    options = {"model": model, "count": samples, "max_new_tokens": max_new_tokens}
+    options["capacity"] = capacities[0]
+    state: _State | SpeculativeState
+    if speculative:
+        state, prompt_cache = start_speculatively(params, prompts, *seeds, sampling, eos, **options)
+    else:
+        recorded = {"record_experts": True} if record_experts else {}
+        state, prompt_cache = start(params, prompts, *seeds, **options, **recorded)
     done = 0
     for index, capacity in enumerate(capacities):
         while done < capacity:
             until = capacity if sync_every is None else min(capacity, done + sync_every)
-            state = decode_until(
-                params,
-                state,
-                prompt_cache,
-                prompts.lengths,
-                jnp.int32(until),
-                sampling,
-                eos,
-                model=model,
-            )
+            rest = (prompt_cache, prompts.lengths, jnp.int32(until), sampling, eos)
+            if isinstance(state, SpeculativeState):
+                state = decode_speculatively(params, state, *rest, model=model)
+            else:
+                state = decode_until(params, state, *rest, model=model)
             if stop is not None:
-                ends = _search(stop, state, model.layout)
-                cut, running = _cut(state.samples, state.running, ends)
-                state = state.replace(samples=cut, running=running)
+                ends = _search(stop, state.samples, model.layout)
+                shortened, running = cut(state.samples, state.running, ends)
+                state = state.replace(samples=shortened, running=running)
             done = until
-            yield done, state.samples
+            if record_experts:
+                experts = {"experts": state.cache, "prompt_experts": prompt_cache}
+                found = {name: cache["experts"] for name, cache in experts.items()}
+                yield done, state.samples.replace(**found)
+            else:
+                yield done, state.samples
             if not bool(jnp.any(state.running)):
                 return
         if index + 1 < len(capacities):
-            cache = grow(state.cache, capacities[index + 1] - capacity)
-            state = state.replace(cache=cache)
+            extra = capacities[index + 1] - capacity
+            if isinstance(state, SpeculativeState):
+                state = grow_speculation(state, extra)
+            else:
+                state = state.replace(cache=grow(state.cache, extra))
 
 
-def _search(stop: StopSearch, state: _State, layout: Layout) -> jax.Array:
-    samples = state.samples
+def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:
     if layout.shards("sample") > 1:
         samples = move_rows(samples, layout)
     tokens, lengths = to_process_rows(samples.tokens), to_process_rows(samples.lengths)
@@ -301,7 +253,11 @@ def generate(
       stop: finds stop strings on the host (see `StopSearch`), asked every `sync_every` tokens. A
         sample keeps the tokens up to the one that completes the string.
       first_bucket: initial capacity of the cache in tokens; it doubles as needed.
-      sync_every: tokens between synchronisations with the host; default: a bucket.
+      sync_every: tokens between synchronisations with the host; default: a bucket. A speculative
+        sample may have twice as many.
+      speculative: the model's module for multi-token prediction drafts, see
+        `r1jax.sampler.speculative`; other samples of the same distribution.
+      record_experts: tell the experts of each token, prompts' and sampled ones'.
 
     Returns:
       `Samples` on the device.

@@ -147,6 +147,7 @@ def judged_batches(
             sampling=to_sampling(sampling),
             eos_ids=model.eos_ids,
             stop=stop_search(model.tokenizer, sampling),
+            speculative=sampling.speculative,
         )
         completions = completions[: len(own) * samples]
         scores = judge.submit(completions).result()

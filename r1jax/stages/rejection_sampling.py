@@ -335,6 +335,7 @@ def rewrite_with_model(
             sampling=to_sampling(section.sampling),
             eos_ids=model.eos_ids,
             stop=stop_search(model.tokenizer, section.sampling),
+            speculative=section.sampling.speculative,
         )[: len(own)]
         written = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in completions]
         replies[batch] = [Reply(*each) for each in gather(written, context.rollout_layout)]

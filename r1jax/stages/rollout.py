@@ -28,6 +28,9 @@ class Completion:
 
     token_ids, sampler_log_probs: [length], EOS included; the log-probs are those of the
     distribution that was drawn from.
+    drafted, accepted: how many tokens were drafted for it, and how many of them stayed.
+    experts: int [prompt + length, layers * k], which each token of the prompt and of the completion
+        went to, where they were recorded.
     """
 
     prompt: Prompt
@@ -36,6 +39,9 @@ class Completion:
     sampler_log_probs: np.ndarray
     finish: Finish
     text: str
+    drafted: int = 0
+    accepted: int = 0
+    experts: np.ndarray | None = None
 
     def answered(self) -> Answered:
         """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
@@ -183,6 +189,14 @@ def sample_batch(
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
+    drafts = [
+        np.zeros_like(lengths) if leaf is None else to_process_rows(leaf)
+        for leaf in (samples.drafted, samples.accepted)
+    ]
+    experts = [
+        None if leaf is None else to_process_rows(leaf)
+        for leaf in (samples.prompt_experts, samples.experts)
+    ]
     kept, texts_of = [], []
     for i in range(len(prompts)):
         for j in range(tokens.shape[1]):
@@ -193,8 +207,24 @@ def sample_batch(
     def start(prompt: int) -> int:
         return 0 if firsts is None else firsts[prompt]
 
+    def experts_of(prompt: int, sample: int, length: int) -> np.ndarray | None:
+        asked, answered = experts
+        if asked is None or answered is None:
+            return None
+        read = asked[prompt, : len(prompts[prompt].token_ids)]
+        return np.concatenate([read, answered[prompt, sample, :length]])
+
     texts = tokenizer.batch_decode(texts_of, clean_up_tokenization_spaces=False)
     return [
-        Completion(prompts[i], start(i) + j, tokens[i, j, :n], log_probs[i, j, :n], reason, text)
+        Completion(
+            prompts[i],
+            start(i) + j,
+            tokens[i, j, :n],
+            log_probs[i, j, :n],
+            reason,
+            text,
+            *(int(leaf[i, j]) for leaf in drafts),
+            experts_of(i, j, n),
+        )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
     ]

@@ -35,7 +35,7 @@ def stream_completions(
     """
     trained = language_models(model_path)
     directory = trained[-1] if trained else hugging_face.resolve(model_path)
-    section = ModelSection(path=str(directory))
+    section = ModelSection(path=str(directory), multi_token_prediction=sampling.speculative)
     layout = make_layout({"data": 1, "fsdp": -1, "tensor": 1})
     model, generation = build_decoder(section, layout)
     tokenizer = load_tokenizer(str(directory))
@@ -54,6 +54,7 @@ def stream_completions(
         eos_ids=stop_token_ids(tokenizer, generation),
         stop=stop_search(tokenizer, sampling),
         sync_every=8,
+        speculative=sampling.speculative,
     )
     texts = [""] * samples
     for _, state in chunks:
