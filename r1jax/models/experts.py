@@ -115,6 +115,7 @@ def mixture_of_experts(
     weights = {name: w[name] for name in _EMBED}
     if split:
         rows = layout.spec(axes)
+        of_routing: tuple[Any, ...] = (rows, PartitionSpec(), layout.spec(axes[:1]))
         of_weights = {
             "gate": layout.spec(("expert", "embed", "mlp")),
             "up": layout.spec(("expert", "embed", "mlp")),
@@ -124,7 +125,7 @@ def mixture_of_experts(
             local,
             mesh=layout.mesh,
             in_specs=(rows, PartitionSpec(), of_weights),
-            out_specs=(rows, Routing(rows, PartitionSpec(), layout.spec(axes[:1]))),
+            out_specs=(rows, Routing(*of_routing)),
             check_vma=False,
         )
     routed, routing = local(of_tokens, router, weights)

@@ -193,8 +193,9 @@ def generate_chunks(
     if speculative:
         state, prompt_cache = start_speculatively(params, prompts, *seeds, sampling, eos, **options)
     else:
-        recorded = {"record_experts": True} if record_experts else {}
-        state, prompt_cache = start(params, prompts, *seeds, **options, **recorded)
+        state, prompt_cache = start(
+            params, prompts, *seeds, **options, record_experts=record_experts
+        )
     done = 0
     for index, capacity in enumerate(capacities):
         while done < capacity:
@@ -212,7 +213,7 @@ def generate_chunks(
             if record_experts:
                 experts = {"experts": state.cache, "prompt_experts": prompt_cache}
                 found = {name: cache["experts"] for name, cache in experts.items()}
-                yield done, state.samples.replace(**found)
+                yield done, replace(state.samples, **found)
             else:
                 yield done, state.samples
             if not bool(jnp.any(state.running)):

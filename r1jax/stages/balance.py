@@ -19,7 +19,10 @@ BalancedStage = PretrainStage | SFTStage | GRPOStage
 def check_experts(stage: BalancedStage, config: ModelConfig) -> None:
     """Raises ValueError for a setting about experts that the model has no use for."""
     where, balance = f"stages.{stage.name}", stage.balance
-    asked = {"balance.bias_speed": balance.bias_speed, "balance.sequence_loss": balance.sequence_loss}
+    asked = {
+        "balance.bias_speed": balance.bias_speed,
+        "balance.sequence_loss": balance.sequence_loss,
+    }
     if isinstance(stage, GRPOStage):
         asked["replay_experts"] = stage.replay_experts
     for key, value in asked.items():

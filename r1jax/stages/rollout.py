@@ -224,7 +224,7 @@ def sample_batch(
             reason,
             text,
             *(int(leaf[i, j]) for leaf in drafts),
-            experts_of(i, j, n),
+            experts=experts_of(i, j, n),
         )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
     ]

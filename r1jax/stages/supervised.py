@@ -149,9 +149,7 @@ def make_update(
             sums = {"loss": total, "mtp/loss": ahead, "mtp/acceptance": agreed}
             loss, routings = total * weight[0] + ahead * ahead_weight[0], ahead_of.routings
         else:
-            scores, routings = routed_scores(
-                params, **_inputs(batch), model=model, balance=balance
-            )
+            scores, routings = routed_scores(params, **_inputs(batch), model=model, balance=balance)
             total = _trained_sum(scores.log_probs, batch)
             sums = {"loss": total} if balance else {}
             loss = total * weight[0]
