@@ -22,7 +22,7 @@ def imbalance(rows: list[list[int]], scores: np.ndarray = SCORES, chosen: int = 
 def test_the_imbalance_of_a_sequence_by_hand() -> None:
     # Tokens 0, 1 and 2: f = 3/3 * (2, 1, 0), P = (1.2, 1.4, 0.4) / 3.
     assert imbalance([[1, 1, 1, 0]]) == pytest.approx([(2 * 1.2 + 1 * 1.4) / 3])
-    # The last token's scores sum to 2, and are taken as shares: 0.45, 0.45, 0.1. f = 3/1 * (1, 0, 0).
+    # The last one: f = 3/1 * (1, 0, 0); scores that sum to 2 are taken as shares, 0.45, 0.45, 0.1.
     assert imbalance([[0, 0, 0, 2]]) == pytest.approx([3 * 0.45])
 
 
