@@ -17,6 +17,7 @@ from r1jax.models import (
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
+    ahead_scores,
     forward,
     init_params,
     logits,
@@ -203,6 +204,20 @@ def test_greedy_samples_are_those_without_drafts(config: ModelConfig, scan: bool
     np.testing.assert_array_equal(out.sampling_log_probs, 0.0)
     np.testing.assert_array_equal(out.lengths, 24)
     assert (out.finish == Finish.LENGTH).all()
+    # A greedy draft stays if the module, given all tokens before, agrees with the model.
+    rows = np.zeros((6, 32), np.int32)
+    for i, row in enumerate(rows):
+        n = int(p.lengths[i])
+        row[: n + 24] = [*p.tokens[i, :n], *out.tokens[i, 0]]
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), rows.shape)
+    score = jax.jit(ahead_scores, static_argnums=4)
+    agrees = np.asarray(score(params, rows, positions, np.ones_like(rows), model).agrees)
+    for i, n in enumerate(np.asarray(p.lengths)):
+        length, drafts = 1, []
+        while length < 24:
+            drafts.append(agrees[i, n + length])
+            length += 1 + drafts[-1]
+        assert (out.drafted[i, 0], out.accepted[i, 0]) == (len(drafts), sum(drafts))
     # Samples went at different speeds, with drafts kept and replaced.
     assert 0 < out.accepted.sum() < out.drafted.sum()
     assert len(np.unique(out.drafted)) > 1
