@@ -14,8 +14,11 @@ from r1jax.grpo import GRPOBatch, GRPOConfig, make_grpo_step
 from r1jax.models import (
     Decoder,
     Execution,
+    LatentAttention,
+    MixtureOfExperts,
     ModelConfig,
     abstract_params,
+    experts,
     init_params,
     token_scores,
 )
@@ -28,18 +31,35 @@ from r1jax.stages.optimizer import (
     shardings_of,
 )
 
-CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4)
+CONFIGS = {
+    "dense": ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4),
+    "experts": ModelConfig(
+        "deepseek_v3",
+        *(32, 16, 32, 2, 4, 4, 8),
+        initializer_range=0.4,
+        latent=LatentAttention(None, 8, 4, 4, 6),
+        experts=MixtureOfExperts(8, 1, 3, 8, first_k_dense_replace=1, n_group=4, topk_group=2),
+    ),
+}
+experts._LEAST_ROOM = 4
 
 
 def main(
-    axes: dict[str, int], scan: bool, rollout_axes: dict[str, int] | None = None
+    kind: str, axes: dict[str, int], scan: bool, rollout_axes: dict[str, int] | None = None
 ) -> dict[str, object]:
+    config = CONFIGS[kind]
     count = int(np.prod(list(axes.values())))
     layout = make_layout(axes, devices=jax.devices()[:count])
     rollout_layout = make_rollout_layout(layout, rollout_axes)
-    execution = Execution(compute_dtype=jnp.float32, scan_layers=scan, log_prob_chunk=4)
-    model = Decoder(CONFIG, execution, layout)
-    params = init_params(jax.random.key(0), CONFIG, layout)
+    execution = Execution(
+        compute_dtype=jnp.float32, scan_layers=scan, log_prob_chunk=4, expert_chunk=8
+    )
+    model = Decoder(config, execution, layout)
+    params = init_params(jax.random.key(0), config, layout)
+    if config.experts is not None:
+        # Two experts that everyone chooses: their device is asked for more than it has room for.
+        bias = params["layers"]["router_bias"]
+        params["layers"]["router_bias"] = bias.at[:, :2].set(2.0)
 
     sampler = to_sample(model, rollout_layout)
     to_sampler = make_rollout_weights(model, sampler)
@@ -61,7 +81,7 @@ def main(
     )
     batch = jax.tree.map(put, batch)
     optimizer = make_optimizer(OptimizerSection(learning_rate=1e-3), 10)
-    abstract = abstract_train_state(abstract_params(CONFIG, layout, jnp.float32), optimizer, layout)
+    abstract = abstract_train_state(abstract_params(config, layout, jnp.float32), optimizer, layout)
     step = make_grpo_step(
         lambda p, b: token_scores(p, **b.inputs, model=model),
         optimizer,
@@ -79,7 +99,10 @@ def main(
         "tokens": np.asarray(samples.tokens).tolist(),
         "log_probs": np.asarray(samples.policy_log_probs).tolist(),
         "grad_norms": norms,
-        "weights": np.asarray(state.params["layers"]["q"]).ravel().tolist(),
+        "weights": {
+            name: np.asarray(state.params["layers"][name]).ravel().tolist()
+            for name in ("q", "gate", "down")
+        },
         "compilations": update._cache_size(),
         "split": len({str(s.index) for s in state.params["layers"]["gate"].addressable_shards}),
     }

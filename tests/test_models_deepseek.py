@@ -185,15 +185,14 @@ def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     return load_params(directory, config, model.layout), model
 
 
-@jit
-def positions_of(tokens: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+def positions_of(tokens: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
 
 def whole_logits(params: Params, model: Decoder) -> np.ndarray:
     positions = positions_of(TOKENS)
     run = jit(forward, static_argnums=4)
-    hidden = run(params, TOKENS, positions, jnp.ones_like(positions), model)
+    hidden = run(params, TOKENS, positions, np.ones_like(positions), model)
     return np.asarray(logits(params, hidden, model))
 
 
@@ -261,7 +260,7 @@ def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:
 
     def score(params: Params, model: Decoder) -> jax.Array:
         positions = positions_of(TOKENS)
-        scores = token_scores(params, TOKENS, positions, jnp.ones_like(positions), model)
+        scores = token_scores(params, TOKENS, positions, np.ones_like(positions), model)
         return jnp.sum(scores.log_probs * cotangents)
 
     gradients = jit(jax.grad(score), static_argnums=1)
@@ -312,7 +311,7 @@ def chosen_by(scores: list[float], bias: list[float], **options: Any) -> tuple[A
     experts = MixtureOfExperts(len(scores), 1, moe_intermediate_size=1, **settings)
     raw = np.asarray(scores, np.float32)
     router = np.log(raw / (1 - raw))[None]  # the inverse of the sigmoid
-    chosen, weights = route(np.ones((1, 1), np.float32), router, np.float32(bias), experts)
+    chosen, weights, _ = route(np.ones((1, 1), np.float32), router, np.float32(bias), experts)
     return np.asarray(chosen)[0].tolist(), np.asarray(weights)[0]
 
 

@@ -379,8 +379,12 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     """How often a while loop runs, or None where that depends on data.
 
     From `known_trip_count` where the compiler wrote it; else, as on TPU, from the condition, which
-    compares a counter with a constant.
+    compares a counter with a constant. Tokens travel to their experts as often as the busiest of
+    them needs (`r1jax.models.experts`): as often as if all were equally busy.
     """
+    even = re.search(r"turns_if_even_(\d+)", each.rest)
+    if even:
+        return int(even[1])
     found = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
     if found:
         return int(found[1])
@@ -509,6 +513,11 @@ def _valid_products(
     return total
 
 
+# A grouped product, and the sum of each group's outer products: rows by group, in order, times the
+# group's matrix or another array of the rows. The first is XLA's own.
+_GROUPED = ("ragged-dot-none", "tgmm")
+_NO_PRODUCTS = ("ragged-dot-metadata",)
+
 # The products of a Pallas attention kernel for each query and key: scores and values forward;
 # scores, the gradient of the weights, and of the queries; and those with keys and values.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -517,8 +526,14 @@ _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 def kernel_flops(name: str, operands: Sequence[Shape]) -> float | None:
     """Products of a kernel that XLA cannot look into; None where it is not known.
 
-    Of causal splash attention: whole blocks on and below the diagonal.
+    Of causal splash attention: whole blocks on and below the diagonal. Of grouped products: all
+    rows, though those that belong to no group are passed over.
     """
+    if name.startswith(_NO_PRODUCTS):
+        return 0.0
+    if name.startswith(_GROUPED):
+        rows, other = (shape for shape in operands if shape.dtype in ("bf16", "f32"))
+        return 2.0 * rows.elements * other.sizes[-1]
     matrices = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
     if matrices is None:
         return None

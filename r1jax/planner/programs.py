@@ -46,6 +46,7 @@ from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, 
 from r1jax.sampler.weights import weights_mover
 from r1jax.sharding import Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
+from r1jax.stages.balance import check_experts
 from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.optimizer import abstract_train_state, jit_update, make_optimizer
 from r1jax.stages.rollout import bucket
@@ -147,6 +148,9 @@ def _grpo(
         name: _rows(model, (rows, time), jnp.int32)
         for name in ("tokens", "positions", "segment_ids")
     }
+    check_experts(stage, model.config)
+    if stage.replay_experts:
+        inputs["experts"] = _recorded(model, (rows, time))
     per_token = _rows(model, (rows, time), jnp.float32)
     batch = GRPOBatch(
         inputs=inputs,
@@ -157,7 +161,9 @@ def _grpo(
         sampler_log_probs=per_token,
     )
     forward = forward_flops(model.config, rows, prompt + new)
-    rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
+    rollout = Rollout(
+        sampler, questions, group, prompt, new, stage.sampling, compiler, stage.replay_experts
+    )
     resident = {**beside, "optimizer": state.opt_state}
     programs: list[Program] = []
     held = resident
@@ -336,6 +342,7 @@ class Rollout:
     new_tokens: int
     sampling: SamplingSection
     compiler: Compiler
+    record_experts: bool = False
 
     def programs(self, resident: Mapping[str, Any], calls: float) -> Iterator[Program]:
         config, capacities = self.model.config, self.capacities
@@ -437,6 +444,7 @@ class Rollout:
             "count": self.samples,
             "capacity": capacity,
             "max_new_tokens": self.new_tokens,
+            "record_experts": self.record_experts,
         }
 
     @cached_property
@@ -456,10 +464,13 @@ class Rollout:
     def _remembered(self, of: tuple[int, ...], time: int, *, new: bool) -> list[Any]:
         config, dtype = self.model.config, self.model.execution.compute_dtype
         sharding = self.model.layout.sharding(cache_axes(config, new=new))
-        return [
+        remembered = [
             jax.ShapeDtypeStruct((*of, heads, time, width), dtype, sharding=sharding)
             for heads, width in config.cached
         ] * config.num_hidden_layers
+        if self.record_experts:
+            remembered.append(_recorded(self.model, (*of, time)))
+        return remembered
 
 
 _TRIAL_TOKENS = 32
@@ -551,6 +562,14 @@ def _rows(model: Decoder, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Shape
     """An array split along the batch."""
     sharding = model.layout.sharding(("batch", *(None,) * (len(shape) - 1)), shape=shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _recorded(model: Decoder, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The experts of tokens [..., layers * k], split along the batch."""
+    experts = model.config.experts
+    assert experts is not None
+    width = len(model.config.stacks["layers"]) * experts.num_experts_per_tok
+    return _rows(model, (*shape, width), experts.index_dtype)
 
 
 def _like(arrays: Mapping[str, np.ndarray], model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:

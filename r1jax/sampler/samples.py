@@ -49,6 +49,9 @@ class Samples:
     sampling_log_probs: float32, under the filtered distribution that was drawn from.
     drafted, accepted: int32 [batch, samples], tokens that the module for multi-token prediction
         drafted, and those of them that were kept; None without it.
+    experts: int [..., max_new_tokens or less, layers * k], the experts that each token chose, and
+        prompt_experts [batch, prompt_time, layers * k], those of the prompts' tokens: for
+        `forward_routed` to replay. None where they were not recorded.
     """
 
     tokens: Any
@@ -58,6 +61,8 @@ class Samples:
     sampling_log_probs: Any
     drafted: Any = None
     accepted: Any = None
+    experts: Any = None
+    prompt_experts: Any = None
 
 
 @jax.jit
