@@ -312,7 +312,7 @@ def chosen_by(scores: list[float], bias: list[float], **options: Any) -> tuple[A
     experts = MixtureOfExperts(len(scores), 1, moe_intermediate_size=1, **settings)
     raw = np.asarray(scores, np.float32)
     router = np.log(raw / (1 - raw))[None]  # the inverse of the sigmoid
-    chosen, weights = route(np.ones((1, 1), np.float32), router, np.float32(bias), experts)
+    chosen, weights, _ = route(np.ones((1, 1), np.float32), router, np.float32(bias), experts)
     return np.asarray(chosen)[0].tolist(), np.asarray(weights)[0]
 
 

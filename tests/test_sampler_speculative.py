@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ from r1jax.models import (
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
+    ahead_scores,
     forward,
     init_params,
     logits,
@@ -203,6 +209,20 @@ def test_greedy_samples_are_those_without_drafts(config: ModelConfig, scan: bool
     np.testing.assert_array_equal(out.sampling_log_probs, 0.0)
     np.testing.assert_array_equal(out.lengths, 24)
     assert (out.finish == Finish.LENGTH).all()
+    # A greedy draft stays if the module, given all tokens before, agrees with the model.
+    rows = np.zeros((6, 32), np.int32)
+    for i, row in enumerate(rows):
+        n = int(p.lengths[i])
+        row[: n + 24] = [*p.tokens[i, :n], *out.tokens[i, 0]]
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), rows.shape)
+    score = jax.jit(ahead_scores, static_argnums=4)
+    agrees = np.asarray(score(params, rows, positions, np.ones_like(rows), model).agrees)
+    for i, n in enumerate(np.asarray(p.lengths)):
+        length, drafts = 1, []
+        while length < 24:
+            drafts.append(agrees[i, n + length])
+            length += 1 + drafts[-1]
+        assert (out.drafted[i, 0], out.accepted[i, 0]) == (len(drafts), sum(drafts))
     # Samples went at different speeds, with drafts kept and replaced.
     assert 0 < out.accepted.sum() < out.drafted.sum()
     assert len(np.unique(out.drafted)) > 1
@@ -305,3 +325,31 @@ def test_a_model_without_the_module_is_refused() -> None:
     params = {name: leaf for name, leaf in PARAMS.items() if name != "prediction"}
     with pytest.raises(ValueError, match="speculative = true, but the model has no module"):
         sample(prompts([4]), decoder(config), params)
+
+
+def test_a_mesh_changes_nothing() -> None:
+    """Samples, and an update of both losses, over four devices arranged as one and as others."""
+    layouts = [
+        [{"data": 1}],
+        [{"fsdp": 2, "tensor": 2}],
+        [{"fsdp": 4}, {"data": 2, "tensor": 2}],  # sampling with another arrangement
+    ]
+    script = Path(__file__).parent / "speculative_on_a_mesh.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(layouts)],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all of the time
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = json.loads(done.stdout)
+    assert np.sum(one["accepted"]) > 4
+    for other in others:
+        assert (other["tokens"], other["accepted"]) == (one["tokens"], one["accepted"])
+        for name in ("log_probs", "losses", "weights"):
+            np.testing.assert_allclose(other[name], one[name], atol=1e-4, err_msg=name)

@@ -277,6 +277,25 @@ class WeightChange(Section):
     weight: float = Field(ge=0)
 
 
+class BalanceSection(Section):
+    """How the experts of a mixture are kept evenly used. Both are off at 0.
+
+    DeepSeek-V3 was pre-trained with 0.001 and 0.0001, and with a bias_speed of 0 in the end; it
+    does not say what fine-tuning and RL did. In RL biases that move choose other experts than those
+    that sampled.
+    """
+
+    bias_speed: float = Field(
+        0.0,
+        ge=0,
+        description="How far each update moves the bias of an expert: down if it was chosen more "
+        "often than the mean, else up.",
+    )
+    sequence_loss: float = Field(
+        0.0, ge=0, description="Weight of the loss on the imbalance within each sequence."
+    )
+
+
 def _mtp_weight() -> Any:
     return Field(
         0.0,
@@ -322,6 +341,7 @@ class PretrainStage(TrainStage):
     micro_batches: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
     mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = _mtp_weight()
+    balance: BalanceSection = BalanceSection()
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
@@ -360,6 +380,12 @@ class GRPOStage(TrainStage):
     length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
     sampling: SamplingSection = SamplingSection()
     loss: GRPOConfig = GRPOConfig()
+    balance: BalanceSection = BalanceSection()
+    replay_experts: bool = Field(
+        False,
+        description="Of a mixture of experts: updates send each token to the experts that it went "
+        "to when it was sampled, and only weigh them anew. The reference chooses for itself.",
+    )
     mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
     reference_refresh_every: int | None = Field(400, ge=1)
     optimizer: OptimizerSection
@@ -403,6 +429,11 @@ class GRPOStage(TrainStage):
                 f"held_out_every = {self.held_out_every} is not a multiple of "
                 f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: evaluations take "
                 "place between rollout phases"
+            )
+        if self.replay_experts and self.sampling.speculative:
+            raise ValueError(
+                "replay_experts = true with sampling.speculative = true: drafts that did not stay "
+                "were routed, too, and are not told apart; set one of them to false"
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
@@ -466,6 +497,7 @@ class SFTStage(EpochStage):
     kind: Literal["sft"] = "sft"
     row_tokens: int = Field(ge=8)
     mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = _mtp_weight()
+    balance: BalanceSection = BalanceSection()
 
     @model_validator(mode="after")
     def _changes(self) -> SFTStage:

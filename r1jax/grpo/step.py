@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +49,26 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> Tr
 
 DEFAULT = GRPOConfig()
 
-# (params, batch) -> log-probs [N, T], or a pair of log-probs and entropies [N, T].
+
+class Scored(NamedTuple):
+    """What a `log_prob_fn` may tell beside the log-probs [N, T].
+
+    entropy: [N, T], shown as a metric.
+    penalty: [N], of each row; the mean over the rows of a batch is added to the loss.
+    counts: any pytree of arrays, which are summed over the rows of a batch, for `after_update`.
+    """
+
+    log_probs: Any
+    entropy: Any = None
+    penalty: Any = None
+    counts: Any = None
+
+
+# (params, batch) -> log-probs [N, T], or a pair of log-probs and entropies, or `Scored`.
 LogProbFn = Callable[[Any, GRPOBatch], Any]
 Metrics = dict[str, jax.Array]
+# (weights after the optimizer, counts of the batch) -> weights, and figures for the metrics.
+AfterUpdate = Callable[[Any, Any], tuple[Any, Metrics]]
 Step = Callable[[TrainState, GRPOBatch], tuple[TrainState, Metrics]]
 
 
@@ -125,15 +142,24 @@ def apply_if_finite(
     loss: jax.Array,
     gradients: Any,
     optimizer: optax.GradientTransformation,
+    *,
+    counts: Any = None,
+    after_update: AfterUpdate | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The optimizer's update; a non-finite loss or gradient leaves weights and moments alone.
 
     The step counter advances either way: it counts batches.
+
+    Args:
+      counts, after_update: what else is done to the weights, see `make_grpo_step`.
     """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    figures: Metrics = {}
+    if after_update is not None:
+        params, figures = after_update(params, counts)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(finite, new, old)
@@ -147,6 +173,7 @@ def apply_if_finite(
         "loss": loss,
         "optimizer/grad_norm": norm,
         "optimizer/finite": finite.astype(jnp.float32),
+        **figures,
     }
     return new_state, metrics
 
@@ -157,6 +184,7 @@ def make_grpo_step(
     config: GRPOConfig = DEFAULT,
     *,
     micro_batches: int = 1,
+    after_update: AfterUpdate | None = None,
 ) -> Step:
     """Build `step(state, batch) -> (state, metrics)`, to be jitted, with the state donated:
 
@@ -167,10 +195,12 @@ def make_grpo_step(
 
     Args:
       log_prob_fn: (params, batch) -> log-probs [N, T] aligned with batch.mask, or a pair
-        (log-probs, entropies). Differentiated with respect to params.
+        (log-probs, entropies), or `Scored`. Differentiated with respect to params.
       optimizer: any optax transformation (put gradient clipping and schedules in it).
       config: the objective.
       micro_batches: parts that the rows are split into, to bound activation memory.
+      after_update: what else is done to the weights, given what `Scored.counts` sums up to over the
+        batch (a mixture of experts is balanced so).
 
     Returns:
       A pure function. Metrics are float32 scalars, means over trained tokens: loss, policy/kl,
@@ -179,10 +209,11 @@ def make_grpo_step(
       construction (advantages of a group sum to 0); read the reward and the gradient norm.
     """
 
-    def loss_fn(params: Any, part: tuple[GRPOBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
-        batch, weights = part
-        scored = log_prob_fn(params, batch)
-        log_probs, entropy = scored if isinstance(scored, tuple) else (scored, None)
+    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        batch, weights, each_row = part
+        found = log_prob_fn(params, batch)
+        scored = Scored(*found) if isinstance(found, tuple) else Scored(found)
+        log_probs, entropy = scored.log_probs, scored.entropy
         # A token outside the mask may hold anything, NaN included: it must not reach the sum.
         trained = batch.mask > 0
         log_probs = jnp.where(trained, log_probs, 0.0)
@@ -215,18 +246,29 @@ def make_grpo_step(
         aux["tokens"] = mask.sum()
         if batch.sampler_log_probs is not None:
             aux["sampler/gap_max"] = jnp.max(jnp.where(trained, gap, 0.0))
-        return jnp.sum(terms.loss * weights), aux
+        loss = jnp.sum(terms.loss * weights)
+        if scored.penalty is not None:
+            aux["penalty"] = jnp.sum(scored.penalty * each_row)
+            loss = loss + aux["penalty"]
+        return loss, (aux, scored.counts)
 
     def step(state: TrainState, batch: GRPOBatch) -> tuple[TrainState, Metrics]:
         weights = token_weights(
             batch.mask, config.normalisation, constant_length=config.constant_length
         )
-        loss, gradients, aux = accumulate_gradients(
-            loss_fn, state.params, (batch, weights), micro_batches
+        rows = len(batch.mask)
+        each_row = jnp.full((rows,), 1 / rows, jnp.float32)
+        loss, gradients, (aux, counts) = accumulate_gradients(
+            loss_fn, state.params, (batch, weights, each_row), micro_batches
         )
         tokens = jnp.maximum(aux.pop("tokens").sum(), 1.0)
-        gap_max = aux.pop("sampler/gap_max", None)
-        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
+        gap_max, penalty = aux.pop("sampler/gap_max", None), aux.pop("penalty", None)
+        counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
+        state, metrics = apply_if_finite(
+            state, loss, gradients, optimizer, counts=counts, after_update=after_update
+        )
+        if penalty is not None:
+            metrics["penalty"] = penalty.sum()
         metrics |= {name: value.sum() / tokens for name, value in aux.items()}
         if gap_max is not None:
             metrics["sampler/gap_max"] = gap_max.max()

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
@@ -107,6 +108,11 @@ class MixtureOfExperts:
     def biased(self) -> bool:
         """Whether a bias for each expert has a say in the choice."""
         return self.topk_method == "noaux_tc"
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """The smallest integers that tell the experts apart."""
+        return np.min_scalar_type(self.n_routed_experts - 1)
 
     @property
     def experts_of_a_score(self) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from r1jax.models.attention import cached_attention, row_attention
 from r1jax.models.config import Execution, ModelConfig
-from r1jax.models.experts import mixture_of_experts
+from r1jax.models.experts import Routing, mixture_of_experts
 from r1jax.models.latent_attention import absorbed_attention, expand, queries_and_latents
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
@@ -25,6 +25,10 @@ Cache = dict[str, Any]
 # Given the queries, what a layer remembers of the tokens that it reads, [..., heads, width] each,
 # and its weights: what the queries find, and what is passed on.
 Attend = Callable[[jax.Array, tuple[jax.Array, ...], Params], tuple[jax.Array, Any]]
+# The experts of a layer, given what they read and the layer's weights.
+Mix = Callable[[jax.Array, Params], tuple[jax.Array, Routing]]
+# Stack of layers with experts -> what their routers did, [layers, ...].
+Routings = dict[str, Routing]
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,12 @@ def _layer(
     sin: jax.Array,
     model: Decoder,
     attend: Attend,
-    axes: Axes,
-    real: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+    mix: Mix,
+) -> tuple[jax.Array, Any, Routing | None]:
     """One pre-norm block on x [..., hidden]; `attend` decides what the queries see.
 
-    Args:
-      axes: logical axes of x but the last. real: bool, where x is a token's; default: everywhere.
+    Returns:
+      The block's value, what `attend` passes on, and what a router did; None without experts.
     """
     config, layout = model.config, model.layout
     w = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
@@ -72,11 +75,9 @@ def _layer(
         if "router_bias" in w:
             # It decides between experts that may be close: it is not rounded.
             w["router_bias"] = weights["router_bias"]
-        found, _ = mixture_of_experts(
-            y, w, config.experts, model.execution, layout, axes=axes, real=real
-        )
-        return x + found, cache
-    return x + swiglu(y, w["gate"], w["up"], w["down"], layout), cache
+        found, routing = mix(y, w)
+        return x + found, cache, routing
+    return x + swiglu(y, w["gate"], w["up"], w["down"], layout), cache, None
 
 
 def _queries_keys_values(
@@ -163,11 +164,14 @@ def _run_rows(
     model: Decoder,
     *,
     keep_cache: bool,
-) -> tuple[jax.Array, Cache]:
+    **routing: Any,
+) -> tuple[jax.Array, Cache, Routings]:
     x = embed(params, tokens, model)
-    rows = (positions, segment_ids)
-    x, cache = run_rows(params, x, *rows, model, tuple(model.config.stacks), keep_cache=keep_cache)
-    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache
+    stacks = tuple(model.config.stacks)
+    x, cache, routings = run_rows(
+        params, x, positions, segment_ids, model, stacks, keep_cache=keep_cache, **routing
+    )
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache, routings
 
 
 def run_rows(
@@ -179,11 +183,17 @@ def run_rows(
     stacks: tuple[str, ...],
     *,
     keep_cache: bool,
-) -> tuple[jax.Array, Cache]:
+    experts: jax.Array | None = None,
+    balance: bool = False,
+) -> tuple[jax.Array, Cache, Routings]:
     """Run these stacks of layers on whole rows, x [batch, time, hidden]; no final norm.
 
+    Args:
+      experts, balance: see `forward_routed`.
+
     Returns:
-      Activations [batch, time, hidden], and what is remembered, as of `prefill`, or None.
+      Activations [batch, time, hidden]; what is remembered, as of `prefill`, or None; and what the
+      routers did.
     """
     config, execution, layout = model.config, model.execution, model.layout
     params = unstack_layers(params, model)
@@ -191,7 +201,9 @@ def run_rows(
     activation = ("batch", "time", "activation_embed")
     x = layout.constrain(x, activation)
 
-    def body(x: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
+    def body(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
+        weights, replayed = layer
+
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
             k, v = kept if config.latent is None else expand(kept[0], w["kv_up"], config.latent)
             out = row_attention(q, k, v, segment_ids, execution, layout)
@@ -200,21 +212,64 @@ def run_rows(
             axes, entries = cache_axes(config, new=False), _filled(kept, model)
             return out, tuple(layout.constrain(x.swapaxes(-3, -2), axes) for x in entries)
 
-        x, kept = _layer(x, weights, cos, sin, model, attend, activation[:2], segment_ids != 0)
-        return layout.constrain(x, activation), kept
+        def mix(y: jax.Array, w: Params) -> tuple[jax.Array, Routing]:
+            assert config.experts is not None
+            return mixture_of_experts(
+                y,
+                w,
+                config.experts,
+                execution,
+                layout,
+                axes=activation[:2],
+                segment_ids=segment_ids,
+                replayed=replayed,
+                balance=balance,
+            )
+
+        x, kept, routing = _layer(x, weights, cos, sin, model, attend, mix)
+        return layout.constrain(x, activation), (kept, routing)
 
     body = _remat(body, execution.remat)
     cache: Cache = {}
+    routings: dict[str, Any] = {}
     for name in stacks:
+        replayed = None
+        if experts is not None and name == "layers":
+            replayed = _by_layer(experts, len(config.stacks[name]))
         if execution.scan_layers:
-            x, cache[name] = jax.lax.scan(body, x, params[name])
+            x, (cache[name], routings[name]) = jax.lax.scan(body, x, (params[name], replayed))
         else:
-            kept_layers = []
-            for weights in params[name]:
-                x, kept = body(x, weights)
-                kept_layers.append(kept)
-            cache[name] = tuple(kept_layers)
-    return x, cache
+            layers = []
+            for index, weights in enumerate(params[name]):
+                x, kept = body(x, (weights, None if replayed is None else replayed[index]))
+                layers.append(kept)
+            cache[name] = tuple(kept for kept, _ in layers)
+            routings[name] = _stacked([routing for _, routing in layers])
+    return x, cache, {name: found for name, found in routings.items() if found is not None}
+
+
+def _stacked(routings: list[Routing | None]) -> Any:
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
+
+
+# The experts that tokens chose, side by side for all layers: [..., time, layers * k]. The small
+# dimensions are joined because a TPU pads the last two of an array.
+
+
+def recorded(routings: Routings) -> jax.Array:
+    """The experts of the decoder's tokens [..., layers * k], for `forward_routed` to replay.
+
+    Raises:
+      ValueError: the model has no experts.
+    """
+    if "layers" not in routings:
+        raise ValueError("a dense model has no experts to record; leave record_experts out")
+    chosen = jnp.moveaxis(routings["layers"].chosen, 0, -2)
+    return chosen.reshape(*chosen.shape[:-2], -1)
+
+
+def _by_layer(experts: jax.Array, layers: int) -> jax.Array:
+    return jnp.moveaxis(experts.reshape(*experts.shape[:-1], layers, -1), -2, 0)
 
 
 def forward(
@@ -235,35 +290,81 @@ def forward(
       Normalised activations [batch, time, hidden]; `logits`, `token_scores` or `reward_scores`
       read them.
     """
-    hidden, _ = _run_rows(params, tokens, positions, segment_ids, model, keep_cache=False)
-    return hidden
+    return forward_routed(params, tokens, positions, segment_ids, model)[0]
+
+
+def forward_routed(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    model: Decoder,
+    *,
+    experts: jax.Array | None = None,
+    balance: bool = False,
+) -> tuple[jax.Array, Routings]:
+    """As `forward`, with what the routers did; of a dense model that is empty.
+
+    Args:
+      experts: int [batch, time, layers * k], from `recorded` or the sampler: each token goes to
+        these again. What they weigh is worked out anew.
+      balance: work out the sequences' imbalance, too.
+    """
+    hidden, _, routings = _run_rows(
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        model,
+        keep_cache=False,
+        experts=experts,
+        balance=balance,
+    )
+    return hidden, routings
 
 
 def prefill(
-    params: Params, tokens: jax.Array, lengths: jax.Array, model: Decoder
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    model: Decoder,
+    *,
+    record_experts: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """Read right-padded prompts.
 
     Args:
       tokens: int32 [batch, prompt_time].
       lengths: int32 [batch], at least 1.
+      record_experts: remember each token's experts, too, as "experts" of the cache, [batch,
+        prompt_time, layers * k].
 
     Returns:
       Activations of each prompt's last token [batch, hidden], and what is remembered of the prompts
       (`ModelConfig.cached`), per layer [batch, heads, prompt_time, width].
     """
-    hidden, cache = prefill_rows(params, tokens, lengths, model)
+    hidden, cache = prefill_rows(params, tokens, lengths, model, record_experts=record_experts)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last, cache
 
 
 def prefill_rows(
-    params: Params, tokens: jax.Array, lengths: jax.Array, model: Decoder
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    model: Decoder,
+    *,
+    record_experts: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """As `prefill`, with the activations of every token [batch, prompt_time, hidden]."""
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
-    return _run_rows(params, tokens, steps, segment_ids, model, keep_cache=True)
+    rows = (tokens, steps, segment_ids)
+    hidden, cache, routings = _run_rows(params, *rows, model, keep_cache=True)
+    if record_experts:
+        experts = recorded(routings)
+        cache["experts"] = model.layout.constrain(experts, ("batch", None, None))
+    return hidden, cache
 
 
 _IN_ORDER = (0, 1, 2, 3, 4)
@@ -319,12 +420,19 @@ def new_cache_arrays(
 
 
 def empty_cache(
-    batch: int, samples: int, capacity: int, model: Decoder, stacks: tuple[str, ...] | None = None
+    batch: int,
+    samples: int,
+    capacity: int,
+    model: Decoder,
+    stacks: tuple[str, ...] | None = None,
+    *,
+    record_experts: bool = False,
 ) -> Cache:
     """Room for `capacity` new tokens, per layer as `new_cache_arrays`.
 
     Args:
       stacks: of layers; default: the decoder's.
+      record_experts: and for each token's experts, [batch, samples, capacity, layers * k].
     """
     config, dtype = model.config, model.execution.compute_dtype
     arrays = new_cache_arrays(batch, samples, capacity, model)
@@ -336,11 +444,16 @@ def empty_cache(
             for shape, axes in arrays
         )
 
-    return {
+    cache: Cache = {
         name: empty(len(layers)) if model.execution.scan_layers else tuple(empty() for _ in layers)
         for name, layers in all_stacks(config).items()
         if name in (config.stacks if stacks is None else stacks)
     }
+    if record_experts and config.experts is not None:
+        width = len(config.stacks["layers"]) * config.experts.num_experts_per_tok
+        empty_record = jnp.zeros((batch, samples, capacity, width), config.experts.index_dtype)
+        cache["experts"] = model.layout.constrain(empty_record, ("batch", "sample", None, None))
+    return cache
 
 
 def grow_cache(cache: Cache, extra: int, model: Decoder) -> Cache:
@@ -466,10 +579,17 @@ def run_new(
                 out = cached_attention(q, keys, values, prompt_lengths, visible)
             return joined(out), cache
 
-        return _layer(x, weights, cos, sin, model, attend, ("batch", "sample"))
+        def mix(y: jax.Array, w: Params) -> tuple[jax.Array, Routing]:
+            assert config.experts is not None
+            execution, layout = model.execution, model.layout
+            return mixture_of_experts(
+                y, w, config.experts, execution, layout, axes=("batch", "sample")
+            )
 
-    def unrolled(x: jax.Array, name: str) -> tuple[jax.Array, Any]:
-        kept_layers = []
+        return _layer(x, weights, cos, sin, model, attend, mix)
+
+    def unrolled(x: jax.Array, name: str) -> tuple[jax.Array, Any, Any]:
+        kept_layers, routings = [], []
         for weights, prompt, entry in zip(
             params[name], prompt_cache[name], cache[name], strict=True
         ):
@@ -480,13 +600,14 @@ def run_new(
                 kept = tuple(put(old, x, step, axis) for old, x in zip(entry, new, strict=True))
                 return kept, kept
 
-            x, kept = run(x, weights, prompt, write)
+            x, kept, routing = run(x, weights, prompt, write)
             kept_layers.append(kept)
-        return x, tuple(kept_layers)
+            routings.append(routing)
+        return x, tuple(kept_layers), _stacked(routings)
 
-    def scanned(x: jax.Array, name: str) -> tuple[jax.Array, Any]:
+    def scanned(x: jax.Array, name: str) -> tuple[jax.Array, Any, Any]:
         # The cache is carried, not scanned over: a scanned-over cache is copied at every token.
-        def body(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], None]:
+        def body(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], Any]:
             x, stacked = carry
             weights, prompt, index = xs
 
@@ -500,16 +621,20 @@ def run_new(
                 pick = jax.lax.dynamic_index_in_dim
                 return kept, tuple(pick(leaf, index, keepdims=False) for leaf in kept)
 
-            x, kept = run(x, weights, prompt, write)
-            return (x, kept), None
+            x, kept, routing = run(x, weights, prompt, write)
+            return (x, kept), routing
 
         indices = jnp.arange(len(all_stacks(config)[name]), dtype=jnp.int32)
         xs = (params[name], prompt_cache[name], indices)
-        carry, _ = jax.lax.scan(body, (x, cache[name]), xs)
-        return carry
+        carry, routings = jax.lax.scan(body, (x, cache[name]), xs)
+        return *carry, routings
 
     following: Cache = {}
+    routings: Routings = {}
     for name in stacks:
         step_of = scanned if model.execution.scan_layers else unrolled
-        x, following[name] = step_of(x, name)
+        x, following[name], routings[name] = step_of(x, name)
+    if "experts" in cache:
+        put = jax.lax.dynamic_update_slice_in_dim
+        following["experts"] = put(cache["experts"], apart(recorded(routings)), step, axis=2)
     return apart(x), following

@@ -20,12 +20,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from r1jax.models.balance import sequence_imbalance
 from r1jax.models.config import Execution, MixtureOfExperts
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import swiglu
 from r1jax.sharding import Axes, Layout
 
 _LEAST_ROOM = 16  # rows that a device has room for of each other one, however few there are
+
+
+class Routing(NamedTuple):
+    """What the router of a layer did; of several layers, with a dimension before the others.
+
+    chosen: int [batch, time or samples, k], the experts of each token, best first; of the smallest
+        type that holds them.
+    load: float32 [experts], how many tokens of the whole batch chose each.
+    imbalance: float32 [batch], `sequence_imbalance`, where it was asked for; else 0.
+    """
+
+    chosen: jax.Array
+    load: jax.Array
+    imbalance: jax.Array
 
 
 def mixture_of_experts(
@@ -36,46 +51,72 @@ def mixture_of_experts(
     layout: Layout,
     *,
     axes: Axes,
-    real: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The routed experts' weighted sum plus the shared expert.
+    segment_ids: jax.Array | None = None,
+    replayed: jax.Array | None = None,
+    balance: bool = False,
+) -> tuple[jax.Array, Routing]:
+    """The routed experts' weighted sum plus the shared expert, as x, and what the router did.
 
     Args:
       x: [batch, time or samples, hidden].
       w: a layer's weights in the dtype of x, a `router_bias` in float32.
       axes: logical axes of the first two dimensions of x.
-      real: bool [batch, time or samples], where there is a token; default: everywhere. Padding
-        would all go to the same experts; it goes to none.
-
-    Returns:
-      The sum, as x, and which experts each token chose, int32 [batch, time or samples, k].
+      segment_ids: int32 [batch, time]; 0 is padding, which would all go to the same experts, and
+        goes to none. Default: there is none.
+      replayed: int [batch, time, k], experts that were chosen before, in place of a choice.
+      balance: work out the imbalance of each segment.
     """
-    table = dict(layout.rules)
-    exchange = Exchange(layout.shards("expert"), execution.expert_chunk)
-    if layout.mesh.size > 1:
-        everyone = tuple(layout.mesh.axis_names)
-        exchange = Exchange(exchange.devices, exchange.chunk, table["expert"], everyone)
-    real = jnp.ones(x.shape[:2], bool) if real is None else real
+    split = layout.mesh.size > 1
+    table = {name: along if split else () for name, along in layout.rules}
+    spread = tuple(axis for name in axes if name is not None for axis in table[name])
+    exchange = Exchange(
+        layout.shards("expert"),
+        execution.expert_chunk,
+        table["expert"],
+        tuple(layout.mesh.axis_names) if split else (),
+    )
+    segments = x.shape[1] + 1
 
-    def local(x: jax.Array, real: jax.Array, router: Params, weights: Params) -> Any:
-        tokens = x.reshape(-1, x.shape[-1])
-        chosen, share = route(tokens, router["router"], router.get("router_bias"), experts)
-        if layout.mesh.size > 1:
-            # Gathered here, so that their gradients are scattered, rather than summed everywhere.
-            weights = {
-                name: _gather(leaf, table["expert_embed"], _EMBED[name])
-                for name, leaf in weights.items()
-            }
-        nowhere = jnp.where(real.reshape(-1, 1), chosen, experts.n_routed_experts)
-        total = run_experts(tokens, nowhere, share, weights, exchange)
-        if layout.shards("mlp") > 1:
-            total = jax.lax.psum(total, table["mlp"])
-        return total.reshape(x.shape), chosen.reshape(*x.shape[:2], -1)
+    def local(of_tokens: dict[str, jax.Array], router: Params, weights: Params) -> Any:
+        x, ids = of_tokens["x"], of_tokens["segment_ids"]
+        tokens, before = x.reshape(-1, x.shape[-1]), of_tokens.get("replayed")
+        if before is not None:
+            before = before.reshape(len(tokens), -1).astype(jnp.int32)
+        found = route(tokens, router["router"], router.get("router_bias"), experts, before)
+        # Gathered here, so that their gradients are scattered, rather than summed everywhere.
+        weights = {
+            name: _gather(leaf, table["expert_embed"], _EMBED[name])
+            for name, leaf in weights.items()
+        }
+        going = jnp.where(ids.reshape(-1, 1) != 0, found.chosen, experts.n_routed_experts)
+        routed = run_experts(tokens, going, found.weights, weights, exchange)
+        routed = _total(routed, table["mlp"]).reshape(x.shape)
+        load = jnp.bincount(going.reshape(-1), length=experts.n_routed_experts)
+        imbalance = jnp.zeros(len(x), jnp.float32)
+        if balance:
+            imbalance = sequence_imbalance(
+                found.scores.reshape(*ids.shape, -1),
+                ids,
+                experts.num_experts_per_tok,
+                segments=segments,
+                total=lambda parts: _total(parts, table[str(axes[1])]),
+            )
+        return routed, Routing(
+            found.chosen.astype(experts.index_dtype).reshape(*ids.shape, -1),
+            _total(load.astype(jnp.float32), spread),
+            imbalance,
+        )
 
+    of_tokens = {
+        "x": x,
+        "segment_ids": jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids,
+        **({} if replayed is None else {"replayed": replayed}),
+    }
     router: Params = {name: w[name] for name in ("router", "router_bias") if name in w}
     weights = {name: w[name] for name in _EMBED}
-    if layout.mesh.size > 1:
+    if split:
         rows = layout.spec(axes)
+        of_routing: tuple[Any, ...] = (rows, PartitionSpec(), layout.spec(axes[:1]))
         of_weights = {
             "gate": layout.spec(("expert", "expert_embed", "mlp")),
             "up": layout.spec(("expert", "expert_embed", "mlp")),
@@ -84,13 +125,17 @@ def mixture_of_experts(
         local = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(rows, rows, PartitionSpec(), of_weights),
-            out_specs=rows,
+            in_specs=(rows, PartitionSpec(), of_weights),
+            out_specs=(rows, Routing(*of_routing)),
             check_vma=False,
         )
-    routed, chosen = local(x, real, router, weights)
+    routed, routing = local(of_tokens, router, weights)
     shared = swiglu(x, w["shared_gate"], w["shared_up"], w["shared_down"], layout)
-    return routed + shared, chosen
+    return routed + shared, routing
+
+
+def _total(parts: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(parts, axes) if axes else parts
 
 
 # The experts' weights, and which dimension of each is the hidden one.
@@ -101,9 +146,21 @@ def _gather(weight: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Arr
     return jax.lax.all_gather(weight, axes, axis=dimension, tiled=True) if axes else weight
 
 
+class Routed(NamedTuple):
+    """chosen: int32 [n, k], best first. weights: float32 [n, k]. scores: float32 [n, experts]."""
+
+    chosen: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
 def route(
-    tokens: jax.Array, router: jax.Array, bias: jax.Array | None, experts: MixtureOfExperts
-) -> tuple[jax.Array, jax.Array]:
+    tokens: jax.Array,
+    router: jax.Array,
+    bias: jax.Array | None,
+    experts: MixtureOfExperts,
+    chosen: jax.Array | None = None,
+) -> Routed:
     """Which experts a token goes to, and what they weigh; in float32.
 
     The bias (auxiliary-loss-free load balancing, arXiv 2408.15664) decides the choice and has no
@@ -117,24 +174,28 @@ def route(
       tokens: [n, hidden].
       router: [hidden, n_routed_experts].
       bias: float32 [n_routed_experts], where `experts.biased`.
-
-    Returns:
-      int32 [n, num_experts_per_tok], best first, and float32 weights of the same shape.
+      chosen: int32 [n, num_experts_per_tok], the choice, where it was made before: only weights
+        are then worked out, from the present scores.
     """
     score = jax.nn.sigmoid if experts.scoring_func == "sigmoid" else jax.nn.softmax
     scores = score(tokens.astype(jnp.float32) @ router.astype(jnp.float32))
-    ranking = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    if chosen is None:
+        chosen = _choose(jax.lax.stop_gradient(scores if bias is None else scores + bias), experts)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if experts.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routed(chosen, weights * experts.routed_scaling_factor, scores)
+
+
+def _choose(ranking: jax.Array, experts: MixtureOfExperts) -> jax.Array:
+    """The best experts of the best groups, int32 [n, k]; ranking [n, experts]."""
     if experts.topk_group < experts.n_group:
         groups = ranking.reshape(len(ranking), experts.n_group, -1)
         group_scores = jnp.sum(jax.lax.top_k(groups, experts.experts_of_a_score)[0], axis=-1)
         kept = jax.lax.top_k(group_scores, experts.topk_group)[1]
         inside = jnp.any(kept[:, :, None] == jnp.arange(experts.n_group), axis=1)
         ranking = jnp.where(inside[:, :, None], groups, -jnp.inf).reshape(ranking.shape)
-    chosen = jax.lax.top_k(ranking, experts.num_experts_per_tok)[1]
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
-    if experts.norm_topk_prob:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return chosen, weights * experts.routed_scaling_factor
+    return jax.lax.top_k(ranking, experts.num_experts_per_tok)[1]
 
 
 # --- To the experts and back ---------------------------------------------------------------------

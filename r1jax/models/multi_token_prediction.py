@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from r1jax.models.decoder import (
     Cache,
     Decoder,
+    Routings,
     embed,
-    forward,
+    forward_routed,
     prefill_rows,
     run_new,
     run_rows,
@@ -45,11 +46,13 @@ class AheadScores(NamedTuple):
     ahead: float32, the module's log-probs, given those before it but the last; 0 for the first two.
     agrees: bool, whether the module's most likely token is the decoder's: a greedy draft would be
         accepted. False for the first two.
+    routings: what the routers of decoder and module did; empty without experts.
     """
 
     log_probs: jax.Array
     ahead: jax.Array
     agrees: jax.Array
+    routings: Routings
 
 
 def ahead_scores(
@@ -58,23 +61,30 @@ def ahead_scores(
     positions: jax.Array,
     segment_ids: jax.Array,
     model: Decoder,
+    *,
+    balance: bool = False,
 ) -> AheadScores:
     """Score whole rows, as `token_scores`, with the decoder and with the module.
 
     Args:
       tokens, positions, segment_ids: int32 [batch, time].
+      balance: see `forward_routed`.
     """
-    hidden = forward(params, tokens, positions, segment_ids, model)
+    hidden, routings = forward_routed(
+        params, tokens, positions, segment_ids, model, balance=balance
+    )
     following = jnp.roll(tokens, -1, axis=1)
     x = join(params, hidden, following, model)
     # Behind the last token of a segment comes one of another: what is said there is about no token
     # of the segment, and nothing in the segment attends to it.
-    x, _ = run_rows(params, x, positions, segment_ids, model, _STACK, keep_cache=False)
+    x, _, own_routings = run_rows(
+        params, x, positions, segment_ids, model, _STACK, keep_cache=False, balance=balance
+    )
     x = output_norm(params, x, model)
     own = scores_ahead(params, hidden, tokens, segment_ids, model)
     module = scores_ahead(params, x, tokens, segment_ids, model, ahead=2)
     agrees = follows(segment_ids, 2) & (own.best == module.best)
-    return AheadScores(own.log_probs, module.log_probs, agrees)
+    return AheadScores(own.log_probs, module.log_probs, agrees, routings | own_routings)
 
 
 def prefill_with_module(
@@ -90,7 +100,7 @@ def prefill_with_module(
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment_ids = (steps < lengths[:, None] - 1).astype(jnp.int32)
     x = join(params, hidden, jnp.roll(tokens, -1, axis=1), model)
-    _, module = run_rows(params, x, steps, segment_ids, model, _STACK, keep_cache=True)
+    _, module, _ = run_rows(params, x, steps, segment_ids, model, _STACK, keep_cache=True)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last, cache, module
 

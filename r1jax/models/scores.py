@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from r1jax.models.decoder import Decoder, forward, unembedding
+from r1jax.models.decoder import Decoder, Routings, forward_routed, unembedding
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout
 
@@ -114,20 +114,40 @@ def token_scores(
     model: Decoder,
     *,
     temperature: jax.Array | float = 1.0,
+    experts: jax.Array | None = None,
 ) -> TokenScores:
     """Score each token given the tokens before it in its segment.
 
     Args:
       tokens, positions, segment_ids: int32 [batch, time].
       temperature: the policy is softmax(logits / temperature).
+      experts: of each token, in place of a choice; see `forward_routed`.
 
     Returns:
       Scores [batch, time]; entry t is about tokens[:, t]. The first token of a segment and
       padding, about which the model says nothing, have 0.
     """
-    hidden = forward(params, tokens, positions, segment_ids, model)
+    rows = (tokens, positions, segment_ids)
+    return routed_scores(params, *rows, model, temperature=temperature, experts=experts)[0]
+
+
+def routed_scores(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    model: Decoder,
+    *,
+    temperature: jax.Array | float = 1.0,
+    experts: jax.Array | None = None,
+    balance: bool = False,
+) -> tuple[TokenScores, Routings]:
+    """As `token_scores`, with what the routers did; see `forward_routed`."""
+    hidden, routings = forward_routed(
+        params, tokens, positions, segment_ids, model, experts=experts, balance=balance
+    )
     scores = scores_ahead(params, hidden, tokens, segment_ids, model, temperature=temperature)
-    return TokenScores(scores.log_probs, scores.entropy)
+    return TokenScores(scores.log_probs, scores.entropy), routings
 
 
 def scores_ahead(

@@ -10,7 +10,7 @@ a model rewrites, is the data's business: their calls count as 0 in a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -46,6 +46,7 @@ from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, 
 from r1jax.sampler.weights import weights_mover
 from r1jax.sharding import Axes, Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
+from r1jax.stages.balance import check_experts
 from r1jax.stages.dry_run import longest_prompt
 from r1jax.stages.optimizer import abstract_train_state, jit_update, make_optimizer
 from r1jax.stages.rollout import bucket
@@ -147,6 +148,9 @@ def _grpo(
         name: _rows(model, (rows, time), jnp.int32)
         for name in ("tokens", "positions", "segment_ids")
     }
+    check_experts(stage, model.config)
+    if stage.replay_experts:
+        inputs["experts"] = _recorded(model, (rows, time))
     per_token = _rows(model, (rows, time), jnp.float32)
     batch = GRPOBatch(
         inputs=inputs,
@@ -157,7 +161,9 @@ def _grpo(
         sampler_log_probs=per_token,
     )
     forward = forward_flops(model.config, rows, prompt + new)
-    rollout = Rollout(sampler, questions, group, prompt, new, stage.sampling, compiler)
+    rollout = Rollout(
+        sampler, questions, group, prompt, new, stage.sampling, compiler, stage.replay_experts
+    )
     resident = {**beside, "optimizer": state.opt_state}
     programs: list[Program] = []
     held = resident
@@ -336,6 +342,7 @@ class Rollout:
     new_tokens: int
     sampling: SamplingSection
     compiler: Compiler
+    record_experts: bool = False
 
     def programs(self, resident: Mapping[str, Any], calls: float) -> Iterator[Program]:
         config, capacities = self.model.config, self.capacities
@@ -437,6 +444,7 @@ class Rollout:
             "count": self.samples,
             "capacity": capacity,
             "max_new_tokens": self.new_tokens,
+            "record_experts": self.record_experts,
         }
 
     @cached_property
@@ -446,23 +454,28 @@ class Rollout:
 
     def new_cache(self, capacity: int) -> list[Any]:
         """What is remembered of the new tokens, as the layout splits it."""
-        return self._remembered(new_cache_arrays(self.rows, self.samples, capacity, self.model))
+        arrays = new_cache_arrays(self.rows, self.samples, capacity, self.model)
+        return self._remembered(arrays, (self.rows, self.samples, capacity))
 
     @cached_property
     def prompt_cache(self) -> list[Any]:
         """And of the prompts."""
-        config, time = self.model.config, bucket(self.prompt_tokens)
-        axes = cache_axes(config, new=False)
-        return self._remembered(
-            [((self.rows, heads, time, width), axes) for heads, width in remembered(self.model)]
-        )
+        time, axes = bucket(self.prompt_tokens), cache_axes(self.model.config, new=False)
+        arrays = [
+            ((self.rows, heads, time, width), axes) for heads, width in remembered(self.model)
+        ]
+        return self._remembered(arrays, (self.rows, time))
 
-    def _remembered(self, arrays: list[tuple[tuple[int, ...], Axes]]) -> list[Any]:
+    def _remembered(
+        self, arrays: Sequence[tuple[tuple[int, ...], Axes]], tokens: tuple[int, ...]
+    ) -> list[Any]:
+        """Of all layers; and of the tokens of this shape, the experts that they chose."""
         config, dtype = self.model.config, self.model.execution.compute_dtype
-        return [
+        leaves = [
             jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding(axes))
             for shape, axes in arrays
         ] * config.num_hidden_layers
+        return [*leaves, _recorded(self.model, tokens)] if self.record_experts else leaves
 
 
 _TRIAL_TOKENS = 32
@@ -554,6 +567,14 @@ def _rows(model: Decoder, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Shape
     """An array split along the batch."""
     sharding = model.layout.sharding(("batch", *(None,) * (len(shape) - 1)), shape=shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _recorded(model: Decoder, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The experts of tokens [..., layers * k], split along the batch."""
+    experts = model.config.experts
+    assert experts is not None
+    width = len(model.config.stacks["layers"]) * experts.num_experts_per_tok
+    return _rows(model, (*shape, width), experts.index_dtype)
 
 
 def _like(arrays: Mapping[str, np.ndarray], model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:

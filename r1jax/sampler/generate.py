@@ -51,7 +51,9 @@ class _State:
     cache: Cache
 
 
-@partial(jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens"))
+@partial(
+    jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens", "record_experts")
+)
 def start(
     params: Params,
     prompts: Prompts,
@@ -62,10 +64,13 @@ def start(
     count: int,
     capacity: int,
     max_new_tokens: int,
+    record_experts: bool = False,
 ) -> tuple[_State, Cache]:
     """Prefill: each prompt once. Gives the state of `count` samples of each, and their cache."""
     batch = prompts.tokens.shape[0]
-    hidden, prompt_cache = prefill(params, prompts.tokens, prompts.lengths, model)
+    hidden, prompt_cache = prefill(
+        params, prompts.tokens, prompts.lengths, model, record_experts=record_experts
+    )
     samples = no_samples(batch, count, max_new_tokens, model.layout)
     state = _State(
         step=jnp.int32(0),
@@ -73,7 +78,7 @@ def start(
         keys=keys_of(prompts, seed, rollout, count),
         running=model.layout.constrain(jnp.ones((batch, count), bool), ("batch", "sample")),
         samples=samples,
-        cache=empty_cache(batch, count, capacity, model),
+        cache=empty_cache(batch, count, capacity, model, record_experts=record_experts),
     )
     return state, prompt_cache
 
@@ -107,7 +112,8 @@ def decode_until(
             return jax.lax.dynamic_update_slice_in_dim(buffer, column[..., None], step, axis=2)
 
         ended = running & jnp.any(tokens[..., None] == eos_ids, axis=-1)
-        samples = old.replace(
+        samples = replace(
+            old,
             tokens=put(old.tokens, tokens),
             lengths=old.lengths + running,
             finish=jnp.where(ended, Finish.EOS, old.finish),
@@ -151,6 +157,7 @@ def generate_chunks(
     first_bucket: int = FIRST_CAPACITY,
     sync_every: int | None = None,
     speculative: bool = False,
+    record_experts: bool = False,
 ) -> Iterator[tuple[int, Samples]]:
     """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation.
 
@@ -160,6 +167,11 @@ def generate_chunks(
         raise ValueError(
             "speculative = true, but the model has no module for multi-token prediction that could "
             "draft; set model.multi_token_prediction to true, or speculative to false"
+        )
+    if speculative and record_experts:
+        raise ValueError(
+            "speculative = true with record_experts = true: the experts of drafts that did not "
+            "stay would be among those recorded; set one of them to false"
         )
     if max_new_tokens < 1 or samples < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each")
@@ -182,7 +194,9 @@ def generate_chunks(
     if speculative:
         state, prompt_cache = start_speculatively(params, prompts, *seeds, sampling, eos, **options)
     else:
-        state, prompt_cache = start(params, prompts, *seeds, **options)
+        state, prompt_cache = start(
+            params, prompts, *seeds, **options, record_experts=record_experts
+        )
     done = 0
     for index, capacity in enumerate(capacities):
         while done < capacity:
@@ -195,9 +209,14 @@ def generate_chunks(
             if stop is not None:
                 ends = _search(stop, state.samples, model.layout)
                 shortened, running = cut(state.samples, state.running, ends)
-                state = state.replace(samples=shortened, running=running)
+                state = replace(state, samples=shortened, running=running)
             done = until
-            yield done, state.samples
+            if record_experts:
+                experts = {"experts": state.cache, "prompt_experts": prompt_cache}
+                found = {name: cache["experts"] for name, cache in experts.items()}
+                yield done, replace(state.samples, **found)
+            else:
+                yield done, state.samples
             if not bool(jnp.any(state.running)):
                 return
         if index + 1 < len(capacities):
@@ -205,7 +224,7 @@ def generate_chunks(
             if isinstance(state, SpeculativeState):
                 state = grow_speculation(state, extra, model)
             else:
-                state = state.replace(cache=grow(state.cache, extra, model))
+                state = replace(state, cache=grow(state.cache, extra, model))
 
 
 def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:
@@ -240,6 +259,7 @@ def generate(
         sample may have twice as many.
       speculative: the model's module for multi-token prediction drafts, see
         `r1jax.sampler.speculative`; other samples of the same distribution.
+      record_experts: tell the experts of each token, prompts' and sampled ones'.
 
     Returns:
       `Samples` on the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -49,6 +50,9 @@ class Samples:
     sampling_log_probs: float32, under the filtered distribution that was drawn from.
     drafted, accepted: int32 [batch, samples], tokens that the module for multi-token prediction
         drafted, and those of them that were kept; None without it.
+    experts: int [..., max_new_tokens or less, layers * k], the experts that each token chose, and
+        prompt_experts [batch, prompt_time, layers * k], those of the prompts' tokens: for
+        `forward_routed` to replay. None where they were not recorded.
     """
 
     tokens: Any
@@ -58,6 +62,8 @@ class Samples:
     sampling_log_probs: Any
     drafted: Any = None
     accepted: Any = None
+    experts: Any = None
+    prompt_experts: Any = None
 
 
 @jax.jit
@@ -66,7 +72,8 @@ def cut(samples: Samples, running: jax.Array, ends: jax.Array) -> tuple[Samples,
     found = (ends >= 0) & (ends <= samples.lengths)
     lengths = jnp.where(found, ends, samples.lengths)
     inside = jnp.arange(samples.tokens.shape[-1]) < lengths[..., None]
-    shortened = samples.replace(
+    shortened = replace(
+        samples,
         tokens=jnp.where(inside, samples.tokens, 0),
         lengths=lengths,
         finish=jnp.where(found, Finish.STOP, samples.finish),

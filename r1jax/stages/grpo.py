@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from r1jax.config.schema import GRPOStage, datasets_of
 from r1jax.data import PromptIterator, Taken
 from r1jax.grpo import GRPOBatch, group_advantages, make_grpo_step, map_micro_batches
-from r1jax.grpo.step import Step
+from r1jax.grpo.step import Scored, Step
 from r1jax.models import Decoder, token_scores
+from r1jax.models.scores import routed_scores
 from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
 from r1jax.sampler import Finish, make_rollout_weights
+from r1jax.stages.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.stages.context import Context
 from r1jax.stages.held_out import HeldOut
 from r1jax.stages.judge import Judge
@@ -84,6 +86,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     eos_ids=sampler.eos_ids,
                     stop=stop_search(tokenizer, stage.sampling),
                     speculative=stage.sampling.speculative,
+                    record_experts=stage.replay_experts,
                 )
                 pending.append(judge.submit(batch))
                 completions.extend(batch)
@@ -119,9 +122,15 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     b.replace(old_log_probs=score(loop.state.params, b.inputs))
                     for b in mini_batches
                 ]
+            due = first == 0 or (
+                (first + phase) // stage.samples_every > first // stage.samples_every
+            )
+            if stage.replay_experts and due:
+                gap = measure_gap(score, loop.state.params, mini_batches[0])
+                facts["sampler/gap_mean_without_replay"] = gap
             for batch in mini_batches:
                 if with_reference:
-                    reference = score(loop.reference, batch.inputs)
+                    reference = score(loop.reference, own_choice(batch.inputs))
                     batch = batch.replace(reference_log_probs=reference)
                 metrics = loop.update(batch)
                 metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
@@ -132,7 +141,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             update_seconds = loop.clock.lap("update")
 
             # 4. Tell, and save between phases.
-            if first == 0 or loop.step // stage.samples_every > first // stage.samples_every:
+            if due:
                 loop.recorder.log_samples(
                     completion.row(score_, step=loop.step)
                     for completion, score_ in zip(completions[:group], scores, strict=False)
@@ -174,13 +183,41 @@ def make_score(stage: GRPOStage, model: Decoder) -> Callable[[Any, Any], jax.Arr
 
 
 def make_update(stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation) -> Step:
-    """One GRPO update of the stage's policy."""
+    """One GRPO update of the stage's policy.
 
-    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
+    Raises:
+      ValueError: the stage asks for something about experts that the model has no use for.
+    """
+    check_experts(stage, model.config)
+    balance = stage.balance.sequence_loss
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> Scored:
         temperature = stage.sampling.temperature
-        return token_scores(params, **batch.inputs, model=model, temperature=temperature)
+        scores, routings = routed_scores(
+            params, **batch.inputs, model=model, temperature=temperature, balance=balance > 0
+        )
+        penalty = balance * imbalance_of(routings) if balance else None
+        return Scored(*scores, penalty, loads_of(routings))
 
-    return make_grpo_step(log_prob_fn, optimizer, stage.loss, micro_batches=stage.micro_batches)
+    return make_grpo_step(
+        log_prob_fn,
+        optimizer,
+        stage.loss,
+        micro_batches=stage.micro_batches,
+        after_update=make_after_update(stage) if model.config.experts is not None else None,
+    )
+
+
+def own_choice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokens, for a model that chooses their experts itself."""
+    return {name: leaf for name, leaf in inputs.items() if name != "experts"}
+
+
+def measure_gap(score: Callable[[Any, Any], jax.Array], params: Any, batch: GRPOBatch) -> float:
+    """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
+    gap = jnp.abs(score(params, own_choice(batch.inputs)) - batch.sampler_log_probs)
+    trained = batch.mask > 0
+    return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
 
 
 class Questions:
@@ -241,6 +278,7 @@ def training_rows(
 
     T is rounded up to a multiple of `length_bucket`. Ids are those that were sampled, never
     re-encoded text. Unscored samples, and truncated ones if the stage says so, are masked out.
+    Experts, where they were recorded, are among the inputs: [N, T, layers * k].
     """
     longest = largest(max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions))
     time = -(-longest // stage.length_bucket) * stage.length_bucket
@@ -256,8 +294,15 @@ def training_rows(
         left_out = stage.mask_truncated and completion.finish == Finish.LENGTH
         mask[i, start:end] = 0.0 if left_out or not score.scored else 1.0
     positions = np.broadcast_to(np.arange(time, dtype=np.int32), shape)
+    inputs = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
+    first = completions[0].experts
+    if first is not None:
+        inputs["experts"] = np.zeros((*shape, first.shape[-1]), first.dtype)
+        for row, completion in zip(inputs["experts"], completions, strict=True):
+            assert completion.experts is not None
+            row[: len(completion.experts)] = completion.experts
     return GRPOBatch(
-        inputs={"tokens": tokens, "positions": positions, "segment_ids": segment_ids},
+        inputs=inputs,
         mask=mask,
         advantages=advantages.reshape(-1),
         sampler_log_probs=sampler,

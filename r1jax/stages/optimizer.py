@@ -31,7 +31,10 @@ def make_schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm."""
+    """AdamW behind clipping by the global norm.
+
+    The biases that choose experts have no gradient, and so no update; nor do they decay.
+    """
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),
         optax.adamw(
@@ -41,8 +44,16 @@ def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTrans
             eps=section.epsilon,
             weight_decay=section.weight_decay,
             mu_dtype=section.moment_dtype,
+            mask=_decays,
         ),
     )
+
+
+def _decays(params: Any) -> Any:
+    def decays(path: Any, leaf: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) != "router_bias"
+
+    return jax.tree.map_with_path(decays, params)
 
 
 def abstract_train_state(

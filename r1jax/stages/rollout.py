@@ -29,6 +29,8 @@ class Completion:
     token_ids, sampler_log_probs: [length], EOS included; the log-probs are those of the
     distribution that was drawn from.
     drafted, accepted: how many tokens were drafted for it, and how many of them stayed.
+    experts: int [prompt + length, layers * k], which each token of the prompt and of the completion
+        went to, where they were recorded.
     """
 
     prompt: Prompt
@@ -39,6 +41,7 @@ class Completion:
     text: str
     drafted: int = 0
     accepted: int = 0
+    experts: np.ndarray | None = None
 
     def answered(self) -> Answered:
         """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
@@ -186,9 +189,13 @@ def sample_batch(
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
-    drafts = [
+    drafted, accepted = [
         np.zeros_like(lengths) if leaf is None else to_process_rows(leaf)
         for leaf in (samples.drafted, samples.accepted)
+    ]
+    experts = [
+        None if leaf is None else to_process_rows(leaf)
+        for leaf in (samples.prompt_experts, samples.experts)
     ]
     kept, texts_of = [], []
     for i in range(len(prompts)):
@@ -200,6 +207,13 @@ def sample_batch(
     def start(prompt: int) -> int:
         return 0 if firsts is None else firsts[prompt]
 
+    def experts_of(prompt: int, sample: int, length: int) -> np.ndarray | None:
+        asked, answered = experts
+        if asked is None or answered is None:
+            return None
+        read = asked[prompt, : len(prompts[prompt].token_ids)]
+        return np.concatenate([read, answered[prompt, sample, :length]])
+
     texts = tokenizer.batch_decode(texts_of, clean_up_tokenization_spaces=False)
     return [
         Completion(
@@ -209,7 +223,9 @@ def sample_batch(
             log_probs[i, j, :n],
             reason,
             text,
-            *(int(leaf[i, j]) for leaf in drafts),
+            int(drafted[i, j]),
+            int(accepted[i, j]),
+            experts=experts_of(i, j, n),
         )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
     ]

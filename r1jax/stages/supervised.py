@@ -17,9 +17,11 @@ from r1jax.config.schema import PretrainStage, SFTStage
 from r1jax.data import PackedRows, packed_once
 from r1jax.grpo import accumulate_gradients, apply_if_finite
 from r1jax.grpo.step import Step
-from r1jax.models import Decoder, ahead_scores, token_scores
-from r1jax.models.scores import follows
+from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
+from r1jax.models.balance import Loads
+from r1jax.models.scores import follows, routed_scores
 from r1jax.processes import batch_share
+from r1jax.stages.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.stages.context import Context
 from r1jax.stages.loop import TrainLoop
 from r1jax.stages.optimizer import make_optimizer, make_schedule
@@ -131,17 +133,30 @@ def make_update(
     """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
 
     Its `loss` is the next token's, whatever else is trained.
-    """
-    with_module = bool(stage.mtp_weight)
 
-    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        batch, weight, ahead_weight = part
-        if not with_module:
-            total, _ = loss_sums(params, batch, model=model)
-            return total * weight[0], {}
-        total, ahead, agreed = ahead_loss_sums(params, batch, model=model)
-        sums = {"loss": total, "mtp/loss": ahead, "mtp/acceptance": agreed}
-        return total * weight[0] + ahead * ahead_weight[0], sums
+    Raises:
+      ValueError: the stage asks for something about experts that the model has no use for.
+    """
+    check_experts(stage, model.config)
+    after_update = make_after_update(stage) if model.config.experts is not None else None
+    with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
+
+    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Loads]]:
+        batch, weight, ahead_weight, sequence_weight = part
+        if with_module:
+            ahead_of = ahead_scores(params, **_inputs(batch), model=model, balance=balance)
+            total, ahead, agreed = ahead_sums(ahead_of, batch)
+            sums = {"loss": total, "mtp/loss": ahead, "mtp/acceptance": agreed}
+            loss, routings = total * weight[0] + ahead * ahead_weight[0], ahead_of.routings
+        else:
+            scores, routings = routed_scores(params, **_inputs(batch), model=model, balance=balance)
+            total = _trained_sum(scores.log_probs, batch)
+            sums = {"loss": total} if balance else {}
+            loss = total * weight[0]
+        if balance:
+            sums["experts/imbalance"] = imbalance_of(routings).sum()
+            loss = loss + sums["experts/imbalance"] * sequence_weight[0]
+        return loss, (sums, loads_of(routings))
 
     def update(state: Any, batch: Any) -> Any:
         # The losses are means over the whole batch, however it is split.
@@ -149,12 +164,26 @@ def make_update(
         each = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
         ahead_count = jnp.sum(predicted_ahead(batch))
         ahead_each = mtp_weight(stage, state.step) / jnp.maximum(ahead_count, 1)
-        weights = each, jnp.full((stage.rows_per_step,), ahead_each, jnp.float32)
-        loss, gradients, sums = accumulate_gradients(
+        sequences = jnp.sum((batch["positions"] == 0) & (batch["segment_ids"] != 0))
+        each_sequence = stage.balance.sequence_loss / jnp.maximum(sequences, 1)
+        weights = (
+            each,
+            jnp.full((stage.rows_per_step,), ahead_each, jnp.float32),
+            jnp.full((stage.rows_per_step,), each_sequence, jnp.float32),
+        )
+        loss, gradients, (sums, loads) = accumulate_gradients(
             loss_fn, state.params, (batch, *weights), stage.micro_batches
         )
-        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
-        counts = {"loss": count, "mtp/loss": ahead_count, "mtp/acceptance": ahead_count}
+        loads = jax.tree.map(lambda parts: parts.sum(axis=0), loads)
+        state, metrics = apply_if_finite(
+            state, loss, gradients, optimizer, counts=loads, after_update=after_update
+        )
+        counts = {
+            "loss": count,
+            "mtp/loss": ahead_count,
+            "mtp/acceptance": ahead_count,
+            "experts/imbalance": sequences * sum(len(load) for load in loads.values()),
+        }
         metrics |= {
             name: values.sum() / jnp.maximum(counts[name], 1) for name, values in sums.items()
         }
@@ -181,12 +210,15 @@ def loss_sums(
       batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
     """
     log_probs = token_scores(params, **_inputs(batch), model=model).log_probs
-    trained = batch["trained"].astype(jnp.float32)
-    return -jnp.sum(log_probs * trained), trained.sum()
+    return _trained_sum(log_probs, batch), batch["trained"].astype(jnp.float32).sum()
 
 
-def ahead_loss_sums(
-    params: Any, batch: Mapping[str, jax.Array], *, model: Decoder
+def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return -jnp.sum(log_probs * batch["trained"].astype(jnp.float32))
+
+
+def ahead_sums(
+    scores: AheadScores, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the trained tokens, with the module for multi-token prediction.
 
@@ -195,11 +227,9 @@ def ahead_loss_sums(
       module's, and how many the module would draft as the decoder would choose (the acceptance of
       greedy drafts).
     """
-    scores = ahead_scores(params, **_inputs(batch), model=model)
-    trained = batch["trained"].astype(jnp.float32)
     counted = predicted_ahead(batch).astype(jnp.float32)
     return (
-        -jnp.sum(scores.log_probs * trained),
+        _trained_sum(scores.log_probs, batch),
         -jnp.sum(scores.ahead * counted),
         jnp.sum(scores.agrees * counted),
     )
