@@ -223,7 +223,8 @@ def sample_batch(
             log_probs[i, j, :n],
             reason,
             text,
-            *(int(leaf[i, j]) for leaf in drafts),
+            drafted=int(drafts[0][i, j]),
+            accepted=int(drafts[1][i, j]),
             experts=experts_of(i, j, n),
         )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
