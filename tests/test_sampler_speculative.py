@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -320,3 +325,31 @@ def test_a_model_without_the_module_is_refused() -> None:
     params = {name: leaf for name, leaf in PARAMS.items() if name != "prediction"}
     with pytest.raises(ValueError, match="speculative = true, but the model has no module"):
         sample(prompts([4]), decoder(config), params)
+
+
+def test_a_mesh_changes_nothing() -> None:
+    """Samples, and an update of both losses, over four devices arranged as one and as others."""
+    layouts = [
+        [{"data": 1}],
+        [{"fsdp": 2, "tensor": 2}],
+        [{"fsdp": 4}, {"data": 2, "tensor": 2}],  # sampling with another arrangement
+    ]
+    script = Path(__file__).parent / "speculative_on_a_mesh.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(layouts)],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all of the time
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = json.loads(done.stdout)
+    assert np.sum(one["accepted"]) > 4
+    for other in others:
+        assert (other["tokens"], other["accepted"]) == (one["tokens"], one["accepted"])
+        for name in ("log_probs", "losses", "weights"):
+            np.testing.assert_allclose(other[name], one[name], atol=1e-4, err_msg=name)

@@ -1,0 +1,63 @@
+"""Speculative samples and one update of both losses on meshes given as JSON; prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from test_sampler_speculative import LATENT
+
+from r1jax.config.schema import OptimizerSection, PretrainStage
+from r1jax.grpo.step import init_train_state
+from r1jax.models import Decoder, Execution, init_params
+from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.sharding import make_layout, make_rollout_layout
+from r1jax.stages.supervised import make_update
+
+CONFIG = replace(LATENT, vocab_size=8)  # which devices can share
+
+
+def main(axes: dict[str, int], rollout_axes: dict[str, int] | None = None) -> dict[str, Any]:
+    layout = make_layout(axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
+    sampling = make_rollout_layout(layout, rollout_axes)
+    model = Decoder(CONFIG, Execution(compute_dtype=jnp.float32, log_prob_chunk=4), layout)
+    params = init_params(jax.random.key(0), CONFIG, layout)
+    sampler = to_sample(model, sampling)
+    tokens = np.random.default_rng(0).integers(0, 8, (4, 8)).astype(np.int32)
+    asked = (tokens, np.full(4, 8, np.int32), np.arange(4, dtype=np.uint32))
+    prompts = Prompts(*(jax.device_put(x, sampling.sharding(("batch",))) for x in asked))
+    options = {"samples": 2, "max_new_tokens": 8, "seed": 1, "first_bucket": 3}
+    weights = make_rollout_weights(model, sampler)(params)
+    out = generate(weights, prompts, sampler, **options, speculative=True)
+    stage = PretrainStage(
+        name="base",
+        data="d",
+        steps=1,
+        rows_per_step=4,
+        row_tokens=8,
+        mtp_weight=0.3,
+        optimizer=OptimizerSection(learning_rate=1.0),
+    )
+    batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(8, dtype=np.int32), (4, 8))}
+    batch |= {"segment_ids": np.ones_like(tokens), "trained": np.ones(tokens.shape, bool)}
+    batch = jax.device_put(batch, layout.sharding(("batch",)))
+    optimizer = optax.sgd(1.0)
+    update = jax.jit(make_update(stage, model, optimizer))
+    state, metrics = update(init_train_state(params, optimizer), batch)
+    return {
+        "tokens": out.tokens.tolist(),
+        "log_probs": out.policy_log_probs.tolist(),
+        "accepted": out.accepted.tolist(),
+        "losses": [float(metrics[name]) for name in ("loss", "mtp/loss")],
+        "weights": np.asarray(state.params["prediction"]["join"]).ravel().tolist(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))
