@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.config.schema import OptimizerSection
-from r1jax.grpo import GRPOBatch, GRPOConfig, make_grpo_step
+from r1jax.config.schema import BalanceSection, GRPOStage, OptimizerSection
+from r1jax.grpo import GRPOBatch, GRPOConfig
 from r1jax.models import (
     Decoder,
     Execution,
@@ -20,10 +20,10 @@ from r1jax.models import (
     abstract_params,
     experts,
     init_params,
-    token_scores,
 )
 from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
 from r1jax.sharding import Layout, make_layout, make_rollout_layout
+from r1jax.stages.grpo import make_update
 from r1jax.stages.optimizer import (
     abstract_train_state,
     create_train_state,
@@ -72,36 +72,53 @@ def main(
     tokens = rng.integers(0, 32, (8, 8)).astype(np.int32)
     asked = (tokens, np.full(len(tokens), 8, np.int32), np.arange(len(tokens), dtype=np.uint32))
     prompts = Prompts(*(put(x, rollout_layout) for x in asked))
-    samples = generate(to_sampler(params), prompts, sampler, samples=2, max_new_tokens=8, seed=1)
+    options = {"samples": 2, "max_new_tokens": 8, "seed": 1}
+    replay = config.experts is not None
+    samples = generate(to_sampler(params), prompts, sampler, record_experts=replay, **options)
     rows = np.concatenate([np.repeat(tokens, 2, 0), np.asarray(samples.tokens).reshape(16, 8)], 1)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), rows.shape)
     inputs = {"tokens": rows, "positions": positions, "segment_ids": np.ones_like(rows)}
+    if replay:
+        asked_of, answered = np.asarray(samples.prompt_experts), np.asarray(samples.experts)
+        inputs["experts"] = np.concatenate(
+            [np.repeat(asked_of[:, :8], 2, 0), answered.reshape(16, 8, -1)], 1
+        )
     batch = GRPOBatch(
         inputs, (positions >= 8).astype(np.float32), rng.normal(size=16).astype(np.float32)
     )
     batch = jax.tree.map(put, batch)
-    optimizer = make_optimizer(OptimizerSection(learning_rate=1e-3), 10)
-    abstract = abstract_train_state(abstract_params(config, layout, jnp.float32), optimizer, layout)
-    step = make_grpo_step(
-        lambda p, b: token_scores(p, **b.inputs, model=model),
-        optimizer,
-        GRPOConfig(kl_coefficient=0.0),
+    stage = GRPOStage(
+        name="rl",
+        data="questions",
+        steps=10,
+        questions_per_step=8,
+        outputs_per_question=2,
         micro_batches=2,
+        loss=GRPOConfig(kl_coefficient=0.0),
+        optimizer=OptimizerSection(learning_rate=1e-3),
+        balance=BalanceSection(bias_speed=0.125, sequence_loss=0.1) if replay else BalanceSection(),
+        replay_experts=replay,
     )
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    abstract = abstract_train_state(abstract_params(config, layout, jnp.float32), optimizer, layout)
+    step = make_update(stage, model, optimizer)
     update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
     state = create_train_state(params, optimizer, abstract)
-    norms = []
+    norms, figures = [], []
     for _ in range(2):
         state, metrics = update(state, batch)
         norms.append(float(metrics["optimizer/grad_norm"]))
+        figures.append([float(v) for name, v in sorted(metrics.items()) if "experts/" in name])
+        figures[-1].append(float(metrics.get("penalty", 0.0)))
     return {
         "devices": count,
         "tokens": np.asarray(samples.tokens).tolist(),
         "log_probs": np.asarray(samples.policy_log_probs).tolist(),
         "grad_norms": norms,
+        "figures": figures,
         "weights": {
             name: np.asarray(state.params["layers"][name]).ravel().tolist()
-            for name in ("q", "gate", "down")
+            for name in ("q", "gate", "down", *(("router", "router_bias") if replay else ()))
         },
         "compilations": update._cache_size(),
         "split": len({str(s.index) for s in state.params["layers"]["gate"].addressable_shards}),

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from r1jax.models.experts import Exchange, run_experts
 from r1jax.planner import hlo
 
 SCRIPT = Path(__file__).parent / "planned_programs.py"
@@ -166,6 +168,36 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     assert hlo.kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
     assert hlo.kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
     assert hlo.kernel_flops("another_kernel", arrays) is None
+
+
+def test_grouped_products_count_all_rows() -> None:
+    # What XLA makes of a ragged product on TPU: 4,096 rows by four matrices. And its gradient.
+    tiles = [hlo.Shape("s32", (5,)), hlo.Shape("s32", (35,))]
+    rows, matrices = hlo.Shape("bf16", (4096, 64)), hlo.Shape("bf16", (4, 64, 32))
+    product = 2 * 4096 * 64 * 32
+    assert hlo.kernel_flops("ragged-dot-none.3", [*tiles, rows, matrices]) == product
+    gradient = hlo.Shape("f32", (4096, 32))
+    assert hlo.kernel_flops("tgmm.1", [*tiles, rows, gradient]) == product
+    assert hlo.kernel_flops("ragged-dot-metadata", tiles[:1]) == 0
+
+
+def test_tokens_go_to_their_experts_as_often_as_if_all_were_even() -> None:
+    shapes = [((13, 6), "float32"), ((13, 2), "int32"), ((13, 2), "float32")]
+    weights = {"gate": (5, 6, 4), "up": (5, 6, 4), "down": (5, 4, 6)}
+    arguments = [
+        *(jax.ShapeDtypeStruct(*each) for each in shapes),
+        {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in weights.items()},
+    ]
+    exchange = Exchange(1, 100, room=7)
+    compiled = jax.jit(run_experts, static_argnums=4).lower(*arguments, exchange).compile()
+    module = hlo.parse(compiled.as_text())
+    turns = [
+        hlo.trip_count(each, computation, module)
+        for computation in module.computations.values()
+        for each in computation.instructions.values()
+        if each.opcode == "while"
+    ]
+    assert turns.count(4) == 1  # 26 rows, room for 7
 
 
 def test_a_slice_in_a_fusion_in_a_fusion_is_all_that_is_read() -> None:

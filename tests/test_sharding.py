@@ -69,7 +69,7 @@ def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
         # The weights really are in pieces.
         assert other["split"] == math.prod(n for axis, n in axes.items() if axis != "data")
         assert other["tokens"] == one["tokens"]
-        for name in ("log_probs", "grad_norms"):
+        for name in ("log_probs", "grad_norms", "figures"):
             np.testing.assert_allclose(other[name], one[name], atol=2e-4, err_msg=name)
         for name, weight in one["weights"].items():
             np.testing.assert_allclose(other["weights"][name], weight, atol=2e-4, err_msg=name)

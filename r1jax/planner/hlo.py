@@ -382,7 +382,7 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     compares a counter with a constant. Tokens travel to their experts as often as the busiest of
     them needs (`r1jax.models.experts`): as often as if all were equally busy.
     """
-    even = re.search(r"turns_if_even_(\d+)", each.rest)
+    even = re.search(r'turns_if_even_(\d+)/while"', each.rest)
     if even:
         return int(even[1])
     found = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)

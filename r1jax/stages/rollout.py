@@ -223,8 +223,8 @@ def sample_batch(
             log_probs[i, j, :n],
             reason,
             text,
-            int(drafted[i, j]),
-            int(accepted[i, j]),
+            drafted=int(drafted[i, j]),
+            accepted=int(accepted[i, j]),
             experts=experts_of(i, j, n),
         )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
