@@ -138,6 +138,32 @@ def test_an_update_does_not_depend_on_micro_batches() -> None:
     assert abs(float(of_one["optimizer/grad_norm"] - plain["optimizer/grad_norm"])) > 1e-4
 
 
+def test_the_module_for_the_token_after_the_next_is_balanced_too() -> None:
+    model = replace(MODEL, config=replace(CONFIG, num_nextn_predict_layers=1))
+    tokens = np.random.default_rng(0).integers(0, 20, (1, 12)).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "positions": np.arange(12, dtype=np.int32)[None],
+        "segment_ids": np.ones_like(tokens),
+        "trained": np.ones_like(tokens, bool),
+    }
+    settings = {"name": "base", "data": "x", "steps": 1, "rows_per_step": 1, "row_tokens": 12}
+    stage = PretrainStage(
+        **settings,
+        mtp_weight=0.3,
+        balance=BalanceSection(bias_speed=0.5, sequence_loss=0.1),
+        optimizer=OptimizerSection(learning_rate=1e-2),
+    )
+    optimizer = make_optimizer(stage.optimizer, 1)
+    params = init_params(jax.random.key(0), model.config, model.layout)
+    update = jit(supervised.make_update(stage, model, optimizer))
+    state, metrics = update(init_train_state(params, optimizer), batch)
+    for stack in ("layers", "prediction"):
+        moved = np.unique(np.abs(state.params[stack]["router_bias"]))
+        assert set(moved.tolist()) <= {0.0, 0.5} and 0.5 in moved
+    assert 0.5 < metrics["experts/imbalance"] < 3
+
+
 def test_replayed_experts_narrow_the_gap_between_sampler_and_trainer() -> None:
     """The sampler computes in bfloat16, so of close experts it sometimes takes the other one."""
     sampler = replace(MODEL, execution=replace(MODEL.execution, compute_dtype=jnp.bfloat16))
