@@ -1,14 +1,8 @@
 """Rollouts: a compiled sampler over any decoder of `r1jax.models`."""
 
 from r1jax.sampler.distribution import Sampling, draw, filter_logits, sample_keys
-from r1jax.sampler.generate import (
-    Finish,
-    Prompts,
-    Samples,
-    StopSearch,
-    generate,
-    generate_chunks,
-)
+from r1jax.sampler.generate import generate, generate_chunks
+from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch
 from r1jax.sampler.weights import make_rollout_weights, reads_as_is, to_sample
 
 __all__ = [

@@ -112,7 +112,8 @@ def decode_until(
             return jax.lax.dynamic_update_slice_in_dim(buffer, column[..., None], step, axis=2)
 
         ended = running & jnp.any(tokens[..., None] == eos_ids, axis=-1)
-        samples = old.replace(
+        samples = replace(
+            old,
             tokens=put(old.tokens, tokens),
             lengths=old.lengths + running,
             finish=jnp.where(ended, Finish.EOS, old.finish),
@@ -208,7 +209,7 @@ def generate_chunks(
             if stop is not None:
                 ends = _search(stop, state.samples, model.layout)
                 shortened, running = cut(state.samples, state.running, ends)
-                state = state.replace(samples=shortened, running=running)
+                state = replace(state, samples=shortened, running=running)
             done = until
             if record_experts:
                 experts = {"experts": state.cache, "prompt_experts": prompt_cache}
@@ -223,7 +224,7 @@ def generate_chunks(
             if isinstance(state, SpeculativeState):
                 state = grow_speculation(state, extra)
             else:
-                state = state.replace(cache=grow(state.cache, extra))
+                state = replace(state, cache=grow(state.cache, extra))
 
 
 def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:

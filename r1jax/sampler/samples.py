@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -71,7 +72,8 @@ def cut(samples: Samples, running: jax.Array, ends: jax.Array) -> tuple[Samples,
     found = (ends >= 0) & (ends <= samples.lengths)
     lengths = jnp.where(found, ends, samples.lengths)
     inside = jnp.arange(samples.tokens.shape[-1]) < lengths[..., None]
-    shortened = samples.replace(
+    shortened = replace(
+        samples,
         tokens=jnp.where(inside, samples.tokens, 0),
         lengths=lengths,
         finish=jnp.where(found, Finish.STOP, samples.finish),

@@ -17,6 +17,7 @@ Nothing passes through the host but what it is told every `sync_every` steps, as
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -94,15 +95,16 @@ def start_speculatively(
     )
     keys = keys_of(prompts, seed, rollout, count)
     hidden = jnp.broadcast_to(hidden[:, None], (*shape, hidden.shape[-1]))
-    tokens, *log_probs = draw(logits(params, hidden, model), keys, jnp.int32(0), sampling)
+    tokens, policy, drawn = draw(logits(params, hidden, model), keys, jnp.int32(0), sampling)
 
     def over_batch(leaf: jax.Array) -> jax.Array:
         return layout.constrain(leaf, ("batch", "sample", *(None,) * (leaf.ndim - 2)))
 
     none = over_batch(jnp.zeros(shape, jnp.int32))
-    samples = no_samples(batch, count, max_new_tokens, layout).replace(drafted=none, accepted=none)
+    samples = no_samples(batch, count, max_new_tokens, layout)
+    samples = replace(samples, drafted=none, accepted=none)
     everyone, nobody = over_batch(jnp.ones(shape, bool)), over_batch(jnp.zeros(shape, bool))
-    samples, running = _append(samples, everyone, tokens, *log_probs, eos_ids)
+    samples, running = _append(samples, everyone, tokens, policy, drawn, eos_ids)
     state = SpeculativeState(
         step=jnp.int32(0),
         read=none,
@@ -189,14 +191,16 @@ def decode_speculatively(
         accepted &= state.running
         _, _, for_further = draft_and_verify_uniforms(state.keys, index + 1)
         further = draw_filtered(beyond, for_further)
-        drafted = state.samples.replace(
+        drafted = replace(
+            state.samples,
             drafted=state.samples.drafted + state.running,
             accepted=state.samples.accepted + accepted,
         )
-        log_probs = token_log_probs(tokens, scores, filtered, sampling)
-        samples, running = _append(drafted, state.running, tokens, *log_probs, eos_ids)
-        log_probs = token_log_probs(further, following, beyond, sampling)
-        both, going_on = _append(samples, running & accepted, further, *log_probs, eos_ids)
+        policy, drawn = token_log_probs(tokens, scores, filtered, sampling)
+        samples, running = _append(drafted, state.running, tokens, policy, drawn, eos_ids)
+        policy, drawn = token_log_probs(further, following, beyond, sampling)
+        more_of = running & accepted
+        both, going_on = _append(samples, more_of, further, policy, drawn, eos_ids)
         return SpeculativeState(
             step=state.step + 1,
             read=state.read + jnp.where(state.running, 1 + accepted, 0),
@@ -219,7 +223,7 @@ def decode_speculatively(
 def grow_speculation(state: SpeculativeState, extra: int) -> SpeculativeState:
     """The same with room for `extra` more steps."""
     kept = jnp.pad(state.kept, ((0, 0), (0, 0), (0, extra)))
-    return state.replace(kept=kept, cache=grow_cache(state.cache, 2 * extra))
+    return replace(state, kept=kept, cache=grow_cache(state.cache, 2 * extra))
 
 
 def _visible(kept: jax.Array, step: jax.Array) -> jax.Array:
@@ -257,7 +261,8 @@ def _append(
         return jax.vmap(jax.vmap(one))(buffer, index, values.astype(buffer.dtype))
 
     ended = to & jnp.any(tokens[..., None] == eos_ids, axis=-1)
-    longer = samples.replace(
+    longer = replace(
+        samples,
         tokens=put(samples.tokens, tokens),
         lengths=samples.lengths + to,
         finish=jnp.where(ended, Finish.EOS, samples.finish),

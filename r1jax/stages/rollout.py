@@ -189,10 +189,10 @@ def sample_batch(
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
-    drafts = [
+    drafted, accepted = (
         np.zeros_like(lengths) if leaf is None else to_process_rows(leaf)
         for leaf in (samples.drafted, samples.accepted)
-    ]
+    )
     experts = [
         None if leaf is None else to_process_rows(leaf)
         for leaf in (samples.prompt_experts, samples.experts)
@@ -223,7 +223,8 @@ def sample_batch(
             log_probs[i, j, :n],
             reason,
             text,
-            *(int(leaf[i, j]) for leaf in drafts),
+            int(drafted[i, j]),
+            int(accepted[i, j]),
             experts=experts_of(i, j, n),
         )
         for (i, j, n, reason), text in zip(kept, texts, strict=True)
