@@ -322,6 +322,7 @@ def test_sample_hands_on_every_setting(stream: MagicMock) -> None:
         "top_k": 7,
         "min_p": 0.1,
         "stop": ["x", "y"],
+        "speculative": False,
     }
     # Whole completions one after the other, though they arrive interleaved.
     assert result.stdout == "--- 1 of 2 ---\none more\n--- 2 of 2 ---\n[red]second too\n"

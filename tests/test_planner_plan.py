@@ -18,12 +18,18 @@ from flax import struct
 
 from r1jax.cli import with_given_shapes
 from r1jax.config.load import load_config
-from r1jax.config.schema import MeshSection, RunConfig
+from r1jax.config.schema import GRPOStage, MeshSection, RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
 from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
-from r1jax.planner.programs import forward_flops, prepare_decoding, stage_programs, token_counts
+from r1jax.planner.programs import (
+    Rollout,
+    forward_flops,
+    prepare_decoding,
+    stage_programs,
+    token_counts,
+)
 from r1jax.planner.topologies import CHIPS, Chip, Slice
 from r1jax.sampler import Sampling
 from r1jax.sharding import make_layout
@@ -339,3 +345,33 @@ def test_slices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'r1jax\[tpu\]'"):
         tpu_slice("v5p:4x4x4")
+
+
+def test_speculative_rollouts_are_planned_with_the_caches_that_they_have() -> None:
+    config = load_config(
+        "tiny/r1_zero",
+        [
+            "model.config.num_nextn_predict_layers=1",
+            "model.multi_token_prediction=true",
+            "stages.zero.sampling.speculative=true",
+        ],
+    )
+    target = one_device()
+    layout, _ = make_layouts(config.mesh, target.devices)
+    shape = ModelConfig.from_hugging_face(config.model.config or {})
+    stage = config.stage("zero")
+    assert isinstance(stage, GRPOStage)
+    model = decoder_in(config.model, shape, layout)
+    rollout = Rollout(model, 2, 2, 8, 200, stage.sampling, Compiler(target))
+    # The first token comes of the prompt, and each step of the others may give one alone.
+    assert rollout.capacities == [128, 199]
+    state, prompt_cache = rollout.started(128)
+    for found, planned in (
+        (state.cache, rollout.new_cache(128)),
+        (prompt_cache, rollout.prompt_cache),
+    ):
+        found, planned = jax.tree.leaves(found), jax.tree.leaves(planned)
+        assert sum(leaf.size for leaf in found) == sum(leaf.size for leaf in planned)
+    after = jax.tree.leaves(rollout.grow(128, 199).out_info.cache)
+    assert sum(leaf.size for leaf in after) == sum(leaf.size for leaf in rollout.new_cache(199))
+    assert "while" in rollout.decode(128).as_text()

@@ -43,6 +43,11 @@ from r1jax.models.parameters import ParamSpec, is_spec
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
 from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
 from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, grow, start
+from r1jax.sampler.speculative import (
+    decode_speculatively,
+    grow_speculation,
+    start_speculatively,
+)
 from r1jax.sampler.weights import weights_mover
 from r1jax.sharding import Axes, Layout
 from r1jax.stages import grpo, judge, reward_model, supervised
@@ -379,7 +384,7 @@ class Rollout:
             yield Program(
                 "grow the cache",
                 self.model.layout.mesh.shape,
-                lambda: grow.lower(self.started(before)[0].cache, last - before, self.model),
+                lambda: self.grow(before, last),
                 {"cache": self.new_cache(before)},
                 {**resident, "weights": weights, "cache": self.prompt_cache},
                 calls * moved / (last + before),
@@ -388,7 +393,9 @@ class Rollout:
 
     @cached_property
     def capacities(self) -> list[int]:
-        return list(capacities_of(self.new_tokens, min(FIRST_CAPACITY, self.new_tokens)))
+        # Drafts are planned for as if none stayed: of memory the most, of time no gain.
+        steps = max(1, self.new_tokens - 1) if self.sampling.speculative else self.new_tokens
+        return list(capacities_of(steps, min(FIRST_CAPACITY, steps)))
 
     @cached_property
     def rows(self) -> int:
@@ -405,21 +412,35 @@ class Rollout:
 
     @cached_property
     def prefill(self) -> Lowered:
-        return start.lower(*self._start_arguments, **self._start_options(self.capacities[0]))
+        return self._start.lower(*self._start_arguments, **self._start_options(self.capacities[0]))
+
+    @property
+    def _start(self) -> Any:
+        return start_speculatively if self.sampling.speculative else start
+
+    def grow(self, before: int, after: int) -> Lowered:
+        state, _ = self.started(before)
+        if self.sampling.speculative:
+            return grow_speculation.lower(state, after - before, self.model)
+        return grow.lower(state.cache, after - before, self.model)
 
     def decode(self, capacity: int) -> Lowered:
         state, prompt_cache = self.started(capacity)
-        real, whole = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-        return decode_until.lower(
+        advance = decode_speculatively if self.sampling.speculative else decode_until
+        return advance.lower(
             _weights(self.model),
             state,
             prompt_cache,
             self.arguments.lengths,
-            whole,
-            Sampling(real, real, whole, real),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            *self._drawing,
             model=self.model,
         )
+
+    @property
+    def _drawing(self) -> tuple[Any, ...]:
+        real, whole = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        return Sampling(real, real, whole, real), jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def started(self, capacity: int) -> Any:
         """The sampler's state and the prompts' cache, as the prefill would leave them.
@@ -435,7 +456,7 @@ class Rollout:
             raise NotPlanned(
                 "what it reads is laid out by the prefill, which does not fit"
             ) from error
-        begin = partial(start, **self._start_options(capacity))
+        begin = partial(self._start, **self._start_options(capacity))
         return _placed(jax.eval_shape(begin, *self._start_arguments), binary, self.model.layout)
 
     def _start_options(self, capacity: int) -> dict[str, Any]:
@@ -444,18 +465,20 @@ class Rollout:
             "count": self.samples,
             "capacity": capacity,
             "max_new_tokens": self.new_tokens,
-            "record_experts": self.record_experts,
+            **({} if self.sampling.speculative else {"record_experts": self.record_experts}),
         }
 
     @cached_property
     def _start_arguments(self) -> tuple[Any, ...]:
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        return _weights(self.model), self.arguments, seed, seed
+        arguments = (_weights(self.model), self.arguments, seed, seed)
+        return (*arguments, *self._drawing) if self.sampling.speculative else arguments
 
     def new_cache(self, capacity: int) -> list[Any]:
         """What is remembered of the new tokens, as the layout splits it."""
-        arrays = new_cache_arrays(self.rows, self.samples, capacity, self.model)
-        return self._remembered(arrays, (self.rows, self.samples, capacity))
+        entries = 2 * capacity if self.sampling.speculative else capacity
+        arrays = new_cache_arrays(self.rows, self.samples, entries, self.model)
+        return self._remembered(arrays, (self.rows, self.samples, entries))
 
     @cached_property
     def prompt_cache(self) -> list[Any]:
@@ -474,7 +497,7 @@ class Rollout:
         leaves = [
             jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding(axes))
             for shape, axes in arrays
-        ] * config.num_hidden_layers
+        ] * (config.num_hidden_layers + self.sampling.speculative)
         return [*leaves, _recorded(self.model, tokens)] if self.record_experts else leaves
 
 

@@ -101,7 +101,8 @@ def start_speculatively(
         return layout.constrain(leaf, ("batch", "sample", *(None,) * (leaf.ndim - 2)))
 
     none = over_batch(jnp.zeros(shape, jnp.int32))
-    samples = replace(no_samples(batch, count, max_new_tokens, layout), drafted=none, accepted=none)
+    samples = no_samples(batch, count, max_new_tokens, layout)
+    samples = replace(samples, drafted=none, accepted=none)
     everyone, nobody = over_batch(jnp.ones(shape, bool)), over_batch(jnp.zeros(shape, bool))
     samples, running = _append(samples, everyone, tokens, policy, drawn, eos_ids)
     state = SpeculativeState(
@@ -195,10 +196,11 @@ def decode_speculatively(
             drafted=state.samples.drafted + state.running,
             accepted=state.samples.accepted + accepted,
         )
-        log_probs = token_log_probs(tokens, scores, filtered, sampling)
-        samples, running = _append(drafted, state.running, tokens, *log_probs, eos_ids)
-        log_probs = token_log_probs(further, following, beyond, sampling)
-        both, going_on = _append(samples, running & accepted, further, *log_probs, eos_ids)
+        policy, drawn = token_log_probs(tokens, scores, filtered, sampling)
+        samples, running = _append(drafted, state.running, tokens, policy, drawn, eos_ids)
+        policy, drawn = token_log_probs(further, following, beyond, sampling)
+        more_of = running & accepted
+        both, going_on = _append(samples, more_of, further, policy, drawn, eos_ids)
         return SpeculativeState(
             step=state.step + 1,
             read=state.read + jnp.where(state.running, 1 + accepted, 0),

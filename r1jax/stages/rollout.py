@@ -189,10 +189,10 @@ def sample_batch(
         to_process_rows(leaf)
         for leaf in (samples.tokens, samples.lengths, samples.finish, samples.sampling_log_probs)
     )
-    drafted, accepted = [
+    drafted, accepted = (
         np.zeros_like(lengths) if leaf is None else to_process_rows(leaf)
         for leaf in (samples.drafted, samples.accepted)
-    ]
+    )
     experts = [
         None if leaf is None else to_process_rows(leaf)
         for leaf in (samples.prompt_experts, samples.experts)
