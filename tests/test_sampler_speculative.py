@@ -344,7 +344,7 @@ def test_a_mesh_changes_nothing() -> None:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, *others = json.loads(done.stdout)
