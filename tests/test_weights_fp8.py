@@ -452,7 +452,8 @@ for path, leaf in jax.tree.leaves_with_path(params):
     for shard in leaf.addressable_shards:
         np.testing.assert_array_equal(shard.data, expected[name][shard.index], err_msg=name)
 split = params["layers"]["down"]
-assert split.sharding.is_equivalent_to(layout.sharding(("layers", "expert", "mlp", "embed")), 4)
+axes = ("layers", "expert", "mlp", "expert_embed")
+assert split.sharding.is_equivalent_to(layout.sharding(axes), 4)
 held = {s.index[1].indices(8)[:2] for s in split.addressable_shards}
 export(target, params, config, fp8=True)
 print(json.dumps([sorted(held), bytes_read]))
