@@ -81,8 +81,8 @@ def ahead_scores(
         params, x, positions, segment_ids, model, _STACK, keep_cache=False, balance=balance
     )
     x = output_norm(params, x, model)
-    own = scores_ahead(params, hidden, tokens, segment_ids, model)
-    module = scores_ahead(params, x, tokens, segment_ids, model, ahead=2)
+    own = scores_ahead(params, hidden, tokens, segment_ids, model, best=True)
+    module = scores_ahead(params, x, tokens, segment_ids, model, ahead=2, best=True)
     agrees = follows(segment_ids, 2) & (own.best == module.best)
     return AheadScores(own.log_probs, module.log_probs, agrees, routings | own_routings)
 

@@ -26,11 +26,11 @@ class TokenScores(NamedTuple):
 
 
 class HiddenScores(NamedTuple):
-    """As `TokenScores`, and the most likely token, int32 [batch, time]."""
+    """As `TokenScores`, and the most likely token, int32 [batch, time], where it was asked for."""
 
     log_probs: jax.Array
     entropy: jax.Array
-    best: jax.Array
+    best: jax.Array | None
 
 
 def score_hidden(
@@ -41,6 +41,7 @@ def score_hidden(
     chunk: int,
     temperature: jax.Array | float = 1.0,
     layout: Layout | None = None,
+    best: bool = False,
 ) -> HiddenScores:
     """log softmax(hidden @ matrix / temperature)[targets], `chunk` time steps at once.
 
@@ -51,8 +52,9 @@ def score_hidden(
       matrix: [hidden, vocab].
       targets: int32 [batch, time].
       layout: how `hidden` is split over devices along ("batch", "time"); default: it is not.
+      best: find the most likely tokens, too.
     """
-    score = partial(_score_rows, chunk=chunk)
+    score = partial(_score_rows, chunk=chunk, best=best)
     temperature = jnp.asarray(temperature, jnp.float32)
     if layout is None or layout.shards("batch") * layout.shards("time") == 1:
         return score(hidden, matrix, targets, temperature)
@@ -77,6 +79,7 @@ def _score_rows(
     temperature: jax.Array,
     *,
     chunk: int,
+    best: bool,
 ) -> HiddenScores:
     batch, time, width = hidden.shape
     chunk = min(chunk, time)
@@ -93,8 +96,8 @@ def _score_rows(
         chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
         frozen, frozen_total = jax.lax.stop_gradient((raw, total))
         mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
-        best = jnp.argmax(frozen, axis=-1).astype(jnp.int32)
-        return HiddenScores(chosen - total, frozen_total - mean, best)
+        likely = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if best else None
+        return HiddenScores(chosen - total, frozen_total - mean, likely)
 
     if padded == chunk:
         scores = score(hidden, targets)
@@ -159,12 +162,14 @@ def scores_ahead(
     *,
     ahead: int = 1,
     temperature: jax.Array | float = 1.0,
+    best: bool = False,
 ) -> HiddenScores:
     """Score each token by the activations of `ahead` tokens before it.
 
     Args:
       hidden: [batch, time, hidden], normalised.
       tokens, segment_ids: int32 [batch, time].
+      best: as of `score_hidden`.
 
     Returns:
       Scores [batch, time]; entry t is about tokens[:, t], and 0 where `follows` is false.
@@ -177,9 +182,10 @@ def scores_ahead(
         chunk=model.execution.log_prob_chunk,
         temperature=temperature,
         layout=model.layout,
+        best=best,
     )
     said = follows(segment_ids, ahead)
-    return HiddenScores(*(jnp.where(said, jnp.roll(x, ahead, axis=1), 0) for x in scores))
+    return jax.tree.map(lambda x: jnp.where(said, jnp.roll(x, ahead, axis=1), 0), scores)
 
 
 def follows(segment_ids: jax.Array, ahead: int = 1) -> jax.Array:
