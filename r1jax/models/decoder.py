@@ -459,12 +459,17 @@ def empty_cache(
 def grow_cache(cache: Cache, extra: int, model: Decoder) -> Cache:
     """The same cache with room for `extra` more tokens."""
 
-    def grow(leaf: jax.Array) -> jax.Array:
+    def grow(leaf: jax.Array, axis: int) -> jax.Array:
         widths = [(0, 0)] * leaf.ndim
-        widths[_time_axis(model)] = (0, extra)
+        widths[axis] = (0, extra)
         return jnp.pad(leaf, widths)
 
-    return jax.tree.map(grow, cache)
+    # The experts' record, unlike what layers remember, lies in one order everywhere.
+    axes = {name: -2 if name == "experts" else _time_axis(model) for name in cache}
+    return {
+        name: jax.tree.map(lambda leaf, axis=axes[name]: grow(leaf, axis), part)
+        for name, part in cache.items()
+    }
 
 
 def decode(
@@ -491,7 +496,7 @@ def decode(
     """
     tokens = tokens[..., None]
     positions = jnp.broadcast_to(prompt_lengths[:, None, None] + step, tokens.shape)
-    capacity = jax.tree.leaves(cache)[0].shape[_time_axis(model)]
+    capacity = jax.tree.leaves(cache["layers"])[0].shape[_time_axis(model)]
     filled = (jnp.arange(capacity) <= step)[None, None, None]
     hidden, cache = decode_several(
         params, tokens, positions, prompt_cache, prompt_lengths, cache, step, filled, model
