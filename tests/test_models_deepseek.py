@@ -36,7 +36,7 @@ from r1jax.models import (
     prefill,
     token_scores,
 )
-from r1jax.models.decoder import empty_cache, unstack_layers
+from r1jax.models.decoder import empty_cache, grow_cache, unstack_layers
 from r1jax.models.experts import route
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.rope import rotations
@@ -253,6 +253,22 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
                 np.testing.assert_allclose(
                     found[row, sample], expected[row, length + step], atol=1e-4
                 )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_cache_grows_behind_what_it_holds(
+    scan: bool, cache_of_platform: str, tmp_path: Path
+) -> None:
+    make("like V3", tmp_path)
+    _, model = load(tmp_path, scan_layers=scan)
+    small, large = (empty_cache(2, 3, time, model, record_experts=True) for time in (4, 7))
+    rng = np.random.default_rng(0)
+    small = jax.tree.map(lambda x: rng.integers(1, 6, x.shape).astype(x.dtype), small)
+    grown = grow_cache(small, 3, model)
+    assert jax.tree.map(np.shape, grown) == jax.tree.map(np.shape, large)
+    for before, after in zip(jax.tree.leaves(small), jax.tree.leaves(grown), strict=True):
+        np.testing.assert_array_equal(after[tuple(slice(n) for n in before.shape)], before)
+        assert np.sum(after, dtype=np.float32) == np.sum(before, dtype=np.float32)
 
 
 def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from r1jax.models.balance import sequence_imbalance
 from r1jax.models.config import Execution, MixtureOfExperts
+from r1jax.models.grouped_product import grouped_product
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import swiglu
 from r1jax.sharding import Axes, Layout
@@ -442,53 +443,3 @@ def _apply(tokens: jax.Array, share: jax.Array, weights: Params, sizes: jax.Arra
     # Weighed before the last product: its gradient then needs no result that travelled back.
     inner = jax.nn.silu(gate) * up * share[:, None]
     return grouped_product(inner.astype(tokens.dtype), weights["down"], sizes)
-
-
-@jax.custom_vjp
-def grouped_product(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows [n, in], sorted by group, each times its group's matrix [groups, in, out] -> [n, out].
-
-    Rows that follow the last group's are not computed on TPU: undefined.
-
-    Args:
-      sizes: int32 [groups], rows of each.
-    """
-    return jax.lax.ragged_dot(rows, weights, sizes)
-
-
-def _product_forward(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
-    return grouped_product(rows, weights, sizes), (rows, weights, sizes)
-
-
-def _product_backward(kept: Any, gradient: jax.Array) -> Any:
-    rows, weights, sizes = kept
-    of_rows = jax.lax.ragged_dot(gradient, weights.swapaxes(1, 2), sizes)
-    # XLA's own gradient of the weights multiplies, on TPU, every row for every group.
-    of_weights = jax.lax.platform_dependent(
-        rows, gradient, sizes, tpu=_outer_products_tpu, default=_outer_products
-    )
-    return of_rows, of_weights.astype(weights.dtype), None
-
-
-grouped_product.defvjp(_product_forward, _product_backward)
-
-
-def _outer_products(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Of each group, the sum of its rows' outer products with the gradient, float32."""
-    dimensions = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    return jax.lax.ragged_dot_general(
-        rows, gradient, sizes, dimensions, preferred_element_type=jnp.float32
-    )
-
-
-def _outer_products_tpu(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-    tile = 512 if len(rows) % 512 == 0 else 128
-    rows, gradient = (jnp.pad(x, ((0, -len(x) % tile), (0, 0))) for x in (rows, gradient))
-    tiles = (tile, min(512, rows.shape[1]), min(1024, gradient.shape[1]))
-    return tgmm(rows.swapaxes(0, 1), gradient, sizes, jnp.float32, tiles)
