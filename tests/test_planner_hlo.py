@@ -234,6 +234,18 @@ ENTRY %main (a: bf16[28,4,2], k: s32[], y: bf16[8,4]) -> bf16[8,2] {
     # Used as a whole beside it, all of it is read.
     both = text.replace("ROOT %r =", "%t = bf16[28,4,2]{2,1,0} negate(%w)\n  ROOT %r =")
     assert hlo.cost(hlo.parse(both)).bytes == 2 * (28 * 4 * 2 + 8 * 4 + 8 * 2)
+    # As a TPU7x's: the weights are first laid out anew, of which no more is done than is taken.
+    again = """%again (q: bf16[28,4,2]) -> bf16[28,4,2] {
+  %q = bf16[28,4,2]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[28,4,2]{2,1,0:T(8,128)(2,1)} copy(%q)
+}
+
+%product"""
+    assert text.count("bitcast(%w)") == 1
+    tiled = text.replace("%product", again, 1).replace(
+        "bitcast(%w)", "fusion(%w), kind=kLoop, calls=%again"
+    )
+    assert hlo.cost(hlo.parse(tiled)).bytes == found.bytes
 
 
 def test_what_another_unit_of_the_chip_does_counts() -> None:

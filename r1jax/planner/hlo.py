@@ -599,7 +599,7 @@ def _read(
       name: of the parameter. whole: bytes of all of it.
     """
     taken = 0.0
-    for user, used in _real_users(inner, name):
+    for user, used in _real_users(inner, name, computations):
         is_first = user.operands[0] == used
         if user.opcode in _SLICES and is_first:
             taken += sum(shape.bytes for shape in user.shapes)
@@ -616,13 +616,29 @@ def _read(
     return min(taken, whole)
 
 
-def _real_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
-    """Who uses a value behind bitcasts, and under which name."""
+def _real_users(
+    inner: Computation, name: str, computations: Mapping[str, Computation]
+) -> Iterator[tuple[Instruction, str]]:
+    """Who uses a value behind bitcasts and changes of its tiles, and under which name.
+
+    A TPU7x tiles weights otherwise than its loops read them. A fusion that is nothing but that
+    change moves, inside another one, no more than what is then taken of it.
+    """
     for user in inner.users(name):
-        if user.opcode == "bitcast":
-            yield from _real_users(inner, user.name)
+        passed = user.opcode == "bitcast" or (
+            user.opcode == "fusion"
+            and user.name != inner.root
+            and _only_copies(computations[user.called[0]])
+        )
+        if passed:
+            yield from _real_users(inner, user.name, computations)
         else:
             yield user, name
+
+
+def _only_copies(computation: Computation) -> bool:
+    each = computation.instructions.values()
+    return {one.opcode for one in each} <= {"parameter", "copy", "bitcast"}
 
 
 def _written(each: Instruction, computations: Mapping[str, Computation]) -> float:
