@@ -276,6 +276,28 @@ async_execution_thread="sparsecore", to_apply=%other
     assert hlo.cost(module).bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2)
 
 
+def test_what_leaves_a_slice_is_sent_by_one_device_of_each() -> None:
+    """Between slices, a TPU's compiler writes transfers by way of the hosts, and no collectives."""
+    text = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[4,8]{1,0}, u32[], token[]) send(%a, %t), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %d = token[] send-done(%s), channel_id=1, is_host_transfer=true
+  ROOT %r = bf16[4,8]{1,0} copy(%a)
+}
+"""
+    (found,) = hlo.cost(hlo.parse(text)).collectives
+    assert (found.kind, found.bytes, found.times) == ("all-gather", 3 * 4 * 8 * 2, 1)
+    assert hlo.axes_of(found.group, {"fsdp": 4, "tensor": 4}) == ("fsdp",)
+    alone = text.replace("ALL_GATHER", "REDUCE_SCATTER")
+    (found,) = hlo.cost(hlo.parse(alone)).collectives
+    assert (found.kind, found.bytes) == ("reduce-scatter", 4 * 8 * 2 * 3 / 4)
+
+
 def test_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("x = 1\n")

@@ -78,6 +78,21 @@ def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
     assert one["compilations"] == 1
 
 
+def test_devices_that_share_a_row_score_it_as_one_does() -> None:
+    """Log-probs, entropies, the best words, and the gradients, of a vocabulary in parts."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("scores_on_a_mesh.py"))],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in json.loads(done.stdout):
+        assert len(case) == 6
+        assert max(case.values()) < 1e-4, case
+
+
 def test_a_layout_that_samples_as_it_trains_is_the_same_layout() -> None:
     # Then weights stay where they are, and rows as well.
     training = make_layout({"data": 1, "fsdp": -1}, {"mlp": None}, jax.devices()[:1])

@@ -205,7 +205,13 @@ def run_rows(
         weights, replayed = layer
 
         def attend(q: jax.Array, kept: tuple[jax.Array, ...], w: Params) -> tuple[jax.Array, Any]:
-            k, v = kept if config.latent is None else expand(kept[0], w["kv_up"], config.latent)
+            if config.latent is None:
+                k, v = kept
+            else:
+                k, v = expand(kept[0], w["kv_up"], config.latent)
+                # Said of their gradients: where attention splits the heads over more devices, these
+                # come back in an all-to-all, too, and not whole to every device.
+                q, k, v = (layout.constrain(x, ("batch", "time", "heads", None)) for x in (q, k, v))
             out = row_attention(q, k, v, segment_ids, execution, layout)
             if not keep_cache:
                 return out, None

@@ -17,6 +17,8 @@ from r1jax.models.decoder import Decoder, Routings, forward_routed, unembedding
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout
 
+_NO_WORD = -1e30  # finite: times a weight of 0 it is 0
+
 
 class TokenScores(NamedTuple):
     """Per token, float32 [batch, time]. The entropy carries no gradient."""
@@ -61,15 +63,37 @@ def score_hidden(
     rows, table = layout.spec(("batch", "time")), dict(layout.rules)
     # Each device scores its own tokens. Left to itself, the compiler sums the matrix's gradient
     # over the devices in every chunk; here it leaves a device once. Axes that split the vocabulary
-    # stay the compiler's.
+    # stay the compiler's. Devices that share a row, though, score it together, with a part of the
+    # vocabulary each: none has to hold the whole matrix and its gradient in float32, 3.5 GiB each
+    # of DeepSeek-V3's.
+    words, parts = matrix.shape[1], layout.shards("time")
+    along = table["time"] if parts > 1 else ()
+    matrix = jnp.pad(matrix, ((0, 0), (0, -words % parts)))
+    first = jnp.arange(parts, dtype=jnp.int32) * (matrix.shape[1] // parts)
+
+    def score_part(
+        hidden: jax.Array, matrix: jax.Array, targets: jax.Array, first: jax.Array, heat: jax.Array
+    ) -> HiddenScores:
+        part = _Part(first[0], words, along) if along else None
+        return score(hidden, matrix, targets, heat, part=part)
+
     return jax.shard_map(
-        score,
+        score_part,
         mesh=layout.mesh,
-        in_specs=(rows, PartitionSpec(), rows, PartitionSpec()),
+        in_specs=(rows, PartitionSpec(None, along), rows, PartitionSpec(along), PartitionSpec()),
         out_specs=rows,
         axis_names={*table["batch"], *table["time"]},
         check_vma=False,
-    )(hidden, matrix, targets, temperature)
+    )(hidden, matrix, targets, first, temperature)
+
+
+class _Part(NamedTuple):
+    """Of a vocabulary that devices share: the first word of this one's part, all words, and the
+    mesh axes of the devices, which have other tokens of the same rows."""
+
+    first: jax.Array
+    words: int
+    along: tuple[str, ...]
 
 
 def _score_rows(
@@ -80,6 +104,7 @@ def _score_rows(
     *,
     chunk: int,
     best: bool,
+    part: _Part | None = None,
 ) -> HiddenScores:
     batch, time, width = hidden.shape
     chunk = min(chunk, time)
@@ -91,13 +116,13 @@ def _score_rows(
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> HiddenScores:
         narrow = wide.astype(matrix.dtype)
+        if part is not None:
+            # Everyone's tokens of the chunk, for the words of this device.
+            hidden, targets = (
+                jax.lax.all_gather(x, part.along, axis=1, tiled=True) for x in (hidden, targets)
+            )
         raw = jnp.matmul(hidden, narrow, preferred_element_type=jnp.float32) / temperature
-        total = jax.nn.logsumexp(raw, axis=-1)
-        chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
-        frozen, frozen_total = jax.lax.stop_gradient((raw, total))
-        mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
-        likely = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if best else None
-        return HiddenScores(chosen - total, frozen_total - mean, likely)
+        return _scores(raw, targets, best) if part is None else _joint(raw, targets, part, best)
 
     if padded == chunk:
         scores = score(hidden, targets)
@@ -107,6 +132,55 @@ def _score_rows(
         _, scores = jax.lax.scan(lambda _, xs: (None, score(*xs)), None, (hidden, targets))
         scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, padded), scores)
     return jax.tree.map(lambda x: x[:, :time], scores)
+
+
+def _scores(raw: jax.Array, targets: jax.Array, best: bool) -> HiddenScores:
+    """Of logits [batch, time, vocab]."""
+    total = jax.nn.logsumexp(raw, axis=-1)
+    chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
+    frozen, frozen_total = jax.lax.stop_gradient((raw, total))
+    mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
+    likely = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if best else None
+    return HiddenScores(chosen - total, frozen_total - mean, likely)
+
+
+def _joint(raw: jax.Array, targets: jax.Array, part: _Part, best: bool) -> HiddenScores:
+    """As `_scores` of all parts' logits, for this device's tokens.
+
+    Args:
+      raw: [batch, all devices' time, part of vocab]. targets: int32 [batch, all devices' time].
+    """
+    words = part.first + jnp.arange(raw.shape[-1], dtype=jnp.int32)
+    raw = jnp.where(words < part.words, raw, _NO_WORD)
+    frozen = jax.lax.stop_gradient(raw)
+    top = jax.lax.pmax(jnp.max(frozen, axis=-1), part.along)
+
+    def summed(x: jax.Array) -> jax.Array:
+        """Over the parts, of this device's tokens."""
+        return jax.lax.psum_scatter(x, part.along, scatter_dimension=1, tiled=True)
+
+    def mine(x: jax.Array) -> jax.Array:
+        """What all devices know alike, of this device's tokens."""
+        own = part.first // raw.shape[-1] * (x.shape[1] // jax.lax.axis_size(part.along))
+        return jax.lax.dynamic_slice_in_dim(x, own, x.shape[1] // jax.lax.axis_size(part.along), 1)
+
+    weights = jnp.exp(raw - top[..., None])
+    weight, peak = summed(jnp.sum(weights, axis=-1)), mine(top)
+    place = targets - part.first
+    inside = (place >= 0) & (place < raw.shape[-1])
+    place = jnp.clip(place, 0, raw.shape[-1] - 1)
+    chosen = jnp.take_along_axis(raw, place[..., None], axis=-1)[..., 0]
+    chosen = summed(jnp.where(inside, chosen, 0))
+    total = jnp.log(weight) + peak
+    mean = summed(jnp.sum(jax.lax.stop_gradient(weights) * frozen, axis=-1))
+    mean = mean / jax.lax.stop_gradient(weight)
+    likely = None
+    if best:
+        # The first of the best, as argmax has it.
+        found = words[jnp.argmax(frozen, axis=-1)]
+        found = jnp.where(jnp.max(frozen, axis=-1) == top, found, part.words)
+        likely = mine(jax.lax.pmin(found, part.along))
+    return HiddenScores(chosen - total, jax.lax.stop_gradient(total) - mean, likely)
 
 
 def token_scores(

@@ -299,6 +299,8 @@ class _Counter:
                 self._collectives.append(Collective(kind, sent, group, times))
             moved = 2 * sum(shape.bytes for shape in operands if shape.in_hbm)
             self._operations.append(Operation(0.0, moved, times))
+        elif each.opcode == "send" and "megascale_transfer_type" in each.rest:
+            self._between_slices(each, computation, times)
         else:
             flops = self._flops(each, computation)
             moved = _bytes(each, computation, computations)
@@ -307,6 +309,18 @@ class _Counter:
             if each.opcode == "fusion":  # collectives that were fused with the products beside them
                 for name in each.called:
                     self._fused_collectives(computations[name], times)
+
+    def _between_slices(self, each: Instruction, computation: Computation, times: float) -> None:
+        """The part of a collective that leaves the slice, which goes by way of the host."""
+        said = re.search(r'_transfer_type="(\w+)"', each.rest)
+        places = re.search(r'_target="\{([\d,]+)\}x\{0:(\d+)\}', each.rest)
+        kind = said[1].lower().replace("_", "-") if said else ""
+        if places is None or kind not in COLLECTIVES:
+            return
+        count, of_slice = len(places[1].split(",")), int(places[2]) + 1
+        first = tuple(index * of_slice for index in range(count))
+        sent = sum(shape.bytes for shape in self._operands(each, computation))
+        self._collectives.append(Collective(kind, sent * _sent(kind, count), first, times))
 
     def _fused_collectives(self, computation: Computation, times: float) -> None:
         for each in computation.instructions.values():

@@ -1,0 +1,54 @@
+"""Scores of rows that eight devices share, beside those of one; prints the largest differences."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.models.scores import HiddenScores, score_hidden
+from r1jax.sharding import Layout, make_layout
+
+VOCAB = 13  # which no number of devices divides
+
+
+def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
+    layout = make_layout(axes, {"vocab": None}, jax.devices())
+    rng = np.random.default_rng(0)
+    hidden, matrix, weights = (
+        jnp.asarray(rng.standard_normal(shape, np.float32))
+        for shape in ((2, 16, 6), (6, VOCAB), (2, 16))
+    )
+    # Two words that are the best alike: the first of them counts.
+    matrix = matrix.at[:, VOCAB - 1].set(matrix[:, 0])
+    targets = jnp.asarray(rng.integers(0, VOCAB, (2, 16)), jnp.int32)
+
+    def value(
+        hidden: jax.Array, matrix: jax.Array, layout: Layout | None
+    ) -> tuple[jax.Array, HiddenScores]:
+        scores = score_hidden(
+            hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, best=True
+        )
+        return jnp.sum(scores.log_probs * weights) + jnp.sum(scores.entropy), scores
+
+    found = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
+    one, all_of_them = found(hidden, matrix, None), found(hidden, matrix, layout)
+    return {
+        jax.tree_util.keystr(path): float(np.abs(a - b).max())
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path(jax.device_get(one)),
+            jax.tree.leaves(jax.device_get(all_of_them)),
+            strict=True,
+        )
+    }
+
+
+if __name__ == "__main__":
+    cases = [
+        ({"sequence": 8}, 2),
+        ({"data": 2, "sequence": 4}, 3),
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, 64),
+    ]
+    print(json.dumps([differences(*case) for case in cases]))
