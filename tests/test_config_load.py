@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from r1jax.config.load import (
 )
 from r1jax.config.packaged import packaged_configs, packaged_meshes
 from r1jax.config.schema import EvaluateStage, GRPOStage, MeshSection
+from r1jax.planner.topologies import CHIPS
 
 # Line numbers in the tests count from 1 at `name`.
 GOOD = """\
@@ -477,7 +479,10 @@ def test_slices_that_are_no_table_are_refused() -> None:
 )
 def test_every_slice_of_a_packaged_config_is_valid(name: str, slice_name: str) -> None:
     config = load_config(name, (), slice_name)
-    devices = math.prod(int(size) for size in slice_name.partition(":")[2].split("x"))
+    parts = re.fullmatch(r"(?:(\d+)x)?(\w+):([\dx]+)", slice_name)
+    assert parts is not None
+    devices = int(parts[1] or 1) * math.prod(int(size) for size in parts[3].split("x"))
+    devices *= CHIPS[parts[2]].devices
     assert math.prod(config.mesh.axes.values()) == devices
     if config.mesh.rollout is not None:
         assert math.prod(config.mesh.rollout.axes.values()) == devices

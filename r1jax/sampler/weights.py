@@ -56,16 +56,22 @@ def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
         leaf = leaf.astype(spec.dtype(dtype))
         if policy.layout.mesh != sampler.layout.mesh:
             # By way of whole arrays, layer by layer: between two meshes the compiler knows no
-            # better, and would do it with all layers at once.
+            # better, and would do it with all layers at once, and in float32.
+            leaf = jax.lax.optimization_barrier(leaf)
             leaf = policy.layout.constrain(leaf, (None,) * leaf.ndim)
         return sampler.layout.constrain(leaf, axes)
 
     def weights(params: Params) -> Params:
         def stack(name: str) -> Params:
             def one_layer(layer: Params) -> Params:
-                return jax.tree.map(
-                    lambda leaf, spec: move(leaf, spec, spec.axes[1:]), layer, specs[name]
-                )
+                moved: Params = {}
+                for part, leaf in layer.items():
+                    spec = specs[name][part]
+                    if moved:
+                        # One after the other: a layer's experts are 21 GiB of DeepSeek-V3.
+                        leaf, moved = jax.lax.optimization_barrier((leaf, moved))
+                    moved[part] = move(leaf, spec, spec.axes[1:])
+                return moved
 
             moved: Params = jax.lax.map(one_layer, params[name])
             return moved
