@@ -161,8 +161,8 @@ def _joint(raw: jax.Array, targets: jax.Array, part: _Part, best: bool) -> Hidde
 
     def mine(x: jax.Array) -> jax.Array:
         """What all devices know alike, of this device's tokens."""
-        own = part.first // raw.shape[-1] * (x.shape[1] // jax.lax.axis_size(part.along))
-        return jax.lax.dynamic_slice_in_dim(x, own, x.shape[1] // jax.lax.axis_size(part.along), 1)
+        count, index = x.shape[1] // jax.lax.axis_size(part.along), part.first // raw.shape[-1]
+        return jax.lax.dynamic_slice_in_dim(x, index * count, count, axis=1)
 
     weights = jnp.exp(raw - top[..., None])
     weight, peak = summed(jnp.sum(weights, axis=-1)), mine(top)
