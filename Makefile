@@ -38,7 +38,7 @@ plan-all: .libtpu/installed
 # The tests that need the TPU compiler: 700 MB, for which `test` does not ask, and .ci/run does.
 test-plans: .venv/installed-test .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
-	  tests/test_planner_plan.py tests/test_planner_table.py
+	  tests/planner/test_plan.py tests/planner/test_table.py
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.grpo import GRPOBatch, GRPOConfig, group_advantages, init_train_state, make_grpo_step
+from r1jax.grpo import GRPOBatch, make_grpo_step
 from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
+from r1jax.objectives.advantages import group_advantages
 from r1jax.sampler import Prompts, generate
+from r1jax.settings.objective import GRPOConfig
 from r1jax.sharding import make_layout, split_cpu
+from r1jax.train_step import init_train_state
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 32, 64
 MICRO_BATCHES = 8  # their activations fit into a CPU's caches

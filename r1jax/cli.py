@@ -24,7 +24,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from r1jax.config.schema import RunConfig
+    from r1jax.config.run_config import RunConfig
 
 
 class _Commands(TyperGroup):
@@ -126,9 +126,10 @@ def run(
 
     settings = load_config(config, overrides or (), slice_name)
 
+    from r1jax import recipe
     from r1jax.metrics import ProfiledSteps
+    from r1jax.planner import dry_run
     from r1jax.processes import join_processes
-    from r1jax.stages import dry_run, recipe
 
     profiled = None if profile is None else ProfiledSteps.parse(profile)
     join_processes()
@@ -352,8 +353,9 @@ def evaluate(
             ]
         )
 
+    from r1jax import recipe
+    from r1jax.planner import dry_run
     from r1jax.processes import join_processes
-    from r1jax.stages import dry_run, recipe
 
     join_processes()
     if trained is not None:
@@ -413,8 +415,8 @@ def sample(
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
 
-    from r1jax.config.schema import SamplingSection
-    from r1jax.stages.sample import stream_completions
+    from r1jax.rollouts.one_prompt import stream_completions
+    from r1jax.settings.sampling import SamplingSection
 
     sampling = SamplingSection(
         temperature=temperature,
@@ -477,7 +479,7 @@ def export(
     from r1jax.bucket import locate
 
     _require_run(locate(run_directory))
-    from r1jax.stages import recipe
+    from r1jax import recipe
 
     recipe.export_run(locate(run_directory), locate(destination), stage, dtype)
     typer.echo(f"exported: {destination}")

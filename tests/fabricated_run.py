@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from r1jax.config.schema import EvaluateStage, GRPOStage, RunConfig, SFTStage
+from r1jax.config.run_config import RunConfig
 from r1jax.evaluation import summarise
+from r1jax.stages.evaluate.settings import EvaluateStage
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.sft.settings import SFTStage
 
 HOSTILE = "<script>alert('model text')</script> & \"quotes\""
 DOMAINS = ("code", "logic", "maths", "stem")

@@ -11,11 +11,11 @@ from typing import Any
 
 from killed_run import ask_to_stop, die_in, kill
 
-from r1jax import cli
+from r1jax import cli, recipe
 from r1jax.data import load_examples
+from r1jax.rollouts.scoring import Judge
+from r1jax.run import context
 from r1jax.sharding import split_cpu
-from r1jax.stages import context, recipe
-from r1jax.stages.judge import Judge
 
 
 def fail(*_: Any) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from r1jax import recipe
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics import Recorder
-from r1jax.stages import grpo, recipe
-from r1jax.stages.judge import Judge
+from r1jax.rollouts.scoring import Judge
+from r1jax.stages.grpo import stage as grpo
 from r1jax.weights.hugging_face import exporting
 
 

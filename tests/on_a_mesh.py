@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.config.schema import BalanceSection, GRPOStage, OptimizerSection
-from r1jax.grpo import GRPOBatch, GRPOConfig
+from r1jax.grpo import GRPOBatch
 from r1jax.models import (
     Decoder,
     Execution,
@@ -21,15 +20,18 @@ from r1jax.models import (
     experts,
     init_params,
 )
-from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
-from r1jax.sharding import Layout, make_layout, make_rollout_layout
-from r1jax.stages.grpo import make_update
-from r1jax.stages.optimizer import (
+from r1jax.run.optimizer import (
     abstract_train_state,
     create_train_state,
     make_optimizer,
     shardings_of,
 )
+from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.settings.objective import GRPOConfig
+from r1jax.settings.optimizer import BalanceSection, OptimizerSection
+from r1jax.sharding import Layout, make_layout, make_rollout_layout
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.stage import make_update
 
 CONFIGS = {
     "dense": ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4),

@@ -6,8 +6,9 @@ import sys
 
 import jax
 
+from r1jax import recipe
 from r1jax.config.load import load_config
-from r1jax.stages import recipe, rejection_sampling
+from r1jax.stages.rejection_sampling import stage as rejection_sampling
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.scores import HiddenScores, score_hidden
+from r1jax.models.log_probs import HiddenScores, score_hidden
 from r1jax.sharding import Layout, make_layout
 
 VOCAB = 13  # which no number of devices divides

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from test_sampler_speculative import LATENT
+from sampler.test_speculative import LATENT
 
-from r1jax.config.schema import OptimizerSection, PretrainStage
-from r1jax.grpo.step import init_train_state
 from r1jax.models import Decoder, Execution, init_params
 from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import make_layout, make_rollout_layout
+from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.supervised import make_update
+from r1jax.train_step import init_train_state
 
 CONFIG = replace(LATENT, vocab_size=8)  # which devices can share
 

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save
 from safetensors.torch import save as save_torch
 from typer.testing import CliRunner
 
+from r1jax import recipe
 from r1jax.bucket import WorkingCopy, check_access, locate, read_range
 from r1jax.checkpoints import Checkpoints
 from r1jax.cli import app
@@ -36,7 +37,6 @@ from r1jax.metrics import ACTIVITY, Watchdog
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout, make_layout, single_device
-from r1jax.stages import recipe
 from r1jax.weights import hugging_face
 from r1jax.weights.hugging_face import Tensors, export, load_params, resolve, tensor_files
 from r1jax.weights.hugging_face.fp8 import read_values

@@ -17,7 +17,7 @@ from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
 from r1jax.metrics import ProfiledSteps
-from r1jax.stages.context import RunError
+from r1jax.run.context import RunError
 
 CONFIG = """\
 name: small
@@ -66,7 +66,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
 
 @pytest.fixture
 def recipe() -> Any:
-    from r1jax.stages import recipe
+    from r1jax import recipe
 
     return recipe
 
@@ -104,7 +104,7 @@ def test_run_profiles_steps(config: Path, recipe: Any, replace: Replace) -> None
 
 
 def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Replace) -> None:
-    from r1jax.stages import dry_run
+    from r1jax.planner import dry_run
 
     run = replace(recipe, "run")
     weight = {
@@ -194,7 +194,7 @@ def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
     config: Path, recipe: Any, replace: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from r1jax import processes
-    from r1jax.stages import dry_run
+    from r1jax.planner import dry_run
 
     monkeypatch.setattr(processes, "joined", lambda: processes.Joined(3, 4, "", None))
     run = replace(recipe, "run", side_effect=RunError("5 non-finite steps"))
@@ -299,7 +299,7 @@ def test_eval_names_an_unknown_stage(config: Path) -> None:
 
 @pytest.fixture
 def stream(replace: Replace) -> MagicMock:
-    from r1jax.stages import sample
+    from r1jax.rollouts import one_prompt as sample
 
     def pieces(*_: Any, **__: Any) -> Iterator[tuple[int, str]]:
         yield from [(0, "one "), (1, "[red]second"), (0, "more"), (1, " too")]

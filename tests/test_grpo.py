@@ -11,17 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from r1jax.grpo import (
-    GRPOBatch,
-    GRPOConfig,
-    group_advantages,
-    init_train_state,
-    k3_divergence,
-    make_grpo_step,
-    map_micro_batches,
-    token_terms,
-    token_weights,
-)
+from r1jax.grpo import GRPOBatch, make_grpo_step
+from r1jax.objectives.advantages import group_advantages
+from r1jax.objectives.kl import k3_divergence
+from r1jax.objectives.normalisation import token_weights
+from r1jax.objectives.policy_loss import token_terms
+from r1jax.settings.objective import GRPOConfig
+from r1jax.train_step import init_train_state, map_micro_batches
 
 ON_POLICY = GRPOConfig(kl_coefficient=0.0, importance_cap=None)
 

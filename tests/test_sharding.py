@@ -20,8 +20,8 @@ from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.attention import head_repeats
 from r1jax.processes import Share, batch_share
+from r1jax.recipe import check_rows
 from r1jax.sharding import make_layout, make_rollout_layout, own_parts
-from r1jax.stages.recipe import check_rows
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
 

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from r1jax.config.schema import DataSection, RewardSection
+from r1jax.settings.data import DataSection
+from r1jax.settings.rewards import RewardSection
 
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 """The paper's words; that they have a line of their own is a choice."""

@@ -11,15 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1jax.config.schema import (
-    MODEL,
-    EvaluateStage,
-    GRPOStage,
-    ModelRewrite,
-    RejectionSamplingStage,
-    RunConfig,
-    datasets_of,
-)
+from r1jax.config.run_config import RunConfig, datasets_of
+from r1jax.settings.model import MODEL
+from r1jax.stages.evaluate.settings import EvaluateStage
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamplingStage
 
 
 @dataclass(frozen=True)

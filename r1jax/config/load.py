@@ -36,7 +36,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from r1jax.bucket import locate
 from r1jax.config.benchmarks import fill_in
 from r1jax.config.packaged import packaged_configs, read_mesh
-from r1jax.config.schema import RunConfig
+from r1jax.config.run_config import RunConfig
 
 KeyPath = tuple[str | int, ...]
 JsonSchema = dict[str, Any]

@@ -3,6 +3,7 @@
 Nothing here imports jax: worker processes and tools may use it without claiming an accelerator.
 """
 
+from r1jax.data.chat_template import TEMPLATES, Prompt, render
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example, Message
@@ -23,7 +24,6 @@ from r1jax.data.preferences import (
     scored_text,
 )
 from r1jax.data.prompts import PromptIterator, PromptReport, Taken, encode_prompts
-from r1jax.data.templates import TEMPLATES, Prompt, render
 from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
 
 __all__ = [

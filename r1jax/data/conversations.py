@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from r1jax.data.chat_template import TEMPLATES, chat_prompt, check_template, render_chat
 from r1jax.data.documents import Document
 from r1jax.data.example import Example, Message
-from r1jax.data.templates import TEMPLATES, chat_prompt, check_template, render_chat
 from r1jax.data.tokenizers import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from r1jax.config.schema import DataSection
+    from r1jax.settings.data import DataSection
 
 _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
 """How released models write their special tokens: `<|im_end|>`, `<｜User｜>`."""

@@ -16,7 +16,7 @@ from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 
 if TYPE_CHECKING:
-    from r1jax.config.schema import DataSection
+    from r1jax.settings.data import DataSection
 
 TASK_EXAMPLES = 100_000
 """Examples of a `task:NAME` without `limit`; a task has no end of its own."""

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from r1jax.data.chat_template import check_template, render_text
 from r1jax.data.example import Example, Split
 from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
 from r1jax.data.order import Walk, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
 from r1jax.data.tasks import PreferenceTask, Task
-from r1jax.data.templates import check_template, render_text
 from r1jax.data.tokenizers import encode_texts
 from r1jax.rewards.extraction import after_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from r1jax.config.schema import DataSection
+    from r1jax.settings.data import DataSection
 
 Reads = Literal["summary", "response"]
 """How much of a response a reward model sees. In the R1 paper (arXiv 2501.12948 v2) the helpful one
@@ -331,7 +331,7 @@ def encode_preferences(
 
 
 def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndarray]:
-    """Right-padded rows, one text each, as `r1jax.reward_models.reward_scores` takes them.
+    """Right-padded rows, one text each, as `r1jax.models.reward_head.reward_scores` takes them.
 
     Returns:
         `tokens`, `positions` and `segment_ids`, int32 [texts, row_tokens], and `ends`, int32

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from r1jax.data.chat_template import Prompt, check_template, render_text, to_prompt
 from r1jax.data.example import Example
 from r1jax.data.order import Walk, fingerprint, id_bytes
-from r1jax.data.templates import Prompt, check_template, render_text, to_prompt
 from r1jax.data.tokenizers import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from r1jax.config.schema import DataSection
+    from r1jax.settings.data import DataSection
 
 _BATCH = 4096  # Texts per tokenizer call: large enough to be fast, small enough for memory.
 

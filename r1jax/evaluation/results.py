@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1jax.config.schema import MODEL
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.settings.model import MODEL
 
 # Stages after which a model is not the one before; pretraining is what makes the one before.
 _LEARNING = ("sft", "grpo")

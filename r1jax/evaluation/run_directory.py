@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
-from r1jax.config.schema import RunConfig
+from r1jax.config.run_config import RunConfig
 
 # Stages whose result is a summary; the others leave metrics and weights.
 _SUMMARISED = ("evaluate", "rejection_sampling")

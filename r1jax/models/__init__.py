@@ -10,9 +10,9 @@ from r1jax.models.config import (
     YarnRopeScaling,
 )
 from r1jax.models.decoder import Decoder, decode, forward, logits, prefill
+from r1jax.models.log_probs import TokenScores, token_scores
 from r1jax.models.multi_token_prediction import AheadScores, ahead_scores
 from r1jax.models.parameters import ParamSpec, abstract_params, declare, init_params
-from r1jax.models.scores import TokenScores, token_scores
 
 __all__ = [
     "AheadScores",

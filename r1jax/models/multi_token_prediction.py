@@ -32,9 +32,9 @@ from r1jax.models.decoder import (
     run_new,
     run_rows,
 )
+from r1jax.models.log_probs import follows, scores_ahead
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm
-from r1jax.models.scores import follows, scores_ahead
 
 _STACK = ("prediction",)
 

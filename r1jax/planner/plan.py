@@ -8,26 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
-from r1jax.config.schema import (
-    MODEL,
-    EvaluateStage,
-    MeshSection,
-    ModelSection,
-    RunConfig,
-    Stage,
-)
+from r1jax.config.run_config import RunConfig, Stage
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
+from r1jax.planner.dry_run import longest_prompt
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.measure import seconds as seconds_of
-from r1jax.planner.programs import Program, bytes_on_device, stage_programs
 from r1jax.planner.topologies import Slice
+from r1jax.programs.programs import Program, bytes_on_device, stage_programs
+from r1jax.recipe import Selection, check_rows
+from r1jax.rollouts.scoring import directory_section
+from r1jax.run.context import decoder_of, make_layouts
+from r1jax.settings.mesh import MeshSection
+from r1jax.settings.model import MODEL, ModelSection
 from r1jax.sharding import Layout
-from r1jax.stages.context import decoder_of, make_layouts
-from r1jax.stages.dry_run import longest_prompt
-from r1jax.stages.judge import directory_section
-from r1jax.stages.recipe import Selection, check_rows
+from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.weights import hugging_face
 
 

@@ -13,10 +13,10 @@ from statistics import median
 from typing import Any
 
 from r1jax.config.lineage import Edge
-from r1jax.config.schema import MODEL
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import short
 from r1jax.report.wording import KINDS, Figure, duration, figure
+from r1jax.settings.model import MODEL
 
 _PHASES = ("rollout", "score_wait", "update", "compile", "checkpoint")
 _BARS = 6  # phases with a colour of their own in the bars; the others share one

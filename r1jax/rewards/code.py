@@ -58,7 +58,7 @@ from r1jax.rewards.sandbox import (
 )
 
 if TYPE_CHECKING:
-    from r1jax.config.schema import VerifierSection
+    from r1jax.settings.rewards import VerifierSection
 
 # Between the end of `total_seconds` and the worker's answer: a last kill, the folder's removal.
 _MARGIN_SECONDS = 1.0

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # pydantic stays out of whoever imports this
-    from r1jax.config.schema import VerifierSection
+    from r1jax.settings.rewards import VerifierSection
 
 
 class Outcome(StrEnum):

@@ -15,7 +15,7 @@ from r1jax.rewards.registry import Answered, Outcome
 from r1jax.rewards.verifier import Pending, Verifier
 
 if TYPE_CHECKING:
-    from r1jax.config.schema import VerifierSection
+    from r1jax.settings.rewards import VerifierSection
 
 _WINDOW = 4096  # rows in memory at once, twice
 
@@ -48,7 +48,7 @@ def score_file(
       ValueError: the first bad row, as `file:line: what is wrong`, before anything is scored;
         an unknown reward; options it refuses.
     """
-    from r1jax.config.schema import RewardSection, VerifierSection
+    from r1jax.settings.rewards import RewardSection, VerifierSection
 
     source, target = Path(source), Path(target)
     if section is None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from r1jax.rewards.registry import Answered, Outcome, Score, check_reward
 
 if TYPE_CHECKING:  # pydantic and jax stay out of whoever imports this
-    from r1jax.config.schema import RewardSection, VerifierSection
+    from r1jax.settings.rewards import RewardSection, VerifierSection
 
 _log = logging.getLogger(__name__)
 

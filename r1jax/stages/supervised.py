@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.config.schema import PretrainStage, SFTStage
 from r1jax.data import PackedRows, packed_once
-from r1jax.grpo import accumulate_gradients, apply_if_finite
-from r1jax.grpo.step import Step
+from r1jax.grpo import Step
 from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
 from r1jax.models.balance import Loads
-from r1jax.models.scores import follows, routed_scores
+from r1jax.models.log_probs import follows, routed_scores
 from r1jax.processes import batch_share
-from r1jax.stages.balance import check_experts, imbalance_of, loads_of, make_after_update
-from r1jax.stages.context import Context
-from r1jax.stages.loop import TrainLoop
-from r1jax.stages.optimizer import make_optimizer, make_schedule
+from r1jax.run.context import Context
+from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.run.optimizer import make_optimizer, make_schedule
+from r1jax.run.train_loop import TrainLoop
+from r1jax.stages.pretrain.settings import PretrainStage
+from r1jax.stages.sft.settings import SFTStage
+from r1jax.train_step import accumulate_gradients, apply_if_finite
 
 # Batches of the held-out rows, from the start; None where the stage names none.
 HeldOut = Callable[[], Iterator[dict[str, np.ndarray]]]

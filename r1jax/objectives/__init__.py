@@ -1,0 +1,1 @@
+"""Objectives as pure functions: each usable alone, with shapes, equation and source."""

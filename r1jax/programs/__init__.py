@@ -1,0 +1,1 @@
+"""The compiled programs of a stage, with the shapes of their arguments."""

@@ -1,0 +1,1 @@
+"""Rollouts on the host: sampling batches of prompts, and their rewards."""

@@ -1,0 +1,1 @@
+"""What the stages of a run share: models, datasets, files, record, checkpoints."""

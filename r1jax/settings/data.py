@@ -1,0 +1,76 @@
+"""Settings of a dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from r1jax.settings.section import Section
+
+
+class DataSection(Section):
+    """One named dataset, mapped to `r1jax.data.Example`: a source, or a mixture of others."""
+
+    source: str | None = Field(
+        None,
+        description="tfds:NAME, jsonl:PATH, hf:NAME, task:NAME, or stage:NAME for the dataset that "
+        "a rejection_sampling stage of this run wrote.",
+    )
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="dataset -> share, in place of a source. No row is used twice: the part that "
+        "runs out first limits the others.",
+    )
+    benchmark: str | None = Field(
+        None,
+        description="A name in r1jax.config.benchmarks, which gives what is not set here; with a "
+        "source of your own it gives neither split nor options.",
+    )
+    domain: str = Field(
+        "", description="Label of the rows, which rewards may be limited to; default: the row's."
+    )
+    split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="Example field (prompt, answer, text) -> source column."
+    )
+    answer_pattern: str | None = Field(
+        None, description="Regular expression; group 1 of its last match is the answer."
+    )
+    wrong_answers: list[str] = Field(
+        default_factory=list,
+        description="Columns of wrong options: the prompt gets lettered options in an order that "
+        "depends on their texts alone, and the answer is the right one's letter.",
+    )
+    row_format: Literal["livecodebench"] | None = Field(
+        None,
+        description="livecodebench: prompt and answer (hidden tests) are made of that dataset's "
+        "columns; see r1jax.data.livecodebench.",
+    )
+    template: str = Field(
+        "chat", description="chat (the tokenizer's), r1_zero (the paper's), or plain."
+    )
+    system_prompt: str | None = None
+    prompt_suffix: str = ""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    held_out_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
+    )
+    limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of a task.")
+
+    @model_validator(mode="after")
+    def _source_or_mixture(self) -> DataSection:
+        if (self.source is None) == (not self.mixture):
+            raise ValueError("give exactly one of source and mixture")
+        plain = DataSection.model_construct()
+        given = [
+            name
+            for name in type(self).model_fields
+            if name != "mixture" and getattr(self, name) != getattr(plain, name)
+        ]
+        if self.mixture and given:
+            raise ValueError(
+                f"{given[0]} has no effect on a mixture; set it in the datasets that it names"
+            )
+        return self

@@ -1,0 +1,50 @@
+"""Settings of a model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from r1jax.settings.section import Section
+
+
+class ModelSection(Section):
+    """Which policy. Either `path` (weights exist) or `config` (from scratch), never both."""
+
+    path: str | None = Field(None, description="Hugging Face directory, gs://... or hub name.")
+    config: dict[str, Any] | None = Field(
+        None, description="A Hugging Face `config.json` as a mapping: random initial weights."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Directory or hub name, or `characters:NAME` for the alphabet of a task; "
+        "default: the model's path.",
+    )
+    multi_token_prediction: bool = Field(
+        False,
+        description="Have the module that predicts the token after the next (DeepSeek-V3's MTP, "
+        "num_nextn_predict_layers = 1), for mtp_weight and sampling.speculative. Most runs do "
+        "without: its layer is then neither loaded nor exported, and takes no memory.",
+    )
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "xla", "splash", "flash"] = "auto"
+    remat: Literal["none", "dots", "full"] = "full"
+    scan_layers: bool | Literal["auto"] = "auto"
+    log_prob_chunk: int = Field(256, ge=1, description="Time steps whose logits exist at once.")
+    expert_chunk: int = Field(
+        4096, ge=1, description="Tokens that a device sends to their experts at once."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path and model.config")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("model.config needs model.tokenizer (a directory or characters:NAME)")
+        return self
+
+
+MODEL = "model"
+"""The name of the section `model`, beside the names in `models`."""

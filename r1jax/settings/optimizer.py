@@ -1,0 +1,61 @@
+"""Settings of the optimizer, and of what the update does beside it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from r1jax.settings.section import Section
+
+
+class OptimizerSection(Section):
+    """AdamW with a schedule, built with optax."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_fraction: float = Field(
+        0.0, ge=0, le=1, description="Floor of cosine/linear as a share of learning_rate."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class WeightChange(Section):
+    """From optimizer step `step` on, a term of the loss has the weight `weight`."""
+
+    step: int = Field(ge=0)
+    weight: float = Field(ge=0)
+
+
+class BalanceSection(Section):
+    """How the experts of a mixture are kept evenly used. Both are off at 0.
+
+    DeepSeek-V3 was pre-trained with 0.001 and 0.0001, and with a bias_speed of 0 in the end; it
+    does not say what fine-tuning and RL did. In RL biases that move choose other experts than those
+    that sampled.
+    """
+
+    bias_speed: float = Field(
+        0.0,
+        ge=0,
+        description="How far each update moves the bias of an expert: down if it was chosen more "
+        "often than the mean, else up.",
+    )
+    sequence_loss: float = Field(
+        0.0, ge=0, description="Weight of the loss on the imbalance within each sequence."
+    )
+
+
+def _mtp_weight() -> Any:
+    return Field(
+        0.0,
+        description="Weight of the loss of multi-token prediction, which trains the module and, "
+        "through it, the model; or which one from which step on (paper: 0.3, later 0.1). The model "
+        "needs multi_token_prediction. 0: only the next token is trained.",
+    )

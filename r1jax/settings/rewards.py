@@ -1,0 +1,50 @@
+"""Settings of rewards, and of the worker processes that compute them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from r1jax.settings.section import Section
+
+
+class RewardSection(Section):
+    """One term of the reward, under a name of its own: the sum of weight x value."""
+
+    weight: float = 1.0
+    function: str | None = Field(
+        None, description="Registered name or package.module:function; default: the section's name."
+    )
+    model: str | None = Field(
+        None,
+        description="In place of a function, a reward model: a reward_model stage of this run, or "
+        "a Hugging Face sequence-classification directory.",
+    )
+    reads: Literal["summary", "response"] | None = Field(
+        None, description="What a model from a directory reads; a stage's is known."
+    )
+    template: str | None = Field(
+        None, description="The template of a model from a directory; a stage's is known."
+    )
+    domains: list[str] | None = Field(
+        None, min_length=1, description="Rows of these domains only; default: all rows."
+    )
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _function_or_model(self) -> RewardSection:
+        if self.model is not None and (self.function is not None or self.options):
+            raise ValueError("a reward model has neither function nor options; remove them")
+        if self.model is None and (self.reads is not None or self.template is not None):
+            raise ValueError("reads and template belong to a reward model; give model, too")
+        return self
+
+
+class VerifierSection(Section):
+    """The worker processes in which rule rewards run."""
+
+    workers: int = Field(1, ge=1)
+    deadline_seconds: float = Field(5.0, gt=0)
+    memory_mb: int = Field(2048, ge=64)
+    tasks_per_worker: int = Field(10_000, ge=1, description="A worker is recycled after so many.")

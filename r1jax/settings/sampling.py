@@ -1,0 +1,29 @@
+"""How completions are sampled."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from r1jax.settings.section import Section
+
+
+class SamplingSection(Section):
+    """How completions are drawn. Temperature 0 is greedy."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off.")
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop: list[str] = Field(default_factory=list)
+    speculative: bool = Field(
+        False,
+        description="Let the module for multi-token prediction draft: samples of the same "
+        "distribution, sooner where it drafts well. The model needs multi_token_prediction.",
+    )
+
+
+class EvaluationSampling(SamplingSection):
+    """The paper's evaluation protocol, unless said otherwise: temperature 0.6, top-p 0.95."""
+
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)

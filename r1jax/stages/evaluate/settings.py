@@ -1,0 +1,53 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from r1jax.settings.rewards import RewardSection
+from r1jax.settings.sampling import EvaluationSampling
+from r1jax.settings.stage import StageBase
+
+
+class EvaluateStage(StageBase):
+    """pass@1, pass@k and cons@k on a dataset, every sample stored."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    benchmark: str | None = Field(
+        None,
+        description="A name in r1jax.config.benchmarks, which gives data, rewards and settings "
+        "that are not set here.",
+    )
+    data: str
+    rewards: (
+        Annotated[list[str], Field(min_length=1)]
+        | Annotated[dict[str, RewardSection], Field(min_length=1)]
+        | None
+    ) = Field(
+        None,
+        description="What samples are judged by: names of the config's rewards, or rewards of this "
+        "stage alone; default: all of the config.",
+    )
+    problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
+    samples_per_problem: int = Field(16, ge=1)
+    problems_per_batch: int = Field(32, ge=1)
+    samples_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of a problem at once; default: all. Fewer take less memory, each part "
+        "has a place in problems_per_batch, and the samples are the same.",
+    )
+    max_new_tokens: int = Field(1024, ge=1)
+    sampling: EvaluationSampling = EvaluationSampling()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> EvaluateStage:
+        part = self.samples_per_batch
+        if part is not None and self.samples_per_problem % part:
+            raise ValueError(
+                f"samples_per_problem = {self.samples_per_problem} is not a multiple of "
+                f"samples_per_batch = {part}"
+            )
+        return self

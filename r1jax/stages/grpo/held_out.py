@@ -1,0 +1,115 @@
+"""Held-out evaluation while an RL stage trains.
+
+Accuracy, votes and length over the steps, as in figures 2 and 3 of DeepSeek-R1 (arXiv 2501.12948
+v1): R1-Zero's pass@1 and cons@16 on AIME 2024, and its length of response. (The paper's lengths are
+those of training, which metrics.jsonl has as `length/mean`; these are of the held-out problems.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from r1jax.evaluation.metrics import summarise
+from r1jax.metrics import phase
+from r1jax.processes import batch_share
+from r1jax.rewards.maths import equivalent_key
+from r1jax.rollouts.sampling import check_domains
+from r1jax.rollouts.scored_samples import Part, judged_batches, split_samples
+from r1jax.rollouts.scoring import Judge
+from r1jax.run.context import Context
+from r1jax.run.train_loop import Resumable, TrainLoop
+from r1jax.stages.grpo.settings import GRPOStage
+
+
+class HeldOut:
+    """The evaluations of an RL stage: none where the stage names no held-out dataset.
+
+    They draw what an `evaluate` stage with these settings would draw of the same weights. The noise
+    is the same at every step, so differences are the policy's.
+
+    Args:
+      batch: questions of a rollout batch, over all processes. No more are sampled at once, and of
+        each no more completions than in a rollout.
+
+    Attributes:
+      reports: what to tell of the dataset.
+      accuracy: pass@1 of the last evaluation in this process; None before, and where it is unknown.
+    """
+
+    def __init__(self, stage: GRPOStage, context: Context, *, batch: int) -> None:
+        self._stage = stage
+        self._model = context.sampler_of(stage.name)
+        self.reports: list[str] = []
+        self.accuracy: float | None = None
+        self._parts: list[Part] = []
+        if stage.held_out is None:
+            return
+        prompts, report = context.prompts(stage.held_out, self._model.tokenizer)
+        rewards = context.config.rewards_of(stage.rewards)
+        check_domains(stage.name, {prompt.domain: stage.held_out for prompt in prompts}, rewards)
+        self.reports.append(f"held out: {report}")
+        # A divisor of both: samples are drawn in equal parts, none of them larger than a group.
+        self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)
+        self._parts = split_samples(prompts, stage.held_out_samples, self._samples)
+        # Of few problems one smaller batch: a rollout's would be padded with copies of the last.
+        count = batch_share(context.rollout_layout).count
+        self._batch = min(batch, -(-len(self._parts) // count) * count)
+        self._seed = context.seed("evaluate", stage.held_out)
+
+    @phase("held_out")
+    def evaluate_if_due(
+        self,
+        loop: TrainLoop,
+        judge: Judge,
+        questions: Resumable,
+        weights: Any,
+        max_new_tokens: int,
+    ) -> None:
+        """At the stage's ends and every so many steps, write a row of held_out.jsonl.
+
+        `weights` are the loop's, as the sampler reads them.
+
+        Call it after a step was saved, never before: a checkpoint is then without the evaluation of
+        its own step, and a resumed run makes that again. Asked to stop in it, the loop saves
+        `questions` and leaves.
+        """
+        step, stage = loop.step, self._stage
+        due = step % stage.held_out_every == 0 or step == stage.steps
+        if not self._parts or not due:
+            return
+        rows = self._rows(loop, judge, questions, weights, max_new_tokens)
+        summary = summarise(rows, same_answer=equivalent_key)
+        loop.recorder.log_held_out(step, summary)
+        loop.clock.lap("held_out")
+        self.accuracy = summary["pass_at_1"]["value"]
+        right = "unknown" if self.accuracy is None else f"{self.accuracy:.3g}"
+        length = summary["mean_length"]["value"]
+        loop.progress.print(
+            f"{stage.name}: held out at step {step}: accuracy {right}, length {length:.0f}"
+        )
+
+    def _rows(
+        self,
+        loop: TrainLoop,
+        judge: Judge,
+        questions: Resumable,
+        weights: Any,
+        max_new_tokens: int,
+    ) -> Iterator[dict[str, Any]]:
+        """Judged samples, of which no more than a batch is in memory."""
+        for rows in judged_batches(
+            weights,
+            self._parts,
+            self._model,
+            judge,
+            batch=self._batch,
+            samples=self._samples,
+            max_new_tokens=max_new_tokens,
+            seed=self._seed,
+            sampling=self._stage.held_out_sampling,
+        ):
+            loop.clock.lap("held_out")
+            loop.leave_if_asked(questions.state())
+            yield from rows

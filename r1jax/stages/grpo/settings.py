@@ -1,0 +1,112 @@
+"""Settings of reinforcement learning with GRPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from r1jax.settings.objective import GRPOConfig
+from r1jax.settings.optimizer import BalanceSection, OptimizerSection
+from r1jax.settings.sampling import EvaluationSampling, SamplingSection
+from r1jax.settings.stage import DataChange, LengthChange, TrainStage, _check_changes
+
+
+class GRPOStage(TrainStage):
+    """Reinforcement learning with group-relative advantages.
+
+    A step is one policy update. A rollout phase samples `questions_per_step *
+    mini_batches_per_rollout` questions and feeds that many steps (paper: 32 x 16 = 512).
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    data: str | list[DataChange] = Field(description="A dataset, or which one from which step on.")
+    rewards: list[str] | None = Field(
+        None, min_length=1, description="The rewards to add up; default: all of the config."
+    )
+    steps: int = Field(ge=1)
+    questions_per_step: int = Field(32, ge=1)
+    outputs_per_question: int = Field(16, ge=2)
+    mini_batches_per_rollout: int = Field(1, ge=1)
+    micro_batches: int = Field(1, ge=1)
+    rollout_batches: int = Field(
+        1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
+    )
+    max_new_tokens: int | list[LengthChange] = 1024
+    length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+    sampling: SamplingSection = SamplingSection()
+    loss: GRPOConfig = GRPOConfig()
+    balance: BalanceSection = BalanceSection()
+    replay_experts: bool = Field(
+        False,
+        description="Of a mixture of experts: updates send each token to the experts that it went "
+        "to when it was sampled, and only weigh them anew. The reference chooses for itself.",
+    )
+    mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
+    reference_refresh_every: int | None = Field(400, ge=1)
+    optimizer: OptimizerSection
+    samples_every: int = Field(10, ge=1, description="Steps between stored sample completions.")
+    held_out: str | None = Field(
+        None, description="A dataset on which the policy is evaluated as it trains."
+    )
+    held_out_every: int = Field(
+        100, ge=1, description="Steps between two held-out evaluations; there is one at each end."
+    )
+    held_out_samples: int = Field(16, ge=1, description="Samples of each held-out problem.")
+    held_out_sampling: EvaluationSampling = EvaluationSampling()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> GRPOStage:
+        rows = self.questions_per_step * self.outputs_per_question
+        if rows % self.micro_batches:
+            raise ValueError(
+                f"questions_per_step x outputs_per_question = {rows} is not a multiple of "
+                f"micro_batches = {self.micro_batches}"
+            )
+        questions = self.questions_per_step * self.mini_batches_per_rollout
+        if questions % self.rollout_batches:
+            raise ValueError(
+                f"questions_per_step x mini_batches_per_rollout = {questions} is not a multiple "
+                f"of rollout_batches = {self.rollout_batches}"
+            )
+        if self.steps % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}"
+            )
+        if self.checkpoint_every % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"checkpoint_every = {self.checkpoint_every} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: checkpoints are "
+                "taken between rollout phases"
+            )
+        if self.held_out is not None and self.held_out_every % self.mini_batches_per_rollout:
+            raise ValueError(
+                f"held_out_every = {self.held_out_every} is not a multiple of "
+                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: evaluations take "
+                "place between rollout phases"
+            )
+        if self.replay_experts and self.sampling.speculative:
+            raise ValueError(
+                "replay_experts = true with sampling.speculative = true: drafts that did not stay "
+                "were routed, too, and are not told apart; set one of them to false"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
+        for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
+            if isinstance(changes, list):
+                _check_changes(name, changes)
+                steps = [change.step for change in changes]
+                odd = [step for step in steps if step % self.mini_batches_per_rollout]
+                if odd:
+                    raise ValueError(
+                        f"{name}: step {odd[0]} is not a multiple of mini_batches_per_rollout = "
+                        f"{self.mini_batches_per_rollout}; changes take place between phases"
+                    )
+        return self
+
+    def data_at(self, step: int) -> str:
+        """The dataset that is in force at a step."""
+        if isinstance(self.data, str):
+            return self.data
+        return [change.data for change in self.data if change.step <= step][-1]

@@ -1,0 +1,123 @@
+"""What the model is asked, to the character: BOS once, prefill found, paper's words."""
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from r1jax.data import Example, load_tokenizer, render
+from r1jax.settings.data import DataSection
+
+EXAMPLE = Example(id=7, prompt="What is 1+1?", answer="2", domain="maths")
+TURNS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+R1_TURNS = TURNS.replace("'[assistant]'", "'[assistant]<think>\\n'")
+
+
+def ascii_tokenizer(chat_template: str | None = None, adds: str = "<bos> $A <eos>"):
+    """A character tokenizer that adds BOS, and EOS too, as some tokenizers do."""
+    tokens = ["<bos>", "<eos>", "\n", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=""))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(["<bos>", "<eos>"])
+    core.post_processor = processors.TemplateProcessing(
+        single=adds, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def section(**settings) -> DataSection:
+    return DataSection.model_validate({"source": "jsonl:rows.jsonl", **settings})
+
+
+@pytest.mark.parametrize("template", ["chat", "r1_zero", "plain"])
+@pytest.mark.parametrize("chat_template", [TURNS, "{{ bos_token }}" + TURNS, R1_TURNS])
+def test_text_is_exactly_what_is_encoded_and_has_no_second_bos_and_no_eos(
+    template: str, chat_template: str
+) -> None:
+    tokenizer = ascii_tokenizer(chat_template)
+    prompt = render(EXAMPLE, section(template=template), tokenizer)
+    assert prompt.token_ids.dtype == np.int32
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert prompt.text.endswith(prompt.prefill)
+    # A chat template says itself whether it wants BOS; other texts get it from the tokenizer.
+    expected = 0 if template == "chat" and "bos_token" not in chat_template else 1
+    assert (prompt.token_ids == tokenizer.bos_token_id).sum() == expected
+    assert (prompt.token_ids[0] == tokenizer.bos_token_id) == bool(expected)
+    assert tokenizer.eos_token_id not in prompt.token_ids
+
+
+def test_no_bos_where_the_tokenizer_adds_none() -> None:
+    prompt = render(EXAMPLE, section(template="plain"), ascii_tokenizer(adds="$A"))
+    assert prompt.text == "What is 1+1?"
+
+
+@pytest.mark.parametrize(
+    ("opening", "prefill"),
+    [
+        ("[assistant]", ""),
+        ("[assistant]<think>\\n", "<think>\n"),
+        ("[assistant]<think>", "<think>"),
+        ("[assistant]<think>\\n\\n</think>\\n\\n", "<think>\n\n</think>\n\n"),
+    ],
+)
+@pytest.mark.parametrize("question", ["1+1?", "What does <think> mean?", "<think>"])
+def test_prefill_is_what_the_generation_prompt_opens_and_never_the_question(
+    opening: str, prefill: str, question: str
+) -> None:
+    tokenizer = ascii_tokenizer(TURNS.replace("[assistant]", opening))
+    prompt = render(Example(0, question, ""), section(), tokenizer)
+    assert prompt.prefill == prefill
+    assert prompt.question == question
+
+
+def test_prefill_of_a_template_that_always_opens_the_answer() -> None:
+    always = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '[assistant]<think>\\n' }}"
+    assert render(EXAMPLE, section(), ascii_tokenizer(always)).prefill == "<think>\n"
+
+
+def test_r1_zero_is_the_published_template() -> None:
+    prompt = render(EXAMPLE, section(template="r1_zero"), ascii_tokenizer(adds="$A"))
+    assert prompt.text == (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant "
+        "solves it. The assistant first thinks about the reasoning process in the mind and then "
+        "provides the user with the answer. The reasoning process and answer are enclosed within "
+        "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning "
+        "process here </think> <answer> answer here </answer>. User: What is 1+1? Assistant:"
+    )
+    assert prompt.prefill == ""
+    braces = Example(0, r"Simplify \frac{prompt}{stop}", "")
+    text = render(braces, section(template="r1_zero"), ascii_tokenizer(adds="$A")).text
+    assert text.endswith(r"User: Simplify \frac{prompt}{stop}. Assistant:")
+
+
+def test_system_prompt_and_suffix() -> None:
+    prompt = render(
+        EXAMPLE, section(system_prompt="Be brief.", prompt_suffix=" Think."), ascii_tokenizer(TURNS)
+    )
+    assert prompt.text == "[system]Be brief.[user]What is 1+1? Think.[assistant]"
+    assert (prompt.id, prompt.question, prompt.answer, prompt.domain) == (
+        (7, "What is 1+1?", "2", "maths")
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "r1-zero"}, "did you mean 'r1_zero'"),
+        ({"template": "plain", "system_prompt": "x"}, "has no place for it"),
+        ({"template": "chat"}, "the tokenizer has no chat template"),
+    ],
+)
+def test_template_mistakes(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(EXAMPLE, section(**settings), load_tokenizer("characters:running_total"))

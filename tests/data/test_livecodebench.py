@@ -1,0 +1,123 @@
+"""Rows in LiveCodeBench's form become prompts and hidden tests that the code reward can read."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r1jax.data import Example, load_examples
+from r1jax.data.livecodebench import PRELUDE
+from r1jax.rewards.code import Case, program_of, read_reference
+from r1jax.settings.data import DataSection
+
+
+def compressed(value: Any) -> str:
+    """As the dataset's authors write private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def cases(*pairs: tuple[str, str], kind: str = "stdin") -> list[dict[str, str]]:
+    return [{"input": given, "output": output, "testtype": kind} for given, output in pairs]
+
+
+PROGRAM: dict[str, str] = {
+    "question_title": "Sum",
+    "question_content": "Print the sum.\n",
+    "platform": "atcoder",
+    "starter_code": "",
+    "public_test_cases": json.dumps(cases(("1 2\n", "3\n"))),
+    "private_test_cases": compressed(json.dumps(cases(("3 4\n", "7\n"), ("0 0\n", "0\n")))),
+    "metadata": "{}",
+}
+METHOD: dict[str, str] = {
+    **PROGRAM,
+    "question_content": "Add {n} to all.",
+    "starter_code": "class Solution:\n    def add(self, xs: List[int], n: int):\n        ",
+    "public_test_cases": json.dumps(cases(("[1, 2]\n3", "[4, 5]"), kind="functional")),
+    "private_test_cases": json.dumps(cases(('["a"]\n"b"', '["ab"]'), kind="functional")),
+    "metadata": '{"func_name": "add"}',
+}
+
+
+def load(path: Path, row: dict[str, Any], **settings: Any) -> Example:
+    path.write_text(json.dumps(row) + "\n")
+    section = {"source": f"jsonl:{path}", "row_format": "livecodebench", **settings}
+    (example,) = load_examples(DataSection.model_validate(section))
+    return example
+
+
+def test_programs_are_tested_by_their_output(tmp_path: Path) -> None:
+    example = load(tmp_path / "a.jsonl", PROGRAM, fields={"domain": "platform"})
+    assert example.prompt.startswith("Print the sum.\n\n")
+    assert example.domain == "atcoder"
+    reference = read_reference(example.answer)
+    assert reference.language == "python" and reference.entry is None
+    assert reference.cases == (Case("1 2\n", "3\n"), Case("3 4\n", "7\n"), Case("0 0\n", "0\n"))
+
+
+def test_methods_are_called(tmp_path: Path) -> None:
+    example = load(tmp_path / "a.jsonl", METHOD)
+    assert "Add {n} to all." in example.prompt
+    assert program_of(example.prompt) == METHOD["starter_code"].rstrip() + "\n"
+    reference = read_reference(example.answer)
+    assert reference.entry == "Solution.add"
+    assert reference.cases == (Case([[1, 2], 3], [4, 5]), Case([["a"], "b"], ["ab"]))
+
+
+def test_the_prelude_brings_names_and_takes_none_away() -> None:
+    names: dict[str, Any] = {}
+    exec(PRELUDE + "from __main__ import __doc__\n", names)
+    for name in ("List", "Optional", "defaultdict", "Counter", "heappush", "lru_cache", "inf"):
+        assert name in names
+    assert names["bisect"].bisect_left([1, 3], 2) == 1  # the module, not its function
+    assert eval("pow(2, 10, 1000), sum([1, 2])", names) == (24, 3)
+
+
+class Naming:
+    """Unpickling it would call a function."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("called"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"private_test_cases": compressed(Naming())}, "'private_test_cases': neither JSON nor"),
+        ({"private_test_cases": compressed([1])}, "it holds a list, not text"),
+        ({"private_test_cases": "%%%"}, "'private_test_cases': neither JSON nor"),
+        ({"private_test_cases": "[{]"}, "'private_test_cases': neither JSON nor"),
+        (
+            {"public_test_cases": '[{"input": "1"}]'},
+            "'public_test_cases': a test without the texts",
+        ),
+        ({"metadata": None}, "column 'metadata' (for row_format) is null; the row has metadata,"),
+        ({**METHOD, "metadata": "{}"}, "'metadata': '{}' has no func_name, but there is starter"),
+        (
+            {**METHOD, "public_test_cases": json.dumps(cases(("[1", "2")))},
+            "test 0 (public ones first) is functional, but not JSON",
+        ),
+    ],
+)
+def test_what_cannot_be_read_names_the_row_and_the_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(tmp_path / "a.jsonl", {**PROGRAM, **row})
+    assert "a.jsonl:1: " in str(error.value)
+    assert not Path("called").exists()
+
+
+def test_a_reference_may_stand_in_a_row_as_it_is(tmp_path: Path) -> None:
+    """JSON lines in the form of the reward need no conversion, and no JSON within JSON."""
+    answer = {"language": "c", "tests": [{"input": "1\n", "output": "2\n"}]}
+    example = load(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer}, row_format=None)
+    assert read_reference(example.answer).cases == (Case("1\n", "2\n"),)

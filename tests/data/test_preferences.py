@@ -1,0 +1,354 @@
+"""Preference rows: what is refused, what is dropped and counted, and exactly what is scored."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from r1jax.data import (
+    EncodedPreference,
+    LabelledResponse,
+    PreferenceIterator,
+    PreferencePair,
+    encode_preferences,
+    encode_responses,
+    load_labelled,
+    load_pairs,
+    pad_texts,
+    preference_arrays,
+    scored_text,
+)
+from r1jax.settings.data import DataSection
+
+PAIR = {"prompt": "How?", "chosen": "<think>a</think>Well.", "rejected": "No."}
+LABELLED = {"prompt": "How?", "response": "So.", "safe": True}
+R1_TURNS = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]<think>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, and a template that opens the thought, as R1's does."""
+    tokens = ["<bos>", "<eos>", "\n", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=""))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(["<bos>", "<eos>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=R1_TURNS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def section(source: str = "jsonl:rows.jsonl", **settings: Any) -> DataSection:
+    return DataSection.model_validate({"source": source, **settings})
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{path}"
+
+
+# Rows
+
+
+def test_rows_are_read_by_config_alone(tmp_path: Path) -> None:
+    rows = [{**PAIR, "margin": 2.5}, {**PAIR, "rejected": 7}]
+    assert load_pairs(section(write(tmp_path / "p.jsonl", rows))) == [
+        PreferencePair(0, "How?", "<think>a</think>Well.", "No."),
+        PreferencePair(1, "How?", "<think>a</think>Well.", "7"),
+    ]
+    rows = [{"q": "a", "r": "b", "ok": ok} for ok in (True, False, 1, 0)]
+    fields = {"prompt": "q", "response": "r", "safe": "ok"}
+    labelled = load_labelled(section(write(tmp_path / "s.jsonl", rows), fields=fields))
+    assert labelled[1] == LabelledResponse(1, "a", "b", False)
+    assert [row.safe for row in labelled] == [True, False, True, False]
+
+
+def test_one_prompt_falls_on_one_side_of_the_split(tmp_path: Path) -> None:
+    rows = [{**PAIR, "prompt": f"q{i % 50}", "rejected": f"r{i}"} for i in range(200)]
+    source = write(tmp_path / "p.jsonl", rows)
+    train, held_out = (
+        load_pairs(section(source, split=split, held_out_fraction=0.3))
+        for split in ("train", "held_out")
+    )
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+    assert {row.id for row in train} | {row.id for row in held_out} == set(range(200))
+    assert len(train) > len(held_out) > 20
+    limited = load_pairs(section(source, split="held_out", held_out_fraction=0.3, limit=5))
+    assert limited == list(held_out[:5])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": None}, "rows.jsonl:2: column 'rejected' (for rejected) is null; the row has"),
+        (
+            {"chosen": ...},
+            "rows.jsonl:2: column 'chosen' (for chosen) does not exist; the row has ",
+        ),
+        ({"chosen": ...}, "prompt, rejected. Map it with fields: {chosen: COLUMN}."),
+        ({"chosen": " \n"}, "rows.jsonl:2: column 'chosen' (for chosen) is empty; fill it or rem"),
+        ({"prompt": ""}, "rows.jsonl:2: column 'prompt' (for prompt) is empty"),
+        ({"chosen": [{"role": "assistant", "content": "a"}]}, "column 'chosen' is a list; needs t"),
+    ],
+)
+def test_a_pair_without_both_sides_is_an_error_that_names_the_line(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    bad = {key: value for key, value in {**PAIR, **change}.items() if value is not ...}
+    source = write(tmp_path / "rows.jsonl", [PAIR, bad])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pairs(section(source))
+
+
+@pytest.mark.parametrize("label", ["false", "safe", 2, 0.5, [True], None])
+def test_a_label_is_true_or_false_and_nothing_else(label: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [LABELLED, {**LABELLED, "safe": label}])
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: column 'safe' \(for safe\)"):
+        load_labelled(section(source))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "task:running_total"}, "the task RunningTotal has no preferences; use"),
+        ({"source": "task:bilingual"}, "options.subject = 'maths': only general has pairs"),
+        ({"source": "rows.jsonl"}, "needs tfds:NAME, jsonl:PATH"),
+        ({"answer_pattern": "(.)"}, "answer_pattern = '(.)' has no effect on preferences"),
+        ({"fields": {"choosen": "a"}}, "fields.choosen: did you mean 'chosen'? known: prompt, cho"),
+    ],
+)
+def test_config_mistakes(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings = {"source": write(tmp_path / "rows.jsonl", [PAIR]), **settings}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pairs(section(**settings))
+
+
+# What is scored
+
+
+@pytest.mark.parametrize(
+    ("response", "summary"),
+    [
+        ("<think>\n1+1\n</think>\n\nIt is 2.\n", "It is 2."),
+        ("1+1\n</think> It is 2.", "It is 2."),  # the template opened the thought
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("No thought at all.", "No thought at all."),
+        ("<think>never closed", None),
+        ("<think>a</think>b<think>c", None),
+        ("<think>a</think>\n", None),
+    ],
+)
+def test_a_summary_is_what_follows_the_thought(response: str, summary: str | None) -> None:
+    assert scored_text(response, "summary") == summary
+    assert scored_text(response, "response") == response
+
+
+@pytest.mark.parametrize(
+    ("reads", "expected"),
+    [
+        ("summary", "<bos>[user]1+1?[assistant]2<eos>"),
+        ("response", "<bos>[user]1+1?[assistant]<think>\na</think>\n2<eos>"),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "<eos>"])
+def test_a_text_is_the_prompt_what_is_read_and_one_eos(
+    reads: Any, expected: str, end: str, tokenizer
+) -> None:
+    # The template prefills `<think>`, and the response has it, too: it must be there once.
+    response = f"<think>\na</think>\n2{end}"
+    (ids,) = encode_responses(["1+1?"], [response], section(), tokenizer, reads=reads)
+    assert ids is not None and ids.dtype == np.int32
+    assert tokenizer.decode(ids) == expected
+
+
+def test_each_response_gets_its_own_prompt(tokenizer) -> None:
+    prompts, responses = ["a", "b", "a", "b"], ["1", "<think>", "2", "3"]
+    plain = section(template="plain", prompt_suffix="!")
+    texts = encode_responses(prompts, responses, plain, tokenizer, reads="summary")
+    decoded = [None if ids is None else tokenizer.decode(ids) for ids in texts]
+    assert decoded == ["a!1<eos>", None, "a!2<eos>", "b!3<eos>"]
+    with pytest.raises(ValueError, match="template = 'plane'"):
+        encode_responses(["a"], ["b"], section(template="plane"), tokenizer, reads="summary")
+
+
+def test_prompt_and_response_are_encoded_apart() -> None:
+    # Together "ab" is one token; the policy reads "a" and writes "b".
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<eos>": 3}, merges=[("a", "b")]))
+    merging = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    (ids,) = encode_responses(["a"], ["b"], section(template="plain"), merging, reads="summary")
+    assert ids is not None and ids.tolist() == [0, 1, 3]
+    silent = PreTrainedTokenizerFast(tokenizer_object=core)
+    with pytest.raises(ValueError, match="no EOS token"):
+        encode_responses(["a"], ["b"], section(template="plain"), silent, reads="summary")
+
+
+def encode(rows: Any, tokenizer: Any, **settings: Any) -> Any:
+    options = {"reads": "summary", "max_tokens": 100, **settings}
+    return encode_preferences(rows, section(template="plain"), tokenizer, **options)
+
+
+def test_rows_that_teach_nothing_are_dropped_and_each_is_counted_once(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1jax.data.preferences._BATCH", 2)
+    sides = [
+        ("good", "bad"),
+        ("<think>a</think>same", "same"),  # differ in what is not read
+        ("<think>endless" + 30 * "x", "bad"),
+        ("good", "12345678"),
+        ("123456789", "bad"),  # one token too many, with the prompt's one and EOS
+        ("123456789", "123456789"),
+        ("fine", "<think>a</think> "),
+        ("better", "worse"),
+    ]
+    pairs = [PreferencePair(10 + i, "q", *pair) for i, pair in enumerate(sides)]
+    kept, report = encode(pairs, tokenizer, max_tokens=10)
+    assert [pair.id for pair in kept] == [10, 13, 17]
+    assert [tokenizer.decode(text) for text in kept[0].texts] == ["qgood<eos>", "qbad<eos>"]
+    assert (report.without_summary, report.too_long, report.equal) == (2, 2, 1)
+    assert (report.total, report.kept, report.longest) == (8, 3, 11)
+    assert str(report) == (
+        "3 of 8 preference rows, the longest text has 11 tokens; dropped: 2 without a summary "
+        "after the thought, 2 too long, 1 with equal sides"
+    )
+    # Nothing is too long for its thought where the thought is not read, or equal where it is.
+    whole, report = encode(pairs[1:3], tokenizer, reads="response")
+    assert len(whole) == 2 and report.longest == len("q<think>endless") + 31
+
+
+def test_labelled_responses_are_encoded_with_their_label(tokenizer) -> None:
+    rows = [
+        LabelledResponse(0, "q", "<think>", True),
+        LabelledResponse(1, "q", "<think>bomb</think>No.", False),
+    ]
+    kept, report = encode(rows, tokenizer, reads="response")
+    assert [(row.id, row.safe, tokenizer.decode(row.texts[0])) for row in kept] == [
+        (0, True, "q<think><eos>"),
+        (1, False, "q<think>bomb</think>No.<eos>"),
+    ]
+    assert report.kept == 2 and "dropped" not in str(report)
+
+
+def test_nothing_left_is_an_error_with_the_count_of_each_reason(tokenizer) -> None:
+    pairs = [PreferencePair(0, "q", "a", "a"), PreferencePair(1, "q", "longer", "b")]
+    message = r"rows.jsonl: nothing is left .* max_tokens = 4 .* 1 too long, 1 with equal sides"
+    with pytest.raises(ValueError, match=message):
+        encode(pairs, tokenizer, max_tokens=4)
+
+
+# Arrays
+
+
+def test_padded_rows_by_hand() -> None:
+    arrays = pad_texts([np.asarray([5, 6, 7]), np.asarray([0])], row_tokens=4)
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "tokens": [[5, 6, 7, 0], [0, 0, 0, 0]],
+        "positions": [[0, 1, 2, 0], [0, 0, 0, 0]],
+        "segment_ids": [[1, 1, 1, 0], [1, 0, 0, 0]],
+        "ends": [2, 0],
+    }
+    assert all(array.dtype == np.int32 for array in arrays.values())
+    with pytest.raises(ValueError, match="a text of 3 tokens does not fit into 2"):
+        pad_texts([np.arange(3)], row_tokens=2)
+
+
+def random_rows(count: int, safe: bool | None = None, start: int = 0) -> list[EncodedPreference]:
+    """Row i has texts that begin with the token i."""
+    rng = np.random.default_rng(0)
+    return [
+        EncodedPreference(
+            id=i,
+            texts=tuple(
+                np.asarray([i, side, *rng.integers(0, 9, rng.integers(1, 12))], np.int32)
+                for side in range(1 if safe is not None else 2)
+            ),
+            safe=None if safe is None else i % 2 == 0,
+        )
+        for i in range(start, start + count)
+    ]
+
+
+def test_a_pair_is_two_rows_and_a_label_a_number() -> None:
+    pairs = random_rows(3)
+    arrays = preference_arrays(pairs, 16)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "tokens": (3, 2, 16),
+        "positions": (3, 2, 16),
+        "segment_ids": (3, 2, 16),
+        "ends": (3, 2),
+    }
+    for i, pair in enumerate(pairs):
+        for side, text in enumerate(pair.texts):
+            end = arrays["ends"][i, side] + 1
+            np.testing.assert_array_equal(arrays["tokens"][i, side, :end], text)
+            assert arrays["segment_ids"][i, side].sum() == len(text)
+    labelled = preference_arrays(random_rows(3, safe=True), 16)
+    assert labelled["tokens"].shape == (3, 16) and labelled["ends"].shape == (3,)
+    assert labelled["safe"].dtype == np.float32 and labelled["safe"].tolist() == [1, 0, 1]
+
+
+def ids(arrays: dict[str, np.ndarray]) -> list[int]:
+    return arrays["tokens"][:, 0, 0].tolist()
+
+
+def test_an_epoch_visits_every_pair_once_and_a_restart_goes_on_exactly() -> None:
+    rows = random_rows(10)
+    walk = PreferenceIterator(rows, seed=3, length_bucket=4)
+    stream = []
+    for _ in range(5):
+        arrays = walk.take(4)
+        stream += ids(arrays)
+        longest = int(arrays["ends"].max()) + 1
+        assert arrays["tokens"].shape[-1] == -(-longest // 4) * 4
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+
+    walk = PreferenceIterator(rows, seed=3, length_bucket=4)
+    walk.take(6)
+    state = json.loads(json.dumps(walk.state()))
+    shards = [
+        PreferenceIterator(rows, seed=3, length_bucket=4, process_index=p, process_count=2)
+        for p in range(2)
+    ]
+    for shard in shards:
+        shard.take(2)  # Wherever it was before: restoring must forget that.
+        shard.restore(state)
+    for start in (6, 10, 14):
+        parts = [shard.take(4) for shard in shards]
+        assert [i for part in parts for i in ids(part)] == stream[start : start + 4]
+        assert len({part["tokens"].shape for part in parts}) == 1  # processes agree on shapes
+
+
+@pytest.mark.parametrize("safe", [None, True])
+def test_a_state_of_other_rows_is_refused(safe: bool | None) -> None:
+    rows = random_rows(6, safe)
+    state = PreferenceIterator(rows, seed=1, length_bucket=8).state()
+    changed = rows[2].texts[-1].copy()
+    changed[-1] += 1
+    others = [
+        rows[:-1],
+        rows[::-1],
+        [EncodedPreference(7, rows[0].texts, rows[0].safe), *rows[1:]],
+        [*rows[:2], EncodedPreference(2, (*rows[2].texts[:-1], changed), rows[2].safe), *rows[3:]],
+    ]
+    if safe:
+        others.append([EncodedPreference(r.id, r.texts, not r.safe) for r in rows])
+    for other in others:
+        with pytest.raises(ValueError, match="has changed"):
+            PreferenceIterator(other, seed=1, length_bucket=8).restore(state)
+    with pytest.raises(ValueError, match="seed 1, this run has 2"):
+        PreferenceIterator(rows, seed=2, length_bucket=8).restore(state)
+    with pytest.raises(ValueError, match="at least one row"):
+        PreferenceIterator([], seed=1, length_bucket=8)

@@ -1,0 +1,125 @@
+"""A GPU needs no config of its own: what a run compiles is lowered for CUDA, on any machine.
+
+Lowering makes the whole program that XLA is given, with the code of the Triton kernels. Only to
+compile that takes a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from r1jax.config.load import load_config
+from r1jax.config.run_config import RunConfig
+from r1jax.grpo import GRPOBatch
+from r1jax.models import Decoder, abstract_params, choose_attention
+from r1jax.run.context import build_decoder
+from r1jax.run.optimizer import abstract_train_state, jit_update, make_optimizer
+from r1jax.sampler import Prompts, Sampling
+from r1jax.sampler.generate import decode_until, start
+from r1jax.sharding import make_layout
+from r1jax.stages import supervised
+from r1jax.stages.grpo import stage as grpo
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.pretrain.settings import PretrainStage
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+KERNEL = "xla.gpu.triton"
+ROWS, TIME = 8, 64
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    # A kernel's tiles are not smaller than 16; 64 is the head of a real model.
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    changes = [f"model.config.{name}={value}" for name, value in shape.items()]
+    return load_config(str(TINY), ["model.compute_dtype=bfloat16", "model.remat=full", *changes])
+
+
+@pytest.fixture(scope="module")
+def model(config: RunConfig) -> Decoder:
+    """The config's, with what `auto` means where the devices are GPUs."""
+    decoder, _ = build_decoder(config.model, make_layout(config.mesh.axes, config.mesh.rules))
+    attention = choose_attention(config.model.attention, "gpu")
+    execution = replace(decoder.execution, attention=attention, scan_layers=True)
+    return replace(decoder, execution=execution)
+
+
+def for_cuda(function: Any, *arguments: Any, **options: Any) -> str:
+    """The program as StableHLO."""
+    lowered = function.trace(*arguments, **options).lower(lowering_platforms=("cuda",))
+    return str(lowered.as_text())
+
+
+def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def inputs() -> dict[str, jax.ShapeDtypeStruct]:
+    names = ("tokens", "positions", "segment_ids")
+    return {name: array(jnp.int32, ROWS, TIME) for name in names}
+
+
+def stage_of(config: RunConfig, kind: type) -> Any:
+    return next(stage for stage in config.stages if isinstance(stage, kind))
+
+
+@pytest.mark.parametrize("kind", [GRPOStage, PretrainStage])
+def test_updates_are_lowered_with_the_gpu_kernel(
+    config: RunConfig, model: Decoder, kind: type
+) -> None:
+    stage = stage_of(config, kind)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    weights = abstract_params(model.config, model.layout, jnp.float32)
+    state = abstract_train_state(weights, optimizer, model.layout)
+    per_token = array(jnp.float32, ROWS, TIME)
+    if kind is GRPOStage:
+        update = grpo.make_update(stage, model, optimizer)
+        batch: Any = GRPOBatch(
+            inputs=inputs(),
+            mask=per_token,
+            advantages=array(jnp.float32, ROWS),
+            old_log_probs=per_token,
+            reference_log_probs=per_token,
+            sampler_log_probs=per_token,
+        )
+    else:
+        update = supervised.make_update(stage, model, optimizer)
+        batch = {**inputs(), "trained": array(jnp.bool_, ROWS, TIME)}
+        batch = jax.tree.map(lambda x: array(x.dtype, stage.rows_per_step, TIME), batch)
+    program = for_cuda(jit_update(update, state), state, batch)
+    # Forward, its recomputation, and two of the backward pass, or more.
+    assert program.count(KERNEL) >= 3
+
+
+def test_sampling_is_lowered(model: Decoder) -> None:
+    weights = abstract_params(model.config, model.layout, jnp.float32)
+    prompts = Prompts(
+        array(jnp.int32, 2, 16), *(array(t, 2) for t in (jnp.int32, jnp.uint32, jnp.int32))
+    )
+    number = array(jnp.uint32)
+    sizes = {"count": 4, "capacity": 8, "max_new_tokens": 8}
+    prefill = for_cuda(start, weights, prompts, number, number, model=model, **sizes)
+    assert KERNEL in prefill
+    shapes = jax.eval_shape(
+        lambda *given: start(*given, model=model, **sizes), weights, prompts, number, number
+    )
+    sampling = Sampling(*(array(t) for t in (jnp.float32, jnp.float32, jnp.int32, jnp.float32)))
+    decode = for_cuda(
+        decode_until,
+        *(weights, *shapes, prompts.lengths, array(jnp.int32), sampling, array(jnp.int32, 1)),
+        model=model,
+    )
+    assert "stablehlo.while" in decode
+
+
+def test_auto_is_the_kernel_of_the_devices_and_others_are_refused() -> None:
+    chosen = {backend: choose_attention("auto", backend) for backend in ("cpu", "gpu", "tpu")}
+    assert chosen == {"cpu": "xla", "gpu": "flash", "tpu": "splash"}
+    with pytest.raises(ValueError, match="'splash' needs a tpu, this is a gpu; use auto or xla"):
+        choose_attention("splash", "gpu")

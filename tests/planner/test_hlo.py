@@ -1,0 +1,303 @@
+"""Programs whose work can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from r1jax.models.experts import Exchange, run_experts
+from r1jax.planner import hlo
+
+SCRIPT = Path(__file__).parents[1] / "planned_programs.py"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What is read in programs for eight devices, which this process may not have."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout))
+
+
+def test_products_in_a_loop_count_as_often_as_they_run(found: dict[str, Any]) -> None:
+    one = 2 * 64 * 16 * 16
+    assert found["scan"]["flops"] == 5 * one
+    # Backwards: each product again with the weights, and with the activations.
+    assert found["grad"]["flops"] == 3 * 5 * one
+    assert found["scan"]["collectives"] == []
+
+
+def test_turns_that_depend_on_the_data_are_the_callers(found: dict[str, Any]) -> None:
+    assert found["until"]["flops"] == 7 * 2 * 64 * 16 * 16
+
+
+def test_a_sum_is_laid_to_its_mesh_axis(found: dict[str, Any]) -> None:
+    # A device has 8 rows of 16 floats, and sends each of the 4 parts but one, twice.
+    assert found["psum"]["collectives"] == [["all-reduce", ["b"], 8 * 16 * 4 * 2 * 3 / 4, 1.0]]
+    ((kind, axes, _, times),) = found["in a loop"]["collectives"]
+    assert (kind, axes, times) == ("all-reduce", ["b"], 3.0)
+
+
+def test_a_gathering_is_laid_to_its_mesh_axis(found: dict[str, Any]) -> None:
+    assert found["gather"]["collectives"] == [["all-gather", ["a"], 8 * 16 * 4, 1.0]]
+
+
+# As the TPU compiler writes them.
+LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%body (p: (s32[], bf16[4,8], bf16[6,8,8])) -> (s32[], bf16[4,8], bf16[6,8,8]) {
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)S(1)}, /*index=2*/bf16[6,8,8]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
+  %w = bf16[6,8,8]{2,1,0} get-tuple-element(%p), index=2
+  %step = s32[]{:T(128)} constant(STEP)
+  %next = s32[]{:T(128)} add(%i, %step)
+  %slice = bf16[8,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%take
+  %dot = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} convolution(%x, %slice), dim_labels=bf_io->bf
+  ROOT %out = (s32[], bf16[4,8], bf16[6,8,8]) tuple(%next, %dot, %w)
+}
+
+%take (param_0: bf16[6,8,8], param_1: s32[]) -> bf16[8,8] {
+  %param_0 = bf16[6,8,8]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = bf16[1,8,8]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero)
+  ROOT %flat = bf16[8,8]{1,0} bitcast(%cut)
+}
+
+%condition (p: (s32[], bf16[4,8], bf16[6,8,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  %p.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}, bf16[6,8,8]{2,1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %limit), direction=LT, metadata={op_name="a (b"}
+}
+
+ENTRY %main (x: bf16[4,8], w: bf16[6,8,8]) -> bf16[4,8] {
+  %x.1 = bf16[4,8]{1,0} parameter(0)
+  %w.1 = bf16[6,8,8]{2,1,0} parameter(1)
+  %first = s32[]{:T(128)} constant(FIRST)
+  %begin = s32[]{:T(128)} copy(%first)
+  %state = (s32[], bf16[4,8], bf16[6,8,8]) tuple(%begin, %x.1, %w.1)
+  %while.1 = (s32[], bf16[4,8], bf16[6,8,8]) while(%state), condition=%condition, body=%body
+  ROOT %y = bf16[4,8]{1,0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("first", "step", "turns"), [(0, 1, 6), (2, 1, 4), (0, 2, 3), (1, 2, 3)])
+def test_turns_are_read_off_the_condition_where_nothing_else_tells(
+    first: int, step: int, turns: int
+) -> None:
+    text = LOOP.replace("FIRST", str(first)).replace("STEP", str(step))
+    assert hlo.cost(hlo.parse(text)).flops == turns * 2 * 4 * 8 * 8
+
+
+def test_bytes_are_those_of_hbm_and_of_slices() -> None:
+    text = LOOP.replace("FIRST", "0").replace("STEP", "1")
+    body = [each for each in hlo.cost(hlo.parse(text)).operations if each.times == 6]
+    # The counter is 4 bytes three times; a slice of 128 bytes is read and written, and read again
+    # by the product, whose other operand and result stay on the chip.
+    moved = {each.flops: each.bytes for each in body if each.bytes >= 100}
+    assert moved == {0.0: 128 + 128 + 4, 2 * 4 * 8 * 8: 128}
+
+
+def test_a_batched_product_is_no_more_than_its_products() -> None:
+    """The TPU compiler makes a dimension of a batch a padded, reversed window."""
+    text = """HloModule jit_f, num_partitions=1
+
+ENTRY %main (a: bf16[2,5,7,1], b: bf16[3,11,7,1]) -> bf16[2,5,3,11] {
+  %a = bf16[2,5,7,1]{3,2,1,0} parameter(0)
+  %b = bf16[3,11,7,1]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[2,5,3,11]{3,2,1,0} convolution(%a, %b), window={WINDOW}, dim_labels=0bf1_1oi0->0b1f
+}
+""".replace("WINDOW", "size=1x3 pad=0_0x2_2 rhs_reversal=0x1")
+    assert hlo.cost(hlo.parse(text)).flops == 2 * (2 * 5) * 7 * (3 * 11)
+
+
+def test_holes_of_a_dilation_are_no_products() -> None:
+    # Inputs at places 0, 2, 4 of 5; each of 3 outputs (stride 2) meets one with one tap.
+    options = {"stride": 2, "low": 0, "left_dilation": 2, "right_dilation": 1}
+    assert hlo._valid_products(inputs=3, taps=1, outputs=3, **options) == 3
+    brute = sum(
+        0 <= o * 3 - 2 + t * 2 <= 8 and (o * 3 - 2 + t * 2) % 4 == 0
+        for o in range(4)
+        for t in range(3)
+    )
+    options = {"stride": 3, "low": 2, "left_dilation": 4, "right_dilation": 2}
+    assert hlo._valid_products(inputs=3, taps=3, outputs=4, **options) == brute > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "group", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}, x", (0, 1), ("b",)),
+        ("replica_groups=[4,2]<=[8], x", (0, 1), ("b",)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), x", (0, 2, 4, 6), ("a",)),
+        ("replica_groups=[1,8]<=[8], x", tuple(range(8)), ("a", "b")),
+        ("replica_groups={}, x", tuple(range(8)), ("a", "b")),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x", (0, 2, 4, 6), ("a",)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, x", (0, 1), ("b",)),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}, x", (0, 1), ("b",)),
+        ("source_target_pairs={{0,0},{1,3},{3,1}}, x", (1, 3), ("a",)),
+    ],
+)
+def test_groups_of_devices_in_every_notation(
+    written: str, group: tuple[int, ...], axes: tuple[str, ...]
+) -> None:
+    assert hlo.first_group(written, 8) == group
+    assert hlo.axes_of(group, {"a": 4, "one": 1, "b": 2}) == axes
+
+
+def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
+    # 2 rows, 4 heads, 1,024 tokens of 128 in two blocks: three of the four squares are computed.
+    arrays = [hlo.Shape("s8", (1, 2, 2)), *[hlo.Shape("bf16", (2, 4, 1024, 128))] * 3]
+    square = 2 * (2 * 4) * 1024 * 1024 * 128
+    assert hlo.kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
+    assert hlo.kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
+    assert hlo.kernel_flops("another_kernel", arrays) is None
+
+
+def test_grouped_products_count_all_rows() -> None:
+    # What XLA makes of a ragged product on TPU: 4,096 rows by four matrices. And its gradient.
+    tiles = [hlo.Shape("s32", (5,)), hlo.Shape("s32", (35,))]
+    rows, matrices = hlo.Shape("bf16", (4096, 64)), hlo.Shape("bf16", (4, 64, 32))
+    product = 2 * 4096 * 64 * 32
+    assert hlo.kernel_flops("ragged-dot-none.3", [*tiles, rows, matrices]) == product
+    gradient = hlo.Shape("f32", (4096, 32))
+    assert hlo.kernel_flops("tgmm.1", [*tiles, rows, gradient]) == product
+    assert hlo.kernel_flops("ragged-dot-metadata", tiles[:1]) == 0
+
+
+def test_tokens_go_to_their_experts_as_often_as_if_all_were_even() -> None:
+    shapes = [((13, 6), "float32"), ((13, 2), "int32"), ((13, 2), "float32")]
+    weights = {"gate": (5, 6, 4), "up": (5, 6, 4), "down": (5, 4, 6)}
+    arguments = [
+        *(jax.ShapeDtypeStruct(*each) for each in shapes),
+        {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in weights.items()},
+    ]
+    exchange = Exchange(1, 100, room=7)
+    compiled = jax.jit(run_experts, static_argnums=4).lower(*arguments, exchange).compile()
+    module = hlo.parse(compiled.as_text())
+    turns = [
+        hlo.trip_count(each, computation, module)
+        for computation in module.computations.values()
+        for each in computation.instructions.values()
+        if each.opcode == "while"
+    ]
+    assert turns.count(4) == 1  # 26 rows, room for 7
+
+
+def test_a_slice_in_a_fusion_in_a_fusion_is_all_that_is_read() -> None:
+    """A decode step multiplies by one layer of stacked weights, without a copy of the layer."""
+    text = """HloModule jit_f, num_partitions=1
+
+%layer (p: bf16[28,4,2], i: s32[]) -> bf16[4,2] {
+  %p = bf16[28,4,2]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = bf16[1,4,2]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,4,2}
+  ROOT %b = bf16[4,2]{1,0} bitcast(%d)
+}
+
+%product (w: bf16[28,4,2], j: s32[], x: bf16[8,4]) -> bf16[8,2] {
+  %w = bf16[28,4,2]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[8,4]{1,0} parameter(2)
+  %same = bf16[28,4,2]{2,1,0} bitcast(%w)
+  %n = bf16[4,2]{1,0} fusion(%same, %j), kind=kLoop, calls=%layer
+  ROOT %r = bf16[8,2]{1,0} dot(%x, %n), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[28,4,2], k: s32[], y: bf16[8,4]) -> bf16[8,2] {
+  %a = bf16[28,4,2]{2,1,0} parameter(0)
+  %k = s32[]{:S(6)} parameter(1)
+  %y = bf16[8,4]{1,0} parameter(2)
+  ROOT %o = bf16[8,2]{1,0} fusion(%a, %k, %y), kind=kOutput, calls=%product
+}
+"""
+    found = hlo.cost(hlo.parse(text))
+    assert found.flops == 2 * 8 * 4 * 2
+    assert found.bytes == 2 * (4 * 2 + 8 * 4 + 8 * 2)
+    # Used as a whole beside it, all of it is read.
+    both = text.replace("ROOT %r =", "%t = bf16[28,4,2]{2,1,0} negate(%w)\n  ROOT %r =")
+    assert hlo.cost(hlo.parse(both)).bytes == 2 * (28 * 4 * 2 + 8 * 4 + 8 * 2)
+    # As a TPU7x's: the weights are first laid out anew, of which no more is done than is taken.
+    again = """%again (q: bf16[28,4,2]) -> bf16[28,4,2] {
+  %q = bf16[28,4,2]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[28,4,2]{2,1,0:T(8,128)(2,1)} copy(%q)
+}
+
+%product"""
+    assert text.count("bitcast(%w)") == 1
+    tiled = text.replace("%product", again, 1).replace(
+        "bitcast(%w)", "fusion(%w), kind=kLoop, calls=%again"
+    )
+    assert hlo.cost(hlo.parse(tiled)).bytes == found.bytes
+
+
+def test_what_another_unit_of_the_chip_does_counts() -> None:
+    """A v5p's and v6e's SparseCore runs computations of its own, beside the others."""
+    text = """HloModule jit_f, num_partitions=1
+
+%other (p: f32[4,8], q: f32[8,2]) -> f32[4,2] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[8,2]{1,0} parameter(1)
+  ROOT %d = f32[4,2]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}, execution_thread="sparsecore"
+
+%next (r: f32[4,2]) -> f32[4,2] {
+  ROOT %r = f32[4,2]{1,0} parameter(0)
+}
+
+ENTRY %main (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  %s = ((f32[4,8], f32[8,2]), f32[4,2]) call-start(%a, %b), \
+async_execution_thread="sparsecore", to_apply=%other
+  ROOT %e = f32[4,2]{1,0} call-done(%s)
+}
+"""
+    module = hlo.parse(text)
+    assert list(module.computations) == ["other", "next", "main"]
+    assert hlo.cost(module).flops == 2 * 4 * 8 * 2
+    assert hlo.cost(module).bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2)
+
+
+def test_what_leaves_a_slice_is_sent_by_one_device_of_each() -> None:
+    """Between slices, a TPU's compiler writes transfers by way of the hosts, and no collectives."""
+    text = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[4,8]{1,0}, u32[], token[]) send(%a, %t), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %d = token[] send-done(%s), channel_id=1, is_host_transfer=true
+  ROOT %r = bf16[4,8]{1,0} copy(%a)
+}
+"""
+    (found,) = hlo.cost(hlo.parse(text)).collectives
+    assert (found.kind, found.bytes, found.times) == ("all-gather", 3 * 4 * 8 * 2, 1)
+    assert hlo.axes_of(found.group, {"fsdp": 4, "tensor": 4}) == ("fsdp",)
+    alone = text.replace("ALL_GATHER", "REDUCE_SCATTER")
+    (found,) = hlo.cost(hlo.parse(alone)).collectives
+    assert (found.kind, found.bytes) == ("reduce-scatter", 4 * 8 * 2 * 3 / 4)
+
+
+def test_text_that_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("x = 1\n")

@@ -1,0 +1,290 @@
+"""The pieces of the train loops, without a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1jax.config.load import load_config
+from r1jax.data import Prompt, load_tokenizer
+from r1jax.recipe import Selection, check, run
+from r1jax.rewards import Outcome, RowScore, Score
+from r1jax.rollouts.sampling import Completion, StopStrings, pad_prompts
+from r1jax.run.context import Context, RunError
+from r1jax.run.optimizer import make_optimizer, make_schedule
+from r1jax.run.train_loop import TrainLoop
+from r1jax.sampler import Finish
+from r1jax.settings.optimizer import OptimizerSection
+from r1jax.settings.stage import LengthChange
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.stage import max_new_tokens, rollout_metrics, sample_facts, training_rows
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+
+
+def stage(**changes: Any) -> GRPOStage:
+    settings = {"data": "train", "steps": 4, "optimizer": OptimizerSection(learning_rate=1.0)}
+    return GRPOStage(name="rl", length_bucket=4, **settings, **changes)
+
+
+def completion(ids: list[int], finish: Finish, prompt: list[int], sample: int = 0) -> Completion:
+    asked = Prompt(
+        id=7,
+        text="?<think>",
+        prefill="<think>",
+        token_ids=np.asarray(prompt, np.int32),
+        question="?",
+        answer="1",
+        domain="",
+    )
+    log_probs = -np.arange(1, len(ids) + 1, dtype=np.float32)
+    return Completion(asked, sample, np.asarray(ids, np.int32), log_probs, finish, "x")
+
+
+def scored(reward: float, outcome: Outcome = Outcome.RIGHT) -> RowScore:
+    return RowScore(reward, not math.isnan(reward), {"accuracy": Score(reward, outcome)})
+
+
+def test_a_stored_sample_says_its_domain_and_rewards() -> None:
+    sample = completion([4, 5, 1], Finish.EOS, [8, 9], 3)
+    sample = replace(sample, prompt=replace(sample.prompt, domain="maths"))
+    row = sample.row(scored(1.0), step=2)
+    place = {name: row[name] for name in ("step", "problem_id", "sample", "domain")}
+    assert place == {"step": 2, "problem_id": 7, "sample": 3, "domain": "maths"}
+    assert row["parts"] == {"accuracy": 1.0} and row["length"] == 3
+
+
+def test_training_rows_by_hand() -> None:
+    completions = [
+        completion([4, 5, 1], Finish.EOS, [8, 9]),  # 1 is EOS and is trained
+        completion([4, 4], Finish.LENGTH, [8, 9], 1),
+        completion([6], Finish.EOS, [8, 9], 2),  # nobody knows whether it is right
+    ]
+    scores = [scored(1.0), scored(0.0), scored(math.nan, Outcome.VERIFIER_FAILED)]
+    rows = training_rows(stage(), completions, scores, np.asarray([[0.5, -0.5, 0.0]]))
+    assert rows.inputs["tokens"].tolist() == [
+        [8, 9, 4, 5, 1, 0, 0, 0],
+        [8, 9, 4, 4, 0, 0, 0, 0],
+        [8, 9, 6, 0, 0, 0, 0, 0],
+    ]
+    assert rows.inputs["segment_ids"].sum(1).tolist() == [5, 4, 3]
+    assert rows.mask.tolist() == [
+        [0, 0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0, 0],
+        [0] * 8,
+    ]
+    assert rows.sampler_log_probs[0].tolist() == [0, 0, -1, -2, -3, 0, 0, 0]
+    assert rows.advantages.tolist() == [0.5, -0.5, 0.0]
+    masked = training_rows(stage(mask_truncated=True), completions, scores, np.zeros((1, 3)))
+    assert masked.mask.sum(1).tolist() == [3, 0, 0]
+
+
+def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
+    completions = [completion([4] * n, Finish.EOS, [8]) for n in (1, 2, 6)]
+    scores = [scored(1.0), scored(0.0, Outcome.WRONG), scored(math.nan, Outcome.VERIFIER_FAILED)]
+    facts = rollout_metrics(sample_facts(completions, scores), [True, False])
+    assert facts["reward/mean"] == facts["reward/accuracy"] == 0.5
+    assert facts["outcome/verifier_failed"] == pytest.approx(1 / 3)
+    assert (facts["length/mean"], facts["length/max"]) == (3, 6)
+    assert facts["groups/zero_variance"] == 0.5
+
+
+def test_rewards_see_the_prefilled_think() -> None:
+    assert completion([4], Finish.EOS, [8]).answered().completion == "<think>x"
+    assert completion([4], Finish.LENGTH, [8]).answered().truncated
+
+
+def test_length_limit_changes_at_its_step() -> None:
+    changes = [LengthChange(step=0, tokens=8), LengthChange(step=10, tokens=16)]
+    assert [max_new_tokens(stage(max_new_tokens=changes), s) for s in (0, 9, 10, 99)] == [
+        8,
+        8,
+        16,
+        16,
+    ]
+    assert max_new_tokens(stage(max_new_tokens=5), 3) == 5
+    with pytest.raises(ValueError, match="steps must start at 0"):
+        stage(max_new_tokens=changes[1:])
+
+
+def test_schedules_by_hand() -> None:
+    section = OptimizerSection(
+        learning_rate=1.0, schedule="cosine", warmup_steps=4, final_fraction=0.1
+    )
+    rates = [float(make_schedule(section, 24)(step)) for step in range(25)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.4375, 0.625, 0.8125, 1.0], atol=1e-6)
+    assert rates[14] == pytest.approx(0.55)  # half-way between 1 and the floor
+    assert rates[24] == pytest.approx(0.1)
+    flat = make_schedule(OptimizerSection(learning_rate=2.0), 10)
+    assert float(flat(0)) == float(flat(9)) == 2.0
+
+
+def test_gradients_are_clipped_by_their_global_norm() -> None:
+    section = OptimizerSection(learning_rate=1.0, max_grad_norm=1.0)
+    clip = make_optimizer(section, 10)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = clip.init(params)
+    _, state = clip.update(
+        {"a": jnp.asarray([30.0, 0]), "b": jnp.asarray([0, 40.0])}, state, params
+    )
+    first_moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(first_moment["a"], [0.1 * 0.6, 0], rtol=1e-5)
+    np.testing.assert_allclose(first_moment["b"], [0, 0.1 * 0.8], rtol=1e-5)
+
+
+def test_stop_strings_end_at_the_token_that_completes_them() -> None:
+    tokenizer = load_tokenizer("characters:running_total")
+    ids = np.asarray(tokenizer("1+2=3 4+5=9", add_special_tokens=False)["input_ids"])
+    stop = StopStrings(tokenizer, ["=3 ", "zzz"])
+    ends = stop(np.stack([ids, ids, ids]), np.asarray([len(ids), 5, 6]))
+    assert ends.tolist() == [6, -1, 6]
+
+
+def test_prompts_are_padded_to_few_sizes() -> None:
+    config = load_config(str(TINY))
+    model = Context.resolve(config).models["model"].decoder
+    prompts = [completion([1], Finish.EOS, list(range(n))).prompt for n in (3, 17)]
+    arrays = pad_prompts(prompts, model, rows=4)
+    assert arrays.tokens.shape == (4, 32)
+    assert arrays.lengths.tolist() == [3, 17, 17, 17]
+
+
+def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
+    config = load_config(str(TINY), [f"output={tmp_path}", "stages.base.max_bad_steps=2"])
+    context = Context.resolve(config)
+    context.open_record()
+
+    def update(state: Any, batch: Any) -> Any:
+        finite = jnp.isfinite(batch.sum()).astype(jnp.float32)
+        return state, {"optimizer/finite": finite}
+
+    class Stream:
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def restore(self, state: Any) -> None: ...
+
+    bad, good = np.full((2, 2), np.nan, np.float32), np.ones((2, 2), np.float32)
+    with TrainLoop(
+        config.stages[0],  # type: ignore[arg-type]
+        context,
+        tmp_path / "stage",
+        10,
+        optax.sgd(1.0),
+        update,
+    ) as loop:
+        loop.restore(Stream())
+        for batch in (bad, good, bad):  # never two in a row
+            loop.update(loop.place(batch))
+        with pytest.raises(RunError, match=r"2 updates in a row .*learning_rate"):
+            loop.update(loop.place(bad))
+    saved = sorted((tmp_path / "stage" / "bad_batches").iterdir())
+    assert [path.name for path in saved] == [f"step-{n:06d}.npz" for n in (1, 3, 4)]
+    (array,) = np.load(saved[0]).values()
+    assert np.isnan(array).all()
+
+
+def test_what_is_compiled_again_behind_the_first_steps_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(str(TINY), [f"output={tmp_path}"])
+
+    def update(state: Any, batch: Any) -> Any:
+        return state, {"optimizer/finite": jnp.float32(1), "sum": batch["tokens"].sum()}
+
+    class Stream:
+        def restore(self, state: Any) -> None: ...
+
+        def state(self) -> Any: ...
+
+    said = []
+    with TrainLoop(
+        config.stages[0],  # type: ignore[arg-type]
+        Context.resolve(config),
+        tmp_path / "stage",
+        10,
+        optax.sgd(1.0),
+        update,
+    ) as loop:
+        loop.restore(Stream())
+        capsys.readouterr()
+        for tokens in (8, 16, 24, 24, 32, 40):
+            loop.update({"tokens": np.ones((2, tokens)), "weights": np.ones(2)})
+            loop.log_timings({})
+            said.append(capsys.readouterr().out)
+    assert [bool(text) for text in said] == [False] * 4 + [True, False]
+    assert "base: step 5 compiled again: update " in said[4]
+    assert "(batches of [2, 32])" in said[4]
+    rows = [json.loads(x) for x in (tmp_path / "stage" / "timings.jsonl").read_text().splitlines()]
+    counts = [row["compile_count"] for row in rows]
+    assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1, 0, 1, 1]
+    named = {"compile_seconds", "cache_hits", "cache_misses", "memory_bytes", "memory_peak_bytes"}
+    assert all(row.keys() >= named for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.config.vocab_size=10", "vocab_size = 10 is smaller than the tokenizer's 20"),
+        ("data.train.template=r1zero", "did you mean 'r1_zero'"),
+        ("data.train.source=jsonl:/no/such/file", "/no/such/file"),
+        ("model.attention=splash", "model.attention = 'splash' needs a tpu"),
+        ("mesh.axes={data: 3}", "mesh.axes"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_compute(
+    change: str, message: str, tmp_path: Path
+) -> None:
+    config = load_config(str(TINY), [f"output={tmp_path}", change])
+    with pytest.raises((ValueError, OSError), match=message):
+        check(Context.resolve(config))
+
+
+def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_path: Path) -> None:
+    def begin(*changes: str) -> Context:
+        context = Context.resolve(load_config(str(TINY), [f"output={tmp_path}", *changes]))
+        context.open_record()
+        return context
+
+    begin().mark("base", "pretrain", "done", {})
+    # Not begun yet, or without a say in the result: taken over.
+    later = begin("stages.zero.steps=10", "trackers=[tensorboard]", "verifier.workers=2")
+    assert "steps: 10" in (later.directory / "config.yaml").read_text()
+    for change, difference in (
+        ("stages.base.steps=7", r"stages\.base\.steps: 6 -> 7"),
+        ("data.train.limit=499", r"data\.train\.limit: 500 -> 499"),
+        ("model.config.hidden_size=32", r"model\.config\.hidden_size: 16 -> 32"),
+    ):
+        with pytest.raises(ValueError, match=rf"stage base is done .*{difference}"):
+            begin(change)
+    # What a stage is made of includes the stages before it.
+    later.mark("before", "evaluate", "done", {})
+    del later.record["stages"]["base"]
+    later._write_record()
+    with pytest.raises(ValueError, match=r"stage before is done .*\(base\)\.stages\.base\.steps"):
+        begin("stages.base.steps=7")
+
+
+def test_selections_name_stages_and_need_what_comes_before(tmp_path: Path) -> None:
+    config = load_config(str(TINY), [f"output={tmp_path}"])
+    assert Selection(first="before").stages(config) == ["before", "zero"]
+    assert Selection(last="before").stages(config) == ["base", "before"]
+    assert Selection(only="zero").stages(config) == ["zero"]
+    for selection, message in (
+        (Selection(only="zeroo"), "--only zeroo: no such stage; did you mean zero"),
+        (Selection(first="zero", last="base"), "--from zero comes after --until base"),
+        (Selection(only="zero", last="base"), "--only does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selection.stages(config)
+    with pytest.raises(ValueError, match="the stage zero needs base, which is not finished"):
+        run(config, Selection(only="zero"))
