@@ -10,7 +10,6 @@ is rollout + rewards + reference log-probs + one update.
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import optax
 from r1jax.grpo import GRPOBatch, make_grpo_step
 from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
 from r1jax.objectives.advantages import group_advantages
-from r1jax.sampler import Prompts, generate
+from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.objective import GRPOConfig
 from r1jax.sharding import make_layout, split_cpu
 from r1jax.train_step import init_train_state
@@ -80,12 +79,12 @@ def main() -> None:
         make_grpo_step(log_prob_fn, optimizer, objective, micro_batches=MICRO_BATCHES),
         donate_argnums=0,
     )
-    rollout = partial(generate, samples=SAMPLES, max_new_tokens=NEW_TOKENS, seed=0)
     reference_params = jax.tree.map(jnp.copy, params)
 
     for repeat in range(8):
         start = time.perf_counter()
-        out = rollout(state.params, prompts, model, step=repeat)
+        options = GenerateOptions(SAMPLES, NEW_TOKENS, seed=0, step=repeat)
+        out = generate(state.params, prompts, model, options)
         completions = np.asarray(out.tokens)
         sampled = time.perf_counter()
         rewards = (completions.sum(-1) % 7).astype(np.float32)

@@ -26,7 +26,7 @@ from r1jax.models import (
     init_params,
 )
 from r1jax.run.optimizer import make_optimizer
-from r1jax.sampler import Prompts, Samples, generate
+from r1jax.sampler import GenerateOptions, Prompts, Samples, generate
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import single_device
 from r1jax.stages.pretrain.settings import PretrainStage
@@ -102,15 +102,19 @@ def main() -> None:
     ids, lengths = jnp.arange(4, dtype=jnp.uint32), jnp.full(4, PROMPT_TOKENS, jnp.int32)
     prompts = Prompts(jnp.asarray(rows), lengths, ids)
     for samples in [int(word) for word in sys.argv[1:]] or [1, 4]:
-        options = {"samples": samples, "max_new_tokens": NEW_TOKENS, "first_bucket": NEW_TOKENS}
         rates: dict[bool, list[float]] = {False: [], True: []}
         drawn: Samples | None = None
         for repeat in range(REPEATS + 1):  # the first compiles
             for speculative in (False, True):
-                start = time.perf_counter()
-                out = generate(
-                    state.params, prompts, model, **options, seed=repeat, speculative=speculative
+                options = GenerateOptions(
+                    samples,
+                    NEW_TOKENS,
+                    seed=repeat,
+                    first_bucket=NEW_TOKENS,
+                    speculative=speculative,
                 )
+                start = time.perf_counter()
+                out = generate(state.params, prompts, model, options)
                 jax.block_until_ready(out)
                 rates[speculative].append(4 * samples * NEW_TOKENS / (time.perf_counter() - start))
                 drawn = out

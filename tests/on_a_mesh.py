@@ -26,7 +26,7 @@ from r1jax.run.optimizer import (
     make_optimizer,
     shardings_of,
 )
-from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.sharding import Layout, make_layout, make_rollout_layout
@@ -74,9 +74,9 @@ def main(
     tokens = rng.integers(0, 32, (8, 8)).astype(np.int32)
     asked = (tokens, np.full(len(tokens), 8, np.int32), np.arange(len(tokens), dtype=np.uint32))
     prompts = Prompts(*(put(x, rollout_layout) for x in asked))
-    options = {"samples": 2, "max_new_tokens": 8, "seed": 1}
     replay = config.experts is not None
-    samples = generate(to_sampler(params), prompts, sampler, record_experts=replay, **options)
+    options = GenerateOptions(samples=2, max_new_tokens=8, seed=1, record_experts=replay)
+    samples = generate(to_sampler(params), prompts, sampler, options)
     rows = np.concatenate([np.repeat(tokens, 2, 0), np.asarray(samples.tokens).reshape(16, 8)], 1)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), rows.shape)
     inputs = {"tokens": rows, "positions": positions, "segment_ids": np.ones_like(rows)}

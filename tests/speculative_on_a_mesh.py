@@ -14,7 +14,7 @@ import optax
 from sampler.test_speculative import LATENT
 
 from r1jax.models import Decoder, Execution, init_params
-from r1jax.sampler import Prompts, generate, make_rollout_weights, to_sample
+from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import make_layout, make_rollout_layout
 from r1jax.stages.pretrain.settings import PretrainStage
@@ -33,9 +33,9 @@ def main(axes: dict[str, int], rollout_axes: dict[str, int] | None = None) -> di
     tokens = np.random.default_rng(0).integers(0, 8, (4, 8)).astype(np.int32)
     asked = (tokens, np.full(4, 8, np.int32), np.arange(4, dtype=np.uint32))
     prompts = Prompts(*(jax.device_put(x, sampling.sharding(("batch",))) for x in asked))
-    options = {"samples": 2, "max_new_tokens": 8, "seed": 1, "first_bucket": 3}
+    options = GenerateOptions(2, 8, seed=1, first_bucket=3, speculative=True)
     weights = make_rollout_weights(model, sampler)(params)
-    out = generate(weights, prompts, sampler, **options, speculative=True)
+    out = generate(weights, prompts, sampler, options)
     stage = PretrainStage(
         name="base",
         data="d",

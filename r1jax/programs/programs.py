@@ -35,7 +35,8 @@ from r1jax.rollouts.sampling import bucket
 from r1jax.run.expert_balance import check_experts
 from r1jax.run.optimizer import abstract_train_state, jit_update, make_optimizer
 from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
-from r1jax.sampler.generate import FIRST_CAPACITY, capacities_of, decode_until, grow, start
+from r1jax.sampler.generate import capacities_of, decode_until, grow, start
+from r1jax.sampler.options import FIRST_CAPACITY
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.sampler.speculative import (
     decode_speculatively,

@@ -10,7 +10,7 @@ from r1jax.data import Example, load_tokenizer, render, stop_token_ids
 from r1jax.evaluation import language_models
 from r1jax.rollouts.sampling import decode, pad_prompts, stop_search, to_sampling
 from r1jax.run.context import build_decoder
-from r1jax.sampler import Finish, generate_chunks
+from r1jax.sampler import Finish, GenerateOptions, generate_chunks
 from r1jax.settings.data import DataSection
 from r1jax.settings.model import ModelSection
 from r1jax.settings.sampling import SamplingSection
@@ -49,14 +49,16 @@ def stream_completions(
         params,
         pad_prompts([prompt], model),
         model,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        sampling=to_sampling(sampling),
-        eos_ids=stop_token_ids(tokenizer, generation),
-        stop=stop_search(tokenizer, sampling),
-        sync_every=8,
-        speculative=sampling.speculative,
+        GenerateOptions(
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampling=to_sampling(sampling),
+            eos_ids=stop_token_ids(tokenizer, generation),
+            stop=stop_search(tokenizer, sampling),
+            sync_every=8,
+            speculative=sampling.speculative,
+        ),
     )
     texts = [""] * samples
     for _, state in chunks:

@@ -14,7 +14,7 @@ from r1jax.metrics import phase
 from r1jax.models import Decoder
 from r1jax.processes import batch_share, largest
 from r1jax.rewards import Answered, RowScore
-from r1jax.sampler import Finish, Prompts, Sampling, StopSearch, generate
+from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
@@ -171,19 +171,18 @@ def sample_batch(
     prompts: Sequence[Prompt],
     model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
+    options: GenerateOptions,
     *,
     rows: int | None = None,
     firsts: Sequence[int] | None = None,
-    **options: Any,
 ) -> list[Completion]:
     """Sample every prompt and bring the completions to its process's host, prompt by prompt.
 
     Args:
       rows: pad the batch to so many prompts (a smaller last batch compiles nothing new).
       firsts: index of each prompt's first sample; default: 0.
-      options: of `r1jax.sampler.generate`.
     """
-    samples = generate(params, pad_prompts(prompts, model, rows, firsts), model, **options)
+    samples = generate(params, pad_prompts(prompts, model, rows, firsts), model, options)
     if model.layout.shards("sample") > 1:  # a process's devices may hold some samples of a prompt
         samples = move_rows(samples, model.layout)
     tokens, lengths, finish, log_probs = (

@@ -14,6 +14,7 @@ from r1jax.processes import Share, anywhere, batch_share, gather
 from r1jax.rollouts.sampling import check_domains, sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scoring import Judge
 from r1jax.run.context import Clock, Context, LanguageModel, Preempted
+from r1jax.sampler import GenerateOptions
 from r1jax.settings.sampling import SamplingSection
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
@@ -141,15 +142,17 @@ def judged_batches(
             [prompt for prompt, _ in drawn],
             model.decoder,
             model.tokenizer,
+            GenerateOptions(
+                samples=samples,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                sampling=to_sampling(sampling),
+                eos_ids=model.eos_ids,
+                stop=stop_search(model.tokenizer, sampling),
+                speculative=sampling.speculative,
+            ),
             rows=batch // share.count,
             firsts=[first for _, first in drawn],
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            sampling=to_sampling(sampling),
-            eos_ids=model.eos_ids,
-            stop=stop_search(model.tokenizer, sampling),
-            speculative=sampling.speculative,
         )
         completions = completions[: len(own) * samples]
         scores = judge.submit(completions).result()

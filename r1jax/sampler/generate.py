@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from r1jax.models.decoder import (
 )
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import Sampling, draw
+from r1jax.sampler.options import GenerateOptions
 from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch, cut, keys_of, no_samples
 from r1jax.sampler.speculative import (
     SpeculativeState,
@@ -36,9 +36,6 @@ from r1jax.sampler.speculative import (
     start_speculatively,
 )
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
-
-UNFILTERED = Sampling()
-FIRST_CAPACITY = 128  # new tokens that the first cache has room for
 
 
 @struct.dataclass
@@ -143,41 +140,22 @@ def capacities_of(max_new_tokens: int, first: int) -> Iterator[int]:
 
 
 def generate_chunks(
-    params: Params,
-    prompts: Prompts,
-    model: Decoder,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    seed: int,
-    step: int = 0,
-    sampling: Sampling = UNFILTERED,
-    eos_ids: tuple[int, ...] = (),
-    stop: StopSearch | None = None,
-    first_bucket: int = FIRST_CAPACITY,
-    sync_every: int | None = None,
-    speculative: bool = False,
-    record_experts: bool = False,
+    params: Params, prompts: Prompts, model: Decoder, options: GenerateOptions
 ) -> Iterator[tuple[int, Samples]]:
     """As `generate`, yielding (tokens decoded, samples so far) at every synchronisation.
 
-    Speculative samples have so many tokens at least, unless they have ended.
+    A speculative sample has at least this number of tokens, unless it has ended.
     """
+    speculative = options.speculative
     if speculative and not model.config.num_nextn_predict_layers:
         raise ValueError(
             "speculative = true, but the model has no module for multi-token prediction that could "
             "draft; set model.multi_token_prediction to true, or speculative to false"
         )
-    if speculative and record_experts:
-        raise ValueError(
-            "speculative = true with record_experts = true: the experts of drafts that did not "
-            "stay would be among those recorded; set one of them to false"
-        )
-    if max_new_tokens < 1 or samples < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}, samples = {samples}: at least 1 each")
     prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
-    eos = jnp.asarray(eos_ids or (-1,), jnp.int32)
+    eos = jnp.asarray(options.eos_ids or (-1,), jnp.int32)
     # The same dtypes whatever the caller passes: a Python float and an array compile alike.
+    sampling = options.sampling
     sampling = Sampling(
         jnp.asarray(sampling.temperature, jnp.float32),
         jnp.asarray(sampling.top_p, jnp.float32),
@@ -185,33 +163,35 @@ def generate_chunks(
         jnp.asarray(sampling.min_p, jnp.float32),
     )
     # Of a speculative sample, the first token comes of the prompt, and each step gives one or two.
-    steps = max(1, max_new_tokens - 1) if speculative else max_new_tokens
-    capacities = list(capacities_of(steps, min(first_bucket, steps)))
-    seeds = (jnp.uint32(seed & 0xFFFFFFFF), jnp.uint32(step))
-    options = {"model": model, "count": samples, "max_new_tokens": max_new_tokens}
-    options["capacity"] = capacities[0]
+    new = options.max_new_tokens
+    steps = max(1, new - 1) if speculative else new
+    capacities = list(capacities_of(steps, min(options.first_bucket, steps)))
+    seeds = (jnp.uint32(options.seed & 0xFFFFFFFF), jnp.uint32(options.step))
+    sizes = {"count": options.samples, "max_new_tokens": new, "capacity": capacities[0]}
     state: _State | SpeculativeState
     if speculative:
-        state, prompt_cache = start_speculatively(params, prompts, *seeds, sampling, eos, **options)
+        state, prompt_cache = start_speculatively(
+            params, prompts, *seeds, sampling, eos, model=model, **sizes
+        )
     else:
         state, prompt_cache = start(
-            params, prompts, *seeds, **options, record_experts=record_experts
+            params, prompts, *seeds, model=model, record_experts=options.record_experts, **sizes
         )
     done = 0
     for index, capacity in enumerate(capacities):
         while done < capacity:
-            until = capacity if sync_every is None else min(capacity, done + sync_every)
+            until = min(capacity, done + (options.sync_every or capacity))
             rest = (prompt_cache, prompts.lengths, jnp.int32(until), sampling, eos)
             if isinstance(state, SpeculativeState):
                 state = decode_speculatively(params, state, *rest, model=model)
             else:
                 state = decode_until(params, state, *rest, model=model)
-            if stop is not None:
-                ends = _search(stop, state.samples, model.layout)
+            if options.stop is not None:
+                ends = _search(options.stop, state.samples, model.layout)
                 shortened, running = cut(state.samples, state.running, ends)
                 state = replace(state, samples=shortened, running=running)
             done = until
-            if record_experts:
+            if options.record_experts:
                 experts = {"experts": state.cache, "prompt_experts": prompt_cache}
                 found = {name: cache["experts"] for name, cache in experts.items()}
                 yield done, replace(state.samples, **found)
@@ -235,39 +215,21 @@ def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:
     return from_process_rows(np.asarray(ends, np.int32).reshape(lengths.shape), layout)
 
 
-def generate(
-    params: Params,
-    prompts: Prompts,
-    model: Decoder,
-    **options: Any,
-) -> Samples:
+def generate(params: Params, prompts: Prompts, model: Decoder, options: GenerateOptions) -> Samples:
     """Sample completions.
 
     Args:
       params: weights, sharded as `model.layout` says.
       prompts: right-padded prompts; pad their time to few distinct sizes, each compiles once.
-      model: what to run.
-      samples: completions per prompt.
-      max_new_tokens: per completion.
-      seed, step: with the prompt's id and the sample's index they determine every sample.
-      sampling: see `Sampling`; changes compile nothing.
-      eos_ids: every token id that ends a sample; it is part of the sample.
-      stop: finds stop strings on the host (see `StopSearch`), asked every `sync_every` tokens. A
-        sample keeps the tokens up to the one that completes the string.
-      first_bucket: initial capacity of the cache in tokens; it doubles as needed.
-      sync_every: tokens between synchronisations with the host; default: a bucket. A speculative
-        sample may have twice as many.
-      speculative: the model's module for multi-token prediction drafts, see
-        `r1jax.sampler.speculative`; other samples of the same distribution.
-      record_experts: tell the experts of each token, prompts' and sampled ones'.
 
     Returns:
       `Samples` on the device.
+
+    Raises:
+      ValueError: `options.speculative`, and the model has no module for multi-token prediction.
     """
-    if options.get("stop") is not None:
-        options.setdefault("sync_every", 32)
     result: Samples | None = None
-    for _, so_far in generate_chunks(params, prompts, model, **options):
+    for _, so_far in generate_chunks(params, prompts, model, options):
         result = so_far
     assert result is not None  # there is at least one token to decode
     return result

@@ -41,7 +41,7 @@ from r1jax.models.experts import route
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.rope import rotations
 from r1jax.programs.programs import forward_flops
-from r1jax.sampler import Prompts, generate
+from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.sharding import single_device
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
@@ -302,8 +302,8 @@ def test_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
     lengths, new = np.asarray([5, 3], np.int32), 6
     tokens = np.where(np.arange(5) < lengths[:, None], TOKENS[:, :5], 0)
     prompts = Prompts(tokens, lengths, np.arange(2, dtype=np.uint32))
-    options = {"samples": 2, "max_new_tokens": new, "seed": 0, "first_bucket": 4}
-    samples = jax.device_get(generate(moved, prompts, sampler, **options))
+    options = GenerateOptions(samples=2, max_new_tokens=new, seed=0, first_bucket=4)
+    samples = jax.device_get(generate(moved, prompts, sampler, options))
     rows = np.zeros((4, 5 + new), np.int32)
     segments = np.zeros_like(rows)
     for row in range(4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 
 from r1jax.models import Decoder, Execution, ModelConfig, forward, init_params, logits, token_scores
-from r1jax.sampler import Finish, Prompts, Samples, Sampling, filter_logits, generate
+from r1jax.sampler import (
+    Finish,
+    GenerateOptions,
+    Prompts,
+    Samples,
+    Sampling,
+    filter_logits,
+    generate,
+)
 from r1jax.sampler.distribution import _inverse_cdf
 from r1jax.sampler.generate import decode_until
 from r1jax.sharding import single_device
@@ -53,9 +62,9 @@ def next_logits(tokens: np.ndarray) -> np.ndarray:
     return np.asarray(all_logits(jnp.asarray(row), len(tokens))[len(tokens) - 1])
 
 
-def sample(p: Prompts, model: Decoder = MODEL, **options: object) -> Samples:
-    settings = {"samples": 2, "max_new_tokens": 8, "seed": 0, **options}
-    return jax.device_get(generate(PARAMS, p, model, **settings))
+def sample(p: Prompts, model: Decoder = MODEL, **options: Any) -> Samples:
+    settings = GenerateOptions(**{"samples": 2, "max_new_tokens": 8, "seed": 0, **options})
+    return jax.device_get(generate(PARAMS, p, model, settings))
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -29,7 +29,15 @@ from r1jax.models import (
     token_scores,
 )
 from r1jax.models.parameters import Params
-from r1jax.sampler import Finish, Prompts, Samples, Sampling, filter_logits, generate
+from r1jax.sampler import (
+    Finish,
+    GenerateOptions,
+    Prompts,
+    Samples,
+    Sampling,
+    filter_logits,
+    generate,
+)
 from r1jax.sampler.distribution import verify
 from r1jax.sampler.speculative import decode_speculatively
 from r1jax.sharding import single_device
@@ -84,7 +92,7 @@ def prompts(lengths: list[int], time: int = 8, first_id: int = 0) -> Prompts:
 
 def sample(p: Prompts, model: Decoder = MODEL, params: Params = PARAMS, **options: Any) -> Samples:
     settings = {"samples": 3, "max_new_tokens": 9, "seed": 0, "speculative": True, **options}
-    return jax.device_get(generate(params, p, model, **settings))
+    return jax.device_get(generate(params, p, model, GenerateOptions(**settings)))
 
 
 # The distribution

@@ -29,7 +29,7 @@ from r1jax.models import (
 )
 from r1jax.models.log_probs import routed_scores
 from r1jax.run.optimizer import make_optimizer
-from r1jax.sampler import Prompts, generate
+from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import single_device
@@ -171,8 +171,8 @@ def test_replayed_experts_narrow_the_gap_between_sampler_and_trainer() -> None:
     tokens = rng.integers(0, 20, (count, read)).astype(np.int32)
     lengths = np.where(np.arange(count) % 2, read, 5).astype(np.int32)
     prompts = Prompts(tokens, lengths, np.arange(count, dtype=np.uint32))
-    options: dict[str, Any] = {"samples": 2, "max_new_tokens": new, "seed": 0, "first_bucket": 8}
-    samples = jax.device_get(generate(params, prompts, sampler, record_experts=True, **options))
+    options = GenerateOptions(2, new, seed=0, first_bucket=8, record_experts=True)
+    samples = jax.device_get(generate(params, prompts, sampler, options))
     assert samples.experts.dtype == np.uint8
     assert samples.experts.shape == (count, 2, new, 1 * 2)
     assert samples.prompt_experts.shape == (count, 16 // 2, 2)

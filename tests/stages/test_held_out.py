@@ -55,7 +55,7 @@ def test_the_last_one_is_what_an_evaluation_of_the_last_weights_says(
     sample_batch = judged_samples.sample_batch
 
     def watched(*args: Any, **options: Any) -> Any:
-        sizes.append((options["rows"], options["samples"]))
+        sizes.append((options["rows"], args[4].samples))
         return sample_batch(*args, **options)
 
     monkeypatch.setattr(judged_samples, "sample_batch", watched)

@@ -33,7 +33,7 @@ from r1jax.run.context import Context
 from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.train_loop import TrainLoop
-from r1jax.sampler import Finish, make_rollout_weights
+from r1jax.sampler import Finish, GenerateOptions, make_rollout_weights
 from r1jax.stages.grpo.held_out import HeldOut
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import map_micro_batches
@@ -77,6 +77,17 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             asked, firsts = taken.prompts, [repeat * group for repeat in taken.repeats]
             completions: list[Completion] = []
             pending = []
+            options = GenerateOptions(
+                samples=group,
+                max_new_tokens=max_new_tokens(stage, first),
+                seed=context.seed(stage.name, "rollout"),
+                step=first,
+                sampling=to_sampling(stage.sampling),
+                eos_ids=sampler.eos_ids,
+                stop=stop_search(tokenizer, stage.sampling),
+                speculative=stage.sampling.speculative,
+                record_experts=stage.replay_experts,
+            )
             for start in range(0, own, part):
                 # A preempted host has little time; a rollout may take an hour, and is done again.
                 loop.leave_if_asked(place)
@@ -85,16 +96,8 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     asked[start : start + part],
                     sampler.decoder,
                     tokenizer,
+                    options,
                     firsts=firsts[start : start + part],
-                    samples=group,
-                    max_new_tokens=max_new_tokens(stage, first),
-                    seed=context.seed(stage.name, "rollout"),
-                    step=first,
-                    sampling=to_sampling(stage.sampling),
-                    eos_ids=sampler.eos_ids,
-                    stop=stop_search(tokenizer, stage.sampling),
-                    speculative=stage.sampling.speculative,
-                    record_experts=stage.replay_experts,
                 )
                 pending.append(judge.submit(batch))
                 completions.extend(batch)

@@ -48,7 +48,7 @@ from r1jax.processes import anywhere, batch_share, from_first, gather
 from r1jax.rollouts.sampling import sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scored_samples import SAMPLES, judge_samples, share_right, slice_of_process
 from r1jax.run.context import Context, Preempted, RunError
-from r1jax.sampler import Finish
+from r1jax.sampler import Finish, GenerateOptions
 from r1jax.settings.data import DataSection
 from r1jax.stages.rejection_sampling.settings import (
     EndpointRewrite,
@@ -328,14 +328,16 @@ def rewrite_with_model(
             own or asked[-1:],
             model.decoder,
             model.tokenizer,
+            GenerateOptions(
+                samples=1,
+                max_new_tokens=section.max_new_tokens,
+                seed=context.seed(stage.name, "rewrite"),
+                sampling=to_sampling(section.sampling),
+                eos_ids=model.eos_ids,
+                stop=stop_search(model.tokenizer, section.sampling),
+                speculative=section.sampling.speculative,
+            ),
             rows=section.drafts_per_batch // share.count,
-            samples=1,
-            max_new_tokens=section.max_new_tokens,
-            seed=context.seed(stage.name, "rewrite"),
-            sampling=to_sampling(section.sampling),
-            eos_ids=model.eos_ids,
-            stop=stop_search(model.tokenizer, section.sampling),
-            speculative=section.sampling.speculative,
         )[: len(own)]
         written = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in completions]
         replies[batch] = [Reply(*each) for each in gather(written, context.rollout_layout)]
