@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config.test_packaged import make_model
+from data.test_livecodebench import METHOD, PROGRAM
 from hypothesis import given
 from hypothesis import strategies as st
-from data.test_livecodebench import METHOD, PROGRAM
-from config.test_packaged import make_model
 from typer.testing import CliRunner
 
 from r1jax.cli import app

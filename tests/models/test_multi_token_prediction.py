@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 from models.test_deepseek import PUBLISHED, TOKENS, jit, make
+from safetensors.numpy import load_file, save_file
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
