@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from jinja2 import TemplateError
 
 from r1jax.data.example import Example, Message
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
+from r1jax.settings.names import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,8 +130,7 @@ TEMPLATES: Mapping[str, _Template] = MappingProxyType(
 def check_template(section: DataSection) -> None:
     """Raises ValueError when the section's template is unknown or would ignore a setting."""
     if section.template not in TEMPLATES:
-        near = difflib.get_close_matches(section.template, TEMPLATES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(section.template, TEMPLATES)
         raise ValueError(
             f"template = {section.template!r}: {hint}known: {', '.join(sorted(TEMPLATES))}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import math
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.data.sources import read_jsonl
+from r1jax.files import encode_line, written_whole
+from r1jax.settings.names import nearest
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,13 @@ def write_dataset(path: str | os.PathLike[str], rows: Iterable[DatasetRow]) -> N
     Raises:
         ValueError: there are no rows.
     """
-    # Not above, because it imports jax.
-    from r1jax.metrics.json_lines import encode_line
-
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            for row in rows:
-                file.write(encode_line(asdict(row)))
-            if not file.tell():
-                raise ValueError(f"{path}: no rows to write")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(Path(path)) as partial, partial.open("wb") as file:
+        for row in rows:
+            file.write(encode_line(asdict(row)))
+        if not file.tell():
+            raise ValueError(f"{path}: no rows to write")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_dataset(path: str | os.PathLike[str]) -> list[DatasetRow]:
@@ -211,10 +203,9 @@ def _check_columns(columns: Mapping[str, Any], kind: type, where: str, prefix: s
     known = {each.name: each.default is MISSING for each in fields(kind)}
     for name in columns:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(
-                f"{where}: {prefix}{name} is not a column; {hint}there are {', '.join(known)}"
+                f"{where}: {prefix}{name} is not a column; {nearest(name, known)}there are "
+                f"{', '.join(known)}"
             )
     for name, needed in known.items():
         if needed and name not in columns:

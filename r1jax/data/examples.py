@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from r1jax.data.choices import lettered
 from r1jax.data.example import Example, Message, Role, Split, split_of
 from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
+from r1jax.settings.names import nearest
 
 if TYPE_CHECKING:
     from r1jax.settings.data import DataSection
@@ -259,10 +259,9 @@ def columns_of(section: DataSection, known: Sequence[str]) -> dict[str, str]:
     """Field -> column, by the section's `fields`; ValueError if they map one that is not known."""
     for field in section.fields:
         if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"source = {section.source!r}: fields.{field}: {hint}known: {', '.join(known)}"
+                f"source = {section.source!r}: fields.{field}: {nearest(field, known)}known: "
+                f"{', '.join(known)}"
             )
     return {field: section.fields.get(field, field) for field in known}
 

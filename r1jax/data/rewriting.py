@@ -7,7 +7,6 @@ miniature's texts allow it; by a model behind an OpenAI-compatible endpoint, for
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 import json
@@ -28,11 +27,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from r1jax.files import encode_line, end_of_last_line
 from r1jax.rewards.code import program_of
 from r1jax.rewards.extraction import after_thinking, final_answer, thought
 from r1jax.rewards.format import STYLES, well_formed
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rewards.words import words
+from r1jax.settings.names import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +288,12 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
 def _placeholders(name: str, template: str, known: Sequence[str]) -> set[str]:
     for command, found in _PLACEHOLDER.findall(template):
         if found not in known:
-            near = difflib.get_close_matches(found, known, n=1)
-            hint = f"did you mean {{{near[0]}}}? " if near else ""
-            there = ", ".join(f"{{{each}}}" for each in known)
-            raise ValueError(f"{name}: {{{found}}} is not a placeholder; {hint}there are {there}")
+            placeholders = [f"{{{each}}}" for each in known]
+            hint = nearest(f"{{{found}}}", placeholders)
+            raise ValueError(
+                f"{name}: {{{found}}} is not a placeholder; {hint}there are "
+                f"{', '.join(placeholders)}"
+            )
         if command:
             raise ValueError(
                 f"{name}: {command}{{{found}}} would lose its braces; "
@@ -332,9 +335,6 @@ class RewriteLog:
         Raises:
             ValueError: a line is not a reply (names file and line).
         """
-        # Not above, because it imports jax.
-        from r1jax.metrics.json_lines import end_of_last_line
-
         self.path = Path(path)
         self._lock = threading.Lock()
         self._replies: dict[str, Reply] = {}
@@ -368,8 +368,6 @@ class RewriteLog:
 
     def add(self, key: str, reply: Reply) -> None:
         """Writes one more reply to the end of the file; from any thread."""
-        from r1jax.metrics.json_lines import encode_line
-
         row = {"key": key, "text": reply.text, "truncated": reply.truncated}
         with self._lock, self.path.open("ab") as file:
             file.write(encode_line(row))

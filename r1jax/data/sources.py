@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from r1jax.bucket import locate
+from r1jax.files import numbered_rows
+from r1jax.settings.names import nearest
 
 Row = Mapping[str, Any]
 
@@ -47,23 +47,12 @@ def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
     path = locate(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"source = 'jsonl:{name}': no file {path} (looked in {Path.cwd()})")
-    rows: list[Row] = []
-    lines: list[int] = []
-    with path.open("rb") as file:  # Bytes, so that only "\n" ends a line and bad UTF-8 has one.
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not a JSON line: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}:{number}: a {type(row).__name__}; needs one JSON object per line"
-                )
-            rows.append(row)
-            lines.append(number)
-    return Rows(rows=rows, label=lambda index: f"{path}:{lines[index]}", in_memory=True)
+    numbered = list(numbered_rows(path))
+    return Rows(
+        rows=[row for _, row in numbered],
+        label=lambda index: f"{path}:{numbered[index][0]}",
+        in_memory=True,
+    )
 
 
 def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
@@ -148,8 +137,7 @@ def _known_options(kind: str, options: Mapping[str, Any], known: Sequence[str]) 
     everything = (*known, "from_split (with held_out_fraction)")
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"options.{option} is not an option of {kind}: {hint}known: {', '.join(everything)}"
+                f"options.{option} is not an option of {kind}: {nearest(option, known)}known: "
+                f"{', '.join(everything)}"
             )

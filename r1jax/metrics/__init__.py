@@ -4,7 +4,6 @@ And what shows how it runs: profiles, and the watchdog of a run that stands stil
 """
 
 from r1jax.metrics.compilations import CompilationCounter, memory
-from r1jax.metrics.json_lines import read_rows
 from r1jax.metrics.phases import ACTIVITY, phase
 from r1jax.metrics.profiling import ProfiledSteps, StepProfiler
 from r1jax.metrics.progress import Progress
@@ -22,5 +21,4 @@ __all__ = [
     "Watchdog",
     "memory",
     "phase",
-    "read_rows",
 ]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from r1jax.metrics.json_lines import encode_line, end_of_last_line
+from r1jax.files import encode_line, end_of_last_line
 from r1jax.metrics.trackers import Tracker, open_tracker
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "held_out.jsonl")

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from r1jax.metrics.json_lines import read_rows
+from r1jax.files import read_rows
 
 TRACKERS = ("tensorboard", "wandb")
 _FLUSH_SECONDS = 10.0

@@ -8,7 +8,6 @@ not English from French.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from r1jax.rewards.extraction import final_answer, thought
 from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
 from r1jax.rewards.words import NUMBER, words
+from r1jax.settings.names import nearest
 
 SCRIPTS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -109,11 +109,9 @@ def _scripts(target: str, languages: Mapping[str, str]) -> frozenset[str]:
         return frozenset({target})
     if target not in SCRIPTS:
         known = sorted({*languages, *SCRIPTS})
-        near = difflib.get_close_matches(target, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"target = {target!r}: no language of this name; {hint}there are {known}, and yours "
-            "by `languages: {name: characters}`"
+            f"target = {target!r}: no language of this name; {nearest(target, known)}there are "
+            f"{known}, and yours by `languages: {{name: characters}}`"
         )
     return SCRIPTS[target]
 

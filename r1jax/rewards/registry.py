@@ -7,14 +7,15 @@ It runs in a worker process (`r1jax.rewards.worker`), never in the trainer's.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # pydantic stays out of whoever imports this
+from r1jax.settings.names import nearest
+
+if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import VerifierSection
 
 
@@ -140,11 +141,9 @@ def check_reward(
         if not all(part.isidentifier() for part in parts):
             raise ValueError(f"rewards.{name}: not of the form package.module:function")
     else:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"rewards.{name}: no reward of this name; {hint}there are {sorted(REWARDS)}, "
-            "and yours as package.module:function"
+            f"rewards.{name}: no reward of this name; {nearest(name, REWARDS)}there are "
+            f"{sorted(REWARDS)}, and yours as package.module:function"
         )
 
 

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1jax.files import JsonObject, numbered_rows, written_whole
 from r1jax.rewards.registry import Answered, Outcome
 from r1jax.rewards.verifier import Pending, Verifier
 
@@ -56,58 +57,40 @@ def score_file(
     for _ in _rows(source):  # all are checked before the first is scored
         pass
     counts = Counter({outcome: 0 for outcome in Outcome})
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     rewards = {reward: RewardSection(options=dict(options or {}))}
-    try:
-        with Verifier(rewards, section) as verifier, partial.open("w", encoding="utf-8") as out:
-            waiting: list[tuple[list[dict[str, Any]], Pending]] = []
-            rows = _rows(source)
-            while True:
-                window = list(islice(rows, _WINDOW))
-                if window:
-                    pending = verifier.submit([answered for _, answered in window])
-                    waiting.append(([row for row, _ in window], pending))
-                if not waiting:
-                    break
-                if window and len(waiting) < 2:
-                    continue  # the next window is read while this one is scored
-                written, pending = waiting.pop(0)
-                for row, score in zip(written, pending.result(), strict=True):
-                    counts[score.outcome] += 1
-                    row["reward"] = None if math.isnan(score.reward) else score.reward
-                    row["outcome"] = score.outcome.value
-                    row["extracted"] = score.extracted
-                    if score.parts[reward].detail is not None:
-                        row["detail"] = score.parts[reward].detail
-                    out.write(_line(row))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        Verifier(rewards, section) as verifier,
+        written_whole(target) as partial,
+        partial.open("wb") as out,
+    ):
+        waiting: list[tuple[list[JsonObject], Pending]] = []
+        rows = _rows(source)
+        while True:
+            window = list(islice(rows, _WINDOW))
+            if window:
+                pending = verifier.submit([answered for _, answered in window])
+                waiting.append(([row for row, _ in window], pending))
+            if not waiting:
+                break
+            if window and len(waiting) < 2:
+                continue  # the next window is read while this one is scored
+            written, pending = waiting.pop(0)
+            for row, score in zip(written, pending.result(), strict=True):
+                counts[score.outcome] += 1
+                row["reward"] = None if math.isnan(score.reward) else score.reward
+                row["outcome"] = score.outcome.value
+                row["extracted"] = score.extracted
+                if score.parts[reward].detail is not None:
+                    row["detail"] = score.parts[reward].detail
+                # Half of a surrogate pair, from a cut token, is written as its escape.
+                line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                out.write(line + b"\n")
     return dict(counts)
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, from a cut token: only as an escape
-        line = json.dumps(row)
-    return line + "\n"
-
-
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Answered]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row is an object, not {type(row).__name__}")
-            yield row, _answered(row, where)
+def _rows(path: Path) -> Iterator[tuple[JsonObject, Answered]]:
+    for number, row in numbered_rows(path):
+        yield row, _answered(row, f"{path}:{number}")
 
 
 def _answered(row: Mapping[str, Any], where: str) -> Answered:

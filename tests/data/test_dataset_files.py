@@ -171,7 +171,7 @@ def columns(**changes: Any) -> dict[str, Any]:
     ("row", "message"),
     [
         (columns(domain=...), "a.jsonl:3: domain is missing"),
-        (columns(rewards=1.0), "a.jsonl:3: rewards is not a column; did you mean reward?"),
+        (columns(rewards=1.0), "a.jsonl:3: rewards is not a column; did you mean 'reward'?"),
         (columns(tokens="3"), "a.jsonl:3: tokens = '3': must be an int"),
         (columns(reward="nan"), "a.jsonl:3: reward = 'nan'"),
         (columns(provenance=[]), "a.jsonl:3: provenance = []: must be a JSON object"),

@@ -333,7 +333,7 @@ def test_no_text_has_another_program_than_its_draft(program, before, fence) -> N
     [
         (
             {"template": "<think>{though}</think>{summary}"},
-            "template: {though} is not a placeholder; did you mean {thought}? "
+            "template: {though} is not a placeholder; did you mean '{thought}'? "
             "there are {thought}, {summary}, {question}, {answer}",
         ),
         ({"summary": "{summary}{answer}"}, "summary: {summary} is not a placeholder"),

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from r1jax.metrics import Recorder, read_rows
+from r1jax.files import read_rows
+from r1jax.metrics import Recorder
 from r1jax.metrics.recorder import FILES
 
 

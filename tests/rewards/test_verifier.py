@@ -221,7 +221,7 @@ def test_workers_end_with_a_parent_that_is_killed(acting: str, word: str, tmp_pa
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time\n"
-        "from r1jax.config.schema import RewardSection, VerifierSection\n"
+        "from r1jax.settings.rewards import RewardSection, VerifierSection\n"
         "from r1jax.rewards import Answered, Verifier\n"
         "limits = VerifierSection(workers=2, deadline_seconds=600)\n"
         f"verifier = Verifier({{{acting!r}: RewardSection()}}, limits)\n"
@@ -317,8 +317,8 @@ def test_score_file(tmp_path: Path, acting: str) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "not valid JSON"),
-        ("[1]", "a row is an object"),
+        ("{", "not a JSON line"),
+        ("[1]", "a list; needs one JSON object"),
         ({"prompt": "p", "answer": "3"}, "no column 'completion'; there are"),
         (row("x", None), "answer = None: must be text"),
         (row("x", True), "answer = True: must be text"),

@@ -17,7 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from r1jax.config.load import load_config
 from r1jax.evaluation.run_directory import read_run
-from r1jax.metrics import ACTIVITY, ProfiledSteps, read_rows
+from r1jax.files import read_rows
+from r1jax.metrics import ACTIVITY, ProfiledSteps
 from r1jax.metrics.phases import Activity
 from r1jax.recipe import EVERYTHING, run
 

@@ -10,8 +10,8 @@ import pytest
 
 from r1jax.data import Prompt
 from r1jax.data.decontamination import EvaluationNgrams
-from r1jax.data.filters import load_filters
 from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.rewards.filters import load_filters
 from r1jax.stages.rejection_sampling.stage import choose, told
 
 

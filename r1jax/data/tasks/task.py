@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from r1jax.data.example import Example, Split
+from r1jax.settings.names import nearest
 
 HELD_OUT_SHARE = 0.1
 """Share of the problem space that is held out, by `split_of`; the same for every task."""
@@ -50,9 +50,10 @@ def task_options(kind: type[Task], options: dict[str, Any], where: str) -> Task:
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: options.{name} is not an option of this task; {hint}")
+            raise ValueError(
+                f"{where}: options.{name} is not an option of this task; {nearest(name, known)}"
+                f"known: {', '.join(known)}"
+            )
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from r1jax.evaluation.metrics import summarise
-from r1jax.metrics import read_rows
+from r1jax.files import read_rows
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.scored_samples import SAMPLES, judge_samples, share_right
 from r1jax.run.context import Context

@@ -30,7 +30,6 @@ from r1jax.data.dataset_files import (
     write_tfds,
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
-from r1jax.data.filters import TextFilter, apply_filters, load_filters
 from r1jax.data.rewriting import (
     INSTRUCTION,
     Draft,
@@ -43,8 +42,10 @@ from r1jax.data.rewriting import (
     instruction_prompt,
 )
 from r1jax.data.tokenizers import encode_texts
-from r1jax.metrics import ACTIVITY, phase, read_rows
+from r1jax.files import read_rows
+from r1jax.metrics import ACTIVITY, phase
 from r1jax.processes import anywhere, batch_share, from_first, gather
+from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.sampling import sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scored_samples import SAMPLES, judge_samples, share_right, slice_of_process
 from r1jax.run.context import Context, Preempted, RunError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.data.filters import (
+from r1jax.rewards.filters import (
     FILTERS,
     apply_filters,
     load_filters,
@@ -202,7 +202,7 @@ def test_any_text_is_kept_or_refused(text: str, name: str) -> None:
 
 def test_no_jax() -> None:
     code = (
-        "import sys, r1jax.data.decontamination, r1jax.data.filters\n"
+        "import sys, r1jax.data.decontamination, r1jax.rewards.filters\n"
         "print({'jax', 'sympy', 'math_verify', 'transformers'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,19 +11,17 @@ long paragraphs and code blocks. The thresholds are not reported; the defaults h
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import numpy as np
-
 from r1jax.rewards.extraction import ANSWER, END_ANSWER, END_THINK, THINK, thought
 from r1jax.rewards.format import STYLES, well_formed
 from r1jax.rewards.language import check_languages, language_share
 from r1jax.rewards.words import words
+from r1jax.settings.names import nearest
 
 
 class TextFilter(Protocol):
@@ -45,7 +43,7 @@ class Repetition:
         n: Words in an n-gram.
         max_share: Share of the text's n-grams that an earlier one equals, at most.
         max_repeats: How often in a row a phrase may occur, at most.
-        phrase_words: Phrases of up to so many words are looked for in a row.
+        phrase_words: The longest phrase, in words, that counts as repeated.
     """
 
     n: int = 10
@@ -60,25 +58,27 @@ class Repetition:
         _whole("phrase_words", self.phrase_words, least=1)
 
     def keeps(self, text: str) -> bool:
-        found = _words(text)
-        if repeated_share(found, self.n) > self.max_share:
+        tokens = _words(text)
+        if repeated_share(tokens, self.n) > self.max_share:
             return False
-        return longest_loop(found, self.phrase_words, self.max_repeats + 1) <= self.max_repeats
+        return longest_loop(tokens, self.phrase_words, self.max_repeats + 1) <= self.max_repeats
 
 
-def repeated_share(found: Sequence[str], n: int) -> float:
-    """Share of the n-grams of `found` that an earlier one equals; 0 if there are none."""
-    ngrams = [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]
+def repeated_share(tokens: Sequence[str], n: int) -> float:
+    """Share of the n-grams of a text's words that an earlier one equals; 0 if there are none."""
+    ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def longest_loop(found: Sequence[str], phrase_words: int, enough: int) -> int:
+def longest_loop(tokens: Sequence[str], phrase_words: int, enough: int) -> int:
     """How often a phrase of 1 .. phrase_words words occurs in a row, at most; 0 without words.
 
     Stops at the first phrase that occurs `enough` times in a row.
     """
+    import numpy as np  # here, because workers that do not need it should start without it
+
     number: dict[str, int] = {}
-    ids = np.array([number.setdefault(word, len(number)) for word in found], np.int64)
+    ids = np.array([number.setdefault(word, len(number)) for word in tokens], np.int64)
     most = min(len(ids), 1)
     for period in range(1, min(phrase_words, len(ids) // 2) + 1):
         # In r phrases in a row, (r - 1) * period words equal the word one period later.
@@ -205,12 +205,14 @@ def load_filters(options: Mapping[str, Mapping[str, Any]]) -> dict[str, TextFilt
 
 def _load_filter(name: str, given: Mapping[str, Any]) -> TextFilter:
     if name not in FILTERS:
-        raise ValueError(f"filters.{name}: no filter of this name; {_hint(name, FILTERS)}")
+        hint = nearest(name, FILTERS) or f"there are {sorted(FILTERS)}"
+        raise ValueError(f"filters.{name}: no filter of this name; {hint}".rstrip())
     kind = FILTERS[name]
     fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for option in given:
         if option not in fields:
-            raise ValueError(f"filters.{name}.{option}: no such option; {_hint(option, fields)}")
+            hint = nearest(option, fields) or f"there are {sorted(fields)}"
+            raise ValueError(f"filters.{name}.{option}: no such option; {hint}".rstrip())
     for option, each in fields.items():
         default = (each.default, each.default_factory)
         if option not in given and default == (dataclasses.MISSING, dataclasses.MISSING):
@@ -230,11 +232,6 @@ def _words(text: str) -> list[str]:
     for tag in (THINK, END_THINK, ANSWER, END_ANSWER):
         text = text.replace(tag, " ")
     return [word.casefold() for _, word in words(text)]
-
-
-def _hint(name: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {sorted(known)}"
 
 
 def _whole(option: str, value: object, *, least: int) -> None:
