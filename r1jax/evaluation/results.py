@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.files import write_json
 from r1jax.settings.model import MODEL
 
 # Stages after which a model is not the one before; pretraining is what makes the one before.
@@ -98,17 +96,3 @@ def write_results(run_dir: str | Path) -> Path:
     """Writes `results.json` into a run directory; a reader never sees half a file."""
     run = read_run(run_dir)
     return write_json(run.directory / "results.json", results(run))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes a JSON file whole or not at all; returns its path."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(path, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a file whole or not at all; returns its path."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path

@@ -14,8 +14,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from r1jax.evaluation.results import before_and_after, wall_seconds, write_whole
+from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.files import write_text
 from r1jax.report.comparisons import comparisons
 from r1jax.report.completions import side_by_side, strip
 from r1jax.report.datasets import written_dataset
@@ -34,7 +35,7 @@ def write_report(run_dir: str | Path) -> Path:
       ValueError: a file of the run is damaged; names file and line.
     """
     run = read_run(run_dir)
-    return write_whole(run.directory / "report.html", render(run))
+    return write_text(run.directory / "report.html", render(run))
 
 
 def render(run: Run) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from r1jax.config.load import ConfigError
-from r1jax.evaluation.results import before_and_after, write_json, write_whole
+from r1jax.evaluation.results import before_and_after
 from r1jax.evaluation.run_directory import Run
 from r1jax.evaluation.seeds import (
     bundles,
@@ -18,6 +18,7 @@ from r1jax.evaluation.seeds import (
     results_over_seeds,
     seed_of,
 )
+from r1jax.files import write_json, write_text
 from r1jax.report.comparisons import comparisons
 from r1jax.report.page import headline, template
 from r1jax.report.plots import Dots, Marker, band_plot, dot_plot
@@ -48,8 +49,8 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
     page, text, content = render(runs), render_markdown(runs), results_over_seeds(runs)
     directory.mkdir(parents=True, exist_ok=True)
     return [
-        write_whole(directory / "report.html", page),
-        write_whole(directory / "tables.md", text),
+        write_text(directory / "report.html", page),
+        write_text(directory / "tables.md", text),
         write_json(directory / "results.json", content),
     ]
 

@@ -38,6 +38,7 @@ from r1jax.data import (
     stop_token_ids,
 )
 from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.files import write_text
 from r1jax.metrics import ProfiledSteps
 from r1jax.models import (
     Decoder,
@@ -423,7 +424,7 @@ class Context:
         )
         self._refuse_stale()
         if jax.process_index() == 0:
-            _write(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
+            write_text(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
         self.record["versions"] = {
             name: version(name) for name in ("r1jax", "jax", "flax", "optax", "transformers")
         } | {"python": platform.python_version()}
@@ -484,7 +485,7 @@ class Context:
             self._write_record()
 
     def _write_record(self) -> None:
-        _write(self.directory / "run.json", json.dumps(self.record, indent=2) + "\n")
+        write_text(self.directory / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def status(self, name: str) -> str | None:
         return self.record["stages"].get(name, {}).get("status")
@@ -505,12 +506,6 @@ class Context:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 class Clock:
