@@ -18,7 +18,7 @@ from rich.console import Console
 from r1jax.bucket import check_access, copy_folder
 from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
-from r1jax.config.run_config import RunConfig, Stage, datasets_of
+from r1jax.config.run_config import RunConfig
 from r1jax.data.chat_template import check_template
 from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
@@ -28,7 +28,7 @@ from r1jax.processes import agree, batch_share, joined, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
 from r1jax.run.context import Context, Preempted
-from r1jax.settings.stage import TrainStage
+from r1jax.settings.stage import Stage, TrainStage
 from r1jax.sharding import Layout, split_cpu
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.evaluate.stage import run_evaluate
@@ -265,11 +265,7 @@ def check(context: Context) -> None:
     config = context.config
     if context.copy is not None:
         check_access(config.output)
-    own = [
-        config.rewards_of(stage.rewards)
-        for stage in config.stages
-        if isinstance(stage, EvaluateStage)
-    ]
+    own = [config.rewards_of(stage) for stage in config.stages if isinstance(stage, EvaluateStage)]
     for rewards in (config.rewards, *own):
         for name, reward in rewards.items():
             if reward.model is None:
@@ -280,13 +276,13 @@ def check(context: Context) -> None:
         if isinstance(stage, RewardModelStage):
             model = context.model_of(stage.name)
             hugging_face.check_padding(model.tokenizer, model.generation_config)
-            for _, data in datasets_of(stage):
+            for _, data in stage.datasets():
                 preferences(stage, data, context)
     used = dict.fromkeys(
         data
         for stage in config.stages
         if stage.kind != "reward_model"
-        for _, data in datasets_of(stage)
+        for _, data in stage.datasets()
     )
     for name in list(used):
         used |= dict.fromkeys(config.data[name].mixture)

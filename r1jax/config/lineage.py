@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1jax.config.run_config import RunConfig, datasets_of
+from r1jax.config.run_config import RunConfig
 from r1jax.settings.model import MODEL
-from r1jax.stages.evaluate.settings import EvaluateStage
-from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamplingStage
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,11 @@ def edges(config: RunConfig) -> list[Edge]:
     found: list[Edge] = []
     for stage in config.stages:
         found.append(Edge(config.weights_of(stage.name), stage.name, "weights"))
-        sources = [s for _, data in datasets_of(stage) for s in config.source_stages(data)]
+        sources = [s for _, data in stage.datasets() for s in config.source_stages(data)]
         found += [Edge(source, stage.name, "data") for source in dict.fromkeys(sources)]
-        if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
-            found.append(Edge(stage.rewrite.weights, stage.name, "rewriter"))
-        if isinstance(stage, GRPOStage | RejectionSamplingStage | EvaluateStage):
-            judges = config.reward_stages(stage.rewards).values()
-            found += [Edge(judge, stage.name, "reward") for judge in dict.fromkeys(judges)]
+        found += [Edge(use.source, stage.name, use.gives) for use in stage.other_weights()]
+        reward_models = dict.fromkeys(config.reward_stages(stage).values())
+        found += [Edge(model, stage.name, "reward") for model in reward_models]
     return found
 
 
@@ -54,14 +49,12 @@ def needs(config: RunConfig, name: str) -> list[str]:
 def ingredients(config: RunConfig, name: str) -> dict[str, Any]:
     """Everything that decides the result of a stage, as JSON; equal for equal results."""
     stage = config.stage(name)
-    datasets = dict.fromkeys(data for _, data in datasets_of(stage))
+    datasets = dict.fromkeys(data for _, data in stage.datasets())
     for data in list(datasets):
         datasets |= dict.fromkeys(config.data[data].mixture)
-    rewards = {}
-    if isinstance(stage, GRPOStage | RejectionSamplingStage | EvaluateStage):
-        rewards = config.rewards_of(stage.rewards)
+    rewards = config.rewards_of(stage)
     model = config.model_of(name)
-    section = config.model if model == MODEL else config.models[model]
+    section = config.section_of(model)
     return {
         "seed": config.seed,
         f"stages.{name}": stage.model_dump(mode="json"),

@@ -7,35 +7,26 @@ the run is resolved, still before any compute.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import functools
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, create_model, model_validator
 
 from r1jax.settings.data import DataSection
+from r1jax.settings.kinds import KINDS, load_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.rewards import RewardSection, VerifierSection
-from r1jax.settings.sampling import SamplingSection
 from r1jax.settings.section import Section
-from r1jax.settings.stage import EpochStage
-from r1jax.stages.evaluate.settings import EvaluateStage
-from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamplingStage
-from r1jax.stages.reward_model.settings import RewardModelStage
-from r1jax.stages.sft.settings import SFTStage
+from r1jax.settings.stage import Leaves, Stage
 
-Stage = Annotated[
-    PretrainStage
-    | SFTStage
-    | GRPOStage
-    | RejectionSamplingStage
-    | RewardModelStage
-    | EvaluateStage,
-    Field(discriminator="kind"),
-]
-
-TRAIN_KINDS = ("pretrain", "sft", "grpo")
+if TYPE_CHECKING:
+    AnyStage = Stage
+else:
+    AnyStage = Annotated[
+        Union[tuple(load_kind(kind) for kind in KINDS)],  # noqa: UP007
+        Field(discriminator="kind"),
+    ]
 
 
 class ComparisonSection(Section):
@@ -81,7 +72,7 @@ class RunConfig(Section):
     rewards: dict[str, RewardSection] = Field(default_factory=dict)
     verifier: VerifierSection = VerifierSection()
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[AnyStage] = Field(min_length=1)
     comparisons: list[ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."
     )
@@ -113,59 +104,49 @@ class RunConfig(Section):
             where = f"stages.{stage.name}"
             if names.count(stage.name) > 1 or stage.name in (MODEL, *self.models):
                 raise ValueError(f"{where}: the name {stage.name!r} is used twice")
-            for key, data in datasets_of(stage):
+            for key, data in stage.datasets():
                 if data not in self.data:
                     raise ValueError(
                         f"{where}.{key} = {data!r}: not one of the datasets {sorted(self.data)}"
                     )
                 for source in self.source_stages(data):
                     self._check_source(where, key, data, source, index)
-            trained = [s.name for s in self.stages[:index] if s.kind in TRAIN_KINDS]
-            known = [*trained, MODEL, *self.models]
+            known = [*self._names("weights", before=index), MODEL, *self.models]
             if stage.weights is not None:
                 _check_weights(f"{where}.weights", stage.weights, known)
-            if isinstance(stage, RejectionSamplingStage) and isinstance(
-                stage.rewrite, ModelRewrite
-            ):
-                _check_weights(f"{where}.rewrite.weights", stage.rewrite.weights, known)
-            self._check_module(where, stage)
-            if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
-                if not isinstance(stage.rewards, dict) and not self.rewards:
-                    raise ValueError(f"{where} needs at least one entry in rewards")
-                for reward in stage.rewards or ():
-                    if reward not in self.rewards_of(stage.rewards):
-                        raise ValueError(
-                            f"{where}.rewards: {reward!r} is not one of {sorted(self.rewards)}"
-                        )
-                for name, reward_model in self.reward_stages(stage.rewards).items():
-                    if reward_model not in names[:index]:
-                        raise ValueError(
-                            f"{where} is rewarded by rewards.{name}, whose model is the stage "
-                            f"{reward_model}: that must come before, or {where}.rewards must "
-                            "leave the reward out"
-                        )
+            for use in stage.other_weights():
+                _check_weights(f"{where}.{use.key}", use.source, known)
+            for key, weights in stage.prediction_module_uses():
+                self._check_prediction_module(f"{where}.{key}", weights)
+            self._check_rewards(where, stage, names[:index])
         self._check_comparisons()
         return self
 
-    def _check_module(self, where: str, stage: Stage) -> None:
-        """What needs a module for multi-token prediction is asked of a model that has one."""
-        if isinstance(stage, PretrainStage | SFTStage) and stage.mtp_weight:
-            self._needs_module(f"{where}.mtp_weight", stage.name)
-        sampled: list[tuple[str, SamplingSection, str]] = []
-        if isinstance(stage, GRPOStage | EvaluateStage | RejectionSamplingStage):
-            sampled.append(("sampling", stage.sampling, stage.name))
-        if isinstance(stage, GRPOStage):
-            sampled.append(("held_out_sampling", stage.held_out_sampling, stage.name))
-        if isinstance(stage, RejectionSamplingStage) and isinstance(stage.rewrite, ModelRewrite):
-            sampled.append(("rewrite.sampling", stage.rewrite.sampling, stage.rewrite.weights))
-        for key, section, weights in sampled:
-            if section.speculative:
-                self._needs_module(f"{where}.{key}.speculative", weights)
+    def _names(self, leaves: Leaves, before: int | None = None) -> list[str]:
+        """The stages with such a result, of all or of those before an index."""
+        return [s.name for s in self.stages[:before] if s.DESCRIPTION.leaves == leaves]
 
-    def _needs_module(self, key: str, weights: str) -> None:
+    def _check_rewards(self, where: str, stage: Stage, before: list[str]) -> None:
+        selection = stage.reward_selection()
+        if selection is None and not self.rewards:
+            raise ValueError(f"{where} needs at least one entry in rewards")
+        selected = self.rewards_of(stage)
+        for reward in selection or ():
+            if reward not in selected:
+                raise ValueError(
+                    f"{where}.rewards: {reward!r} is not one of {sorted(self.rewards)}"
+                )
+        for name, reward_model in self.reward_stages(stage).items():
+            if reward_model not in before:
+                raise ValueError(
+                    f"{where} is rewarded by rewards.{name}, whose model is the stage "
+                    f"{reward_model}: that must come before, or {where}.rewards must "
+                    "leave the reward out"
+                )
+
+    def _check_prediction_module(self, key: str, weights: str) -> None:
         model = self.model_of(weights)
-        section = self.model if model == MODEL else self.models[model]
-        if not section.multi_token_prediction:
+        if not self.section_of(model).multi_token_prediction:
             where = MODEL if model == MODEL else f"models.{model}"
             raise ValueError(
                 f"{key} needs the module for multi-token prediction, which this run's model does "
@@ -173,7 +154,7 @@ class RunConfig(Section):
             )
 
     def _check_comparisons(self) -> None:
-        known = [stage.name for stage in self.stages if stage.kind == "evaluate"]
+        known = self._names("evaluation")
         for index, section in enumerate(self.comparisons):
             where = f"comparisons.{index}.evaluations"
             for name in section.evaluations:
@@ -183,16 +164,15 @@ class RunConfig(Section):
                     raise ValueError(f"{where}: {name!r} is named twice; a row is enough")
 
     def _check_source(self, where: str, key: str, data: str, source: str, index: int) -> None:
-        before = {s.name: s.kind for s in self.stages[:index]}
-        if before.get(source) != "rejection_sampling":
-            written = [name for name, kind in before.items() if kind == "rejection_sampling"]
+        written = self._names("dataset", before=index)
+        if source not in written:
             raise ValueError(
-                f"{where}.{key}: data.{data} comes from stage:{source}, which is not a "
-                f"rejection_sampling stage before {where}; there are {written}"
+                f"{where}.{key}: data.{data} comes from stage:{source}, which is not a stage "
+                f"before {where} that writes a dataset; there are {written}"
             )
 
     def source_stages(self, data: str) -> list[str]:
-        """The rejection sampling stages that a dataset comes from."""
+        """The stages that wrote a dataset."""
         section = self.data[data]
         if section.mixture:
             return [
@@ -201,11 +181,11 @@ class RunConfig(Section):
         kind, _, name = str(section.source).partition(":")
         return [name] if kind == "stage" else []
 
-    def reward_stages(self, names: list[str] | dict[str, RewardSection] | None) -> dict[str, str]:
-        """Reward -> reward_model stage, of those rewards that such a stage of this run gives."""
-        trained = {stage.name for stage in self.stages if stage.kind == "reward_model"}
-        found = {name: reward.model for name, reward in self.rewards_of(names).items()}
-        return {name: model for name, model in found.items() if model in trained}
+    def reward_stages(self, stage: Stage) -> dict[str, str]:
+        """Reward -> the stage of this run that trained its model, for those with such a model."""
+        trained = self._names("reward_model")
+        models = {name: reward.model for name, reward in self.rewards_of(stage).items()}
+        return {name: model for name, model in models.items() if model in trained}
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -217,7 +197,7 @@ class RunConfig(Section):
         for stage in self.stages:
             if stage.name == name:
                 return stage.weights or before
-            if stage.kind in TRAIN_KINDS:
+            if stage.DESCRIPTION.leaves == "weights":
                 before = stage.name
         raise KeyError(name)
 
@@ -231,13 +211,43 @@ class RunConfig(Section):
             name = self.weights_of(name)
         return name
 
-    def rewards_of(
-        self, names: list[str] | dict[str, RewardSection] | None
-    ) -> dict[str, RewardSection]:
-        """A stage's rewards: its own, or those of these names in the config's order, or all."""
-        if isinstance(names, dict):
-            return names
-        return {name: r for name, r in self.rewards.items() if names is None or name in names}
+    def section_of(self, model: str) -> ModelSection:
+        """The settings of `model`, or of a name in `models`."""
+        return self.model if model == MODEL else self.models[model]
+
+    def rewards_of(self, stage: Stage) -> dict[str, RewardSection]:
+        """The rewards that score a stage's samples: its own, or those of the config, in order."""
+        selection = stage.reward_selection()
+        if isinstance(selection, dict):
+            return selection
+        return {n: r for n, r in self.rewards.items() if selection is None or n in selection}
+
+
+def run_config_type(document: JsonValue) -> type[RunConfig]:
+    """`RunConfig`, extended by the kinds of stages that a document takes from elsewhere.
+
+    Raises:
+      ValueError: such a kind cannot be imported, or is none.
+    """
+    stages = document.get("stages") if isinstance(document, dict) else None
+    kinds = (
+        [s.get("kind") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+    )
+    others = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and ":" in kind)
+    return _extended(tuple(others)) if others else RunConfig
+
+
+@functools.cache
+def _extended(kinds: tuple[str, ...]) -> type[RunConfig]:
+    union = Annotated[
+        Union[tuple(load_kind(kind) for kind in (*KINDS, *kinds))],  # noqa: UP007
+        Field(discriminator="kind"),
+    ]
+    return create_model(
+        "RunConfig",
+        __base__=RunConfig,
+        stages=(list[union], Field(min_length=1)),  # type: ignore[valid-type]
+    )
 
 
 def _check_weights(where: str, weights: str, known: list[str]) -> None:
@@ -245,17 +255,3 @@ def _check_weights(where: str, weights: str, known: list[str]) -> None:
         raise ValueError(
             f"{where} = {weights!r}: neither an earlier train stage nor a model; there are {known}"
         )
-
-
-def datasets_of(stage: Stage) -> list[tuple[str, str]]:
-    """(key, dataset) of all datasets that a stage reads."""
-    found: list[tuple[str, str]] = []
-    if isinstance(stage.data, str):
-        found.append(("data", stage.data))
-    else:
-        found += [(f"data.{i}.data", change.data) for i, change in enumerate(stage.data)]
-    if isinstance(stage, GRPOStage | EpochStage) and stage.held_out is not None:
-        found.append(("held_out", stage.held_out))
-    if isinstance(stage, RejectionSamplingStage):
-        found += [("decontaminate", data) for data in stage.decontaminate]
-    return found

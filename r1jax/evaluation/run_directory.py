@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
-from r1jax.config.run_config import RunConfig
+from r1jax.config.run_config import run_config_type
 
 # Stages whose result is a summary; the others leave metrics and weights.
 _SUMMARISED = ("evaluate", "rejection_sampling")
@@ -197,8 +196,8 @@ def read_run(run_dir: str | Path) -> Run:
 
 def _edges(config: dict[str, Any]) -> tuple[Edge, ...]:
     try:
-        return tuple(edges(RunConfig.model_validate(config)))
-    except ValidationError:
+        return tuple(edges(run_config_type(config).model_validate(config)))
+    except ValueError:
         return ()
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from r1jax.config.run_config import RunConfig, Stage
+from r1jax.config.run_config import RunConfig
 from r1jax.models import declare
 from r1jax.models.parameters import is_spec
 from r1jax.recipe import check
 from r1jax.run.context import Context, LanguageModel
+from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.grpo.settings import GRPOStage

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
-from r1jax.config.run_config import RunConfig, Stage
+from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
@@ -22,6 +22,7 @@ from r1jax.rollouts.scoring import directory_section
 from r1jax.run.context import decoder_of, make_layouts
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
+from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.weights import hugging_face
@@ -162,7 +163,7 @@ def distinct_stages(config: RunConfig) -> list[str]:
     for stage in config.stages:
         if isinstance(stage, EvaluateStage):
             samples = stage.samples_per_batch or stage.samples_per_problem
-            judges = [str(each.model) for each in config.rewards_of(stage.rewards).values()]
+            judges = [str(each.model) for each in config.rewards_of(stage).values()]
             key = f"{stage.model_dump(exclude=asked)} {samples} {sorted(set(judges) - {'None'})}"
             known = longest.get(key)
             if known is None or longest_prompt(stage, config) > longest_prompt(known, config):

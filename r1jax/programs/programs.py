@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.stages import Lowered
 from jax.typing import DTypeLike
 
-from r1jax.config.run_config import RunConfig, Stage
+from r1jax.config.run_config import RunConfig
 from r1jax.data.preferences import EncodedPreference, pad_texts, preference_arrays
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, ModelConfig, abstract_params, declare
@@ -45,6 +45,7 @@ from r1jax.sampler.speculative import (
 )
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.stage import Stage
 from r1jax.sharding import Axes, Layout
 from r1jax.stages import supervised
 from r1jax.stages.evaluate.settings import EvaluateStage
@@ -145,7 +146,7 @@ def _grpo(
     weights = _weights(model)
     state = abstract_train_state(weights, optimizer, model.layout)
     reference = {"reference": weights} if with_reference else {}
-    judges = _judges(config.rewards_of(stage.rewards), config, decoder_of)
+    judges = _judges(config.rewards_of(stage), config, decoder_of)
     beside = {**reference, "reward models": [_weights(each) for each, _ in judges.values()]}
 
     rows, time = stage.questions_per_step * group, _round_up(prompt + new, stage.length_bucket)
@@ -272,7 +273,7 @@ def _sampling(
     else:
         samples, asked = stage.samples_per_prompt, stage.prompts_per_batch
     prompt, new = longest_prompt(stage, config), stage.max_new_tokens
-    judges = _judges(config.rewards_of(stage.rewards), config, decoder_of)
+    judges = _judges(config.rewards_of(stage), config, decoder_of)
     beside = {"reward models": [_weights(each) for each, _ in judges.values()]}
     rollout = Rollout(model, asked, samples, prompt, new, stage.sampling, compiler)
     programs = list(rollout.programs(beside, 1.0))

@@ -56,7 +56,7 @@ def judge_samples(
     """
     model = context.sampler_of(stage.name)
     prompts, report = context.prompts(stage.data, model.tokenizer, limit)
-    rewards = context.config.rewards_of(stage.rewards)
+    rewards = context.config.rewards_of(stage)
     check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
     clock = Clock(context.seconds(stage.name))
     process = jax.process_index()

@@ -52,7 +52,7 @@ class BalanceSection(Section):
     )
 
 
-def _mtp_weight() -> Any:
+def mtp_weight_field() -> Any:
     return Field(
         0.0,
         description="Weight of the loss of multi-token prediction, which trains the module and, "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from r1jax.settings.optimizer import OptimizerSection, WeightChange
+from r1jax.settings.rewards import RewardSection
 from r1jax.settings.section import Section
 
 
@@ -25,14 +28,84 @@ class DataChange(Section):
     data: str
 
 
-def _check_changes(name: str, changes: Sequence[LengthChange | DataChange | WeightChange]) -> None:
+def check_changes(name: str, changes: Sequence[LengthChange | DataChange | WeightChange]) -> None:
     """Raises ValueError unless the steps at which a setting changes start at 0 and increase."""
     steps = [change.step for change in changes]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
         raise ValueError(f"{name}: steps must start at 0 and increase")
 
 
-class StageBase(Section):
+Leaves = Literal["weights", "reward_model", "dataset", "evaluation"]
+RewardSelection = list[str] | dict[str, RewardSection] | None
+"""Names of the config's rewards, rewards of the stage alone, or None for all of the config."""
+
+
+@dataclass(frozen=True)
+class StageDescription:
+    """What others need to know of a kind of stage, so that none of them knows it by name.
+
+    title: the kind in words, for the report.
+    leaves: its result: `weights` of a language model, weights of a `reward_model`, a `dataset`, or
+        an `evaluation`. The first two are train loops with checkpoints.
+    makes_base: its weights are the base model that later stages are compared with.
+    loss_note: what the report says below the curve of the loss.
+    leading_panels: the report's panels to draw first: `loss`, `reward` or `preferences`.
+    shows_samples: samples.jsonl holds samples of training, which the report shows by step.
+    less_memory: which settings to lower, for the planner's advice.
+    """
+
+    title: str
+    leaves: Leaves
+    makes_base: bool = False
+    loss_note: str = ""
+    leading_panels: tuple[str, ...] = ("loss",)
+    shows_samples: bool = False
+    less_memory: str = "smaller batches"
+
+    @property
+    def trains(self) -> bool:
+        return self.leaves in ("weights", "reward_model")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A number of a stage that the mesh must divide.
+
+    key: behind `stages.NAME`, as in `.row_tokens`, or `: rows x samples`.
+    by: `batch` or `time`, the axes of a row while training; `rollout_batch`, the batch axis while
+        sampling; `processes`, which share the prompts.
+    """
+
+    key: str
+    value: int
+    by: Literal["batch", "time", "rollout_batch", "processes"]
+
+
+@dataclass(frozen=True)
+class WeightsUse:
+    """Weights that a stage reads beside those that it starts from.
+
+    key: of the setting that names them. gives: what they are to the stage, for the schedule.
+    """
+
+    key: str
+    source: str
+    gives: str
+
+
+class Stage(Section):
+    """Settings of one stage of a run. A kind of stage is a subclass with its functions.
+
+    `FUNCTIONS` is the module with the kind's `check`, `programs` and `run` (`r1jax.stages`
+    describes them); empty for the module that defines the class. The built-in kinds keep them apart
+    so that reading a config imports no JAX. A kind overrides the methods below where it has
+    something to say; the defaults say that it has not.
+    """
+
+    FUNCTIONS: ClassVar[str] = ""
+    DESCRIPTION: ClassVar[StageDescription]
+
+    kind: str
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
     weights: str | None = Field(
         None,
@@ -40,14 +113,67 @@ class StageBase(Section):
         "name in `models`; default: the train stage before it, or `model`.",
     )
 
+    def datasets(self) -> list[tuple[str, str]]:
+        """(key, dataset) of all datasets that the stage reads."""
+        return []
 
-class TrainStage(StageBase):
+    def prompt_datasets(self) -> list[str]:
+        """The datasets whose prompts are sampled."""
+        return []
+
+    def reward_selection(self) -> RewardSelection:
+        """The rewards that score the stage's samples."""
+        return []
+
+    def other_weights(self) -> list[WeightsUse]:
+        """Weights that are read beside those that the stage starts from."""
+        return []
+
+    def prediction_module_uses(self) -> list[tuple[str, str]]:
+        """(key, stage or model) of settings that need the module for multi-token prediction."""
+        return []
+
+    def divided(self) -> list[Divided]:
+        """Numbers that the mesh must divide."""
+        return []
+
+    def planning_key(self, reward_models: Sequence[str]) -> str | None:
+        """Stages with the same key compile the same programs; None: this one has its own."""
+        return None
+
+    @classmethod
+    def fill_in(cls, stage: dict[str, JsonValue], data: dict[str, JsonValue]) -> str | None:
+        """Put what a setting implies into a stage and the config's data, as read from YAML.
+
+        Returns:
+          The key whose value is wrong, with the problem (`benchmark = 'x': no such benchmark`).
+        """
+        return None
+
+
+class TrainStage(Stage):
     """What every train loop has: checkpoints, and a limit to updates that were skipped."""
 
-    kind: str
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
     keep_checkpoints: int = Field(2, ge=1)
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps; None where they are known only when the data is counted."""
+        return None
+
+
+def check_micro_batches(rows_per_step: int, micro_batches: int) -> None:
+    """Raises ValueError unless the rows of a step split into micro-batches."""
+    if rows_per_step % micro_batches:
+        raise ValueError(
+            f"rows_per_step = {rows_per_step} is not a multiple of micro_batches = {micro_batches}"
+        )
+
+
+def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
+    """The rows of a micro-batch, which the mesh must divide."""
+    return Divided(".rows_per_step / micro_batches", rows_per_step // micro_batches, "batch")
 
 
 class EpochStage(TrainStage):
@@ -67,12 +193,18 @@ class EpochStage(TrainStage):
     def _consistent(self) -> EpochStage:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
-        if self.rows_per_step % self.micro_batches:
-            raise ValueError(
-                f"rows_per_step = {self.rows_per_step} is not a multiple of "
-                f"micro_batches = {self.micro_batches}"
-            )
+        check_micro_batches(self.rows_per_step, self.micro_batches)
         return self
+
+    def datasets(self) -> list[tuple[str, str]]:
+        held_out = [] if self.held_out is None else [("held_out", self.held_out)]
+        return [("data", self.data), *held_out]
+
+    def divided(self) -> list[Divided]:
+        return [divided_rows(self.rows_per_step, self.micro_batches)]
+
+    def planned_steps(self) -> int | None:
+        return self.steps
 
     def steps_for(self, rows_per_epoch: int) -> int:
         """The number of steps, given the rows of an epoch."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import EvaluationSampling
-from r1jax.settings.stage import StageBase
+from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
 
 
-class EvaluateStage(StageBase):
+class EvaluateStage(Stage):
     """pass@1, pass@k and cons@k on a dataset, every sample stored."""
+
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.evaluate.stage"
+    DESCRIPTION: ClassVar[StageDescription] = StageDescription(
+        title="evaluation",
+        leaves="evaluation",
+        less_memory="a smaller problems_per_batch or samples_per_batch",
+    )
 
     kind: Literal["evaluate"] = "evaluate"
     benchmark: str | None = Field(
@@ -51,3 +59,29 @@ class EvaluateStage(StageBase):
                 f"samples_per_batch = {part}"
             )
         return self
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples of a problem that are drawn together."""
+        return self.samples_per_batch or self.samples_per_problem
+
+    def datasets(self) -> list[tuple[str, str]]:
+        return [("data", self.data)]
+
+    def prompt_datasets(self) -> list[str]:
+        return [self.data]
+
+    def reward_selection(self) -> RewardSelection:
+        return self.rewards
+
+    def prediction_module_uses(self) -> list[tuple[str, str]]:
+        return [("sampling.speculative", self.name)] if self.sampling.speculative else []
+
+    def divided(self) -> list[Divided]:
+        return [Divided(".problems_per_batch", self.problems_per_batch, "processes")]
+
+    def planning_key(self, reward_models: Sequence[str]) -> str | None:
+        """Evaluations that differ in what is sampled, and how often, compile the same programs."""
+        left_out = {"name", "benchmark", "data", "rewards", "problems", "samples_per_problem"}
+        dump = self.model_dump(exclude=left_out)
+        return f"{dump} {self.samples_at_once} {sorted(set(reward_models))}"

@@ -47,7 +47,7 @@ class HeldOut:
         if stage.held_out is None:
             return
         prompts, report = context.prompts(stage.held_out, self._model.tokenizer)
-        rewards = context.config.rewards_of(stage.rewards)
+        rewards = context.config.rewards_of(stage)
         check_domains(stage.name, {prompt.domain: stage.held_out for prompt in prompts}, rewards)
         self.reports.append(f"held out: {report}")
         # A divisor of both: samples are drawn in equal parts, none of them larger than a group.

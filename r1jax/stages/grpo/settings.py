@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.sampling import EvaluationSampling, SamplingSection
-from r1jax.settings.stage import DataChange, LengthChange, TrainStage, _check_changes
+from r1jax.settings.stage import (
+    DataChange,
+    Divided,
+    LengthChange,
+    RewardSelection,
+    StageDescription,
+    TrainStage,
+    check_changes,
+)
 
 
 class GRPOStage(TrainStage):
@@ -18,6 +26,17 @@ class GRPOStage(TrainStage):
     A step is one policy update. A rollout phase samples `questions_per_step *
     mini_batches_per_rollout` questions and feeds that many steps (paper: 32 x 16 = 512).
     """
+
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.grpo.stage"
+    DESCRIPTION: ClassVar[StageDescription] = StageDescription(
+        title="reinforcement learning",
+        leaves="weights",
+        loss_note="Near zero by design: advantages of a group sum to zero. Read reward and "
+        "gradient norm in its place.",
+        leading_panels=("reward",),
+        shows_samples=True,
+        less_memory="more rollout_batches and micro_batches, fewer max_new_tokens",
+    )
 
     kind: Literal["grpo"] = "grpo"
     data: str | list[DataChange] = Field(description="A dataset, or which one from which step on.")
@@ -95,7 +114,7 @@ class GRPOStage(TrainStage):
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
         for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
             if isinstance(changes, list):
-                _check_changes(name, changes)
+                check_changes(name, changes)
                 steps = [change.step for change in changes]
                 odd = [step for step in steps if step % self.mini_batches_per_rollout]
                 if odd:
@@ -104,6 +123,57 @@ class GRPOStage(TrainStage):
                         f"{self.mini_batches_per_rollout}; changes take place between phases"
                     )
         return self
+
+    def datasets(self) -> list[tuple[str, str]]:
+        held_out = [] if self.held_out is None else [("held_out", self.held_out)]
+        return [*self.training_datasets(), *held_out]
+
+    def training_datasets(self) -> list[tuple[str, str]]:
+        """(key, dataset) of those whose questions are trained on."""
+        if isinstance(self.data, str):
+            return [("data", self.data)]
+        return [(f"data.{i}.data", change.data) for i, change in enumerate(self.data)]
+
+    def prompt_datasets(self) -> list[str]:
+        return [data for _, data in self.datasets()]
+
+    def reward_selection(self) -> RewardSelection:
+        return self.rewards
+
+    def prediction_module_uses(self) -> list[tuple[str, str]]:
+        sections = {"sampling": self.sampling, "held_out_sampling": self.held_out_sampling}
+        return [(f"{key}.speculative", self.name) for key, s in sections.items() if s.speculative]
+
+    def divided(self) -> list[Divided]:
+        rows = self.questions_per_step * self.outputs_per_question
+        phase = self.questions_per_step * self.mini_batches_per_rollout
+        product = ": questions_per_step x outputs_per_question"
+        return [
+            Divided(f"{product} / micro_batches", rows // self.micro_batches, "batch"),
+            Divided(product, rows, "rollout_batch"),
+            Divided(".length_bucket", self.length_bucket, "time"),
+            Divided(
+                ": questions_per_step x mini_batches_per_rollout / rollout_batches",
+                phase // self.rollout_batches,
+                "processes",
+            ),
+        ]
+
+    def planned_steps(self) -> int | None:
+        return self.steps
+
+    def max_new_tokens_at(self, step: int) -> int:
+        """The limit of a completion that is in force at a step."""
+        if isinstance(self.max_new_tokens, int):
+            return self.max_new_tokens
+        return [change.tokens for change in self.max_new_tokens if change.step <= step][-1]
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that a completion may have at any step."""
+        if isinstance(self.max_new_tokens, int):
+            return self.max_new_tokens
+        return max(change.tokens for change in self.max_new_tokens)
 
     def data_at(self, step: int) -> str:
         """The dataset that is in force at a step."""

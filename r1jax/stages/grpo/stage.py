@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from transformers import PreTrainedTokenizerBase
 
-from r1jax.config.run_config import datasets_of
 from r1jax.data import PromptIterator, Taken
 from r1jax.grpo import GRPOBatch, Scored, Step, make_grpo_step
 from r1jax.models import Decoder, token_scores
@@ -42,7 +41,7 @@ from r1jax.train_step import map_micro_batches
 def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     """Train with GRPO, resuming where a former process stopped."""
     model, sampler = context.model_of(stage.name).decoder, context.sampler_of(stage.name)
-    tokenizer, rewards = sampler.tokenizer, context.config.rewards_of(stage.rewards)
+    tokenizer, rewards = sampler.tokenizer, context.config.rewards_of(stage)
     rollout_layout = sampler.decoder.layout
     share = batch_share(rollout_layout)
     questions = Questions(stage, context, tokenizer, share)
@@ -248,7 +247,7 @@ class Questions:
         self.reports: list[str] = []
         self.domains: dict[str, str] = {}
         self._walks: dict[str, PromptIterator] = {}
-        trained = (data for key, data in datasets_of(stage) if key != "held_out")
+        trained = (data for key, data in stage.datasets() if key != "held_out")
         for name in dict.fromkeys(trained):
             prompts, report = context.prompts(name, tokenizer)
             self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from r1jax.settings.optimizer import BalanceSection, OptimizerSection, WeightChange, _mtp_weight
-from r1jax.settings.stage import TrainStage, _check_changes
+from r1jax.settings.optimizer import (
+    BalanceSection,
+    OptimizerSection,
+    WeightChange,
+    mtp_weight_field,
+)
+from r1jax.settings.stage import (
+    Divided,
+    StageDescription,
+    TrainStage,
+    check_changes,
+    check_micro_batches,
+    divided_rows,
+)
 
 
 class PretrainStage(TrainStage):
     """Next-token prediction on packed rows of a dataset's `text`."""
+
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.pretrain.stage"
+    DESCRIPTION: ClassVar[StageDescription] = StageDescription(
+        title="pretraining",
+        leaves="weights",
+        makes_base=True,
+        loss_note="Next-token cross-entropy, nats.",
+        less_memory="more micro_batches",
+    )
 
     kind: Literal["pretrain"] = "pretrain"
     data: str
@@ -20,17 +41,26 @@ class PretrainStage(TrainStage):
     row_tokens: int = Field(ge=8)
     micro_batches: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
-    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = _mtp_weight()
+    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = mtp_weight_field()
     balance: BalanceSection = BalanceSection()
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
     def _divisible(self) -> PretrainStage:
         if isinstance(self.mtp_weight, list):
-            _check_changes("mtp_weight", self.mtp_weight)
-        if self.rows_per_step % self.micro_batches:
-            raise ValueError(
-                f"rows_per_step = {self.rows_per_step} is not a multiple of "
-                f"micro_batches = {self.micro_batches}"
-            )
+            check_changes("mtp_weight", self.mtp_weight)
+        check_micro_batches(self.rows_per_step, self.micro_batches)
         return self
+
+    def datasets(self) -> list[tuple[str, str]]:
+        return [("data", self.data)]
+
+    def divided(self) -> list[Divided]:
+        rows = divided_rows(self.rows_per_step, self.micro_batches)
+        return [rows, Divided(".row_tokens", self.row_tokens, "time")]
+
+    def prediction_module_uses(self) -> list[tuple[str, str]]:
+        return [("mtp_weight", self.name)] if self.mtp_weight else []
+
+    def planned_steps(self) -> int | None:
+        return self.steps

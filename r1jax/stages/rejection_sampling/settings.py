@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from r1jax.settings.sampling import SamplingSection
 from r1jax.settings.section import Section
-from r1jax.settings.stage import StageBase
+from r1jax.settings.stage import (
+    Divided,
+    RewardSelection,
+    Stage,
+    StageDescription,
+    WeightsUse,
+)
 
 
 class RuleRewrite(Section):
@@ -58,8 +64,15 @@ class ModelRewrite(Section):
 Rewrite = Annotated[RuleRewrite | EndpointRewrite | ModelRewrite, Field(discriminator="kind")]
 
 
-class RejectionSamplingStage(StageBase):
+class RejectionSamplingStage(Stage):
     """Sample, keep what is right and readable, and write it as a dataset (`source: stage:NAME`)."""
+
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.rejection_sampling.stage"
+    DESCRIPTION: ClassVar[StageDescription] = StageDescription(
+        title="rejection sampling",
+        leaves="dataset",
+        less_memory="a smaller prompts_per_batch",
+    )
 
     kind: Literal["rejection_sampling"] = "rejection_sampling"
     data: str
@@ -81,3 +94,36 @@ class RejectionSamplingStage(StageBase):
     rewrite: Rewrite | None = Field(
         None, description="What turns a kept completion into the text to train on (cold start)."
     )
+
+    @property
+    def model_rewrite(self) -> ModelRewrite | None:
+        """The rewriting by a model of this run, where that is what is asked for."""
+        return self.rewrite if isinstance(self.rewrite, ModelRewrite) else None
+
+    def datasets(self) -> list[tuple[str, str]]:
+        return [("data", self.data), *(("decontaminate", data) for data in self.decontaminate)]
+
+    def prompt_datasets(self) -> list[str]:
+        return [self.data]
+
+    def reward_selection(self) -> RewardSelection:
+        return self.rewards
+
+    def other_weights(self) -> list[WeightsUse]:
+        rewrite = self.model_rewrite
+        return (
+            [] if rewrite is None else [WeightsUse("rewrite.weights", rewrite.weights, "rewriter")]
+        )
+
+    def prediction_module_uses(self) -> list[tuple[str, str]]:
+        uses = [("sampling.speculative", self.name)] if self.sampling.speculative else []
+        if self.model_rewrite is not None and self.model_rewrite.sampling.speculative:
+            uses.append(("rewrite.sampling.speculative", self.model_rewrite.weights))
+        return uses
+
+    def divided(self) -> list[Divided]:
+        numbers = [Divided(".prompts_per_batch", self.prompts_per_batch, "processes")]
+        if self.model_rewrite is not None:
+            drafts = self.model_rewrite.drafts_per_batch
+            numbers.append(Divided(".rewrite.drafts_per_batch", drafts, "processes"))
+        return numbers

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from r1jax.settings.stage import EpochStage
+from r1jax.settings.stage import Divided, EpochStage, StageDescription
 
 
 class RewardModelStage(EpochStage):
@@ -15,6 +15,15 @@ class RewardModelStage(EpochStage):
     `data` has rows of prompt, chosen, rejected, or of prompt, response, safe; `rows_per_step`
     counts pairs, or labelled responses.
     """
+
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.reward_model.stage"
+    DESCRIPTION: ClassVar[StageDescription] = StageDescription(
+        title="reward model",
+        leaves="reward_model",
+        loss_note="Negative log-likelihood of the labels, nats.",
+        leading_panels=("loss", "preferences"),
+        less_memory="more micro_batches",
+    )
 
     kind: Literal["reward_model"] = "reward_model"
     loss: Literal["pairwise", "pointwise"] = Field(
@@ -26,3 +35,6 @@ class RewardModelStage(EpochStage):
     rows_per_step: int = Field(256, ge=1)
     max_tokens: int = Field(8192, ge=2, description="Longer rows are left out and counted.")
     length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+
+    def divided(self) -> list[Divided]:
+        return [*super().divided(), Divided(".length_bucket", self.length_bucket, "time")]
