@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +10,33 @@ import optax
 from flax import struct
 
 from r1jax.objectives.advantages import Advantages, group_advantages
-from r1jax.objectives.normalisation import token_weights
-from r1jax.objectives.policy_loss import token_terms
+from r1jax.objectives.normalisation import mean_weights, token_weights
+from r1jax.objectives.policy_loss import TokenTerms, token_terms
+from r1jax.objectives.shapes import (
+    PER_ROW,
+    PER_TOKEN,
+    check_advantages,
+    check_alike,
+    check_floating,
+)
 from r1jax.settings.objective import GRPOConfig
 from r1jax.train_step import (
     AfterUpdate,
-    Metrics,
+    LossOutput,
     TrainState,
-    accumulate_gradients,
-    apply_if_finite,
+    TrainStep,
     init_train_state,
+    make_train_step,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 __all__ = [
     "Advantages",
     "GRPOBatch",
     "GRPOConfig",
+    "PolicyOutputs",
     "TrainState",
     "group_advantages",
     "init_train_state",
@@ -36,56 +46,70 @@ __all__ = [
 
 @struct.dataclass
 class GRPOBatch:
-    """What one update reads. N rows of T tokens; every leaf's first dimension is N.
+    """What one update reads: N rows of T tokens. The first dimension of every leaf is N.
 
     inputs: whatever `log_prob_fn` needs (tokens, positions, images, ...), any pytree.
-    mask: [N, T], 1 where `log_prob_fn`'s value at (n, t) is a trained token: sampled tokens with
-        their EOS, not the prompt, not padding; a row of zeros leaves a sample out.
+    mask: [N, T], above 0 where `log_prob_fn`'s value at (n, t) is a trained token: sampled tokens
+        with their EOS, not the prompt, not padding; a row of zeros leaves a sample out.
     advantages: [N], or [N, T] for packed rows.
     old_log_probs: [N, T], or None when the batch was sampled by the present weights.
     reference_log_probs: [N, T], or None when kl_coefficient is 0.
     sampler_log_probs: [N, T], or None for no importance correction.
+    lengths: [N, T], for packed rows: how many trained tokens the sequence of a token has. None: a
+        row is one sequence.
+    sequences: scalar, for packed rows: how many sequences of the batch have a trained token.
     """
 
-    inputs: Any
-    mask: Any
-    advantages: Any
-    old_log_probs: Any = None
-    reference_log_probs: Any = None
-    sampler_log_probs: Any = None
+    inputs: PyTree
+    mask: Num[Array, "batch time"] | Bool[Array, "batch time"]
+    advantages: Float[Array, " batch"] | Float[Array, "batch time"]
+    old_log_probs: Float[Array, "batch time"] | None = None
+    reference_log_probs: Float[Array, "batch time"] | None = None
+    sampler_log_probs: Float[Array, "batch time"] | None = None
+    lengths: Num[Array, "batch time"] | None = None
+    sequences: Num[Array, ""] | None = None
 
 
-DEFAULT = GRPOConfig()
+class PolicyOutputs(NamedTuple):
+    """What a `log_prob_fn` returns of a micro-batch.
 
-
-class Scored(NamedTuple):
-    """What a `log_prob_fn` may tell beside the log-probs [N, T].
-
-    entropy: [N, T], shown as a metric.
-    penalty: [N], of each row; the mean over the rows of a batch is added to the loss.
-    counts: any pytree of arrays, which are summed over the rows of a batch, for `after_update`.
+    entropy: shown as a metric.
+    penalty: of each row; its mean over the rows of the batch is added to the loss.
+    counts: any pytree of arrays, which are summed over the batch for `after_update`.
     """
 
-    log_probs: Any
-    entropy: Any = None
-    penalty: Any = None
-    counts: Any = None
+    log_probs: Float[Array, "batch time"]
+    entropy: Float[Array, "batch time"] | None = None
+    penalty: Float[Array, " batch"] | None = None
+    counts: PyTree = None
 
 
-# (params, batch) -> log-probs [N, T], or a pair of log-probs and entropies, or `Scored`.
-LogProbFn = Callable[[Any, GRPOBatch], Any]
+class LogProbFn(Protocol):
+    """The policy: log-probs of a batch's tokens, differentiated with respect to params."""
 
-Step = Callable[[TrainState, GRPOBatch], tuple[TrainState, Metrics]]
+    def __call__(
+        self, params: PyTree, batch: GRPOBatch, /
+    ) -> PolicyOutputs | Float[Array, "batch time"]:
+        """Log-probs aligned with batch.mask, alone or as `PolicyOutputs`."""
+        ...
+
+
+class _Weights(NamedTuple):
+    tokens: Float[Array, "batch time"]
+    rows: Float[Array, " batch"]
+
+
+_DEFAULT = GRPOConfig()
 
 
 def make_grpo_step(
     log_prob_fn: LogProbFn,
     optimizer: optax.GradientTransformation,
-    config: GRPOConfig = DEFAULT,
+    config: GRPOConfig = _DEFAULT,
     *,
     micro_batches: int = 1,
     after_update: AfterUpdate | None = None,
-) -> Step:
+) -> TrainStep[GRPOBatch]:
     """Build `step(state, batch) -> (state, metrics)`, to be jitted, with the state donated:
 
         step = jax.jit(make_grpo_step(log_prob_fn, optax.adam(1e-6)), donate_argnums=0)
@@ -94,84 +118,136 @@ def make_grpo_step(
     from the whole batch's mask before it is split.
 
     Args:
-      log_prob_fn: (params, batch) -> log-probs [N, T] aligned with batch.mask, or a pair
-        (log-probs, entropies), or `Scored`. Differentiated with respect to params.
+      log_prob_fn: (params, micro-batch) -> log-probs aligned with its mask, alone or as
+        `PolicyOutputs`. (The micro-batch has no `lengths` and `sequences`.)
       optimizer: any optax transformation (put gradient clipping and schedules in it).
       config: the objective.
       micro_batches: parts that the rows are split into, to bound activation memory.
-      after_update: what else is done to the weights, given what `Scored.counts` sums up to over the
-        batch (a mixture of experts is balanced so).
+      after_update: what else is done to the weights, given what `PolicyOutputs.counts` sums up to
+        over the batch (a mixture of experts is balanced so).
 
     Returns:
-      A pure function. Metrics are float32 scalars, means over trained tokens: loss, policy/kl,
-      policy/entropy (when given), policy/clip_fraction, policy/ratio_mean, sampler/gap_mean,
-      sampler/gap_max, optimizer/grad_norm, optimizer/finite. On policy the loss is near 0 by
-      construction (advantages of a group sum to 0); read the reward and the gradient norm.
+      A pure function, which raises ValueError as it is traced for arrays that do not fit together.
+      Metrics are float32 scalars, means over trained tokens: loss, policy/kl, policy/entropy (when
+      given), policy/clip_fraction, policy/ratio_mean, sampler/gap_mean, sampler/gap_max,
+      optimizer/grad_norm, optimizer/finite. On policy the loss is near 0 by construction
+      (advantages of a group sum to 0); read the reward and the gradient norm.
     """
 
-    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        batch, weights, each_row = part
-        found = log_prob_fn(params, batch)
-        scored = Scored(*found) if isinstance(found, tuple) else Scored(found)
-        log_probs, entropy = scored.log_probs, scored.entropy
-        # A token outside the mask may hold anything, NaN included: it must not reach the sum.
-        trained = batch.mask > 0
-        log_probs = jnp.where(trained, log_probs, 0.0)
-
-        def masked(values: Any) -> Any:
-            return None if values is None else jnp.where(trained, values, 0.0)
-
-        terms = token_terms(
-            log_probs,
-            batch.advantages,
-            config=config,
-            old_log_probs=masked(batch.old_log_probs),
-            reference_log_probs=masked(batch.reference_log_probs),
-            sampler_log_probs=masked(batch.sampler_log_probs),
-        )
-        mask = trained.astype(jnp.float32)
-        sums = {
-            "policy/kl": terms.kl,
-            "policy/clip_fraction": terms.clipped,
-            "policy/ratio_mean": terms.ratio,
-        }
-        if entropy is not None:
-            sums["policy/entropy"] = entropy
-        if batch.sampler_log_probs is not None:
-            old = batch.old_log_probs
-            mine = jax.lax.stop_gradient(log_probs) if old is None else masked(old)
-            gap = jnp.abs(mine - masked(batch.sampler_log_probs))
-            sums["sampler/gap_mean"] = gap
-        aux = {name: jnp.sum(jnp.where(trained, value, 0.0)) for name, value in sums.items()}
-        aux["tokens"] = mask.sum()
-        if batch.sampler_log_probs is not None:
-            aux["sampler/gap_max"] = jnp.max(jnp.where(trained, gap, 0.0))
-        loss = jnp.sum(terms.loss * weights)
-        if scored.penalty is not None:
-            aux["penalty"] = jnp.sum(scored.penalty * each_row)
-            loss = loss + aux["penalty"]
-        return loss, (aux, scored.counts)
-
-    def step(state: TrainState, batch: GRPOBatch) -> tuple[TrainState, Metrics]:
-        weights = token_weights(
-            batch.mask, config.normalisation, constant_length=config.constant_length
+    def weigh(batch: GRPOBatch, step: Int[Array, ""]) -> tuple[GRPOBatch, _Weights]:
+        _check_batch(batch)
+        tokens = token_weights(
+            batch.mask,
+            config.normalisation,
+            constant_length=config.constant_length,
+            lengths=batch.lengths,
+            sequences=batch.sequences,
         )
         rows = len(batch.mask)
-        each_row = jnp.full((rows,), 1 / rows, jnp.float32)
-        loss, gradients, (aux, counts) = accumulate_gradients(
-            loss_fn, state.params, (batch, weights, each_row), micro_batches
+        return (
+            batch.replace(lengths=None, sequences=None),
+            _Weights(tokens, mean_weights(rows, rows)),
         )
-        tokens = jnp.maximum(aux.pop("tokens").sum(), 1.0)
-        gap_max, penalty = aux.pop("sampler/gap_max", None), aux.pop("penalty", None)
-        counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
-        state, metrics = apply_if_finite(
-            state, loss, gradients, optimizer, counts=counts, after_update=after_update
-        )
-        if penalty is not None:
-            metrics["penalty"] = penalty.sum()
-        metrics |= {name: value.sum() / tokens for name, value in aux.items()}
-        if gap_max is not None:
-            metrics["sampler/gap_max"] = gap_max.max()
-        return state, metrics
 
-    return step
+    def loss_fn(params: PyTree, rows: tuple[GRPOBatch, _Weights]) -> LossOutput:
+        batch, weights = rows
+        outputs = _as_outputs(log_prob_fn(params, batch), batch)
+        outputs, batch = _only_trained(outputs, batch)
+        terms = token_terms(
+            outputs.log_probs,
+            batch.advantages,
+            config=config,
+            old_log_probs=batch.old_log_probs,
+            reference_log_probs=batch.reference_log_probs,
+            sampler_log_probs=batch.sampler_log_probs,
+        )
+        loss = jnp.sum(terms.loss * weights.tokens)
+        output = _with_metrics(loss, terms, outputs, batch)
+        if outputs.penalty is None:
+            return output
+        penalty = jnp.sum(outputs.penalty * weights.rows)
+        return output._replace(loss=loss + penalty, sums={"penalty": penalty})
+
+    return make_train_step(
+        weigh, loss_fn, optimizer, micro_batches=micro_batches, after_update=after_update
+    )
+
+
+def _check_batch(batch: GRPOBatch) -> None:
+    log_probs = {
+        "old_log_probs": batch.old_log_probs,
+        "reference_log_probs": batch.reference_log_probs,
+        "sampler_log_probs": batch.sampler_log_probs,
+    }
+    check_alike(PER_TOKEN, {"mask": batch.mask, **log_probs, "lengths": batch.lengths})
+    check_floating(log_probs)
+    check_advantages(batch.advantages, "mask", batch.mask)
+
+
+def _as_outputs(
+    returned: PolicyOutputs | Float[Array, "batch time"], batch: GRPOBatch
+) -> PolicyOutputs:
+    """Raises ValueError unless they fit the mask of the micro-batch."""
+    outputs = returned if isinstance(returned, PolicyOutputs) else PolicyOutputs(returned)
+    if not hasattr(outputs.log_probs, "shape"):
+        raise ValueError(
+            f"log_prob_fn returned a {type(outputs.log_probs).__name__}; return the log-probs "
+            "[batch, time], or PolicyOutputs(log_probs, entropy)"
+        )
+    per_token = {
+        "the log-probs returned by log_prob_fn": outputs.log_probs,
+        "the entropy returned by log_prob_fn": outputs.entropy,
+    }
+    check_alike(PER_TOKEN, {"mask": batch.mask, **per_token})
+    check_floating(per_token)
+    if outputs.penalty is not None:
+        check_alike(
+            PER_ROW,
+            {
+                "mask[:, 0]": batch.mask[:, 0],
+                "the penalty returned by log_prob_fn": outputs.penalty,
+            },
+        )
+    return outputs
+
+
+def _only_trained(outputs: PolicyOutputs, batch: GRPOBatch) -> tuple[PolicyOutputs, GRPOBatch]:
+    """A token outside the mask may hold anything, NaN included: it must not reach the sums."""
+    trained = batch.mask > 0
+
+    def masked(values: Float[Array, "batch time"] | None) -> Float[Array, "batch time"] | None:
+        return None if values is None else jnp.where(trained, values, 0.0)
+
+    return outputs._replace(
+        log_probs=masked(outputs.log_probs), entropy=masked(outputs.entropy)
+    ), batch.replace(
+        advantages=batch.advantages
+        if jnp.ndim(batch.advantages) == 1
+        else masked(batch.advantages),
+        old_log_probs=masked(batch.old_log_probs),
+        reference_log_probs=masked(batch.reference_log_probs),
+        sampler_log_probs=masked(batch.sampler_log_probs),
+    )
+
+
+def _with_metrics(
+    loss: Float[Array, ""], terms: TokenTerms, outputs: PolicyOutputs, batch: GRPOBatch
+) -> LossOutput:
+    """Metrics are means over the trained tokens."""
+    trained = batch.mask > 0
+    values = {
+        "policy/kl": terms.kl,
+        "policy/clip_fraction": terms.clipped,
+        "policy/ratio_mean": terms.ratio,
+    }
+    if outputs.entropy is not None:
+        values["policy/entropy"] = outputs.entropy
+    maxima = {}
+    if batch.sampler_log_probs is not None:
+        old = batch.old_log_probs
+        old = jax.lax.stop_gradient(outputs.log_probs) if old is None else old
+        values["sampler/gap_mean"] = jnp.abs(old - batch.sampler_log_probs)
+        maxima["sampler/gap_max"] = jnp.max(jnp.where(trained, values["sampler/gap_mean"], 0.0))
+    tokens = trained.astype(jnp.float32).sum()
+    means = {n: (jnp.sum(jnp.where(trained, x, 0.0)), tokens) for n, x in values.items()}
+    return LossOutput(loss, means=means, maxima=maxima, counts=outputs.counts)

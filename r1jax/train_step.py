@@ -1,56 +1,124 @@
-"""The train step that all stages share: state, micro-batches, guard against non-finite updates."""
+"""The train step of all stages: state, micro-batches, metrics, guard against non-finite updates.
+
+A loss here is a weighted sum over rows, with weights that are computed once from the whole batch
+(`objectives/normalisation.py`). So the losses and gradients of micro-batches add up to exactly
+those of the batch. A stage supplies its weights and its loss; `make_train_step` does the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Num, PyTree
+
+    from r1jax.sharding import Layout
+
+Metrics = dict[str, jax.Array]
+Batch = TypeVar("Batch")
+Rows = TypeVar("Rows")
+Result = TypeVar("Result")
+
+
+# --- State ---------------------------------------------------------------------------------------
+
 
 @struct.dataclass
 class TrainState:
-    """Weights, optimizer state and the number of updates so far."""
+    """Weights, optimizer state and the number of batches so far."""
 
-    step: Any
-    params: Any
-    opt_state: Any
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
 
 
-def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+# (state, batch) -> the next state, and metrics: float32 scalars.
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def init_train_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-Metrics = dict[str, jax.Array]
+def abstract_train_state(
+    params: PyTree, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """Shapes, dtypes and shardings of the train state: moments are split like their weights.
 
-# (weights after the optimizer, counts of the batch) -> weights, and figures for the metrics.
-AfterUpdate = Callable[[Any, Any], tuple[Any, Metrics]]
+    Args:
+      params: weights or `jax.ShapeDtypeStruct`s, with shardings.
+    """
+    shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
+
+    def like(leaf: jax.ShapeDtypeStruct, source: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=source.sharding)
+
+    def replicated(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
+
+    return TrainState(
+        step=replicated(shapes.step),
+        params=jax.tree.map(like, shapes.params, params),
+        opt_state=optax.tree.map_params(
+            optimizer, like, shapes.opt_state, params, transform_non_params=replicated
+        ),
+    )
 
 
-def _deal(rows: Any, parts: int) -> Any:
+def create_train_state(
+    params: PyTree, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The first train state, every array created where it will stay (else the update compiles
+    twice). Consumes `params`."""
+    create = jax.jit(
+        lambda p: init_train_state(p, optimizer),
+        out_shardings=shardings_of(abstract),
+        donate_argnums=0,
+    )
+    return create(params)
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def jit_update(update: TrainStep[Batch], abstract: TrainState) -> jax.stages.Wrapped:
+    """`update(state, batch) -> (state, metrics)`, compiled; it consumes the state it is given."""
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
+
+
+# --- Micro-batches -------------------------------------------------------------------------------
+
+
+def _deal(rows: Rows, parts: int) -> Rows:
     """Leaves [N, ...] as [parts, N / parts, ...]: row n goes to part n % parts.
 
     Dealing in turn, not by neighbours, keeps the rows of every part spread over the mesh, where
     they are.
 
     Raises:
-      ValueError: N is no multiple of `parts`.
+      ValueError: N is no multiple of `parts`, or differs between the leaves.
     """
-
-    def deal(leaf: jax.Array) -> jax.Array:
-        if leaf.shape[0] % parts:
+    leaves = jax.tree.leaves_with_path(rows)
+    count = jnp.shape(leaves[0][1])[:1]
+    for path, leaf in leaves:
+        if leaf.ndim == 0 or leaf.shape[:1] != count:
             raise ValueError(
-                f"a batch of {leaf.shape[0]} rows does not split into {parts} micro-batches"
+                f"{jax.tree_util.keystr(path)} of a batch has shape {leaf.shape}; to be split into "
+                f"{parts} micro-batches, its first dimension must be the rows, {count} as elsewhere"
             )
-        return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+    if count[0] % parts:
+        raise ValueError(f"a batch of {count[0]} rows does not split into {parts} micro-batches")
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
 
-    return jax.tree.map(deal, rows)
 
-
-def map_micro_batches(function: Callable[[Any], Any], rows: Any, micro_batches: int) -> Any:
+def map_micro_batches(function: Callable[[Rows], Result], rows: Rows, micro_batches: int) -> Result:
     """`function` of all rows, a micro-batch at a time, to bound activation memory.
 
     Args:
@@ -67,41 +135,54 @@ def map_micro_batches(function: Callable[[Any], Any], rows: Any, micro_batches: 
 
 
 def accumulate_gradients(
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
-    params: Any,
-    batch: Any,
+    loss_fn: Callable[[PyTree, Rows], tuple[Float[Array, ""], Result]],
+    params: PyTree,
+    rows: Rows,
     micro_batches: int,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[Float[Array, ""], PyTree, Result]:
     """Sum of losses and gradients over `micro_batches` equal parts of the rows.
 
-    Exact when loss_fn is a weighted sum over rows, as all losses here are. Rows are dealt out by
-    `_deal`.
+    Exact when loss_fn is a weighted sum over rows, as all losses here are.
+
+    Args:
+      rows: leaves [N, ...]; row n goes to micro-batch n % micro_batches.
 
     Returns:
       Loss, gradients, and loss_fn's auxiliary values of each part, stacked [micro_batches, ...].
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-        (loss, aux), gradients = value_and_grad(params, batch)
+        (loss, aux), gradients = value_and_grad(params, rows)
         return loss, gradients, jax.tree.map(lambda leaf: leaf[None], aux)
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
 
-    def add(total: Any, part: Any) -> tuple[Any, Any]:
+    def add(total: PyTree, part: Rows) -> tuple[PyTree, Result]:
         (loss, aux), gradients = value_and_grad(params, part)
         return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
-    (loss, gradients), aux = jax.lax.scan(add, zeros, _deal(batch, micro_batches))
+    (loss, gradients), aux = jax.lax.scan(add, zeros, _deal(rows, micro_batches))
     return loss, gradients, aux
+
+
+# --- Update --------------------------------------------------------------------------------------
+
+
+class AfterUpdate(Protocol):
+    """What else is done to the weights, such as balancing experts."""
+
+    def __call__(self, params: PyTree, counts: PyTree, /) -> tuple[PyTree, Metrics]:
+        """(Weights after the optimizer, counts of the batch) -> weights, and metrics."""
+        ...
 
 
 def apply_if_finite(
     state: TrainState,
-    loss: jax.Array,
-    gradients: Any,
+    loss: Float[Array, ""],
+    gradients: PyTree,
     optimizer: optax.GradientTransformation,
     *,
-    counts: Any = None,
+    counts: PyTree = None,
     after_update: AfterUpdate | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The optimizer's update; a non-finite loss or gradient leaves weights and moments alone.
@@ -109,15 +190,15 @@ def apply_if_finite(
     The step counter advances either way: it counts batches.
 
     Args:
-      counts, after_update: what else is done to the weights, see `make_grpo_step`.
+      counts: what `after_update` is given beside the weights.
     """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    figures: Metrics = {}
+    metrics: Metrics = {}
     if after_update is not None:
-        params, figures = after_update(params, counts)
+        params, metrics = after_update(params, counts)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(finite, new, old)
@@ -127,10 +208,75 @@ def apply_if_finite(
         jax.tree.map(keep, params, state.params),
         jax.tree.map(keep, opt_state, state.opt_state),
     )
-    metrics = {
+    return new_state, {
         "loss": loss,
         "optimizer/grad_norm": norm,
         "optimizer/finite": finite.astype(jnp.float32),
-        **figures,
+        **metrics,
     }
-    return new_state, metrics
+
+
+class LossOutput(NamedTuple):
+    """What a loss function gives for one micro-batch; all but the loss is for metrics.
+
+    loss: weighted sum over the rows, which is differentiated.
+    sums: name -> scalar; the metric is the sum over micro-batches.
+    means: name -> (total, count); the metric is the sum of totals / the sum of counts, and 0 where
+        nothing was counted. It is exact, however the tokens spread over micro-batches.
+    maxima: name -> scalar; the metric is the largest.
+    counts: any pytree of arrays, summed over micro-batches for `AfterUpdate`.
+    """
+
+    loss: Float[Array, ""]
+    sums: Mapping[str, Num[Array, ""]] = {}
+    means: Mapping[str, tuple[Num[Array, ""], Num[Array, ""]]] = {}
+    maxima: Mapping[str, Num[Array, ""]] = {}
+    counts: PyTree = None
+
+
+def make_train_step(
+    weigh: Callable[[Batch, Int[Array, ""]], Rows],
+    loss_fn: Callable[[PyTree, Rows], LossOutput],
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    after_update: AfterUpdate | None = None,
+) -> TrainStep[Batch]:
+    """Build `step(state, batch) -> (state, metrics)`, pure, to be jitted with the state donated.
+
+    Args:
+      weigh: (batch, state.step) -> the rows with their weights, leaves [N, ...]. It sees the whole
+        batch, before the rows are split.
+      loss_fn: (params, micro-batch of those rows) -> loss and metrics.
+      optimizer: any optax transformation.
+      micro_batches: equal parts that the rows are split into, to bound activation memory.
+      after_update: what else is done to the weights, given `LossOutput.counts` of the whole batch.
+
+    Returns:
+      The step. Its metrics are `loss`, `optimizer/grad_norm`, `optimizer/finite`, those of
+      `after_update`, and those of the loss function, which may replace `loss`.
+    """
+
+    def loss_and_rest(params: PyTree, rows: Rows) -> tuple[Float[Array, ""], PyTree]:
+        output = loss_fn(params, rows)
+        return output.loss, output[1:]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradients, (sums, means, maxima, counts) = accumulate_gradients(
+            loss_and_rest, state.params, weigh(batch, state.step), micro_batches
+        )
+        counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
+        state, metrics = apply_if_finite(
+            state, loss, gradients, optimizer, counts=counts, after_update=after_update
+        )
+        return state, {
+            **metrics,
+            **{name: parts.sum() for name, parts in sums.items()},
+            **{
+                name: totals.sum() / jnp.maximum(parts.sum(), 1)
+                for name, (totals, parts) in means.items()
+            },
+            **{name: parts.max() for name, parts in maxima.items()},
+        }
+
+    return step

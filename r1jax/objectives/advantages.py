@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 
 class Advantages(NamedTuple):
-    """values: float32 [prompts, samples].
+    """zero_variance: the groups that teach nothing, as all their scored samples earned the same."""
 
-    zero_variance: bool [prompts], the groups that teach nothing.
-    """
-
-    values: jax.Array
-    zero_variance: jax.Array
+    values: Float[Array, "prompts samples"]
+    zero_variance: Bool[Array, " prompts"]
 
 
 def group_advantages(
-    rewards: jax.Array,
+    rewards: Float[Array, "prompts samples"],
     *,
     scale: Literal["std", "none"] = "std",
     epsilon: float = 1e-6,
 ) -> Advantages:
-    """A_i = (R_i - mean R) / std R over the samples of one prompt.
+    """A_i = (R_i - mean R) / std R over the samples of one prompt, in float32.
 
     A reward that is NaN (its verifier failed) takes no part: it is left out of the group's mean
-    and std, and its advantage is 0. The std is the population's, as in the paper.
+    and std, and its advantage is 0. The std is the population's, as in the paper. Where all scored
+    samples of a group earned the same, however many they are, the advantages are exactly 0.
 
     Args:
-      rewards: float [prompts, samples]; the samples of one prompt are one row, so groups cannot
-        mix.
+      rewards: the samples of one prompt are one row, so groups cannot mix.
       scale: `std` as published, `none` to only centre (Dr. GRPO, arXiv 2503.20783).
       epsilon: added to the std, so that nearly equal rewards do not explode.
+
+    Raises:
+      ValueError: rewards are not [prompts, samples].
     """
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards has shape {rewards.shape}; expected [prompts, samples]")
+    if jnp.ndim(rewards) != 2:
+        raise ValueError(
+            f"rewards has shape {jnp.shape(rewards)}; expected [prompts, samples]: put the samples "
+            "of a prompt in one row with rewards.reshape(-1, samples)"
+        )
     scored = jnp.isfinite(rewards)
     kept = jnp.where(scored, rewards.astype(jnp.float32), 0.0)
     count = jnp.maximum(scored.sum(axis=1, keepdims=True), 1)
@@ -44,5 +49,8 @@ def group_advantages(
     centred = jnp.where(scored, kept - mean, 0.0)
     std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / count)
     values = centred / (std + epsilon) if scale == "std" else centred
-    flat = std[:, 0] <= 1e-8
-    return Advantages(jnp.where(flat[:, None], 0.0, values), flat)
+    # Of equal rewards the mean is rounded, and so the std is not always 0.
+    highest = jnp.max(jnp.where(scored, kept, -jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(scored, kept, jnp.inf), axis=1)
+    equal = highest <= lowest
+    return Advantages(jnp.where(equal[:, None], 0.0, values), equal)

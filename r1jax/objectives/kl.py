@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
+from r1jax.objectives.shapes import PER_TOKEN, check_alike, check_floating
 
-def k3_divergence(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
-    """Schulman's k3 estimate of KL(policy || reference) per token: pi_ref/pi - log(pi_ref/pi) - 1.
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-    Unbiased for samples of the policy and never negative (R1 paper, equation 2).
+
+def k3_divergence(
+    log_probs: Float[Array, "batch time"], reference_log_probs: Float[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """KL(policy || reference) of each token: pi_ref / pi - log(pi_ref / pi) - 1.
+
+    Schulman's estimate k3: unbiased for samples of the policy, and never negative (R1 paper, arXiv
+    2501.12948, equation 2).
+
+    Raises:
+      ValueError: the shapes differ, or the log-probs are no floating-point numbers.
     """
-    gap = reference - log_probs
+    arrays = {"log_probs": log_probs, "reference_log_probs": reference_log_probs}
+    check_alike(PER_TOKEN, arrays)
+    check_floating(arrays)
+    gap = reference_log_probs - log_probs
     return jnp.expm1(gap) - gap

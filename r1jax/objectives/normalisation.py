@@ -1,37 +1,39 @@
-"""How much each token counts in a loss.
+"""How much each token, or row, counts in a loss: one place for all stages.
 
-The loss is a weighted sum over tokens, with weights that are computed once from the masks of the
-whole batch. Micro-batches then simply add up, to exactly the full batch's loss and gradient.
+A loss is a weighted sum, with weights that are computed once from the masks of the whole batch.
+Micro-batches, and the shares of processes, then simply add up, to exactly the full batch's loss
+and gradient.
 """
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from r1jax.settings.objective import Normalisation
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Num
+
 
 def token_weights(
-    mask: jax.Array,
+    mask: Num[Array, "batch time"] | Bool[Array, "batch time"],
     normalisation: Normalisation,
     *,
     constant_length: int | None = None,
-    lengths: jax.Array | None = None,
-    sequences: jax.Array | None = None,
-) -> jax.Array:
-    """How much each token counts; the loss is the weighted *sum* of the tokens' terms.
+    lengths: Num[Array, "batch time"] | None = None,
+    sequences: Num[Array, ""] | int | None = None,
+) -> Float[Array, "batch time"]:
+    """The weight of each token in a policy loss.
 
     Args:
-      mask: bool or float [batch, time], 1 where a token is trained. A sequence whose row is all 0
-        (truncated, unscored) counts neither above nor below the fraction bar.
+      mask: 1 where a token is trained. A sequence whose mask is all 0 (truncated, unscored) counts
+        neither above nor below the fraction bar.
       normalisation: see `GRPOConfig`.
-      lengths: [batch, time] trained tokens of the sequence a token belongs to; default: the row's
-        sum (one sequence a row). Give it, and `sequences`, for packed rows.
-      sequences: scalar number of trained sequences; default: rows with a trained token.
-
-    Returns:
-      float32 [batch, time].
+      lengths: trained tokens of the sequence a token belongs to; default: the row's sum (one
+        sequence a row). Give it, and `sequences`, for packed rows.
+      sequences: number of trained sequences; default: rows with a trained token.
     """
     mask = mask.astype(jnp.float32)
     rows = mask.sum(axis=1, keepdims=True)
@@ -45,3 +47,23 @@ def token_weights(
     if constant_length is None:
         raise ValueError("normalisation 'constant' needs constant_length")
     return mask / (count * constant_length)
+
+
+def row_weights(mask: Num[Array, " rows"] | Bool[Array, " rows"]) -> Float[Array, " rows"]:
+    """The weight of each row in a mean over the rows of mask > 0: sum 1 (or all 0).
+
+    Args:
+      mask: 0 for a row that only fills the batch.
+    """
+    mask = (mask > 0).astype(jnp.float32)
+    return mask / jnp.maximum(mask.sum(), 1)
+
+
+def mean_weights(
+    rows: int, count: Num[Array, ""] | int, scale: Float[Array, ""] | float = 1
+) -> Float[Array, " rows"]:
+    """scale / count, once for each row: the weight of a sum in a mean over `count` of the batch.
+
+    For losses that are summed over a row before they are weighed; all entries are equal.
+    """
+    return jnp.full((rows,), scale / jnp.maximum(count, 1), jnp.float32)

@@ -1,62 +1,127 @@
-"""The clipped policy-gradient loss of GRPO, token by token."""
+"""The clipped policy-gradient loss of GRPO, token by token.
+
+`token_terms` is the whole loss; the functions before it are its parts, each usable alone. All
+raise ValueError, as they are traced, for arrays of other shapes: an advantage is one for each row,
+[batch], or one for each token, [batch, time]; everything else is [batch, time].
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from r1jax.objectives.kl import k3_divergence
+from r1jax.objectives.shapes import PER_TOKEN, check_advantages, check_alike, check_floating
 from r1jax.settings.objective import GRPOConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+    Tokens = Float[Array, "batch time"]
+    Advantages = Float[Array, " batch"] | Float[Array, "batch time"]
+
+
+class Surrogate(NamedTuple):
+    """objective: what is maximised. clipped: where its gradient is 0."""
+
+    objective: Tokens
+    clipped: Bool[Array, "batch time"]
+
+
+def probability_ratio(log_probs: Tokens, old_log_probs: Tokens | None = None) -> Tokens:
+    """r = pi / pi_old, of the policy that is trained and the one that sampled (PPO, arXiv
+    1707.06347, section 3).
+
+    None: they are the same. Then r is 1, and its gradient is the one of log pi.
+    """
+    arrays = {"log_probs": log_probs, "old_log_probs": old_log_probs}
+    check_alike(PER_TOKEN, arrays)
+    check_floating(arrays)
+    old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
+    return jnp.exp(log_probs - old)
+
+
+def clipped_surrogate(
+    ratio: Tokens, advantages: Advantages, *, clip_low: float, clip_high: float
+) -> Surrogate:
+    """min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347, equation 7).
+
+    Two bounds as in DAPO (arXiv 2503.14476, equation 10).
+    """
+    advantages = _per_token(advantages, ratio)
+    clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    objective = jnp.minimum(ratio * advantages, clipped_ratio * advantages)
+    return Surrogate(objective, ratio * advantages > clipped_ratio * advantages)
+
+
+def dual_clip(surrogate: Surrogate, advantages: Advantages, factor: float) -> Surrogate:
+    """max(surrogate, factor A) where A < 0: a bound on the loss of a sample whose ratio exploded
+    (arXiv 1912.09729, equation 5).
+
+    Args:
+      factor: above 1.
+    """
+    advantages = _per_token(advantages, surrogate.objective)
+    floor = factor * advantages
+    below = (advantages < 0) & (surrogate.objective < floor)
+    return Surrogate(jnp.where(below, floor, surrogate.objective), surrogate.clipped | below)
+
+
+def importance_weight(old_log_probs: Tokens, sampler_log_probs: Tokens, cap: float) -> Tokens:
+    """min(pi_old / pi_sampler, cap), without gradient.
+
+    Truncated importance sampling (IMPALA, arXiv 1802.01561, section 4.1), here for the gap between
+    the trainer's log-probs and those of the distribution that was sampled from.
+    """
+    arrays = {"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs}
+    check_alike(PER_TOKEN, arrays)
+    check_floating(arrays)
+    weight = jnp.minimum(jnp.exp(old_log_probs - sampler_log_probs), cap)
+    return jax.lax.stop_gradient(weight)
 
 
 class TokenTerms(NamedTuple):
-    """Per token, float32 [batch, time]; `loss` is what is differentiated, the rest is shown."""
+    """Of each token; `loss` is what is differentiated, the rest is shown."""
 
-    loss: jax.Array
-    ratio: jax.Array
-    clipped: jax.Array
-    kl: jax.Array
+    loss: Tokens
+    ratio: Tokens
+    clipped: Tokens
+    kl: Tokens
 
 
 def token_terms(
-    log_probs: jax.Array,
-    advantages: jax.Array,
+    log_probs: Tokens,
+    advantages: Advantages,
     *,
     config: GRPOConfig,
-    old_log_probs: jax.Array | None = None,
-    reference_log_probs: jax.Array | None = None,
-    sampler_log_probs: jax.Array | None = None,
+    old_log_probs: Tokens | None = None,
+    reference_log_probs: Tokens | None = None,
+    sampler_log_probs: Tokens | None = None,
 ) -> TokenTerms:
-    """-(min(r A, clip(r, 1 - low, 1 + high) A)) + beta k3, for each token (R1 paper, equation 1).
+    """-w min(r A, clip(r, 1 - low, 1 + high) A) + beta k3 (R1 paper, arXiv 2501.12948, equation 1).
 
     Args:
-      log_probs: [batch, time], of the policy that is trained.
-      advantages: [batch] or [batch, time].
+      log_probs: of the policy that is trained.
       old_log_probs: of the policy that sampled, as the trainer computes them. None: the batch is
-        on policy, r = 1 in value (its gradient is the policy gradient).
+        on policy.
       reference_log_probs: needed when config.kl_coefficient is not 0.
-      sampler_log_probs: of the distribution that was really sampled from; used when
-        config.importance_cap is set.
+      sampler_log_probs: of the distribution that was really sampled from, for the weight w; used
+        when config.importance_cap is set.
     """
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
-    old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
-    ratio = jnp.exp(log_probs - old)
-    clipped_ratio = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    objective = jnp.minimum(ratio * advantages, clipped_ratio * advantages)
-    clipped = ratio * advantages > clipped_ratio * advantages
+    check_advantages(advantages, "log_probs", log_probs)
+    ratio = probability_ratio(log_probs, old_log_probs)
+    surrogate = clipped_surrogate(
+        ratio, advantages, clip_low=config.clip_low, clip_high=config.clip_high
+    )
     if config.dual_clip is not None:
-        floor = config.dual_clip * advantages
-        below = (advantages < 0) & (objective < floor)
-        objective = jnp.where(below, floor, objective)
-        clipped = clipped | below
+        surrogate = dual_clip(surrogate, advantages, config.dual_clip)
+    objective = surrogate.objective
     if config.importance_cap is not None and sampler_log_probs is not None:
-        weight = jnp.minimum(jnp.exp(old - sampler_log_probs), config.importance_cap)
-        objective = objective * jax.lax.stop_gradient(weight)
-    loss = -objective
-    kl = jnp.zeros_like(loss)
+        old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
+        objective = objective * importance_weight(old, sampler_log_probs, config.importance_cap)
+    loss, kl = -objective, jnp.zeros_like(objective)
     if config.kl_coefficient:
         if reference_log_probs is None:
             raise ValueError(
@@ -65,4 +130,11 @@ def token_terms(
             )
         kl = k3_divergence(log_probs, reference_log_probs)
         loss = loss + config.kl_coefficient * kl
-    return TokenTerms(loss, ratio, clipped.astype(jnp.float32), kl)
+    return TokenTerms(loss, ratio, surrogate.clipped.astype(jnp.float32), kl)
+
+
+def _per_token(advantages: Advantages, ratio: Tokens) -> Tokens:
+    """Advantages that broadcast over the tokens of their rows and nothing else."""
+    check_alike(PER_TOKEN, {"ratio": ratio})
+    check_advantages(advantages, "ratio", ratio)
+    return advantages[:, None] if jnp.ndim(advantages) == 1 else advantages

@@ -1,7 +1,6 @@
 """What reward models learn from: pairs of responses, and responses labelled safe or unsafe.
 
-As in GRPO's losses, each is a weighted sum over rows, with weights that are computed once from the
-whole batch. Micro-batches, and the shares of processes, then simply add up.
+Each loss is a weighted sum over rows; the weights are those of `normalisation.row_weights`.
 
 The R1 paper (arXiv 2501.12948 v2) trains the helpful reward model with the pairwise loss, where it
 scores only the final summary of a response, and the safety one point-wise, where it scores the
@@ -14,19 +13,6 @@ import jax
 import jax.numpy as jnp
 
 Metrics = dict[str, jax.Array]
-
-
-def row_weights(mask: jax.Array) -> jax.Array:
-    """Weights of the mean over the rows that count.
-
-    Args:
-      mask: bool or float [rows], 0 for a row that only fills the batch.
-
-    Returns:
-      float32 [rows], of sum 1 (or all 0).
-    """
-    mask = (mask > 0).astype(jnp.float32)
-    return mask / jnp.maximum(mask.sum(), 1)
 
 
 def pairwise_loss(

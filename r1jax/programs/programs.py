@@ -33,7 +33,7 @@ from r1jax.planner.dry_run import longest_prompt
 from r1jax.rollouts import scoring as judge
 from r1jax.rollouts.sampling import bucket
 from r1jax.run.expert_balance import check_experts
-from r1jax.run.optimizer import abstract_train_state, jit_update, make_optimizer
+from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import Prompts, Sampling, reads_as_is, to_sample
 from r1jax.sampler.generate import capacities_of, decode_until, grow, start
 from r1jax.sampler.options import FIRST_CAPACITY
@@ -56,6 +56,7 @@ from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamp
 from r1jax.stages.reward_model import stage as reward_model
 from r1jax.stages.reward_model.settings import RewardModelStage
 from r1jax.stages.sft.settings import SFTStage
+from r1jax.train_step import abstract_train_state, jit_update
 
 # The decoder of a stage's, or a model's, weights.
 DecoderOf = Callable[[str], Decoder]
@@ -154,7 +155,7 @@ def _grpo(
         name: _rows(model, (rows, time), jnp.int32)
         for name in ("tokens", "positions", "segment_ids")
     }
-    check_experts(stage, model.config)
+    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
     if stage.replay_experts:
         inputs["experts"] = _recorded(model, (rows, time))
     per_token = _rows(model, (rows, time), jnp.float32)

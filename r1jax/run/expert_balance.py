@@ -1,33 +1,32 @@
-"""A train stage's settings for the balance of experts, as parts of its update."""
+"""The balance of experts as a part of a stage's update."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
 from r1jax.models import ModelConfig
 from r1jax.models.balance import Loads, load_figures, move_biases
 from r1jax.models.decoder import Routings
-from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.stages.sft.settings import SFTStage
-from r1jax.train_step import AfterUpdate
+from r1jax.settings.optimizer import BalanceSection
+from r1jax.train_step import AfterUpdate, Metrics
 
-BalancedStage = PretrainStage | SFTStage | GRPOStage
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PyTree
 
 
-def check_experts(stage: BalancedStage, config: ModelConfig) -> None:
+def check_experts(
+    stage_name: str, balance: BalanceSection, config: ModelConfig, *, replay_experts: bool = False
+) -> None:
     """Raises ValueError for a setting about experts that the model has no use for."""
-    where, balance = f"stages.{stage.name}", stage.balance
-    asked = {
+    where = f"stages.{stage_name}"
+    settings = {
         "balance.bias_speed": balance.bias_speed,
         "balance.sequence_loss": balance.sequence_loss,
+        "replay_experts": replay_experts,
     }
-    if isinstance(stage, GRPOStage):
-        asked["replay_experts"] = stage.replay_experts
-    for key, value in asked.items():
+    for key, value in settings.items():
         if value and config.experts is None:
             raise ValueError(
                 f"{where}.{key} = {value}: the model ({config.architecture}) has no experts; leave "
@@ -45,17 +44,22 @@ def loads_of(routings: Routings) -> Loads:
     return {name: routing.load for name, routing in routings.items()}
 
 
-def imbalance_of(routings: Routings) -> jax.Array:
-    """Of each row, summed over its sequences and the layers, float32 [rows]."""
+def imbalance_of(routings: Routings) -> Float[Array, " rows"]:
+    """Of each row, summed over its sequences and the layers."""
     return jnp.sum(jnp.concatenate([each.imbalance for each in routings.values()]), axis=0)
 
 
-def make_after_update(stage: BalancedStage) -> AfterUpdate:
-    """What follows the optimizer: the biases move, and the experts' load is told."""
+def make_after_update(balance: BalanceSection, config: ModelConfig) -> AfterUpdate | None:
+    """What follows the optimizer: the biases move, and the experts' loads become metrics.
 
-    def after_update(params: Any, loads: Loads) -> tuple[Any, dict[str, jax.Array]]:
-        if stage.balance.bias_speed:
-            params = move_biases(params, loads, stage.balance.bias_speed)
+    None for a dense model. The counts that the update is given are those of `loads_of`.
+    """
+    if config.experts is None:
+        return None
+
+    def after_update(params: PyTree, loads: Loads) -> tuple[PyTree, Metrics]:
+        if balance.bias_speed:
+            params = move_biases(params, loads, balance.bias_speed)
         return params, load_figures(loads)
 
     return after_update

@@ -1,16 +1,16 @@
-"""From a config's optimizer section to optax, and train states that are created sharded."""
+"""From a config's optimizer section to optax."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import optax
 
 from r1jax.settings.optimizer import OptimizerSection
-from r1jax.sharding import Layout
-from r1jax.train_step import TrainState, init_train_state
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 
 def make_schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
@@ -49,55 +49,8 @@ def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTrans
     )
 
 
-def _decays(params: Any) -> Any:
-    def decays(path: Any, leaf: Any) -> bool:
+def _decays(params: PyTree) -> PyTree:
+    def decays(path: tuple[jax.tree_util.KeyEntry, ...], _: jax.Array) -> bool:
         return jax.tree_util.keystr(path[-1:], simple=True) != "router_bias"
 
     return jax.tree.map_with_path(decays, params)
-
-
-def abstract_train_state(
-    params: Any, optimizer: optax.GradientTransformation, layout: Layout
-) -> TrainState:
-    """Shapes, dtypes and shardings of the train state: moments lie like their weights.
-
-    Args:
-      params: weights or `jax.ShapeDtypeStruct`s, with shardings.
-    """
-    shapes = jax.eval_shape(lambda p: init_train_state(p, optimizer), params)
-
-    def like(leaf: Any, source: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=source.sharding)
-
-    def replicated(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
-
-    return TrainState(
-        step=replicated(shapes.step),
-        params=jax.tree.map(like, shapes.params, params),
-        opt_state=optax.tree.map_params(
-            optimizer, like, shapes.opt_state, params, transform_non_params=replicated
-        ),
-    )
-
-
-def shardings_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
-def jit_update(update: Callable[..., Any], abstract: TrainState) -> Any:
-    """`update(state, batch) -> (state, metrics)`, compiled; it consumes the state it is given."""
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
-
-
-def create_train_state(
-    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """The first train state, every array created where it will stay (else the update compiles
-    twice). Consumes `params`."""
-    create = jax.jit(
-        lambda p: init_train_state(p, optimizer),
-        out_shardings=shardings_of(abstract),
-        donate_argnums=0,
-    )
-    return create(params)

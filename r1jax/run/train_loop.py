@@ -25,10 +25,9 @@ from r1jax.metrics import (
 )
 from r1jax.processes import anywhere
 from r1jax.run.context import Clock, Context, Preempted, RunError
-from r1jax.run.optimizer import abstract_train_state, create_train_state, jit_update
 from r1jax.settings.stage import TrainStage
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
-from r1jax.train_step import TrainState
+from r1jax.train_step import TrainState, abstract_train_state, create_train_state, jit_update
 
 _WARM_UP = 3  # rows of timings in which everything may be compiled
 

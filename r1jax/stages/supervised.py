@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ import numpy as np
 import optax
 
 from r1jax.data import PackedRows, packed_once
-from r1jax.grpo import Step
 from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
-from r1jax.models.balance import Loads
 from r1jax.models.log_probs import follows, routed_scores
+from r1jax.models.parameters import Params
+from r1jax.objectives.normalisation import mean_weights
 from r1jax.processes import batch_share
 from r1jax.run.context import Context
 from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
@@ -25,7 +25,10 @@ from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.train_loop import TrainLoop
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
-from r1jax.train_step import accumulate_gradients, apply_if_finite
+from r1jax.train_step import LossOutput, TrainStep, make_train_step
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 # Batches of the held-out rows, from the start; None where the stage names none.
 HeldOut = Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -128,9 +131,17 @@ def _train(
         loop.finish()
 
 
+class _Weights(NamedTuple):
+    """Of each row, all equal: of the next token's sum, of the module's, and of the imbalance's."""
+
+    loss: Float[Array, " rows"]
+    ahead: Float[Array, " rows"]
+    imbalance: Float[Array, " rows"]
+
+
 def make_update(
     stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
-) -> Step:
+) -> TrainStep[Mapping[str, jax.Array]]:
     """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
 
     Its `loss` is the next token's, whatever else is trained.
@@ -138,59 +149,57 @@ def make_update(
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
     """
-    check_experts(stage, model.config)
-    after_update = make_after_update(stage) if model.config.experts is not None else None
+    check_experts(stage.name, stage.balance, model.config)
     with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
 
-    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Loads]]:
-        batch, weight, ahead_weight, sequence_weight = part
+    def weigh(
+        batch: Mapping[str, jax.Array], step: Int[Array, ""]
+    ) -> tuple[Mapping[str, jax.Array], _Weights]:
+        rows = stage.rows_per_step
+        return batch, _Weights(
+            mean_weights(rows, batch["trained"].sum()),
+            mean_weights(rows, jnp.sum(predicted_ahead(batch)), mtp_weight(stage, step)),
+            mean_weights(rows, _sequences(batch), stage.balance.sequence_loss),
+        )
+
+    def loss_fn(params: Params, rows: tuple[Mapping[str, jax.Array], _Weights]) -> LossOutput:
+        batch, weights = rows
+        count = batch["trained"].sum()
         if with_module:
             ahead_of = ahead_scores(params, **_inputs(batch), model=model, balance=balance)
             total, ahead, agreed = ahead_sums(ahead_of, batch)
-            sums = {"loss": total, "mtp/loss": ahead, "mtp/acceptance": agreed}
-            loss, routings = total * weight[0] + ahead * ahead_weight[0], ahead_of.routings
+            ahead_count = jnp.sum(predicted_ahead(batch))
+            means = {
+                "loss": (total, count),
+                "mtp/loss": (ahead, ahead_count),
+                "mtp/acceptance": (agreed, ahead_count),
+            }
+            loss, routings = total * weights.loss[0] + ahead * weights.ahead[0], ahead_of.routings
         else:
             scores, routings = routed_scores(params, **_inputs(batch), model=model, balance=balance)
             total = _trained_sum(scores.log_probs, batch)
-            sums = {"loss": total} if balance else {}
-            loss = total * weight[0]
+            means = {"loss": (total, count)} if balance else {}
+            loss = total * weights.loss[0]
+        loads = loads_of(routings)
         if balance:
-            sums["experts/imbalance"] = imbalance_of(routings).sum()
-            loss = loss + sums["experts/imbalance"] * sequence_weight[0]
-        return loss, (sums, loads_of(routings))
+            imbalance = imbalance_of(routings).sum()
+            layers = sum(len(load) for load in loads.values())
+            means["experts/imbalance"] = (imbalance, _sequences(batch) * layers)
+            loss = loss + imbalance * weights.imbalance[0]
+        return LossOutput(loss, {"tokens/trained": count.astype(jnp.float32)}, means, counts=loads)
 
-    def update(state: Any, batch: Any) -> Any:
-        # The losses are means over the whole batch, however it is split.
-        count = batch["trained"].sum()
-        each = jnp.full((stage.rows_per_step,), 1 / jnp.maximum(count, 1), jnp.float32)
-        ahead_count = jnp.sum(predicted_ahead(batch))
-        ahead_each = mtp_weight(stage, state.step) / jnp.maximum(ahead_count, 1)
-        sequences = jnp.sum((batch["positions"] == 0) & (batch["segment_ids"] != 0))
-        each_sequence = stage.balance.sequence_loss / jnp.maximum(sequences, 1)
-        weights = (
-            each,
-            jnp.full((stage.rows_per_step,), ahead_each, jnp.float32),
-            jnp.full((stage.rows_per_step,), each_sequence, jnp.float32),
-        )
-        loss, gradients, (sums, loads) = accumulate_gradients(
-            loss_fn, state.params, (batch, *weights), stage.micro_batches
-        )
-        loads = jax.tree.map(lambda parts: parts.sum(axis=0), loads)
-        state, metrics = apply_if_finite(
-            state, loss, gradients, optimizer, counts=loads, after_update=after_update
-        )
-        counts = {
-            "loss": count,
-            "mtp/loss": ahead_count,
-            "mtp/acceptance": ahead_count,
-            "experts/imbalance": sequences * sum(len(load) for load in loads.values()),
-        }
-        metrics |= {
-            name: values.sum() / jnp.maximum(counts[name], 1) for name, values in sums.items()
-        }
-        return state, {**metrics, "tokens/trained": count.astype(jnp.float32)}
+    return make_train_step(
+        weigh,
+        loss_fn,
+        optimizer,
+        micro_batches=stage.micro_batches,
+        after_update=make_after_update(stage.balance, model.config),
+    )
 
-    return update
+
+def _sequences(batch: Mapping[str, jax.Array]) -> Int[Array, ""]:
+    """How many sequences the packed rows hold."""
+    return jnp.sum((batch["positions"] == 0) & (batch["segment_ids"] != 0))
 
 
 def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ import pytest
 from r1jax.models import Decoder, Execution, ModelConfig, declare
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.reward_head import reward_scores
-from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss, row_weights
+from r1jax.objectives.normalisation import row_weights
+from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
 from r1jax.sharding import single_device
 from r1jax.train_step import accumulate_gradients
 

@@ -14,9 +14,10 @@ import optax
 from transformers import PreTrainedTokenizerBase
 
 from r1jax.data import PromptIterator, Taken
-from r1jax.grpo import GRPOBatch, Scored, Step, make_grpo_step
+from r1jax.grpo import GRPOBatch, PolicyOutputs, make_grpo_step
 from r1jax.models import Decoder, token_scores
 from r1jax.models.log_probs import routed_scores
+from r1jax.models.parameters import Params
 from r1jax.objectives.advantages import group_advantages
 from r1jax.processes import Share, batch_share, gather, largest
 from r1jax.rewards import RowScore
@@ -35,7 +36,7 @@ from r1jax.run.train_loop import TrainLoop
 from r1jax.sampler import Finish, GenerateOptions, make_rollout_weights
 from r1jax.stages.grpo.held_out import HeldOut
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.train_step import map_micro_batches
+from r1jax.train_step import TrainStep, map_micro_batches
 
 
 def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
@@ -192,29 +193,31 @@ def make_score(stage: GRPOStage, model: Decoder) -> Callable[[Any, Any], jax.Arr
     return score
 
 
-def make_update(stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation) -> Step:
+def make_update(
+    stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainStep[GRPOBatch]:
     """One GRPO update of the stage's policy.
 
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
     """
-    check_experts(stage, model.config)
+    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
     balance = stage.balance.sequence_loss
 
-    def log_prob_fn(params: Any, batch: GRPOBatch) -> Scored:
+    def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
         temperature = stage.sampling.temperature
         scores, routings = routed_scores(
             params, **batch.inputs, model=model, temperature=temperature, balance=balance > 0
         )
         penalty = balance * imbalance_of(routings) if balance else None
-        return Scored(*scores, penalty, loads_of(routings))
+        return PolicyOutputs(*scores, penalty, loads_of(routings))
 
     return make_grpo_step(
         log_prob_fn,
         optimizer,
         stage.loss,
         micro_batches=stage.micro_batches,
-        after_update=make_after_update(stage) if model.config.experts is not None else None,
+        after_update=make_after_update(stage.balance, model.config),
     )
 
 

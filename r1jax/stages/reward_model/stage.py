@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,23 @@ from r1jax.data.preferences import (
     load_pairs,
     preference_arrays,
 )
-from r1jax.grpo import Step
 from r1jax.models import Decoder
+from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores
-from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss, row_weights
+from r1jax.objectives.normalisation import row_weights
+from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
 from r1jax.processes import Share, batch_share
 from r1jax.run.context import Context
 from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.train_loop import TrainLoop
 from r1jax.stages.reward_model.settings import RewardModelStage
-from r1jax.train_step import accumulate_gradients, apply_if_finite
+from r1jax.train_step import LossOutput, Metrics, TrainStep, make_train_step
 
-Sums = tuple[jax.Array, dict[str, jax.Array]]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+# A batch of `preference_arrays`, and the weight of each row.
+WeightedRows = tuple[Mapping[str, jax.Array], jax.Array]
 
 
 def run_reward_model(stage: RewardModelStage, context: Context, directory: Path) -> None:
@@ -54,7 +59,7 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
     update = make_update(stage, model, optimizer)
 
     @jax.jit
-    def measure(params: Any, batch: Any, weights: jax.Array) -> Sums:
+    def measure(params: Any, batch: Any, weights: jax.Array) -> tuple[jax.Array, Metrics]:
         return weighted_loss(params, batch, weights, model=model)
 
     with TrainLoop(stage, context, directory, steps, optimizer, update) as loop:
@@ -112,32 +117,30 @@ def preferences(
 
 def make_update(
     stage: RewardModelStage, model: Decoder, optimizer: optax.GradientTransformation
-) -> Step:
+) -> TrainStep[Mapping[str, jax.Array]]:
     """One update on a batch of `preference_arrays`."""
 
-    def loss_fn(params: Any, part: Any) -> Sums:
-        batch, weights = part
-        return weighted_loss(params, batch, weights, model=model)
+    def weigh(batch: Mapping[str, jax.Array], step: Int[Array, ""]) -> WeightedRows:
+        return batch, row_weights(jnp.ones(batch["ends"].shape[0]))
 
-    def update(state: Any, batch: Any) -> Any:
-        weights = row_weights(jnp.ones(batch["ends"].shape[0]))
-        loss, gradients, parts = accumulate_gradients(
-            loss_fn, state.params, (batch, weights), stage.micro_batches
-        )
-        state, metrics = apply_if_finite(state, loss, gradients, optimizer)
-        return state, {**metrics, **{name: value.sum() for name, value in parts.items()}}
+    def loss_fn(params: Params, rows: WeightedRows) -> LossOutput:
+        batch, weights = rows
+        return LossOutput(*weighted_loss(params, batch, weights, model=model))
 
-    return update
+    return make_train_step(weigh, loss_fn, optimizer, micro_batches=stage.micro_batches)
 
 
 def weighted_loss(
-    params: Any, batch: Mapping[str, jax.Array], weights: jax.Array, *, model: Decoder
-) -> Sums:
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    weights: Float[Array, " rows"],
+    *,
+    model: Decoder,
+) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, and its other figures, each summed by weight.
 
     Args:
       batch: arrays of `preference_arrays`; with `safe`, labelled responses, else pairs.
-      weights: [rows].
     """
     inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids", "ends")}
     if "safe" in batch:
