@@ -547,9 +547,9 @@ def _process() -> int | None:
     """Which of several processes this is, once they have joined; None: it is the only one."""
     if "r1jax.processes" not in sys.modules:  # a mistake that was found before JAX was needed
         return None
-    from r1jax.processes import joined
+    from r1jax.processes import distributed_process
 
-    self = joined()
+    self = distributed_process()
     return None if self is None else self.index
 
 

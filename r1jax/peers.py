@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 
 import jax
 
-from r1jax.processes import Joined, joined
+from r1jax.processes import DistributedProcess, distributed_process
 
 EXIT_PEER_LOST = 134
 """Exit status of a process that stops because the run lost another one.
@@ -52,7 +52,7 @@ def watched_peers() -> Iterator[None]:
 
     With one process it does nothing.
     """
-    me = joined()
+    me = distributed_process()
     if me is None:
         yield
         return
@@ -100,7 +100,7 @@ class Sightings:
 class _Watch:
     """The threads that tell that this process lives, and look whether the others do."""
 
-    def __init__(self, me: Joined) -> None:
+    def __init__(self, me: DistributedProcess) -> None:
         self._store, self._index, self._count = me.store, me.index, me.count
         peers = range(1, me.count) if me.index == 0 else [0]
         self._sightings = Sightings(peers, time.monotonic())
@@ -239,7 +239,7 @@ if not sys.stdin.read():
         print(line, file=sys.stderr)
 """
 
-    def __init__(self, me: Joined) -> None:
+    def __init__(self, me: DistributedProcess) -> None:
         host, _, port = me.address.rpartition(":")
         line = _sentence(
             f"process 0 ({me.address}) is lost: nobody answers there. {_AGAIN}", me.index

@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
 
-from r1jax.sharding import Layout, own_parts
+from r1jax.sharding import Layout, process_batch_parts
 
 
 def join_processes(environment: Mapping[str, str] = os.environ) -> None:
@@ -36,7 +36,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     - `R1JAX_MULTI_HOST=1`: JAX finds out by itself, on Cloud TPU VMs (whose environment says
       nothing; tpu_scripts/ sets it) and under Slurm or MPI. One host alone is fine, too.
 
-    Returns when all processes have come, which may take them five minutes.
+    Returns once all processes have joined, which may take five minutes.
 
     Raises:
       ValueError: a variable is not a number in range, or JAX knows of no other processes.
@@ -86,7 +86,7 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int | None
 
 
 @dataclass(frozen=True)
-class Joined:
+class DistributedProcess:
     """This process among those that joined, and the key-value store of `jax.distributed`.
 
     The store is a `DistributedRuntimeClient`, which works before, and without, any device; it lives
@@ -99,12 +99,12 @@ class Joined:
     store: Any
 
 
-def joined() -> Joined | None:
+def distributed_process() -> DistributedProcess | None:
     """Who this process is; None without `jax.distributed`, and for one process that is alone."""
     state = distributed.global_state
     if state.client is None or state.num_processes == 1:
         return None
-    return Joined(
+    return DistributedProcess(
         state.process_id, state.num_processes, str(state.coordinator_address), state.client
     )
 
@@ -126,7 +126,7 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
     Raises:
       DisagreementError: in every process: what differs, its values and which processes have them.
     """
-    me = joined()
+    me = distributed_process()
     if me is None:
         return
     # Milliseconds; longer than peers.py waits, which says who is missing.
@@ -183,14 +183,14 @@ def _named(processes: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """This process's slice of every batch: the `index`-th of `count` equal ones."""
 
     index: int
     count: int
 
 
-def batch_share(layout: Layout) -> Share:
+def process_batch_slice(layout: Layout) -> BatchSlice:
     """The slice of the batch that this process's devices hold.
 
     Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same share,
@@ -200,7 +200,7 @@ def batch_share(layout: Layout) -> Share:
       ValueError: two processes hold some, but not all of their rows in common.
     """
     processes = sorted({device.process_index for device in layout.mesh.devices.flat})
-    held = {process: tuple(own_parts(layout, process)) for process in processes}
+    held = {process: tuple(process_batch_parts(layout, process)) for process in processes}
     distinct = sorted(set(held.values()))
     if sum(map(len, distinct)) != layout.shards("batch"):
         raise ValueError(
@@ -208,26 +208,26 @@ def batch_share(layout: Layout) -> Share:
             f"({', '.join(f'{n}: {list(parts)}' for n, parts in held.items())}); put the axes that "
             "the batch is split over first"
         )
-    return Share(distinct.index(held[jax.process_index()]), len(distinct))
+    return BatchSlice(distinct.index(held[jax.process_index()]), len(distinct))
 
 
-def largest(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """The largest of all processes' values."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.asarray(value, np.int64)).max())
 
 
-def smallest(value: float) -> float:
+def min_over_processes(value: float) -> float:
     """The smallest of all processes' values, each of which is a float32's."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.process_allgather(np.asarray(value, np.float32)).min())
 
 
-def anywhere(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    return bool(largest(int(flag)))
+    return bool(max_over_processes(int(flag)))
 
 
 def gather(rows: list[Any], layout: Layout) -> list[Any]:
@@ -235,10 +235,10 @@ def gather(rows: list[Any], layout: Layout) -> list[Any]:
     if jax.process_count() == 1:
         return rows
     own = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = largest(len(own))
+    size = max_over_processes(len(own))
     padded = np.zeros(size + 16, np.uint8)
     padded[: len(own)] = own
-    padded[size:].view(np.int64)[:] = (batch_share(layout).index, len(own))
+    padded[size:].view(np.int64)[:] = (process_batch_slice(layout).index, len(own))
     shares: dict[int, list[Any]] = {}
     for message in np.asarray(multihost_utils.process_allgather(padded)):
         index, length = (int(x) for x in message[size:].copy().view(np.int64))
@@ -246,12 +246,12 @@ def gather(rows: list[Any], layout: Layout) -> list[Any]:
     return [row for index in sorted(shares) for row in shares[index]]
 
 
-def from_first(rows: list[Any]) -> list[Any]:
+def from_process_zero(rows: list[Any]) -> list[Any]:
     """The JSON rows that process 0 has; what the others give is ignored."""
     if jax.process_count() == 1:
         return rows
     own = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = largest(len(own) if jax.process_index() == 0 else 0)
+    size = max_over_processes(len(own) if jax.process_index() == 0 else 0)
     message = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
         message[:] = own
@@ -260,6 +260,6 @@ def from_first(rows: list[Any]) -> list[Any]:
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when every process has come to `where`."""
+    """Returns once every process has arrived at `where`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)

@@ -24,7 +24,7 @@ from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
 from r1jax.metrics import ACTIVITY, CompilationCounter, ProfiledSteps, Watchdog, memory
 from r1jax.peers import watched_peers
-from r1jax.processes import agree, batch_share, joined, wait_for_all
+from r1jax.processes import agree, distributed_process, process_batch_slice, wait_for_all
 from r1jax.report import write_report
 from r1jax.rewards.registry import check_reward
 from r1jax.run.context import Context, Preempted
@@ -111,7 +111,7 @@ def agree_to_start(config: RunConfig, selection: Selection) -> None:
     Or each would compile a program of its own, and they would wait for each other without end, or
     train on what is not the same.
     """
-    if joined() is None:
+    if distributed_process() is None:
         return
     agree(
         {
@@ -300,7 +300,7 @@ def check(context: Context) -> None:
     for model in context.models.values():
         model.abstract_params()
     check_rows(config, context.layout, context.rollout_layout)
-    shares = batch_share(context.rollout_layout).count
+    shares = process_batch_slice(context.rollout_layout).count
     for name, count in _prompt_counts(config).items():
         if count % shares:
             raise ValueError(

@@ -139,7 +139,7 @@ def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
       ValueError: the rows do not divide by the process's parts of the batch.
     """
     sharding = layout.sharding(("batch", *(None,) * (rows.ndim - 1)))
-    parts = own_parts(layout)
+    parts = process_batch_parts(layout)
     if len(rows) % len(parts):
         raise ValueError(
             f"{len(rows)} rows do not divide by {len(parts)}, the parts of the batch on this "
@@ -170,7 +170,7 @@ def _same(tree: Any) -> Any:
     return tree
 
 
-def own_parts(layout: Layout, process: int | None = None) -> list[int]:
+def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]:
     """Which of the batch's equal parts the devices of a process (default: this one) hold."""
     process = jax.process_index() if process is None else process
     placed = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))

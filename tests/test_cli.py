@@ -196,7 +196,9 @@ def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
     from r1jax import processes
     from r1jax.planner import dry_run
 
-    monkeypatch.setattr(processes, "joined", lambda: processes.Joined(3, 4, "", None))
+    monkeypatch.setattr(
+        processes, "distributed_process", lambda: processes.DistributedProcess(3, 4, "", None)
+    )
     run = replace(recipe, "run", side_effect=RunError("5 non-finite steps"))
     result = invoke("run", config)
     assert (result.exit_code, result.stderr) == (1, "[process 3] 5 non-finite steps\n")
@@ -249,7 +251,9 @@ def test_eval_in_another_process_says_nothing(
 ) -> None:
     from r1jax import processes
 
-    monkeypatch.setattr(processes, "joined", lambda: processes.Joined(1, 2, "", None))
+    monkeypatch.setattr(
+        processes, "distributed_process", lambda: processes.DistributedProcess(1, 2, "", None)
+    )
     result = invoke("eval", run_directory)
     assert (result.exit_code, result.output) == (0, "")
     evaluated.assert_called_once()

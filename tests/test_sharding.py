@@ -19,9 +19,9 @@ import pytest
 from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.attention import head_repeats
-from r1jax.processes import Share, batch_share
+from r1jax.processes import BatchSlice, process_batch_slice
 from r1jax.recipe import check_rows
-from r1jax.sharding import make_layout, make_rollout_layout, own_parts
+from r1jax.sharding import make_layout, make_rollout_layout, process_batch_parts
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
 
@@ -132,13 +132,13 @@ def split_batch(processes: Sequence[int], parts: Sequence[int]) -> Any:
 def test_the_parts_of_a_process_need_not_be_neighbours() -> None:
     # As on a slice, whose devices are not arranged host by host.
     apart = split_batch(processes=(0, 1, 0, 1), parts=(0, 1, 2, 3))
-    assert own_parts(apart, 0) == [0, 2] and own_parts(apart, 1) == [1, 3]
-    assert batch_share(apart) == Share(0, 2)
+    assert process_batch_parts(apart, 0) == [0, 2] and process_batch_parts(apart, 1) == [1, 3]
+    assert process_batch_slice(apart) == BatchSlice(0, 2)
     # A tensor axis that spans hosts: they read the same rows.
-    assert batch_share(split_batch((0, 1, 2, 3), (0, 0, 1, 1))) == Share(0, 2)
+    assert process_batch_slice(split_batch((0, 1, 2, 3), (0, 0, 1, 1))) == BatchSlice(0, 2)
     overlapping = split_batch((0, 1, 0, 1, 2), (0, 1, 2, 3, 0))
     with pytest.raises(ValueError, match=r"overlapping parts .*0: \[0, 2\].*2: \[0\]"):
-        batch_share(overlapping)
+        process_batch_slice(overlapping)
 
 
 def test_bad_meshes_are_refused_by_name() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from r1jax.data import Prompt
 from r1jax.metrics import phase
 from r1jax.models import Decoder
-from r1jax.processes import batch_share, largest
+from r1jax.processes import max_over_processes, process_batch_slice
 from r1jax.rewards import Answered, RowScore
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
 from r1jax.settings.rewards import RewardSection
@@ -151,10 +151,10 @@ def pad_prompts(
       firsts: index of each prompt's first sample; default: 0.
     """
     layout = model.layout
-    shards = layout.shards("batch") // batch_share(layout).count
+    shards = layout.shards("batch") // process_batch_slice(layout).count
     count = -(-max(len(prompts), rows or 0) // shards) * shards
     filled = [*prompts, *[prompts[-1]] * (count - len(prompts))]
-    time = bucket(largest(max(len(p.token_ids) for p in filled)))
+    time = bucket(max_over_processes(max(len(p.token_ids) for p in filled)))
     tokens = np.zeros((count, time), np.int32)
     for row, prompt in zip(tokens, filled, strict=True):
         row[: len(prompt.token_ids)] = prompt.token_ids

@@ -10,7 +10,7 @@ import jax
 
 from r1jax.data import Prompt
 from r1jax.metrics import ACTIVITY, Progress, Recorder
-from r1jax.processes import Share, anywhere, batch_share, gather
+from r1jax.processes import BatchSlice, any_process, gather, process_batch_slice
 from r1jax.rollouts.sampling import check_domains, sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scoring import Judge
 from r1jax.run.context import Clock, Context, LanguageModel, Preempted
@@ -97,7 +97,7 @@ def judge_samples(
                 tokens_per_second=tokens / clock.lap(stage.kind),
             )
             context.mark(stage.name, stage.kind, "running", clock.seconds)
-            if anywhere(context.stop_requested) and done < len(parts):
+            if any_process(context.stop_requested) and done < len(parts):
                 stored = f"{asked_in_full} of {len(prompts)} prompts are stored"
                 raise Preempted(f"{stage.name}: {stored}")
     # Process 0 has written the last rows when any process goes on to read them.
@@ -132,7 +132,7 @@ def judged_batches(
       seed: of the noise.
     """
     layout = model.decoder.layout
-    share = batch_share(layout)
+    share = process_batch_slice(layout)
     for start in range(0, len(parts), batch):
         asked = parts[start : start + batch]
         own = slice_of_process(asked, batch, share)
@@ -166,7 +166,7 @@ def share_right(rows: Iterable[dict[str, Any]]) -> float:
     return sum(outcome == "right" for outcome in outcomes) / len(outcomes)
 
 
-def slice_of_process(batch: Sequence[T], whole: int, share: Share) -> Sequence[T]:
+def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Sequence[T]:
     """This process's part of a batch that may be smaller than `whole`, the last one."""
     own = whole // share.count
     return batch[share.index * own : (share.index + 1) * own]

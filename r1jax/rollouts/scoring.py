@@ -14,7 +14,7 @@ from r1jax.data.preferences import Reads, encode_responses, pad_texts
 from r1jax.metrics import phase
 from r1jax.models import Decoder
 from r1jax.models.reward_head import reward_scores
-from r1jax.processes import batch_share, largest, smallest
+from r1jax.processes import max_over_processes, min_over_processes, process_batch_slice
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
 from r1jax.rewards.verifier import combine
 from r1jax.rollouts.sampling import Completion
@@ -155,7 +155,7 @@ class RewardModel:
             self._reads = reward.reads
         self._params = self._model.load(directory)
         self._layout = context.layout
-        share = batch_share(context.layout)
+        share = process_batch_slice(context.layout)
         self._rows = rows_at_once(context.layout) // share.count
         self._score = jax.jit(make_score(self._model.decoder, self._as_probability))
 
@@ -182,7 +182,7 @@ class RewardModel:
         readable = [text for text in texts if text is not None]
         values = iter(self._values(readable))
         scores = [math.nan if text is None else next(values) for text in texts]
-        lowest = smallest(min((x for x in scores if not math.isnan(x)), default=math.inf))
+        lowest = min_over_processes(min((x for x in scores if not math.isnan(x)), default=math.inf))
         lowest = 0.0 if lowest == math.inf else lowest
         found: list[Score | None] = [None] * len(completions)
         for i, value in zip(own, scores, strict=True):
@@ -197,9 +197,9 @@ class RewardModel:
         values: list[float] = []
         # Of similar length together: a short text beside a long one is mostly padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, largest(len(texts)), self._rows):
+        for start in range(0, max_over_processes(len(texts)), self._rows):
             batch = [texts[i] for i in order[start : start + self._rows]]
-            longest = largest(max((len(text) for text in batch), default=1))
+            longest = max_over_processes(max((len(text) for text in batch), default=1))
             filled = [*batch, *[np.zeros(1, np.int32)] * (self._rows - len(batch))]
             arrays = pad_texts(filled, row_tokens(longest))
             rows = {key: from_process_rows(leaf, self._layout) for key, leaf in arrays.items()}

@@ -23,7 +23,7 @@ from r1jax.metrics import (
     memory,
     phase,
 )
-from r1jax.processes import anywhere
+from r1jax.processes import any_process
 from r1jax.run.context import Clock, Context, Preempted, RunError
 from r1jax.settings.stage import TrainStage
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
@@ -235,7 +235,7 @@ class TrainLoop:
 
     def save_if_due(self, data: Resumable) -> None:
         """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
-        stop = anywhere(self._context.stop_requested)
+        stop = any_process(self._context.stop_requested)
         if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._steps:
             self._save_and_mark(data.state())
         if stop and self.step < self._steps:
@@ -247,7 +247,7 @@ class TrainLoop:
         For work between two steps that leaves no trace until it is done: a resumed run begins with
         it again, where `place` (what the data's `state` was before that work) says.
         """
-        if anywhere(self._context.stop_requested):
+        if any_process(self._context.stop_requested):
             self._save_and_mark(place)
             raise Preempted(f"{self._stage.name}: saved at step {self.step}")
 

@@ -18,7 +18,7 @@ from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
 from r1jax.models.log_probs import follows, routed_scores
 from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
-from r1jax.processes import batch_share
+from r1jax.processes import process_batch_slice
 from r1jax.run.context import Context
 from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.run.optimizer import make_optimizer, make_schedule
@@ -37,7 +37,7 @@ HeldOut = Callable[[], Iterator[dict[str, np.ndarray]]]
 def run_pretrain(stage: PretrainStage, context: Context, directory: Path) -> None:
     """Train on the dataset's texts, resuming where a former process stopped."""
     model = context.model_of(stage.name)
-    share = batch_share(context.layout)
+    share = process_batch_slice(context.layout)
     items, encode = context.texts(stage.data, model)
     rows = PackedRows(
         items,
@@ -54,7 +54,7 @@ def run_pretrain(stage: PretrainStage, context: Context, directory: Path) -> Non
 def run_sft(stage: SFTStage, context: Context, directory: Path) -> None:
     """Train on the assistant's part of conversations, resuming where a former process stopped."""
     model = context.model_of(stage.name)
-    share = batch_share(context.layout)
+    share = process_batch_slice(context.layout)
     items, encode = context.conversations(stage.data, model)
     rows = PackedRows(
         items,

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from r1jax import recipe
 from r1jax.config.load import load_config
-from r1jax.processes import Share, agree, differences
+from r1jax.processes import BatchSlice, agree, differences
 from r1jax.run.context import Context
 
 TESTS = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_batches_that_processes_cannot_share_are_refused(
 ) -> None:
     """Or the rows that are left over would be nobody's."""
     monkeypatch.chdir(TESTS)
-    monkeypatch.setattr(recipe, "batch_share", lambda layout: Share(0, 2))
+    monkeypatch.setattr(recipe, "process_batch_slice", lambda layout: BatchSlice(0, 2))
     config = load_config("tiny_processes.yaml", [change])
     with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
         recipe.check(Context.resolve(config))

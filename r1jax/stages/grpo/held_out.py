@@ -13,7 +13,7 @@ from typing import Any
 
 from r1jax.evaluation.metrics import summarise
 from r1jax.metrics import phase
-from r1jax.processes import batch_share
+from r1jax.processes import process_batch_slice
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.sampling import check_domains
 from r1jax.rollouts.scored_samples import Part, judged_batches, split_samples
@@ -54,7 +54,7 @@ class HeldOut:
         self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)
         self._parts = split_samples(prompts, stage.held_out_samples, self._samples)
         # Of few problems one smaller batch: a rollout's would be padded with copies of the last.
-        count = batch_share(context.rollout_layout).count
+        count = process_batch_slice(context.rollout_layout).count
         self._batch = min(batch, -(-len(self._parts) // count) * count)
         self._seed = context.seed("evaluate", stage.held_out)
 

@@ -19,7 +19,7 @@ from r1jax.models import Decoder, token_scores
 from r1jax.models.log_probs import routed_scores
 from r1jax.models.parameters import Params
 from r1jax.objectives.advantages import group_advantages
-from r1jax.processes import Share, batch_share, gather, largest
+from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
 from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import (
     Completion,
@@ -44,7 +44,7 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
     model, sampler = context.model_of(stage.name).decoder, context.sampler_of(stage.name)
     tokenizer, rewards = sampler.tokenizer, context.config.rewards_of(stage)
     rollout_layout = sampler.decoder.layout
-    share = batch_share(rollout_layout)
+    share = process_batch_slice(rollout_layout)
     questions = Questions(stage, context, tokenizer, share)
     check_domains(stage.name, questions.domains, rewards)
     schedule = make_schedule(stage.optimizer, stage.steps)
@@ -244,7 +244,7 @@ class Questions:
         stage: GRPOStage,
         context: Context,
         tokenizer: PreTrainedTokenizerBase,
-        share: Share,
+        share: BatchSlice,
     ) -> None:
         self._stage = stage
         self.reports: list[str] = []
@@ -293,7 +293,9 @@ def training_rows(
     re-encoded text. Unscored samples, and truncated ones if the stage says so, are masked out.
     Experts, where they were recorded, are among the inputs: [N, T, layers * k].
     """
-    longest = largest(max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions))
+    longest = max_over_processes(
+        max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
+    )
     time = -(-longest // stage.length_bucket) * stage.length_bucket
     shape = (len(completions), time)
     tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -44,7 +44,7 @@ from r1jax.data.rewriting import (
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import read_rows
 from r1jax.metrics import ACTIVITY, phase
-from r1jax.processes import anywhere, batch_share, from_first, gather
+from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.sampling import sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scored_samples import SAMPLES, judge_samples, share_right, slice_of_process
@@ -258,8 +258,8 @@ def rewrite_with_endpoint(
                     **options,
                 )
                 asking = thread.submit(rewriter.rewrite, drafts)
-            while anywhere(asking is not None and bool(wait([asking], _GLANCE).not_done)):
-                context.stop_requested = anywhere(context.stop_requested)
+            while any_process(asking is not None and bool(wait([asking], _GLANCE).not_done)):
+                context.stop_requested = any_process(context.stop_requested)
                 ACTIVITY.advance()  # the requests have deadlines of their own
                 if time.monotonic() - pushed > _PUSH_EVERY:
                     context.push()
@@ -276,7 +276,7 @@ def rewrite_with_endpoint(
             failure = str(error)
         except Stopped as stop:
             stopped = str(stop)
-    failure, stopped, *texts = from_first([failure, stopped, *texts])
+    failure, stopped, *texts = from_process_zero([failure, stopped, *texts])
     if failure is not None:
         raise RunError(f"{stage.name}: {failure}")
     if stopped is not None:
@@ -296,7 +296,7 @@ def rewrite_with_model(
     Process 0 keeps the replies of a batch before the next one is asked for.
     """
     model = context.sampler_of(section.weights)
-    share = batch_share(context.rollout_layout)
+    share = process_batch_slice(context.rollout_layout)
     data = DataSection(source="jsonl:-", template=section.template)
     instruction = section.instruction or INSTRUCTION
     prompts = [
@@ -312,13 +312,13 @@ def rewrite_with_model(
     keys = [RewriteLog.key(each, {**settings, "place": i}) for i, each in enumerate(drafts)]
     log = RewriteLog(directory / REWRITTEN) if jax.process_index() == 0 else None
     known = [None if log is None or key not in log else astuple(log[key]) for key in keys]
-    replies = [None if each is None else Reply(*each) for each in from_first(known)]
+    replies = [None if each is None else Reply(*each) for each in from_process_zero(known)]
     params = None
     for start in range(0, len(prompts), section.drafts_per_batch):
         batch = slice(start, start + section.drafts_per_batch)
         if None not in replies[batch]:
             continue
-        if anywhere(context.stop_requested):
+        if any_process(context.stop_requested):
             raise Preempted(f"{stage.name}: {start} of {len(prompts)} drafts are rewritten")
         if params is None:
             params = context.weights(section.weights, model)

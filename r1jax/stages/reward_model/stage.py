@@ -23,7 +23,7 @@ from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores
 from r1jax.objectives.normalisation import row_weights
 from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
-from r1jax.processes import Share, batch_share
+from r1jax.processes import BatchSlice, process_batch_slice
 from r1jax.run.context import Context
 from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.train_loop import TrainLoop
@@ -40,7 +40,7 @@ WeightedRows = tuple[Mapping[str, jax.Array], jax.Array]
 def run_reward_model(stage: RewardModelStage, context: Context, directory: Path) -> None:
     """Train on preference rows, resuming where a former process stopped."""
     model = context.model_of(stage.name).decoder
-    share = batch_share(context.layout)
+    share = process_batch_slice(context.layout)
     encoded, report = preferences(stage, stage.data, context)
     rows = PreferenceIterator(
         encoded,
@@ -154,7 +154,7 @@ def weighted_loss(
 def held_out_figures(
     stage: RewardModelStage,
     rows: Sequence[EncodedPreference],
-    share: Share,
+    share: BatchSlice,
     loop: TrainLoop,
     measure: Any,
 ) -> dict[str, float]:
