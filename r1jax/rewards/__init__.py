@@ -5,7 +5,8 @@
         ...                              # generate the next batch
         scores = pending.result()        # in order
 
-Workers import this package, so nothing here imports jax, transformers or sympy.
+One completion, in this process: `score_completion`. Workers import this package, so it imports
+neither numpy, jax, pydantic, transformers nor sympy.
 """
 
 from r1jax.rewards import choice as _choice  # noqa: F401  (registers its reward, as the others do)
@@ -21,11 +22,12 @@ from r1jax.rewards.registry import (
     Outcome,
     RewardEntry,
     RewardFunction,
+    RewardOptions,
     Score,
     check_reward,
     reward,
 )
-from r1jax.rewards.scoring import score_file
+from r1jax.rewards.scoring import score_completion, score_file
 from r1jax.rewards.verifier import Pending, RowScore, Verifier, VerifierError
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Pending",
     "RewardEntry",
     "RewardFunction",
+    "RewardOptions",
     "RowScore",
     "Score",
     "Verifier",
@@ -45,6 +48,7 @@ __all__ = [
     "language_share",
     "reward",
     "same_answer",
+    "score_completion",
     "score_file",
     "words_by_language",
 ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
 
 from r1jax.rewards.exact import plain, read_choice
 from r1jax.rewards.extraction import final_answer, unboxed
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableReference
 
 LETTERS = "ABCDEFGHIJ"
@@ -26,16 +24,16 @@ def chosen(answer: str) -> str | None:
     return letter or read_choice(plain(text).upper(), letters=LETTERS)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     refuse_unknown("choice", options, ())
 
 
 @reward("choice", check=_check)
-def choice(row: Answered, options: Mapping[str, Any]) -> Score:
+def choice(row: Answered, options: RewardOptions) -> Score:
     """1 if the final answer names the reference's option, else 0.
 
     Raises:
-      UnreadableReference: the reference answer is no choice; the row cannot be judged.
+      UnreadableReference: the reference answer is no choice: the row cannot be scored.
     """
     reference = chosen(row.answer)
     if reference is None:
@@ -46,5 +44,4 @@ def choice(row: Answered, options: Mapping[str, Any]) -> Score:
     letter = None if extracted is None else chosen(extracted)
     if letter is None:
         return Score(0.0, Outcome.UNPARSEABLE, extracted)
-    same = letter == reference
-    return Score(float(same), Outcome.RIGHT if same else Outcome.WRONG, letter)
+    return Score.binary(letter == reference, letter)

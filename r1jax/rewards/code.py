@@ -13,15 +13,15 @@ megabytes may be packed (`pack_tests`), and are then one text.
 Every test is a process of its own in `r1jax.rewards.sandbox`;
 expected values never go in there, so that a program can earn a pass only with the right value.
 
-Deadlines. A test has `seconds` from the program's start; compiler and tests of one row together
-have `total_seconds`, and what they no longer leave time for has not passed. Both end with a score.
+Deadlines. A test has `seconds` from the program's start; the compiler and all tests of one row have
+`total_seconds`, and a test that is not run in that time has not passed. Both end with a score.
 `verifier.deadline_seconds` ends without one (the row is masked), so it must come later: a run whose
 deadline is not more than a second after `total_seconds` is refused.
 
-Many samples of a group are the same program after different thoughts. A worker process remembers
-what became of its last programs and does not run them again, unless the machine's load may have
-had a hand in it: what had no time or no memory left is run anew. So a program that draws lots has
-one draw.
+Many samples of a group are the same program after different thoughts. A worker process keeps the
+scores of its last programs and does not run them again, except where the load of the machine may
+have changed the result: a program that ran out of time or memory runs again. So a program that uses
+random numbers is run once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1jax.files import JsonValue
 from r1jax.rewards.extraction import ANSWER, END_ANSWER, after_thinking
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.sandbox import (
     PATH,
     End,
@@ -57,7 +58,7 @@ from r1jax.rewards.sandbox import (
     strongest,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import VerifierSection
 
 # Between the end of `total_seconds` and the worker's answer: a last kill, the folder's removal.
@@ -111,7 +112,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 class Verdict(StrEnum):
-    """What became of one test case."""
+    """The result of one test case."""
 
     PASSED = "passed"
     WRONG = "wrong"  # it ended well, with another output or value
@@ -149,7 +150,7 @@ class Options:
     minimum_isolation: Isolation = Isolation.NAMESPACES
 
 
-def read_options(options: Mapping[str, Any]) -> Options:
+def read_options(options: RewardOptions) -> Options:
     """The options of a config, checked.
 
     Raises:
@@ -198,8 +199,8 @@ class Case:
       expected: standard output; or the value returned.
     """
 
-    given: Any
-    expected: Any
+    given: JsonValue
+    expected: JsonValue
 
 
 @dataclass(frozen=True)
@@ -219,13 +220,13 @@ class Reference:
     prelude: str = ""
 
 
-def pack_tests(tests: Sequence[Mapping[str, Any]]) -> str:
+def pack_tests(tests: Sequence[Mapping[str, JsonValue]]) -> str:
     """The `tests` of a reference as one text, many times smaller where inputs are long."""
     # The fastest level: a benchmark's tests are gigabytes.
     return base64.b64encode(zlib.compress(json.dumps(list(tests)).encode(), level=1)).decode()
 
 
-def _unpack_tests(packed: str) -> Any:
+def _unpack_tests(packed: str) -> JsonValue:
     try:
         return json.loads(zlib.decompress(base64.b64decode(packed, validate=True)))
     except (binascii.Error, zlib.error, ValueError, RecursionError) as error:
@@ -233,10 +234,10 @@ def _unpack_tests(packed: str) -> Any:
 
 
 def read_reference(answer: str) -> Reference:
-    """Reads the JSON of a reference answer; the module's text has its two forms.
+    """Reads the JSON of a reference answer; the module's docstring has its two forms.
 
     Raises:
-      ValueError: what is wrong with it, so that the row cannot be judged.
+      ValueError: what is wrong with it: the row cannot be scored.
     """
     try:
         value = json.loads(answer)
@@ -301,7 +302,7 @@ def program_of(completion: str) -> str | None:
     tail = after_thinking(completion)
     if tail is None:
         return None
-    found = None
+    program = None
     fence = ""
     lines: list[str] = []
     for line in tail.split("\n"):
@@ -312,10 +313,10 @@ def program_of(completion: str) -> str | None:
             continue
         closing = _CLOSING.fullmatch(line)
         if closing is not None and closing[1].startswith(fence):
-            found, fence = "".join(each + "\n" for each in lines), ""
+            program, fence = "".join(each + "\n" for each in lines), ""
         else:
             lines.append(line)
-    return found
+    return program
 
 
 def same_output(expected: bytes, output: bytes) -> bool:
@@ -333,11 +334,11 @@ def _lines(output: bytes) -> list[bytes]:
     return lines
 
 
-def same_value(expected: Any, value: Any) -> bool:
+def same_value(expected: JsonValue, value: JsonValue) -> bool:
     """Whether two JSON values are equal. True is not 1; 2.0 is 2.
 
-    Where one side has a fraction, a relative error of 1e-9 is let pass (a choice): the order of a
-    sum is not part of the question.
+    If one side is a float, a relative error of 1e-9 is allowed (a choice): the order of a sum is
+    not part of the question.
     """
     if isinstance(expected, list) and isinstance(value, list):
         return len(expected) == len(value) and all(map(same_value, expected, value))
@@ -346,8 +347,9 @@ def same_value(expected: Any, value: Any) -> bool:
             same_value(expected[key], value[key]) for key in expected
         )
     if isinstance(expected, float) or isinstance(value, float):
-        numbers = all(isinstance(x, int | float) for x in (expected, value))
-        if not numbers or isinstance(expected, bool) or isinstance(value, bool):
+        if isinstance(expected, bool) or isinstance(value, bool):
+            return False
+        if not isinstance(expected, int | float) or not isinstance(value, int | float):
             return False
         try:
             return expected == value or math.isclose(expected, value, rel_tol=1e-9, abs_tol=1e-12)
@@ -357,7 +359,7 @@ def same_value(expected: Any, value: Any) -> bool:
 
 
 def _verdict(ended: Ended, language: Language) -> Verdict | None:
-    """What the way it ended says; None if it ended well."""
+    """The verdict that follows from how the program ended; None if it ended well."""
     if ended.end is End.TIME:
         return Verdict.TIME
     if ended.end is End.OUTPUT:
@@ -370,7 +372,7 @@ def _verdict(ended: Ended, language: Language) -> Verdict | None:
 
 
 class _Program:
-    """A program in its sandbox, and the time that its row has left."""
+    """A program in its sandbox, and the end of its row's time."""
 
     def __init__(self, sandbox: Sandbox, reference: Reference, options: Options) -> None:
         self._sandbox = sandbox
@@ -401,11 +403,11 @@ class _Program:
         )
 
     def compile(self, source: str) -> Verdict | None:
-        """What the compiler says; None if it takes the program."""
+        """Compiles the program; None if that succeeds."""
         compiler = self._language.compile[0]
         if not compiler.startswith("{") and shutil.which(compiler, path=PATH) is None:
             raise SandboxError(f"{compiler} is not installed")
-        # Half of a surrogate pair, from a cut token, is no text: let the compiler say so.
+        # Half of a surrogate pair, from a cut token, is no text: the compiler refuses it.
         self._sandbox.write(self._language.source, source.encode(errors="surrogatepass"))
         ended = self._sandbox.run(
             self._command(self._language.compile),
@@ -424,15 +426,17 @@ class _Program:
         limits = self._limits(seconds, self._options.processes)
         verdict = self._prints(case, limits) if self._entry is None else self._returns(case, limits)
         if verdict is Verdict.TIME and seconds < self._options.seconds:
-            return Verdict.NOT_RUN  # it did not have its time
+            return Verdict.NOT_RUN  # it had less than its time
         return verdict
 
     def _prints(self, case: Case, limits: Limits) -> Verdict:
-        ended = self._sandbox.run(self._command(self._language.run), limits, case.given.encode())
+        ended = self._sandbox.run(
+            self._command(self._language.run), limits, str(case.given).encode()
+        )
         verdict = _verdict(ended, self._language)
         if verdict is not None:
             return verdict
-        same = same_output(case.expected.encode(), ended.output)
+        same = same_output(str(case.expected).encode(), ended.output)
         return Verdict.PASSED if same else Verdict.WRONG
 
     def _returns(self, case: Case, limits: Limits) -> Verdict:
@@ -473,7 +477,7 @@ def run_tests(source: str, reference: Reference, options: Options) -> tuple[list
     return verdicts + [Verdict.NOT_RUN] * (len(reference.cases) - len(verdicts)), isolation
 
 
-# Ones that the same program has again on a machine that is busier or less busy.
+# Verdicts that do not depend on the load of the machine.
 _LASTING = frozenset(
     {Verdict.PASSED, Verdict.WRONG, Verdict.CRASH, Verdict.OUTPUT, Verdict.COMPILE_ERROR}
 )
@@ -487,9 +491,9 @@ def _lasting(verdicts: Sequence[Verdict], options: Options) -> bool:
     return _LASTING.issuperset(verdicts)
 
 
-_REMEMBERED = 4096  # Under 1 KB each: neither programs nor tests are kept.
-_remembered: dict[tuple[bytes, Options], Score] = {}
-"""Digest of program and reference, options -> score; the one that was used last is at the end."""
+_MOST_CACHED = 4096  # under 1 KB each: neither programs nor tests are kept
+_cached_scores: dict[tuple[bytes, Options], Score] = {}
+"""(digest of program and reference, options) -> score; the last one used is at the end."""
 
 
 def _digest(*texts: str) -> bytes:
@@ -497,22 +501,22 @@ def _digest(*texts: str) -> bytes:
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 
-def _judge(source: str, reference: Reference, options: Options) -> tuple[Score, bool]:
-    """The score, and whether it may be remembered."""
+def _run_and_score(source: str, reference: Reference, options: Options) -> tuple[Score, bool]:
+    """The score, and whether it may be cached."""
     verdicts, isolation = run_tests(source, reference, options)
     counts = Counter(verdicts)
     passed = counts[Verdict.PASSED]
     right = passed == len(verdicts)
-    found = {str(verdict): counts[verdict] for verdict in Verdict if counts[verdict]}
+    by_verdict = {str(verdict): counts[verdict] for verdict in Verdict if counts[verdict]}
     score = Score(
         reward=passed / len(verdicts) if options.partial else float(right),
         outcome=Outcome.RIGHT if right else Outcome.WRONG,
-        detail=json.dumps({"isolation": isolation, "tests": len(verdicts), **found}),
+        detail=json.dumps({"isolation": isolation, "tests": len(verdicts), **by_verdict}),
     )
     return score, _lasting(verdicts, options)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     minimum = read_options(options).minimum_isolation
     try:
         strongest(minimum)
@@ -530,7 +534,7 @@ def _check(options: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _check_section(options: Mapping[str, Any], section: VerifierSection) -> None:
+def _check_section(options: RewardOptions, section: VerifierSection) -> None:
     read = read_options(options)
     needed = read.total_seconds + _MARGIN_SECONDS
     if section.deadline_seconds < needed:
@@ -547,7 +551,7 @@ def _check_section(options: Mapping[str, Any], section: VerifierSection) -> None
 
 
 @reward("code", check=_check, check_section=_check_section)
-def code(row: Answered, options: Mapping[str, Any]) -> Score:
+def code(row: Answered, options: RewardOptions) -> Score:
     """1 if the program in the last code block passes all hidden tests, else 0.
 
     Options: see `Options`. `Score.detail` is a JSON object: `isolation`, the number of `tests`, and
@@ -556,15 +560,15 @@ def code(row: Answered, options: Mapping[str, Any]) -> Score:
     read = read_options(options)
     source = program_of(row.completion)
     if source is None:
-        read_reference(row.answer)  # a bad one is nobody's wrong answer
+        read_reference(row.answer)  # a bad reference is not the model's mistake
         return Score(0.0, Outcome.UNPARSEABLE)
     key = (_digest(source, row.answer), read)
-    score = _remembered.pop(key, None)
+    score = _cached_scores.pop(key, None)
     lasting = score is not None
     if score is None:
-        score, lasting = _judge(source, read_reference(row.answer), read)
+        score, lasting = _run_and_score(source, read_reference(row.answer), read)
     if lasting:
-        if len(_remembered) >= _REMEMBERED:
-            del _remembered[next(iter(_remembered))]
-        _remembered[key] = score
+        if len(_cached_scores) >= _MOST_CACHED:
+            del _cached_scores[next(iter(_cached_scores))]
+        _cached_scores[key] = score
     return replace(score, extracted=source)

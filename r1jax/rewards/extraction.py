@@ -1,4 +1,4 @@
-"""Where the final answer is in a completion: text in, text out."""
+"""The final answer in a completion: text in, text out."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
     Braces nest; escaped ones (`\{`) do not count. A box cut off before its end is left out.
     """
-    found: list[tuple[int, int, str]] = []
+    complete: list[tuple[int, int, str]] = []
     closing = _closing_braces(text)
     position = 0
     while True:
         match = _BOX.search(text, position)
         if match is None:
-            return found
+            return complete
         start, opening = match.start(), match.end() - 1
         end = closing.get(opening)
         if end is None:
             # The rest is inside of a box without an end; a complete one may still be in there.
             position = opening + 1
             continue
-        found.append((start, end + 1, text[opening + 1 : end]))
+        complete.append((start, end + 1, text[opening + 1 : end]))
         position = end + 1
 
 

@@ -1,4 +1,4 @@
-"""Which sampled texts are fit to be trained on: filters of cold start and rejection sampling.
+"""Filters of cold start and rejection sampling: which sampled texts may be trained on.
 
 DeepSeek-R1 (arXiv 2501.12948v1, sections 2.3.1 and 2.3.3) keeps readable answers: for the cold
 start it filters out repetition and mixed languages, for the 800K set thoughts with mixed languages,
@@ -15,13 +15,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from r1jax.rewards.extraction import ANSWER, END_ANSWER, END_THINK, THINK, thought
 from r1jax.rewards.format import STYLES, well_formed
 from r1jax.rewards.language import check_languages, language_share
 from r1jax.rewards.words import words
 from r1jax.settings.names import nearest
+
+FilterOptions: TypeAlias = Mapping[str, Any]
+"""The options of a filter as a config has them; the filter checks them as it is made."""
 
 
 class TextFilter(Protocol):
@@ -31,13 +34,13 @@ class TextFilter(Protocol):
     """
 
     def keeps(self, text: str) -> bool:
-        """Whether a completion, with its prefilled suffix such as `<think>`, is fit."""
+        """Whether a completion, with its prefilled `<think>`, may be trained on."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """Refuses loops, and texts that say most things again.
+    """Refuses loops, and texts that repeat much of what they say.
 
     Attributes:
         n: Words in an n-gram.
@@ -193,7 +196,7 @@ FILTERS: Mapping[str, type[TextFilter]] = MappingProxyType(
 """Name in a config -> the filter."""
 
 
-def load_filters(options: Mapping[str, Mapping[str, Any]]) -> dict[str, TextFilter]:
+def load_filters(options: Mapping[str, FilterOptions]) -> dict[str, TextFilter]:
     """Makes filters of a config's `name: options`, in its order.
 
     Raises:
@@ -203,7 +206,7 @@ def load_filters(options: Mapping[str, Mapping[str, Any]]) -> dict[str, TextFilt
     return {name: _load_filter(name, given) for name, given in options.items()}
 
 
-def _load_filter(name: str, given: Mapping[str, Any]) -> TextFilter:
+def _load_filter(name: str, given: FilterOptions) -> TextFilter:
     if name not in FILTERS:
         hint = nearest(name, FILTERS) or f"there are {sorted(FILTERS)}"
         raise ValueError(f"filters.{name}: no filter of this name; {hint}".rstrip())

@@ -1,13 +1,11 @@
-"""Format reward: the whole completion has the asked shape, and nothing else."""
+"""Format reward: does the whole completion have the required shape, and nothing else?"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from r1jax.rewards.extraction import boxes, final_answer
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, RewardOptions, Score, refuse_unknown, reward
 
 STYLES = ("tags", "boxed", "think")
 
@@ -42,7 +40,7 @@ def well_formed(completion: str, style: str) -> bool:
     return True
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     refuse_unknown("format", options, ("style",))
     style = options.get("style", "tags")
     if style not in STYLES:
@@ -50,14 +48,10 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 @reward("format", check=_check)
-def format_reward(row: Answered, options: Mapping[str, Any]) -> Score:
+def format_reward(row: Answered, options: RewardOptions) -> Score:
     """1 if the completion is well formed and the model ended it itself, else 0.
 
     Options: `style`, one of `tags` (default), `boxed`, `think`; see `well_formed`.
     """
     good = not row.truncated and well_formed(row.completion, options.get("style", "tags"))
-    return Score(
-        reward=float(good),
-        outcome=Outcome.RIGHT if good else Outcome.WRONG,
-        extracted=final_answer(row.completion),
-    )
+    return Score.binary(good, final_answer(row.completion))

@@ -1,4 +1,4 @@
-r"""Language consistency: is the thought written in the language it should be in?
+r"""Language consistency: is the thought written in the required language?
 
 DeepSeek-R1 (arXiv 2501.12948v1, section 2.3.2) adds to the reward the share of the target
 language's words in the chain of thought. How to tell a word's language is not reported; here its
@@ -12,10 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from r1jax.rewards.extraction import final_answer, thought
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.words import NUMBER, words
 from r1jax.settings.names import nearest
 
@@ -57,7 +56,7 @@ _UNCOUNTED = re.compile(
 
 
 def words_by_language(text: str, languages: Mapping[str, str] | None = None) -> Counter[str]:
-    r"""How many words of `text` each language has, as far as scripts tell.
+    r"""The number of words of `text` in each language, as far as scripts show it.
 
     Numbers and punctuation are not counted, nor code (fenced by three backticks or more, or
     `inline`), formulae (`$...$`, `$$...$$`, `\(...\)`, `\[...\]`, displayed environments), LaTeX
@@ -65,20 +64,19 @@ def words_by_language(text: str, languages: Mapping[str, str] | None = None) -> 
     label, so it is no word either; in scripts without case (Chinese) it is one.
 
     Args:
-      languages: name -> characters, for languages that Unicode cannot tell, such as two toy
-        languages with letters of their own. Their characters count for them alone, digits and
-        lone letters too.
+      languages: name -> characters, for languages that Unicode does not know, such as two toy
+        languages with different letters. Their characters, digits and single letters too, count
+        for them alone.
 
     Returns:
       Words by name of the language of `languages`, else of the script (`Latin`, `Han`). Every
       Chinese character counts as a word.
     """
-    own = languages or {}
-    found = words(_UNCOUNTED.sub(" ", text), tuple(own.items()))
+    languages = languages or {}
     return Counter(
         script
-        for script, word in found
-        if script in own or not (script == NUMBER or _is_variable(word))
+        for script, word in words(_UNCOUNTED.sub(" ", text), tuple(languages.items()))
+        if script in languages or not (script == NUMBER or _is_variable(word))
     )
 
 
@@ -146,7 +144,7 @@ def check_languages(target: object, languages: object) -> None:
     _scripts(target, languages)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     refuse_unknown("language_consistency", options, ("target", "languages"))
     try:
         check_languages(options.get("target"), options.get("languages", {}))
@@ -155,7 +153,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 @reward("language_consistency", check=_check)
-def language_consistency(row: Answered, options: Mapping[str, Any]) -> Score:
+def language_consistency(row: Answered, options: RewardOptions) -> Score:
     """The share of the thought's words that are in the target language, 0 .. 1.
 
     Right if all are, else wrong. A thought that is absent, never closed, or without a word that

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from r1jax.rewards import symbolic
-from r1jax.rewards.exact import (
-    numbers_equal,
-    plain,
-    read_choice,
-    read_number,
-    split,
-    tidy,
-)
+from r1jax.rewards.exact import numbers_equal, plain, read_choice, read_number, split, tidy
 from r1jax.rewards.extraction import final_answer, unboxed
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableAnswer, UnreadableReference
 
 __all__ = [
@@ -162,7 +153,7 @@ def equivalent_key(extracted: str, *, depth: int = 8) -> str:
     return _text_key(text)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     refuse_unknown("accuracy", options, ("symbolic",))
     if not isinstance(options.get("symbolic", True), bool):
         raise ValueError(
@@ -170,13 +161,13 @@ def _check(options: Mapping[str, Any]) -> None:
         )
 
 
-def _prepare(options: Mapping[str, Any]) -> None:
+def _prepare(options: RewardOptions) -> None:
     if options.get("symbolic", True):
         symbolic.load()
 
 
 @reward("accuracy", check=_check, prepare=_prepare)
-def accuracy(row: Answered, options: Mapping[str, Any]) -> Score:
+def accuracy(row: Answered, options: RewardOptions) -> Score:
     """1 if the final answer is the reference answer, else 0.
 
     Options: `symbolic` (default true); false leaves sympy out, and an answer that no exact form
@@ -189,4 +180,4 @@ def accuracy(row: Answered, options: Mapping[str, Any]) -> Score:
         same = same_answer(row.answer, extracted, use_sympy=options.get("symbolic", True))
     except UnreadableAnswer:
         return Score(0.0, Outcome.UNPARSEABLE, extracted)
-    return Score(float(same), Outcome.RIGHT if same else Outcome.WRONG, extracted)
+    return Score.binary(same, extracted)

@@ -8,14 +8,13 @@ filters by which cold start and rejection sampling choose texts (`r1jax.rewards.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.filters import FILTERS, apply_filters, load_filters
-from r1jax.rewards.registry import Answered, Outcome, Score, reward
+from r1jax.rewards.registry import Answered, RewardOptions, Score, reward
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     where = "rewards.readable.options"
     if not options:
         raise ValueError(f"{where} is empty: name at least one filter of {sorted(FILTERS)}")
@@ -32,7 +31,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 @reward("readable", check=_check)
-def readable(row: Answered, options: Mapping[str, Any]) -> Score:
+def readable(row: Answered, options: RewardOptions) -> Score:
     """1 if the model ended the completion itself and all filters keep it, else 0.
 
     Options: filters of `r1jax.rewards.filters.FILTERS`, `name: options`, in the order in which they
@@ -40,9 +39,4 @@ def readable(row: Answered, options: Mapping[str, Any]) -> Score:
     """
     refused = apply_filters(row.completion, load_filters(options))
     why = "truncated" if row.truncated else refused and f"filter {refused}"
-    return Score(
-        reward=float(why is None),
-        outcome=Outcome.RIGHT if why is None else Outcome.WRONG,
-        extracted=final_answer(row.completion),
-        detail=why,
-    )
+    return Score.binary(why is None, final_answer(row.completion), why)

@@ -1,4 +1,4 @@
-"""Named reward functions, what they are given, and what they answer.
+"""Named reward functions, the rows that they get, and the scores that they return.
 
 A reward function is `f(row: Answered, options: Mapping) -> Score`. It is either registered here
 under a short name (`@reward("accuracy")`) or named in the config as `package.module:function`.
@@ -8,10 +8,11 @@ It runs in a worker process (`r1jax.rewards.worker`), never in the trainer's.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from r1jax.settings.names import nearest
 
@@ -19,13 +20,17 @@ if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import VerifierSection
 
 
+RewardOptions: TypeAlias = Mapping[str, Any]
+"""The options of a reward as a config has them; its `check` refuses what it does not know."""
+
+
 class Outcome(StrEnum):
-    """What the verifier found out about one completion."""
+    """What the verifier says about one completion."""
 
     RIGHT = "right"
     WRONG = "wrong"
     UNPARSEABLE = "unparseable"  # there is no final answer, or none that can be read
-    VERIFIER_FAILED = "verifier_failed"  # nobody knows: deadline, memory, crash, bad reference
+    VERIFIER_FAILED = "verifier_failed"  # not known: deadline, memory, crash, bad reference
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class Score:
-    """What one reward function says of one row.
+    """The result of one reward function for one row.
 
     Attributes:
-      reward: its value; nan when the verifier failed, since 0 would punish an unjudged answer.
+      reward: its value; nan when the verifier failed, since 0 would punish an unknown answer.
       outcome: one of four.
       extracted: the final answer as it was read, for votes and logs.
-      detail: why, when the verifier failed; else what more the function has to say, for logs.
+      detail: the reason when the verifier failed; else more about the result, for logs.
     """
 
     reward: float
@@ -64,35 +69,45 @@ class Score:
     extracted: str | None = None
     detail: str | None = None
 
+    @classmethod
+    def binary(cls, right: bool, extracted: str | None = None, detail: str | None = None) -> Score:
+        """1 and right, or 0 and wrong."""
+        return cls(float(right), Outcome.RIGHT if right else Outcome.WRONG, extracted, detail)
 
-RewardFunction = Callable[[Answered, Mapping[str, Any]], Score]
+    @classmethod
+    def failed(cls, detail: str) -> Score:
+        """The row could not be scored."""
+        return cls(math.nan, Outcome.VERIFIER_FAILED, None, detail)
 
 
-def _no_check(options: Mapping[str, Any]) -> None:
-    """A function that checks its own options, or has any."""
+RewardFunction: TypeAlias = Callable[[Answered, RewardOptions], Score]
 
 
-def _no_section_check(options: Mapping[str, Any], section: VerifierSection) -> None:
-    """A function that works within any deadline and memory."""
+def _no_check(options: RewardOptions) -> None:
+    """Of a function that checks its options itself, or takes any."""
+
+
+def _no_section_check(options: RewardOptions, section: VerifierSection) -> None:
+    """Of a function that works with any deadline and memory."""
 
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """A reward function with what surrounds it.
+    """A reward function with its checks and its preparation.
 
     Attributes:
       function: scores a row.
       check: raises ValueError on options that the function does not understand; called where
         the run starts, so it must be cheap.
-      prepare: called once in a new worker, before any deadline runs: slow imports go here.
-      check_section: raises ValueError on options that do not go with the workers' deadline or
-        memory; called beside `check`.
+      prepare: called once in a new worker, before any deadline starts: slow imports go here.
+      check_section: raises ValueError on options that do not fit the workers' deadline or
+        memory; called after `check`.
     """
 
     function: RewardFunction
-    check: Callable[[Mapping[str, Any]], None] = _no_check
-    prepare: Callable[[Mapping[str, Any]], None] = _no_check
-    check_section: Callable[[Mapping[str, Any], VerifierSection], None] = _no_section_check
+    check: Callable[[RewardOptions], None] = _no_check
+    prepare: Callable[[RewardOptions], None] = _no_check
+    check_section: Callable[[RewardOptions, VerifierSection], None] = _no_section_check
 
 
 REWARDS: dict[str, RewardEntry] = {}
@@ -101,9 +116,9 @@ REWARDS: dict[str, RewardEntry] = {}
 def reward(
     name: str,
     *,
-    check: Callable[[Mapping[str, Any]], None] = _no_check,
-    prepare: Callable[[Mapping[str, Any]], None] = _no_check,
-    check_section: Callable[[Mapping[str, Any], VerifierSection], None] = _no_section_check,
+    check: Callable[[RewardOptions], None] = _no_check,
+    prepare: Callable[[RewardOptions], None] = _no_check,
+    check_section: Callable[[RewardOptions, VerifierSection], None] = _no_section_check,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Registers the decorated function under `name`; see `RewardEntry` for the rest.
 
@@ -122,14 +137,12 @@ def reward(
     return register
 
 
-def check_reward(
-    name: str, options: Mapping[str, Any], section: VerifierSection | None = None
-) -> None:
-    """Checks a name and its options without importing code of the user's.
+def check_reward(name: str, options: RewardOptions, section: VerifierSection | None = None) -> None:
+    """Checks a name and its options without importing the user's code.
 
     Raises:
-      ValueError: unknown name (with the nearest one), or options the function refuses, be it for
-        the workers' `section`.
+      ValueError: unknown name (with the nearest one), or options that the function refuses, alone
+        or with the workers' `section`.
     """
     if name in REWARDS:
         REWARDS[name].check(options)
@@ -147,11 +160,11 @@ def check_reward(
         )
 
 
-def load_reward(name: str, options: Mapping[str, Any]) -> RewardEntry:
+def load_reward(name: str, options: RewardOptions) -> RewardEntry:
     """The entry of a name; imports the module of `package.module:function`.
 
     Raises:
-      ValueError: as `check_reward`, or the module or function is not there.
+      ValueError: as `check_reward`, or the module or the function does not exist.
     """
     check_reward(name, options)
     if name in REWARDS:
@@ -170,8 +183,8 @@ def load_reward(name: str, options: Mapping[str, Any]) -> RewardEntry:
     return RewardEntry(function)
 
 
-def refuse_unknown(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """For a reward's `check`: an option outside `known` is a ValueError."""
+def refuse_unknown(name: str, options: RewardOptions, known: tuple[str, ...]) -> None:
+    """For the `check` of a reward: raises ValueError on an option that is not in `known`."""
     for key in options:
         if key not in known:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Runs one program that nobody trusts: limits, no network, no files, and nothing left behind.
+"""Runs one untrusted program: limits, no network, no files, and nothing left behind.
 
     with Sandbox(strongest(Isolation.NAMESPACES)) as sandbox:
         sandbox.write("main.py", source)
@@ -44,16 +44,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 from r1jax.rewards import supervisor
 
 # Where tools and compilers are looked for, inside and outside.
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-# User ids for programs that root runs: free on every distribution (systemd's dynamic range), and
-# one at random, so that programs side by side do not count as each other's processes.
+# User ids for programs that root runs: free on every distribution (systemd's dynamic range). One is
+# drawn at random, so that programs that run in parallel do not share a limit of processes.
 _FIRST_USER, _USERS = 61184, 4096
-# Starting is not the program's time; on a crowded machine it takes a while.
+# Starting does not count as the program's time; on a busy machine it takes a while.
 _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
 _PREFIX = "r1jax-sandbox-"
@@ -77,7 +76,7 @@ class Isolation(StrEnum):
 
 
 class SandboxError(RuntimeError):
-    """The sandbox could not do its work: nothing is known about the program."""
+    """The sandbox failed: nothing is known about the program."""
 
 
 class End(StrEnum):
@@ -90,7 +89,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may take.
+    """The limits of one run.
 
     Attributes:
       seconds: by the clock, from the program's first instruction; and of CPU, per process,
@@ -114,10 +113,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
-      end: why it is over.
+      end: why it ended.
       code: exit status, or 128 + signal; 0 is success only with `End.EXITED`.
       output: standard output, at most `output_bytes`.
       errors: the end of standard error.
@@ -178,14 +177,14 @@ def why_not(isolation: Isolation) -> str | None:
     except (SandboxError, OSError) as error:
         return str(error)
     try:
-        found = json.loads(ended.output)
+        probe = json.loads(ended.output)
     except ValueError:
         said = ended.errors.decode(errors="replace").strip()[-300:]
         return f"Python does not run in it: {ended.end}, status {ended.code}: {said}"
-    if found["started"] >= 12:
+    if probe["started"] >= 12:
         return "the limit of processes does not hold"
     if isolation is not Isolation.LIMITS:
-        for name, space in found["spaces"].items():
+        for name, space in probe["spaces"].items():
             if os.readlink(f"/proc/self/ns/{name}") == space:
                 return f"programs share the {name} namespace"
     return None
@@ -216,10 +215,10 @@ def _system() -> tuple[list[str], dict[str, str]]:
 
 
 def _tool(name: str, package: str) -> str:
-    found = shutil.which(name, path=PATH)
-    if found is None:
+    path = shutil.which(name, path=PATH)
+    if path is None:
         raise SandboxError(f"{name} is not installed (package {package})")
-    return found
+    return path
 
 
 class Sandbox:
@@ -236,12 +235,12 @@ class Sandbox:
         self._root_user = os.geteuid() == 0
         self._user = _FIRST_USER + secrets.randbelow(_USERS) if self._root_user else os.geteuid()
         _remove_orphans()
-        self._place = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-        self._lock = _locked(self._place)
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+        self._lock = _locked(self._directory)
         try:
             if self._root_user:  # programs run as another user
-                self._place.chmod(0o755)
-            self._program = self._place / "program"
+                self._directory.chmod(0o755)
+            self._program = self._directory / "program"
             # A virtual environment without packages: programs get the standard library, wherever
             # they run, and none of the installed packages' start-up code.
             (self._program / "bin").mkdir(parents=True)
@@ -259,12 +258,7 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._remove()
 
     def write(self, name: str, content: bytes) -> None:
@@ -298,7 +292,7 @@ class Sandbox:
 
         Args:
           command: the program, by its absolute path or a name on `PATH`, and its arguments.
-          limits: what it may take.
+          limits: of this run.
           stdin: all of standard input.
           keeps_files: it may write into the program's folder: for a compiler.
 
@@ -306,7 +300,7 @@ class Sandbox:
           SandboxError: the program was not started, or does not die.
         """
         mark = secrets.token_hex(16).encode()
-        work = self._place / "work" if self.isolation is Isolation.LIMITS else None
+        work = self._directory / "work" if self.isolation is Isolation.LIMITS else None
         if self._root_user:
             owner = self._user if keeps_files else 0
             os.chown(self._program, owner, owner)
@@ -357,7 +351,7 @@ class Sandbox:
         return Ended(end, code, written, said)
 
     def _environment(self) -> dict[str, str]:
-        home = str(self._place / "work") if self.isolation is Isolation.LIMITS else "/tmp"
+        home = str(self._directory / "work") if self.isolation is Isolation.LIMITS else "/tmp"
         return {
             "PATH": PATH,
             "HOME": home,
@@ -407,7 +401,7 @@ class Sandbox:
 
     def _make_mount_points(self) -> None:
         """An empty tree on which `_namespaces` mounts; itself read-only by then."""
-        root = self._place / "root"
+        root = self._directory / "root"
         binds, links = _system()
         for path in (*binds, _FOLDER, "/proc", "/tmp", "/dev/shm"):
             point = root / path[1:]
@@ -422,7 +416,7 @@ class Sandbox:
             (root / path[1:]).symlink_to(target)
 
     def _namespaces(self, limits: Limits, keeps_files: bool) -> list[str]:
-        root = self._place / "root"
+        root = self._directory / "root"
         write, read = "bind,nosuid,nodev", "bind,ro,nosuid,nodev"
         memory = f"size={limits.disk_bytes},mode=1777,nosuid,nodev"
         table = [
@@ -439,7 +433,7 @@ class Sandbox:
             f"{_escaped(source)} {_escaped(f'{root}{target}')} {kind} {options} 0 0\n"
             for source, target, kind, options in table
         ]
-        fstab = self._place / "fstab"
+        fstab = self._directory / "fstab"
         fstab.write_text("".join(lines))
         enter = 'mount -a -T "$1" && shift && exec chroot "$@"'
         unshare = [_tool("unshare", "util-linux"), "--mount", "--ipc", "--net", "--pid", "--uts"]
@@ -483,7 +477,7 @@ class Sandbox:
             raise SandboxError(f"a program did not die in {_STOP_SECONDS:g} s") from None
 
     def _remove(self) -> None:
-        shutil.rmtree(self._place, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
 
@@ -591,9 +585,9 @@ def _limited(limits: Limits) -> list[str]:
 
 
 def _sealed(content: bytes) -> int:
-    """A descriptor of a file in memory that nobody can change any more.
+    """A descriptor of a file in memory that cannot be changed any more.
 
-    Not a pipe: there is nobody who would have to feed it while the program writes.
+    Not a pipe: this process would have to write into it while it reads the program's output.
     """
     descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

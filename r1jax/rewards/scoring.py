@@ -1,4 +1,4 @@
-"""Scoring a file of completions: `r1jax score --reward NAME --in ROWS.jsonl --out SCORED.jsonl`."""
+"""Scoring one completion, or a file of them (`r1jax score`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,47 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from r1jax.files import JsonObject, numbered_rows, written_whole
-from r1jax.rewards.registry import Answered, Outcome
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, load_reward
 from r1jax.rewards.verifier import Pending, Verifier
 
 if TYPE_CHECKING:
     from r1jax.settings.rewards import VerifierSection
 
-_WINDOW = 4096  # rows in memory at once, twice
+_WINDOW = 4096  # rows; two windows are in memory at once
+
+
+def score_completion(
+    reward: str,
+    completion: str,
+    answer: str,
+    *,
+    prompt: str = "",
+    truncated: bool = False,
+    options: RewardOptions | None = None,
+) -> Score:
+    r"""Scores one completion in this process: without a deadline or a memory limit.
+
+        score_completion("accuracy", r"So it is \boxed{0.5}.", r"\frac12").reward  # 1.0
+
+    Args:
+      reward: a registered name or `package.module:function`.
+      completion: with a prefilled `<think>`, if the prompt ended in one.
+      answer: the reference answer.
+      prompt: for the rewards that read it.
+      truncated: the model was cut off before it ended the completion itself.
+      options: the reward's options.
+
+    Raises:
+      ValueError: an unknown reward, or options or a reference answer that it refuses.
+    """
+    row = Answered(prompt, completion, answer, truncated=truncated)
+    return load_reward(reward, options or {}).function(row, options or {})
 
 
 def score_file(
@@ -26,24 +54,24 @@ def score_file(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: RewardOptions | None = None,
     section: VerifierSection | None = None,
 ) -> dict[Outcome, int]:
     """Scores JSON lines and writes them with `reward`, `outcome` and `extracted` added.
 
-    `detail` is added too where the reward says more, or why it failed.
+    `detail` is added too where the reward gives more, or failed.
 
     Args:
       reward: a registered name or `package.module:function`.
       source: rows with `prompt`, `completion` and `answer` (text; `answer` may be a number), and
         perhaps `domain` and `truncated`. Other columns are kept.
-      target: written whole or not at all; may be `source`. The reward of a row that the verifier
-        failed on is null.
+      target: written whole or not at all; may be `source`. The reward of a row on which the
+        verifier failed is null.
       options: the reward's options.
       section: how workers run; default: one per two cores.
 
     Returns:
-      How many rows had each outcome; all four are there.
+      The number of rows with each of the four outcomes.
 
     Raises:
       ValueError: the first bad row, as `file:line: what is wrong`, before anything is scored;
@@ -93,7 +121,7 @@ def _rows(path: Path) -> Iterator[tuple[JsonObject, Answered]]:
         yield row, _answered(row, f"{path}:{number}")
 
 
-def _answered(row: Mapping[str, Any], where: str) -> Answered:
+def _answered(row: JsonObject, where: str) -> Answered:
     texts = {}
     for column in ("prompt", "completion", "answer"):
         if column not in row:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from r1jax.rewards.exact import plain, without_word_commands
 from r1jax.rewards.extraction import final_answer
-from r1jax.rewards.registry import Answered, Outcome, Score, refuse_unknown, reward
+from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableReference
 
 _FENCE = re.compile(r"\s*```[A-Za-z]*\n(.*?)```\s*", re.DOTALL)
@@ -145,12 +144,12 @@ def _assignments(text: str) -> list[tuple[str, str]] | None:
     return pairs or None
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: RewardOptions) -> None:
     refuse_unknown("structure", options, ())
 
 
 @reward("structure", check=_check)
-def structure(row: Answered, options: Mapping[str, Any]) -> Score:
+def structure(row: Answered, options: RewardOptions) -> Score:
     """1 if the final answer has exactly the structure of the reference answer, else 0.
 
     Where the reference is a single text, number or truth value, a text needs no quotes.
@@ -169,5 +168,4 @@ def structure(row: Answered, options: Mapping[str, Any]) -> Score:
         key = structure_key(extracted, bare_text=reference[0] not in "{[")
     except ValueError:
         return Score(0.0, Outcome.UNPARSEABLE, extracted)
-    same = key == reference
-    return Score(float(same), Outcome.RIGHT if same else Outcome.WRONG, key)
+    return Score.binary(key == reference, key)

@@ -1,7 +1,7 @@
 """Comparison by computer algebra (math-verify over sympy). Worker processes only.
 
-sympy can run for ever, fill the memory and recurse without end on a short answer; that is the
-caller's to survive (`r1jax.rewards.verifier`). math-verify's own timeouts are switched off: they
+sympy can run for ever, fill the memory and recurse without end on a short answer; the caller has to
+survive that (`r1jax.rewards.verifier`). math-verify's own timeouts are switched off: they
 are signals, which work only in a main thread and cannot interrupt a long operation in C.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 
@@ -17,11 +18,11 @@ class UnreadableAnswer(ValueError):
 
 
 class UnreadableReference(ValueError):
-    """The reference answer is not an expression: the row cannot be judged."""
+    """The reference answer is not an expression: the row cannot be scored."""
 
 
 @cache
-def load() -> Any:
+def load() -> ModuleType:
     """Imports math-verify (about a second, 60 MB), once."""
     import math_verify
 

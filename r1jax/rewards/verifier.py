@@ -1,8 +1,8 @@
 """The pool of worker processes in which reward functions run.
 
 A symbolic verifier on a model's text may hang, fill the memory or crash. So each worker is a
-process of its own with a memory limit, and a thread of the parent's keeps its deadline: a worker
-that is late is killed with SIGKILL, a new one takes over the rest, and only the guilty part fails.
+separate process with a memory limit, and a thread of the parent applies the deadline: a worker
+that is late is killed with SIGKILL, a new one scores the other rows, and only the late part fails.
 
 Neither signals nor the main thread are needed, so a `Verifier` works from any thread.
 """
@@ -23,12 +23,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from r1jax.rewards.registry import Answered, Outcome, Score, check_reward
 
-if TYPE_CHECKING:  # pydantic and jax stay out of whoever imports this
+if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import RewardSection, VerifierSection
 
 _log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class RowScore:
 
     Attributes:
       reward: weighted sum of the parts; nan when a part with a weight failed.
-      scored: every part with a weight has a value. Rows without are to be masked, not taken for 0.
+      scored: every part with a weight has a value. Other rows are masked, not taken for 0.
       parts: reward name -> score, in the config's order.
     """
 
@@ -79,7 +78,7 @@ class RowScore:
 def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> RowScore:
     """The weighted sum of a row's parts; a failed part of weight 0 does not spoil it.
 
-    A row without any part (no reward is for its domain) has no reward: nobody has judged it.
+    A row without any part (no reward is for its domain) is not scored.
     """
     if not parts:
         return RowScore(math.nan, False)
@@ -91,7 +90,7 @@ def combine(parts: Mapping[str, Score], weights: Mapping[str, float]) -> RowScor
 
 
 class Pending:
-    """Rows on their way; made by `Verifier.submit`."""
+    """Rows that are being scored; made by `Verifier.submit`."""
 
     def __init__(
         self,
@@ -162,15 +161,15 @@ class _Batch:
 
 
 class _Died(Exception):
-    """The worker is gone; `str` says how."""
+    """The worker process has ended; `str` says how."""
 
 
 class _Late(Exception):
-    """The worker did not answer before its deadline."""
+    """The worker did not reply before its deadline."""
 
 
 class _Worker:
-    """The parent's end of one process. Used by one thread, killed by any."""
+    """One worker process, as the parent sees it. Used by one thread, killed by any."""
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         self.rows = 0
@@ -183,16 +182,16 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(),
-            # A group of its own: Ctrl-C is the parent's to handle, and a kill takes along
-            # whatever a reward function started.
+            # In its own process group: the parent handles Ctrl-C, and a kill of the group ends
+            # what a reward function started, too.
             start_new_session=True,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         for stream in (self._stdin, self._stdout):
             os.set_blocking(stream.fileno(), False)
-        # No answer is read here: workers of a pool start side by side, and `start` may be waited
-        # for when the pool closes, which must be able to kill this process.
+        # No reply is read here: the workers of a pool start in parallel, and the pool must be able
+        # to kill this one while it starts.
         self._start = json.dumps(start).encode() + b"\n"
 
     @property
@@ -227,7 +226,7 @@ class _Worker:
                 raise _Died(self._death()) from None
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next reply. What has arrived counts, however late this thread is to look."""
+        """The next reply. One that has arrived counts, however late this thread reads it."""
         until = time.monotonic() + seconds
         while not self._lines:
             remaining = max(0.0, until - time.monotonic())
@@ -256,10 +255,10 @@ class _Worker:
         return f"exit status {code}"
 
     def kill(self) -> None:
-        """SIGKILL to the process and what it started; safe to call twice, from any thread."""
+        """SIGKILL to the process and what it started; may be called twice, from any thread."""
         with self._ended:
             try:
-                # Not after it was waited for: the number may be another process's by then.
+                # Not after it was waited for: the id may belong to another process then.
                 if self._process.returncode is None:
                     os.killpg(self._process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
@@ -267,14 +266,14 @@ class _Worker:
             self._process.wait()
 
     def close(self) -> None:
-        """Kills, and closes the pipes; by the thread that reads them."""
+        """Kills the process and closes the pipes; called by the thread that reads them."""
         self.kill()
         self._stdin.close()
         self._stdout.close()
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, with its import path: a worker finds the modules that the parent finds."""
+    """The parent's environment and import path: a worker imports what the parent can import."""
     path = [entry or os.getcwd() for entry in sys.path]
     package_root = str(Path(__file__).resolve().parents[2])
     if package_root not in path:
@@ -293,7 +292,7 @@ class Verifier:
 
     Raises:
       ValueError: no rewards, an unknown one, or options it refuses.
-      VerifierError: the workers do not start, such as for a module that does not import.
+      VerifierError: the workers do not start, for example because a module cannot be imported.
     """
 
     def __init__(self, rewards: Mapping[str, RewardSection], section: VerifierSection) -> None:
@@ -345,17 +344,12 @@ class Verifier:
     def __enter__(self) -> Verifier:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that live now."""
+        """Process ids of the workers that run now."""
         with self._changed:
             return sorted(worker.pid for worker in self._workers)
 
@@ -399,11 +393,11 @@ class Verifier:
         return pending
 
     def close(self) -> None:
-        """Kills the workers and waits for them; rows still on their way raise VerifierError."""
+        """Kills the workers and waits for them; rows not yet scored raise VerifierError."""
         with self._changed:
             self._closing = True
             self._batches.clear()
-            # Where a thread waits for its worker's reply, the end of the process is the reply.
+            # A thread that waits for a reply sees the end of the process.
             for worker in self._workers:
                 worker.kill()
             open_now, self._open = self._open, set()
@@ -437,7 +431,7 @@ class Verifier:
             return None if self._closing else self._batches.popleft()
 
     def _score(self, batch: _Batch, worker: _Worker) -> _Worker:
-        """Scores a batch to its end and returns the worker that lives then."""
+        """Scores a whole batch; returns the worker to go on with."""
         deadline = self._section.deadline_seconds
         rows = len({row for row, _ in batch.parts})
         if worker.rows and worker.rows + rows > self._section.tasks_per_worker:
@@ -448,7 +442,7 @@ class Verifier:
             try:
                 worker.send(batch.message(position), _START_SECONDS)
             except (_Died, _Late) as death:
-                # It read no row, so none is guilty.
+                # It read no row, so none is the cause.
                 deaths_between += 1
                 if deaths_between > _RETRIES:
                     raise VerifierError(f"workers die while idle: {death}") from None
@@ -460,13 +454,13 @@ class Verifier:
                 replace = False
                 try:
                     score = _read_score(worker.receive(deadline))
-                    # After one the heap may be full or in pieces: a new process, for the next row.
+                    # The heap may be full or fragmented then: a new process for the next row.
                     replace = score.detail == "MemoryError"
                 except _Late:
-                    score = _failed(f"no answer in {deadline:g} s")
+                    score = Score.failed(f"no answer in {deadline:g} s")
                     replace = True
                 except _Died as death:
-                    score = _failed(f"the worker died: {death}")
+                    score = Score.failed(f"the worker died: {death}")
                     replace = True
                 if replace and self._closing:
                     return worker
@@ -484,7 +478,7 @@ class Verifier:
         return self._new_worker()
 
     def _new_worker(self) -> _Worker:
-        with self._changed:  # so that close() sees every process, and none starts after it
+        with self._changed:  # so that close() kills every process, and none starts after it
             if self._closing:
                 raise VerifierError("the verifier is closed")
             worker = _Worker(self._start)
@@ -502,7 +496,7 @@ class Verifier:
             self._workers.discard(worker)
 
     def _break(self, error: BaseException) -> None:
-        """The pool cannot go on: whoever waits or submits is told why."""
+        """The pool cannot go on: `result` and `submit` raise the error."""
         with self._changed:
             if self._closing:
                 return
@@ -521,10 +515,6 @@ class Verifier:
                 return
             self._warned.add(kind)
         _log.warning("reward %s failed on a row, which is not scored: %s", name, detail)
-
-
-def _failed(detail: str) -> Score:
-    return Score(math.nan, Outcome.VERIFIER_FAILED, None, detail)
 
 
 def _read_score(reply: Mapping[str, Any]) -> Score:

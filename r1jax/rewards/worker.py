@@ -8,9 +8,9 @@ the user's `__main__`, and imports neither jax nor transformers. It speaks JSON 
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
   out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once
 
-Each part is answered before the next one starts: the parent knows by counting which part it is
-waiting for, and keeps the deadline. JSON, not pickle: what comes out of a process that handled
-a model's text is data, never code.
+Each part is answered before the next one starts, so the parent knows by counting which part it
+waits for, and applies the deadline to it. JSON, not pickle: what comes out of a process that
+handled a model's text is data, never code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import resource
 import signal
 import sys
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from r1jax.rewards.registry import Answered, Outcome, RewardEntry, Score, load_reward
+from r1jax.rewards.registry import Answered, Outcome, RewardEntry, RewardOptions, Score, load_reward
 
 
 def _die_with_parent() -> None:
@@ -41,7 +41,7 @@ def _die_with_parent() -> None:
 
 
 def _limit_memory(limit: int) -> str | None:
-    """Sets the limit of the address space; says what is wrong if it is taken already."""
+    """Sets the limit of the address space; returns the problem if more is in use already."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not sys.platform.startswith("linux"):  # macOS does not keep RLIMIT_AS
         return None
@@ -56,11 +56,11 @@ def _limit_memory(limit: int) -> str | None:
     return None
 
 
-def _own_channels() -> tuple[BinaryIO, BinaryIO]:
-    """The parent's pipes under descriptors of their own.
+def _take_channels() -> tuple[BinaryIO, BinaryIO]:
+    """The parent's pipes, moved to other descriptors.
 
-    A reward function that prints must not write into the answers: standard output becomes
-    standard error, standard input is empty.
+    A reward function that prints must not write into the replies: standard output becomes
+    standard error, and standard input is empty.
     """
     requests, replies = os.dup(0), os.dup(1)
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -70,32 +70,27 @@ def _own_channels() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb", buffering=0)
 
 
-def failed(detail: str) -> Score:
-    """The score of a part that nobody could judge."""
-    return Score(math.nan, Outcome.VERIFIER_FAILED, None, detail)
-
-
-def score_part(entry: RewardEntry, row: Answered, options: Mapping[str, Any]) -> Score:
-    """Runs one reward function; whatever it raises is a failed verifier, not a wrong answer."""
+def score_row(entry: RewardEntry, row: Answered, options: RewardOptions) -> Score:
+    """Calls a reward function; whatever it raises is a failed verifier, not a wrong answer."""
     try:
         score: object = entry.function(row, options)  # a user's function may return anything
         if not isinstance(score, Score):
-            return failed(f"returned {type(score).__name__}, not a Score")
+            return Score.failed(f"returned {type(score).__name__}, not a Score")
         outcome = Outcome(score.outcome)
         value = float(score.reward)
         if outcome is Outcome.VERIFIER_FAILED:
-            return failed(score.detail or "the reward function says so")
+            return Score.failed(score.detail or "the reward function says so")
         if not math.isfinite(value):
-            return failed(f"returned the reward {value}")
+            return Score.failed(f"returned the reward {value}")
         extracted = None if score.extracted is None else str(score.extracted)
         return Score(value, outcome, extracted, score.detail)
     except MemoryError:
-        return failed("MemoryError")
+        return Score.failed("MemoryError")
     except BaseException as error:  # SystemExit too: a reward function does not end the worker
-        return failed(f"{type(error).__name__}: {str(error)[:500]}")
+        return Score.failed(f"{type(error).__name__}: {str(error)[:500]}")
 
 
-def _send(replies: BinaryIO, message: Mapping[str, Any]) -> None:
+def _send(replies: BinaryIO, message: Mapping[str, object]) -> None:
     data = memoryview(json.dumps(message).encode() + b"\n")
     while data:
         data = data[replies.write(data) :]
@@ -103,13 +98,13 @@ def _send(replies: BinaryIO, message: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Serves until the parent closes the pipe."""
-    requests, replies = _own_channels()
+    requests, replies = _take_channels()
     _die_with_parent()
     try:
         start = json.loads(requests.readline() or b"null")
         if start is None:
             return
-        entries: dict[str, tuple[RewardEntry, Mapping[str, Any]]] = {}
+        entries: dict[str, tuple[RewardEntry, RewardOptions]] = {}
         try:
             for name, reward in start["rewards"].items():
                 options = reward["options"]
@@ -128,7 +123,8 @@ def main() -> None:
             for item in json.loads(line)["rows"]:
                 row = Answered(**item["row"])
                 for name in item["rewards"]:
-                    score = score_part(entries[name][0], row, entries[name][1])
+                    entry, options = entries[name]
+                    score = score_row(entry, row, options)
                     reply = {
                         "reward": score.reward,
                         "outcome": score.outcome.value,

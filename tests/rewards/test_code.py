@@ -41,8 +41,8 @@ isolated = pytest.mark.skipif(NOT_ISOLATED is not None, reason=NOT_ISOLATED or "
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_remembered() -> None:
-    module._remembered.clear()
+def _nothing_is_cached() -> None:
+    module._cached_scores.clear()
 
 
 SUM = [("1 2\n", "3\n"), ("3 4\n", "7\n"), ("10 -10\n", "0\n")]
@@ -561,7 +561,7 @@ STOPS = {"stop_at_first_failure": True}
         ("not_run not_run", STOPS, False),
     ],
 )
-def test_what_the_load_may_have_caused_is_not_remembered(
+def test_what_the_load_may_have_caused_is_not_cached(
     verdicts: str, options: dict[str, bool], remembered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs(*verdicts.split())
@@ -570,17 +570,17 @@ def test_what_the_load_may_have_caused_is_not_remembered(
     assert len(runs.programs) == (1 if remembered else 2)
 
 
-def test_the_programs_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED", 2)
+def test_the_programs_used_last_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_CACHED", 2)
     runs = Runs("passed")
     monkeypatch.setattr(module, "run_tests", runs)
     for program in "abbacab":  # c takes the place of b, and b that of c
         judged(program)
     assert runs.programs == ["a\n", "b\n", "c\n", "b\n"]
-    assert len(module._remembered) == 2
+    assert len(module._cached_scores) == 2
 
 
-def test_a_run_that_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_failed_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Any:
         raise SandboxError("no room")
 
@@ -592,7 +592,7 @@ def test_a_run_that_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @isolated
-def test_a_remembered_score_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_score_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     programs = [RIGHT_SUM, "print(3)", "1/0", "("]
     first = [score(program, prints_of(*SUM), partial=True) for program in programs]
     monkeypatch.setattr(module, "run_tests", None)

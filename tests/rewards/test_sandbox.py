@@ -489,7 +489,7 @@ def test_a_program_dies_with_the_worker(tier: Isolation, daemon: bool, tmp_path:
         f"with module.Sandbox(module.Isolation({str(tier)!r})) as sandbox:\n"
         f"    sandbox.write('main.py', {program.encode()!r})\n"
         "    limits = module.Limits(600.0, processes=None)\n"
-        "    print(sandbox._place, flush=True)\n"
+        "    print(sandbox._directory, flush=True)\n"
         f"    sandbox.run([sandbox.python, sandbox.path('main.py'), {mark!r}], limits)\n"
     )
     worker = subprocess.Popen(

@@ -17,7 +17,17 @@ from typing import Any
 import psutil
 import pytest
 
-from r1jax.rewards import Answered, Outcome, RowScore, Score, Verifier, VerifierError, score_file
+from r1jax.rewards import (
+    Answered,
+    Outcome,
+    RowScore,
+    Score,
+    Verifier,
+    VerifierError,
+    score_completion,
+    score_file,
+)
+from r1jax.rewards.symbolic import UnreadableReference
 from r1jax.rewards.verifier import combine
 from r1jax.settings.rewards import RewardSection, VerifierSection
 
@@ -333,3 +343,18 @@ def test_bad_rows_name_file_and_line_and_nothing_is_written(
     with pytest.raises(ValueError, match=rf"rows\.jsonl:3: {message}"):
         score_file("accuracy", source, target, section=VerifierSection())
     assert not target.exists()
+
+
+def test_one_completion_is_scored_in_this_process() -> None:
+    right = score_completion("accuracy", r"<think>2 / 4</think>\boxed{0.5}", r"\frac12")
+    assert right == Score(1.0, Outcome.RIGHT, "0.5")
+    assert score_completion("format", "<think>a</think>b", "", options={"style": "think"}).reward
+    assert not score_completion(
+        "format", "<think>a</think>b", "", truncated=True, options={"style": "think"}
+    ).reward
+    with pytest.raises(ValueError, match="did you mean 'accuracy'"):
+        score_completion("acuracy", "", "")
+    with pytest.raises(ValueError, match=r"rewards\.choice\.options\.x: no such option"):
+        score_completion("choice", "", "", options={"x": 1})
+    with pytest.raises(UnreadableReference):
+        score_completion("choice", r"\boxed{A}", "forty")
