@@ -47,13 +47,13 @@ from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import SamplingSection
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Axes, Layout
-from r1jax.stages import supervised
+from r1jax.stages import supervised_programs as supervised
 from r1jax.stages.evaluate.settings import EvaluateStage
-from r1jax.stages.grpo import stage as grpo
+from r1jax.stages.grpo import programs as grpo
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamplingStage
-from r1jax.stages.reward_model import stage as reward_model
+from r1jax.stages.reward_model import programs as reward_model
 from r1jax.stages.reward_model.settings import RewardModelStage
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.train_step import abstract_train_state, jit_update

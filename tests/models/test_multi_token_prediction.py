@@ -30,7 +30,7 @@ from r1jax.run.context import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.stages.sft.settings import SFTStage
-from r1jax.stages.supervised import make_update, mtp_weight
+from r1jax.stages.supervised_programs import make_update, mtp_weight
 from r1jax.train_step import init_train_state
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 

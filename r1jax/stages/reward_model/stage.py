@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from r1jax.data.preferences import (
     EncodedPreference,
@@ -18,23 +17,16 @@ from r1jax.data.preferences import (
     load_pairs,
     preference_arrays,
 )
-from r1jax.models import Decoder
-from r1jax.models.parameters import Params
-from r1jax.models.reward_head import reward_scores
-from r1jax.objectives.normalisation import row_weights
-from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
 from r1jax.processes import BatchSlice, process_batch_slice
 from r1jax.run.context import Context
 from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.train_loop import TrainLoop
+from r1jax.stages.reward_model.programs import make_update, weighted_loss
 from r1jax.stages.reward_model.settings import RewardModelStage
-from r1jax.train_step import LossOutput, Metrics, TrainStep, make_train_step
+from r1jax.train_step import Metrics
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
-
-# A batch of `preference_arrays`, and the weight of each row.
-WeightedRows = tuple[Mapping[str, jax.Array], jax.Array]
+    pass
 
 
 def run_reward_model(stage: RewardModelStage, context: Context, directory: Path) -> None:
@@ -113,42 +105,6 @@ def preferences(
     )
     context.preferences[key] = encoded, str(report)
     return context.preferences[key]
-
-
-def make_update(
-    stage: RewardModelStage, model: Decoder, optimizer: optax.GradientTransformation
-) -> TrainStep[Mapping[str, jax.Array]]:
-    """One update on a batch of `preference_arrays`."""
-
-    def weigh(batch: Mapping[str, jax.Array], step: Int[Array, ""]) -> WeightedRows:
-        return batch, row_weights(jnp.ones(batch["ends"].shape[0]))
-
-    def loss_fn(params: Params, rows: WeightedRows) -> LossOutput:
-        batch, weights = rows
-        return LossOutput(*weighted_loss(params, batch, weights, model=model))
-
-    return make_train_step(weigh, loss_fn, optimizer, micro_batches=stage.micro_batches)
-
-
-def weighted_loss(
-    params: Params,
-    batch: Mapping[str, jax.Array],
-    weights: Float[Array, " rows"],
-    *,
-    model: Decoder,
-) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and its other figures, each summed by weight.
-
-    Args:
-      batch: arrays of `preference_arrays`; with `safe`, labelled responses, else pairs.
-    """
-    inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids", "ends")}
-    if "safe" in batch:
-        return pointwise_loss(reward_scores(params, **inputs, model=model), batch["safe"], weights)
-    rows = batch["ends"].shape[0]
-    flat = {name: leaf.reshape(2 * rows, *leaf.shape[2:]) for name, leaf in inputs.items()}
-    scores = reward_scores(params, **flat, model=model).reshape(rows, 2)
-    return pairwise_loss(scores[:, 0], scores[:, 1], weights)
 
 
 def held_out_figures(

@@ -1,0 +1,145 @@
+"""What training on packed rows compiles: pretraining's and fine-tuning's update and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
+from r1jax.models.log_probs import follows, routed_scores
+from r1jax.models.parameters import Params
+from r1jax.objectives.normalisation import mean_weights
+from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.stages.pretrain.settings import PretrainStage
+from r1jax.stages.sft.settings import SFTStage
+from r1jax.train_step import LossOutput, TrainStep, make_train_step
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+
+class _Weights(NamedTuple):
+    """Of each row, all equal: of the next token's sum, of the module's, and of the imbalance's."""
+
+    loss: Float[Array, " rows"]
+    ahead: Float[Array, " rows"]
+    imbalance: Float[Array, " rows"]
+
+
+def make_update(
+    stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainStep[Mapping[str, jax.Array]]:
+    """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
+
+    Its `loss` is the next token's, whatever else is trained.
+
+    Raises:
+      ValueError: the stage asks for something about experts that the model has no use for.
+    """
+    check_experts(stage.name, stage.balance, model.config)
+    with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
+
+    def weigh(
+        batch: Mapping[str, jax.Array], step: Int[Array, ""]
+    ) -> tuple[Mapping[str, jax.Array], _Weights]:
+        rows = stage.rows_per_step
+        return batch, _Weights(
+            mean_weights(rows, batch["trained"].sum()),
+            mean_weights(rows, jnp.sum(predicted_ahead(batch)), mtp_weight(stage, step)),
+            mean_weights(rows, _sequences(batch), stage.balance.sequence_loss),
+        )
+
+    def loss_fn(params: Params, rows: tuple[Mapping[str, jax.Array], _Weights]) -> LossOutput:
+        batch, weights = rows
+        count = batch["trained"].sum()
+        if with_module:
+            ahead_of = ahead_scores(params, **_inputs(batch), model=model, balance=balance)
+            total, ahead, agreed = ahead_sums(ahead_of, batch)
+            ahead_count = jnp.sum(predicted_ahead(batch))
+            means = {
+                "loss": (total, count),
+                "mtp/loss": (ahead, ahead_count),
+                "mtp/acceptance": (agreed, ahead_count),
+            }
+            loss, routings = total * weights.loss[0] + ahead * weights.ahead[0], ahead_of.routings
+        else:
+            scores, routings = routed_scores(params, **_inputs(batch), model=model, balance=balance)
+            total = _trained_sum(scores.log_probs, batch)
+            means = {"loss": (total, count)} if balance else {}
+            loss = total * weights.loss[0]
+        loads = loads_of(routings)
+        if balance:
+            imbalance = imbalance_of(routings).sum()
+            layers = sum(len(load) for load in loads.values())
+            means["experts/imbalance"] = (imbalance, _sequences(batch) * layers)
+            loss = loss + imbalance * weights.imbalance[0]
+        return LossOutput(loss, {"tokens/trained": count.astype(jnp.float32)}, means, counts=loads)
+
+    return make_train_step(
+        weigh,
+        loss_fn,
+        optimizer,
+        micro_batches=stage.micro_batches,
+        after_update=make_after_update(stage.balance, model.config),
+    )
+
+
+def _sequences(batch: Mapping[str, jax.Array]) -> Int[Array, ""]:
+    """How many sequences the packed rows hold."""
+    return jnp.sum((batch["positions"] == 0) & (batch["segment_ids"] != 0))
+
+
+def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
+    """The weight that multi-token prediction has at a step, a float32 scalar."""
+    if not isinstance(stage.mtp_weight, list):
+        return jnp.float32(stage.mtp_weight)
+    starts = jnp.asarray([change.step for change in stage.mtp_weight])
+    weights = jnp.asarray([change.weight for change in stage.mtp_weight], jnp.float32)
+    return weights[jnp.searchsorted(starts, step, side="right") - 1]
+
+
+def loss_sums(
+    params: Params, batch: Mapping[str, jax.Array], *, model: Decoder
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the trained tokens' negative log-likelihoods, and their number.
+
+    Args:
+      batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
+    """
+    log_probs = token_scores(params, **_inputs(batch), model=model).log_probs
+    return _trained_sum(log_probs, batch), batch["trained"].astype(jnp.float32).sum()
+
+
+def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return -jnp.sum(log_probs * batch["trained"].astype(jnp.float32))
+
+
+def ahead_sums(
+    scores: AheadScores, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over the trained tokens, with the module for multi-token prediction.
+
+    Returns:
+      The decoder's negative log-likelihoods and, of those tokens that `predicted_ahead` counts, the
+      module's, and how many the module would draft as the decoder would choose (the acceptance of
+      greedy drafts).
+    """
+    counted = predicted_ahead(batch).astype(jnp.float32)
+    return (
+        _trained_sum(scores.log_probs, batch),
+        -jnp.sum(scores.ahead * counted),
+        jnp.sum(scores.agrees * counted),
+    )
+
+
+def predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Trained tokens with two others before them in their segment, bool [rows, time]."""
+    return follows(batch["segment_ids"], 2) & (batch["trained"] > 0)
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
