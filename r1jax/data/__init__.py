@@ -1,9 +1,9 @@
 """Data on the host: where examples come from, and how they become token ids.
 
-Nothing here imports jax: worker processes and tools may use it without claiming an accelerator.
+Nothing here imports jax, and transformers is imported only where a tokenizer is made.
 """
 
-from r1jax.data.chat_template import TEMPLATES, Prompt, render
+from r1jax.data.chat_template import TEMPLATES
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example, Message
@@ -23,7 +23,14 @@ from r1jax.data.preferences import (
     preference_arrays,
     scored_text,
 )
-from r1jax.data.prompts import PromptIterator, PromptReport, Taken, encode_prompts
+from r1jax.data.prompts import (
+    Prompt,
+    PromptBatch,
+    PromptIterator,
+    PromptReport,
+    encode_prompt,
+    encode_prompts,
+)
 from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
 
 __all__ = [
@@ -38,12 +45,13 @@ __all__ = [
     "PreferencePair",
     "PreferenceReport",
     "Prompt",
+    "PromptBatch",
     "PromptIterator",
     "PromptReport",
-    "Taken",
     "encode_conversations",
     "encode_documents",
     "encode_preferences",
+    "encode_prompt",
     "encode_prompts",
     "encode_responses",
     "load_examples",
@@ -53,7 +61,6 @@ __all__ = [
     "packed_once",
     "pad_texts",
     "preference_arrays",
-    "render",
     "save_tokenizer",
     "scored_text",
     "stop_token_ids",

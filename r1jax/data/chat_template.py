@@ -1,16 +1,19 @@
-"""From a question to exactly the text that the model continues."""
+"""Templates: from a question or a conversation to exactly the text that the model reads.
+
+`render_prompt` gives the text that the model continues (sampling), `render_conversation` the pieces
+of a whole conversation (supervised fine-tuning). Nothing is encoded here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from jinja2 import TemplateError
 
-from r1jax.data.example import Example, Message
+from r1jax.data.example import Message
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
 from r1jax.settings.names import nearest
 
@@ -27,34 +30,209 @@ R1_ZERO = (
     "here </think> <answer> answer here </answer>. User: {prompt}{stop} Assistant:"
 )
 """DeepSeek-R1 paper (arXiv 2501.12948), table 1. There `prompt` is followed by a full stop; a
-question that brings its own end mark gets no second one, which is a choice."""
+question with an end mark gets no second one, which is a choice."""
+
+_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
+"""How released models write their special tokens: `<|im_end|>`, `<｜User｜>`."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """A question as the model gets it.
+class RenderedPrompt(NamedTuple):
+    """The text that the model continues.
 
     Attributes:
-        id: The example's id, part of the sampling key.
         text: Exactly what is encoded, BOS included when there is one.
-        prefill: The end of `text` that belongs to the answer, such as `<think>\\n`, or "". Rewards
-            must see prefill + completion, or a format reward never finds the opening tag.
-        token_ids: int32 [tokens], the ids of `text`.
-        question: The example's prompt without any template.
-        answer: The reference answer.
-        domain: The example's domain.
+        prefill: The end of `text` that belongs to the completion, such as `<think>\\n`, or "".
     """
 
-    id: int
     text: str
     prefill: str
-    token_ids: np.ndarray
-    question: str
-    answer: str
-    domain: str = ""
 
 
-def render_chat(
+class TurnEnd(NamedTuple):
+    """How the assistant's turns end: the text that closes one, and the text of every stop token."""
+
+    text: str
+    stops: tuple[str, ...]
+
+
+class Piece(NamedTuple):
+    """A part of a rendered conversation, and whether the model learns to write it."""
+
+    text: str
+    trained: bool
+
+
+def check_template(section: DataSection) -> None:
+    """Raises ValueError when the section's template is unknown or would ignore a setting."""
+    if section.template not in TEMPLATES:
+        hint = nearest(section.template, TEMPLATES)
+        raise ValueError(
+            f"template = {section.template!r}: {hint}known: {', '.join(sorted(TEMPLATES))}"
+        )
+    if section.system_prompt is not None and section.template != "chat":
+        raise ValueError(
+            f"system_prompt is set, but template = {section.template!r} cannot hold it; use "
+            "template: chat or remove system_prompt"
+        )
+
+
+def render_prompt(
+    question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    """The question in the section's template, which `check_template` has checked."""
+    question += section.prompt_suffix
+    return TEMPLATES[section.template](question, section.system_prompt, tokenizer)
+
+
+def _chat(
+    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    system = [] if system_prompt is None else [Message("system", system_prompt)]
+    return _chat_prompt([*system, Message("user", question)], tokenizer)
+
+
+def _r1_zero(
+    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    del system_prompt
+    stop = "" if question.endswith((".", "?", "!", "。", "？", "！")) else "."
+    # Not str.format: a question may hold braces.
+    text = R1_ZERO.replace("{stop}", stop).replace("{prompt}", question)
+    return RenderedPrompt(_with_bos(text, tokenizer), "")
+
+
+def _plain(
+    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    del system_prompt
+    return RenderedPrompt(_with_bos(question, tokenizer), "")
+
+
+def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    bos = tokenizer.bos_token
+    if begins_with_bos(tokenizer) and not text.startswith(str(bos)):
+        return f"{bos}{text}"
+    return text
+
+
+TEMPLATES: Mapping[str, Callable[[str, str | None, PreTrainedTokenizerBase], RenderedPrompt]] = (
+    MappingProxyType({"chat": _chat, "r1_zero": _r1_zero, "plain": _plain})
+)
+"""Name -> function of (question, system prompt, tokenizer)."""
+
+
+def turn_end(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> TurnEnd:
+    """How the section's template ends the assistant's turns.
+
+    Args:
+        stop_ids: Every id that ends a completion (`stop_token_ids`).
+
+    Raises:
+        ValueError: the tokenizer's chat template is missing, leaves the assistant's message out or
+            writes markers that are no tokens; or a turn does not end in a stop token.
+    """
+    stops = tuple(stop for stop in (str(tokenizer.decode([i])) for i in stop_ids) if stop)
+    end = tokenizer.eos_token
+    if section.template == "chat":
+        question, answer = Message("user", "Is it?"), Message("assistant", "Yes, it is.")
+        rendered = _apply_chat_template([question, answer], tokenizer, open_answer=False)
+        opened = _apply_chat_template([question], tokenizer, open_answer=True)
+        _check_markers(rendered + opened, tokenizer)
+        before, _, behind = rendered.rpartition(answer.content)
+        if not before:
+            raise ValueError("the tokenizer's chat template leaves out what the assistant says")
+        ends = [behind.index(stop) + len(stop) for stop in stops if stop in behind]
+        end = behind[: min(ends)] if ends else end
+    if end is None:
+        raise ValueError(
+            "the tokenizer has no EOS token, and its chat template ends the assistant's turn with "
+            "no stop token: the model would never learn to stop. Set eos_token in the tokenizer."
+        )
+    if encode_texts([end], tokenizer)[0][-1:] not in [[i] for i in stop_ids]:
+        raise ValueError(
+            f"the assistant's turn ends in {end!r}, which the tokenizer does not encode as a stop "
+            f"token ({', '.join(map(repr, stops))}); use the tokenizer that belongs to the model"
+        )
+    return TurnEnd(end, stops)
+
+
+def render_conversation(
+    messages: Sequence[Message],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    end: TurnEnd,
+) -> Iterator[Piece]:
+    """The pieces of a conversation whose last message is the assistant's; joined, its whole text.
+
+    What stands before an assistant's turn is exactly what the sampler is given to continue. The
+    turn is the message and what the template puts behind it, up to the first stop token (without
+    one: EOS). A prefilled `<think>` belongs to the prompt: a message that begins with it, white
+    space at its end apart, does not repeat it; nor is a stop token at a message's end repeated.
+
+    The last turn is trained. An earlier one is trained only where the conversation up to its end,
+    as the sampler would have met it, is a beginning of the last turn's prompt. Templates of
+    reasoning models break that on purpose: they drop the thoughts of past turns, so that the text
+    no longer holds what the assistant wrote, and training on the rest would teach it to answer
+    without a thought.
+
+    Raises:
+        ValueError: the template cannot hold the messages, or an assistant's message is empty.
+    """
+    *before, last = messages
+    if section.template == "chat":
+        prompt, prefill = _chat_prompt(before, tokenizer)
+    elif len(before) == 1:
+        prompt, prefill = TEMPLATES[section.template](before[0].content, None, tokenizer)
+    else:
+        raise ValueError(
+            f"template = {section.template!r} has a place for one question and its answer only, "
+            f"not for {', '.join(message.role for message in messages)}; use template: chat"
+        )
+    start = 0
+    for turn in range(1, len(before)):
+        if (before[turn - 1].role, before[turn].role) != ("user", "assistant"):
+            continue
+        opening, opened = _chat_prompt(before[:turn], tokenizer)
+        completion = _completion(before[turn].content, opened, end)
+        if prompt.startswith(opening + completion):
+            yield Piece(prompt[start : len(opening)], False)
+            yield Piece(completion, True)
+            start = len(opening) + len(completion)
+    yield Piece(prompt[start:], False)
+    yield Piece(_completion(last.content, prefill, end), True)
+
+
+def _completion(message: str, prefill: str, end: TurnEnd) -> str:
+    """What the model itself should write for `message`, its end included."""
+    for opening in (prefill, prefill.rstrip()):
+        if opening and message.startswith(opening):
+            message = message.removeprefix(opening)
+            break
+    for stop in end.stops:
+        if message.endswith(stop):
+            message = message.removesuffix(stop)
+            break
+    if not message:
+        raise ValueError("the assistant's message is empty; remove the row")
+    return message + end.text
+
+
+def _chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> RenderedPrompt:
+    """The text that the assistant continues after `messages`, by the tokenizer's chat template."""
+    text = _apply_chat_template(messages, tokenizer, open_answer=True)
+    turn = _apply_chat_template(messages, tokenizer, open_answer=False)
+    # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
+    # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
+    follows = text.startswith(turn) and len(text) > len(turn)
+    question = messages[-1].content
+    opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
+    at = opened.find("<think>")
+    return RenderedPrompt(text, opened[at:] if at >= 0 else "")
+
+
+def _apply_chat_template(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_answer: bool
 ) -> str:
     """The tokenizer's chat template on `messages`, and with `open_answer` the assistant's header.
@@ -75,103 +253,11 @@ def render_chat(
         raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
-def chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text that the assistant continues after `messages`, and its prefill."""
-    text = render_chat(messages, tokenizer, open_answer=True)
-    turn = render_chat(messages, tokenizer, open_answer=False)
-    # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
-    # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
-    follows = text.startswith(turn) and len(text) > len(turn)
-    question = messages[-1].content
-    opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
-    at = opened.find("<think>")
-    return text, opened[at:] if at >= 0 else ""
-
-
-def _chat(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    system = [] if system_prompt is None else [Message("system", system_prompt)]
-    return chat_prompt([*system, Message("user", question)], tokenizer)
-
-
-def _r1_zero(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    del system_prompt
-    stop = "" if question.endswith((".", "?", "!", "。", "？", "！")) else "."
-    # Not str.format: a question may hold braces.
-    text = R1_ZERO.replace("{stop}", stop).replace("{prompt}", question)
-    return _with_bos(text, tokenizer), ""
-
-
-def _plain(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    del system_prompt
-    return _with_bos(question, tokenizer), ""
-
-
-def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    bos = tokenizer.bos_token
-    if begins_with_bos(tokenizer) and not text.startswith(str(bos)):
-        return f"{bos}{text}"
-    return text
-
-
-_Template = Callable[[str, "str | None", "PreTrainedTokenizerBase"], tuple[str, str]]
-
-TEMPLATES: Mapping[str, _Template] = MappingProxyType(
-    {"chat": _chat, "r1_zero": _r1_zero, "plain": _plain}
-)
-"""Name -> function of (question, system prompt, tokenizer) to (text, prefill)."""
-
-
-def check_template(section: DataSection) -> None:
-    """Raises ValueError when the section's template is unknown or would ignore a setting."""
-    if section.template not in TEMPLATES:
-        hint = nearest(section.template, TEMPLATES)
-        raise ValueError(
-            f"template = {section.template!r}: {hint}known: {', '.join(sorted(TEMPLATES))}"
-        )
-    if section.system_prompt is not None and section.template != "chat":
-        raise ValueError(
-            f"system_prompt is set, but template = {section.template!r} has no place for it; "
-            "use template: chat or remove system_prompt"
-        )
-
-
-def render_text(
-    example: Example, section: DataSection, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    """The text to encode and its prefill."""
-    question = example.prompt + section.prompt_suffix
-    return TEMPLATES[section.template](question, section.system_prompt, tokenizer)
-
-
-def render(example: Example, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Applies the section's template to one example and encodes it, whatever its length.
-
-    The text carries its BOS itself and is encoded without adding special tokens, so that no
-    template can end up with two.
-
-    Raises:
-        ValueError: unknown template, a chat template that is missing, or text that the tokenizer
-            cannot encode.
-    """
-    check_template(section)
-    text, prefill = render_text(example, section, tokenizer)
-    return to_prompt(example, text, prefill, encode_texts([text], tokenizer)[0])
-
-
-def to_prompt(example: Example, text: str, prefill: str, ids: list[int]) -> Prompt:
-    """Joins an example with its encoded text."""
-    return Prompt(
-        id=example.id,
-        text=text,
-        prefill=prefill,
-        token_ids=np.asarray(ids, np.int32),
-        question=example.prompt,
-        answer=example.answer,
-        domain=example.domain,
-    )
+def _check_markers(rendered: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a marker without a token, which would be cut into letters."""
+    for marker in _MARKER.findall(rendered):
+        if tokenizer.convert_tokens_to_ids(marker) in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"the chat template writes {marker!r}, which is not a token of the tokenizer; use "
+                "the tokenizer that the template was made for, or template: r1_zero or plain"
+            )

@@ -1,38 +1,34 @@
-"""Seeded orders that no library upgrade changes, and walks along them that can be resumed."""
+"""Seeded orders that no library upgrade changes, and streams of indices that can be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
+
+DataCursor: TypeAlias = Mapping[str, Any]
+"""The position in a stream of data, as JSON: what a checkpoint keeps to continue it."""
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
     """A permutation of 0 .. size - 1 that depends on (size, key) alone; int64 [size].
 
-    It sorts Philox's raw 64-bit stream. NumPy keeps raw bit streams and `SeedSequence` the same
-    for ever, while `Generator.permutation` may change between versions, and a run resumed after
-    an upgrade must go on in the order in which it began.
+    It sorts Philox's raw 64-bit stream. NumPy guarantees raw bit streams and `SeedSequence`, while
+    `Generator.permutation` may change between versions, and a run that is resumed after an upgrade
+    must continue in the order in which it began.
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(raw, kind="stable")
 
 
-class Indices(NamedTuple):
-    """What a take visits on all processes, in order, and which slice of it is this process's."""
+class IndexStream:
+    """An endless, seeded, resumable stream of the indices 0 .. size - 1, sharded by process.
 
-    everywhere: list[int]
-    own: slice
-
-
-class Walk:
-    """An endless, seeded, resumable walk over the indices 0 .. size - 1, sharded by process.
-
-    Each epoch visits every index once in an order that depends on (seed, epoch) alone. A take may
+    Each epoch has every index once, in an order that depends on (seed, epoch) alone. A batch may
     span two epochs, so nothing is dropped. The global order is the same for any number of
-    processes, hence a run may be resumed on another number of machines.
+    processes, so a run may be resumed on another number of machines.
     """
 
     def __init__(
@@ -48,8 +44,8 @@ class Walk:
         Args:
             size: At least 1, and the same on every process.
             seed: Decides the order; at least 0.
-            fingerprint: Of what is walked over; a state of another one is refused.
-            process_index, process_count: Which contiguous slice of each take is this process's.
+            fingerprint: Of the data; a state with another one is refused.
+            process_index, process_count: Which contiguous slice of each batch is this process's.
         """
         check_process(process_index, process_count)
         self._size = size
@@ -59,25 +55,24 @@ class Walk:
         self._process_count = process_count
         self._begin_epoch(0)
 
-    def take(self, n_global: int) -> Indices:
-        """The next `n_global` indices of the global order.
+    def take(self, n_global: int) -> tuple[list[int], slice]:
+        """The next `n_global` indices of the global order, and the slice of this process.
 
         Raises:
             ValueError: `n_global` is not a positive multiple of the process count.
         """
-        n_local = share_of_process(n_global, self._process_count)
-        first = self._process_index * n_local
-        taken: list[int] = []
-        while len(taken) < n_global:
-            part = self._order[self._position : self._position + n_global - len(taken)]
-            taken.extend(part.tolist())
+        local = local_slice(n_global, self._process_index, self._process_count)
+        indices: list[int] = []
+        while len(indices) < n_global:
+            part = self._order[self._position : self._position + n_global - len(indices)]
+            indices.extend(part.tolist())
             self._position += len(part)
             if self._position == self._size:
                 self._begin_epoch(self._epoch + 1)
-        return Indices(taken, slice(first, first + n_local))
+        return indices, local
 
-    def state(self) -> dict[str, Any]:
-        """Where the walk is, as JSON; the same on every process."""
+    def state(self) -> DataCursor:
+        """The position in the stream, as JSON; the same on every process."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -85,8 +80,8 @@ class Walk:
             "fingerprint": self._fingerprint,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken.
+    def restore(self, state: DataCursor) -> None:
+        """Goes to the position of `state`.
 
         Raises:
             ValueError: the state belongs to other data or another seed.
@@ -106,17 +101,18 @@ def check_process(index: int, count: int) -> None:
         raise ValueError(f"process_index = {index} is not in 0 .. process_count - 1 = {count - 1}")
 
 
-def share_of_process(n_global: int, process_count: int) -> int:
-    """How many of `n_global` items each process gets; ValueError unless they divide evenly."""
+def local_slice(n_global: int, process_index: int, process_count: int) -> slice:
+    """This process's slice of `n_global` items; ValueError unless they divide evenly."""
     if n_global < 1 or n_global % process_count:
         raise ValueError(
             f"cannot take {n_global} items: needs a positive multiple of the {process_count} "
             "processes, or the processes would disagree on shapes"
         )
-    return n_global // process_count
+    n_local = n_global // process_count
+    return slice(process_index * n_local, (process_index + 1) * n_local)
 
 
-def check_state(state: Mapping[str, Any], *, seed: int, fingerprint: str) -> None:
+def check_state(state: DataCursor, *, seed: int, fingerprint: str) -> None:
     """Raises ValueError unless a saved state fits this data and seed."""
     if state["seed"] != seed:
         raise ValueError(
@@ -126,8 +122,8 @@ def check_state(state: Mapping[str, Any], *, seed: int, fingerprint: str) -> Non
     if state["fingerprint"] != fingerprint:
         raise ValueError(
             f"the checkpoint's data (fingerprint {state['fingerprint']}) is not this run's "
-            f"({fingerprint}): the data, its template or the tokenizer has changed. Put them back "
-            "as they were, or start a new run."
+            f"({fingerprint}): the data, its template or the tokenizer has changed. Restore them, "
+            "or start a new run."
         )
 
 

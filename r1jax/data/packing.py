@@ -1,16 +1,16 @@
-"""Documents packed into rows of fixed length, as pretraining and fine-tuning consume them."""
+"""Documents packed into rows of fixed length, for pretraining and fine-tuning."""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from r1jax.data.documents import Document
-from r1jax.data.order import check_process, check_state, permutation, share_of_process
+from r1jax.data.order import DataCursor, check_process, check_state, local_slice, permutation
 from r1jax.data.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Changing it changes the order of every run."""
 _PROBES = 64  # Documents that the fingerprint reads: reading all would end laziness.
 
 Item = TypeVar("Item")
-"""What is made into documents: an `Example`, or whatever else `encode` understands."""
+"""The rows that `encode` makes documents of: `Example`, or another type."""
 
 
 class PackedRows(Generic[Item]):
@@ -57,7 +57,7 @@ class PackedRows(Generic[Item]):
             tokenizer: Whose ids `encode` gives.
             row_tokens: T, the length of a row.
             seed: Decides the order; at least 0.
-            process_index, process_count: Which contiguous slice of each take is this process's.
+            process_index, process_count: Which contiguous slice of each batch is this process's.
 
         Raises:
             ValueError: no documents, or `encode` refuses one.
@@ -85,14 +85,14 @@ class PackedRows(Generic[Item]):
 
     @property
     def epoch(self) -> int:
-        """How often the documents have been gone through."""
+        """Number of complete passes over the documents."""
         return self._epoch
 
     def rows_per_epoch(self) -> int:
-        """Rows of the first epoch; where the stream is does not matter, and does not change.
+        """Number of rows in the first epoch; does not move the stream.
 
-        Reads and encodes every document. In other epochs other documents share a window, so that
-        these may have some rows more or fewer.
+        Reads and encodes every document. Other epochs have other documents in a window, and may
+        have some rows more or fewer.
 
         Raises:
             ValueError: no document fits into a row.
@@ -117,8 +117,7 @@ class PackedRows(Generic[Item]):
             ValueError: `n_rows` is not a positive multiple of the process count, or no document
                 of a whole epoch fits into a row.
         """
-        n_local = share_of_process(n_rows, self._process_count)
-        first = self._process_index * n_local
+        local = local_slice(n_rows, self._process_index, self._process_count)
         rows: list[list[Document]] = []
         while len(rows) < n_rows:
             part = self._rows[self._position : self._position + n_rows - len(rows)]
@@ -126,10 +125,10 @@ class PackedRows(Generic[Item]):
             self._position += len(part)
             if self._position == len(self._rows):
                 self._next_window()
-        return _to_arrays(rows[first : first + n_local], self._row_tokens, self._pad_id)
+        return _to_arrays(rows[local], self._row_tokens, self._pad_id)
 
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, as JSON; the same on every process."""
+    def state(self) -> DataCursor:
+        """The position in the stream, as JSON; the same on every process."""
         return {
             "epoch": self._epoch,
             "window": self._window,
@@ -140,8 +139,8 @@ class PackedRows(Generic[Item]):
             "fingerprint": self._fingerprint,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken, reading at most one window of documents.
+    def restore(self, state: DataCursor) -> None:
+        """Goes to the position of `state`, reading at most one window of documents.
 
         Raises:
             ValueError: the state belongs to other documents, tokenizer, row length or seed.
@@ -219,8 +218,7 @@ def packed_once(
     """
     _check_any(examples)
     check_process(process_index, process_count)
-    n_local = share_of_process(rows_per_batch, process_count)
-    own = slice(process_index * n_local, (process_index + 1) * n_local)
+    local = local_slice(rows_per_batch, process_index, process_count)
     pad_id = _padding_id(tokenizer)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -232,17 +230,17 @@ def packed_once(
             empty = empty and not rows
             while len(rows) >= rows_per_batch:
                 batch, rows = rows[:rows_per_batch], rows[rows_per_batch:]
-                yield _to_arrays(batch[own], row_tokens, pad_id)
+                yield _to_arrays(batch[local], row_tokens, pad_id)
         if empty:
             raise _none_fits(len(examples), row_tokens)
         if rows:
             rows += [[]] * (rows_per_batch - len(rows))
-            yield _to_arrays(rows[own], row_tokens, pad_id)
+            yield _to_arrays(rows[local], row_tokens, pad_id)
 
     return batches()
 
 
-def _check_any(examples: Sequence[Any]) -> None:
+def _check_any(examples: Sequence[object]) -> None:
     if not len(examples):
         raise ValueError("packing needs at least one document")
 
@@ -254,7 +252,7 @@ def _none_fits(count: int, row_tokens: int) -> ValueError:
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is told by segment id 0, never by token id, so any id will do."""
+    """Segment id 0 marks padding, never a token id, so any id may be used."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from r1jax.data.chat_template import check_template, render_text
-from r1jax.data.example import Example, Split
+from r1jax.data.chat_template import check_template, render_prompt
+from r1jax.data.example import Split
 from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
-from r1jax.data.order import Walk, fingerprint, id_bytes
+from r1jax.data.order import DataCursor, IndexStream, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
 from r1jax.data.tasks import PreferenceTask, Task
 from r1jax.data.tokenizers import encode_texts
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from r1jax.settings.data import DataSection
 
 Reads = Literal["summary", "response"]
-"""How much of a response a reward model sees. In the R1 paper (arXiv 2501.12948 v2) the helpful one
-scores only the final summary, the safety one the whole response."""
+"""The part of a response that a reward model reads. In the R1 paper (arXiv 2501.12948 v2) the
+helpful one scores only the final summary, the safety one the whole response."""
 
 _BATCH = 2048  # Rows per tokenizer call: large enough to be fast, small enough for memory.
 
@@ -49,7 +49,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class LabelledResponse:
-    """A response that someone found safe, or not; id as in `PreferencePair`."""
+    """A response with the label safe or unsafe; id as in `PreferencePair`."""
 
     id: int
     prompt: str
@@ -95,13 +95,13 @@ def load_labelled(section: DataSection) -> Sequence[LabelledResponse]:
 
 
 def _pairs_of(task: Task) -> Callable[[int, Split], PreferencePair]:
-    give = _preferences_of(task).pair
-    return lambda index, split: PreferencePair(index, *give(index, split))
+    pair = _preferences_of(task).pair
+    return lambda index, split: PreferencePair(index, *pair(index, split))
 
 
 def _labelled_of(task: Task) -> Callable[[int, Split], LabelledResponse]:
-    give = _preferences_of(task).labelled
-    return lambda index, split: LabelledResponse(index, *give(index, split))
+    labelled = _preferences_of(task).labelled
+    return lambda index, split: LabelledResponse(index, *labelled(index, split))
 
 
 def _preferences_of(task: Task) -> PreferenceTask:
@@ -115,17 +115,17 @@ def _preferences_of(task: Task) -> PreferenceTask:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The fields of one row, checked when they are read; `place` is how errors name the row."""
+    """The fields of one row, checked when they are read; `where` names the row in errors."""
 
     row: Row
     columns: Mapping[str, str]
-    place: str
+    where: str
 
     def text(self, field: str) -> str:
-        text = as_text(self._value(field), f"{self.place}: column {self.columns[field]!r}")
+        text = as_text(self._value(field), f"{self.where}: column {self.columns[field]!r}")
         if not text.strip():
             raise ValueError(
-                f"{self.place}: column {self.columns[field]!r} (for {field}) is empty; fill it or "
+                f"{self.where}: column {self.columns[field]!r} (for {field}) is empty; fill it or "
                 "remove the row"
             )
         return text
@@ -136,14 +136,14 @@ class _Fields:
         if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
             return bool(value)
         raise ValueError(
-            f"{self.place}: column {self.columns[field]!r} (for {field}) = {value!r}; needs true "
+            f"{self.where}: column {self.columns[field]!r} (for {field}) = {value!r}; needs true "
             "or false"
         )
 
-    def _value(self, field: str) -> Any:
+    def _value(self, field: str) -> object:
         column = self.columns[field]
         if column not in self.row or self.row[column] is None:
-            raise missing_column(self.row, column, field, self.place)
+            raise missing_column(self.row, column, field, self.where)
         return self.row[column]
 
 
@@ -168,7 +168,7 @@ def _load(
 
 
 def scored_text(response: str, reads: Reads) -> str | None:
-    """What a reward model sees of a response (prefill included), or None if it has nothing to see.
+    """The part of a response (prefill included) that a reward model reads, or None if it is empty.
 
     `response` is all of it. `summary` is what follows the last `</think>`, without the white space
     around it; a thought that was never closed has none, and a response without a thought is all
@@ -187,12 +187,12 @@ def encode_responses(
     *,
     reads: Reads,
 ) -> list[np.ndarray | None]:
-    """Prompt, what is read of the response, EOS: the token ids of the text that is scored.
+    """Token ids of the text that a reward model scores: prompt, `scored_text`, EOS.
 
     The prompt is rendered by the section's template, less a prefilled `<think>`: a whole response
     brings its own, and a summary follows no open thought. Prompt and response are encoded apart,
-    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no say. A prompt that occurs
-    several times, as those of a group of samples do, is encoded once.
+    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no effect. A prompt that occurs
+    several times, as in a group of samples, is encoded once.
 
     Args:
         prompts: Questions without template, one for each response.
@@ -214,18 +214,18 @@ def encode_responses(
     rendered = [_before_response(prompt, section, tokenizer) for prompt in distinct]
     opening = dict(zip(distinct, encode_texts(rendered, tokenizer), strict=True))
     eos = str(tokenizer.eos_token)
-    seen = [scored_text(response.removesuffix(eos), reads) for response in responses]
-    ids = iter(encode_texts([text for text in seen if text is not None], tokenizer))
+    scored = [scored_text(response.removesuffix(eos), reads) for response in responses]
+    ids = iter(encode_texts([text for text in scored if text is not None], tokenizer))
     return [
         None
         if text is None
         else np.asarray([*opening[prompt], *next(ids), tokenizer.eos_token_id], np.int32)
-        for prompt, text in zip(prompts, seen, strict=True)
+        for prompt, text in zip(prompts, scored, strict=True)
     ]
 
 
 def _before_response(prompt: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    text, prefill = render_text(Example(id=0, prompt=prompt, answer=""), section, tokenizer)
+    text, prefill = render_prompt(prompt, section, tokenizer)
     return text.removesuffix(prefill)
 
 
@@ -246,7 +246,7 @@ class EncodedPreference:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceReport:
-    """What became of preference rows; each that was dropped is counted once.
+    """How many preference rows were kept; each dropped one is counted once.
 
     Attributes:
         total: Rows before anything was dropped.
@@ -335,7 +335,7 @@ def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndar
 
     Returns:
         `tokens`, `positions` and `segment_ids`, int32 [texts, row_tokens], and `ends`, int32
-        [texts], the place of each last token. Padding is told by segment id 0, never by token id.
+        [texts], the index of each last token. Segment id 0 marks padding, never a token id.
 
     Raises:
         ValueError: a text is longer than a row.
@@ -370,7 +370,7 @@ def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dic
 
 
 class PreferenceIterator:
-    """An endless, seeded, resumable walk over preference rows, sharded by process (see `Walk`)."""
+    """An endless, seeded, resumable stream of preferences, sharded by process (`IndexStream`)."""
 
     def __init__(
         self,
@@ -385,15 +385,15 @@ class PreferenceIterator:
         Args:
             rows: The same on every process; pairs, or labelled responses, not both.
             seed: Decides the order; at least 0.
-            length_bucket: Rows are padded to the smallest multiple that the longest text of a take
-                fits into: the fewer lengths, the fewer compilations.
-            process_index, process_count: Which contiguous slice of each take is this process's.
+            length_bucket: Rows are padded to the smallest multiple of it that holds the longest
+                text of a batch: the fewer lengths, the fewer compilations.
+            process_index, process_count: Which contiguous slice of each batch is this process's.
         """
         if not rows:
             raise ValueError("PreferenceIterator needs at least one row")
         self._rows = rows
         self._length_bucket = length_bucket
-        self._walk = Walk(
+        self._indices = IndexStream(
             len(rows),
             seed=seed,
             fingerprint=fingerprint(
@@ -413,19 +413,19 @@ class PreferenceIterator:
         Raises:
             ValueError: `n_global` is not a positive multiple of the process count.
         """
-        taken, own = self._walk.take(n_global)
-        longest = max(len(text) for i in taken for text in self._rows[i].texts)
+        indices, local = self._indices.take(n_global)
+        longest = max(len(text) for i in indices for text in self._rows[i].texts)
         row_tokens = -(-longest // self._length_bucket) * self._length_bucket
-        return preference_arrays([self._rows[i] for i in taken[own]], row_tokens)
+        return preference_arrays([self._rows[i] for i in indices[local]], row_tokens)
 
-    def state(self) -> dict[str, Any]:
-        """Where the walk is, as JSON; the same on every process."""
-        return self._walk.state()
+    def state(self) -> DataCursor:
+        """The position in the stream, as JSON; the same on every process."""
+        return self._indices.state()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken.
+    def restore(self, state: DataCursor) -> None:
+        """Goes to the position of `state`.
 
         Raises:
             ValueError: the state belongs to other rows or another seed.
         """
-        self._walk.restore(state)
+        self._indices.restore(state)

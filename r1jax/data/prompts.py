@@ -1,15 +1,17 @@
-"""Prompts ready for the sampler, and the order in which a run visits them."""
+"""Prompts as token ids, and the order in which a run visits them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from r1jax.data.chat_template import Prompt, check_template, render_text, to_prompt
+import numpy as np
+
+from r1jax.data.chat_template import RenderedPrompt, check_template, render_prompt
 from r1jax.data.example import Example
-from r1jax.data.order import Walk, fingerprint, id_bytes
+from r1jax.data.order import DataCursor, IndexStream, fingerprint, id_bytes
 from r1jax.data.tokenizers import encode_texts
 
 if TYPE_CHECKING:
@@ -20,13 +22,37 @@ if TYPE_CHECKING:
 _BATCH = 4096  # Texts per tokenizer call: large enough to be fast, small enough for memory.
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A question as the model gets it.
+
+    Attributes:
+        id: The example's id, part of the sampling key.
+        text: Exactly what is encoded, BOS included when there is one.
+        prefill: The end of `text` that belongs to the completion, such as `<think>\\n`, or "".
+            Rewards get prefill + completion, or a format reward never finds the opening tag.
+        token_ids: int32 [tokens], the ids of `text`.
+        question: The example's prompt without any template.
+        answer: The reference answer.
+        domain: The example's domain.
+    """
+
+    id: int
+    text: str
+    prefill: str
+    token_ids: np.ndarray
+    question: str
+    answer: str
+    domain: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What became of a dataset's examples.
+    """How many examples of a dataset became prompts.
 
     Attributes:
         total: Examples that were rendered.
-        too_long: Those dropped for having more than `max_prompt_tokens` tokens.
+        too_long: Examples dropped because they have more than `max_prompt_tokens` tokens.
         longest: Tokens of the longest example, dropped ones included.
     """
 
@@ -39,6 +65,23 @@ class PromptReport:
         if not self.too_long:
             return f"{kept}, the longest has {self.longest} tokens"
         return f"{kept}; {self.too_long} too long (the longest has {self.longest} tokens)"
+
+
+def encode_prompt(
+    example: Example, section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> Prompt:
+    """Renders one example by the section's template and encodes it, whatever its length.
+
+    The text holds its BOS itself and is encoded without adding special tokens, so that no template
+    can end up with two.
+
+    Raises:
+        ValueError: unknown template, a chat template that is missing, or text that the tokenizer
+            cannot encode.
+    """
+    check_template(section)
+    rendered = render_prompt(example.prompt, section, tokenizer)
+    return _to_prompt(example, rendered, encode_texts([rendered.text], tokenizer)[0])
 
 
 def encode_prompts(
@@ -57,9 +100,9 @@ def encode_prompts(
     longest = total = 0
     for start in range(0, len(examples), _BATCH):
         batch = [examples[i] for i in range(start, min(start + _BATCH, len(examples)))]
-        rendered = [render_text(example, section, tokenizer) for example in batch]
-        encoded = encode_texts([text for text, _ in rendered], tokenizer)
-        for example, (text, prefill), ids in zip(batch, rendered, encoded, strict=True):
+        rendered = [render_prompt(example.prompt, section, tokenizer) for example in batch]
+        encoded = encode_texts([each.text for each in rendered], tokenizer)
+        for example, each, ids in zip(batch, rendered, encoded, strict=True):
             if not ids:
                 raise ValueError(
                     f"{section.source}: row {example.id} has an empty prompt; the sampler needs at "
@@ -67,7 +110,7 @@ def encode_prompts(
                 )
             total, longest = total + 1, max(longest, len(ids))
             if len(ids) <= section.max_prompt_tokens:
-                prompts.append(to_prompt(example, text, prefill, ids))
+                prompts.append(_to_prompt(example, each, ids))
     if not total:
         raise ValueError(f"{section.source}: there are no examples to make prompts of")
     if not prompts:
@@ -78,11 +121,23 @@ def encode_prompts(
     return prompts, PromptReport(total=total, too_long=total - len(prompts), longest=longest)
 
 
-class Taken(NamedTuple):
-    """Prompts, and for each how often it occurs before in the same take, on any process.
+def _to_prompt(example: Example, rendered: RenderedPrompt, ids: list[int]) -> Prompt:
+    return Prompt(
+        id=example.id,
+        text=rendered.text,
+        prefill=rendered.prefill,
+        token_ids=np.asarray(ids, np.int32),
+        question=example.prompt,
+        answer=example.answer,
+        domain=example.domain,
+    )
 
-    A take that crosses the end of an epoch, or is longer than one, holds some prompts twice; they
-    must not be given the same random numbers.
+
+class PromptBatch(NamedTuple):
+    """Prompts, and for each how often it occurs before it in the same global batch.
+
+    A batch that crosses the end of an epoch, or is longer than one, holds some prompts twice; they
+    must not get the same random numbers.
     """
 
     prompts: list[Prompt]
@@ -90,7 +145,7 @@ class Taken(NamedTuple):
 
 
 class PromptIterator:
-    """An endless, seeded, resumable walk over prompts, sharded by process (see `Walk`)."""
+    """An endless, seeded, resumable stream of prompts, sharded by process (see `IndexStream`)."""
 
     def __init__(
         self,
@@ -109,7 +164,7 @@ class PromptIterator:
         if not prompts:
             raise ValueError("PromptIterator needs at least one prompt")
         self._prompts = prompts
-        self._walk = Walk(
+        self._indices = IndexStream(
             len(prompts),
             seed=seed,
             fingerprint=fingerprint(
@@ -120,28 +175,28 @@ class PromptIterator:
             process_count=process_count,
         )
 
-    def take(self, n_global: int) -> Taken:
+    def take(self, n_global: int) -> PromptBatch:
         """The next `n_global` prompts of the global order; returns this process's slice of them.
 
         Raises:
             ValueError: `n_global` is not a positive multiple of the process count.
         """
-        taken, own = self._walk.take(n_global)
+        indices, local = self._indices.take(n_global)
         seen: Counter[int] = Counter()
         repeats = []
-        for index in taken:
+        for index in indices:
             repeats.append(seen[index])
             seen[index] += 1
-        return Taken([self._prompts[i] for i in taken[own]], repeats[own])
+        return PromptBatch([self._prompts[i] for i in indices[local]], repeats[local])
 
-    def state(self) -> dict[str, Any]:
-        """Where the walk is, as JSON; the same on every process."""
-        return self._walk.state()
+    def state(self) -> DataCursor:
+        """The position in the stream, as JSON; the same on every process."""
+        return self._indices.state()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken.
+    def restore(self, state: DataCursor) -> None:
+        """Goes to the position of `state`.
 
         Raises:
             ValueError: the state belongs to other prompts or another seed.
         """
-        self._walk.restore(state)
+        self._indices.restore(state)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from r1jax.bucket import download, locate, on_bucket
 from r1jax.data.tasks import TASKS
+from r1jax.files import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+# transformers reads it when it is imported, which happens in this module alone: r1jax uses its
+# tokenizers only, and needs no advice that PyTorch was not found.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 CHARACTERS = "characters:"
 PAD, EOS = "<pad>", "<eos>"
@@ -36,7 +42,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
                 f"tokenizer {name_or_path!r}: no task {name!r}; known: {', '.join(sorted(TASKS))}"
             )
         return _character_tokenizer(TASKS[name].alphabet)
-    # Imported here because transformers takes seconds, and this package must stay light.
+    # Imported here because it takes seconds, and not every user of this package needs it.
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -101,7 +107,7 @@ def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
     symbols = [byte_level.pre_tokenize_str(character)[0][0] for character in alphabet]
     vocabulary = {token: i for i, token in enumerate((PAD, EOS, *TAGS, *symbols))}
     # No unknown token on purpose: a character outside the alphabet is an error where it is
-    # encoded (`encode_texts`), not a hole that the model learns to live with.
+    # encoded (`encode_texts`), not a silent loss.
     core = Tokenizer(models.BPE(vocabulary, merges=[]))
     core.pre_tokenizer = byte_level
     core.decoder = decoders.ByteLevel()
@@ -113,7 +119,7 @@ def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=EOS,
-        # Said although it is the default: what is not in the saved files gets the default of the
+        # Explicit although it is the default: what the saved files lack gets the default of the
         # model's family, and Qwen2's is a token more than the model has.
         unk_token=None,
         clean_up_tokenization_spaces=False,
@@ -155,7 +161,7 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> BatchEn
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        # A long text is no error here: whoever encodes it decides what too long means.
+        # No warning about a long text: the caller decides what is too long.
         verbose=False,
     )
 
@@ -171,9 +177,9 @@ _without_token: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[str]] = Wea
 
 
 def _symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The byte symbols that a byte-level BPE drops without a word, for want of a token.
+    """The byte symbols that a byte-level BPE drops silently, because it has no token for them.
 
-    Found once per tokenizer. Empty for those of released models, which know all 256 bytes.
+    Computed once per tokenizer. Empty for those of released models, which have all 256 bytes.
     """
     if tokenizer not in _without_token:
         _without_token[tokenizer] = _find_symbols_without_token(tokenizer)
@@ -196,7 +202,7 @@ def _find_symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset
 
 
 def _symbols(text: str, core: Tokenizer) -> set[str]:
-    """What the tokenizer's model is given of `text`, as single characters."""
+    """The single characters that the tokenizer's model gets of `text`."""
     if core.normalizer is not None:
         text = core.normalizer.normalize_str(text)
     if core.pre_tokenizer is None:
@@ -234,7 +240,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, generation_config: JsonObject | None = None
 ) -> tuple[int, ...]:
     """Every id that ends a completion: the generation config's, then the tokenizer's own EOS.
 

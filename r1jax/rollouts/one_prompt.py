@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from r1jax.data import Example, load_tokenizer, render, stop_token_ids
+from r1jax.data import Example, encode_prompt, load_tokenizer, stop_token_ids
 from r1jax.evaluation import language_models
 from r1jax.rollouts.sampling import decode, pad_prompts, stop_search, to_sampling
 from r1jax.run.context import build_decoder
@@ -42,7 +42,7 @@ def stream_completions(
     model, generation = build_decoder(section, layout)
     tokenizer = load_tokenizer(str(directory))
     data = DataSection(source="jsonl:-", template=template)
-    prompt = render(Example(id=0, prompt=prompt_text, answer=""), data, tokenizer)
+    prompt = encode_prompt(Example(id=0, prompt=prompt_text, answer=""), data, tokenizer)
     params = hugging_face.load_params(directory, model.config, layout, model.execution.param_dtype)
     shown = [0] * samples
     chunks = generate_chunks(

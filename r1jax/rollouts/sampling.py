@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from r1jax.data import Prompt
 from r1jax.metrics import phase
@@ -18,6 +17,9 @@ from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Hidden tests of a program may be megabytes, and would be stored with each of its samples.
 _STORED_CHARACTERS = 4000

@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import yaml
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from transformers import PreTrainedTokenizerBase
 
 from r1jax.bucket import WorkingCopy, locate, on_bucket
 from r1jax.config.lineage import differences, ingredients
@@ -56,6 +55,9 @@ from r1jax.settings.model import MODEL, ModelSection
 from r1jax.sharding import Layout, make_layout, make_rollout_layout, split_cpu
 from r1jax.stages.rejection_sampling.settings import ModelRewrite, RejectionSamplingStage
 from r1jax.weights import hugging_face
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A row of a dataset: the dataset's name and the row's index in it.
 Place = tuple[str, int]

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from r1jax.checkpoints import Checkpoints
+from r1jax.data.order import DataCursor
 from r1jax.metrics import (
     ACTIVITY,
     CompilationCounter,
@@ -33,11 +34,11 @@ _WARM_UP = 3  # rows of timings in which everything may be compiled
 
 
 class Resumable(Protocol):
-    """A data stream whose place is JSON."""
+    """A data stream that can continue from its saved position."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> DataCursor: ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def restore(self, state: DataCursor) -> None: ...
 
 
 class TrainLoop:

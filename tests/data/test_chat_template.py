@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data import Example, load_tokenizer, render
+from r1jax.data import Example, encode_prompt, load_tokenizer
 from r1jax.settings.data import DataSection
 
 EXAMPLE = Example(id=7, prompt="What is 1+1?", answer="2", domain="maths")
@@ -45,7 +45,7 @@ def test_text_is_exactly_what_is_encoded_and_has_no_second_bos_and_no_eos(
     template: str, chat_template: str
 ) -> None:
     tokenizer = ascii_tokenizer(chat_template)
-    prompt = render(EXAMPLE, section(template=template), tokenizer)
+    prompt = encode_prompt(EXAMPLE, section(template=template), tokenizer)
     assert prompt.token_ids.dtype == np.int32
     assert tokenizer.decode(prompt.token_ids) == prompt.text
     assert prompt.text.endswith(prompt.prefill)
@@ -57,7 +57,7 @@ def test_text_is_exactly_what_is_encoded_and_has_no_second_bos_and_no_eos(
 
 
 def test_no_bos_where_the_tokenizer_adds_none() -> None:
-    prompt = render(EXAMPLE, section(template="plain"), ascii_tokenizer(adds="$A"))
+    prompt = encode_prompt(EXAMPLE, section(template="plain"), ascii_tokenizer(adds="$A"))
     assert prompt.text == "What is 1+1?"
 
 
@@ -75,18 +75,18 @@ def test_prefill_is_what_the_generation_prompt_opens_and_never_the_question(
     opening: str, prefill: str, question: str
 ) -> None:
     tokenizer = ascii_tokenizer(TURNS.replace("[assistant]", opening))
-    prompt = render(Example(0, question, ""), section(), tokenizer)
+    prompt = encode_prompt(Example(0, question, ""), section(), tokenizer)
     assert prompt.prefill == prefill
     assert prompt.question == question
 
 
 def test_prefill_of_a_template_that_always_opens_the_answer() -> None:
     always = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '[assistant]<think>\\n' }}"
-    assert render(EXAMPLE, section(), ascii_tokenizer(always)).prefill == "<think>\n"
+    assert encode_prompt(EXAMPLE, section(), ascii_tokenizer(always)).prefill == "<think>\n"
 
 
 def test_r1_zero_is_the_published_template() -> None:
-    prompt = render(EXAMPLE, section(template="r1_zero"), ascii_tokenizer(adds="$A"))
+    prompt = encode_prompt(EXAMPLE, section(template="r1_zero"), ascii_tokenizer(adds="$A"))
     assert prompt.text == (
         "A conversation between User and Assistant. The user asks a question, and the Assistant "
         "solves it. The assistant first thinks about the reasoning process in the mind and then "
@@ -96,12 +96,12 @@ def test_r1_zero_is_the_published_template() -> None:
     )
     assert prompt.prefill == ""
     braces = Example(0, r"Simplify \frac{prompt}{stop}", "")
-    text = render(braces, section(template="r1_zero"), ascii_tokenizer(adds="$A")).text
+    text = encode_prompt(braces, section(template="r1_zero"), ascii_tokenizer(adds="$A")).text
     assert text.endswith(r"User: Simplify \frac{prompt}{stop}. Assistant:")
 
 
 def test_system_prompt_and_suffix() -> None:
-    prompt = render(
+    prompt = encode_prompt(
         EXAMPLE, section(system_prompt="Be brief.", prompt_suffix=" Think."), ascii_tokenizer(TURNS)
     )
     assert prompt.text == "[system]Be brief.[user]What is 1+1? Think.[assistant]"
@@ -114,10 +114,10 @@ def test_system_prompt_and_suffix() -> None:
     ("settings", "message"),
     [
         ({"template": "r1-zero"}, "did you mean 'r1_zero'"),
-        ({"template": "plain", "system_prompt": "x"}, "has no place for it"),
+        ({"template": "plain", "system_prompt": "x"}, "cannot hold it"),
         ({"template": "chat"}, "the tokenizer has no chat template"),
     ],
 )
 def test_template_mistakes(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        render(EXAMPLE, section(**settings), load_tokenizer("characters:running_total"))
+        encode_prompt(EXAMPLE, section(**settings), load_tokenizer("characters:running_total"))

@@ -17,8 +17,8 @@ from r1jax.data import (
     Message,
     PackedRows,
     encode_conversations,
+    encode_prompt,
     load_tokenizer,
-    render,
 )
 from r1jax.settings.data import DataSection
 
@@ -119,7 +119,7 @@ def test_what_is_given_is_what_the_sampler_is_given(template: str, chat_template
     example = answered("so</think>2")
     settings = {"template": template, "prompt_suffix": " Think."}
     document = encode(example, chat_template, **settings)
-    prompt = render(example, section(**settings), tokenizer_of(chat_template))
+    prompt = encode_prompt(example, section(**settings), tokenizer_of(chat_template))
     given = document.tokens[~document.trained]
     np.testing.assert_array_equal(given, prompt.token_ids)
     assert document.trained.tolist() == sorted(document.trained.tolist())
@@ -333,7 +333,7 @@ def test_row_mistakes_of_other_templates() -> None:
     [
         (None, {}, "the tokenizer has no chat template"),
         (KEEPS, {"template": "r1-zero"}, "did you mean 'r1_zero'"),
-        (KEEPS, {"template": "plain", "system_prompt": "x"}, "has no place for it"),
+        (KEEPS, {"template": "plain", "system_prompt": "x"}, "cannot hold it"),
         (MARKED.replace("say", "im_start"), {}, "writes '<|im_start|>', which is not a token"),
         (MARKED.replace("<|end|>", "<｜end▁of▁sentence｜>"), {}, "writes '<｜end▁of▁sentence｜>'"),
         ("{{ messages[0].content }}", {}, "leaves out what the assistant says"),

@@ -9,11 +9,11 @@ import pytest
 from r1jax.data import (
     Example,
     Prompt,
+    PromptBatch,
     PromptIterator,
-    Taken,
+    encode_prompt,
     encode_prompts,
     load_tokenizer,
-    render,
 )
 from r1jax.data.order import permutation
 from r1jax.settings.data import DataSection
@@ -35,8 +35,10 @@ def make_prompts(tokenizer, count: int, start: int = 0) -> list[Prompt]:
     return encode_prompts(examples, section(), tokenizer)[0]
 
 
-def ids(prompts: list[Prompt] | Taken) -> list[int]:
-    return [prompt.id for prompt in (prompts.prompts if isinstance(prompts, Taken) else prompts)]
+def ids(prompts: list[Prompt] | PromptBatch) -> list[int]:
+    return [
+        prompt.id for prompt in (prompts.prompts if isinstance(prompts, PromptBatch) else prompts)
+    ]
 
 
 def test_too_long_prompts_are_dropped_and_counted(tokenizer) -> None:
@@ -52,7 +54,7 @@ def test_batched_encoding_equals_one_at_a_time(tokenizer, monkeypatch) -> None:
     examples = [Example(id=i, prompt="1+" * i + "1=", answer="x") for i in range(10)]
     prompts, _ = encode_prompts(examples, section(), tokenizer)
     for example, prompt in zip(examples, prompts, strict=True):
-        single = render(example, section(), tokenizer)
+        single = encode_prompt(example, section(), tokenizer)
         assert prompt.text == single.text and prompt.id == example.id
         np.testing.assert_array_equal(prompt.token_ids, single.token_ids)
 
@@ -115,9 +117,9 @@ def test_a_state_of_other_data_or_seed_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="seed 1, this run has 2"):
         PromptIterator(prompts, seed=2).restore(state)
     changed_answer = [*prompts]
-    changed_answer[3] = render(Example(3, "3+1=", "5"), section(), tokenizer)
+    changed_answer[3] = encode_prompt(Example(3, "3+1=", "5"), section(), tokenizer)
     changed_prompt = [*prompts]
-    changed_prompt[3] = render(Example(3, "3+2=", "4"), section(), tokenizer)
+    changed_prompt[3] = encode_prompt(Example(3, "3+2=", "4"), section(), tokenizer)
     for other in (prompts[:-1], changed_answer, changed_prompt, prompts[::-1]):
         with pytest.raises(ValueError, match="has changed"):
             PromptIterator(other, seed=1).restore(state)

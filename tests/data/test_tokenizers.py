@@ -1,6 +1,7 @@
 """Character tokenizers are real ones, and BOS and EOS are found where they are declared."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -385,3 +386,25 @@ def test_importing_the_package_imports_neither_jax_nor_transformers_nor_tfds() -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_advises_to_install_pytorch() -> None:
+    """In an environment without PyTorch, which r1jax does not need."""
+    code = (
+        "import importlib.util, sys\n"
+        "find_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: (\n"
+        "    None if name.partition('.')[0] == 'torch' else find_spec(name, *rest)\n"
+        ")\n"
+        "sys.modules['torch'] = None\n"
+        "import r1jax.recipe\n"
+        "from r1jax.data import load_tokenizer\n"
+        "load_tokenizer('characters:running_total')\n"
+        "import transformers\n"
+        "print(transformers.is_torch_available())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if "ADVISORY" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == "False\n" and "PyTorch" not in done.stderr

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from r1jax.data import PromptIterator, Taken
+from r1jax.data import PromptBatch, PromptIterator
+from r1jax.data.order import DataCursor
 from r1jax.grpo import GRPOBatch
 from r1jax.objectives.advantages import group_advantages
 from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
@@ -32,6 +32,9 @@ from r1jax.sampler import Finish, GenerateOptions, make_rollout_weights
 from r1jax.stages.grpo.held_out import HeldOut
 from r1jax.stages.grpo.programs import make_score, make_update
 from r1jax.stages.grpo.settings import GRPOStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
@@ -216,14 +219,14 @@ class Questions:
                 process_count=share.count,
             )
 
-    def take(self, count: int, step: int) -> Taken:
+    def take(self, count: int, step: int) -> PromptBatch:
         """The next `count` questions for step `step`; this process's share of them."""
         return self._walks[self._stage.data_at(step)].take(count)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> DataCursor:
         return {name: walk.state() for name, walk in self._walks.items()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: DataCursor) -> None:
         for name, walk in self._walks.items():
             walk.restore(state[name])
 

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from r1jax.data import Example, Prompt, render
+from r1jax.data import Example, Prompt, encode_prompt
 from r1jax.data.dataset_files import (
     DatasetRow,
     Provenance,
@@ -57,6 +56,9 @@ from r1jax.stages.rejection_sampling.settings import (
     RejectionSamplingStage,
     RuleRewrite,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATASET = "dataset.jsonl"
 REWRITTEN = "rewritten.jsonl"
@@ -300,7 +302,7 @@ def rewrite_with_model(
     data = DataSection(source="jsonl:-", template=section.template)
     instruction = section.instruction or INSTRUCTION
     prompts = [
-        render(
+        encode_prompt(
             Example(id=i, prompt=instruction_prompt(each, instruction), answer=""),
             data,
             model.tokenizer,
