@@ -22,7 +22,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.data.chat_template import check_template
 from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
-from r1jax.metrics import ACTIVITY, CompilationCounter, ProfiledSteps, Watchdog, memory
+from r1jax.metrics import HEARTBEAT, CompilationCounter, ProfiledSteps, Watchdog, memory
 from r1jax.peers import watched_peers
 from r1jax.processes import agree, distributed_process, process_batch_slice, wait_for_all
 from r1jax.report import write_report
@@ -141,7 +141,7 @@ def _hash_of_code() -> str:
 
 
 def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | None) -> int:
-    ACTIVITY.begin("")  # of a former run in this process
+    HEARTBEAT.begin_stage("")  # of a former run in this process
     context = Context.resolve(config)
     context.profile = profile
     cache = use_compilation_cache(config.compilation_cache, config.output)
@@ -196,7 +196,7 @@ def _watchdog(context: Context) -> AbstractContextManager[Any]:
 
 
 def _run_stage(stage: Stage, context: Context) -> None:
-    ACTIVITY.begin(stage.name)
+    HEARTBEAT.begin_stage(stage.name)
     directory = context.stage_directory(stage.name)
     directory.mkdir(parents=True, exist_ok=True)
     context.mark(stage.name, stage.kind, "running", context.seconds(stage.name))

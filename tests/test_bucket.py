@@ -33,7 +33,7 @@ from r1jax.config.load import load_config
 from r1jax.data import load_tokenizer
 from r1jax.data.sources import read_jsonl
 from r1jax.evaluation import language_models
-from r1jax.metrics import ACTIVITY, Watchdog
+from r1jax.metrics import HEARTBEAT, Watchdog
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout, make_layout, single_device
@@ -351,8 +351,8 @@ def test_configs_and_data_may_lie_on_a_bucket(storage: Storage) -> None:
 
 def test_a_hang_is_told_on_the_bucket(storage: Storage) -> None:
     """At once, and not by a push: the thread that pushes is the one that hangs."""
-    ACTIVITY.begin("")
-    Watchdog(60.0, locate(f"{RUN}/hangs")).look(time.monotonic() + 600)
+    HEARTBEAT.begin_stage("")
+    Watchdog(60.0, locate(f"{RUN}/hangs")).check(time.monotonic() + 600)
     ((name, content),) = storage.files(BUCKET, "runs/tiny-s0/hangs").items()
     assert name.startswith("process-0-") and b"no progress for 10 min" in content
 

@@ -1,18 +1,15 @@
-"""What a run measured: metric files and trackers, the progress line, compilations and memory.
-
-And what shows how it runs: profiles, and the watchdog of a run that stands still.
-"""
+"""What a run measures, and the watchdog of a run that makes no progress."""
 
 from r1jax.metrics.compilations import CompilationCounter, memory
-from r1jax.metrics.phases import ACTIVITY, phase
+from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.metrics.profiling import ProfiledSteps, StepProfiler
 from r1jax.metrics.progress import Progress
 from r1jax.metrics.recorder import Recorder
 from r1jax.metrics.watchdog import EXIT_HUNG, Watchdog
 
 __all__ = [
-    "ACTIVITY",
     "EXIT_HUNG",
+    "HEARTBEAT",
     "CompilationCounter",
     "ProfiledSteps",
     "Progress",
@@ -20,5 +17,5 @@ __all__ = [
     "StepProfiler",
     "Watchdog",
     "memory",
-    "phase",
+    "span",
 ]

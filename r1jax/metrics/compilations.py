@@ -1,10 +1,9 @@
-"""What costs time and memory unseen: XLA compilations and device memory."""
+"""XLA compilations of a process, and its device memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from types import TracebackType
 
 import jax
 import psutil
@@ -12,30 +11,30 @@ import psutil
 from r1jax.compilation_cache import cache_in_use
 
 # Recorded by jax._src.dispatch around every request for an executable, and by jax._src.compiler
-# where a persistent cache is asked first. (Its own event of a miss is about writing.)
+# before it looks into the persistent cache. (JAX's event of a miss is about writing.)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_ASKED_EVENT = "/jax/compilation_cache/compile_requests_use_cache"
+_REQUEST_EVENT = "/jax/compilation_cache/compile_requests_use_cache"
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 class CompilationCounter:
     """Counts the XLA compilations of this process while it is open.
 
-    Every new program counts once, also one that a persistent compilation cache answers. A train
-    loop whose count still grows after its first steps recompiles for changing shapes.
+    Every new program counts once, also one that comes from the persistent compilation cache. A
+    train loop whose count still grows after its first steps recompiles for changing shapes.
 
     Attributes:
-      count, seconds: of all programs, and of waiting for them.
-      cache_hits, cache_misses: programs that the persistent cache had, and had not; both are 0
-        where there is none.
+      count, seconds: programs, and the time spent waiting for them.
+      cache_hits, cache_misses: programs found and not found in the persistent cache; both are 0
+        without one.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.seconds = 0.0
         self.cache_hits = self.cache_misses = 0
-        self._known: set[str] = set()
-        self._again: dict[str, float] = {}
+        self._functions: set[str] = set()
+        self._recompiled: dict[str, float] = {}
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         jax.monitoring.register_event_listener(self._listen_to_cache)
 
@@ -44,21 +43,22 @@ class CompilationCounter:
             self.count += 1
             self.seconds += duration_secs
             function = str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
-            if function in self._known:
-                self._again[function] = self._again.get(function, 0.0) + duration_secs
-            self._known.add(function)
+            if function in self._functions:
+                seconds = self._recompiled.get(function, 0.0) + duration_secs
+                self._recompiled[function] = seconds
+            self._functions.add(function)
 
     def _listen_to_cache(self, event: str, **_: str | int) -> None:
         if cache_in_use() is None:
-            return  # JAX asks all the same
-        if event == _ASKED_EVENT:
-            self.cache_misses += 1  # until it is found
+            return  # JAX records requests all the same
+        if event == _REQUEST_EVENT:
+            self.cache_misses += 1  # until a hit is recorded
         elif event == _HIT_EVENT:
             self.cache_hits += 1
             self.cache_misses -= 1
 
     def figures(self) -> dict[str, int | float]:
-        """What is counted so far, under the names of timings.jsonl."""
+        """The counts so far, under their names in timings.jsonl."""
         return {
             "compile_count": self.count,
             "compile_seconds": self.seconds,
@@ -66,10 +66,10 @@ class CompilationCounter:
             "cache_misses": self.cache_misses,
         }
 
-    def again(self) -> dict[str, float]:
-        """Functions that were compiled again since the last call -> seconds, the longest first."""
-        again, self._again = self._again, {}
-        return dict(sorted(again.items(), key=lambda item: -item[1]))
+    def recompiled(self) -> dict[str, float]:
+        """Functions compiled once more since the last call -> seconds, the longest first."""
+        recompiled, self._recompiled = self._recompiled, {}
+        return dict(sorted(recompiled.items(), key=lambda item: -item[1]))
 
     def close(self) -> None:
         """Stops counting; `count` and `seconds` stay readable."""
@@ -79,20 +79,15 @@ class CompilationCounter:
     def __enter__(self) -> CompilationCounter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 def memory() -> dict[str, int]:
-    """`memory_bytes` in use, `memory_peak_bytes` so far, of this process's fullest device.
+    """`memory_bytes` in use and `memory_peak_bytes` so far, of this process's fullest device.
 
-    `memory_limit_bytes` is what a device has, where it tells. A CPU "device" keeps no statistics:
-    there the figures are about the resident set of the process.
+    `memory_limit_bytes` is the memory of a device, where it is known. A CPU "device" has no
+    statistics: there the figures are of the resident set of the process.
     """
     stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
     if not stats:

@@ -15,7 +15,7 @@ OPTION = "--profile-steps"
 class ProfiledSteps:
     """The optimizer steps `first` to `last`, both included, counted as metrics.jsonl does: from 1.
 
-    stage: of this train stage; None: of every one that gets there.
+    stage: of this train stage; None: of every train stage that has these steps.
     """
 
     first: int
@@ -29,13 +29,13 @@ class ProfiledSteps:
         Raises:
           ValueError: it is something else.
         """
-        found = re.fullmatch(r"(?:([a-z0-9][a-z0-9_\-]*):)?(\d+):(\d+)", text, re.ASCII)
-        if found is None:
+        match = re.fullmatch(r"(?:([a-z0-9][a-z0-9_\-]*):)?(\d+):(\d+)", text, re.ASCII)
+        if match is None:
             raise ValueError(
                 f"{OPTION} {text}: give FIRST:LAST, such as 10:12 for the steps 10, 11 and 12, or "
                 "STAGE:FIRST:LAST"
             )
-        steps = ProfiledSteps(int(found[2]), int(found[3]), found[1])
+        steps = ProfiledSteps(int(match[2]), int(match[3]), match[1])
         if not 1 <= steps.first <= steps.last:
             raise ValueError(
                 f"{OPTION} {text}: steps are counted from 1, and LAST is not before FIRST"
@@ -48,21 +48,21 @@ class ProfiledSteps:
 
 
 class StepProfiler:
-    """Traces the wanted steps of one train loop.
+    """Traces some steps of one train loop.
 
-    A round of the loop is what makes some updates: taking data or sampling, then the updates. The
-    trace begins with the round that makes the first wanted step, so that it holds the rollout which
-    that learns from, and ends behind the last wanted step.
+    A round of the loop takes data or samples, then makes one or more updates. The trace begins with
+    the round of the first step, so that it holds the rollout which that step learns from, and ends
+    after the last step.
 
     Args:
-      wanted: None: nothing is traced.
+      steps: None: nothing is traced.
       directory: of the trace.
     """
 
-    def __init__(self, wanted: ProfiledSteps | None, directory: Path) -> None:
+    def __init__(self, steps: ProfiledSteps | None, directory: Path) -> None:
         self.directory = directory
         self.wrote = False
-        self._wanted = wanted
+        self._steps = steps
         self._tracing = False
         self._step: jax.profiler.StepTraceAnnotation | None = None
         self._end_of_round = 0
@@ -70,12 +70,12 @@ class StepProfiler:
     def begin_round(self, done: int, updates: int) -> None:
         """A round begins after `done` steps, and makes `updates` more."""
         self._end_of_round = done + updates
-        if self._wanted is None or self.wrote:
+        if self._steps is None or self.wrote:
             return
         if (
             not self._tracing
-            and done < self._wanted.last
-            and self._end_of_round >= self._wanted.first
+            and done < self._steps.last
+            and self._end_of_round >= self._steps.first
         ):
             options = jax.profiler.ProfileOptions()
             # A span for every call of a Python function would be most of the file, and of the time.
@@ -86,11 +86,11 @@ class StepProfiler:
             self._open(done + 1)
 
     def end_step(self, step: int) -> None:
-        """The update `step` is finished, on the devices, too."""
-        if not self._tracing or self._wanted is None:
+        """The update `step` is finished, on the devices too."""
+        if not self._tracing or self._steps is None:
             return
         self._close_step()
-        if step >= self._wanted.last:
+        if step >= self._steps.last:
             self.close()
         elif step < self._end_of_round:
             self._open(step + 1)

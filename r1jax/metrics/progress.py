@@ -1,11 +1,10 @@
-"""One line that says how a stage is doing: step, reward, length, tokens/s, time left."""
+"""One line about the progress of a stage: step, reward, length, tokens/s, time left."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
@@ -29,7 +28,7 @@ class Progress:
 
     Example:
       with Progress("zero", total=200) as progress:
-          progress.update(1, reward=0.4, length=120.0, tokens_per_second=5300.0)
+          progress.update(1, {"reward": 0.4, "length": 120.0, "tokens_per_second": 5300.0})
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class Progress:
             )
             self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
 
-    def update(self, step: int, **figures: float | None) -> None:
-        """Shows that `step` steps are done, with `figures` in the order given.
+    def update(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Shows that `step` steps are done, with `figures` (host numbers) in their order.
 
-        `reward`, `loss` and the like are shown as numbers, `length` in tokens and
-        `tokens_per_second` as tok/s; None is left out. Values are host numbers.
+        `length` is shown in tokens, `tokens_per_second` as tok/s, others as numbers with their
+        names; None is left out.
         """
         if self._silent:
             return
@@ -82,7 +81,7 @@ class Progress:
             self._line(f"{self.stage} {step}/{self.total}  {text}".rstrip())
 
     def print(self, message: str) -> None:
-        """Writes a line of its own, above a live bar."""
+        """Writes one line, above a live bar."""
         if not self._silent:
             self._line(message)
 
@@ -91,12 +90,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,7 +1,7 @@
-"""What a stage measured, as files that a resumed run continues to the byte.
+"""The metric files of a stage, which a resumed run continues to the byte.
 
-`metrics.jsonl`, `samples.jsonl` and `held_out.jsonl` hold only what the seed determines, so two
-runs of one config have equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte
+`metrics.jsonl`, `samples.jsonl` and `held_out.jsonl` depend on the seed only, so two runs of one
+config write equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte
 offset per file) is saved in the checkpoint; a resumed run cuts the files there and writes on.
 Trackers show metrics and timings elsewhere and are never read back.
 """
@@ -12,14 +12,16 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import jax
 import numpy as np
 
 from r1jax.files import encode_line, end_of_last_line
 from r1jax.metrics.trackers import Tracker, open_tracker
+
+Row: TypeAlias = Mapping[str, Any]
+"""Name -> value: a number, or a numpy or jax scalar; in samples and summaries any JSON."""
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "held_out.jsonl")
 
@@ -35,7 +37,7 @@ class Recorder:
       process_index: a process other than 0 writes nothing, and its cursor is empty.
 
     Raises:
-      ModuleNotFoundError: a tracker's package is not installed; the message says how to get it.
+      ModuleNotFoundError: a tracker's package is not installed; the message says how to install it.
 
     Opening a directory keeps what is in it, except for a last line that a killed process left
     unfinished. Call `rewind` next: with the checkpoint's cursor, or with {} when there is none.
@@ -47,7 +49,7 @@ class Recorder:
         trackers: Sequence[str] = (),
         *,
         run_name: str = "",
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         process_index: int = 0,
     ) -> None:
         self.directory = Path(directory)
@@ -69,37 +71,37 @@ class Recorder:
                 for name in trackers
             ]
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Row) -> None:
         """Appends {"step": step, **metrics} to metrics.jsonl.
 
         Args:
           step: of the stage, counted in optimizer updates.
           metrics: numbers, numpy scalars or zero-dimensional jax arrays. Device values are fetched
-            together, once. nan and infinities become the strings "nan", "inf", "-inf", as JSON has
-            no such numbers.
+            together. nan and infinities become the strings "nan", "inf" and "-inf", as JSON has no
+            such numbers.
 
         Raises:
           TypeError: a value has not exactly one element, or is no number (the metric is named).
         """
         self._log("metrics.jsonl", step, metrics, time.time())
 
-    def log_timings(self, step: int, timings: Mapping[str, Any]) -> None:
+    def log_timings(self, step: int, timings: Row) -> None:
         """Appends {"step", "time" (seconds since 1970), **timings} to timings.jsonl; like `log`."""
         now = time.time()
         self._log("timings.jsonl", step, {"time": now, **timings}, now)
 
-    def log_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def log_samples(self, rows: Iterable[Row]) -> None:
         """Appends rows (JSON mappings; numpy and jax scalars allowed) to samples.jsonl."""
         if self._active:
             self._append("samples.jsonl", b"".join(encode_line(row) for row in rows))
 
-    def log_held_out(self, step: int, summary: Mapping[str, Any]) -> None:
+    def log_held_out(self, step: int, summary: Row) -> None:
         """Appends {"step": step, **summary} (a JSON mapping) to held_out.jsonl."""
         if self._active:
             self._append("held_out.jsonl", encode_line({"step": int(step), **summary}))
 
     def cursor(self) -> dict[str, int]:
-        """Bytes per file after everything logged so far, which is on the disk when this returns."""
+        """Bytes per file; returns once everything logged so far is on the disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -108,7 +110,7 @@ class Recorder:
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def rewind(self, cursor: Mapping[str, int]) -> None:
-        """Cuts the files to `cursor`, so that the run writes on as if it had never gone further.
+        """Cuts the files to `cursor`, so that the run continues from there.
 
         Args:
           cursor: from `cursor()`; a file that it does not name is emptied, so {} starts over.
@@ -133,7 +135,7 @@ class Recorder:
             tracker.rewind()
 
     def close(self) -> None:
-        """Closes files and trackers; calling it twice is fine."""
+        """Closes files and trackers; may be called twice."""
         if self._files:
             self.cursor()
         for file in self._files.values():
@@ -146,15 +148,10 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _log(self, name: str, step: int, values: Mapping[str, Any], now: float) -> None:
+    def _log(self, name: str, step: int, values: Row, now: float) -> None:
         if not self._active:
             return
         numbers = _numbers(values)
@@ -174,7 +171,7 @@ class Recorder:
         self._files[name].truncate(offset)
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+def _numbers(values: Row) -> dict[str, int | float]:
     # A list, because a dict would come back with sorted keys; together, because each fetch waits.
     fetched = jax.device_get(list(values.values()))
     numbers: dict[str, int | float] = {}

@@ -1,4 +1,4 @@
-"""Other places where the numbers of a stage are shown: TensorBoard and Weights & Biases."""
+"""Trackers, which show the metrics of a stage: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import uuid4
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -20,12 +20,12 @@ _FLUSH_SECONDS = 10.0
 
 
 class Tracker(Protocol):
-    """Shows scalars by step. It is a copy: nothing reads it back."""
+    """Shows scalars by step. Nothing reads them back."""
 
     def write(self, step: int, numbers: Mapping[str, float], wall_time: float) -> None: ...
 
     def rewind(self) -> None:
-        """The metric files were cut: forget what is no longer in them."""
+        """Drops the steps that are no longer in the metric files, which were cut."""
 
     def flush(self) -> None: ...
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
 
 def open_tracker(
-    name: str, directory: Path, *, run_name: str, config: Mapping[str, Any]
+    name: str, directory: Path, *, run_name: str, config: Mapping[str, object]
 ) -> Tracker:
     """Opens the tracker `name` for a stage whose metric files are in `directory`."""
     if name == "tensorboard":
@@ -46,9 +46,9 @@ def open_tracker(
 class TensorBoard:
     """An event file in DIRECTORY/tensorboard, made anew from the metric files when opened.
 
-    The files of a killed run end in a torn record, and hold steps that the resumed run takes again.
-    Readers disagree on both, so what the (already rewound) JSON lines say is written once more:
-    every step is there once, whoever reads.
+    The event files of a killed run end in a torn record and hold steps that the resumed run
+    repeats; readers treat both differently. So the JSON lines, already cut, are written once more,
+    and every step is there once.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -69,7 +69,7 @@ class TensorBoard:
         self._replay()
         self.flush()
 
-    def write(self, step: int, numbers: Mapping[str, Any], wall_time: float) -> None:
+    def write(self, step: int, numbers: Mapping[str, float], wall_time: float) -> None:
         if self._writer is None:
             raise ValueError(f"the event file in {self._directory} is closed")
         values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in numbers.items()]
@@ -112,7 +112,7 @@ class WeightsAndBiases:
     has, and a resumed run repeats those with the same numbers.
     """
 
-    def __init__(self, directory: Path, *, run_name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, *, run_name: str, config: Mapping[str, object]) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
@@ -141,10 +141,10 @@ class WeightsAndBiases:
         self._run.log(dict(numbers), step=step)
 
     def rewind(self) -> None:
-        """W&B cannot forget; it ignores the repeated steps."""
+        """W&B cannot drop steps; it ignores repeated ones."""
 
     def flush(self) -> None:
-        """W&B sends on its own."""
+        """W&B sends in the background."""
 
     def close(self) -> None:
         self._run.finish()

@@ -1,4 +1,4 @@
-"""A run that stands still says so, and shows where every thread of it stands."""
+"""Reports a run that makes no progress, with the stacks of all its threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
-from r1jax.metrics.phases import ACTIVITY
+from r1jax.metrics.heartbeat import HEARTBEAT
 
 EXIT_HUNG = 134
 """Exit status of a process that the watchdog ends: that of SIGABRT (128 + 6), with which JAX ends
@@ -30,18 +29,18 @@ What it may be:
 
 
 class Watchdog:
-    """Watches `ACTIVITY` from a thread of its own.
+    """Watches `HEARTBEAT` from a separate thread.
 
-    When nothing has happened for `seconds`, the stacks of all threads go to standard error and to
-    a file of their own in `directory`; again after twice as long, and so on. A process that goes on
-    says so. It only ends the process when it is told to.
+    After `seconds` without a beat, the stacks of all threads go to standard error and to a new file
+    in `directory`; again after twice as long, and so on. That the process makes progress again is
+    reported, too. The process is ended only with `abort`.
 
     Args:
-      seconds: without a sign of life.
+      seconds: without a beat.
       directory: for the files; made when there is one to write.
       abort: end the process with `EXIT_HUNG` after the first report.
       process_index: of this process, which the report names.
-      end: how the process is ended. The main thread cannot be asked: it hangs.
+      end: ends the process. The main thread cannot do it: it hangs.
     """
 
     def __init__(
@@ -55,79 +54,70 @@ class Watchdog:
     ) -> None:
         self._seconds, self._directory, self._abort = seconds, directory, abort
         self._process_index, self._end = process_index, end
-        # Of a hang that was reported: the signs of life until then, and when the last one was.
+        # Of a reported hang: the number of beats until then, and the time of the last one.
         self._reported: tuple[int, float] | None = None
         self._due = seconds
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        ACTIVITY.advance()
+        HEARTBEAT.beat()
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._closed.set()
         self._thread.join()
 
-    def look(self, now: float) -> None:
-        """Speaks if it is time to.
-
-        Args:
-          now: seconds of `time.monotonic`.
-        """
-        signs, since = ACTIVITY.signs, ACTIVITY.since
-        if self._reported is not None and self._reported[0] != signs:
-            stood = since - self._reported[1]
-            self._say(f"goes on, after {_duration(stood)}: {ACTIVITY}")
+    def check(self, now: float) -> None:
+        """Reports if a report is due at `now`, in seconds of `time.monotonic`."""
+        beats, since = HEARTBEAT.beats, HEARTBEAT.last_beat
+        if self._reported is not None and self._reported[0] != beats:
+            hung = since - self._reported[1]
+            self._print(f"progress again, after {_duration(hung)}: {HEARTBEAT}")
             self._reported, self._due = None, self._seconds
         if now - since >= self._due:
-            self._reported = signs, since
+            self._reported = beats, since
             self._due *= 2
             self._report(now - since)
             if self._abort:
-                self._say(f"ended with status {EXIT_HUNG}, as watchdog.abort says")
+                self._print(f"ended with status {EXIT_HUNG}, as watchdog.abort says")
                 sys.stderr.flush()
                 self._end(EXIT_HUNG)
 
     def _watch(self) -> None:
-        # Ten looks in the time: a hang is seen late by no more than a tenth.
+        # Ten checks in the time: a hang is seen late by no more than a tenth.
         while not self._closed.wait(min(self._seconds / 10, 10.0)):
-            self.look(time.monotonic())
+            self.check(time.monotonic())
 
-    def _report(self, stood: float) -> None:
-        began = time.strftime("%H:%M:%S", time.localtime(time.time() - stood))
+    def _report(self, hung: float) -> None:
+        began = time.strftime("%H:%M:%S", time.localtime(time.time() - hung))
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         path = self._directory / f"process-{self._process_index}-{stamp}.txt"
         text = (
-            f"no progress for {_duration(stood)}, since {began}: {ACTIVITY} "
+            f"no progress for {_duration(hung)}, since {began}: {HEARTBEAT} "
             f"(watchdog.seconds = {self._seconds:g})\n{_ADVICE}\n\n{_stacks()}"
         )
-        self._say(f"{text}(also in {path})")
+        self._print(f"{text}(also in {path})")
 
         def write() -> None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(f"process {self._process_index}: {text}", encoding="utf-8")
             except OSError as error:
-                self._say(f"{path} cannot be written: {error}")
+                self._print(f"{path} cannot be written: {error}")
 
         # In a thread that may be left behind: the file system may be what hangs.
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         writer.join(_PATIENCE)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"[process {self._process_index}] watchdog: {text}", file=sys.stderr, flush=True)
 
 
 def _stacks() -> str:
-    """The stacks of all threads, without Python's help: a thread may hold any lock."""
+    """The stacks of all threads, without running Python in them: one may hold any lock."""
     with tempfile.TemporaryFile() as file:  # faulthandler writes to descriptors only
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

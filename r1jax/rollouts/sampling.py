@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from r1jax.data import Prompt
-from r1jax.metrics import phase
+from r1jax.metrics import span
 from r1jax.models import Decoder
 from r1jax.processes import max_over_processes, process_batch_slice
 from r1jax.rewards import Answered, RowScore
@@ -167,7 +167,7 @@ def pad_prompts(
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, starts)))
 
 
-@phase("rollout")
+@span("rollout")
 def sample_batch(
     params: Any,
     prompts: Sequence[Prompt],

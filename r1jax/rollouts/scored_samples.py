@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from r1jax.data import Prompt
-from r1jax.metrics import ACTIVITY, Progress, Recorder
+from r1jax.metrics import HEARTBEAT, Progress, Recorder
 from r1jax.processes import BatchSlice, any_process, gather, process_batch_slice
 from r1jax.rollouts.sampling import check_domains, sample_batch, stop_search, to_sampling
 from r1jax.rollouts.scoring import Judge
@@ -89,12 +89,14 @@ def judge_samples(
             done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
             asked_in_full = done * count // samples
-            ACTIVITY.reach(asked_in_full)
+            HEARTBEAT.set_step(asked_in_full)
             progress.update(
                 asked_in_full,
-                **progress_figures(rows),
-                length=tokens / len(rows),
-                tokens_per_second=tokens / clock.lap(stage.kind),
+                {
+                    **progress_figures(rows),
+                    "length": tokens / len(rows),
+                    "tokens_per_second": tokens / clock.lap(stage.kind),
+                },
             )
             context.mark(stage.name, stage.kind, "running", clock.seconds)
             if any_process(context.stop_requested) and done < len(parts):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
-from r1jax.metrics import phase
+from r1jax.metrics import span
 from r1jax.models import Decoder
 from r1jax.models.reward_head import reward_scores
 from r1jax.processes import max_over_processes, min_over_processes, process_batch_slice
@@ -90,7 +90,7 @@ class Judged:
     ) -> None:
         self._judge, self._completions, self._pending = judge, completions, pending
 
-    @phase("reward")
+    @span("reward")
     def result(self) -> list[RowScore]:
         """Waits, and returns one score for each completion, in order."""
         return self._judge._scores(self._completions, self._pending)
@@ -159,7 +159,7 @@ class RewardModel:
         self._rows = rows_at_once(context.layout) // share.count
         self._score = jax.jit(make_score(self._model.decoder, self._as_probability))
 
-    @phase("reward model")
+    @span("reward model")
     def score(self, completions: Sequence[Completion]) -> list[Score | None]:
         """The model's score of each completion, None for those of other domains.
 

@@ -16,13 +16,13 @@ import optax
 from r1jax.checkpoints import Checkpoints
 from r1jax.data.order import DataCursor
 from r1jax.metrics import (
-    ACTIVITY,
+    HEARTBEAT,
     CompilationCounter,
     Progress,
     Recorder,
     StepProfiler,
     memory,
-    phase,
+    span,
 )
 from r1jax.processes import any_process
 from r1jax.run.context import Clock, Context, Preempted, RunError
@@ -110,7 +110,7 @@ class TrainLoop:
         self.recorder.close()
         self.checkpoints.close()
 
-    @phase("setup")
+    @span("setup")
     def restore(self, data: Resumable) -> None:
         """Go to the newest checkpoint, or to the start; metric files are cut to match."""
         abstract = {"state": self._abstract}
@@ -131,7 +131,7 @@ class TrainLoop:
             self.recorder.rewind(metadata["metrics"])
             self._bad_in_a_row = metadata["bad_in_a_row"]
             self.clock = Clock(metadata["seconds"])
-        ACTIVITY.reach(self.step)
+        HEARTBEAT.set_step(self.step)
         self.progress = Progress(
             self._stage.name,
             self._steps,
@@ -147,7 +147,7 @@ class TrainLoop:
         """Call it where the work for the next `updates` steps begins."""
         self._profiler.begin_round(self.step, updates)
 
-    @phase("place")
+    @span("place")
     def place(self, batch: Any, share: Layout | None = None) -> Any:
         """This process's rows [n, ...] onto the mesh, split along the batch.
 
@@ -160,12 +160,12 @@ class TrainLoop:
 
     def update(self, batch: Any) -> dict[str, Any]:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
-        with phase("update"):
+        with span("update"):
             self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
             self.state, metrics = self._update(self.state, batch)
             self.step += 1
             finite = bool(float(metrics["optimizer/finite"]))  # waits for the devices
-        ACTIVITY.reach(self.step)
+        HEARTBEAT.set_step(self.step)
         self._profiler.end_step(self.step)
         if finite:
             self._bad_in_a_row = 0
@@ -200,7 +200,7 @@ class TrainLoop:
     def _tell_compilations(self) -> None:
         """Once what the cache has saved; once, behind the first steps, what is compiled again."""
         self._timed += 1
-        again, counted = self.compilations.again(), self.compilations
+        again, counted = self.compilations.recompiled(), self.compilations
         asked = counted.cache_hits + counted.cache_misses
         if self._timed == 1 and asked:
             self.progress.print(
@@ -216,7 +216,7 @@ class TrainLoop:
                 "timings.jsonl keeps growing, raise length_bucket. JAX_LOG_COMPILES=1 shows shapes"
             )
 
-    @phase("checkpoint")
+    @span("checkpoint")
     def save(self, place: Mapping[str, Any]) -> None:
         if self.checkpoints.latest_step == self.step:
             return
@@ -256,7 +256,7 @@ class TrainLoop:
         self.save(place)
         self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
 
-    @phase("export")
+    @span("export")
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
         self._model.export(self._context.trained(self._stage.name), self.state.params)

@@ -111,7 +111,9 @@ def _train(
                 rate = tokens / seconds
                 seconds, tokens = 0.0, 0
                 loop.log_timings({"tokens_per_second/update": rate})
-                loop.progress.update(step, loss=float(metrics["loss"]), tokens_per_second=rate)
+                loop.progress.update(
+                    step, {"loss": float(metrics["loss"]), "tokens_per_second": rate}
+                )
             loop.save_if_due(rows)
         if rows.dropped:
             loop.progress.print(

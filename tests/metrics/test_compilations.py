@@ -56,14 +56,14 @@ def test_functions_that_are_compiled_again_are_named_once() -> None:
     step = jax.jit(measure)
     with CompilationCounter() as compilations:
         step(np.ones(3))
-        assert compilations.again() == {}
+        assert compilations.recompiled() == {}
         step(np.ones(4))
         step(np.ones(5))
-        (again,) = compilations.again().items()
+        (again,) = compilations.recompiled().items()
         assert again[0] == "measure" and again[1] > 0
-        assert compilations.again() == {}
+        assert compilations.recompiled() == {}
         step(np.ones(5))
-        assert compilations.again() == {}
+        assert compilations.recompiled() == {}
 
 
 def test_the_fullest_device_counts(monkeypatch: pytest.MonkeyPatch) -> None:

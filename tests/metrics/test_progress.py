@@ -27,7 +27,13 @@ def run(*, terminal: bool, **options: Any) -> list[str]:
         for step in range(11, 21):
             clock.now += 4
             progress.update(
-                step, reward=step / 20, length=123.4, tokens_per_second=12_345.0, loss=None
+                step,
+                {
+                    "reward": step / 20,
+                    "length": 123.4,
+                    "tokens_per_second": 12_345.0,
+                    "loss": None,
+                },
             )
     return out.getvalue().splitlines()
 
@@ -58,5 +64,5 @@ def test_figures_that_are_not_finite_and_long_times() -> None:
     out, clock = io.StringIO(), Clock()
     with Progress("base", 2, console=Console(file=out, width=120), clock=clock) as progress:
         clock.now += 3725
-        progress.update(1, loss=float("nan"), tokens_per_second=float("inf"))
+        progress.update(1, {"loss": float("nan"), "tokens_per_second": float("inf")})
     assert out.getvalue() == "base 1/2  loss nan  inf tok/s  1:02:05 left\n"

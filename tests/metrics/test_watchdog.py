@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from r1jax.metrics import ACTIVITY, EXIT_HUNG, Watchdog, phase
-from r1jax.metrics.phases import Activity
+from r1jax.metrics import EXIT_HUNG, HEARTBEAT, Watchdog, span
+from r1jax.metrics.heartbeat import Heartbeat
 
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def activity() -> Iterator[Activity]:
+def heartbeat() -> Iterator[Heartbeat]:
     """The process's record, at step 12 of a stage; as it was before, afterwards."""
-    ACTIVITY.begin("zero")
-    ACTIVITY.reach(12)
-    yield ACTIVITY
-    ACTIVITY.begin("")
+    HEARTBEAT.begin_stage("zero")
+    HEARTBEAT.set_step(12)
+    yield HEARTBEAT
+    HEARTBEAT.begin_stage("")
 
 
 @pytest.fixture
@@ -44,15 +44,15 @@ def parked() -> Iterator[None]:
 
 
 def test_it_tells_what_stands_still_since_when_and_where(
-    tmp_path: Path, activity: Activity, parked: None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: Heartbeat, parked: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[int] = []
     watchdog = Watchdog(60, tmp_path / "hangs", process_index=3, end=ended.append)
-    with phase("held_out"), phase("rollout"):
-        since = activity.since
-        watchdog.look(since + 59)
+    with span("held_out"), span("rollout"):
+        since = heartbeat.last_beat
+        watchdog.check(since + 59)
         assert capfd.readouterr().err == "" and not (tmp_path / "hangs").exists()
-        watchdog.look(since + 61)
+        watchdog.check(since + 61)
     assert ended == []
     said = capfd.readouterr().err
     assert said.startswith("[process 3] watchdog: no progress for 61 s, since ")
@@ -68,31 +68,31 @@ def test_it_tells_what_stands_still_since_when_and_where(
 
 
 def test_it_speaks_more_and_more_rarely_and_of_the_end(
-    tmp_path: Path, activity: Activity, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: Heartbeat, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watchdog = Watchdog(10, tmp_path)
-    since = activity.since
+    since = heartbeat.last_beat
     spoken = []
     for second in range(100):
-        watchdog.look(since + second)
+        watchdog.check(since + second)
         spoken += [second] * ("no progress" in capfd.readouterr().err)
     assert spoken == [10, 20, 40, 80]
-    activity.advance()
-    watchdog.look(activity.since + 1)
-    assert "watchdog: goes on, after" in capfd.readouterr().err
-    watchdog.look(activity.since + 9)
+    heartbeat.beat()
+    watchdog.check(heartbeat.last_beat + 1)
+    assert "watchdog: progress again, after" in capfd.readouterr().err
+    watchdog.check(heartbeat.last_beat + 9)
     assert capfd.readouterr().err == ""
-    watchdog.look(activity.since + 10)  # from the start
+    watchdog.check(heartbeat.last_beat + 10)  # from the start
     assert "no progress for 10 s" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("abort", [False, True])
-def test_it_ends_the_process_only_when_told_to(tmp_path: Path, abort: bool) -> None:
+def test_it_ends_the_process_only_with_abort(tmp_path: Path, abort: bool) -> None:
     ended: list[int] = []
     watchdog = Watchdog(10, tmp_path, abort=abort, end=ended.append)
-    watchdog.look(ACTIVITY.since + 9)
+    watchdog.check(HEARTBEAT.last_beat + 9)
     assert ended == []
-    watchdog.look(ACTIVITY.since + 11)
+    watchdog.check(HEARTBEAT.last_beat + 11)
     assert ended == [EXIT_HUNG] * abort
 
 
@@ -102,34 +102,34 @@ def test_a_file_that_cannot_be_written_is_no_obstacle(
     (tmp_path / "hangs").write_text("in the way")
     ended: list[int] = []
     watchdog = Watchdog(10, tmp_path / "hangs", abort=True, end=ended.append)
-    watchdog.look(ACTIVITY.since + 11)
+    watchdog.check(HEARTBEAT.last_beat + 11)
     said = capfd.readouterr().err
     assert "in test_a_file_that_cannot_be_written" in said and "cannot be written" in said
     assert ended == [EXIT_HUNG]
 
 
-def test_phases_are_signs_of_life_and_end_whatever_happens(activity: Activity) -> None:
-    before = activity.signs
-    with pytest.raises(KeyError), phase("rollout"):
-        assert activity.phases == ["rollout"] and activity.signs == before + 1
+def test_spans_are_beats_and_end_whatever_happens(heartbeat: Heartbeat) -> None:
+    before = heartbeat.beats
+    with pytest.raises(KeyError), span("rollout"):
+        assert heartbeat.spans == ["rollout"] and heartbeat.beats == before + 1
         raise KeyError
-    assert activity.phases == [] and activity.signs == before + 2
-    assert str(activity) == "stage zero, step 12, after rollout"
+    assert heartbeat.spans == [] and heartbeat.beats == before + 2
+    assert str(heartbeat) == "stage zero, step 12, after rollout"
 
-    @phase("update")
+    @span("update")
     def update(x: int, *, y: int) -> int:
-        assert activity.phases == ["update"]
+        assert heartbeat.spans == ["update"]
         return x + y
 
     assert update(1, y=2) == 3 == update(1, y=2)
-    assert activity.last == "update"
-    activity.begin("next")
-    assert str(activity) == "stage next, step 0"
-    assert str(Activity()) == "before the first stage"
+    assert heartbeat.last_span == "update"
+    heartbeat.begin_stage("next")
+    assert str(heartbeat) == "stage next, step 0"
+    assert str(Heartbeat()) == "before the first stage"
 
 
 def test_its_thread_sees_a_hang_and_nothing_else(
-    tmp_path: Path, activity: Activity, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: Heartbeat, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with Watchdog(600, tmp_path / "lively"):
         pass
@@ -147,7 +147,7 @@ def test_a_run_that_hangs_ends_with_the_status_that_is_started_again(tmp_path: P
     program = (
         "import sys, time\n"
         "from r1jax.config.load import load_config\n"
-        "from r1jax.stages import recipe\n"
+        "from r1jax import recipe\n"
         "recipe.check = lambda context: time.sleep(600)\n"
         "recipe.run(load_config(sys.argv[1], sys.argv[2:]))\n"
     )

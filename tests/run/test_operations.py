@@ -18,8 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from r1jax.config.load import load_config
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import read_rows
-from r1jax.metrics import ACTIVITY, ProfiledSteps
-from r1jax.metrics.phases import Activity
+from r1jax.metrics import HEARTBEAT, ProfiledSteps
+from r1jax.metrics.heartbeat import Heartbeat
 from r1jax.recipe import EVERYTHING, run
 
 TESTS = Path(__file__).parents[1]
@@ -33,12 +33,12 @@ STAGES = """[
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: its directory, what it said, and its signs of life (stage, step, phases)."""
+    """A finished run: its directory, what it said, and its beats (stage, step, spans)."""
 
     directory: Path
     kept: Path
     said: str
-    signs: list[tuple[str, int, tuple[str, ...]]]
+    beats: list[tuple[str, int, tuple[str, ...]]]
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +48,25 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     # After the directory itself: JAX's default keeps nothing that compiles within a second.
     limit = "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", limit)}
-    signs = []
-    advance = Activity.advance
+    beats = []
+    beat = Heartbeat.beat
 
-    def noted(self: Activity) -> None:
-        signs.append((self.stage, self.step, tuple(self.phases)))
-        advance(self)
+    def noted(self: Heartbeat) -> None:
+        beats.append((self.stage, self.step, tuple(self.spans)))
+        beat(self)
 
     changes = [f"output={output}", f"compilation_cache={kept}", f"stages={STAGES}"]
     changes.append("rewards={accuracy: {options: {symbolic: false}}}")
     config = load_config(str(TESTS / "tiny.yaml"), changes)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(Activity, "advance", noted)
+        patch.setattr(Heartbeat, "beat", noted)
         jax.config.update(limit, 0)
         assert run(config, EVERYTHING, ProfiledSteps(4, 4)) == 0
-    yield Done(output / "tiny-s0", kept, said.getvalue(), signs)
+    yield Done(output / "tiny-s0", kept, said.getvalue(), beats)
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    ACTIVITY.begin("")
+    HEARTBEAT.begin_stage("")
 
 
 def test_the_profile_holds_the_step_and_the_rollout_that_feeds_it(done: Done) -> None:
@@ -88,16 +88,16 @@ def test_the_profile_holds_the_step_and_the_rollout_that_feeds_it(done: Done) ->
     assert not any(name.startswith("$") for name in spans)  # calls of Python functions
 
 
-def test_every_phase_of_every_stage_is_a_sign_of_life(done: Done) -> None:
-    phases: dict[str, set[tuple[str, ...]]] = {}
-    for stage, _, open_phases in done.signs:
-        phases.setdefault(stage, set()).add(open_phases)
-    own = ("setup", "rollout", "reward", "place", "update", "checkpoint", "export", "held_out")
-    assert phases["zero"] >= {(name,) for name in own}
-    assert phases["after"] >= {("rollout",), ("reward",)}
-    steps = [step for stage, step, _ in done.signs if stage == "zero"]
+def test_every_span_of_every_stage_is_a_beat(done: Done) -> None:
+    spans: dict[str, set[tuple[str, ...]]] = {}
+    for stage, _, open_spans in done.beats:
+        spans.setdefault(stage, set()).add(open_spans)
+    names = ("setup", "rollout", "reward", "place", "update", "checkpoint", "export", "held_out")
+    assert spans["zero"] >= {(name,) for name in names}
+    assert spans["after"] >= {("rollout",), ("reward",)}
+    steps = [step for stage, step, _ in done.beats if stage == "zero"]
     assert steps == sorted(steps) and set(steps) == {0, 1, 2, 3, 4}
-    prompts = [step for stage, step, _ in done.signs if stage == "after"]
+    prompts = [step for stage, step, _ in done.beats if stage == "after"]
     assert prompts == sorted(prompts) and set(prompts) == {0, 4, 6}
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     assert not (done.directory / "hangs").exists()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from r1jax.evaluation.metrics import summarise
-from r1jax.metrics import phase
+from r1jax.metrics import span
 from r1jax.processes import process_batch_slice
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.sampling import check_domains
@@ -58,7 +58,7 @@ class HeldOut:
         self._batch = min(batch, -(-len(self._parts) // count) * count)
         self._seed = context.seed("evaluate", stage.held_out)
 
-    @phase("held_out")
+    @span("held_out")
     def evaluate_if_due(
         self,
         loop: TrainLoop,

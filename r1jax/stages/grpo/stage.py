@@ -167,10 +167,12 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
             )
             loop.progress.update(
                 loop.step,
-                reward=facts["reward/mean"],
-                length=facts["length/mean"],
-                held_out=held_out.accuracy,
-                tokens_per_second=sampled / rollout_seconds,
+                {
+                    "reward": facts["reward/mean"],
+                    "length": facts["length/mean"],
+                    "held_out": held_out.accuracy,
+                    "tokens_per_second": sampled / rollout_seconds,
+                },
             )
             loop.save_if_due(questions)
         weights = rollout_weights(loop.state.params)

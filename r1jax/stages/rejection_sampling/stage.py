@@ -42,7 +42,7 @@ from r1jax.data.rewriting import (
 )
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import read_rows
-from r1jax.metrics import ACTIVITY, phase
+from r1jax.metrics import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.sampling import sample_batch, stop_search, to_sampling
@@ -219,7 +219,7 @@ def draft(row: Row, prompt: Prompt) -> Draft:
     return Draft(prompt.question, prompt.prefill + row["completion"], row["extracted"] or "")
 
 
-@phase("rewrite")
+@span("rewrite")
 def rewrite(
     stage: RejectionSamplingStage, context: Context, directory: Path, drafts: Sequence[Draft]
 ) -> list[str | None]:
@@ -262,7 +262,7 @@ def rewrite_with_endpoint(
                 asking = thread.submit(rewriter.rewrite, drafts)
             while any_process(asking is not None and bool(wait([asking], _GLANCE).not_done)):
                 context.stop_requested = any_process(context.stop_requested)
-                ACTIVITY.advance()  # the requests have deadlines of their own
+                HEARTBEAT.beat()  # the requests have deadlines of their own
                 if time.monotonic() - pushed > _PUSH_EVERY:
                     context.push()
                     pushed = time.monotonic()

@@ -79,9 +79,11 @@ def run_reward_model(stage: RewardModelStage, context: Context, directory: Path)
                 loop.log_timings({"tokens_per_second/update": rate})
                 loop.progress.update(
                     step,
-                    loss=float(metrics["loss"]),
-                    accuracy=float(metrics["accuracy"]),
-                    tokens_per_second=rate,
+                    {
+                        "loss": float(metrics["loss"]),
+                        "accuracy": float(metrics["accuracy"]),
+                        "tokens_per_second": rate,
+                    },
                 )
             loop.save_if_due(rows)
         loop.finish()
