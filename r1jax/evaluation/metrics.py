@@ -1,20 +1,19 @@
 """What k samples for each of P problems say about a model, with 95 % intervals.
 
-Pure numpy: no files, no tokenizer, no mathematics on text (how two answers are recognised as the
-same is a function that the caller passes in).
+Pure numpy: no files, no tokenizer, no mathematics on text (the caller passes in the function that
+says which answers are equal).
 
-Intervals. Samples of one problem are correlated, and what we want to know is how the figure would
-move with *other problems*; so the problem is the unit. Each figure is first computed per problem
-and then averaged; its interval is a percentile bootstrap over problems (`RESAMPLES` resamples,
-fixed seed, so the same samples always give the same file). The bootstrap says "no uncertainty" when
-all problems have the same value, which for a share is wrong (30 of 30 right is not certainty):
-there we give Wilson's score interval with P trials, which counts each problem once, however many
-samples it has.
+Intervals. Samples of one problem are correlated, and the question is how the figure would change
+with *other problems*; so the problem is the unit. Each figure is computed per problem and then
+averaged; its interval is a percentile bootstrap over problems (`RESAMPLES` resamples, fixed seed,
+so the same samples always give the same file). Where all problems have the same value, the
+bootstrap interval has no width, which is wrong for a share (30 of 30 right is not certainty): there
+we give Wilson's score interval with P trials, which counts each problem once.
 
 Samples that the verifier failed on are neither right nor wrong. They are left out of every figure
 of correctness, and counted. A problem with fewer than k scored samples contributes its figure at
-the number it has (a vote over 15 in place of 16; for pass@k a lower bound), so that all figures
-speak of the same problems; a problem with none is left out, and counted.
+that number (a vote over 15 in place of 16; for pass@k a lower bound), so that all figures are of
+the same problems; a problem with no scored sample is left out, and counted.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from r1jax.files import JsonObject
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -35,6 +36,10 @@ _BOOTSTRAP_SEED = 20250122  # any constant; the day the paper appeared
 _NO_ANSWER = -1
 
 Floats = NDArray[np.float64]
+JsonEstimate: TypeAlias = Mapping[str, float | None]
+"""`{"value", "low", "high"}` of an `Estimate`; null where the data cannot say."""
+Summary: TypeAlias = Mapping[str, Any]
+"""What `summarise` returns: figures by name, as `JsonEstimate`, and counts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Estimate:
 
 
 def unbiased_pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    """Probability that k of n samples, drawn without replacement, include one of the c right ones.
 
     1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (arXiv 2107.03374, eq. 1).
 
@@ -76,8 +81,8 @@ def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
 
     The class with the most votes wins; classes that tie share the win equally. Samples without
     an answer do not vote, and a draw with no vote at all is wrong. The expectation is exact, not
-    sampled. Where a class holds right and wrong samples (two spellings that the verifier tells
-    apart and the grouping does not), it counts with its share of right ones.
+    sampled. A class with right and wrong samples (two spellings that are equal to the grouping and
+    not to the verifier) counts with its share of right ones.
 
     Args:
       classes: [n] integers, equal for equal answers; negative: no answer.
@@ -92,9 +97,9 @@ def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
     n = len(labels)
     if not 1 <= k <= n:
         raise ValueError(f"cons@k with k = {k} of n = {n} samples: k must lie in 1..n")
-    found = np.unique(labels[labels >= 0])
-    sizes = np.array([np.sum(labels == label) for label in found], dtype=np.int64)
-    shares = np.array([right[labels == label].mean() for label in found], dtype=np.float64)
+    answers = np.unique(labels[labels >= 0])
+    sizes = np.array([np.sum(labels == answer) for answer in answers], dtype=np.int64)
+    shares = np.array([right[labels == answer].mean() for answer in answers], dtype=np.float64)
     if not np.any(shares > 0):
         return 0.0
     if k == n:
@@ -104,22 +109,24 @@ def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
     # p = k/n, given that k come out. So class counts are independent binomials, given their sum:
     # every number below is a probability, and nothing overflows whatever n is.
     p = k / n
-    silent = _binomial(int(np.sum(labels < 0)), p)[: k + 1]
+    unanswered = _binomial(int(np.sum(labels < 0)), p)[: k + 1]
     total = 0.0
     for winner in np.flatnonzero(shares > 0):
-        own = _binomial(int(sizes[winner]), p)
+        pmf = _binomial(int(sizes[winner]), p)
         rivals = np.delete(sizes, winner)
         for votes in range(1, min(int(sizes[winner]), k) + 1):
-            win = _rest_below(rivals, silent, p, votes=votes, rest=k - votes)
-            total += shares[winner] * own[votes] * win
+            win = _rest_below(rivals, unanswered, p, votes=votes, rest=k - votes)
+            total += shares[winner] * pmf[votes] * win
     return float(total / _binomial(n, p)[k])
 
 
-def _rest_below(sizes: NDArray[np.int64], silent: Floats, p: float, votes: int, rest: int) -> float:
-    """P(the rivals and the silent draw `rest`, no rival above `votes`) x share of a tied win."""
+def _rest_below(
+    sizes: NDArray[np.int64], unanswered: Floats, p: float, *, votes: int, rest: int
+) -> float:
+    """P(rivals and unanswered draw `rest`, no rival above `votes`) x share of a tied win."""
     # joint[t, s]: t rivals so far have exactly `votes`, and s samples are drawn so far.
     joint = np.zeros((rest // votes + 1, rest + 1))
-    joint[0, : len(silent)] = silent[: rest + 1]
+    joint[0, : len(unanswered)] = unanswered[: rest + 1]
     for size in sizes:
         pmf = _binomial(int(size), p)
         after = np.zeros_like(joint)
@@ -157,9 +164,8 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
 
     Args:
       values: [P] floats.
-      is_share: the values lie in [0, 1]; decides what is said where the bootstrap is degenerate
-        (all values equal): Wilson's interval for a share; otherwise the value itself, or nan
-        for a single problem, which says nothing about others.
+      is_share: the values lie in [0, 1]; decides the interval where all values are equal: Wilson's
+        for a share; otherwise the value itself, or nan for a single problem.
 
     Raises:
       ValueError: if there is no value, or one is not finite.
@@ -188,7 +194,7 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
     return Estimate(mean, float(low), float(high))
 
 
-# --- many problems ----------------------------------------------------------------------------
+# --- all problems -----------------------------------------------------------------------------
 
 
 def pass_at_1(correct: ArrayLike, scored: ArrayLike | None = None) -> Estimate:
@@ -262,11 +268,11 @@ class _Sample(NamedTuple):
 
 
 def summarise(
-    samples: Iterable[Mapping[str, Any]],
+    samples: Iterable[JsonObject],
     *,
     same_answer: Callable[[str], str],
     ks: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """All figures of one evaluation, from its stored samples.
 
     Args:
@@ -274,11 +280,11 @@ def summarise(
         unparseable, verifier_failed), `extracted` (text or None), `length` (tokens) and, where
         known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once, so a
         generator over a large file will do.
-      same_answer: text of an answer -> text that is equal for equal answers.
+      same_answer: text of an answer -> text that is the same for equal answers.
       ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
 
     Returns:
-      A JSON-able mapping: `pass_at_1`, `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over
+      A JSON object: `pass_at_1`, `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over
       all samples), each `{"value", "low", "high"}`; `parts`, such a figure for each reward, over
       the samples that have it; counts `problems`, `samples` (per problem), `outcomes`,
       `unscored_samples`, `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the
@@ -288,8 +294,8 @@ def summarise(
     Raises:
       ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
-    problems: dict[Any, dict[int, _Sample]] = {}
-    domains: dict[Any, str] = {}
+    problems: dict[int | str, dict[int, _Sample]] = {}
+    domains: dict[int | str, str] = {}
     for row in samples:
         problem, index = row["problem_id"], row["sample"]
         group = problems.setdefault(problem, {})
@@ -328,7 +334,7 @@ def summarise(
     return summary
 
 
-def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> dict[str, Any]:
+def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> JsonObject:
     """The figures and counts of some problems, each with the same number of samples."""
     correct = np.array([[sample.outcome == "right" for sample in row] for row in problems])
     scored = np.array([[sample.outcome != "verifier_failed" for sample in row] for row in problems])
@@ -364,14 +370,14 @@ def _mean_parts(problems: Sequence[Sequence[_Sample]]) -> dict[str, Estimate]:
     """
     means = {}
     for name in sorted({name for row in problems for sample in row for name in sample.parts}):
-        found = [[s.parts[name] for s in row if name in s.parts] for row in problems]
-        is_share = all(0 <= value <= 1 for values in found for value in values)
-        per_problem = [math.fsum(values) / len(values) for values in found if values]
+        rewards = [[s.parts[name] for s in row if name in s.parts] for row in problems]
+        is_share = all(0 <= value <= 1 for values in rewards for value in values)
+        per_problem = [math.fsum(values) / len(values) for values in rewards if values]
         means[name] = mean_over_problems(per_problem, is_share=is_share)
     return means
 
 
-def _finite(parts: Mapping[str, Any]) -> dict[str, float]:
+def _finite(parts: Mapping[str, object]) -> dict[str, float]:
     """Without the rewards that failed, which are stored as null or as "nan"."""
     return {
         name: float(value)

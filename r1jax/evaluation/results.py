@@ -1,16 +1,12 @@
-"""`results.json`: what the model could do at each evaluation, how that was asked, and its cost."""
+"""`results.json`: what the model could do at each evaluation, how that was measured, its cost."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
-from r1jax.files import write_json
+from r1jax.files import JsonObject, write_json
 from r1jax.settings.model import MODEL
-
-# Stages after which a model is not the one before; pretraining is what makes the one before.
-_LEARNING = ("sft", "grpo")
 
 
 def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
@@ -21,28 +17,28 @@ def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
     is the one before if it precedes all learning, else the one after. Evaluations of other models
     (a student's) count only where there is none of the main one.
     """
-    evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
+    evaluations = run.evaluations()
     evaluations = [s for s in evaluations if run.model_of(s.name) == MODEL] or evaluations
     if not evaluations:
         return None, None
-    last = max(reversed(evaluations), key=lambda stage: len(_behind(run, stage.name)))
-    benchmark = run.benchmark(last.config["data"])
-    first = next(s for s in evaluations if run.benchmark(s.config["data"]) == benchmark)
+    last = max(reversed(evaluations), key=lambda stage: len(_sources(run, stage.name)))
+    benchmark = run.benchmark(last.data)
+    first = next(stage for stage in evaluations if run.benchmark(stage.data) == benchmark)
     if first is not last:
         return first, last
-    learning = [stage.kind in _LEARNING for stage in run.stages]
+    learning = [stage.learns for stage in run.stages]
     trained = any(learning[: run.stages.index(last)])
     return (last, None) if any(learning) and not trained else (None, last)
 
 
-def _behind(run: Run, name: str) -> set[str]:
+def _sources(run: Run, name: str) -> set[str]:
     """The stages and models that a stage's result rests on."""
-    found: set[str] = set()
+    sources: set[str] = set()
     unseen = {name}
     while unseen:
-        unseen = {edge.source for edge in run.edges if edge.target in unseen} - found
-        found |= unseen
-    return found
+        unseen = {edge.source for edge in run.edges if edge.target in unseen} - sources
+        sources |= unseen
+    return sources
 
 
 def wall_seconds(run: Run) -> dict[str, float]:
@@ -54,15 +50,15 @@ def wall_seconds(run: Run) -> dict[str, float]:
     return seconds | {"total": sum(seconds.values())}
 
 
-def evaluation(run: Run, stage: StageRecord | None) -> dict[str, Any] | None:
+def evaluation(run: Run, stage: StageRecord | None) -> JsonObject | None:
     """A finished evaluation's summary with its stage, weights and data; else None."""
     if stage is None or stage.summary is None:
         return None
-    origin = {"weights": run.weights_of(stage.name), "data": stage.config["data"]}
+    origin = {"weights": run.weights_of(stage.name), "data": stage.data}
     return {"stage": stage.name, **origin, **stage.summary}
 
 
-def results(run: Run) -> dict[str, Any]:
+def results(run: Run) -> JsonObject:
     """The content of `results.json`.
 
     `evaluations` are the summaries of all finished evaluations in order, each with its stage, the
@@ -73,7 +69,7 @@ def results(run: Run) -> dict[str, Any]:
     measured how.
     """
     before, after = before_and_after(run)
-    evaluated = [evaluation(run, stage) for stage in run.stages if stage.kind == "evaluate"]
+    evaluated = [evaluation(run, stage) for stage in run.evaluations()]
     missing = run.missing()
     return {
         "name": run.info.get("name", run.config.get("name")),

@@ -1,58 +1,77 @@
 """Reads what a run has written so far; a run that is still going is read like a finished one.
 
 Layout: `config.yaml` (resolved), `run.json`, and for each stage `stages/NN-<name>/` with
-`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`, `held_out.jsonl` (the evaluations that an RL
-stage made as it trained); for evaluations and rejection sampling also `summary.json`, and for the
-latter `dataset.jsonl`. All but `config.yaml` may be missing.
+`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`, `held_out.jsonl` (evaluations made during RL
+training); for stages that leave an evaluation or a dataset also `summary.json`, and for the latter
+`dataset.jsonl`. All but `config.yaml` may be missing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
 from r1jax.config.run_config import run_config_type
+from r1jax.files import JsonObject, read_rows
+from r1jax.settings.kinds import describe_kind
+from r1jax.settings.stage import StageDescription
 
-# Stages whose result is a summary; the others leave metrics and weights.
-_SUMMARISED = ("evaluate", "rejection_sampling")
 # Settings of a dataset that change how its problems are put, not which they are.
 _WORDING = ("domain", "template", "system_prompt", "prompt_suffix")
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the config, and what is there of it.
+    """One stage of the config, and what it has written.
 
     Attributes:
-      machine: compilations and memory, as timings.jsonl names them, in the process that ended it.
+      description: what the kind says of itself; of one that cannot be imported, only its name.
+      config: the stage's settings, as in `config.yaml`.
+      seconds: by phase (rollout, update, ...).
+      machine: compilations and memory, named as in timings.jsonl, in the process that ended it.
     """
 
     name: str
     kind: str
-    config: dict[str, Any]
+    description: StageDescription
+    config: JsonObject
     directory: Path | None
     status: str
-    seconds: dict[str, float]
-    summary: dict[str, Any] | None
-    machine: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float]
+    summary: JsonObject | None
+    machine: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def spent(self) -> float:
+    def total_seconds(self) -> float:
         """Seconds of all phases."""
         return sum(self.seconds.values())
 
-    def rows(self, file: str) -> Iterator[dict[str, Any]]:
+    @property
+    def is_evaluation(self) -> bool:
+        return self.description.leaves == "evaluation"
+
+    @property
+    def learns(self) -> bool:
+        """Whether its weights are another language model than the base: pretraining makes that."""
+        return self.description.leaves == "weights" and not self.description.makes_base
+
+    @property
+    def data(self) -> str:
+        """The dataset of an evaluation; one whose settings have none stands for itself."""
+        data = self.config.get("data")
+        return data if isinstance(data, str) else self.name
+
+    def rows(self, file: str) -> Iterator[JsonObject]:
         """Rows of a JSON-lines file, one at a time; none where the file does not exist."""
-        if self.directory is not None:
-            yield from _json_lines(self.directory / file)
+        if self.directory is not None and (self.directory / file).is_file():
+            yield from read_rows(self.directory / file)
 
     def columns(self, file: str) -> dict[str, tuple[list[float], list[float]]]:
         """Numbers of a JSON-lines file: name -> (steps, values), without values not finite."""
@@ -74,15 +93,19 @@ class Run:
     """A run directory: the plan (`config`), the record (`info`), and its stages in order.
 
     Attributes:
-      edges: what gives weights and data to which stage; none where the config is one that this
-        version does not read (an older one's), as everything else can be read without.
+      edges: what gives weights and data to which stage; none where this version does not read the
+        config (an older one's); everything else can be read without.
     """
 
     directory: Path
-    config: dict[str, Any]
-    info: dict[str, Any]
+    config: JsonObject
+    info: JsonObject
     stages: tuple[StageRecord, ...]
     edges: tuple[Edge, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return str(self.config.get("title") or self.config.get("name"))
 
     def order(self) -> list[str]:
         """The names of all stages in order, with each model before the first stage that uses it."""
@@ -97,22 +120,26 @@ class Run:
         ]
         return list(dict.fromkeys(names))
 
+    def evaluations(self) -> list[StageRecord]:
+        """The stages that leave an evaluation, finished or not."""
+        return [stage for stage in self.stages if stage.is_evaluation]
+
     def weights_of(self, name: str) -> str | None:
         """The stage or model whose weights a stage starts from or evaluates, where known."""
         sources = (e.source for e in self.edges if e.target == name and e.gives == "weights")
         return next(sources, None)
 
     def benchmark(self, data: str) -> str:
-        """The dataset with whose evaluations those on `data` compare.
+        """The dataset whose evaluations compare with those on `data`.
 
-        That is the first evaluated one with the same problems: a chat model and its base are asked
-        the same in templates of their own.
+        That is the first evaluated one with the same problems: a chat model and its base get the
+        same problems in different templates.
         """
         problems = self._problems(data)
-        evaluated = (str(s.config["data"]) for s in self.stages if s.kind == "evaluate")
+        evaluated = (stage.data for stage in self.evaluations())
         return next((name for name in evaluated if self._problems(name) == problems), data)
 
-    def _problems(self, data: str) -> Any:
+    def _problems(self, data: str) -> object:
         """What decides which problems a dataset has; equal for equal ones."""
         section = (self.config.get("data") or {}).get(data)
         if section is None:
@@ -131,28 +158,30 @@ class Run:
         """What a finished run would have and this one has not, in words."""
         gaps = [] if self.info else ["run.json (versions, hardware, times)"]
         for stage in self.stages:
+            gap = ""
             if stage.directory is None:
-                gaps.append(f"stage {stage.name} ({stage.kind}): not started")
-            elif stage.kind in _SUMMARISED and stage.summary is None:
-                gaps.append(f"stage {stage.name} ({stage.kind}): no summary yet")
-            elif stage.status == "done" and stage.kind not in _SUMMARISED:
-                if next(stage.rows("metrics.jsonl"), None) is None:
-                    gaps.append(f"stage {stage.name} ({stage.kind}): no metrics")
+                gap = "not started"
+            elif not stage.description.trains and stage.summary is None:
+                gap = "no summary yet"
             elif stage.status != "done":
-                gaps.append(f"stage {stage.name} ({stage.kind}): {stage.status}")
+                gap = stage.status
+            elif stage.description.trains and next(stage.rows("metrics.jsonl"), None) is None:
+                gap = "no metrics"
+            if gap:
+                gaps.append(f"stage {stage.name} ({stage.kind}): {gap}")
         return gaps
 
 
 def language_models(run_dir: str | Path) -> list[Path]:
     """The Hugging Face directories that the train stages left, in order; reward models aside."""
-    found = []
+    models = []
     for path in sorted(locate(run_dir).glob("stages/*/model")):
         config = _json_object(path / "config.json")
         if config is None and on_bucket(path):  # it is still being written
             continue
         if not str((config or {}).get("architectures")).count("SequenceClassification"):
-            found.append(path)
-    return found
+            models.append(path)
+    return models
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -172,17 +201,17 @@ def read_run(run_dir: str | Path) -> Run:
     if not isinstance(config, dict) or not isinstance(config.get("stages"), list):
         raise ValueError(f"{config_path}: not the resolved config of a run (no list of stages)")
     info = _json_object(directory / "run.json") or {}
-    recorded = info.get("stages") or {}
+    records = info.get("stages") or {}
     # Directories are `NN-<name>`, and names are unique in a config.
-    found = {path.name.partition("-")[2]: path for path in sorted(directory.glob("stages/*-*/"))}
+    paths = {path.name.partition("-")[2]: path for path in sorted(directory.glob("stages/*-*/"))}
     stages = []
     for plan in config["stages"]:
-        name = plan["name"]
-        path, record = found.get(name), recorded.get(name) or {}
+        path, record = paths.get(plan["name"]), records.get(plan["name"]) or {}
         stages.append(
             StageRecord(
-                name=name,
+                name=plan["name"],
                 kind=plan["kind"],
+                description=describe_kind(plan["kind"]),
                 config=plan,
                 directory=path,
                 status=record.get("status", "not started" if path is None else "running"),
@@ -194,14 +223,14 @@ def read_run(run_dir: str | Path) -> Run:
     return Run(directory, config, info, tuple(stages), _edges(config))
 
 
-def _edges(config: dict[str, Any]) -> tuple[Edge, ...]:
+def _edges(config: JsonObject) -> tuple[Edge, ...]:
     try:
         return tuple(edges(run_config_type(config).model_validate(config)))
     except ValueError:
         return ()
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def _json_object(path: Path) -> JsonObject | None:
     if not path.is_file():
         return None
     try:
@@ -213,24 +242,7 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            # A last line without its newline is still being written.
-            if not line.endswith(b"\n") or not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object")
-            yield row
-
-
-def _number(raw: Any) -> float | None:
+def _number(raw: object) -> float | None:
     """A finite number, or None; recorded nan and inf are the strings "nan" and "inf"."""
     if isinstance(raw, bool) or not isinstance(raw, (int, float)):
         return None

@@ -1,8 +1,8 @@
-"""Runs of one config that differ in their seed: what they have in common, and how far they differ.
+"""Runs of one config that differ in their seed: means over them, and how far they differ.
 
-The seed is the unit. A figure of several runs is the mean of each run's own, and its interval is
-Student's t over seeds with n - 1 degrees of freedom: it says how the mean would move with other
-seeds, where a run's own intervals say how its figure would move with other problems.
+The seed is the unit. A figure of several runs is the mean of their figures, and its interval is
+Student's t over seeds with n - 1 degrees of freedom: it says how the mean would change with other
+seeds, where a single run's interval says how its figure would change with other problems.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from r1jax.config.lineage import differences
 from r1jax.config.load import ConfigError
-from r1jax.evaluation.metrics import LEVEL, Estimate, Floats
+from r1jax.evaluation.metrics import LEVEL, Estimate, Floats, JsonEstimate, Summary
 from r1jax.evaluation.results import evaluation, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
+from r1jax.files import JsonObject
 
-# What runs of one config may differ in: their seed, where they live, and words about them.
+# What runs of one config may differ in: their seed, where they are stored, and texts about them.
 _MAY_DIFFER = ("seed", "name", "output", "title", "notes", "comparisons")
 _DIFFERENCES_SHOWN = 8
-# Figures of held-out problems -> the columns of the metrics that say the same of training answers.
+# Figures of held-out problems -> the metrics that say the same of training samples.
 _IN_TRAINING = {"pass_at_1": ("reward/accuracy", "outcome/right"), "mean_length": ("length/mean",)}
+
+Curve = dict[float, float]
+"""Step -> value."""
 
 
 def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
@@ -34,7 +37,7 @@ def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
 
     Raises:
       ConfigError: two are of the same seed, one is not finished, or their configs differ in more
-        than the seed, the place and the words; has a line for each.
+        than the seed, the directory and the texts; has a line for each.
       FileNotFoundError: a directory holds no `config.yaml`.
       ValueError: a file of a run is damaged; names file and line.
     """
@@ -50,12 +53,12 @@ def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
             )
     first = runs[0]
     for run in runs[1:]:
-        found = list(differences(_common(first), _common(run)))
-        if found:
-            rest = len(found) - _DIFFERENCES_SHOWN
+        lines = list(differences(_common(first), _common(run)))
+        if lines:
+            rest = len(lines) - _DIFFERENCES_SHOWN
             problems += [
                 f"{first.directory} and {run.directory} are runs of different configs:",
-                *(f"  {line}" for line in found[:_DIFFERENCES_SHOWN]),
+                *(f"  {line}" for line in lines[:_DIFFERENCES_SHOWN]),
                 *([f"  and {rest} more"] if rest > 0 else []),
             ]
     for run in runs:
@@ -71,7 +74,7 @@ def seed_of(run: Run) -> int:
     return int(run.config.get("seed", 0))
 
 
-def _common(run: Run) -> dict[str, Any]:
+def _common(run: Run) -> JsonObject:
     return {name: value for name, value in run.config.items() if name not in _MAY_DIFFER}
 
 
@@ -96,31 +99,32 @@ def mean_over_seeds(values: Sequence[float], *, is_share: bool) -> Estimate:
     return Estimate(mean, low, high)
 
 
-def summary_over_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of one evaluation over seeds; of a single seed its own, intervals included.
+def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
+    """The figures of one evaluation over seeds; a single seed's summary is returned as it is.
 
-    Each `{"value", "low", "high"}` is over seeds, by domain and by reward too. One that a seed has
-    not got (the verifier failed on every sample) is null: a mean over the others would be of other
-    seeds than its neighbours. Counts are kept where all seeds agree, as on the number of problems.
+    Each `{"value", "low", "high"}` is over seeds, by domain and by reward too. A figure that one
+    seed lacks (the verifier failed on every sample) is null: a mean over the others would be of
+    other seeds than its neighbours. Counts are kept where all seeds agree, as on the number of
+    problems.
     """
     if len(summaries) == 1:
         return dict(summaries[0])
-    merged: dict[str, Any] = {}
+    merged: JsonObject = {}
     for name in dict.fromkeys(name for summary in summaries for name in summary):
-        found = [summary.get(name) for summary in summaries]
-        tables = [each if isinstance(each, Mapping) else {} for each in found]
+        values = [summary.get(name) for summary in summaries]
+        tables = [value if isinstance(value, Mapping) else {} for value in values]
         if any("value" in table for table in tables):
-            values = [_value(table) for table in tables]
             is_share = name.startswith(("pass_at_", "cons_at_"))
-            merged[name] = mean_over_seeds(values, is_share=is_share).to_json()
+            figures = [_value(table) for table in tables]
+            merged[name] = mean_over_seeds(figures, is_share=is_share).to_json()
         elif any(any(isinstance(inner, Mapping) for inner in table.values()) for table in tables):
             merged[name] = summary_over_seeds(tables)
-        elif all(each == found[0] for each in found):
-            merged[name] = found[0]
+        elif all(value == values[0] for value in values):
+            merged[name] = values[0]
     return merged
 
 
-def _value(estimate: Mapping[str, Any]) -> float:
+def _value(estimate: JsonEstimate) -> float:
     value = estimate.get("value")
     return math.nan if value is None else float(value)
 
@@ -128,15 +132,15 @@ def _value(estimate: Mapping[str, Any]) -> float:
 def mean_run(runs: Sequence[Run]) -> Run:
     """One run that stands for all: its summaries and seconds are means over seeds.
 
-    Only evaluations keep a summary, and no stage has a directory: what else a run has written is
-    one seed's.
+    Only evaluations keep a summary, and no stage has a directory: other files of a run are of one
+    seed.
     """
 
     def mean_stage(stages: Sequence[StageRecord]) -> StageRecord:
         phases = dict.fromkeys(phase for stage in stages for phase in stage.seconds)
         seconds = {p: sum(s.seconds.get(p, 0.0) for s in stages) / len(stages) for p in phases}
         summaries = [stage.summary or {} for stage in stages]
-        summary = summary_over_seeds(summaries) if stages[0].kind == "evaluate" else None
+        summary = summary_over_seeds(summaries) if stages[0].is_evaluation else None
         return replace(stages[0], directory=None, seconds=seconds, summary=summary)
 
     records = zip(*(run.stages for run in runs), strict=True)
@@ -144,12 +148,12 @@ def mean_run(runs: Sequence[Run]) -> Run:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class SeedCurves:
     """One curve of a stage, in each run.
 
     Attributes:
       measure: `pass_at_1`, `cons_at_<k>` or `mean_length`.
-      held_out: measured on held-out problems; else on the answers just trained on.
+      held_out: measured on held-out problems; else on the samples just trained on.
       steps: those that all runs have.
       values: [seeds, steps].
     """
@@ -161,29 +165,27 @@ class Bundle:
     values: Floats
 
 
-def bundles(runs: Sequence[Run]) -> list[Bundle]:
-    """The curves of the GRPO stages: of held-out problems if all runs measured them, else of
-    training answers."""
-    found = []
+def seed_curves(runs: Sequence[Run]) -> list[SeedCurves]:
+    """The curves of stages that train on samples: of held-out problems if all runs measured them,
+    else of the training samples."""
+    every = []
     for stages in zip(*(run.stages for run in runs), strict=True):
-        if stages[0].kind != "grpo":
-            continue
         seeds = [_held_out_curves(stage) for stage in stages]
         held_out = all(seeds)
         if not held_out:
             seeds = [_training_curves(stage) for stage in stages]
         for measure in seeds[0]:
-            lines = [curves.get(measure, {}) for curves in seeds]
-            steps = sorted(set.intersection(*(set(line) for line in lines)))
+            curves = [curves.get(measure, {}) for curves in seeds]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             if steps:
-                values = np.array([[line[step] for step in steps] for line in lines])
-                found.append(Bundle(stages[0].name, measure, held_out, steps, values))
-    return found
+                values = np.array([[curve[step] for step in steps] for curve in curves])
+                every.append(SeedCurves(stages[0].name, measure, held_out, steps, values))
+    return every
 
 
-def _held_out_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
-    """measure -> step -> value: pass@1, the largest vote and the length."""
-    curves: dict[str, dict[float, float]] = {}
+def _held_out_curves(stage: StageRecord) -> dict[str, Curve]:
+    """By measure: pass@1, the largest vote and the length."""
+    curves: dict[str, Curve] = {}
     for row in stage.rows("held_out.jsonl"):
         for name, figure in row.items():
             if isinstance(figure, Mapping) and figure.get("value") is not None:
@@ -195,8 +197,8 @@ def _held_out_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
     return {n: curves[n] for n in ("pass_at_1", *votes[-1:], "mean_length") if n in curves}
 
 
-def _training_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
-    """The same of training answers, as far as the metrics know."""
+def _training_curves(stage: StageRecord) -> dict[str, Curve]:
+    """By measure, of training samples, as far as the metrics have them."""
     columns = stage.columns("metrics.jsonl")
     curves = {}
     for measure, names in _IN_TRAINING.items():
@@ -206,10 +208,10 @@ def _training_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
     return curves
 
 
-def results_over_seeds(runs: Sequence[Run]) -> dict[str, Any]:
+def results_over_seeds(runs: Sequence[Run]) -> JsonObject:
     """The content of the `results.json` of several runs.
 
-    `evaluations` are those of `results`, each over seeds, with `by_seed` each seed's own;
+    `evaluations` are those of `results`, each over seeds, with the single ones in `by_seed`;
     `wall_seconds` and `stage_seconds` have `mean`, `lowest`, `highest` and `by_seed`; `curves` are
     over the steps of RL training, with `mean`, `lowest` and `highest`; `config`, resolved, of the
     first seed.
@@ -217,24 +219,27 @@ def results_over_seeds(runs: Sequence[Run]) -> dict[str, Any]:
     seeds = [str(seed_of(run)) for run in runs]
     mean = mean_run(runs)
 
-    def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    def spread(seconds: Sequence[float]) -> JsonObject:
         ends = {"lowest": min(seconds), "highest": max(seconds)}
         by_seed = dict(zip(seeds, seconds, strict=True))
         return {"mean": sum(seconds) / len(seconds), **ends, "by_seed": by_seed}
 
-    evaluations = []
-    for stage, *own in zip(mean.stages, *(run.stages for run in runs), strict=True):
-        if stage.kind == "evaluate":
-            by_seed = {seed: each.summary for seed, each in zip(seeds, own, strict=True)}
-            evaluations.append({**(evaluation(mean, stage) or {}), "by_seed": by_seed})
+    stages = list(zip(*(run.stages for run in runs), strict=True))
     return {
         "name": mean.config.get("name"),
         "seeds": [seed_of(run) for run in runs],
-        "evaluations": evaluations,
+        "evaluations": [
+            {
+                **(evaluation(mean, stage) or {}),
+                "by_seed": {seed: r.summary for seed, r in zip(seeds, records, strict=True)},
+            }
+            for stage, records in zip(mean.stages, stages, strict=True)
+            if stage.is_evaluation
+        ],
         "wall_seconds": spread([wall_seconds(run)["total"] for run in runs]),
         "stage_seconds": {
-            stages[0].name: spread([stage.spent for stage in stages])
-            for stages in zip(*(run.stages for run in runs), strict=True)
+            records[0].name: spread([record.total_seconds for record in records])
+            for records in stages
         },
         "curves": [
             {
@@ -246,7 +251,7 @@ def results_over_seeds(runs: Sequence[Run]) -> dict[str, Any]:
                 "lowest": each.values.min(axis=0).tolist(),
                 "highest": each.values.max(axis=0).tolist(),
             }
-            for each in bundles(runs)
+            for each in seed_curves(runs)
         ],
         "versions": {
             seed: run.info.get("versions", {}) for seed, run in zip(seeds, runs, strict=True)

@@ -1,12 +1,14 @@
-"""What rejection sampling kept, what it removed and why, and some of the kept texts."""
+"""A dataset that a stage sampled: what was kept, what was removed and why, and some texts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
+from r1jax.evaluation.metrics import Summary
 from r1jax.evaluation.run_directory import StageRecord
+from r1jax.files import JsonObject
 from r1jax.report.completions import split_thought
 from r1jax.report.plots import short
 from r1jax.report.wording import shortened
@@ -15,70 +17,110 @@ _TEXTS_SHOWN = 4
 _ROWS_READ = 10_000  # a set of real size is not read to its end for a few texts
 
 
-def written_dataset(stage: StageRecord) -> dict[str, Any] | None:
-    """A rejection sampling stage for the template; None for others, and before its end."""
-    if stage.kind != "rejection_sampling" or stage.summary is None:
+@dataclass(frozen=True)
+class Bar:
+    """How many samples were kept, or removed for one reason; `width` in per cent of the longest."""
+
+    name: str
+    count: str
+    share: str
+    width: float
+
+
+@dataclass(frozen=True)
+class DomainRow:
+    """Rows of one domain, and their mean tokens."""
+
+    name: str
+    rows: str
+    tokens: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row of the dataset; `thought` ends with `</think>`."""
+
+    domain: str
+    prompt: str
+    answer: str
+    thought: str
+    rest: str
+    tokens: str
+
+
+@dataclass(frozen=True)
+class WrittenDataset:
+    """A stage's dataset for the template; `bars` are of the kept samples, then of the removed."""
+
+    total: str
+    bars: list[Bar]
+    domains: list[DomainRow]
+    texts: list[Text]
+
+
+def written_dataset(stage: StageRecord) -> WrittenDataset | None:
+    """The dataset of a stage that leaves one; None for other stages, and before its end."""
+    if stage.description.leaves != "dataset" or stage.summary is None:
         return None
-    counts = dict(stage.summary.get("samples") or {})
-    kept, total = counts.pop("kept", 0), 0
-    total = kept + sum(counts.values())
-    reasons = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    largest = max([kept, *counts.values()], default=0)
+    samples = stage.summary.get("samples")
+    counts: dict[str, int] = {"kept": 0, **samples} if isinstance(samples, Mapping) else {}
+    total = sum(counts.values())
+    bars = sorted(counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0]))
+    largest = max(counts.values(), default=0)
 
-    def bar(name: str, count: int) -> dict[str, Any]:
-        return {
-            "name": name.replace("_", " "),
-            "count": f"{count:,}",
-            "share": f"{100 * count / total:.1f} %" if total else "–",
-            "width": 100 * count / largest if largest else 0.0,
-        }
+    def bar(name: str, count: int) -> Bar:
+        share = f"{100 * count / total:.1f} %" if total else "–"
+        width = 100 * count / largest if largest else 0.0
+        return Bar(name.replace("_", " "), f"{count:,}", share, width)
 
-    return {
-        "total": f"{total:,}",
-        "kept": bar("kept", kept),
-        "removed": [bar(reason, count) for reason, count in reasons],
-        "domains": _card(stage.summary),
-        "texts": _texts(stage),
-    }
+    return WrittenDataset(
+        total=f"{total:,}",
+        bars=[bar(name, count) for name, count in bars],
+        domains=_domains(stage.summary),
+        texts=_texts(stage, stage.summary),
+    )
 
 
-def _card(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _domains(summary: Summary) -> list[DomainRow]:
     """Rows and mean tokens by domain and in all, as in DeepSeek-R1's table of its 800K set."""
     domains = dict(summary.get("domains") or {})
     parts = [(name or "no domain", part) for name, part in domains.items()]
     if len(parts) != 1 and "rows" in summary:
         parts.append(("all", summary))
     return [
-        {
-            "name": name,
-            "rows": f"{part.get('rows', 0):,}",
-            "tokens": "–" if part.get("mean_tokens") is None else short(part["mean_tokens"]),
-        }
+        DomainRow(
+            name,
+            f"{part.get('rows', 0):,}",
+            "–" if part.get("mean_tokens") is None else short(part["mean_tokens"]),
+        )
         for name, part in parts
     ]
 
 
-def _texts(stage: StageRecord) -> list[dict[str, str]]:
+def _texts(stage: StageRecord, summary: Summary) -> list[Text]:
     """The first kept text of each domain, then further first ones."""
-    rows = list(islice(stage.rows("dataset.jsonl"), _TEXTS_SHOWN))
-    firsts: dict[str, dict[str, Any]] = {}
-    domains = set((stage.summary or {}).get("domains") or {})
-    for row in islice(stage.rows("dataset.jsonl"), _ROWS_READ):
+
+    def rows(limit: int) -> Iterator[JsonObject]:
+        rows = islice(stage.rows("dataset.jsonl"), limit)
+        return (row for row in rows if "prompt" in row and "response" in row)
+
+    firsts: dict[str, JsonObject] = {}
+    domains = len(summary.get("domains") or {})
+    for row in rows(_ROWS_READ):
         firsts.setdefault(str(row.get("domain") or ""), row)
-        if len(firsts) >= min(_TEXTS_SHOWN, len(domains)):
+        if len(firsts) >= min(_TEXTS_SHOWN, domains):
             break
-    chosen = [*firsts.values(), *(row for row in rows if row not in firsts.values())]
-    shown = []
-    for row in chosen[:_TEXTS_SHOWN]:
-        thought, rest = split_thought(shortened(str(row["response"])))
-        shown.append(
-            {
-                "domain": str(row.get("domain") or ""),
-                "prompt": shortened(str(row["prompt"])),
-                "answer": shortened(str(row.get("answer") or "")),
-                "thought": thought,
-                "rest": rest,
-                "tokens": str(row.get("tokens", "")),
-            }
-        )
-    return shown
+    rest = [row for row in rows(_TEXTS_SHOWN) if row not in firsts.values()]
+    return [_text(row) for row in [*firsts.values(), *rest][:_TEXTS_SHOWN]]
+
+
+def _text(row: JsonObject) -> Text:
+    thought, rest = split_thought(shortened(str(row["response"])))
+    return Text(
+        domain=str(row.get("domain") or ""),
+        prompt=shortened(str(row["prompt"])),
+        answer=shortened(str(row.get("answer") or "")),
+        thought=thought,
+        rest=rest,
+        tokens=str(row.get("tokens", "")),
+    )

@@ -1,30 +1,73 @@
-"""Turns a run directory into `report.html`.
+"""Writes `report.html` from a run directory.
 
-The page is one file without scripts; a content security policy in it forbids every request. All
-text of the run (questions, completions, names, configs) goes through Jinja's escaping; only the
-plots are inserted as they are, and what they hold of the run's text matplotlib escapes.
+The page is one file without scripts; its content security policy forbids every request. Jinja
+escapes all text of the run (questions, completions, names, configs); only the plots are inserted as
+they are, and matplotlib escapes the run's text in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from r1jax.evaluation.metrics import Summary
 from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import write_text
 from r1jax.report.comparisons import comparisons
-from r1jax.report.completions import side_by_side, strip
-from r1jax.report.datasets import written_dataset
+from r1jax.report.completions import SamplesByStep, samples_by_step, side_by_side
+from r1jax.report.datasets import WrittenDataset, written_dataset
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
-from r1jax.report.training import training
-from r1jax.report.wording import KINDS, Figure, duration, figure, flat, paragraphs, value_of, votes
+from r1jax.report.tables import Plot
+from r1jax.report.training import Training, training
+from r1jax.report.wording import Figure, duration, figure, flat, paragraphs, value_of, votes
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """A stage that is no evaluation; `kind` is the title of its kind."""
+
+    name: str
+    kind: str
+    training: Training | None
+    samples: SamplesByStep | None
+    dataset: WrittenDataset | None
+
+
+@dataclass(frozen=True)
+class HeadlineSide:
+    """One of the two big figures; `share` in per cent, None where there is only a `state`."""
+
+    label: str
+    weights: str
+    share: float | None
+    figure: Figure
+    state: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Two big figures, and of how many problems they are."""
+
+    sides: list[HeadlineSide]
+    problems: int | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of the table of before and after."""
+
+    label: str
+    meaning: str
+    before: Figure
+    after: Figure
+    change: str = ""
+    unit: str = ""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -43,20 +86,20 @@ def render(run: Run) -> str:
     before, after = before_and_after(run)
     missing = run.missing()
     compared = after or before
-    benchmark = run.benchmark(compared.config["data"]) if compared is not None else None
+    benchmark = run.benchmark(compared.data) if compared is not None else None
     stages = [
-        {
-            "name": stage.name,
-            "kind": KINDS.get(stage.kind, stage.kind),
-            "training": training(run, stage, benchmark),
-            "strip": strip(stage),
-            "dataset": written_dataset(stage),
-        }
+        StageSection(
+            name=stage.name,
+            kind=stage.description.title,
+            training=training(run, stage, benchmark),
+            samples=samples_by_step(stage),
+            dataset=written_dataset(stage),
+        )
         for stage in run.stages
-        if stage.kind != "evaluate"
+        if not stage.is_evaluation
     ]
     return template("report.html.j2").render(
-        title=run.config.get("title") or run.config.get("name"),
+        title=run.title,
         name=run.info.get("name", run.config.get("name")),
         seed=run.info.get("seed", run.config.get("seed")),
         started=str(run.info.get("started", ""))[:16].replace("T", " "),
@@ -66,7 +109,7 @@ def render(run: Run) -> str:
         comparison=_comparison(before, after),
         protocol=_protocol(after if _summary(after) else before),
         votes=_votes(before, after),
-        # A base model and its reinforcement learning need no map.
+        # A base model and its reinforcement learning need no graph.
         whole_recipe=len(stages) > 2,
         schedule=schedule(run),
         stage_tables=stage_tables(run, (before, after)),
@@ -81,7 +124,7 @@ def render(run: Run) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of this package; what it inserts is escaped, and what is missing an error."""
+    """A template of this package; it escapes what it inserts, and a missing name is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("r1jax.report", "."),
         autoescape=True,
@@ -92,44 +135,42 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _summary(stage: StageRecord | None) -> dict[str, Any]:
+def _summary(stage: StageRecord | None) -> Summary:
     return (stage.summary if stage is not None else None) or {}
 
 
-def headline(run: Run, before: StageRecord | None, after: StageRecord | None) -> dict[str, Any]:
+def headline(run: Run, before: StageRecord | None, after: StageRecord | None) -> Headline:
     """Two big figures, with what each is and what is still to come."""
     sides = []
     for label, stage in (("Before", before), ("After", after)):
-        share = value_of(_summary(stage), "pass_at_1")
-        said = figure(_summary(stage).get("pass_at_1"), percent=True)
+        summary = _summary(stage)
+        share = value_of(summary, "pass_at_1")
         state = "not part of this run" if stage is None else "not measured yet"
-        if share is None and _summary(stage):
-            state = "the verifier failed on every sample"
         sides.append(
-            {
-                "label": label,
-                "weights": (run.weights_of(stage.name) if stage is not None else None) or "",
-                "share": None if share is None else 100 * share,
-                "value": said.value,
-                "interval": said.interval,
-                "state": state,
-            }
+            HeadlineSide(
+                label=label,
+                weights=(run.weights_of(stage.name) if stage is not None else None) or "",
+                share=None if share is None else 100 * share,
+                figure=figure(summary.get("pass_at_1"), percent=True),
+                state="the verifier failed on every sample" if "pass_at_1" in summary else state,
+            )
         )
-    problems = _summary(after).get("problems") or _summary(before).get("problems")
-    return {"sides": sides, "problems": problems}
+    return Headline(sides, _summary(after).get("problems") or _summary(before).get("problems"))
 
 
-def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[dict[str, Any]]:
+def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[Change]:
     """Rows of the table: what is measured, before, after, and the change."""
     b, a = _summary(before), _summary(after)
+    if not (a or b):
+        return []
     k = votes(a or b)
-    rows = [_change("pass@1", "right at the first try", b, a, "pass_at_1", percent=True)]
+    rows = [_change("pass@1", "right at the first try", b, a, "pass_at_1")]
     if k > 1:
         rows += [
-            _change(f"cons@{k}", f"right by a vote of {k}", b, a, f"cons_at_{k}", percent=True),
-            _change(f"pass@{k}", f"right at least once in {k}", b, a, f"pass_at_{k}", percent=True),
+            _change(f"cons@{k}", f"right by a vote of {k}", b, a, f"cons_at_{k}"),
+            _change(f"pass@{k}", f"right at least once in {k}", b, a, f"pass_at_{k}"),
         ]
-    rows.append(_change("mean length", "tokens per completion", b, a, "mean_length"))
+    rows.append(_change("mean length", "tokens per completion", b, a, "mean_length", digits=1))
     old, new = b.get("parts") or {}, a.get("parts") or {}
     for name in rewards_beyond([b, a]):
         label = name.replace("_", " ")
@@ -139,29 +180,15 @@ def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[d
         ("truncated_samples", "cut off at the length limit"),
         ("unscored_samples", "verifier failed, left out"),
     ):
-        rows.append(
-            {
-                "label": label,
-                "meaning": "samples",
-                "before": _count(b, name),
-                "after": _count(a, name),
-                "change": "",
-                "unit": "",
-            }
-        )
-    return rows if a or b else []
+        rows.append(Change(label, "samples", _count(b, name), _count(a, name)))
+    return rows
 
 
 def _change(
-    label: str,
-    meaning: str,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    name: str,
-    *,
-    percent: bool = False,
-    digits: int = 1,
-) -> dict[str, Any]:
+    label: str, meaning: str, before: Summary, after: Summary, name: str, digits: int | None = None
+) -> Change:
+    """A row of one figure: a share in per cent, or a number with so many digits."""
+    percent = digits is None
     old, new = value_of(before, name), value_of(after, name)
     change = unit = ""
     if old is not None and new is not None:
@@ -170,17 +197,17 @@ def _change(
         unit = "points" if percent else ""
         if name == "mean_length" and old > 0:
             unit = f"×{new / old:.2f}"
-    return {
-        "label": label,
-        "meaning": meaning,
-        "before": figure(before.get(name), percent=percent, digits=digits),
-        "after": figure(after.get(name), percent=percent, digits=digits),
-        "change": change.replace("-", "−") or "–",
-        "unit": unit,
-    }
+    return Change(
+        label,
+        meaning,
+        figure(before.get(name), percent=percent, digits=digits or 1),
+        figure(after.get(name), percent=percent, digits=digits or 1),
+        change.replace("-", "−") or "–",
+        unit,
+    )
 
 
-def _count(summary: Mapping[str, Any], name: str) -> Figure:
+def _count(summary: Summary, name: str) -> Figure:
     if name not in summary:
         return Figure("–")
     total = summary.get("problems", 0) * summary.get("samples", 0)
@@ -198,35 +225,35 @@ def _protocol(stage: StageRecord | None) -> str:
         if name in sampling
     )
     return (
-        f"{summary.get('problems')} problems of the data {stage.config['data']!r}, "
+        f"{summary.get('problems')} problems of the data {stage.data!r}, "
         f"{summary.get('samples')} samples each" + (f", {drawn}" if drawn else "") + "."
     )
 
 
-def _votes(before: StageRecord | None, after: StageRecord | None) -> dict[str, Any] | None:
-    """cons@k and pass@k against k: does asking more often help?"""
+def _votes(before: StageRecord | None, after: StageRecord | None) -> Plot | None:
+    """cons@k and pass@k against k: whether further samples of a problem help."""
     curves, sizes = [], set()
     for side, stage in (("after", after), ("before", before)):
+        summary = _summary(stage)
+        first = value_of(summary, "pass_at_1")
         for kind, label in (("cons", "vote of k"), ("pass", "at least one of k")):
-            found = {
+            by_k = {
                 int(name.rsplit("_", 1)[1]): float(estimate["value"])
-                for name, estimate in _summary(stage).items()
+                for name, estimate in summary.items()
                 if name.startswith(f"{kind}_at_") and estimate.get("value") is not None
-            }
-            base = value_of(_summary(stage), "pass_at_1")
-            if base is not None:
-                found[1] = base
-            if len(found) > 1:
-                ks = sorted(found)
+            } | ({} if first is None else {1: first})
+            if len(by_k) > 1:
+                ks = sorted(by_k)
                 sizes.update(ks)
-                curves.append(Curve(f"{side}: {label}", ks, [found[k] for k in ks]))
+                curves.append(Curve(f"{side}: {label}", ks, [by_k[k] for k in ks]))
     if not curves:
         return None
+    title = "Accuracy against the number of samples"
     svg = line_plot(
         curves,
-        title="Accuracy against the number of samples",
+        title=title,
         percent=True,
         x_label="samples per problem, k",
         x_ticks=sorted(sizes),
     )
-    return {"svg": Markup(svg), "legend": [curve.name for curve in curves]}
+    return Plot(title, Markup(svg), [curve.name for curve in curves])

@@ -1,6 +1,6 @@
 """Small plots as inline SVG that take their colours from the page.
 
-Matplotlib is given stand-in colours that no plot uses otherwise; in the SVG they become CSS
+Matplotlib draws in placeholder colours that no plot uses otherwise; in the SVG they become CSS
 variables, so one plot serves light and dark mode. Text stays text: it is searchable and uses the
 page's font.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +21,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Stand-in colour -> CSS. Series first, in the order in which they are handed out.
+from r1jax.evaluation.metrics import Floats, JsonEstimate
+
+# Placeholder colour -> CSS. Series first, in the order in which they are handed out.
 _SERIES = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707")
 _INK, _RULE = "#080808", "#090909"
 SERIES = len(_SERIES)
@@ -50,10 +51,10 @@ class Curve:
     high: Sequence[float] = ()
 
     @classmethod
-    def of(cls, name: str, measured: Sequence[Marker], *, band: bool = True) -> Curve:
+    def of(cls, name: str, markers: Sequence[Marker], *, band: bool = True) -> Curve:
         """A line through figures, with their intervals as its band."""
-        steps, values = [m.step for m in measured], [m.value for m in measured]
-        ends = ([m.low for m in measured], [m.high for m in measured]) if band else ((), ())
+        steps, values = [m.step for m in markers], [m.value for m in markers]
+        ends = ([m.low for m in markers], [m.high for m in markers]) if band else ((), ())
         return cls(name, steps, values, *ends)
 
 
@@ -67,13 +68,13 @@ class Marker:
     high: float
 
     @classmethod
-    def of(cls, step: float, estimate: Mapping[str, Any] | None) -> Marker | None:
-        """`{"value", "low", "high"}` of a summary; an unknown end of the interval is the value."""
-        if not estimate or estimate.get("value") is None:
+    def of(cls, step: float, estimate: JsonEstimate | None) -> Marker | None:
+        """A figure of a summary; an unknown end of the interval is the value."""
+        value = (estimate or {}).get("value")
+        if estimate is None or value is None:
             return None
         ends = (estimate.get(end) for end in ("low", "high"))
-        value = float(estimate["value"])
-        return cls(step, value, *(value if end is None else float(end) for end in ends))
+        return cls(step, float(value), *(float(value if end is None else end) for end in ends))
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Dots:
     seeds: Sequence[Marker] = ()
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """Centred moving average over about a twentieth of the curve, over what there is at the ends.
+def smooth(values: Sequence[float] | Floats) -> Floats:
+    """Centred moving average over about a twentieth of the curve; at the ends over half of that.
 
     (Windows that shrink to one point at the ends would turn the last step's noise into a trend.)
     """
@@ -124,27 +125,18 @@ def line_plot(
       markers: figures with intervals, in the colour of the first curve.
     """
     with _figure(title, _SIZE) as (figure, axes, out):
-        every = [v for curve in curves for v in (*curve.values, *curve.low, *curve.high)]
+        values = [v for curve in curves for v in (*curve.values, *curve.low, *curve.high)]
         for colour, curve in zip(_SERIES, curves, strict=False):
             if not len(curve.values):
                 continue
-            many = len(curve.values) >= _SMOOTH_FROM and not curve.low
+            smoothed = len(curve.values) >= _SMOOTH_FROM and not curve.low
             if curve.low:
                 axes.fill_between(
                     curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
                 )
-            if many:
+            if smoothed:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.28)
-            axes.plot(
-                curve.steps,
-                smooth(curve.values) if many else curve.values,
-                color=colour,
-                linewidth=1.9,
-                solid_capstyle="round",
-                # A curve of few points is those points.
-                marker="o" if len(curve.values) < 12 else "",
-                markersize=3.5,
-            )
+            _line(axes, curve.steps, smooth(curve.values) if smoothed else curve.values, colour)
         for m in markers:
             axes.errorbar(
                 [m.step],
@@ -157,19 +149,19 @@ def line_plot(
                 linewidth=1.2,
                 clip_on=False,
             )
-        if log and every and min(every) > 0:
+        if log and values and min(values) > 0:
             axes.set_yscale("log")
         elif percent:
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+            axes.yaxis.set_major_locator(_round_ticks())
             axes.yaxis.set_major_formatter(_PERCENT)
-            shown = every + [m.high for m in markers] + [m.low for m in markers]
+            shown = values + [m.high for m in markers] + [m.low for m in markers]
             if shown and min(shown) >= 0 and max(shown) > 0.5:
                 axes.set_ylim(0, 1.02)
             elif shown and min(shown) == max(shown) == 0:
                 axes.set_ylim(0, 0.05)  # no share is negative
         else:
-            if every and min(every) == max(every) > 0:
-                axes.set_ylim(0, 2 * every[0])  # zoomed into a constant, all ticks read the same
+            if values and min(values) == max(values) > 0:
+                axes.set_ylim(0, 2 * values[0])  # zoomed into a constant, all ticks read the same
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.yaxis.set_major_formatter(_SHORT)
         if x_ticks:
@@ -178,10 +170,7 @@ def line_plot(
             axes.minorticks_off()
         else:
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.set_xlabel(x_label, color=_INK)
-        axes.grid(axis="y", color=_RULE, linewidth=0.7)
-        # One frame for all plots, so that their axes line up in the grid.
-        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
+        _frame(figure, axes, x_label)
     return _inline(out.getvalue(), title)
 
 
@@ -227,7 +216,7 @@ def dot_plot(
         axes.set_yticks(range(len(labels)), shown)
         for text in axes.get_yticklabels():
             text.set_parse_math(False)  # a dollar in a name is no formula
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(_round_ticks())
         axes.xaxis.set_major_formatter(_PERCENT if percent else _SHORT)
         axes.grid(axis="both", color=_RULE, linewidth=0.7)
         # A character of 9 points is at most 0.08 inches wide.
@@ -238,9 +227,7 @@ def dot_plot(
     return _inline(out.getvalue(), title)
 
 
-def band_plot(
-    steps: Sequence[float], seeds: np.ndarray, *, title: str, percent: bool = False
-) -> str:
+def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: bool = False) -> str:
     """An `<svg>` element: the mean of several runs over steps, in a band from lowest to highest.
 
     Args:
@@ -249,33 +236,47 @@ def band_plot(
       title: read out by screen readers; the page shows its own heading.
       percent: values are shares, shown as per cent.
     """
-    many = len(steps) >= _SMOOTH_FROM
-    lines = np.array([smooth(line) for line in seeds]) if many else np.asarray(seeds)
+    smoothed = len(steps) >= _SMOOTH_FROM
+    lines = np.array([smooth(line) for line in seeds]) if smoothed else np.asarray(seeds)
     with _figure(title, _SIZE) as (figure, axes, out):
         low, high = lines.min(axis=0), lines.max(axis=0)
         axes.fill_between(steps, low, high, color=_SERIES[0], alpha=0.22, linewidth=0)
-        axes.plot(
-            steps,
-            lines.mean(axis=0),
-            color=_SERIES[0],
-            linewidth=1.9,
-            solid_capstyle="round",
-            marker="o" if len(steps) < 12 else "",
-            markersize=3.5,
-        )
+        _line(axes, steps, lines.mean(axis=0), _SERIES[0])
         if percent and low.min() >= 0 and high.max() > 0.5:
             axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(_round_ticks())
         axes.yaxis.set_major_formatter(_PERCENT if percent else _SHORT)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.set_xlabel("step", color=_INK)
-        axes.grid(axis="y", color=_RULE, linewidth=0.7)
-        figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
+        _frame(figure, axes, "step")
     return _inline(out.getvalue(), title)
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%")
 _SHORT = FuncFormatter(lambda value, _: short(value))
+
+
+def _round_ticks() -> MaxNLocator:
+    return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+
+
+def _line(axes: Axes, steps: Sequence[float], values: Sequence[float] | Floats, color: str) -> None:
+    """A strong line; where it has few points, with a dot at each."""
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        linewidth=1.9,
+        solid_capstyle="round",
+        marker="o" if len(values) < 12 else "",
+        markersize=3.5,
+    )
+
+
+def _frame(figure: Figure, axes: Axes, x_label: str) -> None:
+    """The same frame for all curves, so that their axes are aligned in the page's grid."""
+    axes.set_xlabel(x_label, color=_INK)
+    axes.grid(axis="y", color=_RULE, linewidth=0.7)
+    figure.subplots_adjust(left=0.15, right=0.965, top=0.955, bottom=0.22)
 
 
 def _arms(marker: Marker) -> list[list[float]]:
@@ -285,7 +286,7 @@ def _arms(marker: Marker) -> list[list[float]]:
 
 @contextmanager
 def _figure(title: str, size: tuple[float, float]) -> Iterator[tuple[Figure, Axes, io.StringIO]]:
-    """Axes in the page's style; at the end the figure is in the third value, as an SVG file."""
+    """Axes in the page's style; when the block ends, the third value holds the SVG file."""
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
     ):
@@ -316,13 +317,13 @@ def short(value: float) -> str:
 
 
 def _inline(svg: str, title: str) -> str:
-    """Strips what a stand-alone file needs, and hands the colours to the page."""
+    """The `<svg>` element without what a separate file needs; colours become CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # The paper-white rectangles behind figure and axes.
     svg = re.sub(r'<g id="patch_[12]">.*?</g>\s*', "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)
-    # Several plots share one page: their ids must not meet, and only clip paths are referred to.
+    # Ids must be unique on a page of several plots; only those of clip paths are referred to.
     svg = re.sub(
         r' id="(?:figure|axes|patch|line2d|FillBetween|matplotlib|xtick|ytick|text)[^"]*"', "", svg
     )

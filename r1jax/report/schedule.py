@@ -1,8 +1,8 @@
-"""The run's stages as a graph, each with what it cost and what came of it.
+"""The run's stages as a graph, each with its cost and its result.
 
 Drawn like a version history: one row per model and stage in their order, edges as lines in a gutter
 at the left. Rows are text that wraps, so that the same page serves a phone; lines are boxes with
-borders, which stretch with their rows as an image could not.
+borders, which grow with their rows as an image could not.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
 from r1jax.config.lineage import Edge
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import short
-from r1jax.report.wording import KINDS, Figure, duration, figure
+from r1jax.report.wording import Figure, duration, figure
 from r1jax.settings.model import MODEL
 
 _PHASES = ("rollout", "score_wait", "update", "compile", "checkpoint")
 _BARS = 6  # phases with a colour of their own in the bars; the others share one
 _COLOURS = 4  # of the page's series, for the lines that bend; the fifth is a grey
 
-# Pixels: between lanes, of the first port and between ports, and of a node's mark.
+# Pixels: between lanes, of the first port (where a line meets a mark), between ports, of a mark.
 LANE, _PORT, _PITCH, _MARK = 13, 17, 8, 10
 
 
@@ -46,8 +45,8 @@ class Rail:
 def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
     """Lines for all edges between the rows `order`, such that no two share a lane of a row.
 
-    An edge to the next row is a straight line between the two marks. The others of a source share
-    a line for each thing that it gives.
+    An edge to the next row is a straight line between the two marks. A source's other edges share
+    one line for weights, one for data, and so on.
     """
     row = {name: i for i, name in enumerate(order)}
     wanted: dict[tuple[int, str], list[int]] = {}
@@ -70,7 +69,7 @@ def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a line within one row, in pixels of the row; `height` None: to its end.
+    """The part of a line within one row, in pixels of the row; `height` None: to its end.
 
     Attributes:
       shape: `line` is vertical, `arrives` bends into the mark, `leaves` bends out of it.
@@ -94,7 +93,7 @@ class Drawing:
 
 
 def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
-    """What to draw beside each of `count` rows, and the horizontal place of the marks."""
+    """What to draw beside each of `count` rows, and the marks' distance from the left (pixels)."""
     lanes = max((rail.lane for rail in lines), default=0)
     centre = lanes * LANE + _MARK // 2
     bent = sorted({rail.source for rail in lines if rail.lane})
@@ -129,16 +128,22 @@ def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
 
 @dataclass
 class Node:
-    """A row of the graph: a model or a stage, and the evaluations of its weights."""
+    """A row of the graph: a model or a stage, and the evaluations of its weights.
+
+    Attributes:
+      kind: `model`, or the title of the stage's kind.
+      origins: (what, from where) it is given.
+      widths: of the phases, in per cent of the bar.
+    """
 
     name: str
     kind: str
     facts: list[str]
-    origins: list[tuple[str, str]] = field(default_factory=list)  # what, from where
+    origins: list[tuple[str, str]] = field(default_factory=list)
     status: str = "done"
     cost: str = ""
     share: str = ""
-    widths: list[float] = field(default_factory=list)  # of the phases, in per cent of the bar
+    widths: list[float] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
     drawing: Drawing = field(default_factory=lambda: Drawing([], _MARK))
 
@@ -154,31 +159,68 @@ class Evaluated:
     status: str
 
 
-def schedule(run: Run) -> dict[str, Any]:
-    """The graph for the template, with a table of seconds by stage and phase."""
+@dataclass(frozen=True)
+class CostRow:
+    """A stage in the table of seconds; `cells` are of the phases."""
+
+    stage: str
+    status: str
+    total: str
+    cells: list[str]
+    sampler_speed: str
+    update_speed: str
+    compiled: str
+    memory: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The graph for the template, with a table of seconds by stage and phase.
+
+    Attributes:
+      centre: of the marks, in pixels from the left.
+      gutter: its width, in pixels.
+      gives: what edges stand for, each once.
+      known: whether the edges are.
+      bars: the phases in the bars, each once.
+    """
+
+    nodes: list[Node]
+    centre: int
+    gutter: int
+    gives: list[str]
+    known: bool
+    bars: list[str]
+    phases: list[str]
+    table: list[CostRow]
+    total: str
+
+
+def schedule(run: Run) -> Schedule:
+    """The graph of a run, and its table of seconds."""
     nodes = _nodes(run)
-    order = list(nodes)
-    lines = rails(order, run.edges)
-    drawings, centre = draw(len(order), lines)
+    lines = rails(list(nodes), run.edges)
+    drawings, centre = draw(len(nodes), lines)
     for node, drawing in zip(nodes.values(), drawings, strict=True):
         node.drawing = drawing
-    return {
-        "nodes": list(nodes.values()),
-        "centre": centre,
-        "gutter": centre + _MARK // 2 + 12,
-        "gives": list(dict.fromkeys(rail.gives for rail in lines)),
-        "known": bool(run.edges),
-        "bars": [name.replace("_", " ") for name in _bars(run)],
-        "phases": [phase.replace("_", " ") for phase in _phases(run.stages)],
-        "table": [_table_row(stage, _phases(run.stages)) for stage in run.stages],
-        "total": duration(sum(stage.spent for stage in run.stages)),
-    }
+    phases = _phases(run.stages)
+    return Schedule(
+        nodes=list(nodes.values()),
+        centre=centre,
+        gutter=centre + _MARK // 2 + 12,
+        gives=list(dict.fromkeys(rail.gives for rail in lines)),
+        known=bool(run.edges),
+        bars=[name.replace("_", " ") for name in _bars(run)],
+        phases=[phase.replace("_", " ") for phase in phases],
+        table=[_cost_row(stage, phases) for stage in run.stages],
+        total=duration(sum(stage.total_seconds for stage in run.stages)),
+    )
 
 
 def _nodes(run: Run) -> dict[str, Node]:
     """Rows in order: stages as in the config, each model before the first stage that uses it."""
-    total = sum(stage.spent for stage in run.stages)
-    longest = max((s.spent for s in run.stages if not _is_line(run, s)), default=0.0)
+    total = sum(stage.total_seconds for stage in run.stages)
+    longest = max((s.total_seconds for s in run.stages if not _is_line(run, s)), default=0.0)
     bars = _bars(run)
     stages = {stage.name: stage for stage in run.stages}
     nodes: dict[str, Node] = {}
@@ -187,27 +229,21 @@ def _nodes(run: Run) -> dict[str, Node]:
             nodes[name] = Node(name, "model", _model_facts(run, name))
             continue
         stage = stages[name]
-        weights = run.weights_of(stage.name)
-        cost = duration(stage.spent) if stage.seconds else ""
+        weights = run.weights_of(name)
+        cost = duration(stage.total_seconds) if stage.seconds else ""
         if weights is not None and _is_line(run, stage):
-            nodes[weights].evaluations.append(
-                Evaluated(
-                    stage.name,
-                    str(stage.config.get("data", "")),
-                    figure((stage.summary or {}).get("pass_at_1"), percent=True),
-                    cost,
-                    stage.status,
-                )
-            )
+            share = figure((stage.summary or {}).get("pass_at_1"), percent=True)
+            evaluated = Evaluated(name, stage.data, share, cost, stage.status)
+            nodes[weights].evaluations.append(evaluated)
             continue
-        nodes[stage.name] = Node(
-            stage.name,
-            KINDS.get(stage.kind, stage.kind),
+        nodes[name] = Node(
+            name,
+            stage.description.title,
             _facts(stage),
-            [(edge.gives, edge.source) for edge in run.edges if edge.target == stage.name],
+            [(edge.gives, edge.source) for edge in run.edges if edge.target == name],
             stage.status,
             cost,
-            f"{100 * stage.spent / total:.0f} %" if stage.seconds and total else "",
+            f"{100 * stage.total_seconds / total:.0f} %" if stage.seconds and total else "",
             [
                 100 * sum(stage.seconds.get(phase, 0.0) for phase in phases) / longest
                 for phases in bars.values()
@@ -228,7 +264,7 @@ def _model_facts(run: Run, name: str) -> list[str]:
 
 
 def _facts(stage: StageRecord) -> list[str]:
-    """How long the stage is, and for rejection sampling what is left."""
+    """How long the stage is, and of a dataset how many samples were kept."""
     facts = []
     for unit in ("steps", "epochs"):
         amount = stage.config.get(unit)
@@ -242,7 +278,7 @@ def _facts(stage: StageRecord) -> list[str]:
 
 def _is_line(run: Run, stage: StageRecord) -> bool:
     """Whether a stage is a line of another's row: an evaluation of weights that are known."""
-    return stage.kind == "evaluate" and run.weights_of(stage.name) is not None
+    return stage.is_evaluation and run.weights_of(stage.name) is not None
 
 
 def _phases(stages: Sequence[StageRecord]) -> list[str]:
@@ -254,38 +290,38 @@ def _phases(stages: Sequence[StageRecord]) -> list[str]:
 
 
 def _bars(run: Run) -> dict[str, list[str]]:
-    """Name of a part of the bars -> its phases: the longest ones, in order, and the rest."""
+    """Name of a part of the bars -> its phases: the longest ones in order, then the rest as one."""
     stages = [stage for stage in run.stages if not _is_line(run, stage)]
     phases = _phases(stages)
     spent = {phase: sum(s.seconds.get(phase, 0.0) for s in stages) for phase in phases}
     # Where only one is left over, it needs no other name.
     several = len(phases) > _BARS + 1
-    own = sorted(phases, key=lambda phase: -spent[phase])[:_BARS] if several else phases
-    bars = {phase: [phase] for phase in phases if phase in own}
-    rest = [phase for phase in phases if phase not in own]
+    longest = sorted(phases, key=lambda phase: -spent[phase])[:_BARS] if several else phases
+    bars = {phase: [phase] for phase in phases if phase in longest}
+    rest = [phase for phase in phases if phase not in longest]
     return bars | ({"other": rest} if rest else {})
 
 
-def _table_row(stage: StageRecord, phases: Sequence[str]) -> dict[str, Any]:
+def _cost_row(stage: StageRecord, phases: Sequence[str]) -> CostRow:
     timings = stage.columns("timings.jsonl")
 
     def middle(name: str) -> str:
         return short(median(timings[name][1])) if name in timings else "–"
 
-    return {
-        "stage": stage.name,
-        "status": stage.status,
-        "total": duration(stage.spent) if stage.seconds else "–",
-        "cells": [duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
-        "sampler_speed": middle("tokens_per_second/rollout"),
-        "update_speed": middle("tokens_per_second/update"),
-        "compiled": _compiled(stage.machine),
-        "memory": _memory(stage.machine),
-    }
+    return CostRow(
+        stage=stage.name,
+        status=stage.status,
+        total=duration(stage.total_seconds) if stage.seconds else "–",
+        cells=[duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
+        sampler_speed=middle("tokens_per_second/rollout"),
+        update_speed=middle("tokens_per_second/update"),
+        compiled=_compiled(stage.machine),
+        memory=_memory(stage.machine),
+    )
 
 
 def _compiled(machine: Mapping[str, float]) -> str:
-    """Programs, how long that took, and how many of them the cache had, where there is one."""
+    """Programs, seconds of compilation, and hits of the compilation cache, where there is one."""
     if "compile_count" not in machine:
         return "–"
     hits, misses = machine.get("cache_hits", 0), machine.get("cache_misses", 0)
@@ -294,9 +330,9 @@ def _compiled(machine: Mapping[str, float]) -> str:
 
 
 def _memory(machine: Mapping[str, float]) -> str:
-    """The peak of the fullest device, and what it has, where that is known."""
+    """The peak of the fullest device, and that device's memory where it is known."""
     if "memory_peak_bytes" not in machine:
         return "–"
     limit = machine.get("memory_limit_bytes")
-    whole = f" of {limit / 2**30:.3g}" if limit else ""
-    return f"{machine['memory_peak_bytes'] / 2**30:.3g}{whole} GiB"
+    of_limit = f" of {limit / 2**30:.3g}" if limit else ""
+    return f"{machine['memory_peak_bytes'] / 2**30:.3g}{of_limit} GiB"

@@ -11,11 +11,11 @@ from r1jax.config.load import ConfigError
 from r1jax.evaluation.results import before_and_after
 from r1jax.evaluation.run_directory import Run
 from r1jax.evaluation.seeds import (
-    bundles,
     mean_over_seeds,
     mean_run,
     read_seeds,
     results_over_seeds,
+    seed_curves,
     seed_of,
 )
 from r1jax.files import write_json, write_text
@@ -24,7 +24,7 @@ from r1jax.report.page import headline, template
 from r1jax.report.plots import Dots, Marker, band_plot, dot_plot
 from r1jax.report.stage_table import checkpoints, measures, stage_by_stage, tables
 from r1jax.report.tables import Heading, Plot, Table, markdown, plain
-from r1jax.report.wording import KINDS, Figure, duration, flat, paragraphs
+from r1jax.report.wording import Figure, duration, flat, paragraphs
 
 _CURVES = {"pass_at_1": "pass@1", "mean_length": "tokens per completion"}
 
@@ -34,11 +34,11 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
 
     Args:
       run_dirs: finished runs of one config, each of another seed.
-      out: a directory of their own; made if it does not exist.
+      out: a directory that is not of a run; made if it does not exist.
 
     Raises:
-      ConfigError: `out` is a run's directory, whose own files would be lost; or the runs do not
-        go together, as in `read_seeds`.
+      ConfigError: `out` is a run's directory, whose files would be lost; or the runs are not of
+        one config, as in `read_seeds`.
     """
     directory = Path(out)
     if (directory / "config.yaml").exists():
@@ -61,11 +61,11 @@ def render(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
     rows = checkpoints(mean)
     return template("seeds.html.j2").render(
-        title=mean.config.get("title") or mean.config.get("name"),
+        title=mean.title,
         name=mean.config.get("name"),
         seeds=_seeds(runs),
         several=several,
-        total=duration(sum(stage.spent for run in runs for stage in run.stages)),
+        total=duration(sum(stage.total_seconds for run in runs for stage in run.stages)),
         headline=headline(mean, *before_and_after(mean)),
         interval="95 % interval over seeds" if several else "95 % interval over problems",
         meaning=_meaning(runs),
@@ -94,8 +94,7 @@ def render_markdown(runs: Sequence[Run]) -> str:
     mean = mean_run(runs)
     rows = checkpoints(mean)
     several = len(runs) > 1
-    title = str(mean.config.get("title") or mean.config.get("name"))
-    parts = [f"# {plain(title)}\n", f"{plain(_seeds(runs).capitalize())}. {_meaning(runs)}\n"]
+    parts = [f"# {plain(mean.title)}\n", f"{plain(_seeds(runs).capitalize())}. {_meaning(runs)}\n"]
     for table in tables(measures(rows), rows):
         parts += [f"## {table.title} ({table.lead})\n", markdown(table)]
     for compared in comparisons(mean, runs if several else ()):
@@ -123,11 +122,10 @@ def _meaning(runs: Sequence[Run]) -> str:
 
 
 def _each_seed(runs: Sequence[Run]) -> list[Table]:
-    """The stage tables with a row for each seed, whose intervals are its own."""
+    """The stage tables with a row for each seed, with intervals over problems."""
     columns = measures(checkpoints(mean_run(runs)))
-    seeds = [(run, tables(columns, checkpoints(run))) for run in runs]
-    found = []
-    for each in zip(*(own for _, own in seeds), strict=True):
+    made = []
+    for each in zip(*(tables(columns, checkpoints(run)) for run in runs), strict=True):
         lines = zip(*(table.rows for table in each), strict=True)
         rows = [
             (Heading(heading.label, f"seed {seed_of(run)}"), cells)
@@ -136,22 +134,22 @@ def _each_seed(runs: Sequence[Run]) -> list[Table]:
         ]
         title = f"Each seed: {each[0].title.lower()}"
         lead = "95 % intervals over problems"
-        found.append(Table(title, lead, each[0].columns, rows, folded=True))
-    return found
+        made.append(Table(title, lead, each[0].columns, rows, folded=True))
+    return made
 
 
 def _wall(runs: Sequence[Run]) -> list[tuple[Heading, list[float]]]:
     """Seconds of each seed: by stage, of all evaluations together, and in all."""
     rows = []
     for stages in zip(*(run.stages for run in runs), strict=True):
-        if stages[0].kind != "evaluate":
-            kind = KINDS.get(stages[0].kind, stages[0].kind)
-            rows.append((Heading(stages[0].name, kind), [stage.spent for stage in stages]))
-    asked = [[s.spent for s in run.stages if s.kind == "evaluate"] for run in runs]
-    if asked[0]:
-        count = f"{len(asked[0])} in all" if len(asked[0]) > 1 else ""
-        rows.append((Heading("evaluation", count), [sum(each) for each in asked]))
-    totals = [sum(stage.spent for stage in run.stages) for run in runs]
+        if not stages[0].is_evaluation:
+            heading = Heading(stages[0].name, stages[0].description.title)
+            rows.append((heading, [stage.total_seconds for stage in stages]))
+    evaluations = [[stage.total_seconds for stage in run.evaluations()] for run in runs]
+    if evaluations[0]:
+        count = f"{len(evaluations[0])} in all" if len(evaluations[0]) > 1 else ""
+        rows.append((Heading("evaluation", count), [sum(each) for each in evaluations]))
+    totals = [sum(stage.total_seconds for stage in run.stages) for run in runs]
     return [*rows, (Heading("total", ""), totals)]
 
 
@@ -168,11 +166,11 @@ def _wall_table(runs: Sequence[Run]) -> Table:
 
 
 def _wall_by_seed(runs: Sequence[Run]) -> Table:
-    """Each seed's own, with every evaluation."""
+    """Of each seed, with every evaluation."""
     rows = [
         (
-            Heading(stages[0].name, KINDS.get(stages[0].kind, stages[0].kind)),
-            [Figure(duration(stage.spent)) for stage in stages],
+            Heading(stages[0].name, stages[0].description.title),
+            [Figure(duration(stage.total_seconds)) for stage in stages],
         )
         for stages in zip(*(run.stages for run in runs), strict=True)
     ]
@@ -181,7 +179,7 @@ def _wall_by_seed(runs: Sequence[Run]) -> Table:
 
 
 def _wall_plot(runs: Sequence[Run]) -> Plot:
-    rows = _wall(runs)[:-1]  # beside the total, no stage is seen
+    rows = _wall(runs)[:-1]  # beside the total, no stage would be visible
     means, seeds = [], []
     for i, (_, seconds) in enumerate(rows):
         mean = mean_over_seeds(seconds, is_share=False).value
@@ -194,14 +192,14 @@ def _wall_plot(runs: Sequence[Run]) -> Plot:
 
 def _curves(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
     """Stage -> plots."""
-    found: dict[str, list[Plot]] = {}
-    for each in bundles(runs):
+    curves: dict[str, list[Plot]] = {}
+    for each in seed_curves(runs):
         label = _CURVES.get(each.measure, each.measure.replace("_at_", "@"))
         title = f"{label}, {'held-out' if each.held_out else 'training answers'}"
         percent = each.measure != "mean_length"
         svg = band_plot(each.steps, each.values, title=f"{title} ({each.stage})", percent=percent)
-        found.setdefault(each.stage, []).append(Plot(title, Markup(svg), []))
-    return list(found.items())
+        curves.setdefault(each.stage, []).append(Plot(title, Markup(svg), []))
+    return list(curves.items())
 
 
 def _same_hardware(runs: Sequence[Run]) -> bool:

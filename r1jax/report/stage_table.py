@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from markupsafe import Markup
 
+from r1jax.evaluation.metrics import JsonEstimate, Summary
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import Dots, Marker, dot_plot
 from r1jax.report.tables import Heading, Plot, Table
-from r1jax.report.wording import KINDS, Figure, figure, value_of, votes
-
-Summary = Mapping[str, Any]
+from r1jax.report.wording import Figure, figure, value_of, votes
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,21 @@ class Measure:
     note: str
     part: bool = False
 
-    def of(self, checkpoint: Checkpoint) -> Summary | None:
-        """`{"value", "low", "high"}`, where it was measured."""
+    def estimate(self, checkpoint: Checkpoint) -> JsonEstimate | None:
+        """The figure, where it was measured."""
         summary = checkpoint.summaries.get(self.benchmark) or {}
-        found = (summary.get("parts") or {}) if self.part else summary
-        return found.get(self.name)
+        figures = (summary.get("parts") or {}) if self.part else summary
+        return figures.get(self.name)
 
     @property
     def percent(self) -> bool:
         """Whether it is a share of right answers."""
         return self.name.startswith(("pass_at_", "cons_at_")) and not self.part
 
-    def said(self, checkpoint: Checkpoint) -> Figure:
-        """In words, with its interval."""
-        return figure(self.of(checkpoint), percent=self.percent, digits=2 if self.part else 1)
+    def cell(self, checkpoint: Checkpoint) -> Figure:
+        """The figure as text, with its interval."""
+        digits = 2 if self.part else 1
+        return figure(self.estimate(checkpoint), percent=self.percent, digits=digits)
 
 
 @dataclass(frozen=True)
@@ -89,25 +88,31 @@ class Measures:
     rest: list[Measure]
 
 
+@dataclass(frozen=True)
+class StageTables:
+    """The tables of some checkpoints, and their plots."""
+
+    tables: list[Table]
+    plots: list[Plot]
+
+
 def checkpoints(run: Run) -> list[Checkpoint]:
     """Everything that the run evaluates, in the order of models and stages.
 
     Evaluations belong together when they are of the same weights; where it is not known what they
     are of, each stands for itself.
     """
-    kinds = {stage.name: KINDS.get(stage.kind, stage.kind) for stage in run.stages}
-    found: dict[str, dict[Benchmark, Summary]] = {}
-    for stage in run.stages:
-        if stage.kind != "evaluate":
-            continue
-        summaries = found.setdefault(run.weights_of(stage.name) or stage.name, {})
-        data = run.benchmark(stage.config["data"])
+    titles = {stage.name: stage.description.title for stage in run.stages}
+    evaluated: dict[str, dict[Benchmark, Summary]] = {}
+    for stage in run.evaluations():
+        summaries = evaluated.setdefault(run.weights_of(stage.name) or stage.name, {})
+        data = run.benchmark(stage.data)
         turn = sum(each.data == data and each.domain is None for each in summaries)
         summaries |= by_benchmark(data, turn, stage.summary or {})
     return [
-        Checkpoint(name, kinds.get(name, "model"), found[name])
+        Checkpoint(name, titles.get(name, "model"), evaluated[name])
         for name in run.order()
-        if name in found
+        if name in evaluated
     ]
 
 
@@ -118,30 +123,30 @@ def by_benchmark(data: str, turn: int, summary: Summary) -> dict[Benchmark, Summ
     return {Benchmark(data, turn): summary, **parts}
 
 
-def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> dict[str, Any] | None:
+def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> StageTables | None:
     """The tables of right answers, of votes and of rewards, and their plots.
 
-    None where `compared`, the evaluations before and after, are all that there are, of one domain.
+    None where `compared`, the evaluations before and after, are the only ones, and of one domain.
     """
     rows = checkpoints(run)
-    others = [s for s in run.stages if s.kind == "evaluate" and s not in compared]
+    others = [stage for stage in run.evaluations() if stage not in compared]
     return stage_by_stage(rows) if others or len(_benchmarks(rows)) > 1 else None
 
 
 def stage_by_stage(
     rows: Sequence[Checkpoint], seeds: Sequence[Sequence[Checkpoint]] = ()
-) -> dict[str, Any]:
+) -> StageTables:
     """The tables of some checkpoints, and their plots.
 
     Args:
       seeds: the same checkpoints in each of several runs, where `rows` are means over them.
     """
     columns = measures(rows)
-    return {"tables": tables(columns, rows), "plots": plots(columns, rows, seeds)}
+    return StageTables(tables(columns, rows), plots(columns, rows, seeds))
 
 
 def measures(rows: Sequence[Checkpoint]) -> Measures:
-    """What there is to say of some checkpoints."""
+    """The columns of some checkpoints."""
     benchmarks = _benchmarks(rows)
     several = len({(each.data, each.turn) for each in benchmarks}) > 1
     right, vote, rest = [], [], []
@@ -156,20 +161,15 @@ def measures(rows: Sequence[Checkpoint]) -> Measures:
             vote.append(Measure(benchmark, f"cons_at_{k}", benchmark.label, note))
         if benchmark == whole:
             note = whole.label if several else ""
-            found = [row.summaries.get(whole) or {} for row in rows]
-            rest += [
-                *(
-                    Measure(whole, n, n.replace("_", " "), note, True)
-                    for n in rewards_beyond(found)
-                ),
-                Measure(whole, "mean_length", "tokens per completion", note),
-            ]
+            rewards = rewards_beyond([row.summaries.get(whole) or {} for row in rows])
+            rest += [Measure(whole, n, n.replace("_", " "), note, part=True) for n in rewards]
+            rest.append(Measure(whole, "mean_length", "tokens per completion", note))
     return Measures(right, vote, rest)
 
 
 def tables(columns: Measures, rows: Sequence[Checkpoint]) -> list[Table]:
     """Right answers, the rest, and votes, as far as there are any."""
-    found = [
+    parts = [
         ("Right at the first try", "pass@1", columns.right, False),
         ("Rewards and length", "means over problems", columns.rest, False),
         ("Right by a vote", "cons@k", columns.vote, True),
@@ -179,10 +179,10 @@ def tables(columns: Measures, rows: Sequence[Checkpoint]) -> list[Table]:
             title,
             lead,
             [Heading(each.label, each.note) for each in chosen],
-            [(Heading(row.name, row.kind), [m.said(row) for m in chosen]) for row in rows],
+            [(Heading(row.name, row.kind), [m.cell(row) for m in chosen]) for row in rows],
             folded,
         )
-        for title, lead, chosen, folded in found
+        for title, lead, chosen, folded in parts
         if chosen
     ]
 
@@ -193,24 +193,24 @@ def plots(
     seeds: Sequence[Sequence[Checkpoint]] = (),
 ) -> list[Plot]:
     """One for each benchmark, of first try and vote, and one for each other figure."""
-    found = []
+    drawn = []
     for right in columns.right:
         series = [("first try (pass@1)", right)]
         for vote in columns.vote:
             if vote.benchmark == right.benchmark:
                 k = vote.name.rsplit("_", 1)[1]
                 series.append((f"vote of {k} (cons@{k})", vote))
-        found.append(_plot(right, series, rows, seeds))
-    found += [_plot(each, [("mean", each)], rows, seeds) for each in columns.rest]
-    return [plot for plot in found if plot is not None]
+        drawn.append(_plot(right, series, rows, seeds))
+    drawn += [_plot(each, [("mean", each)], rows, seeds) for each in columns.rest]
+    return [plot for plot in drawn if plot is not None]
 
 
 def _benchmarks(rows: Sequence[Checkpoint]) -> list[Benchmark]:
-    """Datasets as they are first met, each before its domains."""
-    found = dict.fromkeys(each for row in rows for each in row.summaries)
-    datasets = list(dict.fromkeys((each.data, each.turn) for each in found))
+    """Datasets in the order of their first evaluations, each before its domains."""
+    every = dict.fromkeys(each for row in rows for each in row.summaries)
+    datasets = list(dict.fromkeys((each.data, each.turn) for each in every))
     return sorted(
-        found, key=lambda each: (datasets.index((each.data, each.turn)), each.domain is not None)
+        every, key=lambda each: (datasets.index((each.data, each.turn)), each.domain is not None)
     )
 
 
@@ -234,7 +234,7 @@ def _plot(
     """One point with its interval for each checkpoint and series; None where nothing is known."""
 
     def markers(measure: Measure, rows: Sequence[Checkpoint]) -> list[Marker]:
-        return [m for i, row in enumerate(rows) if (m := Marker.of(i, measure.of(row)))]
+        return [m for i, row in enumerate(rows) if (m := Marker.of(i, measure.estimate(row)))]
 
     dots = [
         Dots(name, markers(measure, rows), [m for seed in seeds for m in markers(measure, seed)])

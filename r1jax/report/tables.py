@@ -24,7 +24,7 @@ class Table:
     """Rows of figures.
 
     Attributes:
-      folded: the page shows it on demand.
+      folded: hidden until the reader opens it.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A finished plot with the names of its colours, where it has several."""
+    """A finished plot, with the names of its colours where it has more than one."""
 
     title: str
     svg: Markup
@@ -44,12 +44,12 @@ class Plot:
 
 
 def markdown(table: Table) -> str:
-    """The table as GitHub shows it; intervals in brackets, small print after a comma."""
+    """The table in GitHub's Markdown; intervals in brackets, small print after a comma."""
 
     def line(cells: list[str]) -> str:
         return f"| {' | '.join(cells)} |\n"
 
-    def said(figure: Figure) -> str:
+    def text(figure: Figure) -> str:
         return f"{figure.value} ({figure.interval})" if figure.interval else figure.value
 
     columns = [f"{each.label}, {each.note}" if each.note else each.label for each in table.columns]
@@ -57,7 +57,7 @@ def markdown(table: Table) -> str:
         line(["", *map(plain, columns)])
         + line(["---", *["---:"] * len(columns)])
         + "".join(
-            line([plain(row.label), *(plain(said(cell)) for cell in cells)])
+            line([plain(row.label), *(plain(text(cell)) for cell in cells)])
             for row, cells in table.rows
         )
     )

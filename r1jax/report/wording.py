@@ -1,27 +1,19 @@
-"""How the report says figures, times, stages and long texts."""
+"""How the report prints figures, durations and long texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from r1jax.evaluation.metrics import JsonEstimate, Summary
 
 _SHOWN_CHARACTERS = 3000
-
-KINDS = {
-    "pretrain": "pretraining",
-    "sft": "supervised fine-tuning",
-    "grpo": "reinforcement learning",
-    "rejection_sampling": "rejection sampling",
-    "reward_model": "reward model",
-    "evaluate": "evaluation",
-}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and its interval, in words."""
+    """A figure and its interval, as text."""
 
     value: str
     interval: str = ""
@@ -30,36 +22,33 @@ class Figure:
 UNKNOWN = Figure("–")
 
 
-def figure(estimate: Mapping[str, Any] | None, *, percent: bool = False, digits: int = 1) -> Figure:
-    """`{"value", "low", "high"}` of a summary in words; a dash where there is none."""
-    if not estimate or estimate.get("value") is None:
+def figure(estimate: JsonEstimate | None, *, percent: bool = False, digits: int = 1) -> Figure:
+    """A summary's figure as text; a dash where there is none."""
+
+    def text(number: float) -> str:
+        return f"{(100 if percent else 1) * number:.{digits}f}".replace("-", "−")
+
+    value, low, high = ((estimate or {}).get(name) for name in ("value", "low", "high"))
+    if value is None:
         return UNKNOWN
-    scale = 100.0 if percent else 1.0
-    value = _number(scale * estimate["value"], digits) + (" %" if percent else "")
-    if estimate.get("low") is None or estimate.get("high") is None:
-        return Figure(value, "interval unknown")
-    low, high = (_number(scale * estimate[end], digits) for end in ("low", "high"))
-    return Figure(value, f"{low} – {high}")
+    interval = "interval unknown" if low is None or high is None else f"{text(low)} – {text(high)}"
+    return Figure(text(value) + (" %" if percent else ""), interval)
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def value_of(figures: Mapping[str, Any], name: str) -> float | None:
+def value_of(figures: Summary, name: str) -> float | None:
     """The value of a summary's figure, where there is one."""
     value = (figures.get(name) or {}).get("value")
     return None if value is None else float(value)
 
 
-def votes(figures: Mapping[str, Any]) -> int:
+def votes(figures: Summary) -> int:
     """The largest k of a summary's cons@k; 1 where there is none."""
     sizes = [int(name.rsplit("_", 1)[1]) for name in figures if name.startswith("cons_at_")]
     return max(sizes, default=1)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 41 s, 6 min 12 s, 3 h 05 min."""
+    """Seconds as text: 41 s, 6 min 12 s, 3 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = math.floor(seconds + 0.5)
@@ -81,11 +70,11 @@ def shortened(text: str) -> str:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Parts of a text that blank lines keep apart."""
+    """The parts of a text between blank lines."""
     return [part for part in text.split("\n\n") if part.strip()]
 
 
-def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as rows of dotted name and text."""
     if not isinstance(value, Mapping):
         return [] if value is None else [(prefix or "value", str(value))]

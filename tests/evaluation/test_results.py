@@ -145,7 +145,7 @@ def test_a_line_being_written_is_not_an_error_and_a_broken_one_is(tmp_path: Path
     steps, _ = read_run(run_dir).stages[2].columns("metrics.jsonl")["reward/mean"]
     assert steps == list(range(20))
     metrics.write_text(whole + '{"step": 20, "rew\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:21: not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:21: not a JSON line"):
         read_run(run_dir).stages[2].columns("metrics.jsonl")
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from r1jax.config.lineage import Edge
 from r1jax.evaluation import read_run
 from r1jax.report import write_report
-from r1jax.report.completions import Answer, Problem, choose
+from r1jax.report.completions import Answer, Problem, choose_problems
 from r1jax.report.plots import (
     SERIES,
     Curve,
@@ -243,8 +243,8 @@ def test_bars_name_the_longest_phases_and_add_up(tmp_path: Path) -> None:
     (run_dir / "run.json").write_text(json.dumps(info))
     found = schedule(read_run(run_dir))
     # phase 0 has 23.5 seconds in all, phases 4 to 8 have 5 to 9, and the rest are 1 to 3.
-    assert found["bars"] == [*(f"phase {i}" for i in (0, 4, 5, 6, 7, 8)), "other"]
-    nodes = {node.name: node for node in found["nodes"]}
+    assert found.bars == [*(f"phase {i}" for i in (0, 4, 5, 6, 7, 8)), "other"]
+    nodes = {node.name: node for node in found.nodes}
     assert nodes["r1-zero"].widths == pytest.approx([100 * s / 45 for s in (1, 5, 6, 7, 8, 9, 9)])
     assert nodes["base"].widths == pytest.approx([50, 0, 0, 0, 0, 0, 0])
     assert (nodes["r1-zero"].share, nodes["base"].share) == ("67 %", "33 %")
@@ -255,10 +255,7 @@ def test_the_table_of_seconds_says_compilations_and_memory(tmp_path: Path) -> No
     info = json.loads((run_dir / "run.json").read_text())
     del info["stages"]["base"]["machine"]  # of an older run
     (run_dir / "run.json").write_text(json.dumps(info))
-    shown = {
-        row["stage"]: (row["compiled"], row["memory"])
-        for row in schedule(read_run(run_dir))["table"]
-    }
+    shown = {row.stage: (row.compiled, row.memory) for row in schedule(read_run(run_dir)).table}
     assert shown["base"] == ("–", "–")
     assert shown["base-eval"] == ("31 in 12 s", "3 GiB")
     assert shown["r1-zero"] == ("31 in 12 s, 8 cached", "3 of 16 GiB")
@@ -383,10 +380,10 @@ def test_which_problems_are_shown() -> None:
         }
 
     old, new = problems("rwwwrwwr"), problems("rrwrwrrw")
-    assert choose(old, new, set(range(8)), 6) == [1, 3, 5, 2, 4, 0]
-    assert choose(old, new, {0, 2, 7}, 6) == [2, 7, 0]
-    assert choose(old, new, set(range(8)), 2) == [1, 2]
-    assert choose(old, {}, {0, 2}, 6) == [2, 0]  # the other side is still to come
+    assert choose_problems(old, new, set(range(8)), 6) == [1, 3, 5, 2, 4, 0]
+    assert choose_problems(old, new, {0, 2, 7}, 6) == [2, 7, 0]
+    assert choose_problems(old, new, set(range(8)), 2) == [1, 2]
+    assert choose_problems(old, {}, {0, 2}, 6) == [2, 0]  # the other side is still to come
 
 
 def test_a_reward_that_repeats_pass_at_1_is_left_out() -> None:

@@ -20,7 +20,7 @@ from r1jax.cli import app
 from r1jax.config.load import ConfigError
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation import mean_over_seeds, read_run, read_seeds, summary_over_seeds
-from r1jax.evaluation.seeds import bundles
+from r1jax.evaluation.seeds import seed_curves
 from r1jax.report import write_report, write_seeds_report
 from r1jax.report.comparisons import Cost, comparisons, costs
 from r1jax.report.plots import band_plot
@@ -243,7 +243,7 @@ def test_curves_of_held_out_problems_or_else_of_training(tmp_path: Path) -> None
     held_out = [run / "stages" / "02-r1-zero" / "held_out.jsonl" for run in runs]
     for file in held_out:
         file.unlink()
-    found = bundles(read_seeds(runs))
+    found = seed_curves(read_seeds(runs))
     assert [(each.measure, each.held_out) for each in found] == [
         ("pass_at_1", False),
         ("mean_length", False),
@@ -259,10 +259,10 @@ def test_curves_of_held_out_problems_or_else_of_training(tmp_path: Path) -> None
 
     write_lines(held_out[0], [row(0, 0.25), row(10, 0.5)])
     # One seed alone is not enough.
-    assert not bundles(read_seeds(runs))[0].held_out
+    assert not seed_curves(read_seeds(runs))[0].held_out
     rows = [row(0, 0.75), row(10, 0.25), row(20, 1.0)]
     write_lines(held_out[1], rows)
-    right, vote = bundles(read_seeds(runs))
+    right, vote = seed_curves(read_seeds(runs))
     assert (right.measure, vote.measure) == ("pass_at_1", "cons_at_16") and right.held_out
     assert right.steps == vote.steps == [0, 10]
     np.testing.assert_array_equal(right.values, [[0.25, 0.5], [0.75, 0.25]])
