@@ -232,9 +232,8 @@ def plan(
     ]
     console = _console()
     with console.status("planning") as status:
-        plans = planner.plan_all(
-            cases, stages=only, quick=quick, measure=measure, tell=status.update
-        )
+        options = planner.PlanOptions(only, quick=quick, measure=measure, progress=status.update)
+        plans = planner.plan_all(cases, options)
     planner.print_plans(plans, console)
     if out is not None:
         out.write_text(json.dumps(planner.as_json(config, plans), indent=2) + "\n")
@@ -279,14 +278,13 @@ def plan_all(
             settings = load_config(name, (), slice_name)
             target = planner.tpu_slice(slice_name)
             case = planner.Case(settings, target, settings.mesh)
-            found = planner.plan_case(
-                case,
-                stages=planner.distinct_stages(settings),
+            options = planner.PlanOptions(
+                planner.distinct_stages(settings),
                 quick=True,
                 cache=cache,
-                tell=lambda line, n=name: status.update(f"{n}: {line}"),
+                progress=lambda line, n=name: status.update(f"{n}: {line}"),
             )
-            planned.append((name, found))
+            planned.append((name, planner.plan_case(case, options)))
             if out is not None:
                 out.write_text(planner.as_markdown(planned, waiting), encoding="utf-8")
     if out is None:

@@ -3,6 +3,7 @@
 from r1jax.planner.plan import (
     Case,
     Plan,
+    PlanOptions,
     ProgramPlan,
     StagePlan,
     distinct_stages,
@@ -18,6 +19,7 @@ __all__ = [
     "CHIPS",
     "Case",
     "Plan",
+    "PlanOptions",
     "ProgramPlan",
     "Slice",
     "StagePlan",

@@ -51,10 +51,6 @@ class DoesNotFit(Exception):
         self.needed, self.available = needed, available
 
 
-class NotPlanned(Exception):
-    """A program that cannot be planned, because another one that it needs does not fit."""
-
-
 class Compiler:
     """Compiles for a slice; programs of the same text, such as those of two like stages, only once.
 
@@ -80,6 +76,13 @@ class Compiler:
         if isinstance(found, DoesNotFit):
             raise found
         return found
+
+    def output_specs(self, lowered: Lowered) -> tuple[PartitionSpec, ...] | None:
+        """How the program's results are laid out, array by array; None where it does not fit."""
+        try:
+            return self(lowered).specs
+        except DoesNotFit:
+            return None
 
     def executable(self, lowered: Lowered) -> Compiled:
         """The program itself, compiled again: for devices that are there."""

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
-from r1jax.planner.compiler import Binary, Compiler, DoesNotFit, NotPlanned
-from r1jax.planner.dry_run import longest_prompt
+from r1jax.planner.compiler import Binary, Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.measure import seconds as seconds_of
 from r1jax.planner.topologies import Slice
-from r1jax.programs.programs import Program, bytes_on_device, stage_programs
-from r1jax.recipe import Selection, check_rows
+from r1jax.programs import Planning, Program, stage_programs
+from r1jax.programs.arrays import bytes_by_kind
+from r1jax.programs.program import NotPlanned, longest_prompt
+from r1jax.recipe import check_rows
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.context import decoder_of, make_layouts
+from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
+from r1jax.settings.names import nearest
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
-from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.weights import hugging_face
 
 
@@ -107,73 +108,21 @@ class Plan:
         return not self.refused and all(program.fits is not False for program in programs)
 
 
-def plan(
-    config: RunConfig,
-    target: Slice,
-    mesh: MeshSection,
-    *,
-    stages: Sequence[str] | None = None,
-    quick: bool = False,
-    cache: Path | None = None,
-    measure: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Plan:
-    """Compile everything that a run's stages call for a slice, and add it up.
+@dataclass(frozen=True)
+class PlanOptions:
+    """How to plan.
 
-    Needs no weights, data or tokenizer: lengths are the largest that the config allows.
-
-    Args:
-      mesh: how to arrange the slice's devices.
-      stages: names of those to plan; default: all.
-      quick, cache: see `Compiler`.
-      measure: whether to run what fits, too; the slice's devices must be there.
-      tell: is given a line before each compilation.
-
-    Raises:
-      ValueError: the mesh does not fit the slice, the config or the models, or a model's shape is
-        not to be had.
+    stages: names of those to plan; None: all.
+    quick, cache: see `Compiler`.
+    measure: whether to run what fits, too; the slice's devices must be there.
+    progress: called with a line before each compilation.
     """
-    chosen = [Selection(only=name).stages(config)[0] for name in stages or ()]
-    layout, rollout_layout = make_layouts(mesh, target.devices)
-    check_rows(config, layout, rollout_layout)
-    # Programs count their devices in the mesh's order.
-    target = replace(target, devices=tuple(layout.mesh.devices.flat))
-    decoders = _Decoders(config, layout)
-    compiler = Compiler(target, quick=quick, cache=cache)
-    found = [
-        _plan_stage(stage, config, decoders, rollout_layout, compiler, target, measure, tell)
-        for stage in config.stages
-        if not chosen or stage.name in chosen
-    ]
-    return Plan(
-        target=target.name,
-        mesh=dict(layout.mesh.shape),
-        devices=layout.mesh.size,
-        hbm=target.hbm,
-        stages=tuple(found),
-        sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
-    )
 
-
-def distinct_stages(config: RunConfig) -> list[str]:
-    """The stages that show what a config needs: of evaluations that differ in what they ask, and
-    how often, the one with the longest questions stands for all."""
-    asked = {"name", "benchmark", "data", "rewards", "problems", "samples_per_problem"}
-    longest: dict[str, EvaluateStage] = {}
-    for stage in config.stages:
-        if isinstance(stage, EvaluateStage):
-            samples = stage.samples_per_batch or stage.samples_per_problem
-            judges = [str(each.model) for each in config.rewards_of(stage).values()]
-            key = f"{stage.model_dump(exclude=asked)} {samples} {sorted(set(judges) - {'None'})}"
-            known = longest.get(key)
-            if known is None or longest_prompt(stage, config) > longest_prompt(known, config):
-                longest[key] = stage
-    kept = {stage.name for stage in longest.values()}
-    return [
-        stage.name
-        for stage in config.stages
-        if not isinstance(stage, EvaluateStage) or stage.name in kept
-    ]
+    stages: Sequence[str] | None = None
+    quick: bool = False
+    cache: Path | None = None
+    measure: bool = False
+    progress: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -185,23 +134,74 @@ class Case:
     mesh: MeshSection
 
 
-def plan_case(case: Case, **options: Any) -> Plan:
-    """The plan of a case; one that cannot be says why (`refused`).
+ALL = PlanOptions()
 
-    Args:
-      options: of `plan`.
+
+def plan(case: Case, options: PlanOptions = ALL) -> Plan:
+    """Compile everything that a run's stages call for a slice, and add it up.
+
+    Needs no weights, data or tokenizer: lengths are the largest that the config allows.
+
+    Raises:
+      ValueError: the mesh does not fit the slice, the config or the models, or a model's shape is
+        not to be had.
     """
+    config, mesh = case.config, case.mesh
+    names = [stage.name for stage in config.stages]
+    for name in options.stages or ():
+        if name not in names:
+            hint = nearest(name, names) or f"there are {', '.join(names)}"
+            raise ValueError(f"--only {name}: no such stage; {hint.strip()}")
+    layout, rollout_layout = make_layouts(mesh, case.target.devices)
+    check_rows(config, layout, rollout_layout)
+    # Programs count their devices in the mesh's order.
+    target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
+    compiler = Compiler(target, quick=options.quick, cache=options.cache)
+    planning = Planning(config, _Decoders(config, layout), rollout_layout, compiler.output_specs)
+    planned = [
+        _plan_stage(stage, planning, compiler, target, options)
+        for stage in config.stages
+        if not options.stages or stage.name in options.stages
+    ]
+    return Plan(
+        target=target.name,
+        mesh=dict(layout.mesh.shape),
+        devices=layout.mesh.size,
+        hbm=target.hbm,
+        stages=tuple(planned),
+        sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
+    )
+
+
+def distinct_stages(config: RunConfig) -> list[str]:
+    """The stages that show what a config needs: of those that compile the same programs
+    (`Stage.planning_key`), such as evaluations on several benchmarks, the one with the longest
+    prompts."""
+    kept: dict[str, Stage] = {}
+    for stage in config.stages:
+        models = [str(reward.model) for reward in config.rewards_of(stage).values() if reward.model]
+        key = stage.planning_key(models)
+        if key is None:
+            kept[f"stage {stage.name}"] = stage
+        elif key not in kept or longest_prompt(stage, config) > longest_prompt(kept[key], config):
+            kept[key] = stage
+    names = {stage.name for stage in kept.values()}
+    return [stage.name for stage in config.stages if stage.name in names]
+
+
+def plan_case(case: Case, options: PlanOptions = ALL) -> Plan:
+    """The plan of a case; one that cannot be says why (`refused`)."""
     target = case.target
     try:
-        return plan(case.config, target, case.mesh, **options)
+        return plan(case, options)
     except ValueError as error:
         refused = Plan(target.name, dict(case.mesh.axes), len(target.devices), target.hbm)
         return replace(refused, refused=str(error))
 
 
-def plan_all(cases: Sequence[Case], **options: Any) -> list[Plan]:
+def plan_all(cases: Sequence[Case], options: PlanOptions = ALL) -> list[Plan]:
     """Each case, or why it cannot be planned. Raises ValueError where none can."""
-    plans = [plan_case(case, **options) for case in cases]
+    plans = [plan_case(case, options) for case in cases]
     if all(each.refused for each in plans):
         raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
     return plans
@@ -254,10 +254,10 @@ class _Decoders:
             section = directory_section(name, config.model)
             return decoder_of(section, self._shape(f"model {name}", section), self._layout)
         key = config.model_of(name)
-        section = config.model if key == MODEL else config.models[key]
+        section = config.section_of(key)
         where = MODEL if key == MODEL else f"models.{key}"
         shape = self._shape(where, section)
-        if name in stages and stages[name].kind == "reward_model":
+        if name in stages and stages[name].DESCRIPTION.leaves == "reward_model":
             shape = replace(shape, head="scalar")
             section = section.model_copy(update={"multi_token_prediction": False})
         return decoder_of(section, shape, self._layout)
@@ -280,22 +280,15 @@ class _Decoders:
 
 
 def _plan_stage(
-    stage: Stage,
-    config: RunConfig,
-    decoders: _Decoders,
-    rollout_layout: Layout,
-    compiler: Compiler,
-    target: Slice,
-    measure: bool,
-    tell: Callable[[str], None],
+    stage: Stage, planning: Planning, compiler: Compiler, target: Slice, options: PlanOptions
 ) -> StagePlan:
-    called = stage_programs(stage, config, decoders, rollout_layout, compiler)
+    called = stage_programs(stage, planning)
     programs = []
     for program in called.programs:
-        tell(f"{target.name}: {stage.name}: {program.name}")
+        options.progress(f"{target.name}: {stage.name}: {program.name}")
         planned = _plan_program(program, compiler, target)
-        if measure and planned.fits is not False and not planned.problem:
-            tell(f"{target.name}: {stage.name}: {program.name}: measuring")
+        if options.measure and planned.fits is not False and not planned.problem:
+            options.progress(f"{target.name}: {stage.name}: {program.name}: measuring")
             planned = replace(planned, measured=_measured(program, compiler))
         programs.append(planned)
     seconds = _sum(
@@ -336,13 +329,12 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
         binary = compiler(program.lower())
     except DoesNotFit as error:
         # The compiler's number holds the arguments, too.
-        memory = _held(program.resident)
-        memory["activations"] = error.needed
+        memory: dict[str, float] = {**bytes_by_kind(program.resident), "activations": error.needed}
         return ProgramPlan(
             program.name, program.calls, memory, False, problem="too large to compile"
         )
     except NotPlanned as error:
-        memory = _add(_held(program.resident), _held(program.arguments))
+        memory = dict(bytes_by_kind(program.resident, program.arguments))
         return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
     memory = _memory(program, binary)
     fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
@@ -379,24 +371,12 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
 
 def _memory(program: Program, binary: Binary) -> dict[str, float]:
     """Bytes on a device while the program runs, by what they are."""
-    arguments = _held(program.arguments)
-    memory = _add(_held(program.resident), arguments)
-    padding = binary.argument_bytes - sum(arguments.values())
-    more = {
-        "activations": binary.temporary_bytes,
-        program.makes: binary.output_bytes - binary.alias_bytes,
-        "padding": padding,
-    }
-    memory = _add(memory, {name: float(size) for name, size in more.items() if size > 0})
-    return {name: size for name, size in memory.items() if size}
-
-
-def _held(trees: Mapping[str, object]) -> dict[str, float]:
-    return {name: float(bytes_on_device(tree)) for name, tree in trees.items()}
-
-
-def _add(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
-    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in {**left, **right}}
+    memory = bytes_by_kind(program.resident, program.arguments)
+    memory["activations"] += binary.temporary_bytes
+    memory[program.makes] += max(0, binary.output_bytes - binary.alias_bytes)
+    arguments = bytes_by_kind(program.arguments).total()
+    memory["padding"] += max(0, binary.argument_bytes - arguments)
+    return {name: float(size) for name, size in memory.items() if size}
 
 
 def _utilisation(useful: float, seconds: float | None, target: Slice) -> float | None:
@@ -415,7 +395,7 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
     ]
     hints = [_HINTS[name] for name in large if name in _HINTS]
     if "activations" in large or "cache" in large:
-        hints.insert(0, _FEWER[stage.kind])
+        hints.insert(0, describe_kind(stage.kind).less_memory)
     wanted = -(-devices * program.total // hbm)
     return (
         f"{stage.name}: {program.name} is {(program.total - hbm) / 2**30:.3g} GiB a device too "
@@ -424,15 +404,6 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
     )
 
 
-# What puts less on the devices at once, by kind of stage.
-_FEWER = {
-    "grpo": "more rollout_batches and micro_batches, fewer max_new_tokens",
-    "pretrain": "more micro_batches",
-    "sft": "more micro_batches",
-    "reward_model": "more micro_batches",
-    "evaluate": "a smaller problems_per_batch or samples_per_batch",
-    "rejection_sampling": "a smaller prompts_per_batch",
-}
 # By what takes the memory.
 _HINTS = {
     "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",

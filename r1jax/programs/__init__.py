@@ -1,1 +1,20 @@
-"""The compiled programs of a stage, with the shapes of their arguments."""
+"""What stages compile, and what they keep in memory: for the loops, `--dry-run` and `plan` alike.
+
+A kind of stage says it in one function, `programs(stage, planning) -> StagePrograms`, with the
+functions of this folder: `train_programs` for an update, `sampling_programs` for rollouts.
+"""
+
+from r1jax.programs.program import Planning, Program, StagePrograms, stage_programs
+from r1jax.programs.rollout import Rollout, sampling_programs
+from r1jax.programs.update import TrainBatch, train_programs
+
+__all__ = [
+    "Planning",
+    "Program",
+    "Rollout",
+    "StagePrograms",
+    "TrainBatch",
+    "sampling_programs",
+    "stage_programs",
+    "train_programs",
+]

@@ -13,13 +13,37 @@ from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
 from r1jax.models.log_probs import follows, routed_scores
 from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
+from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
+from r1jax.programs.arrays import batch_array, token_arrays
 from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.run.optimizer import make_optimizer
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.train_step import LossOutput, TrainStep, make_train_step
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StagePrograms:
+    """The update on packed rows."""
+    model = planning.decoder_of(stage.name)
+    # The number of steps only shapes the learning rate.
+    optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
+    batch = TrainBatch(
+        packed_arrays(stage, model), stage.rows_per_step, stage.row_tokens, stage.micro_batches
+    )
+    update = make_update(stage, model, optimizer)
+    with_module = bool(stage.mtp_weight)
+    return train_programs(update, optimizer, model, batch, with_module=with_module)
+
+
+def packed_arrays(
+    stage: PretrainStage | SFTStage, model: Decoder
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed rows, abstract."""
+    shape = (stage.rows_per_step, stage.row_tokens)
+    return {**token_arrays(model, *shape), "trained": batch_array(model, shape, jnp.bool_)}
 
 
 class _Weights(NamedTuple):

@@ -184,7 +184,8 @@ def test_every_config_resolves_on_its_models_real_shape(student: str, tmp_path: 
     described = dry_run.describe(config)
     assert described["parameters"] / 1e9 == pytest.approx(billions, rel=0.01)
     memory = {entry["what"]: entry["bytes"] for entry in described["memory"]}
-    assert memory["student: optimizer moments"] == 8 * described["parameters"]
+    moments, counters = 8 * described["parameters"], 2 * 4
+    assert memory["student: optimizer moments"] == moments + counters
     # On the devices that the file names, half of their memory or less is state and caches.
     devices = config.stages[0].rows_per_step // config.stages[0].micro_batches  # type: ignore[union-attr]
     state = memory["weights"] + memory["student: gradients"] + memory["student: optimizer moments"]

@@ -20,17 +20,13 @@ from r1jax.cli import with_given_shapes
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
-from r1jax.planner import estimate, hlo, parse_mesh, plan, tpu_slice
+from r1jax.planner import Case, PlanOptions, estimate, hlo, parse_mesh, plan, tpu_slice
 from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
 from r1jax.planner.topologies import CHIPS, Chip, Slice
-from r1jax.programs.programs import (
-    Rollout,
-    forward_flops,
-    prepare_decoding,
-    stage_programs,
-    token_counts,
-)
+from r1jax.programs import Planning, Rollout, stage_programs
+from r1jax.programs.flops import forward_flops
+from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.context import decoder_of as decoder_in
 from r1jax.run.context import make_layouts
 from r1jax.sampler import Sampling
@@ -246,15 +242,16 @@ def one_device() -> Slice:
 def test_what_does_not_go_together_is_refused_before_compiling() -> None:
     config = load_config("tiny/r1_zero")
     with pytest.raises(ValueError, match="needs a multiple of 2 devices"):
-        plan(config, one_device(), MeshSection(axes={"data": 2}))
-    with pytest.raises(ValueError, match=r"--only zeros: no such stage; did you mean zero\?"):
-        plan(config, one_device(), MeshSection(axes={"data": 1}), stages=["zeros"])
+        plan(Case(config, one_device(), MeshSection(axes={"data": 2})))
+    with pytest.raises(ValueError, match=r"--only zeros: no such stage; did you mean 'zero'\?"):
+        case = Case(config, one_device(), MeshSection(axes={"data": 1}))
+        plan(case, PlanOptions(stages=["zeros"]))
     many: Any = cube((3, 1, 1), CHIPS["v5p"]).devices
     three = Slice("three", many, None)
     with pytest.raises(ValueError, match="is not a multiple of 3, the mesh's split of the batch"):
-        plan(config, three, MeshSection(axes={"data": 3}))
+        plan(Case(config, three, MeshSection(axes={"data": 3})))
     with pytest.raises(ValueError, match="mesh axis 'pipeline' has 3 devices and splits nothing"):
-        plan(config, three, MeshSection(axes={"pipeline": 3}))
+        plan(Case(config, three, MeshSection(axes={"pipeline": 3})))
 
 
 def named(config: RunConfig, stage: str) -> dict[str, float]:
@@ -266,8 +263,8 @@ def named(config: RunConfig, stage: str) -> dict[str, float]:
         shape = ModelConfig.from_hugging_face(config.model.config or {})
         return decoder_in(config.model, shape, layout)
 
-    compiler = Compiler(target)
-    found = stage_programs(config.stage(stage), config, decoder_of, sampling, compiler)
+    planning = Planning(config, decoder_of, sampling, Compiler(target).output_specs)
+    found = stage_programs(config.stage(stage), planning)
     return {program.name: program.calls for program in found.programs}
 
 
@@ -322,7 +319,7 @@ class State:
 def test_a_model_without_a_shape_is_refused_with_what_to_give() -> None:
     config = load_config("tiny/r1_zero", ["model.config=null", "model.path=nobody/nothing"])
     with pytest.raises(ValueError, match=r"nobody/nothing.*Give its shape.*'model.config=\{model_"):
-        plan(config, one_device(), MeshSection(axes={"data": 1}))
+        plan(Case(config, one_device(), MeshSection(axes={"data": 1})))
 
 
 def test_a_given_shape_takes_the_place_of_a_path() -> None:
@@ -364,7 +361,7 @@ def test_speculative_rollouts_are_planned_with_the_caches_that_they_have() -> No
     stage = config.stage("zero")
     assert isinstance(stage, GRPOStage)
     model = decoder_in(config.model, shape, layout)
-    rollout = Rollout(model, 2, 2, 8, 200, stage.sampling, Compiler(target))
+    rollout = Rollout(model, 2, 2, 8, 200, stage.sampling, Compiler(target).output_specs)
     # The first token comes of the prompt, and each step of the others may give one alone.
     assert rollout.capacities == [128, 199]
     state, prompt_cache = rollout.started(128)

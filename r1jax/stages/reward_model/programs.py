@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from r1jax.data.preferences import EncodedPreference, preference_arrays
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores
 from r1jax.objectives.normalisation import row_weights
 from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
+from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
+from r1jax.programs.arrays import batch_array, batch_arrays_like, round_up
+from r1jax.programs.flops import forward_flops
+from r1jax.programs.update import held_out_program
+from r1jax.run.optimizer import make_optimizer
 from r1jax.stages.reward_model.settings import RewardModelStage
 from r1jax.train_step import LossOutput, Metrics, TrainStep, make_train_step
 
@@ -22,6 +31,29 @@ if TYPE_CHECKING:
 
 # A batch of `preference_arrays`, and the weight of each row.
 WeightedRows = tuple[Mapping[str, jax.Array], jax.Array]
+
+
+def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
+    """The update, and the loss on held-out rows."""
+    model = planning.decoder_of(stage.name)
+    text = np.zeros(stage.max_tokens, np.int32)
+    pairs = stage.loss == "pairwise"
+    row = EncodedPreference(0, (text, text) if pairs else (text,), None if pairs else True)
+    time = round_up(stage.max_tokens, stage.length_bucket)
+    arrays = batch_arrays_like(preference_arrays([row] * stage.rows_per_step, time), model)
+    texts = stage.rows_per_step * len(row.texts)
+    batch = TrainBatch(arrays, texts, stage.max_tokens, stage.micro_batches)
+    # The number of steps only shapes the learning rate.
+    optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
+    training = train_programs(make_update(stage, model, optimizer), optimizer, model, batch)
+    if stage.held_out is None:
+        return training
+    (update,) = training.programs
+    loss = jax.jit(partial(weighted_loss, model=model))
+    weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
+    forward = forward_flops(model.config, texts, stage.max_tokens)
+    held_out = held_out_program(loss, (arrays, weights), update, forward)
+    return replace(training, programs=(update, held_out))
 
 
 def make_update(

@@ -1,0 +1,287 @@
+"""The sampler's programs: prefill, decoding, growth of the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Lowered, Wrapped
+from jax.typing import DTypeLike
+
+from r1jax.models import Decoder
+from r1jax.models.decoder import cache_axes, new_cache_arrays, remembered
+from r1jax.programs.arrays import abstract_weights, batch_array, expert_choices, round_up
+from r1jax.programs.flops import forward_flops
+from r1jax.programs.program import NotPlanned, Planning, Program, StagePrograms
+from r1jax.programs.reward_models import reward_model_weights, reward_models, reward_programs
+from r1jax.rollouts.sampling import bucket
+from r1jax.sampler import Prompts, Sampling
+from r1jax.sampler.generate import capacities_of, decode_until, grow, start
+from r1jax.sampler.options import FIRST_CAPACITY
+from r1jax.sampler.speculative import (
+    decode_speculatively,
+    grow_speculation,
+    start_speculatively,
+)
+from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.stage import Stage
+from r1jax.sharding import Axes
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+    from r1jax.programs.arrays import AbstractTree
+
+_TRIAL_TOKENS = 32
+
+
+class _Sampler(NamedTuple):
+    """The compiled functions of the sampler."""
+
+    start: Wrapped
+    decode: Wrapped
+    grow: Wrapped
+
+
+_PLAIN = _Sampler(start, decode_until, grow)
+_SPECULATIVE = _Sampler(start_speculatively, decode_speculatively, grow_speculation)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of prompts to sample, as programs.
+
+    The cache doubles as it fills, and each of its sizes is a program of its own. Two are compiled,
+    with the first and the last size: what a token costs is a constant and a share of the size, so
+    each of the two gets as many tokens (`turns`) as make the sum right.
+
+    prompts: in a batch. samples: of each. prompt_tokens, new_tokens: at most.
+    output_specs: see `Planning`.
+    """
+
+    model: Decoder
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+    sampling: SamplingSection
+    output_specs: Callable[[Lowered], Sequence[PartitionSpec] | None]
+    record_experts: bool = False
+
+    def programs(self, resident: Mapping[str, AbstractTree], calls: float) -> Iterator[Program]:
+        """Prefill, decoding, and growth of the cache where it grows.
+
+        Args:
+          resident: what is in memory beside the sampler's weights and the cache.
+          calls: of the prefill in a step of the stage.
+        """
+        config, mesh, capacities = self.model.config, self.model.layout.mesh, self.capacities
+        weights = abstract_weights(self.model)
+        yield Program(
+            "prefill",
+            mesh.shape,
+            lambda: self.prefill,
+            {"weights": weights, "batch": self.arguments},
+            resident,
+            calls,
+            makes="cache",
+            useful_flops=forward_flops(config, self.prompts, self.prompt_tokens),
+        )
+        rows = self.prompts * self.samples
+        decoding = forward_flops(config, rows, self.new_tokens, self.prompt_tokens)
+        for capacity, turns in token_counts(capacities).items():
+            yield Program(
+                "decode" if len(capacities) == 1 else f"decode, cache of {capacity}",
+                mesh.shape,
+                partial(self.decode, capacity),
+                {"weights": weights, "cache": [self.new_cache(capacity), self.prompt_cache]},
+                resident,
+                calls,
+                turns=turns,
+                larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
+                useful_flops=decoding * turns / self.new_tokens,
+                prepare=partial(prepare_decoding, capacity=capacity),
+                trial_turns=min(capacity, _TRIAL_TOKENS),
+            )
+        if len(capacities) > 1:
+            before, last = capacities[-2:]
+            moved = sum(a + b for a, b in zip(capacities, capacities[1:], strict=False))
+            yield Program(
+                "grow the cache",
+                mesh.shape,
+                lambda: self.grow(before, last),
+                {"cache": self.new_cache(before)},
+                {**resident, "weights": weights, "cache": self.prompt_cache},
+                calls * moved / (last + before),
+                makes="cache",
+            )
+
+    def occasional_programs(
+        self, resident: Mapping[str, AbstractTree], prefix: str
+    ) -> Iterator[Program]:
+        """As `programs`, where the number of calls depends on the data."""
+        for program in self.programs(resident, 0.0):
+            yield replace(program, name=f"{prefix} {program.name}")
+
+    @cached_property
+    def capacities(self) -> list[int]:
+        # Drafts are planned for as if none stayed: of memory the most, of time no gain.
+        steps = max(1, self.new_tokens - 1) if self.sampling.speculative else self.new_tokens
+        return list(capacities_of(steps, min(FIRST_CAPACITY, steps)))
+
+    @cached_property
+    def rows(self) -> int:
+        """Prompts, padded as `pad_prompts` pads them."""
+        return round_up(self.prompts, self.model.layout.shards("batch"))
+
+    @cached_property
+    def arguments(self) -> Prompts:
+        def rows(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
+            return batch_array(self.model, (self.rows, *more), dtype)
+
+        time = bucket(self.prompt_tokens)
+        return Prompts(rows(jnp.int32, time), rows(jnp.int32), rows(jnp.uint32), rows(jnp.int32))
+
+    @cached_property
+    def prefill(self) -> Lowered:
+        options = self._start_options(self.capacities[0])
+        return self._sampler.start.lower(*self._start_arguments, **options)
+
+    def grow(self, before: int, after: int) -> Lowered:
+        state, _ = self.started(before)
+        grown = state if self.sampling.speculative else state.cache
+        return self._sampler.grow.lower(grown, after - before, self.model)
+
+    def decode(self, capacity: int) -> Lowered:
+        state, prompt_cache = self.started(capacity)
+        return self._sampler.decode.lower(
+            abstract_weights(self.model),
+            state,
+            prompt_cache,
+            self.arguments.lengths,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            *self._drawing,
+            model=self.model,
+        )
+
+    def started(self, capacity: int) -> AbstractTree:
+        """The sampler's state and the prompts' cache, as the prefill would leave them.
+
+        Their shardings are the compiler's choice.
+
+        Raises:
+          NotPlanned: the prefill does not fit.
+        """
+        specs = self.output_specs(self.prefill)
+        if specs is None:
+            raise NotPlanned("what it reads is laid out by the prefill, which does not fit")
+        begin = partial(self._sampler.start, **self._start_options(capacity))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(begin, *self._start_arguments))
+        mesh = self.model.layout.mesh
+        placed = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+        return jax.tree.unflatten(structure, placed)
+
+    @property
+    def _sampler(self) -> _Sampler:
+        return _SPECULATIVE if self.sampling.speculative else _PLAIN
+
+    @property
+    def _drawing(self) -> tuple[Sampling, jax.ShapeDtypeStruct]:
+        real, whole = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        return Sampling(real, real, whole, real), jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def _start_options(self, capacity: int) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "count": self.samples,
+            "capacity": capacity,
+            "max_new_tokens": self.new_tokens,
+            **({} if self.sampling.speculative else {"record_experts": self.record_experts}),
+        }
+
+    @cached_property
+    def _start_arguments(self) -> tuple[AbstractTree, ...]:
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        arguments = (abstract_weights(self.model), self.arguments, seed, seed)
+        return (*arguments, *self._drawing) if self.sampling.speculative else arguments
+
+    def new_cache(self, capacity: int) -> list[jax.ShapeDtypeStruct]:
+        """The cache of the new tokens, as the layout splits it."""
+        entries = 2 * capacity if self.sampling.speculative else capacity
+        arrays = new_cache_arrays(self.rows, self.samples, entries, self.model)
+        return self._of_all_layers(arrays, (self.rows, self.samples, entries))
+
+    @cached_property
+    def prompt_cache(self) -> list[jax.ShapeDtypeStruct]:
+        """The cache of the prompts, as the layout splits it."""
+        time, axes = bucket(self.prompt_tokens), cache_axes(self.model.config, new=False)
+        arrays = [
+            ((self.rows, heads, time, width), axes) for heads, width in remembered(self.model)
+        ]
+        return self._of_all_layers(arrays, (self.rows, time))
+
+    def _of_all_layers(
+        self, arrays: Sequence[tuple[tuple[int, ...], Axes]], tokens: tuple[int, ...]
+    ) -> list[jax.ShapeDtypeStruct]:
+        """A layer's arrays for each layer; with the experts of these tokens, where recorded."""
+        config, dtype = self.model.config, self.model.execution.compute_dtype
+        leaves = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=self.model.layout.sharding(axes))
+            for shape, axes in arrays
+        ] * (config.num_hidden_layers + self.sampling.speculative)
+        return [*leaves, expert_choices(self.model, tokens)] if self.record_experts else leaves
+
+
+def sampling_programs(stage: Stage, planning: Planning, rollout: Rollout) -> StagePrograms:
+    """The programs of a stage that samples and scores: of a batch."""
+    models = reward_models(stage, planning)
+    scorers = reward_model_weights(models)
+    samples, tokens = rollout.prompts * rollout.samples, rollout.prompt_tokens + rollout.new_tokens
+    resident = {**scorers, "weights": abstract_weights(rollout.model)}
+    programs = [
+        *rollout.programs(scorers, 1.0),
+        *reward_programs(models, tokens, samples, resident),
+    ]
+    return StagePrograms(tuple(programs), samples * rollout.new_tokens, "batch")
+
+
+def prepare_decoding(arguments: PyTree, capacity: int) -> PyTree:
+    """Arguments for some tokens of every sample, at the end of a full cache, where none ends."""
+    weights, state, prompt_cache, lengths, until, sampling, eos_ids = arguments
+    first = capacity - min(capacity, _TRIAL_TOKENS)
+    state = state.replace(step=jnp.full_like(state.step, first))
+    one = jnp.ones_like(sampling.temperature)
+    sampling = sampling.replace(temperature=one, top_p=one)
+    until = jnp.full_like(until, capacity)
+    return weights, state, prompt_cache, lengths, until, sampling, jnp.full_like(eos_ids, -1)
+
+
+def token_counts(capacities: Sequence[int]) -> dict[int, float]:
+    """How many tokens to count for the first and for the last capacity of a cache.
+
+    Args:
+      capacities: rising; as many tokens as the last says are decoded, each with the smallest cache
+        that has room for it.
+
+    Returns:
+      Capacity -> tokens. With them, a sum of costs that are linear in the capacity is exact.
+    """
+    first, last = capacities[0], capacities[-1]
+    if first == last:
+        return {first: float(first)}
+    counts = {first: 0.0, last: 0.0}
+    done = 0
+    for capacity in capacities:
+        tokens, done = capacity - done, capacity
+        share = (capacity - first) / (last - first)
+        counts[first] += tokens * (1 - share)
+        counts[last] += tokens * share
+    return counts
