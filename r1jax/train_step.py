@@ -7,6 +7,7 @@ those of the batch. A stage supplies its weights and its loss; `make_train_step`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -106,15 +107,15 @@ def _deal(rows: Rows, parts: int) -> Rows:
       ValueError: N is no multiple of `parts`, or differs between the leaves.
     """
     leaves = jax.tree.leaves_with_path(rows)
-    count = jnp.shape(leaves[0][1])[:1]
+    ((count, _),) = Counter(leaf.shape[0] for _, leaf in leaves if leaf.ndim).most_common(1)
     for path, leaf in leaves:
-        if leaf.ndim == 0 or leaf.shape[:1] != count:
+        if leaf.shape[:1] != (count,):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} of a batch has shape {leaf.shape}; to be split into "
-                f"{parts} micro-batches, its first dimension must be the rows, {count} as elsewhere"
+                f"{parts} micro-batches its first dimension must be the rows, {count} as elsewhere"
             )
-    if count[0] % parts:
-        raise ValueError(f"a batch of {count[0]} rows does not split into {parts} micro-batches")
+    if count % parts:
+        raise ValueError(f"a batch of {count} rows does not split into {parts} micro-batches")
     return jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
 
 
@@ -153,7 +154,7 @@ def accumulate_gradients(
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
         (loss, aux), gradients = value_and_grad(params, rows)
-        return loss, gradients, jax.tree.map(lambda leaf: leaf[None], aux)
+        return loss, gradients, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], aux)
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
 

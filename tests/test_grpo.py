@@ -1,8 +1,9 @@
-"""Losses against hand-worked numbers, the gradient against finite differences, and reuse."""
+"""The GRPO step: its gradient by finite differences, packed rows, what it refuses, and reuse."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,87 +12,22 @@ import optax
 import pytest
 from flax import nnx
 
-from r1jax.grpo import GRPOBatch, make_grpo_step
-from r1jax.objectives.advantages import group_advantages
-from r1jax.objectives.kl import k3_divergence
+from r1jax.grpo import (
+    GRPOBatch,
+    GRPOConfig,
+    PolicyOutputs,
+    group_advantages,
+    init_train_state,
+    make_grpo_step,
+)
 from r1jax.objectives.normalisation import token_weights
 from r1jax.objectives.policy_loss import token_terms
-from r1jax.settings.objective import GRPOConfig
-from r1jax.train_step import init_train_state, map_micro_batches
+
+# Each program runs a few times: spend no time on LLVM's optimisations.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 ON_POLICY = GRPOConfig(kl_coefficient=0.0, importance_cap=None)
-
-
-def test_advantages_by_hand() -> None:
-    rewards = jnp.asarray([[0.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    out = group_advantages(rewards)
-    s = np.sqrt(0.5)  # population std of 0, 1, 1, 2
-    np.testing.assert_allclose(out.values, [[-1 / s, 0, 0, 1 / s], [0, 0, 0, 0]], atol=1e-5)
-    assert out.zero_variance.tolist() == [False, True]
-    centred = group_advantages(rewards, scale="none")
-    np.testing.assert_allclose(centred.values[0], [-1, 0, 0, 1], atol=1e-6)
-
-
-def test_unscored_samples_take_no_part_in_the_group() -> None:
-    out = group_advantages(jnp.asarray([[0.0, jnp.nan, 2.0], [jnp.nan, jnp.nan, jnp.nan]]))
-    np.testing.assert_allclose(out.values, [[-1, 0, 1], [0, 0, 0]], atol=1e-5)
-    assert out.zero_variance.tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("normalisation", "length", "expected"),
-    [
-        ("sequence_mean", None, [[1 / 4, 1 / 4, 0], [1 / 2, 0, 0], [0, 0, 0]]),
-        ("token_mean", None, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0], [0, 0, 0]]),
-        ("constant", 5, [[0.1, 0.1, 0], [0.1, 0, 0], [0, 0, 0]]),
-    ],
-)
-def test_token_weights_by_hand(normalisation: Any, length: int | None, expected: Any) -> None:
-    mask = jnp.asarray([[1, 1, 0], [1, 0, 0], [0, 0, 0]])  # the last sample is masked out
-    out = token_weights(mask, normalisation, constant_length=length)
-    np.testing.assert_allclose(out, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected", "clipped"),
-    [
-        (1.5, 1.0, -1.3, 1.0),  # above 1 + high: clipped
-        (0.5, 1.0, -0.5, 0.0),  # the minimum keeps the lower, unclipped term
-        (0.5, -1.0, 0.8, 1.0),  # below 1 - low: clipped
-        (1.5, -1.0, 1.5, 0.0),
-        (9.0, -1.0, 3.0, 1.0),  # dual clip: at most 3 |A|
-    ],
-)
-def test_clipped_objective_by_hand(
-    ratio: float, advantage: float, expected: float, clipped: float
-) -> None:
-    config = GRPOConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coefficient=0.0)
-    old = jnp.asarray([[-1.0]])
-    terms = token_terms(
-        old + jnp.log(ratio), jnp.asarray([advantage]), config=config, old_log_probs=old
-    )
-    np.testing.assert_allclose(terms.loss, [[expected]], rtol=1e-5)
-    assert terms.clipped.item() == clipped
-
-
-def test_k3_and_importance_weights_by_hand() -> None:
-    log_probs, reference = jnp.log(jnp.asarray([[0.5]])), jnp.log(jnp.asarray([[0.25]]))
-    np.testing.assert_allclose(
-        k3_divergence(log_probs, reference), 0.5 - np.log(0.5) - 1, rtol=1e-6
-    )
-    config = GRPOConfig(kl_coefficient=0.1, importance_cap=1.5)
-    for sampler, weight in ((0.4, 1.25), (0.1, 1.5)):  # the second is truncated
-        terms = token_terms(
-            log_probs,
-            jnp.asarray([2.0]),
-            config=config,
-            reference_log_probs=reference,
-            sampler_log_probs=jnp.log(jnp.asarray([[sampler]])),
-        )
-        expected = -2 * weight + 0.1 * (0.5 - np.log(0.5) - 1)
-        np.testing.assert_allclose(terms.loss, [[expected]], rtol=1e-5)
-    with pytest.raises(ValueError, match="kl_coefficient = 0.1 needs reference_log_probs"):
-        token_terms(log_probs, jnp.asarray([2.0]), config=config)
 
 
 # A plain pytree model: a bigram table.
@@ -128,10 +64,15 @@ def table() -> dict[str, jax.Array]:
     return {"table": jnp.asarray(np.random.default_rng(5).normal(size=(VOCAB, VOCAB)), jnp.float32)}
 
 
-def gradient(batch: GRPOBatch, config: GRPOConfig, micro_batches: int = 1) -> Any:
+def gradient(
+    batch: GRPOBatch,
+    config: GRPOConfig,
+    micro_batches: int = 1,
+    log_prob_fn: Any = table_log_probs,
+) -> Any:
     """The gradient, read off an SGD step with rate 1."""
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_grpo_step(table_log_probs, optimizer, config, micro_batches=micro_batches))
+    step = jit(make_grpo_step(log_prob_fn, optimizer, config, micro_batches=micro_batches))
     params = table()
     state, metrics = step(init_train_state(params, optimizer), batch)
     return jax.tree.map(lambda a, b: a - b, params, state.params), metrics
@@ -199,7 +140,7 @@ def test_values_outside_the_mask_do_not_matter() -> None:
 
 def test_a_non_finite_step_changes_nothing_but_the_counter() -> None:
     optimizer = optax.adam(0.1)
-    step = jax.jit(make_grpo_step(table_log_probs, optimizer, ON_POLICY))
+    step = jit(make_grpo_step(table_log_probs, optimizer, ON_POLICY))
     state = init_train_state(table(), optimizer)
     batch = make_batch()
     bad = batch.replace(advantages=batch.advantages.at[0].set(jnp.inf))
@@ -214,21 +155,232 @@ def test_a_non_finite_step_changes_nothing_but_the_counter() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_micro_batches_are_dealt_in_turn_and_come_back_in_order() -> None:
-    rows = {"a": jnp.arange(6.0), "b": jnp.arange(12.0).reshape(6, 2)}
+# Packed rows
 
-    def function(part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return part["a"][:, None] + part["b"], jnp.broadcast_to(part["a"].sum(), part["a"].shape)
 
-    sums, together = map_micro_batches(function, rows, 2)
-    np.testing.assert_array_equal(sums, rows["a"][:, None] + rows["b"])
-    # Rows 0, 2, 4 went together, and 1, 3, 5.
-    np.testing.assert_array_equal(together, [6, 9, 6, 9, 6, 9])
-    sums, together = map_micro_batches(function, rows, 1)
-    np.testing.assert_array_equal(sums, rows["a"][:, None] + rows["b"])
-    np.testing.assert_array_equal(together, [15] * 6)
-    with pytest.raises(ValueError, match="6 rows does not split into 4"):
-        map_micro_batches(function, rows, 4)
+class Packing(NamedTuple):
+    """The same sequences in rows of their own, and several to a row."""
+
+    unpacked: GRPOBatch
+    packed: GRPOBatch
+
+
+def packing() -> Packing:
+    """Seven sequences of 2 to 6 tokens in eight rows of six, and in four rows of twelve."""
+    rng = np.random.default_rng(2)
+    rows = [[5, 6], [2, 3, 4], [6], [4]]  # lengths of the sequences of each packed row
+    leaves = ("tokens", "starts", "mask", "advantages", "old", "reference", "sampler", "lengths")
+    single, packed = (
+        {name: np.zeros(shape, np.float32) for name in leaves} for shape in ((8, 6), (4, 12))
+    )
+    trained_sequences, n = 0, 0
+    for row, sequences in enumerate(rows):
+        start = 0
+        for length in sequences:
+            mask = np.arange(length) >= min(2, length - 1)
+            mask &= n != 3  # one sequence is left out
+            values = {
+                "tokens": rng.integers(0, VOCAB, length),
+                "starts": np.arange(length) == 0,
+                "mask": mask,
+                "advantages": np.full(length, rng.normal()),
+                "lengths": np.full(length, mask.sum()),
+            }
+            for name in ("old", "reference", "sampler"):
+                values[name] = rng.normal(-2, 0.3, length)
+            for name in leaves:
+                single[name][n, :length] = values[name]
+                packed[name][row, start : start + length] = values[name]
+            trained_sequences += mask.any()
+            start, n = start + length, n + 1
+
+    def batch(leaf: dict[str, np.ndarray], **more: Any) -> GRPOBatch:
+        return GRPOBatch(
+            (jnp.asarray(leaf["tokens"], jnp.int32), jnp.asarray(leaf["starts"])),
+            jnp.asarray(leaf["mask"]),
+            old_log_probs=jnp.asarray(leaf["old"]),
+            reference_log_probs=jnp.asarray(leaf["reference"]),
+            sampler_log_probs=jnp.asarray(leaf["sampler"]),
+            **more,
+        )
+
+    # Outside of the mask a packed row's advantages do not matter either.
+    advantages = jnp.where(packed["mask"] > 0, packed["advantages"], jnp.nan)
+    return Packing(
+        batch(single, advantages=jnp.asarray(single["advantages"][:, 0])),
+        batch(
+            packed,
+            advantages=advantages,
+            lengths=jnp.asarray(packed["lengths"]),
+            sequences=jnp.int32(trained_sequences),
+        ),
+    )
+
+
+def segment_log_probs(params: dict[str, jax.Array], batch: GRPOBatch) -> jax.Array:
+    tokens, starts = batch.inputs
+    assert batch.lengths is None and batch.sequences is None  # of the whole batch, not of a part
+    log_probs = table_log_probs(params, batch.replace(inputs=tokens))
+    return jnp.where(starts > 0, 0.0, log_probs)
+
+
+@pytest.mark.parametrize("normalisation", ["sequence_mean", "token_mean", "constant"])
+def test_packed_rows_train_like_rows_of_one_sequence(normalisation: Any) -> None:
+    length = 9 if normalisation == "constant" else None
+    config = GRPOConfig(normalisation=normalisation, constant_length=length, clip_high=0.1)
+    unpacked, packed = packing()
+    expected, expected_metrics = gradient(unpacked, config, log_prob_fn=segment_log_probs)
+    assert np.abs(expected["table"]).max() > 1e-3
+    for micro_batches in (1, 4):
+        got, metrics = gradient(packed, config, micro_batches, log_prob_fn=segment_log_probs)
+        np.testing.assert_allclose(got["table"], expected["table"], atol=1e-6)
+        for name, value in expected_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_half_of_what_packed_rows_need_is_refused() -> None:
+    packed = packing().packed
+    for left_out, message in (("lengths", "sequences without"), ("sequences", "lengths without")):
+        with pytest.raises(ValueError, match=message):
+            refuse(packed.replace(**{left_out: None}), segment_log_probs)
+
+
+# What is refused, as the step is traced and outside of jit
+
+
+SQUARE = 6  # as many rows as tokens: [6] would broadcast
+
+
+def square_batch() -> GRPOBatch:
+    tokens = jnp.zeros((SQUARE, SQUARE))
+    return GRPOBatch(
+        inputs=tokens.astype(jnp.int32),
+        mask=tokens + 1,
+        advantages=jnp.zeros(SQUARE),
+        old_log_probs=tokens,
+        reference_log_probs=tokens,
+        sampler_log_probs=tokens,
+        lengths=tokens + 6,
+        sequences=jnp.int32(6),
+    )
+
+
+def refuse(batch: GRPOBatch, log_prob_fn: Any = table_log_probs, micro_batches: int = 1) -> None:
+    """Takes a step outside of jit; raises only if a trace of it raises the same."""
+    optimizer = optax.sgd(1.0)
+    step = make_grpo_step(log_prob_fn, optimizer, micro_batches=micro_batches)
+    state = init_train_state(table(), optimizer)
+    with pytest.raises(ValueError) as traced:
+        jax.jit(step).trace(state, batch)
+    try:
+        step(state, batch)
+    except ValueError as error:
+        assert str(error) == str(traced.value)
+        raise
+
+
+@pytest.mark.parametrize(
+    "shape", [(SQUARE,), (SQUARE, 1), (1, SQUARE), (SQUARE, 5), (5, SQUARE), (), (6, 6, 1)], ids=str
+)
+@pytest.mark.parametrize(
+    "name",
+    ["mask", "old_log_probs", "reference_log_probs", "sampler_log_probs", "lengths", "advantages"],
+)
+def test_arrays_of_another_shape_are_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
+    batch = square_batch().replace(**{name: jnp.ones(shape)})
+    if name == "advantages" and shape == (SQUARE,):
+        return
+    with pytest.raises(ValueError, match=f"^{name} has shape") as error:
+        refuse(batch)
+    assert str(shape) in str(error.value) and "(6, 6)" in str(error.value)
+
+
+def test_a_mask_alone_of_another_shape_is_refused_by_name() -> None:
+    alone = GRPOBatch(square_batch().inputs, jnp.ones((SQUARE, 1)), jnp.zeros(SQUARE))
+    with pytest.raises(ValueError, match=r"^mask has shape \(6, 1\).*\(6, 6\).*log_prob_fn"):
+        refuse(alone)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("shape", ["[N]", "[N, 1]", "[N, T - 1]", "[1, T]", "[N, T, 1]", "[]"])
+def test_returned_log_probs_of_another_shape_are_refused(shape: str, micro_batches: int) -> None:
+    changes = {
+        "[N]": lambda x: x.sum(axis=1),
+        "[N, 1]": lambda x: x[:, :1],
+        "[N, T - 1]": lambda x: x[:, 1:],
+        "[1, T]": lambda x: x[:1],
+        "[N, T, 1]": lambda x: x[..., None],
+        "[]": lambda x: x.sum(),
+    }
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> jax.Array:
+        return changes[shape](table_log_probs(params, batch))
+
+    with pytest.raises(ValueError, match="^the log-probs returned by log_prob_fn has shape") as e:
+        refuse(square_batch(), log_prob_fn, micro_batches)
+    assert f"({SQUARE // micro_batches}, 6), the shape of mask" in str(e.value)
+    assert shape != "[N, T - 1]" or "jnp.pad" in str(e.value)
+
+
+def test_other_things_that_log_prob_fn_returns_are_refused() -> None:
+    def returning(change: Any) -> Any:
+        return lambda params, batch: change(table_log_probs(params, batch))
+
+    for message, change in (
+        ("a tuple; return .* PolicyOutputs", lambda x: (x, x)),
+        ("returned by log_prob_fn has dtype int32", lambda x: x.astype(jnp.int32)),
+        (r"entropy returned by .* has shape \(6, 1\)", lambda x: PolicyOutputs(x, x[:, :1])),
+        (r"penalty returned by .* has shape \(6, 1\)", lambda x: PolicyOutputs(x, x, x[:, :1])),
+        (r"penalty returned by .* has shape \(\)", lambda x: PolicyOutputs(x, x, x.sum())),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse(square_batch(), returning(change))
+
+
+def test_other_misfits_of_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sequences has shape \(6,\); expected a scalar"):
+        refuse(square_batch().replace(sequences=jnp.zeros(6)))
+    for name in ("old_log_probs", "reference_log_probs", "sampler_log_probs"):
+        with pytest.raises(ValueError, match=f"{name} has dtype int32"):
+            refuse(square_batch().replace(**{name: jnp.zeros((6, 6), jnp.int32)}))
+    with pytest.raises(ValueError, match=r"inputs.* has shape \(3, 6\)"):
+        refuse(square_batch().replace(inputs=jnp.zeros((3, 6), jnp.int32)), micro_batches=2)
+
+
+def test_a_mask_may_be_boolean_or_whole_numbers() -> None:
+    batch = make_batch()
+    whole, _ = gradient(batch, GRPOConfig())
+    for dtype in (bool, jnp.int32):
+        got, _ = gradient(batch.replace(mask=batch.mask.astype(dtype)), GRPOConfig())
+        np.testing.assert_array_equal(got["table"], whole["table"])
+
+
+def test_what_log_prob_fn_returns_beside_log_probs() -> None:
+    def log_prob_fn(params: dict[str, jax.Array], batch: GRPOBatch) -> PolicyOutputs:
+        log_probs = table_log_probs(params, batch)
+        entropy = jnp.where(batch.mask > 0, 2.0, jnp.nan)
+        return PolicyOutputs(log_probs, entropy, batch.mask.sum(axis=1), batch.mask.sum(axis=1))
+
+    def after_update(params: Any, counts: jax.Array) -> Any:
+        return params, {"counted": counts.sum()}
+
+    batch, optimizer = make_batch(), optax.sgd(1.0)
+    state = init_train_state(table(), optimizer)
+    for micro_batches in (1, 2):
+        step = make_grpo_step(
+            log_prob_fn,
+            optimizer,
+            ON_POLICY,
+            micro_batches=micro_batches,
+            after_update=after_update,
+        )
+        _, metrics = jit(step)(state, batch)
+        tokens = float(batch.mask.sum())
+        assert metrics["policy/entropy"] == 2.0
+        assert metrics["counted"] == tokens
+        assert metrics["penalty"] == tokens / ROWS
+        _, plain = jit(make_grpo_step(table_log_probs, optimizer, ON_POLICY))(state, batch)
+        np.testing.assert_allclose(metrics["loss"], plain["loss"] + tokens / ROWS, rtol=1e-6)
 
 
 def test_bad_settings_are_refused() -> None:
@@ -243,7 +395,7 @@ def test_bad_settings_are_refused() -> None:
 def learn(params: Any, log_prob_fn: Any, sample: Any) -> Any:
     """Reward: how often token 3 is said. The whole of a user's train loop."""
     optimizer = optax.adam(0.1)
-    step = jax.jit(make_grpo_step(log_prob_fn, optimizer, ON_POLICY), donate_argnums=0)
+    step = jit(make_grpo_step(log_prob_fn, optimizer, ON_POLICY), donate_argnums=0)
     state = init_train_state(params, optimizer)
     for i in range(80):
         tokens = sample(state.params, jax.random.key(i))
@@ -255,7 +407,7 @@ def learn(params: Any, log_prob_fn: Any, sample: Any) -> Any:
 
 
 def test_a_plain_pytree_model_learns() -> None:
-    @jax.jit  # a scan outside of jit would be compiled at every call
+    @jit  # a scan outside of jit would be compiled at every call
     def sample(params: Any, key: jax.Array) -> jax.Array:
         def next_token(token: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             new = jax.random.categorical(key, params["table"][token])

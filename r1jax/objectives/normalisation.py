@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from r1jax.objectives.shapes import PER_ROW, PER_TOKEN, check_alike
 from r1jax.settings.objective import Normalisation
 
 if TYPE_CHECKING:
@@ -34,7 +35,27 @@ def token_weights(
       lengths: trained tokens of the sequence a token belongs to; default: the row's sum (one
         sequence a row). Give it, and `sequences`, for packed rows.
       sequences: number of trained sequences; default: rows with a trained token.
+
+    Raises:
+      ValueError: arrays of other shapes; constant_length is missing; or one of `lengths` and
+        `sequences` is, so that rows would count as sequences.
     """
+    check_alike(PER_TOKEN, {"mask": mask, "lengths": lengths})
+    if sequences is not None and jnp.ndim(sequences) != 0:
+        raise ValueError(
+            f"sequences has shape {jnp.shape(sequences)}; expected a scalar, (): the number of "
+            "trained sequences of the whole batch"
+        )
+    if normalisation != "token_mean" and lengths is not None and sequences is None:
+        raise ValueError(
+            f"lengths without sequences: {normalisation!r} would divide by the number of rows; "
+            "give the number of trained sequences of the batch, too"
+        )
+    if normalisation == "sequence_mean" and sequences is not None and lengths is None:
+        raise ValueError(
+            "sequences without lengths: 'sequence_mean' would divide by the trained tokens of a "
+            "row; give those of each token's sequence, [batch, time], too"
+        )
     mask = mask.astype(jnp.float32)
     rows = mask.sum(axis=1, keepdims=True)
     lengths = rows if lengths is None else lengths
@@ -55,6 +76,7 @@ def row_weights(mask: Num[Array, " rows"] | Bool[Array, " rows"]) -> Float[Array
     Args:
       mask: 0 for a row that only fills the batch.
     """
+    check_alike(PER_ROW, {"mask": mask})
     mask = (mask > 0).astype(jnp.float32)
     return mask / jnp.maximum(mask.sum(), 1)
 

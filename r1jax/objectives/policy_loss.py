@@ -110,6 +110,14 @@ def token_terms(
       sampler_log_probs: of the distribution that was really sampled from, for the weight w; used
         when config.importance_cap is set.
     """
+    arrays = {
+        "log_probs": log_probs,
+        "old_log_probs": old_log_probs,
+        "reference_log_probs": reference_log_probs,
+        "sampler_log_probs": sampler_log_probs,
+    }
+    check_alike(PER_TOKEN, arrays)
+    check_floating(arrays)
     check_advantages(advantages, "log_probs", log_probs)
     ratio = probability_ratio(log_probs, old_log_probs)
     surrogate = clipped_surrogate(

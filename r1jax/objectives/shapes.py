@@ -6,6 +6,7 @@ would train, silently, on wrong numbers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,15 @@ def check_alike(axes: tuple[str, ...], arrays: Mapping[str, ArrayLike | None]) -
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items() if array is not None}
     fitting = [name for name, shape in shapes.items() if len(shape) == len(axes)]
-    # Where one array is a column and another is not, the column is the wrong one.
-    wide = (name for name in fitting if shapes[name][-1] != 1)
-    model = next(wide, fitting[0] if fitting else None)
+    # Whose shape is meant: not a column's, and what most have.
+    common = Counter(shapes.values())
+    model = max(fitting, key=lambda name: (shapes[name][-1] != 1, common[shapes[name]]), default="")
+    expected = f" = {shapes[model]}, the shape of {model}" if model else ""
     for name, shape in shapes.items():
-        if model is None or shape != shapes[model]:
-            expected = "" if model is None else f" = {shapes[model]}, the shape of {model}"
+        if shape != shapes.get(model):
             raise ValueError(
                 f"{name} has shape {shape}; expected [{', '.join(axes)}]{expected}: "
-                + _remedy(axes, shape, shapes.get(model or "", ()))
+                + _remedy(axes, shape, shapes.get(model, ()))
             )
 
 

@@ -1,0 +1,160 @@
+"""The clipped loss and each of its parts against hand-worked numbers, and what they refuse."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.objectives.policy_loss import (
+    Surrogate,
+    clipped_surrogate,
+    dual_clip,
+    importance_weight,
+    probability_ratio,
+    token_terms,
+)
+from r1jax.settings.objective import GRPOConfig
+
+
+def both(function: Any, **options: Any) -> list[Any]:
+    function = functools.partial(function, **options)
+    return [function, jax.jit(function)]
+
+
+def column(*values: float) -> jax.Array:
+    return jnp.asarray(values, jnp.float32)[:, None]
+
+
+def test_the_ratio_by_hand() -> None:
+    log_probs = jnp.log(jnp.asarray([[0.5, 0.1]]))
+    for ratio in both(probability_ratio):
+        old = jnp.log(jnp.asarray([[0.25, 0.2]]))
+        np.testing.assert_allclose(ratio(log_probs, old), [[2.0, 0.5]], rtol=1e-6)
+        np.testing.assert_array_equal(ratio(log_probs), [[1.0, 1.0]])
+    # On policy its gradient is that of the log-probs.
+    gradient = jax.grad(lambda x: probability_ratio(x).sum())(log_probs)
+    np.testing.assert_array_equal(gradient, [[1.0, 1.0]])
+
+
+# (ratio, advantage, clipped objective, whether it is clipped)
+CLIPPED = [
+    (1.5, 1.0, 1.3, True),  # above 1 + high
+    (0.5, 1.0, 0.5, False),  # the minimum keeps the lower, unclipped term
+    (0.5, -1.0, -0.8, True),  # below 1 - low
+    (1.5, -1.0, -1.5, False),
+    (9.0, -1.0, -9.0, False),
+]
+
+
+def test_the_clipped_surrogate_by_hand() -> None:
+    ratios, advantages, expected, clipped = (np.asarray(x) for x in zip(*CLIPPED, strict=True))
+    for surrogate in both(clipped_surrogate, clip_low=0.2, clip_high=0.3):
+        for a in (jnp.asarray(advantages), column(*advantages)):  # [batch] or [batch, time]
+            out = surrogate(column(*ratios), a)
+            np.testing.assert_allclose(out.objective[:, 0], expected, rtol=1e-6)
+            assert out.clipped[:, 0].tolist() == clipped.tolist()
+
+
+def test_the_dual_clip_by_hand() -> None:
+    before = Surrogate(column(-9.0, -2.0, 5.0), column(0, 1, 0) > 0)
+    for clip in both(dual_clip, factor=3.0):
+        out = clip(before, jnp.asarray([-1.0, -1.0, 1.0]))
+        np.testing.assert_allclose(out.objective[:, 0], [-3.0, -2.0, 5.0])
+        assert out.clipped[:, 0].tolist() == [True, True, False]
+
+
+def test_importance_weights_by_hand() -> None:
+    old, sampler = jnp.log(column(0.5, 0.5)), jnp.log(column(0.4, 0.1))
+    for weight in both(importance_weight, cap=1.5):
+        np.testing.assert_allclose(weight(old, sampler)[:, 0], [1.25, 1.5], rtol=1e-6)
+    gradient = jax.grad(lambda x: importance_weight(x, sampler, 1.5).sum())(old)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("case", [*CLIPPED[:4], (9.0, -1.0, -3.0, True)])  # dual clip: 3 |A|
+def test_the_parts_together(case: tuple[float, float, float, bool]) -> None:
+    ratio, advantage, expected, clipped = case
+    config = GRPOConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coefficient=0.0)
+    old = jnp.asarray([[-1.0]])
+    terms = token_terms(
+        old + jnp.log(ratio), jnp.asarray([advantage]), config=config, old_log_probs=old
+    )
+    np.testing.assert_allclose(terms.loss, [[-expected]], rtol=1e-5)
+    assert terms.clipped.item() == clipped
+
+
+def test_the_penalty_and_the_importance_weight_in_the_loss() -> None:
+    log_probs, reference = jnp.log(jnp.asarray([[0.5]])), jnp.log(jnp.asarray([[0.25]]))
+    k3 = 0.5 - np.log(0.5) - 1
+    config = GRPOConfig(kl_coefficient=0.1, importance_cap=1.5)
+    for sampler, weight in ((0.4, 1.25), (0.1, 1.5)):  # the second is truncated
+        for terms_of in both(token_terms, config=config):
+            terms = terms_of(
+                log_probs,
+                jnp.asarray([2.0]),
+                reference_log_probs=reference,
+                sampler_log_probs=jnp.log(jnp.asarray([[sampler]])),
+            )
+            np.testing.assert_allclose(terms.loss, [[-2 * weight + 0.1 * k3]], rtol=1e-5)
+            np.testing.assert_allclose(terms.kl, [[k3]], rtol=1e-5)
+    with pytest.raises(ValueError, match="kl_coefficient = 0.1 needs reference_log_probs"):
+        token_terms(log_probs, jnp.asarray([2.0]), config=config)
+
+
+TOKENS = jnp.zeros((6, 6))  # as many rows as tokens: [6] would broadcast
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+CONFIG = GRPOConfig(dual_clip=3.0)
+ALL = {name: TOKENS for name in ("old_log_probs", "reference_log_probs", "sampler_log_probs")}
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6), (6, 5), (), (6, 6, 1)])
+@pytest.mark.parametrize("name", ["log_probs", *ALL])
+def test_arrays_that_are_not_per_token_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    arrays = {"log_probs": TOKENS, **ALL, name: jnp.zeros(shape)}
+    pattern = rf"{name} has shape \({', '.join(map(str, shape))},?\); expected \[batch, time\]"
+    for terms in both(token_terms, config=CONFIG):
+        with pytest.raises(ValueError, match=pattern) as error:
+            terms(advantages=jnp.zeros(6), **arrays)
+        assert "(6, 6)" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6), (5,), (6, 5), (), (1,), (6, 6, 1)])
+def test_advantages_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    advantages = jnp.zeros(shape)
+    for function in (
+        lambda a: token_terms(TOKENS, a, config=CONFIG, **ALL),
+        lambda a: clipped_surrogate(TOKENS, a, **CLIP),
+        lambda a: dual_clip(Surrogate(TOKENS, TOKENS > 0), a, 3.0),
+    ):
+        for call in (function, jax.jit(function)):
+            with pytest.raises(ValueError, match="advantages has shape") as error:
+                call(advantages)
+            assert str(shape) in str(error.value) and "(6, 6)" in str(error.value)
+            if shape == (6, 1):
+                assert "drop its last axis" in str(error.value)
+
+
+def test_parts_used_alone_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"old_log_probs has shape \(6,\).*\[batch, time\]"):
+        probability_ratio(TOKENS, jnp.zeros(6))
+    with pytest.raises(ValueError, match=r"sampler_log_probs has shape \(6, 1\)"):
+        importance_weight(TOKENS, jnp.zeros((6, 1)), 2.0)
+    with pytest.raises(ValueError, match=r"ratio has shape \(6,\)"):
+        clipped_surrogate(jnp.zeros(6), jnp.zeros(6), **CLIP)
+    # Log-probs of all tokens but the first are a common slip: the message says what to do.
+    with pytest.raises(ValueError, match=r"\(6, 5\).*jnp.pad"):
+        probability_ratio(TOKENS, jnp.zeros((6, 5)))
+
+
+def test_log_probs_are_floating_point_numbers() -> None:
+    whole = jnp.zeros((6, 6), jnp.int32)
+    with pytest.raises(ValueError, match="log_probs has dtype int32"):
+        token_terms(whole, jnp.zeros(6), config=CONFIG, **ALL)
+    for name in ALL:
+        with pytest.raises(ValueError, match=f"{name} has dtype int32"):
+            token_terms(TOKENS, jnp.zeros(6), config=CONFIG, **ALL | {name: whole})
