@@ -330,8 +330,8 @@ def evaluate(
     The same command again resumes. Leaves results.json, and every sample of each stage.
     """
     from r1jax.bucket import locate
-    from r1jax.config.benchmarks import evaluation_of
     from r1jax.config.load import ConfigError, load_config, parse_config
+    from r1jax.stages.evaluate.benchmarks import evaluation_of
 
     own = locate(model) / "config.yaml"
     trained = load_config(own) if own.is_file() else None

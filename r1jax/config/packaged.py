@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-import yaml
+from r1jax.bucket import locate
+from r1jax.config.yaml_file import ConfigError, read_yaml
+
+if TYPE_CHECKING:
+    from r1jax.settings.section import JsonObject
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MESHES = "mesh/"
@@ -26,7 +30,29 @@ def packaged_meshes() -> dict[str, Path]:
     }
 
 
-def read_mesh(name: str) -> dict[str, Any]:
+def find_config(name_or_path: str | Path) -> Path:
+    """The file meant by `name_or_path`: an existing file, or else the name of a packaged config.
+
+    The file may be on a bucket (`gs://...`).
+
+    Raises:
+      ConfigError: there is neither; the message names the nearest packaged configs.
+    """
+    path = locate(name_or_path)
+    if path.is_file():
+        return path
+    known = packaged_configs()
+    name = path.with_suffix("").as_posix() if path.suffix == ".yaml" else path.as_posix()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    # A bare `r1_zero` is no close match of `tiny/r1_zero`, yet what was meant is plain.
+    near += [key for key in known if name in key.split("/") and key not in near]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"packaged: {', '.join(known)}"
+    raise ConfigError([f"{name_or_path}: neither a file nor a packaged config; {hint}"])
+
+
+def read_mesh(name: str) -> JsonObject:
     """The mesh of this name, as from YAML.
 
     Raises:
@@ -36,9 +62,8 @@ def read_mesh(name: str) -> dict[str, Any]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"{name!r}: no such mesh; {hint}")
-    mesh: dict[str, Any] = yaml.safe_load(known[name].read_text(encoding="utf-8"))
-    return mesh
+        raise ValueError(f"mesh = {name!r}: no such mesh; {hint}")
+    return cast("JsonObject", read_yaml(known[name].read_text(encoding="utf-8")).data)
 
 
 def packaged_shape(model: str) -> Path | None:

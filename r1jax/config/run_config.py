@@ -7,26 +7,33 @@ the run is resolved, still before any compute.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+import json
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, create_model, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from r1jax.settings.data import DataSection
-from r1jax.settings.kinds import KINDS, load_kind
+from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.rewards import RewardSection, VerifierSection
 from r1jax.settings.section import Section
 from r1jax.settings.stage import Leaves, Stage
 
-if TYPE_CHECKING:
-    AnyStage = Stage
-else:
-    AnyStage = Annotated[
-        Union[tuple(load_kind(kind) for kind in KINDS)],  # noqa: UP007
-        Field(discriminator="kind"),
-    ]
+
+def _of_its_kind(stage: object) -> object:
+    """A stage as read from YAML, validated by the settings of its kind."""
+    if not isinstance(stage, dict):
+        return stage
+    try:
+        kind = load_kind(str(stage.get("kind", "")))
+    except ValueError as error:
+        wrong = PydanticCustomError("kind", "{problem}", {"problem": str(error)})
+        details = InitErrorDetails(type=wrong, loc=("kind",), input=stage.get("kind"))
+        raise ValidationError.from_exception_data("stage", [details]) from None
+    # As JSON, so that it is read as strictly as the whole config is.
+    return kind.model_validate_json(json.dumps(stage), strict=True)
 
 
 class ComparisonSection(Section):
@@ -72,7 +79,9 @@ class RunConfig(Section):
     rewards: dict[str, RewardSection] = Field(default_factory=dict)
     verifier: VerifierSection = VerifierSection()
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    stages: list[AnyStage] = Field(min_length=1)
+    stages: list[SerializeAsAny[Annotated[Stage, BeforeValidator(_of_its_kind)]]] = Field(
+        min_length=1
+    )
     comparisons: list[ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."
     )
@@ -221,33 +230,6 @@ class RunConfig(Section):
         if isinstance(selection, dict):
             return selection
         return {n: r for n, r in self.rewards.items() if selection is None or n in selection}
-
-
-def run_config_type(document: JsonValue) -> type[RunConfig]:
-    """`RunConfig`, extended by the kinds of stages that a document takes from elsewhere.
-
-    Raises:
-      ValueError: such a kind cannot be imported, or is none.
-    """
-    stages = document.get("stages") if isinstance(document, dict) else None
-    kinds = (
-        [s.get("kind") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
-    )
-    others = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and ":" in kind)
-    return _extended(tuple(others)) if others else RunConfig
-
-
-@functools.cache
-def _extended(kinds: tuple[str, ...]) -> type[RunConfig]:
-    union = Annotated[
-        Union[tuple(load_kind(kind) for kind in (*KINDS, *kinds))],  # noqa: UP007
-        Field(discriminator="kind"),
-    ]
-    return create_model(
-        "RunConfig",
-        __base__=RunConfig,
-        stages=(list[union], Field(min_length=1)),  # type: ignore[valid-type]
-    )
 
 
 def _check_weights(where: str, weights: str, known: list[str]) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
-from r1jax.config.run_config import run_config_type
+from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject, read_rows
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.stage import StageDescription
@@ -225,7 +225,7 @@ def read_run(run_dir: str | Path) -> Run:
 
 def _edges(config: JsonObject) -> tuple[Edge, ...]:
     try:
-        return tuple(edges(run_config_type(config).model_validate(config)))
+        return tuple(edges(RunConfig.model_validate(config)))
     except ValueError:
         return ()
 

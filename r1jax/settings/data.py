@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from r1jax.settings.section import Section
+from r1jax.settings.benchmarks import fill_in, find_benchmark
+from r1jax.settings.section import JsonObject, Section
 
 
 class DataSection(Section):
@@ -24,7 +25,7 @@ class DataSection(Section):
     )
     benchmark: str | None = Field(
         None,
-        description="A name in r1jax.config.benchmarks, which gives what is not set here; with a "
+        description="A name in r1jax.settings.benchmarks, which gives what is not set here; with a "
         "source of your own it gives neither split nor options.",
     )
     domain: str = Field(
@@ -57,7 +58,25 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
     )
     limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of a task.")
+    options: JsonObject = Field(default_factory=dict, description="Arguments of a task.")
+
+    @classmethod
+    def fill_in(cls, section: JsonObject) -> dict[str, str]:
+        """Put what `benchmark` implies into a section as read from YAML.
+
+        Returns:
+          Key -> problem, for values that are wrong.
+        """
+        if section.get("benchmark") is None:
+            return {}
+        try:
+            defaults = find_benchmark(section["benchmark"]).data
+        except ValueError as error:
+            return {"benchmark": str(error)}
+        if "source" in section:
+            defaults = {k: v for k, v in defaults.items() if k not in ("split", "options")}
+        fill_in(section, defaults)
+        return {}
 
     @model_validator(mode="after")
     def _source_or_mixture(self) -> DataSection:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Literal
 
-from pydantic import create_model
-
+from r1jax.settings.names import nearest
 from r1jax.settings.stage import Stage, StageDescription
 
 KINDS = {
@@ -25,30 +23,29 @@ def load_kind(kind: str) -> type[Stage]:
     """The settings of a kind: of `KINDS`, or imported from `package.module:Class`.
 
     Raises:
-      ValueError: there is no such kind, or what is there is no `Stage` with a description.
+      ValueError: there is no such kind, or it is no `Stage` with a description. The message is
+        meant to stand behind the value.
     """
     module_name, colon, class_name = KINDS.get(kind, kind).partition(":")
     if not colon:
         raise ValueError(
-            f"kind = {kind!r}: should be {' or '.join(KINDS)}, or package.module:Class"
+            f"{nearest(kind, KINDS)}should be {', '.join(KINDS)}, or package.module:Class"
         )
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:
         raise ValueError(
-            f"kind = {kind!r}: {error}; is the folder of {module_name} on PYTHONPATH?"
+            f"importing {module_name} failed: {type(error).__name__}: {error}; "
+            "is its directory on PYTHONPATH?"
         ) from error
+    found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Stage)):
-        raise ValueError(f"kind = {kind!r}: not a subclass of r1jax.settings.stage.Stage")
+        raise ValueError(
+            f"{module_name} has no class {class_name!r} derived from r1jax.settings.stage.Stage"
+        )
     if not isinstance(getattr(found, "DESCRIPTION", None), StageDescription):
-        raise ValueError(f"kind = {kind!r}: the class has no DESCRIPTION, a StageDescription")
-    if kind in KINDS:
-        return found
-    tagged = create_model(
-        found.__name__, __base__=found, __module__=found.__module__, kind=(Literal[kind], kind)
-    )
-    tagged.FUNCTIONS = found.FUNCTIONS or module_name
-    return tagged
+        raise ValueError(f"{class_name} has no DESCRIPTION, a StageDescription")
+    return found
 
 
 def describe_kind(kind: str) -> StageDescription:

@@ -43,7 +43,7 @@ class MeshSection(Section):
     In a config a name may stand for it: `mesh: fsdp` is configs/mesh/fsdp.yaml.
     """
 
-    axes: Axes = Field(default_factory=lambda: {"data": 1, "fsdp": -1, "tensor": 1})
+    axes: Axes = {"data": 1, "fsdp": -1, "tensor": 1}
     rules: Rules = Field(
         default_factory=dict, description="logical axis -> mesh axis, several, or null."
     )

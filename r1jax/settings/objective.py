@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Normalisation = Literal["sequence_mean", "token_mean", "constant"]
 
@@ -23,6 +23,9 @@ class GRPOConfig:
     importance_cap: truncated importance sampling for the gap between the sampler and the trainer:
         each token's term is weighted by min(pi_old / pi_sampler, cap). None: off.
     """
+
+    # Read by pydantic where this is a section of a config.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     clip_low: float = 0.2
     clip_high: float = 0.2

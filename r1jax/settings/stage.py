@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from r1jax.settings.optimizer import OptimizerSection, WeightChange
 from r1jax.settings.rewards import RewardSection
-from r1jax.settings.section import Section
+from r1jax.settings.section import JsonObject, Section
 
 
 class LengthChange(Section):
@@ -142,13 +142,13 @@ class Stage(Section):
         return None
 
     @classmethod
-    def fill_in(cls, stage: dict[str, JsonValue], data: dict[str, JsonValue]) -> str | None:
-        """Put what a setting implies into a stage and the config's data, as read from YAML.
+    def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
+        """Put what a setting implies into a stage and the config's `data`, as read from YAML.
 
         Returns:
-          The key whose value is wrong, with the problem (`benchmark = 'x': no such benchmark`).
+          Key -> problem, for values that are wrong.
         """
-        return None
+        return {}
 
 
 class TrainStage(Stage):

@@ -47,7 +47,7 @@ stages:
 """
 
 
-KINDS = "evaluate or grpo or pretrain or rejection_sampling or reward_model or sft"
+KINDS = "pretrain, sft, grpo, rejection_sampling, reward_model, evaluate, or package.module:Class"
 
 
 def problems_of(text: str, *overrides: str) -> list[str]:
@@ -166,7 +166,7 @@ def test_key_like_nothing_known_lists_what_is() -> None:
         (
             "kind: grpo",
             "kind: gpro",
-            f'9: stages.rl.kind = "gpro": should be {KINDS}; did you mean grpo?',
+            f"10: stages.rl.kind = \"gpro\": did you mean 'grpo'? should be {KINDS}",
         ),
         (
             "    kind: grpo\n",
@@ -298,7 +298,7 @@ def test_override_of_one_use_of_an_alias_leaves_the_other() -> None:
         ("seed=x", 'command line: seed = "x": should be an integer at least 0'),
         ("stages.rl.optimizer=3", "command line: stages.rl.optimizer = 3: should be a section"),
         ("sede=1", "command line: sede = 1: unknown key; did you mean seed (an integer at"),
-        ("modle.path=x", "command line, modle.path=x: modle = "),
+        ("modle.path=x", 'command line: modle = {"path": "x"}: unknown key; did you mean model'),
         ("stages.rl.optimizer.beta9=1", "command line: stages.rl.optimizer.beta9 = 1: unknown"),
     ],
 )

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from r1jax.cli import app
-from r1jax.config.benchmarks import BENCHMARKS, evaluation_of
 from r1jax.config.load import ConfigError, dump_config, parse_config
 from r1jax.config.run_config import RunConfig
 from r1jax.data import Prompt, load_examples
@@ -26,7 +25,10 @@ from r1jax.rewards.code import read_reference
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
+from r1jax.settings.benchmarks import BENCHMARKS
+from r1jax.settings.data import DataSection
 from r1jax.settings.rewards import RewardSection
+from r1jax.stages.evaluate.benchmarks import evaluation_of
 from r1jax.stages.evaluate.settings import EvaluateStage
 
 try:
@@ -164,13 +166,13 @@ def test_what_the_config_says_itself_comes_first() -> None:
     assert isinstance(school, EvaluateStage)
     assert (maths.max_new_tokens, maths.rewards, maths.samples_per_problem) == (9, ["format"], 16)
     assert (school.samples_per_problem, school.samples_per_batch) == (3, None)
-    defined = BENCHMARKS["aime_2024"].data
+    defined = DataSection.model_validate(BENCHMARKS["aime_2024"].data)
     assert config.data["aime_2024"] == defined.model_copy(
         update={"benchmark": "aime_2024", "limit": 2}
     )
     assert (config.data["math_500"].limit, config.data["math_500"].prompt_suffix) == (50, "")
     # A source of one's own has its own splits and options, but the benchmark's columns.
-    mine, theirs = config.data["mine"], BENCHMARKS["gsm8k"].data
+    mine, theirs = config.data["mine"], DataSection.model_validate(BENCHMARKS["gsm8k"].data)
     assert (mine.source, mine.split, mine.options) == ("tfds:gsm8k", "train", {})
     assert (mine.fields, mine.answer_pattern) == (theirs.fields, theirs.answer_pattern)
 
@@ -185,9 +187,9 @@ def test_one_option_set_leaves_the_others() -> None:
     config = parse_config(text, "test", overrides)
     code, aime = config.stages
     assert isinstance(code, EvaluateStage) and isinstance(aime, EvaluateStage)
-    options = config.rewards_of(code.rewards)["code"].options
+    options = config.rewards_of(code)["code"].options
     assert options == {
-        **BENCHMARKS["livecodebench"].reward_section.options,
+        **BENCHMARKS["livecodebench"].reward_options,
         "minimum_isolation": "limits",
     }
     assert config.data["aime_2025"].options == {"config": "default", "revision": "abc"}
@@ -197,8 +199,8 @@ def test_one_option_set_leaves_the_others() -> None:
 def test_a_benchmark_changes_nothing_for_other_stages() -> None:
     config = parse_config(TWO, "two.yaml")
     assert set(config.rewards) == {"format"}
-    assert set(config.rewards_of(None)) == {"format"}  # what the stage `rl` is trained on
-    assert config.rewards_of(config.stages[1].rewards) == {"accuracy": RewardSection()}  # type: ignore[union-attr]
+    assert set(config.rewards_of(config.stages[0])) == {"format"}  # of `rl`
+    assert config.rewards_of(config.stages[1]) == {"accuracy": RewardSection()}
     assert config.data["train"].benchmark is None
 
 
@@ -214,13 +216,13 @@ def test_the_resolved_config_says_it_all_and_reads_back() -> None:
     [
         (
             "stages.aime.benchmark=aime24",
-            "stages.aime.benchmark = 'aime24': no such benchmark; did",
+            'stages.aime.benchmark = "aime24": no such benchmark; did',
         ),
         (
             "stages.aime.benchmark=3",
             "stages.aime.benchmark = 3: no such benchmark; there are aime_",
         ),
-        ("data.mine.benchmark=gsm", "data.mine.benchmark = 'gsm': no such benchmark; did you mean"),
+        ("data.mine.benchmark=gsm", 'data.mine.benchmark = "gsm": no such benchmark; did you mean'),
         ("stages.rl.benchmark=gsm8k", 'stages.rl.benchmark = "gsm8k": unknown key'),
         (
             "stages.aime.rewards={choise: {wight: 1}}",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
+from r1jax.settings.benchmarks import MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import EvaluationSampling
+from r1jax.settings.section import JsonObject
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
 
 
@@ -22,10 +24,10 @@ class EvaluateStage(Stage):
         less_memory="a smaller problems_per_batch or samples_per_batch",
     )
 
-    kind: Literal["evaluate"] = "evaluate"
+    kind: str = "evaluate"
     benchmark: str | None = Field(
         None,
-        description="A name in r1jax.config.benchmarks, which gives data, rewards and settings "
+        description="A name in r1jax.settings.benchmarks, which gives data, rewards and settings "
         "that are not set here.",
     )
     data: str
@@ -49,6 +51,29 @@ class EvaluateStage(Stage):
     )
     max_new_tokens: int = Field(1024, ge=1)
     sampling: EvaluationSampling = EvaluationSampling()
+
+    @classmethod
+    def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
+        name = stage.get("benchmark")
+        if name is None:
+            return {}
+        try:
+            benchmark = find_benchmark(name)
+        except ValueError as error:
+            return {"benchmark": str(error)}
+        rewards = stage.setdefault("rewards", {benchmark.reward: {}})
+        section = rewards.get(benchmark.reward) if isinstance(rewards, dict) else None
+        if isinstance(section, dict) and benchmark.reward_options:
+            fill_in(section, {"options": benchmark.reward_options})
+        samples = stage.setdefault("samples_per_problem", benchmark.samples)
+        # Not of the protocol: 64 completions at once take little memory, whatever k is.
+        divisible = isinstance(samples, int) and samples % 8 == 0
+        at_once = {"problems_per_batch": 8, "samples_per_batch": 8 if divisible else None}
+        fill_in(stage, {"data": name, "max_new_tokens": MAX_NEW_TOKENS, **at_once})
+        dataset = data.setdefault(str(stage["data"]), {})
+        if isinstance(dataset, dict):
+            dataset.setdefault("benchmark", name)
+        return {}
 
     @model_validator(mode="after")
     def _divisible(self) -> EvaluateStage:

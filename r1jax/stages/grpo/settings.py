@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,7 @@ class GRPOStage(TrainStage):
         less_memory="more rollout_batches and micro_batches, fewer max_new_tokens",
     )
 
-    kind: Literal["grpo"] = "grpo"
+    kind: str = "grpo"
     data: str | list[DataChange] = Field(description="A dataset, or which one from which step on.")
     rewards: list[str] | None = Field(
         None, min_length=1, description="The rewards to add up; default: all of the config."

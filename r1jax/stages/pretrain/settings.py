@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,7 @@ class PretrainStage(TrainStage):
         less_memory="more micro_batches",
     )
 
-    kind: Literal["pretrain"] = "pretrain"
+    kind: str = "pretrain"
     data: str
     steps: int = Field(ge=1)
     rows_per_step: int = Field(ge=1)

@@ -74,7 +74,7 @@ class RejectionSamplingStage(Stage):
         less_memory="a smaller prompts_per_batch",
     )
 
-    kind: Literal["rejection_sampling"] = "rejection_sampling"
+    kind: str = "rejection_sampling"
     data: str
     prompts: int | None = Field(None, ge=1, description="Default: the whole dataset.")
     samples_per_prompt: int = Field(16, ge=1)

@@ -25,7 +25,7 @@ class RewardModelStage(EpochStage):
         less_memory="more micro_batches",
     )
 
-    kind: Literal["reward_model"] = "reward_model"
+    kind: str = "reward_model"
     loss: Literal["pairwise", "pointwise"] = Field(
         description="pairwise (helpful) or pointwise (safety)."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,7 @@ class SFTStage(EpochStage):
         less_memory="more micro_batches",
     )
 
-    kind: Literal["sft"] = "sft"
+    kind: str = "sft"
     row_tokens: int = Field(ge=8)
     mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = mtp_weight_field()
     balance: BalanceSection = BalanceSection()

@@ -1,0 +1,117 @@
+"""Pydantic's errors as messages for the one who wrote the config."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from r1jax.config.schema import JsonSchema, describe, has, keys_at, named_values, schema_at
+from r1jax.config.yaml_file import KeyPath, show
+from r1jax.settings.section import JsonObject
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Types of pydantic's errors for a key that a section does not have."""
+
+
+def name_of(data: JsonObject, path: KeyPath) -> str:
+    """`path` as a user would write it on the command line: stages by name."""
+    parts: list[str] = []
+    node: Any = data
+    for key in path:
+        node = node[key] if has(node, key) else None
+        name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
+        parts.append(name if isinstance(name, str) else str(key))
+    return ".".join(parts)
+
+
+def messages(
+    data: JsonObject, error: ValidationError, unknown_keys_only: bool = False
+) -> list[tuple[KeyPath, str]]:
+    """The errors as (key path, message), one for each value that is wrong; unknown keys first.
+
+    Args:
+      data: what was validated.
+    """
+    found: dict[KeyPath, ErrorDetails] = {}
+    errors = error.errors(include_url=False)
+    for details in sorted(errors, key=lambda each: each["type"] not in UNKNOWN_KEY):
+        found.setdefault(_key_path(data, details), details)
+    wrong = []
+    for path, details in found.items():
+        # Of a union, the alternatives that were not meant complain as well, higher up.
+        below = any(other[: len(path)] == path for other in found if other != path)
+        of_another = below and details["type"].endswith(("_type", "literal_error"))
+        if not of_another and (details["type"] in UNKNOWN_KEY or not unknown_keys_only):
+            wrong.append((path, _message(data, path, details)))
+    return wrong
+
+
+def _key_path(data: JsonObject, error: ErrorDetails) -> KeyPath:
+    """An error's place without the names of union alternatives that pydantic puts in it."""
+    path: KeyPath = ()
+    node: Any = data
+    location = error["loc"]
+    if error["type"].startswith("union_tag"):
+        location = (*location, error["ctx"]["discriminator"].strip("'"))
+    for index, key in enumerate(location):
+        if has(node, key):
+            node = node[key]
+        elif index < len(location) - 1 or error["type"] not in _MISSING:
+            continue
+        path = (*path, key)
+    return path
+
+
+_MISSING = ("missing", "kind", "union_tag_not_found")
+"""Types of errors that may be about a key that is not there."""
+
+
+def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
+    kind, name, value = error["type"], name_of(data, path), error["input"]
+    if kind in UNKNOWN_KEY:
+        hint = _meant_key(str(path[-1]), keys_at(data, path[:-1]))
+        return f"{name} = {show(value)}: unknown key; {hint}"
+    if kind == "value_error":
+        # The settings' own rules name their keys from the section on.
+        reason = error["msg"].removeprefix("Value error, ")
+        return f"{name}: {reason}" if name and not reason.startswith(name) else reason
+    if kind.startswith("union_tag"):
+        value = value.get(path[-1]) if isinstance(value, dict) else None
+    missing = kind in ("missing", "union_tag_not_found") or (kind == "kind" and value is None)
+    given = f"{name} is missing" if missing else f"{name} = {show(value)}"
+    if (
+        kind.endswith("_type")
+        or kind.startswith("union_tag")
+        or kind
+        in (
+            "missing",
+            "int_from_float",
+            "literal_error",
+        )
+    ):
+        schema = schema_at(data, path)
+        near = difflib.get_close_matches(str(value), named_values(schema), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{given}: should be {describe(schema)}{hint}"
+    # Bounds and patterns: pydantic's words say it ("Input should be greater than 0").
+    return f"{given}: {error['msg'].removeprefix('Input ').removeprefix('String ')}"
+
+
+def _meant_key(key: str, keys: dict[str, JsonSchema]) -> str:
+    """What the writer of an unknown key may have meant."""
+    below = {
+        f"{name}.{inner}": inner_schema
+        for name, schema in keys.items()
+        for inner, inner_schema in schema.get("properties", {}).items()
+    }
+    near = difflib.get_close_matches(key, keys, n=1)
+    # A right name at the wrong depth: learning_rate instead of optimizer.learning_rate.
+    near += [name for name in below if name.split(".")[1] == key]
+    if not near:
+        return f"known here: {', '.join(keys)}"
+    return f"did you mean {near[0]} ({describe({**below, **keys}[near[0]])})?"
