@@ -17,13 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.grpo import GRPOBatch, make_grpo_step
+from r1jax.grpo import (
+    GRPOBatch,
+    GRPOConfig,
+    PolicyOutputs,
+    group_advantages,
+    init_train_state,
+    make_grpo_step,
+)
 from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
-from r1jax.objectives.advantages import group_advantages
+from r1jax.models.parameters import Params
 from r1jax.sampler import GenerateOptions, Prompts, generate
-from r1jax.settings.objective import GRPOConfig
 from r1jax.sharding import make_layout, split_cpu
-from r1jax.train_step import init_train_state
+from r1jax.train_step import map_micro_batches
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 32, 64
 MICRO_BATCHES = 8  # their activations fit into a CPU's caches
@@ -57,14 +63,15 @@ def main() -> None:
     positions, segments = place(steps), place(np.ones((rows, length), np.int32))
     mask = place((steps >= PROMPT_TOKENS).astype(np.float32))
 
-    def log_prob_fn(params: Any, batch: GRPOBatch) -> Any:
-        return token_scores(params, *batch.inputs, model)
+    def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
+        return PolicyOutputs(*token_scores(params, *batch.inputs, model))
 
     @jax.jit
-    def reference(params: Any, inputs: Any) -> jax.Array:
-        parts = jax.tree.map(lambda x: x.reshape(-1, MICRO_BATCHES, length).swapaxes(0, 1), inputs)
-        scored = jax.lax.map(lambda part: token_scores(params, *part, model).log_probs, parts)
-        return scored.swapaxes(0, 1).reshape(rows, length)
+    def reference(params: Params, inputs: tuple[jax.Array, ...]) -> jax.Array:
+        def log_probs(part: tuple[jax.Array, ...]) -> jax.Array:
+            return token_scores(params, *part, model).log_probs
+
+        return map_micro_batches(log_probs, inputs, MICRO_BATCHES)
 
     @jax.jit
     def join(prompts: Prompts, out: Any) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
@@ -144,10 +145,8 @@ def make_grpo_step(
             sequences=batch.sequences,
         )
         rows = len(batch.mask)
-        return (
-            batch.replace(lengths=None, sequences=None),
-            _Weights(tokens, mean_weights(rows, rows)),
-        )
+        weights = _Weights(tokens, mean_weights(rows, rows))
+        return replace(batch, lengths=None, sequences=None), weights
 
     def loss_fn(params: PyTree, rows: tuple[GRPOBatch, _Weights]) -> LossOutput:
         batch, weights = rows
@@ -215,15 +214,15 @@ def _only_trained(outputs: PolicyOutputs, batch: GRPOBatch) -> tuple[PolicyOutpu
     """A token outside the mask may hold anything, NaN included: it must not reach the sums."""
     trained = batch.mask > 0
 
-    def masked(values: Float[Array, "batch time"] | None) -> Float[Array, "batch time"] | None:
-        return None if values is None else jnp.where(trained, values, 0.0)
+    def masked(values: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.where(trained, leaf, 0.0), values)
 
+    packed = jnp.ndim(batch.advantages) == 2
     return outputs._replace(
         log_probs=masked(outputs.log_probs), entropy=masked(outputs.entropy)
-    ), batch.replace(
-        advantages=batch.advantages
-        if jnp.ndim(batch.advantages) == 1
-        else masked(batch.advantages),
+    ), replace(
+        batch,
+        advantages=masked(batch.advantages) if packed else batch.advantages,
         old_log_probs=masked(batch.old_log_probs),
         reference_log_probs=masked(batch.reference_log_probs),
         sampler_log_probs=masked(batch.sampler_log_probs),

@@ -60,7 +60,7 @@ def abstract_train_state(
     def like(leaf: jax.ShapeDtypeStruct, source: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=source.sharding)
 
-    def replicated(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def replicated(leaf: jax.ShapeDtypeStruct) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated)
 
     return TrainState(
