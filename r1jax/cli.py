@@ -597,7 +597,7 @@ def _run_directory(config: RunConfig) -> Path:
 
 def _final_weights(run_directory: str, config: RunConfig) -> str:
     """The weights that a run's last train stage left, or those that it only evaluated."""
-    from r1jax.evaluation import language_models
+    from r1jax.evaluation.run_directory import language_models
 
     trained = language_models(run_directory)
     if trained:

@@ -20,8 +20,8 @@ from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
 from r1jax.data.chat_template import check_template
-from r1jax.evaluation import language_models
 from r1jax.evaluation.results import write_results
+from r1jax.evaluation.run_directory import language_models
 from r1jax.metrics import HEARTBEAT, CompilationCounter, ProfiledSteps, Watchdog, memory
 from r1jax.peers import watched_peers
 from r1jax.processes import agree, distributed_process, process_batch_slice, wait_for_all

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from r1jax.config.run_config import RunConfig
-from r1jax.evaluation import summarise
+from r1jax.evaluation.metrics import summarise
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.sft.settings import SFTStage

@@ -32,7 +32,7 @@ from r1jax.cli import app
 from r1jax.config.load import load_config
 from r1jax.data import load_tokenizer
 from r1jax.data.sources import read_jsonl
-from r1jax.evaluation import language_models
+from r1jax.evaluation.run_directory import language_models
 from r1jax.metrics import HEARTBEAT, Watchdog
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.parameters import Params

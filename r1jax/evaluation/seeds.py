@@ -253,11 +253,9 @@ def results_over_seeds(runs: Sequence[Run]) -> JsonObject:
             }
             for each in seed_curves(runs)
         ],
-        "versions": {
-            seed: run.info.get("versions", {}) for seed, run in zip(seeds, runs, strict=True)
-        },
-        "hardware": {
-            seed: run.info.get("hardware", {}) for seed, run in zip(seeds, runs, strict=True)
+        **{
+            name: {seed: run.info.get(name, {}) for seed, run in zip(seeds, runs, strict=True)}
+            for name in ("versions", "hardware")
         },
         "config": runs[0].config,
     }

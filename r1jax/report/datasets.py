@@ -28,15 +28,6 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class DomainRow:
-    """Rows of one domain, and their mean tokens."""
-
-    name: str
-    rows: str
-    tokens: str
-
-
-@dataclass(frozen=True)
 class Text:
     """A row of the dataset; `thought` ends with `</think>`."""
 
@@ -50,11 +41,16 @@ class Text:
 
 @dataclass(frozen=True)
 class WrittenDataset:
-    """A stage's dataset for the template; `bars` are of the kept samples, then of the removed."""
+    """A stage's dataset for the template.
+
+    Attributes:
+      bars: of the kept samples, then of the removed.
+      domains: name, rows, mean tokens.
+    """
 
     total: str
     bars: list[Bar]
-    domains: list[DomainRow]
+    domains: list[tuple[str, str, str]]
     texts: list[Text]
 
 
@@ -81,14 +77,14 @@ def written_dataset(stage: StageRecord) -> WrittenDataset | None:
     )
 
 
-def _domains(summary: Summary) -> list[DomainRow]:
+def _domains(summary: Summary) -> list[tuple[str, str, str]]:
     """Rows and mean tokens by domain and in all, as in DeepSeek-R1's table of its 800K set."""
     domains = dict(summary.get("domains") or {})
     parts = [(name or "no domain", part) for name, part in domains.items()]
     if len(parts) != 1 and "rows" in summary:
         parts.append(("all", summary))
     return [
-        DomainRow(
+        (
             name,
             f"{part.get('rows', 0):,}",
             "–" if part.get("mean_tokens") is None else short(part["mean_tokens"]),

@@ -182,8 +182,7 @@ def dot_plot(
     Args:
       labels: names of the rows, from the top; long ones are cut.
       series: at most `SERIES`, with the page's colours in order.
-      title: read out by screen readers; the page shows its own heading.
-      percent: values are shares, shown as per cent.
+      title, percent: as in `line_plot`.
     """
     shown = [label if len(label) <= 16 else f"{label[:15]}…" for label in labels]
     # Inches; the rows have the same height whatever their number.
@@ -233,8 +232,7 @@ def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: boo
     Args:
       seeds: [seeds, steps]; where there are many steps, each seed is smoothed first, as by
         `line_plot`.
-      title: read out by screen readers; the page shows its own heading.
-      percent: values are shares, shown as per cent.
+      title, percent: as in `line_plot`.
     """
     smoothed = len(steps) >= _SMOOTH_FROM
     lines = np.array([smooth(line) for line in seeds]) if smoothed else np.asarray(seeds)

@@ -160,20 +160,6 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class CostRow:
-    """A stage in the table of seconds; `cells` are of the phases."""
-
-    stage: str
-    status: str
-    total: str
-    cells: list[str]
-    sampler_speed: str
-    update_speed: str
-    compiled: str
-    memory: str
-
-
-@dataclass(frozen=True)
 class Schedule:
     """The graph for the template, with a table of seconds by stage and phase.
 
@@ -182,7 +168,8 @@ class Schedule:
       gutter: its width, in pixels.
       gives: what edges stand for, each once.
       known: whether the edges are.
-      bars: the phases in the bars, each once.
+      bars, phases: names of phases, in the bars and in the table.
+      table: the cells of each stage: status, the phases, all of them, speeds, compilations, memory.
     """
 
     nodes: list[Node]
@@ -192,7 +179,7 @@ class Schedule:
     known: bool
     bars: list[str]
     phases: list[str]
-    table: list[CostRow]
+    table: list[tuple[str, list[str]]]
     total: str
 
 
@@ -212,7 +199,7 @@ def schedule(run: Run) -> Schedule:
         known=bool(run.edges),
         bars=[name.replace("_", " ") for name in _bars(run)],
         phases=[phase.replace("_", " ") for phase in phases],
-        table=[_cost_row(stage, phases) for stage in run.stages],
+        table=[(stage.name, _cells(stage, phases)) for stage in run.stages],
         total=duration(sum(stage.total_seconds for stage in run.stages)),
     )
 
@@ -302,22 +289,17 @@ def _bars(run: Run) -> dict[str, list[str]]:
     return bars | ({"other": rest} if rest else {})
 
 
-def _cost_row(stage: StageRecord, phases: Sequence[str]) -> CostRow:
+def _cells(stage: StageRecord, phases: Sequence[str]) -> list[str]:
     timings = stage.columns("timings.jsonl")
-
-    def middle(name: str) -> str:
-        return short(median(timings[name][1])) if name in timings else "–"
-
-    return CostRow(
-        stage=stage.name,
-        status=stage.status,
-        total=duration(stage.total_seconds) if stage.seconds else "–",
-        cells=[duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases],
-        sampler_speed=middle("tokens_per_second/rollout"),
-        update_speed=middle("tokens_per_second/update"),
-        compiled=_compiled(stage.machine),
-        memory=_memory(stage.machine),
-    )
+    speeds = (timings.get(f"tokens_per_second/{phase}") for phase in ("rollout", "update"))
+    return [
+        stage.status,
+        *(duration(stage.seconds[p]) if p in stage.seconds else "–" for p in phases),
+        duration(stage.total_seconds) if stage.seconds else "–",
+        *("–" if speed is None else short(median(speed[1])) for speed in speeds),
+        _compiled(stage.machine),
+        _memory(stage.machine),
+    ]
 
 
 def _compiled(machine: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from r1jax.data import Example, encode_prompt, load_tokenizer, stop_token_ids
-from r1jax.evaluation import language_models
+from r1jax.evaluation.run_directory import language_models
 from r1jax.rollouts.sampling import decode, pad_prompts, stop_search, to_sampling
 from r1jax.run.context import build_decoder
 from r1jax.sampler import Finish, GenerateOptions, generate_chunks

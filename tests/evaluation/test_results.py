@@ -13,7 +13,8 @@ from fabricated_run import fabricate, fabricate_recipe
 from r1jax.config.lineage import edges
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
-from r1jax.evaluation import before_and_after, read_run, write_results
+from r1jax.evaluation.results import before_and_after, write_results
+from r1jax.evaluation.run_directory import read_run
 
 
 def write_config(directory: Path, stages: list[tuple[str, str, str]]) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from r1jax.config.lineage import edges, needs
 from r1jax.config.load import ConfigError, load_config
-from r1jax.evaluation import language_models
+from r1jax.evaluation.run_directory import language_models
 from r1jax.recipe import check
 from r1jax.run.context import Context
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.config.lineage import Edge
-from r1jax.evaluation import read_run
+from r1jax.evaluation.run_directory import read_run
 from r1jax.report import write_report
 from r1jax.report.completions import Answer, Problem, choose_problems
 from r1jax.report.plots import (

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from r1jax.cli import app
 from r1jax.config.load import ConfigError
 from r1jax.config.run_config import RunConfig
-from r1jax.evaluation import mean_over_seeds, read_run, read_seeds, summary_over_seeds
-from r1jax.evaluation.seeds import seed_curves
+from r1jax.evaluation.run_directory import read_run
+from r1jax.evaluation.seeds import mean_over_seeds, read_seeds, seed_curves, summary_over_seeds
 from r1jax.report import write_report, write_seeds_report
 from r1jax.report.comparisons import Cost, comparisons, costs
 from r1jax.report.plots import band_plot
