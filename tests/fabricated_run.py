@@ -1,4 +1,4 @@
-"""Writes a run directory that no run has made: quick, small, and with the awkward cases.
+"""Writes run directories that no run has made: quick, small, and with the awkward cases.
 
 `python tests/fabricated_run.py DIRECTORY [recipe] [STAGE]` writes one and its report, to look at;
 with the name of a stage, one that has come so far; with `seeds`, three and their common report.
@@ -9,81 +9,66 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
+from html_page import Page
 
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.metrics import summarise
+from r1jax.files import JsonObject
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.sft.settings import SFTStage
 
 HOSTILE = "<script>alert('model text')</script> & \"quotes\""
+COMPARISON = "Distillation against reinforcement learning"
 DOMAINS = ("code", "logic", "maths", "stem")
 
 
-def fabricate(
-    directory: Path,
-    *,
-    problems: int = 40,
-    samples: int = 8,
-    steps: int = 200,
-    until: str | None = None,
-    seed: int = 0,
-) -> Path:
-    """A finished run of pretrain, evaluate, grpo, evaluate; or one that is at stage `until`."""
-    config = _config(problems, samples, steps) | {"seed": seed}
-    return _write(directory, config, {"base": 0.3, "r1-zero": 0.96}, until, ("",))
+@dataclass(frozen=True)
+class Size:
+    """How large a run is, and how far it has come.
+
+    Attributes:
+      until: the stage that is still running; None: the run is finished.
+      curves: the stages that have metrics; None: all. (Plots are most of the time of a page.)
+    """
+
+    problems: int = 40
+    samples: int = 8
+    steps: int = 200
+    until: str | None = None
+    curves: Collection[str] | None = None
 
 
-def fabricate_recipe(
-    directory: Path,
-    *,
-    problems: int = 40,
-    samples: int = 8,
-    steps: int = 200,
-    until: str | None = None,
-    seed: int = 0,
-) -> Path:
+def fabricate(directory: Path, size: Size = Size(), *, seed: int = 0) -> Path:
+    """A run of pretrain, evaluate, grpo, evaluate."""
+    return _write(directory, _config(size) | {"seed": seed}, size, ("",))
+
+
+def fabricate_recipe(directory: Path, size: Size = Size(), *, seed: int = 0) -> Path:
     """The whole recipe: R1-Zero, cold start, reasoning, all scenarios, and a distilled student."""
-    skills = {
-        "base": 0.15,
-        "zero": 0.72,
-        "dev1": 0.55,
-        "dev2": 0.78,
-        "dev3": 0.8,
-        "r1": 0.86,
-        "student": 0.08,
-        "distilled": 0.62,
-    }
-    config = _recipe(problems, samples, steps) | {"seed": seed}
-    return _write(directory, config, skills, until, DOMAINS)
+    return _write(directory, _recipe(size) | {"seed": seed}, size, DOMAINS)
 
 
-def _write(
-    directory: Path,
-    config: dict[str, Any],
-    skills: dict[str, float],
-    until: str | None,
-    domains: tuple[str, ...],
-) -> Path:
+def _write(directory: Path, config: JsonObject, size: Size, domains: tuple[str, ...]) -> Path:
     rng = np.random.default_rng(config["seed"])
     resolved = RunConfig.model_validate(config)
     names = [stage.name for stage in resolved.stages]
-    reached = len(names) if until is None else names.index(until) + 1
+    reached = len(names) if size.until is None else names.index(size.until) + 1
     directory.mkdir(parents=True)
     plan = resolved.model_dump(mode="json", exclude={"output"})
     (directory / "config.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
 
-    stages: dict[str, Any] = {}
+    stages: JsonObject = {}
     for number, stage in enumerate(resolved.stages[:reached]):
         path = directory / "stages" / f"{number:02d}-{stage.name}"
         path.mkdir(parents=True)
-        running = stage.name == until
+        running = stage.name == size.until
         seconds = {
             "pretrain": {"update": 96.4, "compile": 11.2, "checkpoint": 0.9},
             "sft": {"update": 41.2, "compile": 9.8, "checkpoint": 0.7},
@@ -106,22 +91,23 @@ def _write(
             },
         }
         steps = getattr(stage, "steps", None) or 60
-        shown = steps // (3 if running else 1)
+        written = steps // (3 if running else 1)
+        metrics: Iterable[JsonObject] = ()
         if stage.kind == "pretrain":
-            write_lines(path / "metrics.jsonl", _pretrain(rng, shown))
+            metrics = _pretrain(rng, written)
         elif isinstance(stage, SFTStage):
-            write_lines(path / "metrics.jsonl", _fine_tuning(rng, shown, stage.held_out))
+            metrics = _fine_tuning(rng, written, stage.held_out)
         elif stage.kind == "reward_model":
-            write_lines(path / "metrics.jsonl", _preferences(rng, shown))
+            metrics = _preferences(rng, written)
         elif isinstance(stage, GRPOStage):
-            write_lines(path / "metrics.jsonl", _grpo(rng, shown, steps))
+            metrics = list(_grpo(rng, written, steps))
             if stage.held_out is not None:
-                write_lines(path / "held_out.jsonl", _held_out(stage, shown, domains))
-            write_lines(path / "timings.jsonl", _timings(rng, shown))
-            write_lines(path / "samples.jsonl", _training_samples(rng, shown, steps, domains))
+                write_lines(path / "held_out.jsonl", _held_out(stage, written, domains))
+            write_lines(path / "timings.jsonl", _timings(rng, written))
+            write_lines(path / "samples.jsonl", _training_samples(rng, written, steps, domains))
         elif isinstance(stage, EvaluateStage):
             assert stage.problems is not None
-            skill = skills[resolved.weights_of(stage.name)]
+            skill = _SKILLS[resolved.weights_of(stage.name)]
             rows = _evaluation(rng, stage.problems, stage.samples_per_problem, skill, domains)
             if running:  # killed in the middle of a line
                 write_lines(path / "samples.jsonl", rows[: len(rows) // 3])
@@ -135,6 +121,8 @@ def _write(
             rows = _dataset(rng, stage.name, domains)
             write_lines(path / "dataset.jsonl", rows)
             (path / "summary.json").write_text(json.dumps(_card(rows)))
+        if size.curves is None or stage.name in size.curves:
+            write_lines(path / "metrics.jsonl", metrics)
     info = {
         "name": config["name"],
         "seed": config["seed"],
@@ -147,12 +135,25 @@ def _write(
     return directory
 
 
-def _config(problems: int, samples: int, steps: int) -> dict[str, Any]:
+_SKILLS = {  # of the weights: how often they are about right
+    "base": 0.2,
+    "r1-zero": 0.96,
+    "zero": 0.72,
+    "dev1": 0.55,
+    "dev2": 0.78,
+    "dev3": 0.8,
+    "r1": 0.86,
+    "student": 0.08,
+    "distilled": 0.62,
+}
+
+
+def _config(size: Size) -> JsonObject:
     evaluate = {
         "kind": "evaluate",
         "data": "held_out",
-        "problems": problems,
-        "samples_per_problem": samples,
+        "problems": size.problems,
+        "samples_per_problem": size.samples,
     }
     return {
         "name": "tiny-r1-zero",
@@ -170,8 +171,14 @@ def _config(problems: int, samples: int, steps: int) -> dict[str, Any]:
             {"name": "base", "kind": "pretrain", "data": "train", "steps": 300, **_PACKED},
             {"name": "base-eval", **evaluate},
             {
-                **{"name": "r1-zero", "kind": "grpo", "data": "train", "steps": steps, **_ADAM},
-                **{"held_out": "held_out", "held_out_every": max(1, steps // 5)},
+                **{
+                    "name": "r1-zero",
+                    "kind": "grpo",
+                    "data": "train",
+                    "steps": size.steps,
+                    **_ADAM,
+                },
+                **{"held_out": "held_out", "held_out_every": max(1, size.steps // 5)},
             },
             {"name": "final-eval", **evaluate},
         ],
@@ -186,31 +193,31 @@ _ADAM = {"optimizer": {"learning_rate": 3e-4}}
 _PACKED = {"rows_per_step": 32, "row_tokens": 128, **_ADAM}
 
 
-def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
+def _recipe(size: Size) -> JsonObject:
     rules = ["accuracy", "format", "language_consistency"]
     held_out = {name: {"source": f"jsonl:{name}.jsonl", "domain": name} for name in DOMAINS}
     # Base and R1-Zero know no chat yet: the same problems in another template.
     plain = {f"{name}_plain": {**data, "template": "plain"} for name, data in held_out.items()}
 
-    def evaluation(weights: str, data: str = "held_out") -> dict[str, Any]:
+    def evaluation(weights: str, data: str = "held_out") -> JsonObject:
         return {
             "name": f"{weights}-eval",
             "kind": "evaluate",
             "weights": weights,
             "data": data,
             "rewards": rules,
-            "problems": problems,
-            "samples_per_problem": samples,
+            "problems": size.problems,
+            "samples_per_problem": size.samples,
         }
 
-    def learning(name: str, kind: str, weights: str, data: str, **more: Any) -> dict[str, Any]:
-        place = {"name": name, "kind": kind, "weights": weights, "data": data, "steps": steps}
+    def learning(name: str, kind: str, weights: str, data: str, **settings: object) -> JsonObject:
+        place = {"name": name, "kind": kind, "weights": weights, "data": data, "steps": size.steps}
         rest = {**_ADAM, "rewards": rules} if kind == "grpo" else _PACKED
-        return {**place, **rest, **more}
+        return {**place, **rest, **settings}
 
-    def sampling(name: str, weights: str, **more: Any) -> dict[str, Any]:
+    def sampling(name: str, weights: str, **settings: object) -> JsonObject:
         place = {"name": name, "kind": "rejection_sampling", "weights": weights, "rewards": rules}
-        return {**place, "data": "questions", "samples_per_prompt": 4, **more}
+        return {**place, "data": "questions", "samples_per_prompt": 4, **settings}
 
     return {
         "name": "tiny-r1",
@@ -263,7 +270,7 @@ def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
         ],
         "comparisons": [
             {
-                "title": "Distillation against reinforcement learning",
+                "title": COMPARISON,
                 "evaluations": ["dev2-eval", "distilled-eval"],
                 "note": "The student learns from what dev2 wrote.\n\nOne run each.",
             }
@@ -271,7 +278,7 @@ def _recipe(problems: int, samples: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _pretrain(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
+def _pretrain(rng: np.random.Generator, steps: int) -> Iterable[JsonObject]:
     for step in range(0, steps, 10):
         yield {
             "step": step,
@@ -281,7 +288,7 @@ def _pretrain(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
         }
 
 
-def _grpo(rng: np.random.Generator, steps: int, total: int) -> Iterable[dict[str, Any]]:
+def _grpo(rng: np.random.Generator, steps: int, total: int) -> Iterable[JsonObject]:
     for step in range(steps):
         t = step / total
         right = 0.3 + 0.66 / (1 + math.exp(-12 * (t - 0.3))) + 0.03 * rng.standard_normal()
@@ -312,7 +319,7 @@ def _grpo(rng: np.random.Generator, steps: int, total: int) -> Iterable[dict[str
         }
 
 
-def _held_out(stage: GRPOStage, steps: int, domains: tuple[str, ...]) -> Iterable[dict[str, Any]]:
+def _held_out(stage: GRPOStage, steps: int, domains: tuple[str, ...]) -> Iterable[JsonObject]:
     def estimate(value: float, width: float) -> dict[str, float]:
         return {"value": value, "low": value - width, "high": value + width}
 
@@ -338,7 +345,7 @@ def _held_out(stage: GRPOStage, steps: int, domains: tuple[str, ...]) -> Iterabl
 
 def _fine_tuning(
     rng: np.random.Generator, steps: int, held_out: str | None
-) -> Iterable[dict[str, Any]]:
+) -> Iterable[JsonObject]:
     for step in range(10, steps + 1, 10):
         measured = {"held_out/loss": 0.9 + math.exp(-step / 40)}
         yield {
@@ -351,7 +358,7 @@ def _fine_tuning(
         }
 
 
-def _preferences(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
+def _preferences(rng: np.random.Generator, steps: int) -> Iterable[JsonObject]:
     for step in range(1, steps + 1):
         t = step / steps
         held_out = {"held_out/loss": 0.68 - 0.3 * t, "held_out/accuracy": 0.55 + 0.3 * t}
@@ -365,7 +372,7 @@ def _preferences(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any
         }
 
 
-def _timings(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
+def _timings(rng: np.random.Generator, steps: int) -> Iterable[JsonObject]:
     for step in range(steps):
         yield {
             "step": step,
@@ -380,7 +387,7 @@ def _timings(rng: np.random.Generator, steps: int) -> Iterable[dict[str, Any]]:
 
 def _sample(
     rng: np.random.Generator, problem: int, sample: int, skill: float, domains: tuple[str, ...]
-) -> dict[str, Any]:
+) -> JsonObject:
     terms = np.random.default_rng(problem).integers(1, 10, 4)
     prompt = "+".join(str(t) for t in terms) + "="
     domain = domains[problem % len(domains)]
@@ -398,7 +405,7 @@ def _sample(
     extracted: str | None = str(said)
     if problem == 0 and sample == 0:  # model text is hostile until proved otherwise
         right, completion, outcome, extracted = False, HOSTILE, "unparseable", None
-    parts: dict[str, Any] = {"accuracy": float(right), "format": float(rng.random() < 0.5 + skill)}
+    parts: JsonObject = {"accuracy": float(right), "format": float(rng.random() < 0.5 + skill)}
     if domain:
         parts["language_consistency"] = float(np.clip(0.6 + 0.4 * skill * rng.random(), 0, 1))
     if problem == 1 and sample == 1:
@@ -421,7 +428,7 @@ def _sample(
 
 def _evaluation(
     rng: np.random.Generator, problems: int, samples: int, skill: float, domains: tuple[str, ...]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     return [
         {"step": 0, **_sample(rng, p, s, skill, domains)}
         for p in range(problems)
@@ -431,7 +438,7 @@ def _evaluation(
 
 def _training_samples(
     rng: np.random.Generator, steps: int, total: int, domains: tuple[str, ...]
-) -> Iterable[dict[str, Any]]:
+) -> Iterable[JsonObject]:
     for step in range(0, steps, 20):
         for problem in (100 + step, 99):
             for sample in range(2):
@@ -439,9 +446,7 @@ def _training_samples(
                 yield {"step": step, **_sample(rng, problem, sample, skill, domains)}
 
 
-def _dataset(
-    rng: np.random.Generator, stage: str, domains: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def _dataset(rng: np.random.Generator, stage: str, domains: tuple[str, ...]) -> list[JsonObject]:
     rows = []
     for problem in range(200, 300):
         sample = _sample(rng, problem, 0, 1.2, domains)
@@ -459,8 +464,8 @@ def _dataset(
     return rows
 
 
-def _card(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    def count(tokens: list[int]) -> dict[str, Any]:
+def _card(rows: list[JsonObject]) -> JsonObject:
+    def count(tokens: list[int]) -> JsonObject:
         return {"rows": len(tokens), "mean_tokens": sum(tokens) / len(tokens)}
 
     domains = sorted({row["domain"] for row in rows})
@@ -474,18 +479,29 @@ def _card(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def check_comparison_costs(page: Page) -> None:
+    """The comparison of the recipe, on the page of a run or of several seeds."""
+    heading, *rows = page.table(f"<h2>{COMPARISON}")
+    assert heading[-6:-4] == ["training wall time", "rejection sampling wall time"]
+    # pretraining 108.5 s, SFT 51.7 s and RL 247.2 s; the student's SFT alone.
+    for row, seconds in zip(rows, (("6 min 47 s", "34 s"), ("52 s", "34 s")), strict=True):
+        assert all(cell.startswith(s) for cell, s in zip(row[-6:-4], seconds, strict=True))
+    assert "of dev2: base, dev1, dev2 (samples of cold-start); of distilled: " in page.words
+    assert "learns from what dev2 wrote. One run each." in page.words
+
+
+def write_lines(path: Path, rows: Iterable[JsonObject]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
     from r1jax.report import write_report, write_seeds_report
 
-    directory, *words = sys.argv[1:]
-    make = fabricate_recipe if "recipe" in words else fabricate
-    until = [word for word in words if word not in ("recipe", "seeds")]
-    if "seeds" in words:
+    directory, *options = sys.argv[1:]
+    make = fabricate_recipe if "recipe" in options else fabricate
+    until = [option for option in options if option not in ("recipe", "seeds")]
+    if "seeds" in options:
         runs = [make(Path(directory) / f"s{seed}", seed=seed) for seed in range(3)]
         print(*write_seeds_report(runs, Path(directory) / "seeds"))
     else:
-        print(write_report(make(Path(directory), until=until[0] if until else None)))
+        print(write_report(make(Path(directory), Size(until=until[0] if until else None))))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fabricated_run import fabricate, fabricate_recipe
+from fabricated_run import Size, fabricate, fabricate_recipe
 
 from r1jax.config.lineage import edges
 from r1jax.config.load import load_config
@@ -25,7 +25,7 @@ def write_config(directory: Path, stages: list[tuple[str, str, str]]) -> Path:
 
 
 def test_results_of_a_finished_run(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=12, samples=4, steps=20)
+    run_dir = fabricate(tmp_path / "run", Size(problems=12, samples=4, steps=20))
     results = json.loads(write_results(run_dir).read_text())
     assert results["complete"] and results["missing"] == []
     for side, stage in (("before", "base-eval"), ("after", "final-eval")):
@@ -42,7 +42,7 @@ def test_results_of_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=6, samples=2, steps=30, until="r1-zero")
+    run_dir = fabricate(tmp_path / "run", Size(problems=6, samples=2, steps=30, until="r1-zero"))
     results = json.loads(write_results(run_dir).read_text())
     assert not results["complete"]
     assert results["before"] is not None and results["after"] is None
@@ -53,7 +53,7 @@ def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
 
 
 def test_results_of_a_whole_recipe(tmp_path: Path) -> None:
-    run_dir = fabricate_recipe(tmp_path / "run", problems=8, samples=2, steps=20)
+    run_dir = fabricate_recipe(tmp_path / "run", Size(problems=8, samples=2, steps=20))
     results = json.loads(write_results(run_dir).read_text())
     found = [(each["stage"], each["weights"], each["data"]) for each in results["evaluations"]]
     plain = [(f"{name}-eval", name, "held_out_plain") for name in ("base", "zero")]
@@ -68,7 +68,9 @@ def test_results_of_a_whole_recipe(tmp_path: Path) -> None:
 
 
 def test_results_of_a_recipe_on_its_way(tmp_path: Path) -> None:
-    run_dir = fabricate_recipe(tmp_path / "run", problems=8, samples=2, steps=20, until="harvested")
+    run_dir = fabricate_recipe(
+        tmp_path / "run", Size(problems=8, samples=2, steps=20, until="harvested")
+    )
     results = json.loads(write_results(run_dir).read_text())
     names = [each["weights"] for each in results["evaluations"]]
     assert names == ["base", "zero", "dev1", "dev2"]
@@ -77,7 +79,7 @@ def test_results_of_a_recipe_on_its_way(tmp_path: Path) -> None:
 
 
 def test_lineage_of_a_run(tmp_path: Path) -> None:
-    run = read_run(fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20))
+    run = read_run(fabricate_recipe(tmp_path / "run", Size(problems=4, samples=2, steps=20)))
     config = RunConfig.model_validate(run.config)
     assert list(run.edges) == edges(config)
     for stage in config.stages:
@@ -139,7 +141,7 @@ def test_which_evaluations_are_compared(
 
 
 def test_a_line_being_written_is_not_an_error_and_a_broken_one_is(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=3, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", Size(problems=3, samples=2, steps=20))
     metrics = run_dir / "stages" / "02-r1-zero" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole + '{"step": 20, "rew')
@@ -151,7 +153,7 @@ def test_a_line_being_written_is_not_an_error_and_a_broken_one_is(tmp_path: Path
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=3, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", Size(problems=3, samples=2, steps=20))
     steps, values = read_run(run_dir).stages[2].columns("metrics.jsonl")["policy/kl"]
     assert 7 not in steps and len(values) == 19
 

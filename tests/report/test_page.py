@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from fabricated_run import DOMAINS, HOSTILE, fabricate, fabricate_recipe
+from fabricated_run import (
+    COMPARISON,
+    DOMAINS,
+    HOSTILE,
+    Size,
+    check_comparison_costs,
+    fabricate,
+    fabricate_recipe,
+    write_lines,
+)
+from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.config.lineage import Edge
 from r1jax.evaluation.run_directory import read_run
+from r1jax.files import JsonObject
 from r1jax.report import write_report
 from r1jax.report.completions import Answer, Problem, choose_problems
 from r1jax.report.plots import (
@@ -35,111 +45,79 @@ from r1jax.report.stage_table import rewards_beyond
 from r1jax.report.wording import duration, figure
 
 
-class Page(HTMLParser):
-    """Collects tags, text, and every attribute through which a page could fetch something."""
-
-    void = {"meta", "link", "img", "br", "hr", "input"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.fetches: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in self.void:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-                if not (value or "").startswith(("#", "data:")):
-                    self.fetches.append(f"{tag} {name}={value}")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.void:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    @property
-    def words(self) -> str:
-        """The text with single blanks."""
-        return " ".join(self.text.split())
+@pytest.fixture(scope="module")
+def recipe_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    return fabricate_recipe(folder / "run", Size(problems=12, samples=4))
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Page]:
-    run_dir = fabricate_recipe(tmp_path_factory.mktemp("runs") / "run", problems=12, samples=4)
-    html = write_report(run_dir).read_text(encoding="utf-8")
-    return run_dir, html, Page(html)
+def recipe(recipe_run: Path) -> Page:
+    return Page.read(write_report(recipe_run))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
-    run_dir = fabricate(tmp_path_factory.mktemp("runs") / "run", problems=12, samples=4, steps=60)
-    html = write_report(run_dir).read_text(encoding="utf-8")
-    return html, Page(html)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = tmp_path_factory.mktemp("runs")
+    return Page.read(write_report(fabricate(folder / "run", Size(12, samples=4, steps=60))))
 
 
-def test_page_is_well_formed_and_fetches_nothing(
-    finished: tuple[str, Page], recipe: tuple[Path, str, Page]
-) -> None:
-    for html, page in (finished, recipe[1:]):
+def small(until: str | None = None, curves: tuple[str, ...] = ()) -> Size:
+    return Size(problems=4, samples=2, steps=20, until=until, curves=curves)
+
+
+def rewrite_rows(path: Path, change: Callable[[JsonObject], object]) -> None:
+    """Changes each row of a JSON-lines file in place."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    write_lines(path, rows)
+
+
+def test_page_is_well_formed_and_fetches_nothing(finished: Page, recipe: Page) -> None:
+    for page in (finished, recipe):
         assert page.open == []
         assert page.fetches == []
         assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-        assert not re.search(r"url\((?!#)|@import|https?://", html)
+        assert not re.search(r"url\((?!#)|@import|https?://", page.html)
 
 
-def test_model_text_is_escaped(finished: tuple[str, Page], recipe: tuple[Path, str, Page]) -> None:
+def test_model_text_is_escaped(finished: Page, recipe: Page) -> None:
     # It is shown, as text: by the first problem's evaluations, and as a kept text of each dataset.
-    for (html, page), least in ((finished, 2), (recipe[1:], 8 + 2)):
+    for page, least in ((finished, 2), (recipe, 8 + 2)):
         assert page.text.count(HOSTILE) >= least
-        assert "<script" not in html
+        assert "<script" not in page.html
 
 
-@pytest.mark.parametrize("make", [fabricate, fabricate_recipe])
-def test_every_part_of_the_run_can_be_tampered_with(tmp_path: Path, make: Any) -> None:
-    run_dir = make(tmp_path / "run", problems=4, samples=2, steps=20)
+@pytest.mark.parametrize(("make", "curves"), [(fabricate, "r1-zero"), (fabricate_recipe, "zero")])
+def test_every_part_of_the_run_can_be_tampered_with(
+    tmp_path: Path, make: Callable[[Path, Size], Path], curves: str
+) -> None:
+    run_dir = make(tmp_path / "run", small(curves=(curves,)))
     config = run_dir / "config.yaml"
     plan = yaml.safe_load(config.read_text()) | {"title": "<script>t</script>"}
     for stage in plan["stages"]:
         if stage["kind"] == "evaluate":
             stage["data"] = "<script>$d_</script>"
     config.write_text(yaml.safe_dump(plan))
+
+    def tamper(row: JsonObject) -> None:
+        for key in ("prompt", "completion", "answer", "extracted", "outcome", "domain"):
+            row[key] = f"<script>{key}</script></pre>"
+        row["response"] = "<script>response</script></pre>"
+
     for file in [*run_dir.glob("stages/*/samples.jsonl"), *run_dir.glob("stages/*/dataset.jsonl")]:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        for row in rows:
-            for key in ("prompt", "completion", "answer", "extracted", "outcome", "domain"):
-                row[key] = f"<script>{key}</script></pre>"
-            row["response"] = "<script>response</script></pre>"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for file in [
-        *run_dir.glob("stages/*/summary.json"),
-        *run_dir.glob("stages/*/held_out.jsonl"),
-    ]:
-        hostile = (
-            file.read_text().replace("format", "<script>$p_").replace('"maths"', '"<script>$"')
-        )
-        file.write_text(hostile)
-    for file in run_dir.glob("stages/*/metrics.jsonl"):
-        file.write_text(file.read_text().replace("experiment/surprise", "<script>$m_"))
-    html = write_report(run_dir).read_text(encoding="utf-8")
-    assert "<script" not in html
-    assert Page(html).open == []
+        rewrite_rows(file, tamper)
+    for file in [*run_dir.glob("stages/*/summary.json"), *run_dir.glob("stages/*/*.jsonl")]:
+        text = file.read_text().replace("experiment/surprise", "<script>$m_")
+        file.write_text(text.replace("format", "<script>$p_").replace('"maths"', '"<script>$"'))
+    page = Page.read(write_report(run_dir))
+    assert "<script" not in page.html and "<script>$m_" in page.text
+    assert page.open == []
 
 
-def test_what_is_on_the_page(finished: tuple[str, Page]) -> None:
-    html, page = finished
+def test_what_is_on_the_page(finished: Page) -> None:
+    page, html = finished, finished.html
     assert "unfinished" not in page.text
     for words in ("pass@1", "cons@4", "Reward", "Entropy", "KL to the reference", "Sampler gap"):
         assert words in page.text
@@ -153,46 +131,35 @@ def test_what_is_on_the_page(finished: tuple[str, Page]) -> None:
 
 
 def test_figures_on_the_page_are_those_of_the_summaries(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=8, samples=4, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     for number, share in (("01-base-eval", 0.12345), ("03-final-eval", 0.98765)):
         file = run_dir / "stages" / number / "summary.json"
         summary = json.loads(file.read_text())
         summary["pass_at_1"] = {"value": share, "low": share - 0.01, "high": share + 0.01}
         file.write_text(json.dumps(summary))
-    text = Page(write_report(run_dir).read_text(encoding="utf-8")).words
+    text = Page.read(write_report(run_dir)).words
     assert text.index("Before · base 12.3 %") < text.index("After · r1-zero 98.8 %")
     assert "11.3 – 13.3" in text and "+86.4 points" in text
 
 
 @pytest.mark.parametrize("until", ["base", "base-eval", "r1-zero", "final-eval"])
 def test_unfinished_runs_say_what_is_missing(tmp_path: Path, until: str) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=4, samples=2, steps=30, until=until)
-    html = write_report(run_dir).read_text(encoding="utf-8")
-    page = Page(html)
+    page = Page.read(write_report(fabricate(tmp_path / "run", small(until, (until,)))))
     assert page.open == [] and "unfinished" in page.text
-    assert "final-eval (evaluate): " + ("no summary yet" if until == "final-eval" else "") in (
-        page.text
-    )
+    gap = "no summary yet" if until == "final-eval" else "not started"
+    assert f"final-eval (evaluate): {gap}" in page.text
     assert "not measured yet" in page.text
 
 
-def table(html: str, title: str) -> list[list[str]]:
-    """The cells of the stage table below a heading, row by row."""
-    part = html.partition(title)[2].partition("<table")[2].partition("</table>")[0]
-    rows = re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL)
-    return [[Page(cell).words for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
-
-
-def test_the_stage_table_has_every_checkpoint_and_figure(recipe: tuple[Path, str, Page]) -> None:
-    run_dir, html, page = recipe
-    heading, *rows = table(html, "Right at the first try")
+def test_the_stage_table_has_every_checkpoint_and_figure(recipe_run: Path, recipe: Page) -> None:
+    heading, *rows = recipe.table("Right at the first try")
     assert heading == ["", "held_out_plain all", *DOMAINS]
     names = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
     assert [row[0].split()[0] for row in rows] == names
-    rewards = table(html, "Rewards and length")
+    rewards = recipe.table("Rewards and length")
     # Accuracy is what pass@1 is the mean of, and is not said again.
     assert rewards[0] == ["", "format", "language consistency", "tokens per completion"]
-    votes = table(html, "Right by a vote")
+    votes = recipe.table("Right by a vote")
     assert votes[0] == ["", "held_out_plain all cons@4", *(f"{name} cons@4" for name in DOMAINS)]
 
     def said(estimate: dict[str, float], scale: float, digits: int, unit: str) -> str:
@@ -200,7 +167,7 @@ def test_the_stage_table_has_every_checkpoint_and_figure(recipe: tuple[Path, str
         return f"{value}{unit} {low} – {high}"
 
     for row, reward, vote in zip(rows, rewards[1:], votes[1:], strict=True):
-        (file,) = run_dir.glob(f"stages/*-{row[0].split()[0]}-eval/summary.json")
+        (file,) = recipe_run.glob(f"stages/*-{row[0].split()[0]}-eval/summary.json")
         summary = json.loads(file.read_text())
         parts = [summary, *(summary["by_domain"][domain] for domain in DOMAINS)]
         assert row[1:] == [said(part["pass_at_1"], 100, 1, " %") for part in parts]
@@ -210,18 +177,17 @@ def test_the_stage_table_has_every_checkpoint_and_figure(recipe: tuple[Path, str
             said(summary["parts"]["language_consistency"], 1, 2, ""),
             said(summary["mean_length"], 1, 1, ""),
         ]
-    assert html.count('aria-label="maths"') == 1  # each table with its plot
-    assert "pass@1 of" not in page.text
+    assert recipe.html.count('aria-label="maths"') == 1  # each table with its plot
+    assert "pass@1 of" not in recipe.text
 
 
-def test_a_simple_run_needs_no_stage_table(finished: tuple[str, Page]) -> None:
-    html, page = finished
-    assert "Stage by stage" not in page.text and 'class="stages"' not in html
-    assert "format mean of this reward" in page.words
+def test_a_simple_run_needs_no_stage_table(finished: Page) -> None:
+    assert "Stage by stage" not in finished.text and 'class="stages"' not in finished.html
+    assert "format mean of this reward" in finished.words
 
 
-def test_the_graph_says_where_everything_comes_from(recipe: tuple[Path, str, Page]) -> None:
-    words = recipe[2].words.partition("The stages, and what they cost")[2]
+def test_the_graph_says_where_everything_comes_from(recipe: Page) -> None:
+    words = recipe.words.partition("The stages, and what they cost")[2]
     for line in (
         "dev1 supervised fine-tuning 200 steps weights from base data from cold-start",
         "helpful-model reward model 60 steps weights from dev3",
@@ -233,7 +199,7 @@ def test_the_graph_says_where_everything_comes_from(recipe: tuple[Path, str, Pag
 
 
 def test_bars_name_the_longest_phases_and_add_up(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     info = json.loads((run_dir / "run.json").read_text())
     phases = {f"phase_{i}": float(i + 1) for i in range(9)}
     info["stages"]["r1-zero"]["seconds"] = phases
@@ -251,66 +217,62 @@ def test_bars_name_the_longest_phases_and_add_up(tmp_path: Path) -> None:
 
 
 def test_the_table_of_seconds_says_compilations_and_memory(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     info = json.loads((run_dir / "run.json").read_text())
     del info["stages"]["base"]["machine"]  # of an older run
     (run_dir / "run.json").write_text(json.dumps(info))
-    shown = {row.stage: (row.compiled, row.memory) for row in schedule(read_run(run_dir)).table}
-    assert shown["base"] == ("–", "–")
-    assert shown["base-eval"] == ("31 in 12 s", "3 GiB")
-    assert shown["r1-zero"] == ("31 in 12 s, 8 cached", "3 of 16 GiB")
-    page = write_report(run_dir).read_text(encoding="utf-8")
-    assert "<td>31 in 12 s, 8 cached</td><td>3 of 16 GiB</td>" in page
+    rows = Page.read(write_report(run_dir)).table("Seconds by phase")
+    assert rows[0][-4:] == ["sampler tok/s", "update tok/s", "programs compiled", "memory at most"]
+    last = {row[0]: row[-2:] for row in rows}
+    assert last["base"] == ["–", "–"]
+    assert last["base-eval"] == ["31 in 12 s", "3 GiB"]
+    assert last["r1-zero"] == ["31 in 12 s, 8 cached", "3 of 16 GiB"]
 
 
 def test_evaluations_beyond_before_and_after_are_in_the_table(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     config = run_dir / "config.yaml"
     plan = yaml.safe_load(config.read_text())
     plan["models"] = {"student": plan["model"]}
     plan["stages"][3]["weights"] = "student"
     config.write_text(yaml.safe_dump(plan))
-    rows = table(write_report(run_dir).read_text(encoding="utf-8"), "Right at the first try")
+    rows = Page.read(write_report(run_dir)).table("Right at the first try")
     assert [row[0] for row in rows] == ["", "base pretraining", "student model"]
 
 
-def test_rejection_sampling_says_what_it_removed(recipe: tuple[Path, str, Page]) -> None:
-    words = recipe[2].words
+def test_rejection_sampling_says_what_it_removed(recipe: Page) -> None:
+    words = recipe.words
     assert words.count("What became of 400 samples kept 100 25.0 % wrong 231 57.8 %") == 2
     assert "filter repetition 41 10.2 %" in words
     assert "domain rows mean tokens code 25" in words and "all 100" in words
     assert words.count("Some of the kept texts (4)") == 2
 
 
-def test_losses_of_fine_tuning_and_reward_models(recipe: tuple[Path, str, Page]) -> None:
-    sections = recipe[1].split("<section>")
+def test_losses_of_fine_tuning_and_reward_models(recipe: Page) -> None:
     for stage, expected in (
         ("dev1", ("training", "held-out", "assistant")),
         ("helpful-model", ("training", "held-out", "Judged right")),
         ("r1", ("Reward", "Accuracy", "held-out, with interval")),
     ):
-        (section,) = [each for each in sections if f"<h2>{stage} <small>" in each]
+        section = recipe.section(f"<h2>{stage} <small>")
         for words in expected:
             assert words in section, (stage, words)
     # A stage without a held-out set has no curve of one.
-    (section,) = [each for each in sections if "<h2>distilled <small>" in each]
-    assert "held-out" not in section
+    assert "held-out" not in recipe.section("<h2>distilled <small>")
 
 
-def test_held_out_evaluations_in_training_come_first(
-    finished: tuple[str, Page], recipe: tuple[Path, str, Page]
-) -> None:
+def test_held_out_evaluations_in_training_come_first(finished: Page, recipe: Page) -> None:
     panels = [  # title, what it says, bands
         ("Held-out accuracy over training", r"25\.0 % → 75\.0 % .*pass@1cons@16 30 problems", 1),
         ("Held-out length over training", "100 → 500 ", 1),
         ("Held-out accuracy by domain", r"25\.0 % → 75\.0 % .*codelogicmathsstem", 0),
     ]
-    for html, heading, expected in (
-        (finished[0], "<h2>Training: r1-zero", panels[:2]),
-        (recipe[1], "<h2>zero <small>", panels),
-        (recipe[1], "<h2>dev2 <small>", []),
+    for page, heading, expected in (
+        (finished, "<h2>Training: r1-zero", panels[:2]),
+        (recipe, "<h2>zero <small>", panels),
+        (recipe, "<h2>dev2 <small>", []),
     ):
-        (section,) = [each for each in html.split("<section>") if heading in each]
+        section = page.section(heading)
         shown = re.findall(r'<figure class="card panel">.*?</figure>', section, re.DOTALL)
         titles = re.findall(r"<h3>(.*?)</h3>", section)
         assert titles[: len(expected) + 1] == [*(title for title, _, _ in expected), "Reward"]
@@ -320,9 +282,8 @@ def test_held_out_evaluations_in_training_come_first(
             assert panel.count("opacity: 0.15") == bands
 
 
-def test_the_same_problem_at_every_checkpoint(recipe: tuple[Path, str, Page]) -> None:
-    run_dir, html, _ = recipe
-    articles = re.findall(r'<article class="card pair">.*?</article>', html, re.DOTALL)
+def test_the_same_problem_at_every_checkpoint(recipe_run: Path, recipe: Page) -> None:
+    articles = re.findall(r'<article class="card pair">.*?</article>', recipe.html, re.DOTALL)
     compared = [article for article in articles if 'class="answers many"' in article]
     assert len(compared) == 2 * len(DOMAINS)
     names = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
@@ -331,7 +292,7 @@ def test_the_same_problem_at_every_checkpoint(recipe: tuple[Path, str, Page]) ->
         prompt = Page(re.findall(r"<pre>(.*?)</pre>", article)[0]).words
         shown = [Page(text).text for text in re.findall(r"<pre>(.*?)</pre>", article)[1:]]
         for name, text in zip(names, shown, strict=True):
-            (file,) = run_dir.glob(f"stages/*-{name}-eval/samples.jsonl")
+            (file,) = recipe_run.glob(f"stages/*-{name}-eval/samples.jsonl")
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             (first,) = [r for r in rows if (r["prompt"], r["sample"]) == (prompt, 0)]
             assert text == first["completion"]
@@ -339,29 +300,25 @@ def test_the_same_problem_at_every_checkpoint(recipe: tuple[Path, str, Page]) ->
 
 @pytest.mark.parametrize("until", ["base", "zero", "cold-start", "dev1", "helpful-model"])
 def test_unfinished_recipes(tmp_path: Path, until: str) -> None:
-    run_dir = fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20, until=until)
-    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    page = Page.read(write_report(fabricate_recipe(tmp_path / "run", small(until, (until,)))))
     assert page.open == [] and "unfinished" in page.text
     assert f"stage {until} (" in page.text
 
 
 def test_a_config_of_another_version_costs_only_the_lines(tmp_path: Path) -> None:
-    run_dir = fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20)
+    run_dir = fabricate_recipe(tmp_path / "run", small(curves=("helpful-model",)))
     config = run_dir / "config.yaml"
     config.write_text(config.read_text().replace("kind: reward_model", "kind: alchemy"))
-    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    page = Page.read(write_report(run_dir))
     assert page.open == []
     assert "not one that this version of r1jax reads" in page.words
     assert "helpful-model alchemy" in page.words and "Right at the first try" in page.words
 
 
 def test_files_of_before_domains_and_rewards(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=4, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     for file in run_dir.glob("stages/*/samples.jsonl"):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        for row in rows:
-            del row["domain"]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewrite_rows(file, lambda row: row.pop("domain"))
     for file in run_dir.glob("stages/*/summary.json"):
         summary = json.loads(file.read_text())
         del summary["parts"]
@@ -369,6 +326,16 @@ def test_files_of_before_domains_and_rewards(tmp_path: Path) -> None:
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert html.count('<article class="card pair"') == 4
     assert "mean of this reward" not in html
+
+
+def test_a_comparison(recipe: Page) -> None:
+    """Two checkpoints side by side, with the figures of the stage table."""
+    heading, *rows = recipe.table(f"<h2>{COMPARISON}")
+    assert [row[0] for row in rows] == ["dev2 dev2-eval", "distilled distilled-eval"]
+    assert heading[1] == "pass@1 held_out_plain all"
+    by_name = {row[0].split()[0]: row for row in recipe.table("Right at the first try")[1:]}
+    assert [row[1] for row in rows] == [by_name[name][1] for name in ("dev2", "distilled")]
+    check_comparison_costs(recipe)
 
 
 def test_which_problems_are_shown() -> None:
@@ -387,7 +354,7 @@ def test_which_problems_are_shown() -> None:
 
 
 def test_a_reward_that_repeats_pass_at_1_is_left_out() -> None:
-    def summary(right: float | None, **parts: float) -> dict[str, Any]:
+    def summary(right: float | None, **parts: float) -> JsonObject:
         figures = {name: {"value": value} for name, value in parts.items()}
         return {"pass_at_1": {"value": right}, "parts": figures}
 
@@ -448,7 +415,7 @@ def test_a_graph_by_hand() -> None:
 
 
 def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
@@ -457,13 +424,11 @@ def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
 
 
 def test_long_texts_keep_their_beginning_and_their_end(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", problems=2, samples=2, steps=20)
+    run_dir = fabricate(tmp_path / "run", small())
+    text = "BEGIN" + "x" * 50_000 + "END"
     file = run_dir / "stages" / "03-final-eval" / "samples.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-        row["completion"] = "BEGIN" + "x" * 50_000 + "END"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
+    rewrite_rows(file, lambda row: row.update(completion=text))
+    text = Page.read(write_report(run_dir)).text
     assert "BEGIN" in text and "END" in text and "47,008 characters left out" in text
     assert "x" * 2000 not in text
 

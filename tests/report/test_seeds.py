@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from fabricated_run import DOMAINS, HOSTILE, fabricate, fabricate_recipe, write_lines
-from report.test_page import Page, table
+from fabricated_run import (
+    COMPARISON,
+    DOMAINS,
+    HOSTILE,
+    Size,
+    check_comparison_costs,
+    fabricate,
+    fabricate_recipe,
+    write_lines,
+)
+from html_page import Page
 from typer.testing import CliRunner
 
 from r1jax.cli import app
@@ -34,7 +43,7 @@ CHECKPOINTS = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distill
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     runs = [
-        fabricate_recipe(folder / f"s{seed}", problems=8, samples=4, steps=20, seed=seed)
+        fabricate_recipe(folder / f"s{seed}", Size(problems=8, samples=4, steps=20), seed=seed)
         for seed in range(3)
     ]
     for seed, run in enumerate(runs):
@@ -51,6 +60,11 @@ def written(recipes: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page.read(written / "report.html")
+
+
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
     """Changes a JSON or YAML file in place."""
     is_json = path.suffix == ".json"
@@ -61,7 +75,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 def few(tmp_path: Path, seeds: int = 2) -> list[Path]:
     return [
-        fabricate(tmp_path / f"s{seed}", problems=4, samples=2, steps=20, seed=seed)
+        fabricate(tmp_path / f"s{seed}", Size(problems=4, samples=2, steps=20), seed=seed)
         for seed in range(seeds)
     ]
 
@@ -129,11 +143,9 @@ def test_a_summary_over_seeds() -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_the_tables_have_the_means(recipes: list[Path], written: Path) -> None:
-    html = (written / "report.html").read_text(encoding="utf-8")
-    page = Page(html)
-    assert page.open == [] and page.fetches == [] and "<script" not in html
-    heading, *rows = table(html, "Right at the first try")
+def test_the_tables_have_the_means(recipes: list[Path], page: Page) -> None:
+    assert page.open == [] and page.fetches == [] and "<script" not in page.html
+    heading, *rows = page.table("Right at the first try")
     assert heading == ["", "held_out_plain all", *DOMAINS]
     assert [row[0].split()[0] for row in rows] == CHECKPOINTS
     for row in rows:
@@ -151,9 +163,8 @@ def test_the_tables_have_the_means(recipes: list[Path], written: Path) -> None:
     assert "95 % interval over seeds" in page.words
 
 
-def test_each_seed_has_its_own_figures(recipes: list[Path], written: Path) -> None:
-    html = (written / "report.html").read_text(encoding="utf-8")
-    _, *rows = table(html, "Each seed: right at the first try")
+def test_each_seed_has_figures_by_itself(recipes: list[Path], page: Page) -> None:
+    _, *rows = page.table("Each seed: right at the first try")
     assert [row[0] for row in rows[:3]] == ["base seed 0", "base seed 1", "base seed 2"]
     for run, row in zip(recipes, rows[-3:], strict=True):
         (file,) = run.glob("stages/*-distilled-eval/summary.json")
@@ -162,8 +173,8 @@ def test_each_seed_has_its_own_figures(recipes: list[Path], written: Path) -> No
         assert row[1] == f"{100 * own['value']:.1f} % {low:.1f} – {high:.1f}"
 
 
-def test_wall_time_is_mean_and_range(written: Path) -> None:
-    rows = table((written / "report.html").read_text(encoding="utf-8"), "What it cost")
+def test_wall_time_is_mean_and_range(written: Path, page: Page) -> None:
+    rows = page.table("What it cost")
     cells = {row[0].split()[0]: row[1] for row in rows[1:]}
     assert cells["r1"] == "18 s 9.0 s – 27 s"
     # Eight evaluations of 18.3 seconds.
@@ -187,12 +198,11 @@ def test_results_over_seeds(recipes: list[Path], written: Path) -> None:
     assert results["config"] == read_run(recipes[0]).config
 
 
-def test_markdown_says_the_same(written: Path) -> None:
-    html = (written / "report.html").read_text(encoding="utf-8")
+def test_markdown_says_the_same(written: Path, page: Page) -> None:
     text = (written / "tables.md").read_text(encoding="utf-8")
     first = text.partition("## Right at the first try")[2].partition("\n\n")[2].partition("\n\n")[0]
     lines = [line.strip("| ").split(" | ") for line in first.splitlines()[2:]]
-    for line, row in zip(lines, table(html, "Right at the first try")[1:], strict=True):
+    for line, row in zip(lines, page.table("Right at the first try")[1:], strict=True):
         assert line[0] == row[0].split()[0]
         assert [re.sub(r"[()]", "", cell) for cell in line[1:]] == row[1:]
     assert "| r1 | 18 s (9.0 s – 27 s) |" in text
@@ -328,7 +338,7 @@ def test_many_differences_are_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
-    runs = [*few(tmp_path, 1), fabricate(tmp_path / "again", problems=4, samples=2, steps=20)]
+    runs = [*few(tmp_path, 1), fabricate(tmp_path / "again", Size(problems=4, samples=2, steps=20))]
     with pytest.raises(ConfigError, match=r"s0 and .*again both have seed = 0: give one run"):
         read_seeds(runs)
     with pytest.raises(ConfigError, match="both have seed = 0"):
@@ -338,7 +348,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
 def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
     runs = few(tmp_path, 1)
     runs.append(
-        fabricate(tmp_path / "s1", problems=4, samples=2, steps=20, seed=1, until="r1-zero")
+        fabricate(tmp_path / "s1", Size(problems=4, samples=2, steps=20, until="r1-zero"), seed=1)
     )
     with pytest.raises(ConfigError) as error:
         read_seeds(runs)
@@ -400,33 +410,22 @@ def test_costs_count_from_what_all_share(recipes: list[Path]) -> None:
     assert costs(run, ["student-eval", "distilled-eval"])[0] == Cost([], [])
 
 
-def test_a_comparison_on_both_pages(recipes: list[Path], written: Path) -> None:
-    title = "Distillation against reinforcement learning"
-    single = write_report(recipes[0]).read_text(encoding="utf-8")
-    several = (written / "report.html").read_text(encoding="utf-8")
-    for html in (single, several):
-        heading, *rows = table(html, f"<h2>{title}")
-        assert heading[:3] == ["", "pass@1 held_out_plain all", "cons@4 held_out_plain"]
-        assert heading[-6:-4] == ["training wall time", "rejection sampling wall time"]
-        assert heading[-4:] == [f"pass@1 {name}" for name in DOMAINS]
-        assert [row[0] for row in rows] == ["dev2 dev2-eval", "distilled distilled-eval"]
-        # pretraining 108.5 s, SFT 51.7 s and RL 247.2 s; the student's SFT alone.
-        for row, spent in zip(rows, (("6 min 47 s", "34 s"), ("52 s", "34 s")), strict=True):
-            assert all(cell.startswith(said) for cell, said in zip(row[-6:-4], spent, strict=True))
-        words = Page(html).words
-        assert "of dev2: base, dev1, dev2 (samples of cold-start); of distilled: " in words
-        assert "learns from what dev2 wrote. One run each." in words
-    stage_table = {row[0].split()[0]: row for row in table(single, "Right at the first try")[1:]}
-    rows = table(single, f"<h2>{title}")[1:]
-    assert [row[1] for row in rows] == [stage_table[name][1] for name in ("dev2", "distilled")]
-    assert f"## {title}" in (written / "tables.md").read_text(encoding="utf-8")
+def test_a_comparison_over_seeds(written: Path, page: Page) -> None:
+    heading, *rows = page.table(f"<h2>{COMPARISON}")
+    assert heading[:3] == ["", "pass@1 held_out_plain all", "cons@4 held_out_plain"]
+    assert heading[-4:] == [f"pass@1 {name}" for name in DOMAINS]
+    assert [row[0] for row in rows] == ["dev2 dev2-eval", "distilled distilled-eval"]
+    check_comparison_costs(page)
+    assert f"## {COMPARISON}" in (written / "tables.md").read_text(encoding="utf-8")
 
 
 def test_a_comparison_in_an_unfinished_run(tmp_path: Path) -> None:
-    run_dir = fabricate_recipe(tmp_path / "run", problems=4, samples=2, steps=20, until="dev2")
-    html = write_report(run_dir).read_text(encoding="utf-8")
-    assert Page(html).open == []
-    _, *rows = table(html, "<h2>Distillation")
+    run_dir = fabricate_recipe(
+        tmp_path / "run", Size(4, samples=2, steps=20, until="dev2", curves=())
+    )
+    page = Page.read(write_report(run_dir))
+    assert page.open == []
+    _, *rows = page.table("<h2>Distillation")
     assert [row[1] for row in rows] == ["–", "–"]
 
 
