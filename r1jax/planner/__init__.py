@@ -4,8 +4,6 @@ from r1jax.planner.plan import (
     Case,
     Plan,
     PlanOptions,
-    ProgramPlan,
-    StagePlan,
     distinct_stages,
     parse_mesh,
     plan,
@@ -13,16 +11,13 @@ from r1jax.planner.plan import (
     plan_case,
 )
 from r1jax.planner.report import as_json, as_markdown, has_margin, print_plans
-from r1jax.planner.topologies import CHIPS, Slice, attached, fake_devices, tpu_slice
+from r1jax.planner.topologies import Slice, attached, fake_devices, tpu_slice
 
 __all__ = [
-    "CHIPS",
     "Case",
     "Plan",
     "PlanOptions",
-    "ProgramPlan",
     "Slice",
-    "StagePlan",
     "as_json",
     "as_markdown",
     "attached",

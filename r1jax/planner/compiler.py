@@ -11,12 +11,12 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
+from r1jax.files import JsonObject, JsonValue
 from r1jax.planner import hlo
 from r1jax.planner.topologies import Slice, quiet
 
@@ -62,7 +62,7 @@ class Compiler:
     """
 
     def __init__(self, target: Slice, *, quick: bool = False, cache: Path | None = None) -> None:
-        self._options: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if quick else {}
+        self._options: JsonObject = {"exec_time_optimization_effort": -1.0} if quick else {}
         self._context = json.dumps([target.name, self._options, jax.__version__, _libtpu()])
         self._cache = cache
         self._known: dict[str, Binary | DoesNotFit] = {}
@@ -89,7 +89,7 @@ class Compiler:
         with quiet():
             return lowered.compile(compiler_options=self._options)
 
-    def _record(self, key: str, lowered: Lowered) -> dict[str, Any]:
+    def _record(self, key: str, lowered: Lowered) -> JsonObject:
         path = None if self._cache is None else self._cache / f"{key}.json.gz"
         if path is not None and path.is_file():
             return dict(json.loads(gzip.decompress(path.read_bytes())))
@@ -109,7 +109,7 @@ def _libtpu() -> str:
         return ""
 
 
-def _compile(lowered: Lowered, options: dict[str, Any]) -> dict[str, Any]:
+def _compile(lowered: Lowered, options: JsonObject) -> JsonObject:
     """What `_understood` reads, as JSON."""
     began = time.process_time()
     try:
@@ -144,14 +144,14 @@ def _compile(lowered: Lowered, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _spec(sharding: Any) -> list[Any]:
+def _spec(sharding: Sharding) -> list[JsonValue]:
     if isinstance(sharding, SingleDeviceSharding):
         return []
     assert isinstance(sharding, NamedSharding), sharding  # arguments are laid out by a mesh
     return list(sharding.spec)
 
 
-def _understood(record: dict[str, Any]) -> Binary | DoesNotFit:
+def _understood(record: JsonObject) -> Binary | DoesNotFit:
     if "needed" in record:
         return DoesNotFit(record["needed"], record["available"])
     rest = dict(record)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
 
 import jax
 
 from r1jax.config.run_config import RunConfig
+from r1jax.files import JsonObject
 from r1jax.models import Decoder, declare
 from r1jax.models.parameters import is_spec
 from r1jax.programs import Planning, stage_programs
@@ -16,53 +16,26 @@ from r1jax.recipe import check
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.context import Context, LanguageModel, build_decoder
 from r1jax.settings.stage import Stage
-from r1jax.sharding import Axes, Layout
+from r1jax.sharding import Layout
 
 
-class WeightRow(TypedDict):
-    """A weight; `bytes` of one device."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    axes: Axes
-    sharding: str
-    bytes: int
-
-
-class MemoryRow(TypedDict):
-    """What takes memory; `bytes` of one device."""
-
-    what: str
-    bytes: int
-
-
-class Description(TypedDict):
-    """What `--dry-run` shows. parameters: of all models."""
-
-    parameters: int
-    weights: list[WeightRow]
-    memory: list[MemoryRow]
-    devices: str
-
-
-def describe(config: RunConfig) -> Description:
+def describe(config: RunConfig) -> JsonObject:
     """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
     """
     context = Context.resolve(config)
     check(context)
-    layout, rollout_layout = context.layout, context.rollout_layout
+    layout, sampling = context.layout, context.rollout_layout
 
     def decoder_of(name: str) -> Decoder:
         if name in context.models or any(stage.name == name for stage in config.stages):
             return context.model_of(name).decoder
         return build_decoder(directory_section(name, config.model), layout)[0]
 
-    planning = Planning(config, decoder_of, rollout_layout)
-    weights: list[WeightRow] = []
-    memory: list[MemoryRow] = []
+    planning = Planning(config, decoder_of, sampling)
+    weights: list[JsonObject] = []
+    memory: list[JsonObject] = []
     sizes: dict[str, int] = {}
     for name, model in context.models.items():
         prefix = f"{name}." if len(context.models) > 1 else ""
@@ -78,11 +51,7 @@ def describe(config: RunConfig) -> Description:
         "memory": memory,
         "devices": f"{layout.mesh.size} x {jax.devices()[0].device_kind}, mesh "
         + _shape(layout)
-        + (
-            ""
-            if layout.mesh == rollout_layout.mesh
-            else f"; while sampling {_shape(rollout_layout)}"
-        ),
+        + ("" if layout.mesh == sampling.mesh else f"; while sampling {_shape(sampling)}"),
     }
 
 
@@ -90,7 +59,7 @@ def _shape(layout: Layout) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
 
 
-def _weights(model: LanguageModel, prefix: str) -> list[WeightRow]:
+def _weights(model: LanguageModel, prefix: str) -> list[JsonObject]:
     named = jax.tree.leaves_with_path(model.abstract_params())
     specs = jax.tree.leaves(declare(model.decoder.config), is_leaf=is_spec)
     return [
@@ -120,7 +89,7 @@ _LABELS = {
 _UNLISTED = ("weights", "policy", "batch")
 
 
-def _stage_memory(stage: Stage, planning: Planning, weights: int) -> list[MemoryRow]:
+def _stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonObject]:
     """What a stage has in memory beside its model's weights, which are `weights` bytes."""
     largest: dict[str, int] = {}
     for program in stage_programs(stage, planning).programs:

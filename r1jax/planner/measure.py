@@ -5,16 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
 _CALLS = 3
 
 
-def seconds(compiled: Compiled, prepare: Callable[[Any], Any]) -> float:
+def seconds(compiled: Compiled, prepare: Callable[[PyTree], PyTree]) -> float:
     """Median seconds of a call; a first one, which warms up, does not count.
 
     Args:
@@ -32,13 +35,13 @@ def seconds(compiled: Compiled, prepare: Callable[[Any], Any]) -> float:
     return statistics.median(taken[1:])
 
 
-def _maker(compiled: Compiled) -> Callable[[], Any]:
+def _maker(compiled: Compiled) -> Callable[[], PyTree]:
     """Makes arguments, each where the program reads it: reals as small as weights, zeros, truths.
 
     Not random: no program here is faster for it.
     """
 
-    def fill(leaf: Any) -> jax.Array:
+    def fill(leaf: jax.stages.ArgInfo) -> jax.Array:
         value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype == jnp.bool_
         return jnp.full(leaf.shape, value, leaf.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,11 @@ class ProgramPlan:
     @property
     def total(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a call, at best."""
+        return None if self.times is None else self.times.total
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def plan(case: Case, options: PlanOptions = ALL) -> Plan:
     # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)
-    planning = Planning(config, _Decoders(config, layout), rollout_layout, compiler.output_specs)
+    planning = Planning(config, _decoders(config, layout), rollout_layout, compiler.output_specs)
     planned = [
         _plan_stage(stage, planning, compiler, target, options)
         for stage in config.stages
@@ -240,43 +246,36 @@ def _with_axes_of(config: MeshSection, axes: dict[str, int]) -> dict[str, int]:
     return axes | {name: 1 for name in config.axes if name not in axes}
 
 
-class _Decoders:
+def _decoders(config: RunConfig, layout: Layout) -> Callable[[str], Decoder]:
     """The decoder of a stage's weights, of a model by its name, or of a directory."""
+    leaves = {stage.name: stage.DESCRIPTION.leaves for stage in config.stages}
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self._config, self._layout = config, layout
-        self._shapes: dict[str, ModelConfig] = {}
-
-    def __call__(self, name: str) -> Decoder:
-        config = self._config
-        stages = {stage.name: stage for stage in config.stages}
-        if name not in stages and name != MODEL and name not in config.models:
-            section = directory_section(name, config.model)
-            return decoder_of(section, self._shape(f"model {name}", section), self._layout)
-        key = config.model_of(name)
-        section = config.section_of(key)
-        where = MODEL if key == MODEL else f"models.{key}"
-        shape = self._shape(where, section)
-        if name in stages and stages[name].DESCRIPTION.leaves == "reward_model":
+    @functools.cache
+    def find(name: str) -> Decoder:
+        if name in leaves or name == MODEL or name in config.models:
+            key = config.model_of(name)
+            section, where = config.section_of(key), MODEL if key == MODEL else f"models.{key}"
+        else:
+            section, where = directory_section(name, config.model), f"model {name}"
+        shape = _shape(section, where)
+        if leaves.get(name) == "reward_model":
             shape = replace(shape, head="scalar")
             section = section.model_copy(update={"multi_token_prediction": False})
-        return decoder_of(section, shape, self._layout)
+        return decoder_of(section, shape, layout)
 
-    def _shape(self, where: str, section: ModelSection) -> ModelConfig:
-        if where not in self._shapes:
-            raw = section.config
-            if raw is None:
-                try:
-                    raw = hugging_face.find_config(str(section.path))
-                except ValueError as error:
-                    raise ValueError(
-                        f"{error}. Give its shape, which is all that a plan needs: "
-                        f"'{where}.config={{model_type: ..., hidden_size: ..., ...}}' (the keys of "
-                        "its config.json), or a directory with that file as "
-                        f"{where}.path"
-                    ) from error
-            self._shapes[where] = ModelConfig.from_hugging_face(raw)
-        return self._shapes[where]
+    return find
+
+
+def _shape(section: ModelSection, where: str) -> ModelConfig:
+    try:
+        raw = section.config or hugging_face.find_config(str(section.path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Give its shape, which is all that a plan needs: "
+            f"'{where}.config={{model_type: ..., hidden_size: ..., ...}}' (the keys of its "
+            f"config.json), or a directory with that file as {where}.path"
+        ) from error
+    return ModelConfig.from_hugging_face(raw)
 
 
 def _plan_stage(
@@ -291,9 +290,7 @@ def _plan_stage(
             options.progress(f"{target.name}: {stage.name}: {program.name}: measuring")
             planned = replace(planned, measured=_measured(program, compiler))
         programs.append(planned)
-    seconds = _sum(
-        programs, [None if each.times is None else each.times.total for each in programs]
-    )
+    seconds = _step_seconds(programs, lambda each: each.seconds)
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -304,14 +301,17 @@ def _plan_stage(
         seconds=seconds,
         tokens_per_second=None if not seconds else called.tokens / seconds,
         utilisation=_utilisation(useful, seconds, target),
-        measured=_sum(programs, [each.measured for each in programs]),
+        measured=_step_seconds(programs, lambda each: each.measured),
     )
 
 
-def _sum(programs: Sequence[ProgramPlan], times: Sequence[float | None]) -> float | None:
-    """Seconds of a step; None where those of a program are unknown."""
+def _step_seconds(
+    programs: Sequence[ProgramPlan], seconds: Callable[[ProgramPlan], float | None]
+) -> float | None:
+    """Of all calls of a step; None where the seconds of a program are unknown."""
     total = 0.0
-    for each, known in zip(programs, times, strict=True):
+    for each in programs:
+        known = seconds(each)
         if known is None:
             return None
         total += each.calls * known
@@ -325,47 +325,39 @@ def _measured(program: Program, compiler: Compiler) -> float:
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:
+    unknown = ProgramPlan(program.name, program.calls, {}, None)
     try:
         binary = compiler(program.lower())
     except DoesNotFit as error:
         # The compiler's number holds the arguments, too.
-        memory: dict[str, float] = {**bytes_by_kind(program.resident), "activations": error.needed}
-        return ProgramPlan(
-            program.name, program.calls, memory, False, problem="too large to compile"
-        )
+        needed: dict[str, float] = {**bytes_by_kind(program.resident), "activations": error.needed}
+        return replace(unknown, memory=needed, fits=False, problem="too large to compile")
     except NotPlanned as error:
-        memory = dict(bytes_by_kind(program.resident, program.arguments))
-        return ProgramPlan(program.name, program.calls, memory, None, problem=str(error))
+        held = bytes_by_kind(program.resident, program.arguments)
+        return replace(unknown, memory={**held}, problem=str(error))
     memory = _memory(program, binary)
-    fits = None if target.hbm is None else sum(memory.values()) <= target.hbm
+    planned = replace(
+        unknown,
+        memory=memory,
+        fits=None if target.hbm is None else sum(memory.values()) <= target.hbm,
+        compile_seconds=binary.seconds,
+    )
     if binary.module is None:
         problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
-        return ProgramPlan(
-            program.name,
-            program.calls,
-            memory,
-            fits,
-            compile_seconds=binary.seconds,
-            problem=problem,
-        )
+        return replace(planned, problem=problem)
     cost = hlo.cost(
         binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
     )
     taken = times(cost, target)
-    return ProgramPlan(
-        name=program.name,
-        calls=program.calls,
-        memory=memory,
-        fits=fits,
+    seconds = None if taken is None else taken.total
+    return replace(
+        planned,
         flops=cost.flops,
         bytes=cost.bytes,
         exchange=tuple(traffic(cost, target, program.mesh)),
         times=taken,
-        utilisation=_utilisation(
-            program.useful_flops, None if taken is None else taken.total, target
-        ),
+        utilisation=_utilisation(program.useful_flops, seconds, target),
         unknown_kernels=cost.unknown,
-        compile_seconds=binary.seconds,
     )
 
 

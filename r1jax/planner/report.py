@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from r1jax.files import JsonObject
 from r1jax.planner.plan import Plan, StagePlan, advice
 
 
-def as_json(config: str, plans: Sequence[Plan]) -> dict[str, Any]:
+def as_json(config: str, plans: Sequence[Plan]) -> JsonObject:
     """Everything, in bytes, FLOPs, seconds and bytes sent, of one device unless said otherwise."""
     return {"config": config, "plans": [_plan_json(plan) for plan in plans]}
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: Plan) -> JsonObject:
     content = asdict(plan) | {"fits": plan.fits}
     for stage, own in zip(content["stages"], plan.stages, strict=True):
         for program, each in zip(stage["programs"], own.programs, strict=True):
@@ -115,7 +115,6 @@ def _row(plan: Plan, stage: StagePlan, kinds: Sequence[str]) -> list[str]:
     for program in stage.programs:
         for part in parts if program.times is not None else ():
             parts[part] += program.calls * getattr(program.times, part)
-    rate = stage.tokens_per_second
     compiled = sum(program.compile_seconds for program in stage.programs)
     return [
         "yes" if free >= MARGIN else "tight" if free >= 0 else "**no**",
@@ -123,7 +122,7 @@ def _row(plan: Plan, stage: StagePlan, kinds: Sequence[str]) -> list[str]:
         _bytes(other) if other else "",
         _share(free),
         "" if stage.seconds is None else f"{stage.unit}: {_seconds(stage.seconds)}",
-        "" if rate is None else f"{rate:,.0f}",
+        _rate(stage),
         _share(stage.utilisation),
         "" if stage.seconds is None else max(parts, key=lambda part: parts[part]),
         f"{compiled:.0f} s",
@@ -174,7 +173,7 @@ def _work(stage: StagePlan) -> Table:
             *([_seconds(part) for part in parts] or [""] * 4),
             _share(program.utilisation),
             "" if taken is None else taken.bound,
-            *(["" if program.measured is None else _seconds(program.measured)] if measured else ()),
+            *([_seconds(program.measured)] if measured else ()),
         )
     return table
 
@@ -192,7 +191,7 @@ def _exchange(stage: StagePlan) -> Table:
                 " + ".join(row.axes),
                 f"{row.count:,.0f}",
                 _bytes(row.bytes),
-                "" if row.seconds is None else _seconds(row.seconds),
+                _seconds(row.seconds),
             )
             shown = program.name
     return table
@@ -200,13 +199,12 @@ def _exchange(stage: StagePlan) -> Table:
 
 def _step(stage: StagePlan) -> str:
     head = f"A {stage.unit} of {stage.name}"
-    rate = stage.tokens_per_second
-    if stage.seconds is None or rate is None:
+    if not stage.seconds:
         line = f"{head}: {stage.tokens:,} tokens; no time to tell"
     else:
         line = (
             f"{head}, at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
-            f"{rate:,.0f} tokens/s, MFU {_share(stage.utilisation)}"
+            f"{_rate(stage)} tokens/s, MFU {_share(stage.utilisation)}"
         )
     if stage.measured:
         rate = stage.tokens / stage.measured
@@ -215,19 +213,13 @@ def _step(stage: StagePlan) -> str:
 
 
 def _problems(stage: StagePlan) -> list[str]:
-    return [
-        f"{stage.name}: {program.name}: {program.problem}"
-        for program in stage.programs
-        if program.problem
-    ]
+    problems = {program.name: program.problem for program in stage.programs}
+    return [f"{stage.name}: {name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def _advice(plan: Plan, stage: StagePlan) -> list[str]:
-    lines = []
-    for program in stage.programs:
-        if program.fits is False and plan.hbm is not None:
-            lines.append(advice(program, stage, plan.hbm, plan.devices))
-    return lines
+    large = [program for program in stage.programs if program.fits is False]
+    return [advice(each, stage, plan.hbm, plan.devices) for each in large if plan.hbm is not None]
 
 
 def _comparison(plans: Sequence[Plan]) -> Table:
@@ -247,12 +239,7 @@ def _comparison(plans: Sequence[Plan]) -> Table:
         stage = max(plan.stages, key=lambda each: each.fullest.total)
         cells = [f"{stage.name}: {stage.fullest.name}", _bytes(stage.fullest.total)]
         for each in plan.stages:
-            rate = each.tokens_per_second
-            cells += [
-                "" if each.seconds is None else _seconds(each.seconds),
-                "" if rate is None else f"{rate:,.0f}",
-                _share(each.utilisation),
-            ]
+            cells += [_seconds(each.seconds), _rate(each), _share(each.utilisation)]
         verdict = "no" if not plan.fits else "yes" if plan.hbm is not None else ""
         table.add_row(plan.target, _mesh(plan), verdict, *cells)
     return table
@@ -288,12 +275,19 @@ def _number(value: float) -> str:
     return f"{value:.3g} E"
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
     for unit in ("s", "ms"):
         if value >= 1:
             return f"{value:.3g} {unit}"
         value *= 1000
     return f"{value:.3g} us"
+
+
+def _rate(stage: StagePlan) -> str:
+    rate = stage.tokens_per_second
+    return "" if rate is None else f"{rate:,.0f}"
 
 
 def _share(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
     # Its leaves are `jax.ShapeDtypeStruct`s with shardings.
-    AbstractTree = PyTree
+    AbstractTree: TypeAlias = PyTree
 
 
 def abstract_weights(model: Decoder) -> AbstractTree:

@@ -99,9 +99,6 @@ class Planning:
         """As `decoder_of`, arranged for sampling, its weights in the dtype that it computes in."""
         return to_sample(self.decoder_of(name), self.rollout_layout)
 
-    def longest_prompt(self, stage: Stage) -> int:
-        return longest_prompt(stage, self.config)
-
 
 def longest_prompt(stage: Stage, config: RunConfig) -> int:
     """The tokens that a prompt of the stage may have."""

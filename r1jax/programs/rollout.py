@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,13 @@ from r1jax.models import Decoder
 from r1jax.models.decoder import cache_axes, new_cache_arrays, remembered
 from r1jax.programs.arrays import abstract_weights, batch_array, expert_choices, round_up
 from r1jax.programs.flops import forward_flops
-from r1jax.programs.program import NotPlanned, Planning, Program, StagePrograms
+from r1jax.programs.program import (
+    NotPlanned,
+    Planning,
+    Program,
+    StagePrograms,
+    longest_prompt,
+)
 from r1jax.programs.reward_models import reward_model_weights, reward_models, reward_programs
 from r1jax.rollouts.sampling import bucket
 from r1jax.sampler import Prompts, Sampling
@@ -38,18 +44,9 @@ if TYPE_CHECKING:
     from r1jax.programs.arrays import AbstractTree
 
 _TRIAL_TOKENS = 32
-
-
-class _Sampler(NamedTuple):
-    """The compiled functions of the sampler."""
-
-    start: Wrapped
-    decode: Wrapped
-    grow: Wrapped
-
-
-_PLAIN = _Sampler(start, decode_until, grow)
-_SPECULATIVE = _Sampler(start_speculatively, decode_speculatively, grow_speculation)
+_REAL, _WHOLE = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+# Of the settings of a distribution, and of the ids that end a sample.
+_DRAWING = Sampling(_REAL, _REAL, _WHOLE, _REAL), jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,20 @@ class Rollout:
     output_specs: Callable[[Lowered], Sequence[PartitionSpec] | None]
     record_experts: bool = False
 
-    def programs(self, resident: Mapping[str, AbstractTree], calls: float) -> Iterator[Program]:
+    def programs(
+        self, resident: Mapping[str, AbstractTree], calls: float, prefix: str = ""
+    ) -> Iterator[Program]:
         """Prefill, decoding, and growth of the cache where it grows.
 
         Args:
           resident: what is in memory beside the sampler's weights and the cache.
-          calls: of the prefill in a step of the stage.
+          calls: of the prefill in a step of the stage; 0 where that depends on the data.
+          prefix: of the programs' names.
         """
         config, mesh, capacities = self.model.config, self.model.layout.mesh, self.capacities
         weights = abstract_weights(self.model)
         yield Program(
-            "prefill",
+            f"{prefix}prefill",
             mesh.shape,
             lambda: self.prefill,
             {"weights": weights, "batch": self.arguments},
@@ -96,7 +96,7 @@ class Rollout:
         decoding = forward_flops(config, rows, self.new_tokens, self.prompt_tokens)
         for capacity, turns in token_counts(capacities).items():
             yield Program(
-                "decode" if len(capacities) == 1 else f"decode, cache of {capacity}",
+                prefix + ("decode" if len(capacities) == 1 else f"decode, cache of {capacity}"),
                 mesh.shape,
                 partial(self.decode, capacity),
                 {"weights": weights, "cache": [self.new_cache(capacity), self.prompt_cache]},
@@ -112,7 +112,7 @@ class Rollout:
             before, last = capacities[-2:]
             moved = sum(a + b for a, b in zip(capacities, capacities[1:], strict=False))
             yield Program(
-                "grow the cache",
+                f"{prefix}grow the cache",
                 mesh.shape,
                 lambda: self.grow(before, last),
                 {"cache": self.new_cache(before)},
@@ -120,13 +120,6 @@ class Rollout:
                 calls * moved / (last + before),
                 makes="cache",
             )
-
-    def occasional_programs(
-        self, resident: Mapping[str, AbstractTree], prefix: str
-    ) -> Iterator[Program]:
-        """As `programs`, where the number of calls depends on the data."""
-        for program in self.programs(resident, 0.0):
-            yield replace(program, name=f"{prefix} {program.name}")
 
     @cached_property
     def capacities(self) -> list[int]:
@@ -141,31 +134,33 @@ class Rollout:
 
     @cached_property
     def arguments(self) -> Prompts:
-        def rows(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
-            return batch_array(self.model, (self.rows, *more), dtype)
+        def row(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+            return batch_array(self.model, (self.rows, *shape), dtype)
 
         time = bucket(self.prompt_tokens)
-        return Prompts(rows(jnp.int32, time), rows(jnp.int32), rows(jnp.uint32), rows(jnp.int32))
+        return Prompts(row(jnp.int32, time), row(jnp.int32), row(jnp.uint32), row(jnp.int32))
 
     @cached_property
     def prefill(self) -> Lowered:
-        options = self._start_options(self.capacities[0])
-        return self._sampler.start.lower(*self._start_arguments, **options)
+        function, arguments, options = self._prefill_call(self.capacities[0])
+        return function.lower(*arguments, **options)
 
     def grow(self, before: int, after: int) -> Lowered:
         state, _ = self.started(before)
-        grown = state if self.sampling.speculative else state.cache
-        return self._sampler.grow.lower(grown, after - before, self.model)
+        if self.sampling.speculative:
+            return grow_speculation.lower(state, after - before, self.model)
+        return grow.lower(state.cache, after - before, self.model)
 
     def decode(self, capacity: int) -> Lowered:
         state, prompt_cache = self.started(capacity)
-        return self._sampler.decode.lower(
+        function = decode_speculatively if self.sampling.speculative else decode_until
+        return function.lower(
             abstract_weights(self.model),
             state,
             prompt_cache,
             self.arguments.lengths,
             jax.ShapeDtypeStruct((), jnp.int32),
-            *self._drawing,
+            *_DRAWING,
             model=self.model,
         )
 
@@ -180,8 +175,9 @@ class Rollout:
         specs = self.output_specs(self.prefill)
         if specs is None:
             raise NotPlanned("what it reads is laid out by the prefill, which does not fit")
-        begin = partial(self._sampler.start, **self._start_options(capacity))
-        leaves, structure = jax.tree.flatten(jax.eval_shape(begin, *self._start_arguments))
+        function, arguments, options = self._prefill_call(capacity)
+        shapes = jax.eval_shape(partial(function, **options), *arguments)
+        leaves, structure = jax.tree.flatten(shapes)
         mesh = self.model.layout.mesh
         placed = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -189,29 +185,21 @@ class Rollout:
         ]
         return jax.tree.unflatten(structure, placed)
 
-    @property
-    def _sampler(self) -> _Sampler:
-        return _SPECULATIVE if self.sampling.speculative else _PLAIN
-
-    @property
-    def _drawing(self) -> tuple[Sampling, jax.ShapeDtypeStruct]:
-        real, whole = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-        return Sampling(real, real, whole, real), jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def _start_options(self, capacity: int) -> dict[str, object]:
-        return {
+    def _prefill_call(
+        self, capacity: int
+    ) -> tuple[Wrapped, tuple[AbstractTree, ...], dict[str, object]]:
+        """The sampler's first function, and what it is called with."""
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        arguments = (abstract_weights(self.model), self.arguments, seed, seed)
+        options = {
             "model": self.model,
             "count": self.samples,
             "capacity": capacity,
             "max_new_tokens": self.new_tokens,
-            **({} if self.sampling.speculative else {"record_experts": self.record_experts}),
         }
-
-    @cached_property
-    def _start_arguments(self) -> tuple[AbstractTree, ...]:
-        seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        arguments = (abstract_weights(self.model), self.arguments, seed, seed)
-        return (*arguments, *self._drawing) if self.sampling.speculative else arguments
+        if self.sampling.speculative:
+            return start_speculatively, (*arguments, *_DRAWING), options
+        return start, arguments, {**options, "record_experts": self.record_experts}
 
     def new_cache(self, capacity: int) -> list[jax.ShapeDtypeStruct]:
         """The cache of the new tokens, as the layout splits it."""
@@ -240,17 +228,26 @@ class Rollout:
         return [*leaves, expert_choices(self.model, tokens)] if self.record_experts else leaves
 
 
-def sampling_programs(stage: Stage, planning: Planning, rollout: Rollout) -> StagePrograms:
-    """The programs of a stage that samples and scores: of a batch."""
-    models = reward_models(stage, planning)
-    scorers = reward_model_weights(models)
-    samples, tokens = rollout.prompts * rollout.samples, rollout.prompt_tokens + rollout.new_tokens
-    resident = {**scorers, "weights": abstract_weights(rollout.model)}
+def sampling_programs(
+    stage: Stage,
+    planning: Planning,
+    *,
+    prompts: int,
+    samples: int,
+    new_tokens: int,
+    sampling: SamplingSection,
+) -> StagePrograms:
+    """The programs of a stage that samples and scores; a step is a batch of prompts."""
+    model, prompt = planning.sampler_of(stage.name), longest_prompt(stage, planning.config)
+    rollout = Rollout(model, prompts, samples, prompt, new_tokens, sampling, planning.output_specs)
+    scorers = reward_models(stage, planning)
+    resident = reward_model_weights(scorers)
+    scoring = {**resident, "weights": abstract_weights(model)}
     programs = [
-        *rollout.programs(scorers, 1.0),
-        *reward_programs(models, tokens, samples, resident),
+        *rollout.programs(resident, 1.0),
+        *reward_programs(scorers, prompt + new_tokens, prompts * samples, scoring),
     ]
-    return StagePrograms(tuple(programs), samples * rollout.new_tokens, "batch")
+    return StagePrograms(tuple(programs), prompts * samples * new_tokens, "batch")
 
 
 def prepare_decoding(arguments: PyTree, capacity: int) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,17 +82,19 @@ def update_program(
     )
 
 
-def held_out_program(
-    loss: Wrapped, arrays: tuple[AbstractTree, ...], update: Program, forward: float
-) -> Program:
-    """The loss on held-out rows, whose number of batches depends on the data.
+def with_held_out_loss(
+    training: StagePrograms, loss: Wrapped, arrays: tuple[AbstractTree, ...], forward: float
+) -> StagePrograms:
+    """Adds the loss on held-out rows, whose number of batches depends on the data.
 
     Args:
+      training: of `train_programs`.
       loss: the compiled function of the weights and the arrays.
       forward: FLOPs of its forward pass.
     """
+    (update,) = training.programs
     weights = update.arguments["weights"]
-    return Program(
+    program = Program(
         "held-out loss",
         update.mesh,
         partial(loss.lower, weights, *arrays),
@@ -101,6 +103,7 @@ def held_out_program(
         calls=0,
         useful_flops=forward,
     )
+    return replace(training, programs=(update, program))
 
 
 def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:

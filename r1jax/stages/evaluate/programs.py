@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
+from r1jax.programs import Planning, StagePrograms, sampling_programs
 from r1jax.stages.evaluate.settings import EvaluateStage
 
 
 def programs(stage: EvaluateStage, planning: Planning) -> StagePrograms:
-    rollout = Rollout(
-        planning.sampler_of(stage.name),
-        stage.problems_per_batch,
-        stage.samples_at_once,
-        planning.longest_prompt(stage),
-        stage.max_new_tokens,
-        stage.sampling,
-        planning.output_specs,
+    return sampling_programs(
+        stage,
+        planning,
+        prompts=stage.problems_per_batch,
+        samples=stage.samples_at_once,
+        new_tokens=stage.max_new_tokens,
+        sampling=stage.sampling,
     )
-    return sampling_programs(stage, planning, rollout)

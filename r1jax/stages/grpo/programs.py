@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from r1jax.programs.arrays import (
     token_arrays,
 )
 from r1jax.programs.flops import forward_flops
+from r1jax.programs.program import longest_prompt
 from r1jax.programs.reward_models import reward_model_weights, reward_models, reward_programs
 from r1jax.programs.update import update_program
 from r1jax.run.expert_balance import check_experts, imbalance_of, loads_of, make_after_update
@@ -34,11 +35,16 @@ from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import TrainStep, map_micro_batches
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from r1jax.programs.arrays import AbstractTree
+
 
 def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     """Rollout, rewards, log-probs and the update; the samples of a held-out evaluation."""
     model, sampler = planning.decoder_of(stage.name), planning.sampler_of(stage.name)
-    prompt, new = planning.longest_prompt(stage), stage.longest_completion
+    prompt, new = longest_prompt(stage, planning.config), stage.longest_completion
     phase, group = stage.mini_batches_per_rollout, stage.outputs_per_question
     with_reference = stage.loss.kl_coefficient > 0
     rows = stage.questions_per_step * group
@@ -64,7 +70,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         model.layout.mesh.shape,
         partial(score.lower, weights, batch.inputs),
         {"weights": weights, "batch": batch.inputs},
-        {**resident, "batch": [batch.replace(inputs=None), *waiting]},
+        {**resident, "batch": [replace(batch, inputs=None), *waiting]},
         calls=with_reference + (phase > 1),
         useful_flops=forward_flops(model.config, rows, prompt + new),
     )
@@ -103,7 +109,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         held_out = replace(
             rollout, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
         )
-        sampling += held_out.occasional_programs(while_sampling, "held-out")
+        sampling += held_out.programs(while_sampling, 0.0, "held-out ")
     sampling += reward_programs(scorers, prompt + new, rows, {**resident, "weights": weights})
     return StagePrograms((*sampling, *steps), rows * new)
 
@@ -115,21 +121,24 @@ def _batch(stage: GRPOStage, model: Decoder, rows: int, time: int) -> GRPOBatch:
     if stage.replay_experts:
         inputs["experts"] = expert_choices(model, (rows, time))
     per_token = batch_array(model, (rows, time), jnp.float32)
-    return GRPOBatch(
-        inputs=inputs,
-        mask=per_token,
-        advantages=batch_array(model, (rows,), jnp.float32),
-        old_log_probs=per_token if stage.mini_batches_per_rollout > 1 else None,
-        reference_log_probs=per_token if stage.loss.kl_coefficient > 0 else None,
-        sampler_log_probs=per_token,
-    )
+    arrays: dict[str, AbstractTree] = {
+        "inputs": inputs,
+        "mask": per_token,
+        "advantages": batch_array(model, (rows,), jnp.float32),
+        "old_log_probs": per_token if stage.mini_batches_per_rollout > 1 else None,
+        "reference_log_probs": per_token if stage.loss.kl_coefficient > 0 else None,
+        "sampler_log_probs": per_token,
+    }
+    return GRPOBatch(**arrays)
 
 
-def make_score(stage: GRPOStage, model: Decoder) -> Callable[[Any, Any], jax.Array]:
-    """`score(params, inputs)`: the log-probs [N, T] of all tokens under these weights."""
+def make_score(
+    stage: GRPOStage, model: Decoder
+) -> Callable[[Params, Mapping[str, jax.Array]], Float[Array, "rows time"]]:
+    """`score(params, inputs)`: the log-probs of all tokens under these weights."""
 
-    def score(params: Any, inputs: Any) -> jax.Array:
-        def part(inputs: Any) -> jax.Array:
+    def score(params: Params, inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
+        def part(inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
             temperature = stage.sampling.temperature
             return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
+from r1jax.programs.program import longest_prompt
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
 
 
 def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms:
-    prompt = planning.longest_prompt(stage)
-    rollout = Rollout(
-        planning.sampler_of(stage.name),
-        stage.prompts_per_batch,
-        stage.samples_per_prompt,
-        prompt,
-        stage.max_new_tokens,
-        stage.sampling,
-        planning.output_specs,
+    sampling = sampling_programs(
+        stage,
+        planning,
+        prompts=stage.prompts_per_batch,
+        samples=stage.samples_per_prompt,
+        new_tokens=stage.max_new_tokens,
+        sampling=stage.sampling,
     )
-    sampling = sampling_programs(stage, planning, rollout)
     rewrite = stage.model_rewrite
     if rewrite is None:
         return sampling
@@ -28,10 +26,10 @@ def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms
         planning.sampler_of(rewrite.weights),
         rewrite.drafts_per_batch,
         1,
-        prompt + stage.max_new_tokens,
+        longest_prompt(stage, planning.config) + stage.max_new_tokens,
         rewrite.max_new_tokens,
         rewrite.sampling,
         planning.output_specs,
     )
-    rewriting = rewriter.occasional_programs({}, "rewrite:")
+    rewriting = rewriter.programs({}, 0.0, "rewrite: ")
     return replace(sampling, programs=(*sampling.programs, *rewriting))

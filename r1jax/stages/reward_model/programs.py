@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.arrays import batch_array, batch_arrays_like, round_up
 from r1jax.programs.flops import forward_flops
-from r1jax.programs.update import held_out_program
+from r1jax.programs.update import with_held_out_loss
 from r1jax.run.optimizer import make_optimizer
 from r1jax.stages.reward_model.settings import RewardModelStage
 from r1jax.train_step import LossOutput, Metrics, TrainStep, make_train_step
@@ -48,12 +47,10 @@ def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
     training = train_programs(make_update(stage, model, optimizer), optimizer, model, batch)
     if stage.held_out is None:
         return training
-    (update,) = training.programs
     loss = jax.jit(partial(weighted_loss, model=model))
     weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
     forward = forward_flops(model.config, texts, stage.max_tokens)
-    held_out = held_out_program(loss, (arrays, weights), update, forward)
-    return replace(training, programs=(update, held_out))
+    return with_held_out_loss(training, loss, (arrays, weights), forward)
 
 
 def make_update(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import jax
 
 from r1jax.programs import Planning, StagePrograms
 from r1jax.programs.flops import forward_flops
-from r1jax.programs.update import held_out_program
+from r1jax.programs.update import with_held_out_loss
 from r1jax.stages import supervised_programs
 from r1jax.stages.sft.settings import SFTStage
 
@@ -19,8 +18,7 @@ def programs(stage: SFTStage, planning: Planning) -> StagePrograms:
     if stage.held_out is None:
         return training
     model = planning.decoder_of(stage.name)
-    (update,) = training.programs
     loss = jax.jit(partial(supervised_programs.loss_sums, model=model))
     rows = supervised_programs.packed_arrays(stage, model)
     forward = forward_flops(model.config, stage.rows_per_step, stage.row_tokens)
-    return replace(training, programs=(update, held_out_program(loss, (rows,), update, forward)))
+    return with_held_out_loss(training, loss, (rows,), forward)
