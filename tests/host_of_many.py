@@ -13,8 +13,8 @@ from killed_run import ask_to_stop, die_in, kill
 
 from r1jax import cli, recipe
 from r1jax.data import load_examples
-from r1jax.rollouts.scoring import Judge
-from r1jax.run import context
+from r1jax.rollouts.scoring import RewardScorer
+from r1jax.run import datasets
 from r1jax.sharding import split_cpu
 
 
@@ -29,19 +29,19 @@ def other_jaxlib(name: str) -> str:
 def main() -> None:
     point, number = sys.argv[1], int(sys.argv[2])
     if point == "killed_before_an_update":
-        die_in(Judge, "submit", number, kill)
+        die_in(RewardScorer, "submit", number, kill)
     elif point == "killed_as_it_begins":
-        die_in(context.Context, "open_record", number, kill)
+        die_in(recipe, "open_record", number, kill)
     elif point == "sigterm_before_an_update":
-        die_in(Judge, "submit", number, ask_to_stop)
+        die_in(RewardScorer, "submit", number, ask_to_stop)
     elif point == "fails_alone":
-        die_in(context.Context, "open_record", number, fail)
+        die_in(recipe, "open_record", number, fail)
     elif point == "another_jaxlib":
         vars(recipe)["version"] = other_jaxlib
     elif point == "another_device":
         vars(recipe)["split_cpu"] = lambda devices: split_cpu(devices + 1)
     elif point == "shorter_data":
-        vars(context)["load_examples"] = lambda section: load_examples(section)[number:]
+        vars(datasets)["load_examples"] = lambda section: load_examples(section)[number:]
     sys.argv[1:] = sys.argv[3:]
     cli.main()
 

@@ -17,7 +17,7 @@ from r1jax import recipe
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics import Recorder
-from r1jax.rollouts.scoring import Judge
+from r1jax.rollouts.scoring import RewardScorer
 from r1jax.stages.grpo import stage as grpo
 from r1jax.weights.hugging_face import exporting
 
@@ -75,7 +75,7 @@ def main() -> int:
     elif point == "sigterm":
         die_in(Recorder, "log", number, ask_to_stop)
     elif point == "sigterm_in_judging":
-        die_in(Judge, "submit", number, ask_to_stop)
+        die_in(RewardScorer, "submit", number, ask_to_stop)
     elif point == "sigterm_in_rollout":
         die_in(grpo, "sample_batch", number + 1, kill)  # it is not gone on with
         die_in(grpo, "sample_batch", number, ask_to_stop)

@@ -17,7 +17,7 @@ from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
 from r1jax.metrics import ProfiledSteps
-from r1jax.run.context import RunError
+from r1jax.run.stop import RunError
 
 CONFIG = """\
 name: small

@@ -20,7 +20,8 @@ from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.attention import head_repeats
 from r1jax.processes import BatchSlice, process_batch_slice
-from r1jax.recipe import check_rows
+from r1jax.run.checks import check_divided
+from r1jax.run.models import Layouts
 from r1jax.sharding import make_layout, make_rollout_layout, process_batch_parts
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
@@ -192,7 +193,7 @@ def test_heads_that_do_not_divide_are_told_with_what_would() -> None:
 def test_a_row_that_time_does_not_divide_is_refused() -> None:
     config = load_config("tiny/r1_zero", ["stages.zero.length_bucket=20"])
     layout = make_layout({"data": 1, "sequence": 1}, devices=jax.devices()[:1])
-    check_rows(config, layout, layout)
+    check_divided(config, Layouts(layout, layout))
 
     class Mesh:
         shape = {"data": 1, "sequence": 8}
@@ -201,4 +202,4 @@ def test_a_row_that_time_does_not_divide_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"stages.base.row_tokens = \d+ .* 8|length_bucket = 20 .* 8"
     ):
-        check_rows(config, layout, layout)
+        check_divided(config, Layouts(layout, layout))

@@ -12,9 +12,10 @@ from r1jax.models import Decoder, declare
 from r1jax.models.parameters import is_spec
 from r1jax.programs import Planning, stage_programs
 from r1jax.programs.arrays import bytes_by_kind, bytes_on_device
-from r1jax.recipe import check
 from r1jax.rollouts.scoring import directory_section
-from r1jax.run.context import Context, LanguageModel, build_decoder
+from r1jax.run.checks import check
+from r1jax.run.models import LanguageModel, build_decoder
+from r1jax.run.resolve import resolve
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 
@@ -24,21 +25,21 @@ def describe(config: RunConfig) -> JsonObject:
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
     """
-    context = Context.resolve(config)
-    check(context)
-    layout, sampling = context.layout, context.rollout_layout
+    run = resolve(config)
+    check(run)
+    layout, sampling = run.layouts
 
     def decoder_of(name: str) -> Decoder:
-        if name in context.models or any(stage.name == name for stage in config.stages):
-            return context.model_of(name).decoder
+        if name in run.models.by_name or any(stage.name == name for stage in config.stages):
+            return run.models.of(name).decoder
         return build_decoder(directory_section(name, config.model), layout)[0]
 
     planning = Planning(config, decoder_of, sampling)
     weights: list[JsonObject] = []
     memory: list[JsonObject] = []
     sizes: dict[str, int] = {}
-    for name, model in context.models.items():
-        prefix = f"{name}." if len(context.models) > 1 else ""
+    for name, model in run.models.by_name.items():
+        prefix = f"{name}." if len(run.models.by_name) > 1 else ""
         rows = _weights(model, prefix)
         weights += rows
         sizes[name] = sum(row["bytes"] for row in rows)

@@ -18,9 +18,9 @@ from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program, stage_programs
 from r1jax.programs.arrays import bytes_by_kind
 from r1jax.programs.program import NotPlanned, longest_prompt
-from r1jax.recipe import check_rows
 from r1jax.rollouts.scoring import directory_section
-from r1jax.run.context import decoder_of, make_layouts
+from r1jax.run.checks import check_divided
+from r1jax.run.models import decoder_of, make_layouts
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
@@ -158,8 +158,9 @@ def plan(case: Case, options: PlanOptions = ALL) -> Plan:
         if name not in names:
             hint = nearest(name, names) or f"there are {', '.join(names)}"
             raise ValueError(f"--only {name}: no such stage; {hint.strip()}")
-    layout, rollout_layout = make_layouts(mesh, case.target.devices)
-    check_rows(config, layout, rollout_layout)
+    layouts = make_layouts(mesh, case.target.devices)
+    check_divided(config, layouts)
+    layout, rollout_layout = layouts
     # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)

@@ -9,7 +9,6 @@ a model rewrites, depends on the data: their calls count as 0 in a step.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from jax.stages import Lowered
 
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder
+from r1jax.run.stage_functions import load_functions
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -109,8 +109,4 @@ def longest_prompt(stage: Stage, config: RunConfig) -> int:
 
 def stage_programs(stage: Stage, planning: Planning) -> StagePrograms:
     """What a stage compiles, as its kind says."""
-    name = type(stage).FUNCTIONS or type(stage).__module__
-    if name.startswith("r1jax.stages."):
-        name = f"{name.removesuffix('.stage')}.programs"
-    planned: StagePrograms = importlib.import_module(name).programs(stage, planning)
-    return planned
+    return load_functions(stage).programs(stage, planning)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from r1jax.data import Example, encode_prompt, load_tokenizer, stop_token_ids
+from r1jax.data import Example, encode_prompt
 from r1jax.evaluation.run_directory import language_models
-from r1jax.rollouts.sampling import decode, pad_prompts, stop_search, to_sampling
-from r1jax.run.context import build_decoder
-from r1jax.sampler import Finish, GenerateOptions, generate_chunks
+from r1jax.rollouts.sampling import generate_options, pad_prompts
+from r1jax.rollouts.stop_strings import decode
+from r1jax.run.models import LanguageModel
+from r1jax.sampler import Finish, generate_chunks
 from r1jax.settings.data import DataSection
 from r1jax.settings.model import ModelSection
 from r1jax.settings.sampling import SamplingSection
@@ -39,26 +41,18 @@ def stream_completions(
     directory = trained[-1] if trained else hugging_face.resolve(model_path)
     section = ModelSection(path=str(directory), multi_token_prediction=sampling.speculative)
     layout = make_layout({"data": 1, "fsdp": -1, "tensor": 1})
-    model, generation = build_decoder(section, layout)
-    tokenizer = load_tokenizer(str(directory))
+    model = LanguageModel.resolve(section, layout)
     data = DataSection(source="jsonl:-", template=template)
-    prompt = encode_prompt(Example(id=0, prompt=prompt_text, answer=""), data, tokenizer)
-    params = hugging_face.load_params(directory, model.config, layout, model.execution.param_dtype)
+    prompt = encode_prompt(Example(id=0, prompt=prompt_text, answer=""), data, model.tokenizer)
+    options = generate_options(
+        model, sampling, samples=samples, max_new_tokens=max_new_tokens, seed=seed
+    )
     shown = [0] * samples
     chunks = generate_chunks(
-        params,
-        pad_prompts([prompt], model),
-        model,
-        GenerateOptions(
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            sampling=to_sampling(sampling),
-            eos_ids=stop_token_ids(tokenizer, generation),
-            stop=stop_search(tokenizer, sampling),
-            sync_every=8,
-            speculative=sampling.speculative,
-        ),
+        model.load(directory),
+        pad_prompts([prompt], model.decoder),
+        model.decoder,
+        replace(options, sync_every=8),
     )
     texts = [""] * samples
     for _, state in chunks:
@@ -66,7 +60,7 @@ def stream_completions(
         finish = np.asarray(state.finish[0])
         for index in range(samples):
             length = int(lengths[index]) - int(finish[index] == Finish.EOS)
-            texts[index] = decode(tokenizer, tokens[index, :length])
+            texts[index] = decode(model.tokenizer, tokens[index, :length])
             ready = texts[index].rstrip(_UNFINISHED)
             if len(ready) > shown[index]:
                 yield index, ready[shown[index] :]

@@ -1,42 +1,62 @@
-"""Sampling a dataset and judging every sample: what evaluation and rejection sampling share."""
+"""Sampling a dataset and scoring every sample, as rows of samples.jsonl."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from r1jax.data import Prompt
+from r1jax.files import JsonObject
 from r1jax.metrics import HEARTBEAT, Progress, Recorder
-from r1jax.processes import BatchSlice, any_process, gather, process_batch_slice
-from r1jax.rollouts.sampling import check_domains, sample_batch, stop_search, to_sampling
-from r1jax.rollouts.scoring import Judge
-from r1jax.run.context import Clock, Context, LanguageModel, Preempted
+from r1jax.models.parameters import Params
+from r1jax.processes import BatchSlice, gather, process_batch_slice
+from r1jax.rollouts.sampling import generate_options, sample_batch
+from r1jax.rollouts.scoring import RewardScorer, check_domains, reward_scorer
+from r1jax.run.models import LanguageModel
+from r1jax.run.record import Clock
+from r1jax.run.resolve import StageRun
+from r1jax.run.stop import Preempted
 from r1jax.sampler import GenerateOptions
 from r1jax.settings.sampling import SamplingSection
-from r1jax.stages.evaluate.settings import EvaluateStage
-from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
+from r1jax.settings.stage import Stage
 
 SAMPLES = "samples.jsonl"
-Rows = list[dict[str, Any]]
-# A prompt, and the first of its samples that are drawn at once.
-Part = tuple[Prompt, int]
 T = TypeVar("T")
 
 
-def judge_samples(
-    stage: EvaluateStage | RejectionSamplingStage,
-    context: Context,
-    directory: Path,
-    *,
-    limit: int | None,
-    samples: int,
-    batch: int,
-    samples_per_batch: int | None = None,
-    seed: int,
-    progress_figures: Callable[[Rows], dict[str, float]],
+class PromptPart(NamedTuple):
+    """A prompt, and the first of its samples that are drawn at once."""
+
+    prompt: Prompt
+    first_sample: int
+
+
+@dataclass(frozen=True)
+class DatasetSampling:
+    """Which samples to draw of a dataset or mixture.
+
+    limit: prompts that are sampled, the first ones; None: all.
+    samples: completions per prompt; `samples_at_once` divides it.
+    batch: parts of prompts at once, over all processes.
+    max_new_tokens: per completion. seed: of the noise.
+    """
+
+    data: str
+    limit: int | None
+    samples: int
+    samples_at_once: int
+    batch: int
+    max_new_tokens: int
+    sampling: SamplingSection
+    seed: int
+
+
+def store_scored_samples(
+    stage: Stage, run: StageRun, wanted: DatasetSampling, share_name: str
 ) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
@@ -44,134 +64,111 @@ def judge_samples(
     scores its share, and process 0 stores all.
 
     Args:
-      limit: prompts that are sampled; None: all.
-      samples: completions per prompt.
-      batch: prompts at once, over all processes; with `samples_per_batch`, parts of prompts.
-      samples_per_batch: completions of a prompt at once; default: all.
-      seed: of the noise.
-      progress_figures: rows of a batch -> what the bar shows beside length and tokens/s.
+      share_name: of the share of right samples on the progress bar.
 
     Returns:
       The stage's clock, and the prompts.
     """
-    model = context.sampler_of(stage.name)
-    prompts, report = context.prompts(stage.data, model.tokenizer, limit)
-    rewards = context.config.rewards_of(stage)
-    check_domains(stage.name, {prompt.domain: stage.data for prompt in prompts}, rewards)
-    clock = Clock(context.seconds(stage.name))
+    sampler = run.models.sampler_of(stage.name)
+    prompts, report = run.datasets.prompts(wanted.data, sampler.tokenizer, wanted.limit)
+    rewards = run.config.rewards_of(stage)
+    check_domains(stage.name, {prompt.domain: wanted.data for prompt in prompts}, rewards)
+    clock = Clock(run.record.seconds(stage.name))
     process = jax.process_index()
-    directory.mkdir(parents=True, exist_ok=True)
     with (
-        Recorder(directory, process_index=process) as recorder,
+        Recorder(run.directory, process_index=process) as recorder,
         Progress(stage.name, len(prompts), process_index=process) as progress,
-        Judge(rewards, context) as judge,
+        reward_scorer(rewards, run) as scorer,
     ):
         progress.print(f"{stage.name}: {report}")
-        count = samples_per_batch or samples
-        parts = split_samples(prompts, samples, count)
-        done, offset = _whole_batches(directory / SAMPLES, len(parts), count, batch)
-        source = context.config.weights_of(stage.name)
-        params = context.weights(source, model) if done < len(parts) else None
+        count, batch = wanted.samples_at_once, wanted.batch
+        parts = split_samples(prompts, wanted.samples, count)
+        done, offset = _whole_batches(run.directory / SAMPLES, len(parts), count, batch)
+        source = run.config.weights_of(stage.name)
+        params = run.models.weights(source, sampler) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
         clock.lap("setup")
-        for rows in judged_batches(
-            params,
-            parts[done:],
-            model,
-            judge,
-            batch=batch,
+        options = generate_options(
+            sampler,
+            wanted.sampling,
             samples=count,
-            max_new_tokens=stage.max_new_tokens,
-            seed=seed,
-            sampling=stage.sampling,
-        ):
+            max_new_tokens=wanted.max_new_tokens,
+            seed=wanted.seed,
+        )
+        for rows in scored_batches(params, parts[done:], sampler, scorer, options, batch):
             recorder.log_samples(rows)
             done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
-            asked_in_full = done * count // samples
-            HEARTBEAT.set_step(asked_in_full)
+            whole_prompts = done * count // wanted.samples
+            HEARTBEAT.set_step(whole_prompts)
             progress.update(
-                asked_in_full,
+                whole_prompts,
                 {
-                    **progress_figures(rows),
+                    share_name: share_right(rows),
                     "length": tokens / len(rows),
                     "tokens_per_second": tokens / clock.lap(stage.kind),
                 },
             )
-            context.mark(stage.name, stage.kind, "running", clock.seconds)
-            if any_process(context.stop_requested) and done < len(parts):
-                stored = f"{asked_in_full} of {len(prompts)} prompts are stored"
+            run.record.mark(stage, "running", clock.seconds)
+            if run.stop.in_any_process() and done < len(parts):
+                stored = f"{whole_prompts} of {len(prompts)} prompts are stored"
                 raise Preempted(f"{stage.name}: {stored}")
     # Process 0 has written the last rows when any process goes on to read them.
-    context.wait_for_files(stage.name)
+    run.files.wait_for_files(stage.name)
     return clock, prompts
 
 
-def split_samples(prompts: Iterable[Prompt], samples: int, count: int) -> list[Part]:
-    """Every prompt's samples, `count` at once; `count` divides `samples`."""
-    return [(prompt, first) for prompt in prompts for first in range(0, samples, count)]
+def split_samples(prompts: Iterable[Prompt], samples: int, at_once: int) -> list[PromptPart]:
+    """Every prompt's samples, `at_once` of them together; it divides `samples`."""
+    return [PromptPart(prompt, at) for prompt in prompts for at in range(0, samples, at_once)]
 
 
-def judged_batches(
-    params: Any,
-    parts: Sequence[Part],
-    model: LanguageModel,
-    judge: Judge,
-    *,
+def scored_batches(
+    params: Params | None,
+    parts: Sequence[PromptPart],
+    sampler: LanguageModel,
+    scorer: RewardScorer,
+    options: GenerateOptions,
     batch: int,
-    samples: int,
-    max_new_tokens: int,
-    seed: int,
-    sampling: SamplingSection,
-) -> Iterator[Rows]:
-    """Sample parts of prompts and score every sample, batch by batch.
+) -> Iterator[list[JsonObject]]:
+    """Sample parts of prompts and score every sample; gives the rows batch by batch.
 
     Each process samples and scores its share of a batch; every process gets all rows, in order.
 
     Args:
+      params: None where there are no parts.
       batch: parts at once, over all processes.
-      samples: completions of a part.
-      seed: of the noise.
     """
-    layout = model.decoder.layout
+    layout = sampler.decoder.layout
     share = process_batch_slice(layout)
     for start in range(0, len(parts), batch):
-        asked = parts[start : start + batch]
-        own = slice_of_process(asked, batch, share)
-        drawn = own or asked[-1:]  # a process without a prompt of its own still takes part
+        assert params is not None
+        of_batch = parts[start : start + batch]
+        of_process = slice_of_process(of_batch, batch, share)
+        drawn = of_process or of_batch[-1:]  # a process without a prompt still takes part
         completions = sample_batch(
             params,
-            [prompt for prompt, _ in drawn],
-            model.decoder,
-            model.tokenizer,
-            GenerateOptions(
-                samples=samples,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                sampling=to_sampling(sampling),
-                eos_ids=model.eos_ids,
-                stop=stop_search(model.tokenizer, sampling),
-                speculative=sampling.speculative,
-            ),
+            [part.prompt for part in drawn],
+            sampler,
+            options,
             rows=batch // share.count,
-            firsts=[first for _, first in drawn],
+            first_samples=[part.first_sample for part in drawn],
         )
-        completions = completions[: len(own) * samples]
-        scores = judge.submit(completions).result()
+        completions = completions[: len(of_process) * options.samples]
+        scores = scorer.submit(completions).result()
         pairs = zip(completions, scores, strict=True)
-        yield gather([c.row(score, step=0) for c, score in pairs], layout)
+        yield gather([completion.row(score, step=0) for completion, score in pairs], layout)
 
 
-def share_right(rows: Iterable[dict[str, Any]]) -> float:
+def share_right(rows: Sequence[JsonObject]) -> float:
     """The share of samples whose main reward says right."""
-    outcomes = [row["outcome"] for row in rows]
-    return sum(outcome == "right" for outcome in outcomes) / len(outcomes)
+    return sum(row["outcome"] == "right" for row in rows) / len(rows)
 
 
 def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Sequence[T]:
     """This process's part of a batch that may be smaller than `whole`, the last one."""
-    own = whole // share.count
-    return batch[share.index * own : (share.index + 1) * own]
+    count = whole // share.count
+    return batch[share.index * count : (share.index + 1) * count]
 
 
 def _whole_batches(path: Path, parts: int, samples: int, batch: int) -> tuple[int, int]:

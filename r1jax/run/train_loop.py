@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,141 +23,83 @@ from r1jax.metrics import (
     memory,
     span,
 )
-from r1jax.processes import any_process
-from r1jax.run.context import Clock, Context, Preempted, RunError
+from r1jax.models.parameters import Params
+from r1jax.run.record import Clock
+from r1jax.run.resolve import StageRun
+from r1jax.run.stop import Preempted, RunError
 from r1jax.settings.stage import TrainStage
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
-from r1jax.train_step import TrainState, abstract_train_state, create_train_state, jit_update
+from r1jax.train_step import (
+    Batch,
+    Metrics,
+    TrainState,
+    TrainStep,
+    abstract_train_state,
+    create_train_state,
+    jit_update,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 _WARM_UP = 3  # rows of timings in which everything may be compiled
 
 
 class Resumable(Protocol):
-    """A data stream that can continue from its saved position."""
+    """A data stream whose position, the data cursor, is JSON."""
 
     def state(self) -> DataCursor: ...
 
     def restore(self, state: DataCursor) -> None: ...
 
 
+@dataclass
 class TrainLoop:
-    """The state of one train loop and its one atomic checkpoint.
+    """The state of one train loop and its one atomic checkpoint; made by `train_loop`.
 
     A checkpoint holds weights, optimizer, step, the data cursor, the reference policy and the
     metrics cursor. Random numbers are functions of (seed, step, ids), so there is no key to keep.
-    `state` and `reference` exist once `restore` was called: a resumed loop never makes the initial
-    ones, which would be in memory twice for a moment.
+
+    Attributes:
+      steps: of the whole stage; `step` of them are done.
+      reference: weights of the reference policy; None where the stage has none.
     """
 
+    stage: TrainStage
+    run: StageRun
+    steps: int
+    step: int
     state: TrainState
-    reference: Any
-
-    def __init__(
-        self,
-        stage: TrainStage,
-        context: Context,
-        directory: Path,
-        steps: int,
-        optimizer: optax.GradientTransformation,
-        update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-        *,
-        with_reference: bool = False,
-    ) -> None:
-        self._stage, self._context, self._directory = stage, context, directory
-        self._steps = steps
-        self._optimizer, self._with_reference = optimizer, with_reference
-        self._layout = context.layout
-        self._model = context.model_of(stage.name)
-        self._abstract = abstract_train_state(
-            self._model.abstract_params(), optimizer, self._layout
-        )
-        self._update = jit_update(update, self._abstract)
-        self.step = 0
-        self._bad_in_a_row = 0
-        config = context.config
-        self.recorder = Recorder(
-            directory,
-            config.trackers,
-            run_name=f"{context.directory.name}/{stage.name}",
-            config=config.model_dump(mode="json"),
-            process_index=jax.process_index(),
-        )
-        checkpoints = context.home(directory / "checkpoints")
-        self.checkpoints = Checkpoints(checkpoints, keep=stage.keep_checkpoints)
-        self.compilations = CompilationCounter()
-        self._timed = 0  # rows of timings in this process
-        self._warned = False
-        self._batch_shape: tuple[int, ...] = ()
-        self._profiler = StepProfiler(context.profiled_steps(stage.name), directory / "profile")
-        self.clock = Clock()
-
-    def __enter__(self) -> TrainLoop:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._profiler.close()
-        if self._profiler.wrote:
-            self._context.profiles.append(self._profiler.directory)
-        if hasattr(self, "progress"):
-            self.progress.__exit__(kind, error, trace)
-        self.compilations.close()
-        self.recorder.close()
-        self.checkpoints.close()
-
-    @span("setup")
-    def restore(self, data: Resumable) -> None:
-        """Go to the newest checkpoint, or to the start; metric files are cut to match."""
-        abstract = {"state": self._abstract}
-        if self._with_reference:
-            abstract["reference"] = self._abstract.params
-        found = self.checkpoints.restore_latest(abstract)
-        if found is None:
-            params = self._context.initial_weights(self._stage.name)
-            # A copy of its own: the update donates the policy's arrays.
-            self.reference = jax.tree.map(jnp.copy, params) if self._with_reference else None
-            self.state = create_train_state(params, self._optimizer, self._abstract)
-            self.recorder.rewind({})
-        else:
-            self.step, arrays, metadata = found
-            self.state = arrays["state"]
-            self.reference = arrays.get("reference")
-            data.restore(metadata["data"])
-            self.recorder.rewind(metadata["metrics"])
-            self._bad_in_a_row = metadata["bad_in_a_row"]
-            self.clock = Clock(metadata["seconds"])
-        HEARTBEAT.set_step(self.step)
-        self.progress = Progress(
-            self._stage.name,
-            self._steps,
-            start=self.step,
-            process_index=jax.process_index(),
-        )
-        self.progress.__enter__()
-        if found is not None:
-            self.progress.print(f"{self._stage.name}: resumed at step {self.step}")
-        self.clock.lap("setup")
+    reference: Params | None
+    recorder: Recorder
+    checkpoints: Checkpoints
+    progress: Progress
+    clock: Clock
+    _update: TrainStep[PyTree]
+    _compilations: CompilationCounter
+    _profiler: StepProfiler
+    _bad_in_a_row: int
+    _timed: int = 0  # rows of timings in this process
+    _warned: bool = False
+    _batch_shape: tuple[int, ...] = ()
 
     def begin_round(self, updates: int = 1) -> None:
         """Call it where the work for the next `updates` steps begins."""
         self._profiler.begin_round(self.step, updates)
 
     @span("place")
-    def place(self, batch: Any, share: Layout | None = None) -> Any:
-        """This process's rows [n, ...] onto the mesh, split along the batch.
+    def to_devices(self, batch: Batch, layout: Layout | None = None) -> Batch:
+        """This process's rows [n, ...] onto the mesh that trains, split along the batch.
 
         Args:
-          share: whose share of the batch the rows are; default: the mesh's that trains.
+          layout: whose split of the batch this process's rows are; default: the training mesh's.
         """
-        share = share or self._layout
-        placed = jax.tree.map(lambda rows: from_process_rows(rows, share), batch)
-        return placed if share == self._layout else move_rows(placed, self._layout)
+        training = self.run.layouts.training
+        layout = layout or training
+        rows = jax.tree.map(lambda leaf: from_process_rows(leaf, layout), batch)
+        return rows if layout == training else move_rows(rows, training)
 
-    def update(self, batch: Any) -> dict[str, Any]:
+    def update(self, batch: PyTree) -> Metrics:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
         with span("update"):
             self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
@@ -167,98 +108,196 @@ class TrainLoop:
             finite = bool(float(metrics["optimizer/finite"]))  # waits for the devices
         HEARTBEAT.set_step(self.step)
         self._profiler.end_step(self.step)
-        if finite:
-            self._bad_in_a_row = 0
-            return metrics
-        self._bad_in_a_row += 1
+        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+        if not finite:
+            self._keep_bad_batch(batch)
+        return metrics
+
+    def _keep_bad_batch(self, batch: PyTree) -> None:
         suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = self._directory / "bad_batches" / f"step-{self.step:06d}{suffix}.npz"
+        path = self.run.directory / "bad_batches" / f"step-{self.step:06d}{suffix}.npz"
         path.parent.mkdir(exist_ok=True)
         leaves = jax.tree.leaves_with_path(batch)
-        rows: dict[str, Any] = {jax.tree_util.keystr(k): to_process_rows(x) for k, x in leaves}
-        np.savez(path, **rows)
+        rows = {jax.tree_util.keystr(key): to_process_rows(leaf) for key, leaf in leaves}
+        np.savez(path, **rows)  # type: ignore[arg-type]  # its stub takes the names for options
+        home = self.run.files.home(path)
         self.progress.print(
-            f"step {self.step}: loss or gradient not finite, update skipped "
-            f"({self._context.home(path)})"
+            f"step {self.step}: loss or gradient not finite, update skipped ({home})"
         )
-        if self._bad_in_a_row >= self._stage.max_bad_steps:
+        if self._bad_in_a_row >= self.stage.max_bad_steps:
             raise RunError(
-                f"{self._stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "
-                f"last at step {self.step}; their batches are in "
-                f"{self._context.home(path.parent)}. Lower "
+                f"{self.stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "
+                f"last at step {self.step}; their batches are in {home.parent}. Lower "
                 "optimizer.learning_rate or optimizer.max_grad_norm, use compute_dtype: float32 to "
                 "see whether it is a matter of range, and look at sampler/gap_max in metrics.jsonl"
             )
-        return metrics
 
-    def log_timings(self, timings: Mapping[str, Any]) -> None:
+    def log_timings(self, timings: Mapping[str, float]) -> None:
         """Figures that differ from run to run stay out of metrics.jsonl."""
-        figures = {**self.compilations.figures(), **memory()}
+        figures = {**self._compilations.figures(), **memory()}
         self.recorder.log_timings(self.step, {**timings, **figures})
-        self._tell_compilations()
+        self._print_compilations()
 
-    def _tell_compilations(self) -> None:
+    def _print_compilations(self) -> None:
         """Once what the cache has saved; once, behind the first steps, what is compiled again."""
         self._timed += 1
-        again, counted = self.compilations.recompiled(), self.compilations
-        asked = counted.cache_hits + counted.cache_misses
-        if self._timed == 1 and asked:
+        again, counted = self._compilations.recompiled(), self._compilations
+        lookups = counted.cache_hits + counted.cache_misses
+        if self._timed == 1 and lookups:
             self.progress.print(
-                f"{self._stage.name}: {counted.count} programs compiled in "
-                f"{counted.seconds:.0f} s; the cache had {counted.cache_hits} of {asked}"
+                f"{self.stage.name}: {counted.count} programs compiled in "
+                f"{counted.seconds:.0f} s; the cache had {counted.cache_hits} of {lookups}"
             )
         if self._timed > _WARM_UP and again and not self._warned:
             self._warned = True
             functions = ", ".join(f"{name} {again[name]:.1f} s" for name in list(again)[:3])
             self.progress.print(
-                f"{self._stage.name}: step {self.step} compiled again: {functions} (batches of "
+                f"{self.stage.name}: step {self.step} compiled again: {functions} (batches of "
                 f"{list(self._batch_shape)}). A new length costs this once; if compile_count in "
                 "timings.jsonl keeps growing, raise length_bucket. JAX_LOG_COMPILES=1 shows shapes"
             )
 
-    @span("checkpoint")
-    def save(self, place: Mapping[str, Any]) -> None:
-        if self.checkpoints.latest_step == self.step:
-            return
-        arrays: dict[str, Any] = {"state": self.state}
-        if self.reference is not None:
-            arrays["reference"] = self.reference
-        metadata = {
-            "data": place,
-            "metrics": self.recorder.cursor(),
-            "bad_in_a_row": self._bad_in_a_row,
-            "seconds": self.clock.seconds,
-        }
-        # First the lines that the metrics' cursor counts on, then the checkpoint that has it.
-        self._context.push()
-        self.checkpoints.save(self.step, arrays, metadata)
-        self.clock.lap("checkpoint")
-
     def save_if_due(self, data: Resumable) -> None:
-        """Save on schedule, at the end, and when asked to stop (then raise `Preempted`)."""
-        stop = any_process(self._context.stop_requested)
-        if stop or self.step % self._stage.checkpoint_every == 0 or self.step == self._steps:
-            self._save_and_mark(data.state())
-        if stop and self.step < self._steps:
-            raise Preempted(f"{self._stage.name}: saved at step {self.step}")
+        """Save on schedule, at the end, and after SIGTERM (then raise `Preempted`)."""
+        stop = self.run.stop.in_any_process()
+        if stop or self.step % self.stage.checkpoint_every == 0 or self.step == self.steps:
+            self._save(data.state())
+        if stop and self.step < self.steps:
+            raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
-    def leave_if_asked(self, place: Mapping[str, Any]) -> None:
-        """When asked to stop, save and raise `Preempted`.
+    def leave_if_stopped(self, data_cursor: DataCursor) -> None:
+        """After SIGTERM, save and raise `Preempted`.
 
         For work between two steps that leaves no trace until it is done: a resumed run begins with
-        it again, where `place` (what the data's `state` was before that work) says.
+        it again, at `data_cursor`, which is the data's `state()` before that work.
         """
-        if any_process(self._context.stop_requested):
-            self._save_and_mark(place)
-            raise Preempted(f"{self._stage.name}: saved at step {self.step}")
+        if self.run.stop.in_any_process():
+            self._save(data_cursor)
+            raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
-    def _save_and_mark(self, place: Mapping[str, Any]) -> None:
-        self.save(place)
-        self._context.mark(self._stage.name, self._stage.kind, "running", self.clock.seconds)
+    @span("checkpoint")
+    def _save(self, data_cursor: DataCursor) -> None:
+        if self.checkpoints.latest_step != self.step:
+            arrays: dict[str, PyTree] = {"state": self.state}
+            if self.reference is not None:
+                arrays["reference"] = self.reference
+            metadata = {
+                "data": data_cursor,
+                "metrics": self.recorder.cursor(),
+                "bad_in_a_row": self._bad_in_a_row,
+                "seconds": self.clock.seconds,
+            }
+            # First the lines that the metrics' cursor counts on, then the checkpoint that has it.
+            self.run.files.push()
+            self.checkpoints.save(self.step, arrays, metadata)
+            self.clock.lap("checkpoint")
+        self.run.record.mark(self.stage, "running", self.clock.seconds)
 
     @span("export")
     def finish(self) -> None:
         """Export the weights as a Hugging Face directory, from where later stages take them."""
-        self._model.export(self._context.trained(self._stage.name), self.state.params)
+        model = self.run.models.of(self.stage.name)
+        model.export(self.run.files.trained(self.stage.name), self.state.params)
         self.clock.lap("export")
-        self._context.mark(self._stage.name, self._stage.kind, "done", self.clock.seconds)
+        self.run.record.mark(self.stage, "done", self.clock.seconds)
+
+
+@contextmanager
+def train_loop(
+    stage: TrainStage,
+    run: StageRun,
+    optimizer: optax.GradientTransformation,
+    update: TrainStep[Batch],
+    data: Resumable,
+    *,
+    steps: int,
+    make_reference: Callable[[Params], Params] | None = None,
+) -> Iterator[TrainLoop]:
+    """Gives the loop at its newest checkpoint, or at the start; metric files are cut to match.
+
+    A resumed loop never makes the initial weights: they would be in memory twice for a moment.
+
+    Args:
+      update: the train step, not compiled yet.
+      data: brought to where the checkpoint was saved.
+      steps: of the stage.
+      make_reference: initial weights -> those of the reference policy, kept in checkpoints.
+    """
+    with ExitStack() as stack:
+        # No local variable here: it would keep the first reference policy in memory.
+        yield _open(stack, stage, run, optimizer, update, data, steps, make_reference)
+
+
+@span("setup")
+def _open(
+    stack: ExitStack,
+    stage: TrainStage,
+    run: StageRun,
+    optimizer: optax.GradientTransformation,
+    update: TrainStep[Batch],
+    data: Resumable,
+    steps: int,
+    make_reference: Callable[[Params], Params] | None,
+) -> TrainLoop:
+    clock, process = Clock(), jax.process_index()
+    model = run.models.of(stage.name)
+    abstract = abstract_train_state(model.abstract_params(), optimizer, run.layouts.training)
+    recorder = Recorder(
+        run.directory,
+        run.config.trackers,
+        run_name=f"{run.files.directory.name}/{stage.name}",
+        config=run.config.model_dump(mode="json"),
+        process_index=process,
+    )
+    stack.enter_context(recorder)
+    directory = run.files.home(run.directory / "checkpoints")
+    checkpoints = stack.enter_context(Checkpoints(directory, keep=stage.keep_checkpoints))
+    compilations = stack.enter_context(CompilationCounter())
+    wanted: dict[str, PyTree] = {"state": abstract}
+    if make_reference is not None:
+        wanted["reference"] = abstract.params
+    saved = checkpoints.restore_latest(wanted)
+    if saved is None:
+        params = run.models.initial_weights(stage.name)
+        reference = None if make_reference is None else make_reference(params)
+        step, state, bad_in_a_row = 0, create_train_state(params, optimizer, abstract), 0
+        recorder.rewind({})
+    else:
+        step, arrays, metadata = saved
+        state, reference = arrays["state"], arrays.get("reference")
+        bad_in_a_row, clock = metadata["bad_in_a_row"], Clock(metadata["seconds"])
+        data.restore(metadata["data"])
+        recorder.rewind(metadata["metrics"])
+    HEARTBEAT.set_step(step)
+    progress = Progress(stage.name, steps, start=step, process_index=process)
+    stack.enter_context(progress)
+    if saved is not None:
+        progress.print(f"{stage.name}: resumed at step {step}")
+    profiler = StepProfiler(run.profile, run.directory / "profile")
+    stack.callback(_end_profile, profiler, run, progress)
+    clock.lap("setup")
+    return TrainLoop(
+        stage,
+        run,
+        steps,
+        step,
+        state,
+        reference,
+        recorder,
+        checkpoints,
+        progress,
+        clock,
+        jit_update(update, abstract),
+        compilations,
+        profiler,
+        bad_in_a_row,
+    )
+
+
+def _end_profile(profiler: StepProfiler, run: StageRun, progress: Progress) -> None:
+    profiler.close()
+    if profiler.wrote:
+        home = run.files.home(profiler.directory)
+        progress.print(
+            f"Profile: {home}; to look at it: pip install xprof, and xprof --logdir {home}"
+        )

@@ -67,6 +67,9 @@ class StageDescription:
         return self.leaves in ("weights", "reward_model")
 
 
+DividedBy = Literal["batch", "time", "rollout_batch", "processes"]
+
+
 @dataclass(frozen=True)
 class Divided:
     """A number of a stage that the mesh must divide.
@@ -78,7 +81,7 @@ class Divided:
 
     key: str
     value: int
-    by: Literal["batch", "time", "rollout_batch", "processes"]
+    by: DividedBy
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,22 @@ class WeightsUse:
     key: str
     source: str
     gives: str
+
+
+@dataclass(frozen=True)
+class RewardModelFormat:
+    """What the reward model that a stage leaves was trained on, and reads.
+
+    data: the dataset whose template renders a prompt with its response.
+    labelled: its rows say whether a response is safe, and the reward is the probability of that;
+        else its rows are pairs, and the reward is the model's output.
+    reads: of a response. max_tokens: of a text to train on.
+    """
+
+    data: str
+    labelled: bool
+    reads: Literal["summary", "response"]
+    max_tokens: int
 
 
 class Stage(Section):
@@ -117,6 +136,10 @@ class Stage(Section):
         """(key, dataset) of all datasets that the stage reads."""
         return []
 
+    def example_datasets(self) -> list[str]:
+        """The datasets that are read as examples, which must be there and not empty."""
+        return [data for _, data in self.datasets()]
+
     def prompt_datasets(self) -> list[str]:
         """The datasets whose prompts are sampled."""
         return []
@@ -136,6 +159,14 @@ class Stage(Section):
     def divided(self) -> list[Divided]:
         """Numbers that the mesh must divide."""
         return []
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps; None where there are none, or the data must be counted first."""
+        return None
+
+    def reward_model_format(self) -> RewardModelFormat | None:
+        """How the reward model that the stage leaves reads texts; None: it leaves none."""
+        return None
 
     def planning_key(self, reward_models: Sequence[str]) -> str | None:
         """Stages with the same key compile the same programs; None: this one has its own."""
@@ -157,10 +188,6 @@ class TrainStage(Stage):
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
     keep_checkpoints: int = Field(2, ge=1)
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
-
-    def planned_steps(self) -> int | None:
-        """Optimizer steps; None where they are known only when the data is counted."""
-        return None
 
 
 def check_micro_batches(rows_per_step: int, micro_batches: int) -> None:

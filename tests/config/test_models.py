@@ -15,7 +15,7 @@ from r1jax.config.load import load_config, slices_of
 from r1jax.config.packaged import packaged_configs, packaged_shape
 from r1jax.models import ModelConfig, declare
 from r1jax.models.parameters import is_spec
-from r1jax.run.context import build_decoder
+from r1jax.run.models import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.weights import hugging_face

@@ -16,7 +16,8 @@ from r1jax.config.load import load_config
 from r1jax.data.tasks.bilingual import LANGUAGES, REPLACEMENTS
 from r1jax.planner.dry_run import describe
 from r1jax.rollouts.one_prompt import stream_completions
-from r1jax.run.context import Context
+from r1jax.run.checks import check
+from r1jax.run.resolve import resolve
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
 
 
@@ -140,11 +141,11 @@ def test_the_whole_schedule_is_checked_before_any_compute(tmp_path: Path) -> Non
         if name == "gsm8k":
             overrides += [f"data.{data}.split=train", f"data.{data}.options={{}}"]
     config = load_config("qwen2.5-1.5b/r1", overrides)
-    recipe.check(Context.resolve(config))
+    check(resolve(config))
     assert describe(config)["memory"]
     (tmp_path / "helpful.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!"}\n')
     with pytest.raises(ValueError, match=r"helpful.jsonl:1: column 'rejected' .* does not exist"):
-        recipe.check(Context.resolve(config))
+        check(resolve(config))
 
 
 def test_streaming_equals_one_text(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_streaming_equals_one_text(tmp_path: Path) -> None:
 
 def test_the_miniature_passes_every_check_and_knows_its_languages() -> None:
     config = load_config("tiny/r1")
-    recipe.check(Context.resolve(config))
+    check(resolve(config))
     languages = config.rewards["language_consistency"].options["languages"]
     assert languages == LANGUAGES
     cold_start = config.stage("cold_start")

@@ -23,7 +23,7 @@ from r1jax.rewards import REWARDS, Answered, Outcome, RowScore, check_reward
 from r1jax.rewards.choice import chosen
 from r1jax.rewards.code import read_reference
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
-from r1jax.rollouts.sampling import Completion
+from r1jax.rollouts.completions import Completion
 from r1jax.sampler import Finish
 from r1jax.settings.benchmarks import BENCHMARKS
 from r1jax.settings.data import DataSection
@@ -342,7 +342,7 @@ def test_hidden_tests_of_megabytes_are_not_stored_with_every_sample() -> None:
     prompt = Prompt(0, "p", "", np.zeros(1, np.int32), "p", "x" * 10**6)
     sample = Completion(prompt, 0, np.zeros(2, np.int32), np.zeros(2), Finish.EOS, "t")
     assert sample.answered().answer == prompt.answer
-    row = sample.row(RowScore(1.0, True))
+    row = sample.row(RowScore(1.0, True), step=0)
     assert row["answer"] == "x" * 4000
 
 

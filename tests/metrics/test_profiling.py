@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from r1jax.config.load import load_config
 from r1jax.metrics import ProfiledSteps, StepProfiler
-from r1jax.recipe import Selection, run
-from r1jax.run.context import Context
+from r1jax.recipe import Selection, profiled_steps, run
+from r1jax.run.files import RunFiles
+from r1jax.run.record import open_record
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -125,22 +126,21 @@ def test_steps_that_no_stage_takes_are_refused_before_training(
 
 def test_steps_that_a_run_has_behind_it_are_refused(tmp_path: Path) -> None:
     config = load_config(str(TINY), [f"output={tmp_path}"])
-    context = Context.resolve(config)
-    context.open_record()
-    context.mark("base", "pretrain", "done", {})
-    (context.stage_directory("zero") / "checkpoints" / "6").mkdir(parents=True)
-    (context.stage_directory("zero") / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
+    files = RunFiles.of(config)
+    open_record(config, files).mark(config.stage("base"), "done", {})
+    (files.stage_directory("zero") / "checkpoints" / "6").mkdir(parents=True)
+    (files.stage_directory("zero") / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
     with pytest.raises(ValueError, match="base is finished; zero goes from step 7 to 8"):
         run(config, Selection(), ProfiledSteps(3, 6))
 
 
 def test_only_the_named_stage_and_only_process_0_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context.resolve(load_config(str(TINY)))
-    assert context.profiled_steps("zero") is None
-    context.profile = ProfiledSteps(1, 2)
-    assert context.profiled_steps("zero") == context.profiled_steps("base") == context.profile
-    context.profile = ProfiledSteps(1, 2, "zero")
-    assert context.profiled_steps("base") is None
-    assert context.profiled_steps("zero") == context.profile
+    config = load_config(str(TINY))
+    base, zero = config.stage("base"), config.stage("zero")
+    every, one = ProfiledSteps(1, 2), ProfiledSteps(1, 2, "zero")
+    assert profiled_steps(None, zero) is None
+    assert profiled_steps(every, zero) == profiled_steps(every, base) == every
+    assert profiled_steps(one, base) is None
+    assert profiled_steps(one, zero) == one
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert context.profiled_steps("zero") is None
+    assert profiled_steps(one, zero) is None

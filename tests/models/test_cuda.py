@@ -18,7 +18,7 @@ from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, abstract_params, choose_attention
-from r1jax.run.context import build_decoder
+from r1jax.run.models import build_decoder
 from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import Prompts, Sampling
 from r1jax.sampler.generate import decode_until, start

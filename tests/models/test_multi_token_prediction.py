@@ -26,7 +26,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, Execution, ModelConfig, ahead_scores, declare
 from r1jax.models.parameters import Params, is_spec
 from r1jax.programs.flops import forward_flops
-from r1jax.run.context import build_decoder
+from r1jax.run.models import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.stages.sft.settings import SFTStage

@@ -27,8 +27,8 @@ from r1jax.planner.topologies import CHIPS, Chip, Slice
 from r1jax.programs import Planning, Rollout, stage_programs
 from r1jax.programs.flops import forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts
-from r1jax.run.context import decoder_of as decoder_in
-from r1jax.run.context import make_layouts
+from r1jax.run.models import decoder_of as decoder_in
+from r1jax.run.models import make_layouts
 from r1jax.sampler import Sampling
 from r1jax.settings.mesh import MeshSection
 from r1jax.sharding import make_layout

@@ -20,10 +20,10 @@ import pytest
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors.numpy import load_file
 
-from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.processes import BatchSlice, agree, differences
-from r1jax.run.context import Context
+from r1jax.run import checks
+from r1jax.run.resolve import resolve
 
 TESTS = Path(__file__).parents[1]
 RUN = "tiny-processes-s0"
@@ -131,10 +131,10 @@ def test_batches_that_processes_cannot_share_are_refused(
 ) -> None:
     """Or the rows that are left over would be nobody's."""
     monkeypatch.chdir(TESTS)
-    monkeypatch.setattr(recipe, "process_batch_slice", lambda layout: BatchSlice(0, 2))
+    monkeypatch.setattr(checks, "process_batch_slice", lambda layout: BatchSlice(0, 2))
     config = load_config("tiny_processes.yaml", [change])
     with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
-        recipe.check(Context.resolve(config))
+        checks.check(resolve(config))
 
 
 def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.Monk
     try:
         for index in (0, 1):
             monkeypatch.setattr(jax, "process_index", lambda i=index: i)
-            Context.resolve(config)
+            resolve(config)
             assert are_progress_bars_disabled() == bool(index)
             assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == str(index)
     finally:

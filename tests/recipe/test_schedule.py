@@ -16,8 +16,8 @@ import pytest
 from r1jax.config.lineage import edges, needs
 from r1jax.config.load import ConfigError, load_config
 from r1jax.evaluation.run_directory import language_models
-from r1jax.recipe import check
-from r1jax.run.context import Context
+from r1jax.run.checks import check
+from r1jax.run.resolve import resolve
 
 TESTS = Path(__file__).parents[1]
 CONFIG = str(TESTS / "tiny_r1.yaml")
@@ -91,7 +91,7 @@ def test_what_a_stage_could_not_use_is_refused_before_any_compute(
 ) -> None:
     monkeypatch.chdir(TESTS)
     with pytest.raises(ValueError) as caught:
-        check(Context.resolve(load_config(CONFIG, [change])))
+        check(resolve(load_config(CONFIG, [change])))
     assert message in str(caught.value)
 
 

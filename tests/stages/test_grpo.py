@@ -16,17 +16,23 @@ import pytest
 
 from r1jax.config.load import load_config
 from r1jax.data import Prompt, load_tokenizer
-from r1jax.recipe import Selection, check, run
+from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
-from r1jax.rollouts.sampling import Completion, StopStrings, pad_prompts
-from r1jax.run.context import Context, RunError
+from r1jax.rollouts.completions import Completion
+from r1jax.rollouts.sampling import pad_prompts
+from r1jax.rollouts.stop_strings import StopStrings
+from r1jax.run.checks import check
+from r1jax.run.files import RunFiles
 from r1jax.run.optimizer import make_optimizer, make_schedule
-from r1jax.run.train_loop import TrainLoop
+from r1jax.run.record import Record, open_record
+from r1jax.run.resolve import StageRun, resolve
+from r1jax.run.stop import RunError, StopSignal
+from r1jax.run.train_loop import train_loop
 from r1jax.sampler import Finish
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.stage import LengthChange
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import max_new_tokens, rollout_metrics, sample_facts, training_rows
+from r1jax.stages.grpo.stage import rollout_metrics, sample_facts, training_rows
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -105,13 +111,9 @@ def test_rewards_see_the_prefilled_think() -> None:
 
 def test_length_limit_changes_at_its_step() -> None:
     changes = [LengthChange(step=0, tokens=8), LengthChange(step=10, tokens=16)]
-    assert [max_new_tokens(stage(max_new_tokens=changes), s) for s in (0, 9, 10, 99)] == [
-        8,
-        8,
-        16,
-        16,
-    ]
-    assert max_new_tokens(stage(max_new_tokens=5), 3) == 5
+    changing = stage(max_new_tokens=changes)
+    assert [changing.max_new_tokens_at(step) for step in (0, 9, 10, 99)] == [8, 8, 16, 16]
+    assert stage(max_new_tokens=5).max_new_tokens_at(3) == 5
     with pytest.raises(ValueError, match="steps must start at 0"):
         stage(max_new_tokens=changes[1:])
 
@@ -151,42 +153,42 @@ def test_stop_strings_end_at_the_token_that_completes_them() -> None:
 
 def test_prompts_are_padded_to_few_sizes() -> None:
     config = load_config(str(TINY))
-    model = Context.resolve(config).models["model"].decoder
+    model = resolve(config).models.of("model").decoder
     prompts = [completion([1], Finish.EOS, list(range(n))).prompt for n in (3, 17)]
     arrays = pad_prompts(prompts, model, rows=4)
     assert arrays.tokens.shape == (4, 32)
     assert arrays.lengths.tolist() == [3, 17, 17, 17]
 
 
-def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
-    config = load_config(str(TINY), [f"output={tmp_path}", "stages.base.max_bad_steps=2"])
-    context = Context.resolve(config)
-    context.open_record()
+class Stream:
+    """Data without a position."""
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Any) -> None: ...
+
+
+def loop_of(directory: Path, update: Any, *changes: str) -> Any:
+    """A train loop of the first stage of tests/tiny.yaml."""
+    config = load_config(str(TINY), [f"output={directory}", *changes])
+    run, record = resolve(config), Record(config, RunFiles.of(config), {"stages": {}})
+    stage_run = StageRun(**vars(run), directory=directory, record=record, stop=StopSignal())
+    stage: Any = config.stages[0]
+    return train_loop(stage, stage_run, optax.sgd(1.0), update, Stream(), steps=10)
+
+
+def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
     def update(state: Any, batch: Any) -> Any:
         finite = jnp.isfinite(batch.sum()).astype(jnp.float32)
         return state, {"optimizer/finite": finite}
 
-    class Stream:
-        def state(self) -> dict[str, Any]:
-            return {}
-
-        def restore(self, state: Any) -> None: ...
-
     bad, good = np.full((2, 2), np.nan, np.float32), np.ones((2, 2), np.float32)
-    with TrainLoop(
-        config.stages[0],  # type: ignore[arg-type]
-        context,
-        tmp_path / "stage",
-        10,
-        optax.sgd(1.0),
-        update,
-    ) as loop:
-        loop.restore(Stream())
+    with loop_of(tmp_path / "stage", update, "stages.base.max_bad_steps=2") as loop:
         for batch in (bad, good, bad):  # never two in a row
-            loop.update(loop.place(batch))
+            loop.update(loop.to_devices(batch))
         with pytest.raises(RunError, match=r"2 updates in a row .*learning_rate"):
-            loop.update(loop.place(bad))
+            loop.update(loop.to_devices(bad))
     saved = sorted((tmp_path / "stage" / "bad_batches").iterdir())
     assert [path.name for path in saved] == [f"step-{n:06d}.npz" for n in (1, 3, 4)]
     (array,) = np.load(saved[0]).values()
@@ -196,26 +198,11 @@ def test_non_finite_updates_are_kept_and_stop_the_run(tmp_path: Path) -> None:
 def test_what_is_compiled_again_behind_the_first_steps_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(str(TINY), [f"output={tmp_path}"])
-
     def update(state: Any, batch: Any) -> Any:
         return state, {"optimizer/finite": jnp.float32(1), "sum": batch["tokens"].sum()}
 
-    class Stream:
-        def restore(self, state: Any) -> None: ...
-
-        def state(self) -> Any: ...
-
     said = []
-    with TrainLoop(
-        config.stages[0],  # type: ignore[arg-type]
-        Context.resolve(config),
-        tmp_path / "stage",
-        10,
-        optax.sgd(1.0),
-        update,
-    ) as loop:
-        loop.restore(Stream())
+    with loop_of(tmp_path / "stage", update) as loop:
         capsys.readouterr()
         for tokens in (8, 16, 24, 24, 32, 40):
             loop.update({"tokens": np.ones((2, tokens)), "weights": np.ones(2)})
@@ -246,19 +233,20 @@ def test_what_cannot_work_is_refused_before_any_compute(
 ) -> None:
     config = load_config(str(TINY), [f"output={tmp_path}", change])
     with pytest.raises((ValueError, OSError), match=message):
-        check(Context.resolve(config))
+        check(resolve(config))
 
 
 def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_path: Path) -> None:
-    def begin(*changes: str) -> Context:
-        context = Context.resolve(load_config(str(TINY), [f"output={tmp_path}", *changes]))
-        context.open_record()
-        return context
+    def begin(*changes: str) -> Record:
+        config = load_config(str(TINY), [f"output={tmp_path}", *changes])
+        return open_record(config, RunFiles.of(config))
 
-    begin().mark("base", "pretrain", "done", {})
+    first = begin()
+    base, before = (first.config.stage(name) for name in ("base", "before"))
+    first.mark(base, "done", {})
     # Not begun yet, or without a say in the result: taken over.
     later = begin("stages.zero.steps=10", "trackers=[tensorboard]", "verifier.workers=2")
-    assert "steps: 10" in (later.directory / "config.yaml").read_text()
+    assert "steps: 10" in (later.files.directory / "config.yaml").read_text()
     for change, difference in (
         ("stages.base.steps=7", r"stages\.base\.steps: 6 -> 7"),
         ("data.train.limit=499", r"data\.train\.limit: 500 -> 499"),
@@ -267,9 +255,8 @@ def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_
         with pytest.raises(ValueError, match=rf"stage base is done .*{difference}"):
             begin(change)
     # What a stage is made of includes the stages before it.
-    later.mark("before", "evaluate", "done", {})
-    del later.record["stages"]["base"]
-    later._write_record()
+    del later.content["stages"]["base"]
+    later.mark(before, "done", {})
     with pytest.raises(ValueError, match=r"stage before is done .*\(base\)\.stages\.base\.steps"):
         begin("stages.base.steps=7")
 

@@ -15,8 +15,8 @@ from r1jax import recipe
 from r1jax.config.lineage import ingredients
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
-from r1jax.rollouts import scored_samples as judged_samples
-from r1jax.run.context import Context
+from r1jax.rollouts import scored_samples
+from r1jax.run.resolve import resolve
 from r1jax.stages.grpo import held_out
 from r1jax.stages.grpo.settings import GRPOStage
 
@@ -52,13 +52,13 @@ def test_the_last_one_is_what_an_evaluation_of_the_last_weights_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = []
-    sample_batch = judged_samples.sample_batch
+    sample_batch = scored_samples.sample_batch
 
     def watched(*args: Any, **options: Any) -> Any:
-        sizes.append((options["rows"], args[4].samples))
+        sizes.append((options["rows"], args[3].samples))
         return sample_batch(*args, **options)
 
-    monkeypatch.setattr(judged_samples, "sample_batch", watched)
+    monkeypatch.setattr(scored_samples, "sample_batch", watched)
     assert recipe.run(config(tmp_path / "with", held_out_sampling={"temperature": 0.9})) == 0
     zero, after = (tmp_path / "with/tiny-s0/stages" / name for name in ("00-zero", "01-after"))
     rows = [json.loads(line) for line in (zero / "held_out.jsonl").read_text().splitlines()]
@@ -93,15 +93,15 @@ def test_few_problems_are_one_batch_of_their_own_size(
     stage = plan.stages[0]
     assert isinstance(stage, GRPOStage)
     asked: list[Any] = []
-    monkeypatch.setattr(held_out, "judged_batches", lambda *_, **given: asked.append(given) or [])
+    monkeypatch.setattr(held_out, "scored_batches", lambda *given: asked.append(given[-1]) or [])
     for step, batch in ((0, 1000), (2, 1000), (4, 4)):
         loop = SimpleNamespace(step=step, state=SimpleNamespace(params=None))
-        evaluations = held_out.HeldOut(stage, Context.resolve(plan), batch=batch)
+        evaluations = held_out.HeldOutEvaluation(stage, resolve(plan), batch=batch)
         due: Any = pytest.raises(ValueError, match="nothing was evaluated")
         with nullcontext() if step == 2 else due:
-            evaluations.evaluate_if_due(loop, None, None, None, 8)  # type: ignore[arg-type]
+            evaluations.evaluate_if_due(loop, None, None, None)  # type: ignore[arg-type]
     # 6 problems of 6 samples in parts of 2; at the stage's end, but not between, one is due.
-    assert [given["batch"] for given in asked] == [18, 4]
+    assert asked == [18, 4]
 
 
 def test_what_is_asked_of_the_config(tmp_path: Path) -> None:

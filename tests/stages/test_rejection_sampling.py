@@ -12,7 +12,7 @@ from r1jax.data import Prompt
 from r1jax.data.decontamination import EvaluationNgrams
 from r1jax.data.mixing import mixed_id, mixture_counts
 from r1jax.rewards.filters import load_filters
-from r1jax.stages.rejection_sampling.stage import choose, told
+from r1jax.stages.rejection_sampling.stage import choose, summary_line
 
 
 def prompt(problem_id: int, question: str) -> Prompt:
@@ -43,8 +43,8 @@ GOOD = "two and two make four</think> It is 4."
 def reasons(rows: list[dict[str, Any]], keep: int = 2) -> list[str | None]:
     evaluation = EvaluationNgrams.of(["What is asked in the examination of this year?"], n=5)
     filters = load_filters({"format": {"style": "think"}, "length": {"min_words": 3}})
-    judged = choose(rows, PROMPTS, filters=filters, evaluation=evaluation, keep_per_prompt=keep)
-    return [reason for _, reason in judged]
+    chosen = choose(rows, PROMPTS, filters=filters, evaluation=evaluation, keep_per_prompt=keep)
+    return [reason for _, reason in chosen]
 
 
 def test_every_reason_in_its_order() -> None:
@@ -92,8 +92,8 @@ def test_at_most_so_many_of_each_prompt() -> None:
 
 def test_counts_are_told_with_the_commonest_first() -> None:
     counts = {"kept": 2, "wrong": 3, "filter format": 7, "surplus": 3}
-    assert told(counts) == "2 kept of 15: 7 filter format, 3 surplus, 3 wrong"
-    assert told({"kept": 4}) == "4 kept of 4"
+    assert summary_line(counts) == "2 kept of 15: 7 filter format, 3 surplus, 3 wrong"
+    assert summary_line({"kept": 4}) == "4 kept of 4"
 
 
 def test_the_part_that_runs_out_first_sets_the_size_of_a_mixture() -> None:

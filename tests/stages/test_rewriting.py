@@ -19,10 +19,13 @@ import yaml
 from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.data.rewriting import Draft
-from r1jax.run.context import Context, Preempted, RunError
-from r1jax.stages.rejection_sampling import stage as rejection_sampling
+from r1jax.run.files import RunFiles
+from r1jax.run.record import Record
+from r1jax.run.resolve import StageRun, resolve
+from r1jax.run.stop import Preempted, RunError, StopSignal
+from r1jax.stages.rejection_sampling import rewriting
+from r1jax.stages.rejection_sampling.rewriting import rewrite
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
-from r1jax.stages.rejection_sampling.stage import rewrite
 
 TESTS = Path(__file__).parents[1]
 DRAFTS = [
@@ -31,12 +34,15 @@ DRAFTS = [
 ]
 
 
-def staged(tmp_path: Path, section: dict[str, Any]) -> tuple[RejectionSamplingStage, Context]:
+def staged(
+    directory: Path, section: dict[str, Any] | None
+) -> tuple[RejectionSamplingStage, StageRun]:
     setting = f"stages.sampled.rewrite={json.dumps(section)}"
-    config = load_config(str(TESTS / "tiny_r1.yaml"), [setting, f"output={tmp_path}"])
-    stage = config.stage("sampled")
+    config = load_config(str(TESTS / "tiny_r1.yaml"), [setting, f"output={directory}"])
+    stage, run = config.stage("sampled"), resolve(config)
     assert isinstance(stage, RejectionSamplingStage)
-    return stage, Context.resolve(config)
+    record = Record(config, RunFiles.of(config), {"stages": {}})
+    return stage, StageRun(**vars(run), directory=directory, record=record, stop=StopSignal())
 
 
 def answer(request: BaseHTTPRequestHandler, text: str, status: int = 200) -> None:
@@ -58,10 +64,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def test_without_a_rewriter_the_completion_stays(tmp_path: Path) -> None:
-    config = load_config(str(TESTS / "tiny_r1.yaml"), [f"output={tmp_path}"])
-    stage = config.stage("sampled")
-    assert isinstance(stage, RejectionSamplingStage)
-    kept = rewrite(stage, Context.resolve(config), tmp_path, DRAFTS)
+    kept = rewrite(*staged(tmp_path, None), DRAFTS)
     assert kept == [each.completion for each in DRAFTS]
 
 
@@ -71,8 +74,7 @@ def test_a_rule_is_built_from_the_config(tmp_path: Path) -> None:
         "template": "<think>{thought}</think><answer>{answer}</answer>",
         "style": "tags",
     }
-    stage, context = staged(tmp_path, section)
-    assert rewrite(stage, context, tmp_path, DRAFTS) == [DRAFTS[0].completion, None]
+    assert rewrite(*staged(tmp_path, section), DRAFTS) == [DRAFTS[0].completion, None]
 
 
 def test_a_model_of_the_run_is_asked_once_for_each_draft(
@@ -80,7 +82,8 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
 ) -> None:
     # The miniature's tokenizer has neither letters nor headings; its prompt is the question.
     monkeypatch.setattr(
-        "r1jax.stages.rejection_sampling.stage.instruction_prompt", lambda draft, _: draft.question
+        "r1jax.stages.rejection_sampling.rewriting.instruction_prompt",
+        lambda draft, _: draft.question,
     )
     accepted = []
 
@@ -97,9 +100,8 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
         "drafts_per_batch": 2,
         "style": "tags",
     }
-    stage, context = staged(tmp_path, section)
     drafts = [Draft(f"{n}+1=", "", "") for n in range(9)]
-    texts = rewrite(stage, context, tmp_path, drafts)
+    texts = rewrite(*staged(tmp_path, section), drafts)
     assert len(texts) == 9
     # What was cut off is None and is not looked at; the rest is accepted for its own draft.
     ended = [(each.question, text) for each, text in zip(drafts, texts, strict=True) if text]
@@ -107,22 +109,22 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
     assert {style for _, _, style in accepted} == {"tags"}
 
     # Asked to stop in the third of five batches, it goes on with the fourth.
-    sample_batch, asked = rejection_sampling.sample_batch, []
+    stage, run = staged(tmp_path / "elsewhere", section)
+    sample_batch, asked = rewriting.sample_batch, []
 
     def counted(params: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
         asked.append([prompt.text for prompt in prompts])
-        context.stop_requested = len(asked) == 3
+        run.stop.requested = len(asked) == 3
         return sample_batch(params, prompts, *arguments, **options)
 
-    monkeypatch.setattr(rejection_sampling, "sample_batch", counted)
-    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr(rewriting, "sample_batch", counted)
     with pytest.raises(Preempted, match="sampled: 6 of 9 drafts are rewritten"):
-        rewrite(stage, context, elsewhere, drafts)
-    context.stop_requested = False
-    assert rewrite(stage, context, elsewhere, drafts) == texts
+        rewrite(stage, run, drafts)
+    run.stop.requested = False
+    assert rewrite(stage, run, drafts) == texts
     assert asked == [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
     # A whole log needs no model.
-    assert rewrite(stage, context, elsewhere, drafts) == texts
+    assert rewrite(stage, run, drafts) == texts
     assert len(asked) == 5
 
 
@@ -143,12 +145,12 @@ def test_a_run_that_is_stopped_while_an_endpoint_rewrites_goes_on_there(
 
     stopping = threading.Event()
 
-    def see(context: Context, name: str, value: Any) -> None:
-        object.__setattr__(context, name, value)
-        if name == "stop_requested" and value:
+    def see(stop: StopSignal, name: str, value: Any) -> None:
+        object.__setattr__(stop, name, value)
+        if value:
             stopping.set()
 
-    monkeypatch.setattr(Context, "__setattr__", see)
+    monkeypatch.setattr(StopSignal, "__setattr__", see)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
     whole = yaml.safe_load((TESTS / "tiny.yaml").read_text())
     stage = {
@@ -190,10 +192,10 @@ def test_an_endpoint_that_fails_is_told_and_loses_nothing(tmp_path: Path) -> Non
     drafts = [Draft(f"{n}+{4 - n}=", "<think>so</think>\\boxed{4}", "4") for n in range(3)]
     with serving(Server) as url:
         section = {"kind": "endpoint", "url": url, "model": "some-model", "concurrency": 1}
-        stage, context = staged(tmp_path, section)
+        stage, run = staged(tmp_path, section)
         with pytest.raises(RunError, match=r"sampled: .*some-model.*400.*run again"):
-            rewrite(stage, context, tmp_path, drafts)
+            rewrite(stage, run, drafts)
         before = len(asked)
-        texts = rewrite(stage, context, tmp_path, drafts)
+        texts = rewrite(stage, run, drafts)
     assert texts == ["<think>so</think> It is \\boxed{4}."] * 3
     assert before + len(asked[before:]) == 4  # three drafts, one of them asked for twice

@@ -14,7 +14,7 @@ from r1jax import recipe
 from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import abstract_params
-from r1jax.run.context import build_decoder
+from r1jax.run.models import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.stages.grpo.stage import rollout_metrics

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax
 
 from r1jax.evaluation.metrics import summarise
-from r1jax.files import read_rows
+from r1jax.files import read_rows, write_text
 from r1jax.rewards.maths import equivalent_key
-from r1jax.rollouts.scored_samples import SAMPLES, judge_samples, share_right
-from r1jax.run.context import Context
+from r1jax.rollouts.scored_samples import SAMPLES, DatasetSampling, store_scored_samples
+from r1jax.rollouts.scoring import check_example_domains
+from r1jax.run.resolve import ResolvedRun, StageRun
+from r1jax.run.seeds import seed_of
+from r1jax.stages.evaluate.programs import programs
 from r1jax.stages.evaluate.settings import EvaluateStage
 
+__all__ = ["check", "programs", "run"]
 
-def run_evaluate(stage: EvaluateStage, context: Context, directory: Path) -> None:
-    """Sample, score and store; resumes behind the last whole batch."""
-    clock, _ = judge_samples(
-        stage,
-        context,
-        directory,
+
+def check(stage: EvaluateStage, run: ResolvedRun) -> None:
+    """Every problem needs a reward."""
+    check_example_domains(stage, run, stage.problems)
+
+
+def run(stage: EvaluateStage, run: StageRun) -> None:
+    """Sample, score and store, resuming behind the last whole batch; then summarise."""
+    wanted = DatasetSampling(
+        stage.data,
         limit=stage.problems,
         samples=stage.samples_per_problem,
+        samples_at_once=stage.samples_at_once,
         batch=stage.problems_per_batch,
-        samples_per_batch=stage.samples_per_batch,
+        max_new_tokens=stage.max_new_tokens,
+        sampling=stage.sampling,
         # The same noise before and after training: differences are the model's.
-        seed=context.seed("evaluate", stage.data),
-        progress_figures=lambda rows: {"accuracy": share_right(rows)},
+        seed=seed_of(run.config.seed, "evaluate", stage.data),
     )
+    clock, _ = store_scored_samples(stage, run, wanted, "accuracy")
     if jax.process_index() == 0:
-        summary = summarise(read_rows(directory / SAMPLES), same_answer=equivalent_key)
-        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    context.mark(stage.name, stage.kind, "done", clock.seconds)
+        summary = summarise(read_rows(run.directory / SAMPLES), same_answer=equivalent_key)
+        write_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run.record.mark(stage, "done", clock.seconds)

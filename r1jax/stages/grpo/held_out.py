@@ -9,77 +9,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
+from r1jax.data.order import DataCursor
 from r1jax.evaluation.metrics import summarise
+from r1jax.files import JsonObject
 from r1jax.metrics import span
+from r1jax.models.parameters import Params
 from r1jax.processes import process_batch_slice
 from r1jax.rewards.maths import equivalent_key
-from r1jax.rollouts.sampling import check_domains
-from r1jax.rollouts.scored_samples import Part, judged_batches, split_samples
-from r1jax.rollouts.scoring import Judge
-from r1jax.run.context import Context
-from r1jax.run.train_loop import Resumable, TrainLoop
+from r1jax.rollouts.sampling import generate_options
+from r1jax.rollouts.scored_samples import PromptPart, scored_batches, split_samples
+from r1jax.rollouts.scoring import RewardScorer, check_domains
+from r1jax.run.resolve import ResolvedRun
+from r1jax.run.seeds import seed_of
+from r1jax.run.train_loop import TrainLoop
 from r1jax.stages.grpo.settings import GRPOStage
 
 
-class HeldOut:
+class HeldOutEvaluation:
     """The evaluations of an RL stage: none where the stage names no held-out dataset.
 
     They draw what an `evaluate` stage with these settings would draw of the same weights. The noise
     is the same at every step, so differences are the policy's.
 
     Args:
-      batch: questions of a rollout batch, over all processes. No more are sampled at once, and of
+      batch: prompts of a rollout batch, over all processes. No more are sampled at once, and of
         each no more completions than in a rollout.
 
     Attributes:
-      reports: what to tell of the dataset.
+      reports: a line that says how many prompts the dataset has.
       accuracy: pass@1 of the last evaluation in this process; None before, and where it is unknown.
     """
 
-    def __init__(self, stage: GRPOStage, context: Context, *, batch: int) -> None:
+    def __init__(self, stage: GRPOStage, run: ResolvedRun, *, batch: int) -> None:
         self._stage = stage
-        self._model = context.sampler_of(stage.name)
+        self._sampler = run.models.sampler_of(stage.name)
         self.reports: list[str] = []
         self.accuracy: float | None = None
-        self._parts: list[Part] = []
+        self._parts: list[PromptPart] = []
         if stage.held_out is None:
             return
-        prompts, report = context.prompts(stage.held_out, self._model.tokenizer)
-        rewards = context.config.rewards_of(stage)
-        check_domains(stage.name, {prompt.domain: stage.held_out for prompt in prompts}, rewards)
+        prompts, report = run.datasets.prompts(stage.held_out, self._sampler.tokenizer)
+        domains = {prompt.domain: stage.held_out for prompt in prompts}
+        check_domains(stage.name, domains, run.config.rewards_of(stage))
         self.reports.append(f"held out: {report}")
         # A divisor of both: samples are drawn in equal parts, none of them larger than a group.
         self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)
         self._parts = split_samples(prompts, stage.held_out_samples, self._samples)
         # Of few problems one smaller batch: a rollout's would be padded with copies of the last.
-        count = process_batch_slice(context.rollout_layout).count
+        count = process_batch_slice(run.layouts.rollout).count
         self._batch = min(batch, -(-len(self._parts) // count) * count)
-        self._seed = context.seed("evaluate", stage.held_out)
+        self._seed = seed_of(run.config.seed, "evaluate", stage.held_out)
 
     @span("held_out")
     def evaluate_if_due(
-        self,
-        loop: TrainLoop,
-        judge: Judge,
-        questions: Resumable,
-        weights: Any,
-        max_new_tokens: int,
+        self, loop: TrainLoop, scorer: RewardScorer, data_cursor: DataCursor, weights: Params
     ) -> None:
         """At the stage's ends and every so many steps, write a row of held_out.jsonl.
 
-        `weights` are the loop's, as the sampler reads them.
-
         Call it after a step was saved, never before: a checkpoint is then without the evaluation of
-        its own step, and a resumed run makes that again. Asked to stop in it, the loop saves
-        `questions` and leaves.
+        its own step, and a resumed run makes that again. After SIGTERM, the loop saves
+        `data_cursor` and leaves.
+
+        Args:
+          weights: the loop's, as the sampler reads them.
         """
         step, stage = loop.step, self._stage
         due = step % stage.held_out_every == 0 or step == stage.steps
         if not self._parts or not due:
             return
-        rows = self._rows(loop, judge, questions, weights, max_new_tokens)
+        rows = self._scored_rows(loop, scorer, data_cursor, weights)
         summary = summarise(rows, same_answer=equivalent_key)
         loop.recorder.log_held_out(step, summary)
         loop.clock.lap("held_out")
@@ -90,26 +89,20 @@ class HeldOut:
             f"{stage.name}: held out at step {step}: accuracy {right}, length {length:.0f}"
         )
 
-    def _rows(
-        self,
-        loop: TrainLoop,
-        judge: Judge,
-        questions: Resumable,
-        weights: Any,
-        max_new_tokens: int,
-    ) -> Iterator[dict[str, Any]]:
-        """Judged samples, of which no more than a batch is in memory."""
-        for rows in judged_batches(
-            weights,
-            self._parts,
-            self._model,
-            judge,
-            batch=self._batch,
+    def _scored_rows(
+        self, loop: TrainLoop, scorer: RewardScorer, data_cursor: DataCursor, weights: Params
+    ) -> Iterator[JsonObject]:
+        """Of which no more than a batch is in memory."""
+        options = generate_options(
+            self._sampler,
+            self._stage.held_out_sampling,
             samples=self._samples,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._stage.max_new_tokens_at(loop.step),
             seed=self._seed,
-            sampling=self._stage.held_out_sampling,
+        )
+        for rows in scored_batches(
+            weights, self._parts, self._sampler, scorer, options, self._batch
         ):
             loop.clock.lap("held_out")
-            loop.leave_if_asked(questions.state())
+            loop.leave_if_stopped(data_cursor)
             yield from rows

@@ -1,11 +1,10 @@
-"""The reinforcement learning loop: sample, score, update; read it from top to bottom."""
+"""The loop of reinforcement learning; read `run` from top to bottom."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,156 +12,178 @@ import numpy as np
 
 from r1jax.data import PromptBatch, PromptIterator
 from r1jax.data.order import DataCursor
+from r1jax.files import JsonObject
 from r1jax.grpo import GRPOBatch
+from r1jax.models.parameters import Params
 from r1jax.objectives.advantages import group_advantages
 from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
 from r1jax.rewards import RowScore
-from r1jax.rollouts.sampling import (
-    Completion,
+from r1jax.rollouts.completions import Completion
+from r1jax.rollouts.sampling import generate_options, sample_batch
+from r1jax.rollouts.scoring import (
+    PendingRewards,
     check_domains,
-    sample_batch,
-    stop_search,
-    to_sampling,
+    check_example_domains,
+    reward_scorer,
 )
-from r1jax.rollouts.scoring import Judge
-from r1jax.run.context import Context
+from r1jax.run.expert_balance import check_experts
 from r1jax.run.optimizer import make_optimizer, make_schedule
-from r1jax.run.train_loop import TrainLoop
-from r1jax.sampler import Finish, GenerateOptions, make_rollout_weights
-from r1jax.stages.grpo.held_out import HeldOut
-from r1jax.stages.grpo.programs import make_score, make_update
+from r1jax.run.resolve import ResolvedRun, StageRun
+from r1jax.run.seeds import seed_of
+from r1jax.run.train_loop import train_loop
+from r1jax.sampler import Finish, make_rollout_weights
+from r1jax.stages.grpo.held_out import HeldOutEvaluation
+from r1jax.stages.grpo.programs import make_score, make_update, programs
+from r1jax.stages.grpo.reference import copy_policy, refresh_reference
 from r1jax.stages.grpo.settings import GRPOStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["check", "programs", "run"]
 
-def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
+# (weights, inputs of a batch) -> log-probs of its tokens, [rows, time].
+LogProbsOf = Callable[[Params, Mapping[str, jax.Array]], jax.Array]
+
+
+def check(stage: GRPOStage, run: ResolvedRun) -> None:
+    """Settings about experts fit the model; every prompt has a reward."""
+    model = run.models.of(stage.name).decoder.config
+    check_experts(stage.name, stage.balance, model, replay_experts=stage.replay_experts)
+    check_example_domains(stage, run)
+
+
+def run(stage: GRPOStage, run: StageRun) -> None:
     """Train with GRPO, resuming where a former process stopped."""
-    model, sampler = context.model_of(stage.name).decoder, context.sampler_of(stage.name)
-    tokenizer, rewards = sampler.tokenizer, context.config.rewards_of(stage)
-    rollout_layout = sampler.decoder.layout
+    model, sampler = run.models.of(stage.name).decoder, run.models.sampler_of(stage.name)
+    rollout_layout, seed = sampler.decoder.layout, run.config.seed
     share = process_batch_slice(rollout_layout)
-    questions = Questions(stage, context, tokenizer, share)
-    check_domains(stage.name, questions.domains, rewards)
+    prompts = TrainingPrompts(stage, run, sampler.tokenizer, share)
+    reward_sections = run.config.rewards_of(stage)
+    check_domains(stage.name, prompts.domains, reward_sections)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    with_reference = stage.loss.kl_coefficient > 0
-    score, update = jax.jit(make_score(stage, model)), make_update(stage, model, optimizer)
+    log_probs_of, update = jax.jit(make_score(stage, model)), make_update(stage, model, optimizer)
     rollout_weights = make_rollout_weights(model, sampler.decoder)
-    group, phase = stage.outputs_per_question, stage.mini_batches_per_rollout
-    per_phase = stage.questions_per_step * phase
-    own = per_phase // share.count  # questions of this process
-    part = own // stage.rollout_batches
-    held_out = HeldOut(stage, context, batch=share.count * part)
-    loop = TrainLoop(
-        stage, context, directory, stage.steps, optimizer, update, with_reference=with_reference
-    )
-    with loop, Judge(rewards, context) as judge:
-        loop.restore(questions)
-        for report in questions.reports + held_out.reports:
+    group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
+    per_phase = stage.questions_per_step * updates
+    count = per_phase // share.count  # prompts of this process
+    part = count // stage.rollout_batches
+    held_out = HeldOutEvaluation(stage, run, batch=share.count * part)
+    make_reference = copy_policy if stage.loss.kl_coefficient > 0 else None
+    with (
+        train_loop(
+            stage,
+            run,
+            optimizer,
+            update,
+            prompts,
+            steps=stage.steps,
+            make_reference=make_reference,
+        ) as loop,
+        reward_scorer(reward_sections, run) as scorer,
+    ):
+        loop.clock.lap("setup")
+        for report in prompts.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
         while loop.step < stage.steps:
             first = loop.step
-            loop.begin_round(phase)
-            # 0. Measure the policy as it stands, where an evaluation is due.
+            loop.begin_round(updates)
+            samples_due = first == 0 or (
+                (first + updates) // stage.samples_every > first // stage.samples_every
+            )
+            data_cursor = prompts.state()
             weights = rollout_weights(loop.state.params)
-            held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, first))
+            held_out.evaluate_if_due(loop, scorer, data_cursor, weights)
 
-            # 1. Sample. Each part is scored by the workers while the next one is generated.
-            place = questions.state()
-            taken = questions.take(per_phase, first)
-            asked, firsts = taken.prompts, [repeat * group for repeat in taken.repeats]
-            completions: list[Completion] = []
-            pending = []
-            options = GenerateOptions(
+            # 1. Sample. The workers score each part while the next one is generated.
+            taken = prompts.take(per_phase, first)
+            options = generate_options(
+                sampler,
+                stage.sampling,
                 samples=group,
-                max_new_tokens=max_new_tokens(stage, first),
-                seed=context.seed(stage.name, "rollout"),
+                max_new_tokens=stage.max_new_tokens_at(first),
+                seed=seed_of(seed, stage.name, "rollout"),
                 step=first,
-                sampling=to_sampling(stage.sampling),
-                eos_ids=sampler.eos_ids,
-                stop=stop_search(tokenizer, stage.sampling),
-                speculative=stage.sampling.speculative,
                 record_experts=stage.replay_experts,
             )
-            for start in range(0, own, part):
+            completions: list[Completion] = []
+            pending: list[PendingRewards] = []
+            for start in range(0, count, part):
                 # A preempted host has little time; a rollout may take an hour, and is done again.
-                loop.leave_if_asked(place)
+                loop.leave_if_stopped(data_cursor)
                 batch = sample_batch(
                     weights,
-                    asked[start : start + part],
-                    sampler.decoder,
-                    tokenizer,
+                    taken.prompts[start : start + part],
+                    sampler,
                     options,
-                    firsts=firsts[start : start + part],
+                    first_samples=[n * group for n in taken.repeats[start : start + part]],
                 )
-                pending.append(judge.submit(batch))
-                completions.extend(batch)
+                pending.append(scorer.submit(batch))
+                completions += batch
             del weights  # where they are a copy, the update needs its room
-            sampled = share.count * sum(len(completion.token_ids) for completion in completions)
             rollout_seconds = loop.clock.lap("rollout")
-            scores = [score_ for each in pending for score_ in each.result()]
+
+            # 2. Rewards.
+            scores = [score for each in pending for score in each.result()]
             score_seconds = loop.clock.lap("score_wait")
 
-            # 2. Advantages within each question's group.
-            earned = np.asarray([s.reward for s in scores], np.float32)
+            # 3. Advantages within each prompt's group.
+            rewards = np.asarray([score.reward for score in scores], np.float32)
             advantages = group_advantages(
-                jnp.asarray(earned.reshape(own, group)), scale=stage.loss.advantage_scale
+                jnp.asarray(rewards.reshape(count, group)), scale=stage.loss.advantage_scale
             )
             rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
             facts = rollout_metrics(
                 gather(sample_facts(completions, scores), rollout_layout),
                 gather(np.asarray(advantages.zero_variance).tolist(), rollout_layout),
             )
-
-            # 3. Update: the phase's outputs, split at random into mini-batches.
             order = np.arange(len(completions))
-            if phase > 1:
-                order = np.random.default_rng(context.seed(stage.name, "split", first)).permutation(
-                    order
-                )
-            mini_batches = [
-                loop.place(jax.tree.map(lambda x, i=index: x[i], rows), rollout_layout)
-                for index in np.split(order, phase)
+            if updates > 1:  # the phase's samples, split at random into mini-batches
+                split_seed = seed_of(seed, stage.name, "split", first)
+                order = np.random.default_rng(split_seed).permutation(order)
+            batches = [
+                loop.to_devices(jax.tree.map(lambda x, i=index: x[i], rows), rollout_layout)
+                for index in np.split(order, updates)
             ]
-            if phase > 1:  # these weights sampled the phase; the updates below move away from them
-                mini_batches = [
-                    b.replace(old_log_probs=score(loop.state.params, b.inputs))
-                    for b in mini_batches
+
+            # 4. Old log-probs: of the weights that sampled, from which the updates move away.
+            if updates > 1:  # else they are the policy's, which the update computes anyway
+                batches = [
+                    each.replace(old_log_probs=log_probs_of(loop.state.params, each.inputs))
+                    for each in batches
                 ]
-            due = first == 0 or (
-                (first + phase) // stage.samples_every > first // stage.samples_every
-            )
-            if stage.replay_experts and due:
-                gap = measure_gap(score, loop.state.params, mini_batches[0])
+            if stage.replay_experts and samples_due:
+                gap = gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
-            for batch in mini_batches:
-                if with_reference:
-                    reference = score(loop.reference, own_choice(batch.inputs))
-                    batch = batch.replace(reference_log_probs=reference)
+            for batch in batches:
+                # 5. Log-probs of the reference policy.
+                if loop.reference is not None:
+                    inputs = without_experts(batch.inputs)
+                    batch = batch.replace(reference_log_probs=log_probs_of(loop.reference, inputs))
+
+                # 6. Update, and log.
                 metrics = loop.update(batch)
                 metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
                 loop.recorder.log(loop.step, {**facts, **metrics})
-                every = stage.reference_refresh_every
-                if with_reference and every and loop.step % every == 0:
-                    loop.reference = jax.tree.map(jnp.copy, loop.state.params)
+                refresh_reference(loop, stage.reference_refresh_every)
             update_seconds = loop.clock.lap("update")
 
-            # 4. Tell, and save between phases.
-            if due:
+            # 7. Log the phase, and save.
+            if samples_due:
                 loop.recorder.log_samples(
-                    completion.row(score_, step=loop.step)
-                    for completion, score_ in zip(completions[:group], scores, strict=False)
+                    completion.row(score, step=loop.step)
+                    for completion, score in zip(completions[:group], scores, strict=False)
                 )
-            trained = sampled + share.count * group * sum(len(p.token_ids) for p in asked)
+            sampled = share.count * sum(len(each.token_ids) for each in completions)
+            read = share.count * group * sum(len(each.token_ids) for each in taken.prompts)
             loop.log_timings(
                 {
                     "seconds/rollout": rollout_seconds,
                     "seconds/score_wait": score_seconds,
                     "seconds/update": update_seconds,
                     "tokens_per_second/rollout": sampled / rollout_seconds,
-                    "tokens_per_second/update": trained / update_seconds,
+                    "tokens_per_second/update": (sampled + read) / update_seconds,
                 }
             )
             loop.progress.update(
@@ -174,70 +195,68 @@ def run_grpo(stage: GRPOStage, context: Context, directory: Path) -> None:
                     "tokens_per_second": sampled / rollout_seconds,
                 },
             )
-            loop.save_if_due(questions)
+            loop.save_if_due(prompts)
         weights = rollout_weights(loop.state.params)
-        held_out.evaluate_if_due(loop, judge, questions, weights, max_new_tokens(stage, loop.step))
+        held_out.evaluate_if_due(loop, scorer, prompts.state(), weights)
         loop.finish()
 
 
-def own_choice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The same tokens, for a model that chooses their experts itself."""
     return {name: leaf for name, leaf in inputs.items() if name != "experts"}
 
 
-def measure_gap(score: Callable[[Any, Any], jax.Array], params: Any, batch: GRPOBatch) -> float:
+def gap_without_replay(log_probs_of: LogProbsOf, params: Params, batch: GRPOBatch) -> float:
     """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
-    gap = jnp.abs(score(params, own_choice(batch.inputs)) - batch.sampler_log_probs)
+    gap = jnp.abs(log_probs_of(params, without_experts(batch.inputs)) - batch.sampler_log_probs)
     trained = batch.mask > 0
     return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
 
 
-class Questions:
+class TrainingPrompts:
     """The prompts of a stage, from the dataset that is in force at a step.
 
-    Each dataset is walked on its own; one that comes back later goes on where it was left.
+    Each dataset has an order of its own; one that comes back later goes on where it was left.
+
+    Attributes:
+      reports: a line for each dataset, which says how many prompts it has.
+      domains: of the prompts, each with a dataset that has it.
     """
 
     def __init__(
         self,
         stage: GRPOStage,
-        context: Context,
+        run: ResolvedRun,
         tokenizer: PreTrainedTokenizerBase,
         share: BatchSlice,
     ) -> None:
         self._stage = stage
         self.reports: list[str] = []
         self.domains: dict[str, str] = {}
-        self._walks: dict[str, PromptIterator] = {}
-        trained = (data for key, data in stage.datasets() if key != "held_out")
-        for name in dict.fromkeys(trained):
-            prompts, report = context.prompts(name, tokenizer)
+        self._streams: dict[str, PromptIterator] = {}
+        for name in dict.fromkeys(data for _, data in stage.training_datasets()):
+            prompts, report = run.datasets.prompts(name, tokenizer)
             self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")
             self.domains |= {prompt.domain: name for prompt in prompts}
-            self._walks[name] = PromptIterator(
+            self._streams[name] = PromptIterator(
                 prompts,
-                seed=context.seed(stage.name),
+                seed=seed_of(run.config.seed, stage.name),
                 process_index=share.index,
                 process_count=share.count,
             )
 
     def take(self, count: int, step: int) -> PromptBatch:
-        """The next `count` questions for step `step`; this process's share of them."""
-        return self._walks[self._stage.data_at(step)].take(count)
+        """The next `count` prompts for step `step`; this process's share of them."""
+        return self._streams[self._stage.data_at(step)].take(count)
 
     def state(self) -> DataCursor:
-        return {name: walk.state() for name, walk in self._walks.items()}
+        """Where each dataset's order is, as JSON."""
+        return {name: stream.state() for name, stream in self._streams.items()}
 
     def restore(self, state: DataCursor) -> None:
-        for name, walk in self._walks.items():
-            walk.restore(state[name])
-
-
-def max_new_tokens(stage: GRPOStage, step: int) -> int:
-    """The completion limit that is in force at a step."""
-    if isinstance(stage.max_new_tokens, int):
-        return stage.max_new_tokens
-    return [change.tokens for change in stage.max_new_tokens if change.step <= step][-1]
+        """Goes to where `state` was taken."""
+        for name, stream in self._streams.items():
+            stream.restore(state[name])
 
 
 def training_rows(
@@ -283,10 +302,8 @@ def training_rows(
     )
 
 
-def sample_facts(
-    completions: Sequence[Completion], scores: Sequence[RowScore]
-) -> list[dict[str, Any]]:
-    """What `rollout_metrics` needs to know of each sample, as JSON."""
+def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
+    """What `rollout_metrics` reads of each sample, as JSON."""
     return [
         {
             "length": len(completion.token_ids),
@@ -303,7 +320,7 @@ def sample_facts(
 
 
 def rollout_metrics(
-    samples: Sequence[Mapping[str, Any]], zero_variance: Sequence[bool]
+    samples: Sequence[JsonObject], zero_variance: Sequence[bool]
 ) -> dict[str, float]:
     """What a rollout phase looked like; rewards are means over scored samples."""
     lengths = [sample["length"] for sample in samples]
@@ -332,7 +349,7 @@ def rollout_metrics(
     }
 
 
-def _by_drafts(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _by_drafts(samples: Sequence[JsonObject]) -> dict[str, float]:
     """Of speculative samples: drafts that stayed, and tokens for each reading of the weights.
 
     The second is the most that sampling can be faster by, where reading the weights is all it does.
@@ -347,7 +364,7 @@ def _by_drafts(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _by_domain(scored: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _by_domain(scored: Sequence[JsonObject]) -> dict[str, float]:
     """Mean reward of each domain, where there are several."""
     rewards: dict[str, list[float]] = {}
     for sample in scored:

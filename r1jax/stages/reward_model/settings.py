@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from r1jax.settings.stage import Divided, EpochStage, StageDescription
+from r1jax.settings.stage import Divided, EpochStage, RewardModelFormat, StageDescription
 
 
 class RewardModelStage(EpochStage):
@@ -35,6 +35,13 @@ class RewardModelStage(EpochStage):
     rows_per_step: int = Field(256, ge=1)
     max_tokens: int = Field(8192, ge=2, description="Longer rows are left out and counted.")
     length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+
+    def example_datasets(self) -> list[str]:
+        return []  # its rows are preferences
+
+    def reward_model_format(self) -> RewardModelFormat:
+        labelled = self.loss == "pointwise"
+        return RewardModelFormat(self.data, labelled, self.reads, self.max_tokens)
 
     def divided(self) -> list[Divided]:
         return [*super().divided(), Divided(".length_bucket", self.length_bucket, "time")]

@@ -1,0 +1,149 @@
+"""The datasets of a run, read once for its checks and all of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from r1jax.config.run_config import RunConfig
+from r1jax.data import (
+    Document,
+    EncodedPreference,
+    Example,
+    Prompt,
+    encode_conversations,
+    encode_documents,
+    encode_prompts,
+    load_examples,
+)
+from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.data.preferences import encode_preferences, load_labelled, load_pairs
+from r1jax.run.files import RunFiles
+from r1jax.run.models import LanguageModel
+from r1jax.settings.data import DataSection
+from r1jax.settings.stage import RewardModelFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A row of a dataset: the dataset's name and the row's index in it.
+RowKey = tuple[str, int]
+Encode = Callable[[Sequence[RowKey]], list[Document]]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The datasets of a config by name; `files` has those that a stage of the run wrote."""
+
+    config: RunConfig
+    files: RunFiles
+    _examples: dict[str, Sequence[Example]] = field(default_factory=dict, repr=False)
+    _preferences: dict[
+        tuple[str, RewardModelFormat, PreTrainedTokenizerBase], tuple[list[EncodedPreference], str]
+    ] = field(default_factory=dict, repr=False)
+
+    def section(self, data: str) -> DataSection:
+        """The dataset's settings, with `stage:NAME` as the file that the stage wrote."""
+        section = self.config.data[data]
+        kind, _, name = str(section.source).partition(":")
+        if kind != "stage":
+            return section
+        written = self.files.stage_directory(name) / "dataset.jsonl"
+        return section.model_copy(update={"source": f"jsonl:{written}"})
+
+    def parts(self, data: str) -> list[str]:
+        """The datasets of a mixture, or the dataset itself."""
+        return list(self.config.data[data].mixture) or [data]
+
+    def examples(self, data: str) -> Sequence[Example]:
+        """The examples of a dataset that is no mixture."""
+        if data not in self._examples:
+            self._examples[data] = load_examples(self.section(data))
+        return self._examples[data]
+
+    def prompts(
+        self, data: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> tuple[list[Prompt], str]:
+        """The prompts of a dataset or mixture, and a line that says how many there are.
+
+        Args:
+          limit: the first examples only, this many; of a mixture, at its shares.
+        """
+        section = self.config.data[data]
+        if not section.mixture:
+            examples = self.examples(data)
+            if limit is not None and limit > len(examples):
+                raise ValueError(f"data.{data} has {len(examples)} examples, fewer than {limit}")
+            prompts, report = encode_prompts(examples[:limit], section, tokenizer)
+            return prompts, str(report)
+        parts = {part: self.prompts(part, tokenizer) for part in section.mixture}
+        rows = {part: len(prompts) for part, (prompts, _) in parts.items()}
+        counts = mixture_counts(rows, section.mixture, limit)
+        mixed = [
+            replace(prompt, id=mixed_id(prompt.id, index, len(parts)))
+            for index, (part, (prompts, _)) in enumerate(parts.items())
+            for prompt in prompts[: counts[part]]
+        ]
+        return mixed, "; ".join(f"{part}: {counts[part]} of {parts[part][1]}" for part in parts)
+
+    def conversations(self, data: str, model: LanguageModel) -> tuple[list[RowKey], Encode]:
+        """The rows of a dataset or mixture of conversations, and what reads and encodes some."""
+
+        def encode(part: str, examples: Sequence[Example]) -> list[Document]:
+            section = self.config.data[part]
+            return encode_conversations(
+                examples, section=section, tokenizer=model.tokenizer, stop_ids=model.eos_ids
+            )
+
+        return self._documents(data, encode)
+
+    def texts(self, data: str, model: LanguageModel) -> tuple[list[RowKey], Encode]:
+        """The rows of a dataset or mixture of texts, and what reads and encodes some."""
+        return self._documents(data, lambda _, rows: encode_documents(rows, model.tokenizer))
+
+    def domains(self, data: str, limit: int | None = None) -> list[str]:
+        """The domains of a dataset's or mixture's examples, or of the first ones."""
+        counts = self._counts(data, limit)
+        examples = (self.examples(part)[:count] for part, count in counts.items())
+        return list(dict.fromkeys(example.domain for part in examples for example in part))
+
+    def _counts(self, data: str, limit: int | None = None) -> dict[str, int]:
+        """How many examples are used of each part."""
+        counts = {part: len(self.examples(part)) for part in self.parts(data)}
+        if mixture := self.config.data[data].mixture:
+            return mixture_counts(counts, mixture, limit)
+        return counts if limit is None else {data: limit}
+
+    def _documents(
+        self, data: str, encode_part: Callable[[str, Sequence[Example]], list[Document]]
+    ) -> tuple[list[RowKey], Encode]:
+        counts = self._counts(data)
+        parts = {part: self.examples(part) for part in counts}
+
+        def encode(rows: Sequence[RowKey]) -> list[Document]:
+            documents: dict[RowKey, Document] = {}
+            for part, examples in parts.items():
+                of_part = [row for row in rows if row[0] == part]
+                encoded = encode_part(part, [examples[index] for _, index in of_part])
+                documents |= dict(zip(of_part, encoded, strict=True))
+            return [documents[row] for row in rows]
+
+        return [(part, index) for part in parts for index in range(counts[part])], encode
+
+    def preferences(
+        self, data: str, form: RewardModelFormat, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[EncodedPreference], str]:
+        """The encoded preference rows of a dataset, and a line that says how many there are."""
+        key = (data, form, tokenizer)
+        if key not in self._preferences:
+            section = self.config.data[data]
+            rows, report = encode_preferences(
+                load_labelled(section) if form.labelled else load_pairs(section),
+                section,
+                tokenizer,
+                reads=form.reads,
+                max_tokens=form.max_tokens,
+            )
+            self._preferences[key] = rows, str(report)
+        return self._preferences[key]

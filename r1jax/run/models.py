@@ -1,0 +1,230 @@
+"""The models of a run: what they compute, and where the weights of each stage come from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.config.run_config import RunConfig
+from r1jax.data import load_tokenizer, stop_token_ids
+from r1jax.files import JsonObject
+from r1jax.models import (
+    Decoder,
+    Execution,
+    ModelConfig,
+    abstract_params,
+    choose_attention,
+    init_params,
+)
+from r1jax.models.parameters import Params
+from r1jax.run.files import RunFiles
+from r1jax.run.seeds import seed_of
+from r1jax.sampler import to_sample
+from r1jax.settings.mesh import MeshSection
+from r1jax.settings.model import MODEL, ModelSection
+from r1jax.sharding import Layout, make_layout, make_rollout_layout
+from r1jax.weights import hugging_face
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Layouts(NamedTuple):
+    """The devices, arranged for training and for sampling."""
+
+    training: Layout
+    rollout: Layout
+
+
+def make_layouts(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Layouts:
+    """The devices (default: all), arranged as a config's mesh says."""
+    training = make_layout(section.axes, section.rules, devices)
+    if section.rollout is None:
+        return Layouts(training, make_rollout_layout(training, inherited=section.rules))
+    rollout = make_rollout_layout(
+        training, section.rollout.axes, section.rollout.rules, inherited=section.rules
+    )
+    return Layouts(training, rollout)
+
+
+def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonObject | None]:
+    """The model of a config, and the generation config beside its weights."""
+    generation = None
+    if section.path is not None:
+        directory = hugging_face.resolve(section.path)
+        raw: JsonObject = hugging_face.read_config(directory)
+        hugging_face.is_quantised(raw)  # refuses what cannot be loaded, before a run begins
+        generation = hugging_face.read_generation_config(directory)
+    else:
+        assert section.config is not None
+        raw = section.config
+    config = ModelConfig.from_hugging_face(raw)
+    if section.path is not None:
+        different = hugging_face.differences_from_published(section.path, config)
+        if different:  # the model is right; plans of it are not
+            warnings.warn(
+                f"{section.path} differs from the shape that r1jax plans with: "
+                f"{'; '.join(different)}",
+                stacklevel=2,
+            )
+    return decoder_of(section, config, layout), generation
+
+
+def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> Decoder:
+    """A model of this shape, executed as the section says on the devices of the mesh.
+
+    Raises:
+      ValueError: the section wants a prediction module, and the model has none.
+    """
+    if not section.multi_token_prediction:
+        config = replace(config, num_nextn_predict_layers=0)
+    elif not config.num_nextn_predict_layers:
+        raise ValueError(
+            "model.multi_token_prediction = true, but the model's config has "
+            "num_nextn_predict_layers = 0, so no such module; set multi_token_prediction to false "
+            "(a model from scratch may have one: num_nextn_predict_layers = 1 in model.config)"
+        )
+    # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
+    backend = layout.mesh.devices.flat[0].platform
+    scan = section.scan_layers
+    execution = Execution(
+        param_dtype=jnp.dtype(section.param_dtype),
+        compute_dtype=jnp.dtype(section.compute_dtype),
+        attention=choose_attention(section.attention, backend),
+        remat=section.remat,
+        # Loops over stacked weights are slow on the CPU, whose models are small.
+        scan_layers=(backend != "cpu") if scan == "auto" else scan,
+        log_prob_chunk=section.log_prob_chunk,
+        expert_chunk=section.expert_chunk,
+    )
+    return Decoder(config, execution, layout)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model of the config, resolved: what it computes, and how text becomes its tokens."""
+
+    section: ModelSection
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    generation_config: JsonObject | None
+
+    @staticmethod
+    def resolve(section: ModelSection, layout: Layout) -> LanguageModel:
+        """Raises ValueError for what does not fit together."""
+        decoder, generation = build_decoder(section, layout)
+        named = section.tokenizer
+        if named is None:  # the directory, not the hub name: its tokenizer.json is read as it is
+            named = str(hugging_face.resolve(str(section.path)))
+        tokenizer = load_tokenizer(named)
+        if len(tokenizer) > decoder.config.vocab_size:
+            raise ValueError(
+                f"model vocab_size = {decoder.config.vocab_size} is smaller than the tokenizer's "
+                f"{len(tokenizer)} tokens; use the tokenizer that belongs to the model"
+            )
+        eos_ids = stop_token_ids(tokenizer, generation)
+        return LanguageModel(section, decoder, tokenizer, eos_ids, generation)
+
+    def abstract_params(self) -> Params:
+        """The weights as `jax.ShapeDtypeStruct`s with shardings."""
+        decoder = self.decoder
+        return abstract_params(decoder.config, decoder.layout, decoder.execution.param_dtype)
+
+    def load(self, directory: Path, *, new_head: int | None = None) -> Params:
+        """The weights of a Hugging Face directory, on the mesh.
+
+        Args:
+          new_head: a seed; the directory has another head, and this model's is drawn.
+        """
+        decoder = self.decoder
+        return hugging_face.load_params(
+            directory,
+            decoder.config,
+            decoder.layout,
+            decoder.execution.param_dtype,
+            new_head=None if new_head is None else jax.random.key(new_head),
+        )
+
+    def initial(self, seed: int) -> Params:
+        """The weights that the config names: those of its path, or random ones."""
+        if self.section.path is not None:
+            path = hugging_face.resolve(self.section.path)
+            return self.load(path, new_head=seed if self.decoder.config.head == "scalar" else None)
+        decoder = self.decoder
+        return init_params(
+            jax.random.key(seed), decoder.config, decoder.layout, decoder.execution.param_dtype
+        )
+
+    def with_scalar_head(self) -> LanguageModel:
+        """The same model with one number in place of the next token: a reward model."""
+        config = replace(self.decoder.config, head="scalar", num_nextn_predict_layers=0)
+        return replace(self, decoder=replace(self.decoder, config=config))
+
+    def export(self, directory: Path, params: Params) -> None:
+        """Write weights, configs and tokenizer as a Hugging Face directory (atomically)."""
+        generation = dict(self.generation_config or {})
+        generation["eos_token_id"] = list(self.eos_ids)
+        hugging_face.export(
+            directory,
+            params,
+            self.decoder.config,
+            tokenizer=self.tokenizer,
+            generation_config=generation,
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that a run's stages use, by their name in the config.
+
+    `files` has the weights that earlier stages left.
+    """
+
+    config: RunConfig
+    layouts: Layouts
+    files: RunFiles
+    by_name: Mapping[str, LanguageModel]
+
+    @staticmethod
+    def resolve(config: RunConfig, layouts: Layouts, files: RunFiles) -> Models:
+        """Looks only at models that a stage uses; ValueError for what does not fit together."""
+        sources = [stage.name for stage in config.stages]
+        sources += [use.source for stage in config.stages for use in stage.other_weights()]
+        used = dict.fromkeys(map(config.model_of, sources))
+        by_name = {
+            name: LanguageModel.resolve(config.section_of(name), layouts.training) for name in used
+        }
+        return Models(config, layouts, files, by_name)
+
+    def of(self, name: str) -> LanguageModel:
+        """The model that the weights of a stage (or of a model, by its name) are of."""
+        model = self.by_name[self.config.model_of(name)]
+        leaves = {stage.name: stage.DESCRIPTION.leaves for stage in self.config.stages}
+        return model.with_scalar_head() if leaves.get(name) == "reward_model" else model
+
+    def sampler_of(self, name: str) -> LanguageModel:
+        """As `of`, arranged for sampling, its weights in the dtype that it computes in."""
+        model = self.of(name)
+        return replace(model, decoder=to_sample(model.decoder, self.layouts.rollout))
+
+    def initial_weights(self, stage: str) -> Params:
+        """The weights that a stage starts from."""
+        source, model = self.config.weights_of(stage), self.of(stage)
+        if model.decoder.config.head == "scalar" and source not in self.by_name:
+            seed = seed_of(self.config.seed, "head", stage)
+            return model.load(self.files.trained(source), new_head=seed)
+        return self.weights(source, model)
+
+    def weights(self, source: str, model: LanguageModel) -> Params:
+        """The weights of `model` that the train stage `source` left, or that the config names."""
+        if source not in self.by_name:
+            return model.load(self.files.trained(source))
+        names = [] if source == MODEL else [source]
+        return model.initial(seed_of(self.config.seed, "weights", *names))

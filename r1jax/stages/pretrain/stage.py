@@ -1,0 +1,22 @@
+"""Pretraining: next-token prediction on the texts of a dataset."""
+
+from __future__ import annotations
+
+from r1jax.run.expert_balance import check_experts
+from r1jax.run.resolve import ResolvedRun, StageRun
+from r1jax.stages.pretrain.programs import programs
+from r1jax.stages.pretrain.settings import PretrainStage
+from r1jax.stages.supervised import packed_rows, train_on_packed_rows
+
+__all__ = ["check", "programs", "run"]
+
+
+def check(stage: PretrainStage, run: ResolvedRun) -> None:
+    """Settings about experts fit the model."""
+    check_experts(stage.name, stage.balance, run.models.of(stage.name).decoder.config)
+
+
+def run(stage: PretrainStage, run: StageRun) -> None:
+    """Train on the dataset's texts, resuming where a former process stopped."""
+    texts = run.datasets.texts(stage.data, run.models.of(stage.name))
+    train_on_packed_rows(stage, run, packed_rows(stage, run, texts), stage.steps)
