@@ -120,7 +120,7 @@ def _completions(
     drafted, accepted = on_host(samples.drafted), on_host(samples.accepted)
     prompt_experts, experts = on_host(samples.prompt_experts), on_host(samples.experts)
     indices = list(product(range(len(prompts)), range(tokens.shape[1])))
-    without_eos = [tokens[at, : lengths[at] - (finish[at] == Finish.EOS)] for at in indices]
+    without_eos = [tokens[at][: lengths[at] - (finish[at] == Finish.EOS)] for at in indices]
     texts = sampler.tokenizer.batch_decode(
         [ids.tolist() for ids in without_eos], clean_up_tokenization_spaces=False
     )
