@@ -124,13 +124,13 @@ class Stage(Section):
     FUNCTIONS: ClassVar[str] = ""
     DESCRIPTION: ClassVar[StageDescription]
 
-    kind: str
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
     weights: str | None = Field(
         None,
         description="Where the stage's weights come from: an earlier train stage, `model`, or a "
         "name in `models`; default: the train stage before it, or `model`.",
     )
+    kind: str
 
     def datasets(self) -> list[tuple[str, str]]:
         """(key, dataset) of all datasets that the stage reads."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from r1jax.data import PackedRows
@@ -19,7 +20,6 @@ from r1jax.settings.stage import EpochStage
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.stages.supervised_programs import make_update
-from r1jax.train_step import Metrics
 
 HostBatch = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ class HeldOut:
     """What is measured of held-out rows, every so many steps and at the end."""
 
     every: int
-    measure: Callable[[TrainLoop], Metrics | dict[str, float]]
+    measure: Callable[[TrainLoop], dict[str, float]]
 
 
 def run_updates(
@@ -62,7 +62,7 @@ def run_updates(
         tokens += tokens_in(batch)
         rows_on_devices = loop.to_devices(batch)
         loop.clock.lap("data")
-        metrics = loop.update(rows_on_devices)
+        metrics: dict[str, jax.Array | float] = {**loop.update(rows_on_devices)}
         seconds += loop.clock.lap("update")
         step, last = loop.step, loop.step == loop.steps
         measured = held_out is not None and (last or step % held_out.every == 0)
