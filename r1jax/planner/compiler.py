@@ -57,7 +57,7 @@ class Compiler:
     Args:
       quick: with the least effort. A third of the time for a train step; what comes out is a few
         percent slower, and about as large.
-      cache: a folder in which what was compiled is found again by later processes. Its key is the
+      cache: a folder in which what was compiled is kept for later processes. Its key is the
         program's text with all that the compiler's output depends on besides.
     """
 
@@ -72,10 +72,10 @@ class Compiler:
         key = hashlib.sha256(f"{self._context}\n{lowered.as_text()}".encode()).hexdigest()
         if key not in self._known:
             self._known[key] = _understood(self._record(key, lowered))
-        found = self._known[key]
-        if isinstance(found, DoesNotFit):
-            raise found
-        return found
+        result = self._known[key]
+        if isinstance(result, DoesNotFit):
+            raise result
+        return result
 
     def output_specs(self, lowered: Lowered) -> tuple[PartitionSpec, ...] | None:
         """How the program's results are laid out, array by array; None where it does not fit."""

@@ -72,9 +72,9 @@ def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]
     Args:
       mesh: axis -> size; the target's devices in the mesh's order.
     """
-    found: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for each in cost.collectives:
-        found.setdefault((each.kind, axes_of(each.group, mesh)), []).append(each)
+        groups.setdefault((each.kind, axes_of(each.group, mesh)), []).append(each)
     rows = [
         Traffic(
             kind,
@@ -85,7 +85,7 @@ def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]
             if target.chip is None
             else sum(each.times * _seconds(each, target) for each in group),
         )
-        for (kind, axes), group in found.items()
+        for (kind, axes), group in groups.items()
     ]
     return sorted(rows, key=lambda row: -row.bytes)
 

@@ -1,8 +1,8 @@
 """What a compiled program does, read from its HLO text: products, bytes, collectives, loops.
 
-XLA's own `cost_analysis` counts the body of a loop once, and says nothing about collectives. Here
-each operation counts as often as it runs, and each collective is laid to the mesh axes that its
-groups of devices run along.
+XLA's `cost_analysis` counts the body of a loop once, and says nothing about collectives. Here
+each operation counts as often as it runs, and each collective is assigned to the mesh axes that its
+groups of devices lie on.
 
 The text is that of `compiled.as_text()`: the program of one device, after optimisation.
 """
@@ -35,8 +35,8 @@ class Shape:
     def bytes(self) -> float:
         bits = _BITS.get(self.dtype)
         if bits is None:  # f32, bf16, s8, u4, f8e4m3fn, c64, ...
-            found = re.match(r"(?:bf|f|s|u|c)(\d+)", self.dtype)
-            bits = int(found[1]) if found else 0
+            match = re.match(r"(?:bf|f|s|u|c)(\d+)", self.dtype)
+            bits = int(match[1]) if match else 0
         return self.elements * bits / 8
 
 
@@ -55,12 +55,12 @@ class Instruction:
     rest: str
 
     def attribute(self, name: str) -> str | None:
-        found = re.search(rf"\b{name}=([^\s,]+)", self.rest)
-        return found[1] if found else None
+        match = re.search(rf"\b{name}=([^\s,]+)", self.rest)
+        return match[1] if match else None
 
     def list_attribute(self, name: str) -> tuple[int, ...]:
-        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.rest)
-        return tuple(int(x) for x in found[1].split(",") if x) if found else ()
+        match = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.rest)
+        return tuple(int(x) for x in match[1].split(",") if x) if match else ()
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -164,11 +164,11 @@ def parse(text: str) -> Module:
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            found = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-            if found:
-                current = Computation(found[2])
+            match = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+            if match:
+                current = Computation(match[2])
                 computations[current.name] = current
-                entry = current.name if found[1] else entry
+                entry = current.name if match[1] else entry
         elif _END.match(line):
             current = None
         else:
@@ -189,10 +189,10 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 def _instruction(line: str) -> tuple[Instruction | None, bool]:
     line = _COMMENT.sub("", line)
-    found = _LINE.match(line)
-    if not found:
+    match = _LINE.match(line)
+    if not match:
         return None, False
-    start = found.end()
+    start = match.end()
     end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
     shapes = _shapes(line[start:end])
     opening = line.index("(", end)
@@ -201,16 +201,16 @@ def _instruction(line: str) -> tuple[Instruction | None, bool]:
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     opcode = line[end:opening].strip()
     return (
-        Instruction(found[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
-        found[1] is not None,
+        Instruction(match[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
+        match[1] is not None,
     )
 
 
 def _closing(line: str, opening: int) -> int:
-    """The place of the bracket that closes the one at `opening`; quoted text does not count."""
+    """The index of the bracket that closes the one at `opening`; quoted text does not count."""
     depth, quoted = 0, False
-    for place in range(opening, len(line)):
-        letter = line[place]
+    for index in range(opening, len(line)):
+        letter = line[index]
         if letter == '"':
             quoted = not quoted
         elif not quoted and letter == "(":
@@ -218,7 +218,7 @@ def _closing(line: str, opening: int) -> int:
         elif not quoted and letter == ")":
             depth -= 1
             if depth == 0:
-                return place
+                return index
     raise ValueError(f"unbalanced brackets in an HLO instruction: {line[:200]}")
 
 
@@ -251,7 +251,7 @@ def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = Tru
     return counter.result()
 
 
-# Neither computed nor moved: names, places, and the ends of what has begun elsewhere.
+# Neither computed nor moved: names, and the ends of what has begun elsewhere.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
@@ -312,12 +312,12 @@ class _Counter:
 
     def _between_slices(self, each: Instruction, computation: Computation, times: float) -> None:
         """The part of a collective that leaves the slice, which goes by way of the host."""
-        said = re.search(r'_transfer_type="(\w+)"', each.rest)
-        places = re.search(r'_target="\{([\d,]+)\}x\{0:(\d+)\}', each.rest)
-        kind = said[1].lower().replace("_", "-") if said else ""
-        if places is None or kind not in COLLECTIVES:
+        transfer = re.search(r'_transfer_type="(\w+)"', each.rest)
+        slices = re.search(r'_target="\{([\d,]+)\}x\{0:(\d+)\}', each.rest)
+        kind = transfer[1].lower().replace("_", "-") if transfer else ""
+        if slices is None or kind not in COLLECTIVES:
             return
-        count, of_slice = len(places[1].split(",")), int(places[2]) + 1
+        count, of_slice = len(slices[1].split(",")), int(slices[2]) + 1
         first = tuple(index * of_slice for index in range(count))
         sent = sum(shape.bytes for shape in self._operands(each, computation))
         self._collectives.append(Collective(kind, sent * _sent(kind, count), first, times))
@@ -370,8 +370,8 @@ class _Counter:
         return 0.0
 
     def _operands(self, each: Instruction, computation: Computation) -> list[Shape]:
-        found = (computation.instructions.get(name) for name in each.operands)
-        return [shape for operand in found if operand is not None for shape in operand.shapes]
+        operands = (computation.instructions.get(name) for name in each.operands)
+        return [shape for operand in operands if operand is not None for shape in operand.shapes]
 
 
 def _target(each: Instruction, name: str) -> str:
@@ -399,9 +399,9 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     even = re.search(r'turns_if_even_(\d+)/while"', each.rest)
     if even:
         return int(even[1])
-    found = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
-    if found:
-        return int(found[1])
+    match = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
+    if match:
+        return int(match[1])
     bound = _bound(module.computations[_target(each, "condition")], module)
     if bound is None:
         return None
@@ -416,7 +416,7 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
 
 
 def _bound(condition: Computation, module: Module) -> tuple[int, int] | None:
-    """(place of the counter in the loop's state, limit), where the condition is counter < limit."""
+    """(index of the counter in the loop's state, limit), where the condition is counter < limit."""
     root = condition.instructions[condition.root]
     if root.opcode == "fusion":  # compared inside: follow the fusion's parameters outwards
         inner = module.computations[root.called[0]]
@@ -488,8 +488,8 @@ def _convolution_flops(each: Instruction, image: Shape, kernel: Shape) -> float:
 
 def _window(rest: str) -> dict[str, dict[int, int]]:
     """`window={size=2x3 pad=0_1x0_0}` as property -> dimension -> value (of pads the low one)."""
-    found = re.search(r"window=\{([^}]*)\}", rest)
-    parts = [part.split("=") for part in found[1].split()] if found else []
+    match = re.search(r"window=\{([^}]*)\}", rest)
+    parts = [part.split("=") for part in match[1].split()] if match else []
     return {
         name: {i: int(value.split("_")[0]) for i, value in enumerate(values.split("x"))}
         for name, values in parts
@@ -511,14 +511,14 @@ def _valid_products(
     total = 0
     for tap in range(taps):
         shift = tap * right_dilation - low
-        first = max(0, -(shift // stride))  # the first output whose place is not below 0
+        first = max(0, -(shift // stride))  # the first output whose input is not below 0
         end = min(outputs, (last - shift) // stride + 1)
         if end <= first:
             continue
         if left_dilation == 1:
             total += end - first
             continue
-        # Places repeat with the dilation: look at one period of outputs.
+        # Positions repeat with the dilation: look at one period of outputs.
         period = left_dilation // math.gcd(left_dilation, stride)
         hits = [o for o in range(first, min(end, first + period)) if (o * stride + shift) >= 0]
         for output in hits:
@@ -528,7 +528,7 @@ def _valid_products(
 
 
 # A grouped product, and the sum of each group's outer products: rows by group, in order, times the
-# group's matrix or another array of the rows. The first is XLA's own.
+# group's matrix or another array of the rows. The first is XLA's.
 _GROUPED = ("ragged-dot-none", "tgmm")
 _NO_PRODUCTS = ("ragged-dot-metadata",)
 
@@ -572,7 +572,9 @@ def _bytes(
     if each.opcode == "custom-call" and any(f'"{name}"' in each.rest for name in _WHOLE):
         return 0.0
     operands = [
-        found for name in each.operands if (found := computation.instructions.get(name)) is not None
+        operand
+        for name in each.operands
+        if (operand := computation.instructions.get(name)) is not None
     ]
     if each.opcode == "fusion":
         inner = computations[each.called[0]]
@@ -686,8 +688,7 @@ def first_group(rest: str, devices: int) -> tuple[int, ...]:
     """
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
     if pairs:
-        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        moving = [(int(a), int(b)) for a, b in found if a != b]
+        moving = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if a != b]
         return moving[0] if moving else ()
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
@@ -718,13 +719,13 @@ def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
     # The first device of every other axis; of a split axis the part that is named.
     index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
-        place, size = list(sizes).index(name), sizes[name]
+        axis, size = list(sizes).index(name), sizes[name]
         if part:
             inner = size // (int(before) * int(part))
             chosen = np.arange(int(part)) * inner
         else:
             chosen = np.arange(size)
-        index[place] = np.unique(np.add.outer(index[place], chosen))
+        index[axis] = np.unique(np.add.outer(index[axis], chosen))
     group = ids[np.ix_(*index)]
     return tuple(int(x) for x in group.ravel())
 
@@ -735,7 +736,5 @@ def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
     Args:
       mesh: axis -> size, in the mesh's order.
     """
-    places = np.stack(np.unravel_index(np.asarray(group, int), tuple(mesh.values())))
-    return tuple(
-        axis for axis, along in zip(mesh, places, strict=True) if len(np.unique(along)) > 1
-    )
+    positions = np.stack(np.unravel_index(np.asarray(group, int), tuple(mesh.values())))
+    return tuple(axis for axis, row in zip(mesh, positions, strict=True) if len(np.unique(row)) > 1)

@@ -38,7 +38,7 @@ class ProgramPlan:
         (gradients and logits are among them).
     total: their sum; where the program alone is too large for the compiler, at least so much.
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
-    utilisation: the model's own FLOP/s as a share of the peak.
+    utilisation: the FLOP/s that the model needs, as a share of the peak.
     compile_seconds: of processor time.
     measured: seconds that a call took on the devices that are there; None where none was made.
     problem: why nothing is known but memory.
@@ -218,8 +218,9 @@ def parse_mesh(text: str, config: MeshSection) -> MeshSection:
     """A mesh as it is written on the command line: `data=2,fsdp=-1`, `fsdp` for `fsdp=-1`, or a
     name in configs/mesh.
 
-    `config` is the config's own. Axes of the config that are not named have size 1, so that its
-    rules stay valid.
+    Args:
+      config: the config's mesh. Its axes that are not named have size 1, so that its rules stay
+        valid.
     """
     if text == "config":
         return config

@@ -19,8 +19,8 @@ def as_json(config: str, plans: Sequence[Plan]) -> JsonObject:
 
 def _plan_json(plan: Plan) -> JsonObject:
     content = asdict(plan) | {"fits": plan.fits}
-    for stage, own in zip(content["stages"], plan.stages, strict=True):
-        for program, each in zip(stage["programs"], own.programs, strict=True):
+    for stage, planned in zip(content["stages"], plan.stages, strict=True):
+        for program, each in zip(stage["programs"], planned.programs, strict=True):
             program["total"] = each.total
             if each.times is not None:
                 program["times"]["bound"] = each.times.bound
@@ -78,9 +78,9 @@ def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     notes = []
     for name, plan in planned:
-        place = [name, plan.target, _meshes(plan)]
+        cells = [name, plan.target, _meshes(plan)]
         if plan.refused:
-            lines.append(f"| {' | '.join([*place, '', 'refused', *[''] * (len(head) - 5)])} |")
+            lines.append(f"| {' | '.join([*cells, '', 'refused', *[''] * (len(head) - 5)])} |")
             notes.append(f"- {name} on {plan.target}: {plan.refused}")
             continue
         alike: dict[tuple[str, ...], list[str]] = {}
@@ -89,7 +89,7 @@ def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str
             if _free(plan, stage) < 0:
                 notes += [f"- {name} on {plan.target}: {line}" for line in _advice(plan, stage)]
         for row, stages in alike.items():
-            lines.append(f"| {' | '.join([*place, ', '.join(stages), *row])} |")
+            lines.append(f"| {' | '.join([*cells, ', '.join(stages), *row])} |")
     later: dict[str, list[str]] = {}
     for name, where in waiting:
         later.setdefault(name, []).append(where)

@@ -83,8 +83,8 @@ class Slice:
     @property
     def shape(self) -> tuple[int, ...]:
         """Chips along each axis of the torus."""
-        places = [_place(device) for device in self.devices]
-        return tuple(1 + max(along) - min(along) for along in zip(*places, strict=True))
+        positions = [_position(device) for device in self.devices]
+        return tuple(1 + max(row) - min(row) for row in zip(*positions, strict=True))
 
     def bandwidth(self, group: Sequence[int]) -> float:
         """Bytes per second that a device can send to a group of devices.
@@ -110,10 +110,10 @@ class Slice:
           group: indices of `devices`.
         """
         assert self.chip is not None
-        places = [_place(self.devices[i]) for i in group]
+        positions = [_position(self.devices[i]) for i in group]
         links = 0.0
-        for size, along in zip(self.shape, zip(*places, strict=True), strict=True):
-            extent = len(set(along))
+        for size, row in zip(self.shape, zip(*positions, strict=True), strict=True):
+            extent = len(set(row))
             if extent > 1:
                 ring = extent == size and size % self.chip.wraps == 0
                 links += 2 if ring else 1
@@ -122,7 +122,7 @@ class Slice:
         return links / self.chip.devices if links else 6.0
 
 
-def _place(device: jax.Device) -> tuple[int, ...]:
+def _position(device: jax.Device) -> tuple[int, ...]:
     return tuple(device.coords)
 
 
@@ -169,7 +169,7 @@ def tpu_slice(name: str) -> Slice:
     _use_cpu()
     try:
         with quiet():
-            found = topologies.get_topology_desc(
+            topology = topologies.get_topology_desc(
                 topology_name=f"{kind}:{shape}",
                 platform="tpu",
                 **({"num_slices": slices} if slices > 1 else {}),
@@ -181,7 +181,7 @@ def tpu_slice(name: str) -> Slice:
             f"--topology {name}: the TPU compiler knows no such slice ({reason[:200]}); others are "
             f"{known}"
         ) from error
-    return Slice(name, tuple(found.devices), chip)
+    return Slice(name, tuple(topology.devices), chip)
 
 
 def _example(kind: str) -> str:
