@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from r1jax.config.schema import JsonSchema, describe, has, keys_at, named_values, schema_at
+from r1jax.config.expected import describe, expected_at, has, keys_at, named_values
 from r1jax.config.yaml_file import KeyPath, show
-from r1jax.settings.section import JsonObject
+from r1jax.files import JsonObject
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -74,8 +74,7 @@ _MISSING = ("missing", "kind", "union_tag_not_found")
 def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
     kind, name, value = error["type"], name_of(data, path), error["input"]
     if kind in UNKNOWN_KEY:
-        hint = _meant_key(str(path[-1]), keys_at(data, path[:-1]))
-        return f"{name} = {show(value)}: unknown key; {hint}"
+        return f"{name} = {show(value)}: unknown key; {_meant_key(data, path)}"
     if kind == "value_error":
         # The settings' own rules name their keys from the section on.
         reason = error["msg"].removeprefix("Value error, ")
@@ -94,24 +93,22 @@ def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
             "literal_error",
         )
     ):
-        schema = schema_at(data, path)
-        near = difflib.get_close_matches(str(value), named_values(schema), n=1)
+        expected = expected_at(data, path)
+        near = difflib.get_close_matches(str(value), named_values(expected), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{given}: should be {describe(schema)}{hint}"
+        return f"{given}: should be {describe(expected)}{hint}"
     # Bounds and patterns: pydantic's words say it ("Input should be greater than 0").
     return f"{given}: {error['msg'].removeprefix('Input ').removeprefix('String ')}"
 
 
-def _meant_key(key: str, keys: dict[str, JsonSchema]) -> str:
+def _meant_key(data: JsonObject, path: KeyPath) -> str:
     """What the writer of an unknown key may have meant."""
-    below = {
-        f"{name}.{inner}": inner_schema
-        for name, schema in keys.items()
-        for inner, inner_schema in schema.get("properties", {}).items()
-    }
-    near = difflib.get_close_matches(key, keys, n=1)
+    key, section = str(path[-1]), path[:-1]
+    keys = keys_at(data, section)
     # A right name at the wrong depth: learning_rate instead of optimizer.learning_rate.
-    near += [name for name in below if name.split(".")[1] == key]
+    deeper = [f"{name}.{key}" for name in keys if key in keys_at(data, (*section, name))]
+    near = [*difflib.get_close_matches(key, keys, n=1), *deeper]
     if not near:
         return f"known here: {', '.join(keys)}"
-    return f"did you mean {near[0]} ({describe({**below, **keys}[near[0]])})?"
+    expected = expected_at(data, (*section, *near[0].split(".")))
+    return f"did you mean {near[0]} ({describe(expected)})?"

@@ -16,13 +16,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from r1jax.config.error_messages import messages, name_of
+from r1jax.config.expected import stage_kinds
 from r1jax.config.packaged import find_config
 from r1jax.config.run_config import RunConfig
-from r1jax.config.schema import stage_kinds
 from r1jax.config.settings_on_top import put_overrides, put_slice, read_document, read_text
 from r1jax.config.yaml_file import ConfigError, KeyPath, show, write_yaml
+from r1jax.files import JsonObject
 from r1jax.settings.data import DataSection
-from r1jax.settings.section import JsonObject
 
 __all__ = [
     "ConfigError",

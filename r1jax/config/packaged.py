@@ -10,7 +10,7 @@ from r1jax.bucket import locate
 from r1jax.config.yaml_file import ConfigError, read_yaml
 
 if TYPE_CHECKING:
-    from r1jax.settings.section import JsonObject
+    from r1jax.files import JsonObject
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MESHES = "mesh/"

@@ -20,15 +20,15 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from r1jax.config.expected import default_at
 from r1jax.config.packaged import find_config, read_mesh
-from r1jax.config.schema import default_at
 from r1jax.config.yaml_file import (
     ConfigError,
     KeyPath,
     read_yaml,
     show,
 )
-from r1jax.settings.section import JsonObject
+from r1jax.files import JsonObject
 
 COMMAND_LINE = "command line"
 

@@ -18,7 +18,7 @@ import yaml
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from r1jax.settings.section import JsonObject
+    from r1jax.files import JsonObject
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 

@@ -27,8 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from r1jax.files import JsonObject
 from r1jax.settings.names import nearest
-from r1jax.settings.section import JsonObject
 
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 """The paper's words; that they have a line of their own is a choice."""

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import fill_in, find_benchmark
-from r1jax.settings.section import JsonObject, Section
+from r1jax.settings.section import Section
 
 
 class DataSection(Section):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-from pydantic import BaseModel, ConfigDict, JsonValue
-
-JsonObject: TypeAlias = dict[str, JsonValue]
-"""A mapping as read from YAML."""
+from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from r1jax.files import JsonObject
 from r1jax.settings.optimizer import OptimizerSection, WeightChange
 from r1jax.settings.rewards import RewardSection
-from r1jax.settings.section import JsonObject, Section
+from r1jax.settings.section import Section
 
 
 class LengthChange(Section):

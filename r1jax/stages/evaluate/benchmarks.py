@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import BENCHMARKS
-from r1jax.settings.section import JsonObject
 
 
 def evaluation_of(model: str, name: str, benchmarks: Sequence[str]) -> JsonObject:

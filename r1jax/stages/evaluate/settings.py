@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
+from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import EvaluationSampling
-from r1jax.settings.section import JsonObject
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
 
 
