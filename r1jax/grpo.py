@@ -193,20 +193,11 @@ def _as_outputs(
             f"log_prob_fn returned a {type(outputs.log_probs).__name__}; return the log-probs "
             "[batch, time], or PolicyOutputs(log_probs, entropy)"
         )
-    per_token = {
-        "the log-probs returned by log_prob_fn": outputs.log_probs,
-        "the entropy returned by log_prob_fn": outputs.entropy,
-    }
+    name = "{} returned by log_prob_fn".format
+    per_token = {name("log_probs"): outputs.log_probs, name("entropy"): outputs.entropy}
     check_alike(PER_TOKEN, {"mask": batch.mask, **per_token})
     check_floating(per_token)
-    if outputs.penalty is not None:
-        check_alike(
-            PER_ROW,
-            {
-                "mask[:, 0]": batch.mask[:, 0],
-                "the penalty returned by log_prob_fn": outputs.penalty,
-            },
-        )
+    check_alike(PER_ROW, {"mask[:, 0]": batch.mask[:, 0], name("penalty"): outputs.penalty})
     return outputs
 
 

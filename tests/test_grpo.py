@@ -316,7 +316,7 @@ def test_returned_log_probs_of_another_shape_are_refused(shape: str, micro_batch
     def log_prob_fn(params: Any, batch: GRPOBatch) -> jax.Array:
         return changes[shape](table_log_probs(params, batch))
 
-    with pytest.raises(ValueError, match="^the log-probs returned by log_prob_fn has shape") as e:
+    with pytest.raises(ValueError, match="^log_probs returned by log_prob_fn has shape") as e:
         refuse(square_batch(), log_prob_fn, micro_batches)
     assert f"({SQUARE // micro_batches}, 6), the shape of mask" in str(e.value)
     assert shape != "[N, T - 1]" or "jnp.pad" in str(e.value)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from r1jax.objectives.shapes import PER_TOKEN, check_alike, check_floating
+from r1jax.objectives.shapes import check_log_probs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -23,8 +23,6 @@ def k3_divergence(
     Raises:
       ValueError: the shapes differ, or the log-probs are no floating-point numbers.
     """
-    arrays = {"log_probs": log_probs, "reference_log_probs": reference_log_probs}
-    check_alike(PER_TOKEN, arrays)
-    check_floating(arrays)
+    check_log_probs({"log_probs": log_probs, "reference_log_probs": reference_log_probs})
     gap = reference_log_probs - log_probs
     return jnp.expm1(gap) - gap

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.objectives.kl import k3_divergence
-from r1jax.objectives.shapes import PER_TOKEN, check_advantages, check_alike, check_floating
+from r1jax.objectives.shapes import PER_TOKEN, check_advantages, check_alike, check_log_probs
 from r1jax.settings.objective import GRPOConfig
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def probability_ratio(log_probs: Tokens, old_log_probs: Tokens | None = None) ->
 
     None: they are the same. Then r is 1, and its gradient is the one of log pi.
     """
-    arrays = {"log_probs": log_probs, "old_log_probs": old_log_probs}
-    check_alike(PER_TOKEN, arrays)
-    check_floating(arrays)
+    check_log_probs({"log_probs": log_probs, "old_log_probs": old_log_probs})
     old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
     return jnp.exp(log_probs - old)
 
@@ -75,9 +73,7 @@ def importance_weight(old_log_probs: Tokens, sampler_log_probs: Tokens, cap: flo
     Truncated importance sampling (IMPALA, arXiv 1802.01561, section 4.1), here for the gap between
     the trainer's log-probs and those of the distribution that was sampled from.
     """
-    arrays = {"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs}
-    check_alike(PER_TOKEN, arrays)
-    check_floating(arrays)
+    check_log_probs({"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs})
     weight = jnp.minimum(jnp.exp(old_log_probs - sampler_log_probs), cap)
     return jax.lax.stop_gradient(weight)
 
@@ -110,14 +106,14 @@ def token_terms(
       sampler_log_probs: of the distribution that was really sampled from, for the weight w; used
         when config.importance_cap is set.
     """
-    arrays = {
-        "log_probs": log_probs,
-        "old_log_probs": old_log_probs,
-        "reference_log_probs": reference_log_probs,
-        "sampler_log_probs": sampler_log_probs,
-    }
-    check_alike(PER_TOKEN, arrays)
-    check_floating(arrays)
+    check_log_probs(
+        {
+            "log_probs": log_probs,
+            "old_log_probs": old_log_probs,
+            "reference_log_probs": reference_log_probs,
+            "sampler_log_probs": sampler_log_probs,
+        }
+    )
     check_advantages(advantages, "log_probs", log_probs)
     ratio = probability_ratio(log_probs, old_log_probs)
     surrogate = clipped_surrogate(

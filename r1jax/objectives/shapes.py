@@ -67,6 +67,12 @@ def check_advantages(advantages: ArrayLike, name: str, tokens: ArrayLike) -> Non
         )
 
 
+def check_log_probs(arrays: Mapping[str, ArrayLike | None]) -> None:
+    """Raises ValueError unless all arrays are `PER_TOKEN`, alike, and of floating-point numbers."""
+    check_alike(PER_TOKEN, arrays)
+    check_floating(arrays)
+
+
 def check_floating(arrays: Mapping[str, ArrayLike | None]) -> None:
     """Raises ValueError unless all arrays, by name, hold floating-point numbers or are None."""
     for name, array in arrays.items():
