@@ -1,20 +1,57 @@
 """r1jax: the DeepSeek-R1 recipe as pure JAX functions.
 
-The names below are loaded on first use, so that tools which need no accelerator (the reward
-workers, the command line's help) do not import jax.
+    model = r1jax.load_model("Qwen/Qwen2.5-1.5B", mesh={"fsdp": -1})  # open a checkpoint on a mesh
+    texts = r1jax.sample(model, ["What is 12 plus 7?"], samples=4)    # sample it
+    log_probs = r1jax.log_probs(model, [model.tokenizer.encode("12 plus 7 is 19.")])
+    score = r1jax.score(texts[0][0], "19", reward="accuracy")         # a rule reward, without JAX
+    step = r1jax.make_grpo_step(log_prob_fn, optimizer)               # one GRPO update of any model
+
+A name is imported when it is first used: a reward or a config needs no JAX, and loads none.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-_SUBPACKAGES = ("grpo", "models", "sampler", "sharding", "rewards", "data", "evaluation")
+if TYPE_CHECKING:
+    from r1jax.grpo import (
+        GRPOBatch,
+        GRPOConfig,
+        group_advantages,
+        init_train_state,
+        make_grpo_step,
+    )
+    from r1jax.pretrained import load_model, log_probs, sample
+    from r1jax.rewards.scoring import score
 
-__all__ = list(_SUBPACKAGES)
+__all__ = [
+    "GRPOBatch",
+    "GRPOConfig",
+    "__version__",
+    "group_advantages",
+    "init_train_state",
+    "load_model",
+    "log_probs",
+    "make_grpo_step",
+    "sample",
+    "score",
+]
+
+__version__ = version("r1jax")
+
+_MODULES = {
+    **dict.fromkeys(["load_model", "log_probs", "sample"], "r1jax.pretrained"),
+    "score": "r1jax.rewards.scoring",
+}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"r1jax.{name}")
-    raise AttributeError(f"module 'r1jax' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'r1jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "r1jax.grpo")), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

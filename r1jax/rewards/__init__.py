@@ -5,7 +5,7 @@
         ...                              # generate the next batch
         scores = pending.result()        # in order
 
-One completion, in this process: `score_completion`. Workers import this package, so it imports
+One completion, in this process: `score`. Workers import this package, so it imports
 neither numpy, jax, pydantic, transformers nor sympy.
 """
 
@@ -27,7 +27,7 @@ from r1jax.rewards.registry import (
     check_reward,
     reward,
 )
-from r1jax.rewards.scoring import score_completion, score_file
+from r1jax.rewards.scoring import score, score_file
 from r1jax.rewards.verifier import Pending, RowScore, Verifier, VerifierError
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
     "language_share",
     "reward",
     "same_answer",
-    "score_completion",
+    "score",
     "score_file",
     "words_by_language",
 ]

@@ -21,23 +21,26 @@ if TYPE_CHECKING:
 _WINDOW = 4096  # rows; two windows are in memory at once
 
 
-def score_completion(
-    reward: str,
+def score(
     completion: str,
     answer: str,
+    reward: str = "accuracy",
     *,
     prompt: str = "",
     truncated: bool = False,
     options: RewardOptions | None = None,
 ) -> Score:
-    r"""Scores one completion in this process: without a deadline or a memory limit.
+    r"""Score one completion with a rule reward.
 
-        score_completion("accuracy", r"So it is \boxed{0.5}.", r"\frac12").reward  # 1.0
+        score(r"So it is \boxed{0.5}.", r"\frac12").reward  # 1.0
+
+    It runs in this process, without a deadline or a memory limit: for the completions of a model
+    that you do not trust, use `Verifier`, whose workers have both.
 
     Args:
-      reward: a registered name or `package.module:function`.
       completion: with a prefilled `<think>`, if the prompt ended in one.
       answer: the reference answer.
+      reward: a registered name or `package.module:function`.
       prompt: for the rewards that read it.
       truncated: the model was cut off before it ended the completion itself.
       options: the reward's options.

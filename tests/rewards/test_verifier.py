@@ -24,7 +24,7 @@ from r1jax.rewards import (
     Score,
     Verifier,
     VerifierError,
-    score_completion,
+    score,
     score_file,
 )
 from r1jax.rewards.symbolic import UnreadableReference
@@ -346,15 +346,14 @@ def test_bad_rows_name_file_and_line_and_nothing_is_written(
 
 
 def test_one_completion_is_scored_in_this_process() -> None:
-    right = score_completion("accuracy", r"<think>2 / 4</think>\boxed{0.5}", r"\frac12")
+    right = score(r"<think>2 / 4</think>\boxed{0.5}", r"\frac12", "accuracy")
     assert right == Score(1.0, Outcome.RIGHT, "0.5")
-    assert score_completion("format", "<think>a</think>b", "", options={"style": "think"}).reward
-    assert not score_completion(
-        "format", "<think>a</think>b", "", truncated=True, options={"style": "think"}
-    ).reward
+    assert score("<think>a</think>b", "", "format", options={"style": "think"}).reward
+    cut = score("<think>a</think>b", "", "format", truncated=True, options={"style": "think"})
+    assert not cut.reward
     with pytest.raises(ValueError, match="did you mean 'accuracy'"):
-        score_completion("acuracy", "", "")
+        score("", "", "acuracy")
     with pytest.raises(ValueError, match=r"rewards\.choice\.options\.x: no such option"):
-        score_completion("choice", "", "", options={"x": 1})
+        score("", "", "choice", options={"x": 1})
     with pytest.raises(UnreadableReference):
-        score_completion("choice", r"\boxed{A}", "forty")
+        score(r"\boxed{A}", "forty", "choice")

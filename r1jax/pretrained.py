@@ -1,0 +1,140 @@
+"""A pretrained model in a few lines: open it on a mesh, sample it, take log-probs of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import numpy as np
+
+from r1jax.data import Example, encode_prompt
+from r1jax.models import Decoder, token_scores
+from r1jax.models.parameters import Params
+from r1jax.rollouts.sampling import bucket, generate_options, sample_batch
+from r1jax.run.models import LanguageModel
+from r1jax.settings.data import DataSection
+from r1jax.settings.model import ModelSection
+from r1jax.settings.sampling import SamplingSection
+from r1jax.sharding import make_layout
+from r1jax.weights import hugging_face
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A model with its weights on a mesh, as `load_model` opens it."""
+
+    params: Params
+    language_model: LanguageModel
+
+    @property
+    def decoder(self) -> Decoder:
+        """What the functions of `r1jax.models` and `r1jax.sampler` take beside the weights."""
+        return self.language_model.decoder
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.language_model.tokenizer
+
+
+def load_model(
+    path: str,
+    mesh: Mapping[str, int] | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+) -> PretrainedModel:
+    """Open a Hugging Face checkpoint, each device reading only its part.
+
+    Args:
+      path: a directory, `gs://...`, or a name on the hub.
+      mesh: axis -> size, one of which may be -1, such as `{"fsdp": -1, "tensor": 4}`; default: all
+        devices along `fsdp`.
+      dtype: of the weights and of what is computed with them.
+
+    Raises:
+      ValueError: no such checkpoint, a model that is not supported, or a mesh that does not divide
+        it; the message says what would.
+    """
+    layout = make_layout(dict(mesh or {"fsdp": -1}))
+    section = ModelSection(path=path, param_dtype=dtype, compute_dtype=dtype)
+    model = LanguageModel.resolve(section, layout)
+    return PretrainedModel(model.load(hugging_face.resolve(path)), model)
+
+
+def sample(
+    model: PretrainedModel,
+    prompts: Sequence[str],
+    sampling: SamplingSection | None = None,
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 256,
+    template: str = "chat",
+    seed: int = 0,
+) -> list[list[str]]:
+    """Completions of each prompt, as text.
+
+    Args:
+      sampling: temperature, top-p, stop strings, ...; default: temperature 1.
+      samples: completions of each prompt.
+      template: `chat` (the tokenizer's), `r1_zero` (the paper's) or `plain`.
+      seed: with a prompt's index and a sample's it determines each completion.
+
+    Raises:
+      ValueError: a prompt is empty, or the tokenizer has no chat template.
+    """
+    language_model = model.language_model
+    data = DataSection(source="jsonl:-", template=template)
+    encoded = [
+        encode_prompt(Example(id=i, prompt=text, answer=""), data, language_model.tokenizer)
+        for i, text in enumerate(prompts)
+    ]
+    longest = max(len(prompt.token_ids) for prompt in encoded)
+    if longest + max_new_tokens > model.decoder.config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {longest} tokens with max_new_tokens = {max_new_tokens}: the model has "
+            f"max_position_embeddings = {model.decoder.config.max_position_embeddings}; ask less"
+        )
+    options = generate_options(
+        language_model,
+        sampling or SamplingSection(),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    completions = sample_batch(model.params, encoded, language_model, options)
+    texts = [each.text for each in completions]
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def log_probs(
+    model: PretrainedModel, tokens: Sequence[Sequence[int]], *, temperature: float = 1.0
+) -> Float[Array, "batch time"]:
+    """The log-prob of each token given those before it, under softmax(logits / temperature).
+
+    Args:
+      tokens: token ids of each text; they may differ in length.
+
+    Returns:
+      Entry t is of token t. The first token, about which the model says nothing, and the padding
+      behind a shorter text are 0.
+    """
+    lengths = [len(text) for text in tokens]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(
+            f"tokens have lengths {lengths}: give at least one text, none of them empty"
+        )
+    shards = model.decoder.layout.shards("batch")
+    rows, time = -(-len(tokens) // shards) * shards, bucket(max(lengths))
+    ids, segment_ids = np.zeros((2, rows, time), np.int32)
+    for i, text in enumerate(tokens):
+        ids[i, : len(text)], segment_ids[i, : len(text)] = text, 1
+    positions = np.broadcast_to(np.arange(time, dtype=np.int32), ids.shape)
+    scores = jax.jit(token_scores, static_argnames="model")(
+        model.params, ids, positions, segment_ids, model=model.decoder, temperature=temperature
+    )
+    return scores.log_probs[: len(tokens), : max(lengths)]
