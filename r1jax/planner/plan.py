@@ -21,10 +21,10 @@ from r1jax.programs.program import NotPlanned, longest_prompt
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.checks import check_divided
 from r1jax.run.models import decoder_of, make_layouts
+from r1jax.run.selection import Selection
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
-from r1jax.settings.names import nearest
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 from r1jax.weights import hugging_face
@@ -153,11 +153,7 @@ def plan(case: Case, options: PlanOptions = ALL) -> Plan:
         not to be had.
     """
     config, mesh = case.config, case.mesh
-    names = [stage.name for stage in config.stages]
-    for name in options.stages or ():
-        if name not in names:
-            hint = nearest(name, names) or f"there are {', '.join(names)}"
-            raise ValueError(f"--only {name}: no such stage; {hint.strip()}")
+    chosen = [Selection(only=name).stages(config)[0] for name in options.stages or ()]
     layouts = make_layouts(mesh, case.target.devices)
     check_divided(config, layouts)
     layout, rollout_layout = layouts
@@ -168,7 +164,7 @@ def plan(case: Case, options: PlanOptions = ALL) -> Plan:
     planned = [
         _plan_stage(stage, planning, compiler, target, options)
         for stage in config.stages
-        if not options.stages or stage.name in options.stages
+        if not chosen or stage.name in chosen
     ]
     return Plan(
         target=target.name,

@@ -30,13 +30,12 @@ class RewardModel(NamedTuple):
 
 def reward_models(stage: Stage, planning: Planning) -> dict[str, RewardModel]:
     """Reward -> its model, of the stage's rewards that have one."""
-    config = planning.config
-    stages = {each.name: each for each in config.stages}
+    formats = {each.name: each.reward_model_format() for each in planning.config.stages}
     models: dict[str, RewardModel] = {}
-    for name, reward in config.rewards_of(stage).items():
+    for name, reward in planning.config.rewards_of(stage).items():
         if reward.model is not None:
-            trained = stages.get(reward.model)
-            labelled = getattr(trained, "loss", None) == "pointwise"
+            trained = formats.get(reward.model)
+            labelled = trained is not None and trained.labelled
             models[name] = RewardModel(planning.decoder_of(reward.model), labelled)
     return models
 
