@@ -294,8 +294,8 @@ def summarise(
     Raises:
       ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
-    problems: dict[int | str, dict[int, _Sample]] = {}
-    domains: dict[int | str, str] = {}
+    problems: dict[int, dict[int, _Sample]] = {}
+    domains: dict[int, str] = {}
     for row in samples:
         problem, index = row["problem_id"], row["sample"]
         group = problems.setdefault(problem, {})

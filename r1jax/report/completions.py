@@ -16,8 +16,6 @@ _STEPS_SHOWN = 5
 # Columns of samples.jsonl that the page reads; rows without them (of another format) are not shown.
 _NEEDED = {"problem_id", "sample", "prompt", "answer", "completion", "outcome"}
 
-ProblemId = int | str
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -52,7 +50,7 @@ class Side:
 
     label: str
     note: str
-    problems: Mapping[ProblemId, Problem]
+    problems: Mapping[int, Problem]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def side_by_side(run: Run, before: StageRecord | None, after: StageRecord | None
         sides = [_side(run, stage, stages, before, after) for stage in stages]
         old = sides[stages.index(before)] if before in stages else sides[0]
         new = sides[stages.index(after)] if after in stages else sides[-1]
-        domains: dict[str, set[ProblemId]] = {}
+        domains: dict[str, set[int]] = {}
         for side in sides:
             for key, problem in side.problems.items():
                 domains.setdefault(problem.domain, set()).add(key)
@@ -115,18 +113,18 @@ def side_by_side(run: Run, before: StageRecord | None, after: StageRecord | None
 
 
 def choose_problems(
-    old: Mapping[ProblemId, Problem],
-    new: Mapping[ProblemId, Problem],
-    candidates: set[ProblemId],
+    old: Mapping[int, Problem],
+    new: Mapping[int, Problem],
+    candidates: set[int],
     limit: int,
-) -> list[ProblemId]:
+) -> list[int]:
     """Which problems to show: by rule, not by eye.
 
     In the order of problem ids: those that became right, then at most one that is still wrong, one
     that was lost and one that was right already; problems that both sides have come first.
     """
     keys = sorted(candidates & old.keys() & new.keys()) or sorted(candidates)
-    changes: dict[tuple[bool, bool], list[ProblemId]] = {}
+    changes: dict[tuple[bool, bool], list[int]] = {}
     for key in keys:
         was, now = (key in side and side[key].first.outcome == "right" for side in (old, new))
         changes.setdefault((was, now), []).append(key)
@@ -153,7 +151,7 @@ def _side(
     return Side(weights, stage.name if twice else "", _problems(stage))
 
 
-def _compared(key: ProblemId, sides: Sequence[Side]) -> Compared:
+def _compared(key: int, sides: Sequence[Side]) -> Compared:
     # The shortest prompt has the least of a template around the question.
     problems = (side.problems[key] for side in sides if key in side.problems)
     problem = min(problems, key=lambda each: len(each.prompt))
@@ -165,8 +163,8 @@ def _samples(stage: StageRecord) -> Iterator[JsonObject]:
     return (row for row in stage.rows("samples.jsonl") if row.keys() >= _NEEDED)
 
 
-def _problems(stage: StageRecord) -> dict[ProblemId, Problem]:
-    problems: dict[ProblemId, Problem] = {}
+def _problems(stage: StageRecord) -> dict[int, Problem]:
+    problems: dict[int, Problem] = {}
     for row in _samples(stage):
         key, sample = row["problem_id"], row["sample"]
         problem = problems.get(key)
@@ -203,7 +201,7 @@ def samples_by_step(stage: StageRecord) -> SamplesByStep | None:
     """
     if not stage.description.shows_samples:
         return None
-    firsts: dict[ProblemId, dict[int, JsonObject]] = {}  # question -> step -> its first sample
+    firsts: dict[int, dict[int, JsonObject]] = {}  # question -> step -> its first sample
     for row in _samples(stage):
         firsts.setdefault(row["problem_id"], {}).setdefault(row["step"], row)
     if not firsts:

@@ -42,11 +42,13 @@ def test_results_of_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
-    run_dir = fabricate(tmp_path / "run", Size(problems=6, samples=2, steps=30, until="r1-zero"))
+    size = Size(problems=6, samples=2, steps=30, until="r1-zero", curves=("r1-zero",))
+    run_dir = fabricate(tmp_path / "run", size)
     results = json.loads(write_results(run_dir).read_text())
     assert not results["complete"]
     assert results["before"] is not None and results["after"] is None
     assert results["missing"] == [
+        "stage base (pretrain): no metrics",
         "stage r1-zero (grpo): running",
         "stage final-eval (evaluate): not started",
     ]
@@ -126,6 +128,9 @@ def test_benchmarks_are_problems_not_templates(tmp_path: Path) -> None:
         ([("a", "evaluate", "h"), ("t", "grpo", "d")], ("a", None)),
         ([("a", "evaluate", "h"), ("t", "sft", "d")], ("a", None)),
         ([("t", "pretrain", "d"), ("b", "evaluate", "h")], (None, "b")),
+        # Pretraining makes the model before, and a reward model is no language model.
+        ([("b", "evaluate", "h"), ("t", "pretrain", "d")], (None, "b")),
+        ([("b", "evaluate", "h"), ("t", "reward_model", "d")], (None, "b")),
         ([("t", "grpo", "d"), ("b", "evaluate", "h")], (None, "b")),
         ([("b", "evaluate", "h")], (None, "b")),
         ([("t", "grpo", "d")], (None, None)),

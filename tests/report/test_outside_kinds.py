@@ -14,6 +14,7 @@ from html_page import Page
 
 from r1jax.evaluation.results import results
 from r1jax.evaluation.run_directory import read_run
+from r1jax.files import JsonObject
 from r1jax.report import write_report, write_seeds_report
 from r1jax.settings.stage import Stage, StageDescription, TrainStage
 
@@ -47,7 +48,7 @@ class Gather(Stage):
     DESCRIPTION: ClassVar[StageDescription] = StageDescription(title="gathering", leaves="dataset")
 
 
-STAGES = [
+STAGES: list[JsonObject] = [
     {"name": "student", "kind": "Imitate", "data": "train", "steps": 20},
     {"name": "student-quiz", "kind": "Quiz", "questions": 5},
     {"name": "texts", "kind": "Gather"},

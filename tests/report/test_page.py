@@ -48,7 +48,8 @@ from r1jax.report.wording import duration, figure
 @pytest.fixture(scope="module")
 def recipe_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    return fabricate_recipe(folder / "run", Size(problems=12, samples=4))
+    curves = ("zero", "dev1", "helpful-model", "r1", "distilled")
+    return fabricate_recipe(folder / "run", Size(problems=12, samples=4, curves=curves))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,7 @@ def test_held_out_evaluations_in_training_come_first(finished: Page, recipe: Pag
     for page, heading, expected in (
         (finished, "<h2>Training: r1-zero", panels[:2]),
         (recipe, "<h2>zero <small>", panels),
-        (recipe, "<h2>dev2 <small>", []),
+        (recipe, "<h2>r1 <small>", []),
     ):
         section = page.section(heading)
         shown = re.findall(r'<figure class="card panel">.*?</figure>', section, re.DOTALL)

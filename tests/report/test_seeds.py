@@ -48,8 +48,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
     for seed, run in enumerate(runs):
         # Nine seconds, and 9 more for each seed, in place of what r1 took.
-        seconds = {"seconds": {"update": 9.0 + 9.0 * seed}}
-        edit(run / "run.json", lambda info, s=seconds: info["stages"]["r1"].update(s))
+        info = json.loads((run / "run.json").read_text())
+        info["stages"]["r1"]["seconds"] = {"update": 9.0 + 9.0 * seed}
+        (run / "run.json").write_text(json.dumps(info))
     return runs
 
 
