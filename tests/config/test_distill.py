@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config.test_packaged import make_model
+from tiny_checkpoint import make_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r1jax import recipe
