@@ -715,7 +715,6 @@ def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
     moved = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
     ids = np.arange(math.prod(sizes.values())) if not moved else _iota(moved[1], moved[2])
     ids = ids.reshape(tuple(sizes.values()))
-    group = ids
     # The first device of every other axis; of a split axis the part that is named.
     index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):

@@ -20,11 +20,21 @@ _CALLS = 3
 def seconds(compiled: Compiled, prepare: Callable[[PyTree], PyTree]) -> float:
     """Median seconds of a call; a first one, which warms up, does not count.
 
+    The arguments are reals as small as weights, zeros and truths, each where the program reads it.
+    They are not random: no program here is faster for it.
+
     Args:
       prepare: positional arguments, made without knowing what they are for -> those to call it
         with.
     """
-    make = _maker(compiled)
+
+    def fill(leaf: jax.stages.ArgInfo) -> jax.Array:
+        value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype == jnp.bool_
+        return jnp.full(leaf.shape, value, leaf.dtype)
+
+    make = jax.jit(
+        lambda: jax.tree.map(fill, compiled.args_info), out_shardings=compiled.input_shardings
+    )
     taken = []
     for _ in range(1 + _CALLS):
         positional, named = make()  # new ones for each call, which may consume them
@@ -33,18 +43,3 @@ def seconds(compiled: Compiled, prepare: Callable[[PyTree], PyTree]) -> float:
         jax.block_until_ready(compiled(*positional, **named))
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
-
-
-def _maker(compiled: Compiled) -> Callable[[], PyTree]:
-    """Makes arguments, each where the program reads it: reals as small as weights, zeros, truths.
-
-    Not random: no program here is faster for it.
-    """
-
-    def fill(leaf: jax.stages.ArgInfo) -> jax.Array:
-        value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype == jnp.bool_
-        return jnp.full(leaf.shape, value, leaf.dtype)
-
-    return jax.jit(
-        lambda: jax.tree.map(fill, compiled.args_info), out_shardings=compiled.input_shardings
-    )

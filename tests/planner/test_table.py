@@ -15,17 +15,9 @@ import jax.numpy as jnp
 import pytest
 
 from r1jax.config.load import load_config
-from r1jax.planner import (
-    Plan,
-    ProgramPlan,
-    Slice,
-    StagePlan,
-    as_markdown,
-    compiler,
-    distinct_stages,
-    has_margin,
-)
+from r1jax.planner import Plan, Slice, as_markdown, compiler, distinct_stages, has_margin
 from r1jax.planner.estimate import Times
+from r1jax.planner.plan import ProgramPlan, StagePlan
 
 GIB = 2.0**30
 

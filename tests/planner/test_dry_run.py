@@ -1,0 +1,48 @@
+"""What `--dry-run` says that a run keeps in memory, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from r1jax.config.load import load_config
+from r1jax.planner.dry_run import describe
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_memory_is_what_the_programs_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run compiles nothing")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.chdir(TESTS)
+    monkeypatch.syspath_prepend(TESTS)
+    halves = ["model.compute_dtype=bfloat16", "stages.rl.max_new_tokens=200"]
+    described = describe(load_config("tiny_r1.yaml", [*halves, "mesh.axes={data: 1}"]))
+    memory = {row["what"]: row["bytes"] for row in described["memory"]}
+
+    # 1 layer, hidden 16, inner 32, 2 + 2 x 1 heads of 8 with biases, 20 tokens, tied; float32.
+    weights = 4 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 20 * 16 + 3 * 16 + 16 + 2 * 8)
+    assert memory["model.weights"] == weights
+    assert memory["rl: gradients"] == memory["rl: reference policy"] == weights
+    assert memory["rl: optimizer moments"] == 2 * weights + 2 * 4  # and two counters
+    # The sampler has a copy in bfloat16.
+    assert memory["rl: sampler's weights"] == memory["after: sampler's weights"] == weights / 2
+    assert "student_after: sampler's weights" not in memory  # float32
+    # Keys and values of 8 bfloat16 numbers: of 2 questions, as padded, and of 4 samples of each.
+    prompt, questions = 1024, 2
+    assert memory["rl: key-value cache"] == 2 * 2 * 8 * questions * (prompt + 4 * 200)
+    after = memory["after: key-value cache, all at full length"]
+    assert after == 2 * 2 * 8 * 2 * (prompt + 2 * 12)
+    # A reward model has one vector in place of tokens to predict, and both are kept while sampling.
+    scorer = weights + 4 * 16
+    assert memory["helpful_model: gradients"] == scorer
+    assert memory["rl: reward models"] == 2 * scorer
+    assert "helpful_model: a chunk of logits" not in memory
+    # Remat keeps everything: 20 numbers for each of a layer's 16.
+    texts = 2 * 4 // 2  # pairs, in two micro-batches
+    assert memory["helpful_model: activations"] == texts * 64 * 20 * 16 * 2
+    assert memory["tuned: a chunk of logits"] == 2 * 8 * 20 * 4 * 2  # in float32, with gradients
