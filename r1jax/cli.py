@@ -1,7 +1,7 @@
 """The command line: `r1jax run tiny/r1_zero seed=1`.
 
 Each command reads its arguments, calls one function of the package and prints what that returns.
-Imports are inside the commands, so that `--help` and a mistyped config need not wait for JAX.
+Imports are inside the functions, so that `--help` and a mistake in a config do not wait for JAX.
 
 Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
 message and exit status 2; a run that gives up with advice is one with status 1. R1JAX_DEBUG=1 shows
@@ -13,24 +13,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from r1jax.config.run_config import RunConfig
+    from r1jax.files import JsonObject
 
 
 class _Commands(TyperGroup):
     """Prints the user's mistakes as messages."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, typer.Exit, typer.Abort):
@@ -38,17 +42,18 @@ class _Commands(TyperGroup):
         except Exception as error:
             # The package's own errors are worded for users; another library's RuntimeError, such
             # as XLA's, needs its traceback.
-            own = type(error).__module__.startswith("r1jax.")
+            ours = type(error).__module__.startswith("r1jax.")
             failed = isinstance(error, RuntimeError)
             # Python's import errors have a name; those that ask for an extra are only text.
             broken = isinstance(error, ImportError) and error.name is not None
-            worded = isinstance(error, ValueError | OSError | ImportError) or (failed and own)
+            worded = isinstance(error, ValueError | OSError | ImportError) or (failed and ours)
             process = _process()
+            prefix = "" if process is None else f"[process {process}] "
             if os.environ.get("R1JAX_DEBUG") == "1" or broken or not worded:
-                if process is not None:  # whose traceback it is
-                    typer.secho(f"[process {process}] failed:", fg=typer.colors.RED, err=True)
+                if prefix:  # whose traceback it is
+                    typer.secho(f"{prefix}failed:", fg=typer.colors.RED, err=True)
                 raise
-            _complain(error, own, process)
+            _print_error(error, prefix, with_place=not ours)
             raise typer.Exit(1 if failed else 2) from None
 
 
@@ -61,12 +66,17 @@ app = typer.Typer(
     help="The DeepSeek-R1 recipe in JAX: train, evaluate and sample models that reason.",
 )
 
-Overrides = Annotated[
+ConfigName: TypeAlias = Annotated[
+    str, typer.Argument(help="A YAML file, or a name that `configs` lists.")
+]
+Model: TypeAlias = Annotated[
+    str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
+]
+Overrides: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY.PATH=VALUE]...",
         help="Changes to the config, such as seed=1 or stages.rl.optimizer.learning_rate=1e-6.",
-        show_default=False,
     ),
 ]
 
@@ -82,8 +92,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+        bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options before the command."""
@@ -91,12 +100,12 @@ def _options(
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
+    config: ConfigName,
     overrides: Overrides = None,
     first: Annotated[str | None, typer.Option("--from", help="The first stage to run.")] = None,
     last: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="The one stage to run.")] = None,
-    describe: Annotated[
+    dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
@@ -111,14 +120,10 @@ def run(
             help="Trace these optimizer steps, both included and counted from 1, of every train "
             "stage that gets there, or of STAGE; with the rollout that feeds them, and on process "
             "0. XProf and TensorBoard show what is in the stage's folder profile/.",
-            show_default=False,
         ),
     ] = None,
     slice_name: Annotated[
-        str | None,
-        typer.Option(
-            "--slice", help="Use the config's settings for this slice.", show_default=False
-        ),
+        str | None, typer.Option("--slice", help="Use the config's settings for this slice.")
     ] = None,
 ) -> None:
     """Run a config's stages; the same command again resumes a run that was stopped."""
@@ -128,43 +133,39 @@ def run(
 
     from r1jax import recipe
     from r1jax.metrics import ProfiledSteps
-    from r1jax.planner import dry_run
     from r1jax.processes import join_processes
+    from r1jax.run.selection import Selection
 
     profiled = None if profile is None else ProfiledSteps.parse(profile)
     join_processes()
-    if describe:
-        _print_description(settings, dry_run.describe(settings))
+    if dry_run:
+        _print_dry_run(settings)
         return
-    selection = recipe.Selection(only=only, first=first, last=last)
-    raise typer.Exit(recipe.run(settings, selection, profiled))
+    raise typer.Exit(recipe.run(settings, Selection(only, first, last), profiled))
 
 
 @app.command()
 def plan(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a name that `configs` lists.")],
+    config: ConfigName,
     overrides: Overrides = None,
     slices: Annotated[
         list[str] | None,
         typer.Option(
             "--slice",
             help="As of `run`: the slice, with the config's settings for it; may be repeated.",
-            show_default=False,
         ),
     ] = None,
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="A TPU slice that need not be there, such as v5p:4x4x8; may be repeated.",
-            show_default=False,
+            help="A TPU slice that need not be there, such as v5p:4x4x8; may be repeated."
         ),
     ] = None,
     mesh: Annotated[
         list[str] | None,
         typer.Option(
             help="How to arrange its devices: fsdp=8,tensor=4, a name in configs/mesh, or an axis "
-            "for all of them; may be repeated. Default: the config's.",
-            show_default=False,
+            "for all of them; may be repeated. Default: the config's."
         ),
     ] = None,
     fake: Annotated[
@@ -172,13 +173,11 @@ def plan(
         typer.Option(
             "--fake-devices",
             min=1,
-            help="Plan for so many devices made of the CPU: without times.",
-            show_default=False,
+            help="Plan for this many devices that the CPU stands in for: without times.",
         ),
     ] = None,
     only: Annotated[
-        list[str] | None,
-        typer.Option(help="A stage to plan; may be repeated. Default: all.", show_default=False),
+        list[str] | None, typer.Option(help="A stage to plan; may be repeated. Default: all.")
     ] = None,
     quick: Annotated[
         bool,
@@ -192,15 +191,15 @@ def plan(
         bool,
         typer.Option(
             "--measure",
-            help="Run each program, too, with arguments that mean nothing: on the devices of this "
-            "machine, or on fake ones.",
+            help="Also run each program, with placeholder arguments: on this machine's devices, or "
+            "on fake ones.",
         ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
 ) -> None:
-    """Compile what a run will call for a slice, and tell memory, work, exchange and time.
+    """Compile a run's programs for a slice; print their memory, work, traffic and time.
 
     Needs no accelerator, weights or data. Times are those of a perfect machine. The exit status is
     1 where nothing fits.
@@ -211,9 +210,9 @@ def plan(
         raise ConfigError(["--slice, --topology and --fake-devices: give one of them"])
     if measure and (slices or topology):
         raise ConfigError(["--measure needs devices that are there: give no --slice or --topology"])
-    shaped = with_given_shapes(overrides or ())
-    named: list[str | None] = [*slices] if slices else [None]
-    settings = [load_config(config, shaped, name) for name in named]
+    shaped = _with_given_shapes(overrides or ())
+    slice_names: Sequence[str | None] = slices or [None]
+    settings = [load_config(config, shaped, name) for name in slice_names]
 
     from r1jax import planner
 
@@ -224,10 +223,10 @@ def plan(
     else:
         targets = [planner.attached()]
     # A config for each slice, or one for all.
-    pairs = zip(settings * (1 if slices else len(targets)), targets, strict=True)
+    pairs = zip(settings if slices else settings * len(targets), targets, strict=True)
     cases = [
-        planner.Case(own, target, planner.parse_mesh(text, own.mesh))
-        for own, target in pairs
+        planner.Case(each, target, planner.parse_mesh(text, each.mesh))
+        for each, target in pairs
         for text in mesh or ["config"]
     ]
     console = _console()
@@ -251,10 +250,10 @@ def plan_all(
         Path | None, typer.Option(help="Write the table to this file, after each slice.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="A folder for what is compiled: a next call finds it.")
+        Path | None, typer.Option(help="A folder that keeps what is compiled for later calls.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin no slice after so many.", show_default=False)
+        float | None, typer.Option(min=0, help="Begin no slice after this many.")
     ] = None,
 ) -> None:
     """Plan configs on every slice that they have settings for, quickly, as one Markdown table.
@@ -268,22 +267,21 @@ def plan_all(
     names = configs or [name for name in packaged_configs() if slices_of(name)]
     waiting = [(name, slice_name) for name in names for slice_name in slices_of(name)]
     if not waiting:
-        raise ValueError(f"{', '.join(names)}: no config has slices; see r1jax/config/load.py")
+        raise ValueError(f"{', '.join(names)}: no config has settings for `slices`")
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    console = _console()
     planned: list[tuple[str, planner.Plan]] = []
+    console = _console()
     with console.status("planning") as status:
         while waiting and (until is None or time.monotonic() < until):
             name, slice_name = waiting.pop(0)
             settings = load_config(name, (), slice_name)
-            target = planner.tpu_slice(slice_name)
-            case = planner.Case(settings, target, settings.mesh)
             options = planner.PlanOptions(
                 planner.distinct_stages(settings),
                 quick=True,
                 cache=cache,
-                progress=lambda line, n=name: status.update(f"{n}: {line}"),
+                progress=lambda line, name=name: status.update(f"{name}: {line}"),  # type: ignore[misc]
             )
+            case = planner.Case(settings, planner.tpu_slice(slice_name), settings.mesh)
             planned.append((name, planner.plan_case(case, options)))
             if out is not None:
                 out.write_text(planner.as_markdown(planned, waiting), encoding="utf-8")
@@ -297,16 +295,13 @@ def plan_all(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
-    ],
+    model: Model,
     overrides: Overrides = None,
     benchmark: Annotated[
         list[str] | None,
         typer.Option(
             help="A benchmark with the paper's protocol, such as aime_2024 or math_500; may be "
-            "repeated. No config is needed.",
-            show_default=False,
+            "repeated. No config is needed."
         ),
     ] = None,
     config: Annotated[
@@ -323,7 +318,7 @@ def evaluate(
             "the config's output."
         ),
     ] = None,
-    describe: Annotated[bool, typer.Option("--dry-run", help="As of `run`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="As of `run`.")] = False,
 ) -> None:
     """Evaluate a model, or a run's final weights: on benchmarks, or as a config's stage does.
 
@@ -333,16 +328,16 @@ def evaluate(
     from r1jax.config.load import ConfigError, load_config, parse_config
     from r1jax.stages.evaluate.benchmarks import evaluation_of
 
-    own = locate(model) / "config.yaml"
-    trained = load_config(own) if own.is_file() else None
+    recorded = locate(model) / "config.yaml"
+    trained = load_config(recorded) if recorded.is_file() else None
     weights = model if trained is None else _final_weights(model, trained)
     if benchmark:
         if config is not None or stage is not None:
             raise ConfigError(["--benchmark needs no config: give it without --config and --stage"])
-        described = evaluation_of(weights, locate(model).resolve().name, benchmark)
-        settings = parse_config(json.dumps(described), "r1jax eval", overrides or ())
+        document = evaluation_of(weights, locate(model).resolve().name, benchmark)
+        settings = parse_config(json.dumps(document), "r1jax eval", overrides or ())
     elif config is not None or trained is not None:
-        settings = load_config(config or own, overrides or ())
+        settings = load_config(config or recorded, overrides or ())
     else:
         raise ConfigError(
             [
@@ -352,7 +347,6 @@ def evaluate(
         )
 
     from r1jax import recipe
-    from r1jax.planner import dry_run
     from r1jax.processes import join_processes
 
     join_processes()
@@ -362,8 +356,8 @@ def evaluate(
         settings = settings.model_copy(update={"output": out})
     if not benchmark:
         settings = recipe.evaluation_config(settings, weights, stage)
-    if describe:
-        _print_description(settings, dry_run.describe(settings))
+    if dry_run:
+        _print_dry_run(settings)
         return
     code = recipe.run(settings)
     if code == 0 and not _process():
@@ -378,9 +372,7 @@ def evaluate(
 
 @app.command()
 def sample(
-    model: Annotated[
-        str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
-    ],
+    model: Model,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Default: read from standard input.")
     ] = None,
@@ -401,8 +393,7 @@ def sample(
         typer.Option(help="chat: the tokenizer's own. plain: for base models."),
     ] = "chat",
     speculative: Annotated[
-        bool,
-        typer.Option(help="Let the model's module for multi-token prediction draft: sooner."),
+        bool, typer.Option(help="Draft with the model's module for multi-token prediction: faster.")
     ] = False,
 ) -> None:
     """Print a model's completions of a prompt as they are made."""
@@ -468,8 +459,7 @@ def export(
         Literal["float32", "bfloat16", "float16", "fp8"] | None,
         typer.Option(
             help="Of the weights; fp8: as DeepSeek-V3 is released, in blocks of 128 x 128. "
-            "Default: as they were trained.",
-            show_default=False,
+            "Default: as they were trained."
         ),
     ] = None,
 ) -> None:
@@ -490,8 +480,7 @@ def report(
         str | None,
         typer.Option(
             help="Folder for report.html, tables.md and results.json over seeds; several runs "
-            "need it.",
-            show_default=False,
+            "need it."
         ),
     ] = None,
 ) -> None:
@@ -547,39 +536,34 @@ def _process() -> int | None:
         return None
     from r1jax.processes import distributed_process
 
-    self = distributed_process()
-    return None if self is None else self.index
+    process = distributed_process()
+    return None if process is None else process.index
 
 
-def _complain(error: Exception, own: bool, process: int | None = None) -> None:
+def _print_error(error: Exception, prefix: str, with_place: bool) -> None:
     """The message, and for errors that may be a fault of r1jax, where it was raised."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    if process is not None:
-        text = f"[process {process}] {text}"
-    typer.secho(text, fg=typer.colors.RED, err=True)
+    typer.secho(prefix + text, fg=typer.colors.RED, err=True)
     package = f"{Path(__file__).parent}{os.sep}"
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if frame.filename.startswith(package)]
-    if inside and not own:
+    if inside and with_place:
         place = f"{inside[-1].filename}:{inside[-1].lineno}"
         typer.secho(f"({place}; R1JAX_DEBUG=1 shows the traceback)", dim=True, err=True)
 
 
-def with_given_shapes(overrides: Sequence[str]) -> list[str]:
+def _with_given_shapes(overrides: Sequence[str]) -> list[str]:
     """Overrides for a plan: a model's `config` takes the place of its `path`.
 
     So that a config of a model that cannot be reached is planned with its shape. Weights and
     tokenizer are not looked at.
     """
-    found = list(overrides)
-    for override in overrides:
-        key, given, _ = override.partition("=")
-        model, _, last = key.rpartition(".")
-        if given and last == "config" and (model == "model" or model.startswith("models.")):
-            found += [f"{model}.path=null", f"{model}.tokenizer=none"]
-    return found
+    shapes = [re.match(r"(model|models\..+)\.config=", override) for override in overrides]
+    models = [shape[1] for shape in shapes if shape is not None]
+    resets = ("path=null", "tokenizer=none")
+    return [*overrides, *(f"{model}.{reset}" for model in models for reset in resets)]
 
 
 def _require_run(directory: Path) -> None:
@@ -620,25 +604,26 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _console() -> Any:
+def _console() -> Console:
     from rich.console import Console
 
     # Not cut to 80 columns when read by another program.
     return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
 
 
-def _print_description(config: RunConfig, description: Mapping[str, Any]) -> None:
-    """What a dry run says: config, devices, each weight, and the memory estimate."""
+def _print_dry_run(config: RunConfig) -> None:
+    """The config, devices, each weight, and the memory estimate."""
     from rich.table import Table
 
     from r1jax.config.load import dump_config
+    from r1jax.planner.dry_run import describe
 
+    description = describe(config)
     if _process():
         return
     typer.echo(dump_config(config))
     typer.echo(f"devices: {description['devices']}")
     typer.echo(f"parameters: {description['parameters']:,}")
-    console = _console()
     weights = Table("weight", "shape", "dtype", "sharding", box=None)
     weights.add_column("bytes per device", justify="right")
     for weight in description["weights"]:
@@ -646,15 +631,15 @@ def _print_description(config: RunConfig, description: Mapping[str, Any]) -> Non
         weights.add_row(
             weight["name"], shape, weight["dtype"], str(weight["sharding"]), _size(weight["bytes"])
         )
-    console.print(weights, markup=False)
     memory = Table("memory per device", box=None)
     memory.add_column("bytes", justify="right")
     for entry in description["memory"]:
         memory.add_row(entry["what"], _size(entry["bytes"]))
-    console.print(memory, markup=False)
+    for table in (weights, memory):
+        _console().print(table, markup=False)
 
 
-def _print_summary(stage: str, summary: Mapping[str, Any]) -> None:
+def _print_summary(stage: str, summary: JsonObject) -> None:
     """Estimates with their 95 % intervals, then the plain figures."""
     from rich.table import Table
 

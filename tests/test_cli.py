@@ -17,6 +17,7 @@ from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
 from r1jax.metrics import ProfiledSteps
+from r1jax.run.selection import Selection
 from r1jax.run.stop import RunError
 
 CONFIG = """\
@@ -82,15 +83,15 @@ def test_run_gives_the_resolved_config_and_the_exit_status(
     result = invoke("run", config, "seed=5", "stages.last.problems=2")
     assert result.exit_code == code, result.output
     settings = load_config(config, ["seed=5", "stages.last.problems=2"])
-    run.assert_called_once_with(settings, recipe.Selection(), None)
+    run.assert_called_once_with(settings, Selection(), None)
 
 
 def test_run_selects_stages(config: Path, recipe: Any, replace: Replace) -> None:
     run = replace(recipe, "run", return_value=0)
     assert invoke("run", config, "--from", "first", "--until", "last").exit_code == 0
-    assert run.call_args.args[1] == recipe.Selection(first="first", last="last")
+    assert run.call_args.args[1] == Selection(first="first", last="last")
     assert invoke("run", config, "--only", "last").exit_code == 0
-    assert run.call_args.args[1] == recipe.Selection(only="last")
+    assert run.call_args.args[1] == Selection(only="last")
 
 
 def test_run_profiles_steps(config: Path, recipe: Any, replace: Replace) -> None:
@@ -443,20 +444,25 @@ def test_configs_lists_every_name_with_its_title() -> None:
         assert load_config(name).title in line
 
 
-def test_help_and_config_mistakes_wait_for_no_heavy_import() -> None:
-    code = (
+@pytest.mark.parametrize(
+    ("arguments", "code", "unneeded"),
+    [
+        (["--help"], 0, ["jax", "numpy", "transformers", "pydantic"]),
+        (["run", "CONFIG"], 2, ["jax", "numpy", "transformers", "huggingface_hub", "rich"]),
+    ],
+)
+def test_help_and_a_mistake_in_a_config_wait_for_no_heavy_import(
+    config: Path, arguments: list[str], code: int, unneeded: list[str]
+) -> None:
+    config.write_text(CONFIG.replace("kind: evaluate", "kind: evalute"))
+    arguments = [argument.replace("CONFIG", str(config)) for argument in arguments]
+    program = (
         "import sys; from r1jax.cli import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('jax', 'transformers', 'pydantic') if m in sys.modules])"
+        f"try: app({arguments!r})\n"
+        f"except SystemExit as error: assert error.code == {code}\n"
+        f"print([m for m in {unneeded!r} if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]"
-
-
-def test_module_is_the_same_command() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "r1jax", "run", "nope"], capture_output=True, text=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.returncode == 2
-    assert run.stderr.startswith("nope: neither a file nor a packaged config")
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr

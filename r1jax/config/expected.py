@@ -63,7 +63,7 @@ def keys_at(data: JsonObject, path: KeyPath) -> dict[str, FieldInfo]:
     if parts == [Stage]:
         parts = [each for _, stage, each in stage_kinds(data) if stage is value]
     elif len(parts) > 1:  # of different kinds
-        kinds = [_keys(part)["kind"].annotation for part in parts]
+        kinds: list[Any] = [_keys(part)["kind"].annotation for part in parts]
         parts = [part for part, each in zip(parts, kinds, strict=True) if kind in get_args(each)]
         if not parts:
             return {"kind": FieldInfo(annotation=functools.reduce(operator.or_, kinds))}
