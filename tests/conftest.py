@@ -1,14 +1,27 @@
-"""Settings of all tests: the CPU, and one compilation cache for the processes they start."""
+"""Settings of all tests: the CPU, quick compilation, one cache of programs for all processes."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
+import compiled_programs
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_FLAGS", compiled_programs.QUICK)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers get the variables of the process above them
+        os.environ.update(compiled_programs.cache())
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported stays: no need to look through it again and again
 
 
 @pytest.fixture(params=["cpu", "tpu"])
