@@ -1,23 +1,20 @@
 """Runs whose outputs are on Google Cloud Storage: `output=gs://BUCKET/FOLDER`.
 
-A run appends to files and cuts them, and renames what is complete; an object store has neither,
-only whole objects that are replaced at once. So the files of a run are of two kinds:
+A run appends to files, cuts them, and renames complete ones; an object store can do none of this:
+it replaces whole objects. So the files of a run are of two kinds:
 
-- **Large ones go straight to the bucket.** Checkpoints, by Orbax and TensorStore, which end each
-  with an object that says that it is complete; and Hugging Face directories, tensor by tensor,
-  `config.json` last (`r1jax.weights`). No host needs disk space for them.
-- **All others are written here**, in a `WorkingCopy`: what writes and reads them, the trackers and
-  TFDS included, knows local files only, and an output on a local disk is as it ever was. The copy
-  is uploaded, object by object and `run.json` last, before each checkpoint is begun and whenever
-  the run's record changes. So a checkpoint never counts on lines that the bucket does not have, and
-  a stage that `run.json` calls done has its results there.
+- **Large ones are written to the bucket.** Checkpoints, by Orbax and TensorStore, whose last object
+  says that they are complete; and Hugging Face directories, tensor by tensor, `config.json` last
+  (`r1jax.weights`). No host needs disk space for them.
+- **All others are written to a local `WorkingCopy`**: the code that writes and reads them, the
+  trackers and TFDS included, needs local files only. The copy is uploaded, object by object and
+  `run.json` last, before each checkpoint and whenever the run's record changes. So a checkpoint
+  never refers to lines that the bucket does not have, and a stage that `run.json` calls done has
+  its results there.
 
-(Paths on the bucket everywhere would still need a local file behind every append, and code for both
-at every place that writes.)
-
-A process may therefore die between any two writes. What it leaves is a checkpoint, and files at
-least as long as that says, which a resumed run cuts, as it does on a disk. Nothing is read from a
-former process's disk: the working copy is made anew from the bucket.
+A process may therefore be killed between any two writes. It leaves a checkpoint, and files at least
+as long as that says, which a resumed run cuts, as on a disk. The working copy is always made anew
+from the bucket.
 
 gcsfs is imported only where a path begins with `gs://`.
 """
@@ -43,17 +40,17 @@ _LARGE = ("checkpoints", "model", "tfds", "profile", "evaluations")
 _PART_BYTES = 32 << 20  # of a request; several of them are under way at once
 
 
-def locate(place: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str]) -> Path:
     """A local path as `Path`, and one on a bucket as `etils.epath.Path`, which has its methods.
 
     Raises:
       ValueError: another scheme than gs://.
-      ImportError: what reads buckets is not installed.
+      ImportError: gcsfs is not installed.
     """
-    text = os.fspath(place)
-    scheme, found, _ = text.partition("://")
-    if not found:
-        return Path(place)
+    text = os.fspath(path)
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return Path(path)
     if scheme != "gs":
         raise ValueError(
             f"{text}: {scheme}:// is not known; give a local path, or gs://BUCKET/... for Google "
@@ -64,22 +61,22 @@ def locate(place: str | os.PathLike[str]) -> Path:
     import fsspec
     from etils import epath
 
-    # For Orbax's own use of it, too. Other processes write to the same folders, and TensorStore
-    # does, so a listing is never kept. Uploads are cut into blocks.
-    ours = {"use_listings_cache": False, "block_size": _PART_BYTES}
-    fsspec.config.conf["gs"] = ours | fsspec.config.conf.get("gs", {})
+    # Orbax uses it, too. Other processes and TensorStore write to the same folders, so listings are
+    # not cached. Uploads are cut into blocks.
+    options = {"use_listings_cache": False, "block_size": _PART_BYTES}
+    fsspec.config.conf["gs"] = options | fsspec.config.conf.get("gs", {})
     return cast(Path, epath.Path(text))
 
 
-def on_bucket(place: str | os.PathLike[str]) -> bool:
-    return os.fspath(place).startswith(_SCHEME)
+def on_bucket(path: str | os.PathLike[str]) -> bool:
+    return os.fspath(path).startswith(_SCHEME)
 
 
 def check_access(folder: str) -> None:
     """Looks at the bucket, and writes, lists, reads and deletes an object in this folder.
 
     Raises:
-      ValueError: one of these cannot be done; it and the bucket are named.
+      ValueError: one of these operations fails; names it and the bucket.
     """
     from google.cloud import storage
 
@@ -88,7 +85,7 @@ def check_access(folder: str) -> None:
     bucket = folder.removeprefix(_SCHEME).partition("/")[0]
     probe = f"{folder}/access-{uuid.uuid4().hex}"
     for operation, act in (
-        # Orbax asks, too; that the objects may be used does not mean that the bucket may be seen.
+        # Orbax does this, too; access to the objects does not include access to the bucket.
         ("look at the bucket (storage.buckets.get)", lambda: storage.Client().get_bucket(bucket)),
         ("write (storage.objects.create)", lambda: files.pipe_file(probe, b"r1jax")),
         ("list (storage.objects.list)", lambda: files.find(probe)),
@@ -123,7 +120,7 @@ def download(folder: Path, patterns: Sequence[str], target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path, last: str) -> None:
-    """Copies a folder, each end local or on a bucket; the file of that name when all others are."""
+    """Copies a folder, local or on a bucket, to another; the file `last` after all others."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == last):
         if path.is_dir():
@@ -135,9 +132,9 @@ def copy_folder(source: Path, target: Path, last: str) -> None:
 
 @contextmanager
 def local_copy(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A run's directory to read and write in: itself or, of one on a bucket, a working copy.
+    """A local directory of a run: itself, or a working copy that is uploaded at the end.
 
-    The copy is uploaded at the end. It has no weights.
+    A working copy has no weights.
     """
     if not on_bucket(directory):
         yield Path(directory)
@@ -169,16 +166,16 @@ class WorkingCopy:
         self._pushed: dict[str, tuple[int, int]] = {}  # name -> state of the file
 
     def pull(self) -> None:
-        """Downloads what is not here yet, or was replaced on the bucket since."""
+        """Downloads objects that are new on the bucket, or were replaced there."""
         prefix = f"{os.fspath(self.home).removeprefix(_SCHEME)}/"
-        found = {
+        generations = {
             path.removeprefix(prefix): entry["generation"]
             for path, entry in self._files.find(f"{_SCHEME}{prefix}", detail=True).items()
             if not path.endswith("/")  # some tools make an object for a folder
         }
         newer = {
             name: generation
-            for name, generation in found.items()
+            for name, generation in generations.items()
             if self._pulled.get(name) != generation and not set(name.split("/")) & set(_LARGE)
         }
         targets = [self.directory / name for name in newer]
@@ -189,30 +186,30 @@ class WorkingCopy:
         self._pushed |= {name: _state(self.directory / name) for name in newer}
 
     def push(self) -> None:
-        """Uploads what has changed here, and deletes what was deleted here; `run.json` last."""
-        here: dict[str, tuple[int, int]] = {}
+        """Uploads changed files and deletes objects whose files were deleted; `run.json` last."""
+        states: dict[str, tuple[int, int]] = {}
         contents: dict[str, bytes] = {}
         for path in self.directory.rglob("*"):
             name = path.relative_to(self.directory).as_posix()
-            with suppress(FileNotFoundError):  # a tracker's own, gone meanwhile
+            with suppress(FileNotFoundError):  # a tracker has removed its file meanwhile
                 if path.is_file():
                     state = _state(path)
                     if self._pushed.get(name) != state:
                         contents[self._object(name)] = path.read_bytes()
-                    here[name] = state
+                    states[name] = state
         record = contents.pop(self._object(_RECORD), None)
         if contents:
             self._files.pipe(contents)
-        for name in self._pushed.keys() - here.keys():
+        for name in self._pushed.keys() - states.keys():
             with suppress(FileNotFoundError):
                 self._files.rm_file(self._object(name))
             del self._pushed[name]
         if record is not None:
             self._files.pipe_file(self._object(_RECORD), record)
-        self._pushed = here
+        self._pushed = states
 
-    def place(self, path: Path) -> Path:
-        """What has this path in the copy, on the bucket."""
+    def remote(self, path: Path) -> Path:
+        """The path on the bucket of a path in the copy."""
         return self.home / path.relative_to(self.directory)
 
     def _object(self, name: str) -> str:
@@ -220,10 +217,10 @@ class WorkingCopy:
 
 
 def _locked(scratch: Path) -> IO[str]:
-    """A lock in this folder, held until it is closed, or this process is no more."""
+    """A lock in this folder, held until it is closed or this process ends."""
     lock = open(scratch / "new-lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(lock.name, scratch / _LOCK)  # under this name it was never free
+    os.rename(lock.name, scratch / _LOCK)  # under this name it was always locked
     return lock
 
 
@@ -235,8 +232,8 @@ def _remove_abandoned() -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _file_system(place: str | os.PathLike[str]) -> Any:
-    locate(place)  # sees to what it needs
+def _file_system(path: str | os.PathLike[str]) -> Any:
+    locate(path)  # configures it
     import fsspec
 
     return fsspec.filesystem("gs")

@@ -1,7 +1,7 @@
-"""Run state on disk: one atomic item per step, restorable onto any device layout.
+"""Atomic checkpoints: the state of a train loop on disk, restorable onto any device layout.
 
-A checkpoint is everything that makes a resumed run equal to one that was never killed: arrays
-(weights, optimizer, keys) and a JSON mapping (data cursor, metrics cursor). Both are written by one
+A checkpoint holds all that a resumed run needs to equal one that was never killed: arrays (weights,
+optimizer, keys) and a JSON mapping (data cursor, metrics cursor). Both are written by one
 `orbax.checkpoint.CheckpointManager` call, into one directory:
 
     DIRECTORY/STEP.orbax-checkpoint-tmp/...   while it is written
@@ -11,10 +11,9 @@ A checkpoint is everything that makes a resumed run equal to one that was never 
 `commit_success.txt` is the commit.)
 
 A directory is renamed when all of its files are closed, so a name without the suffix is a finished
-checkpoint and a process killed at any moment leaves either the old name set or the new one. Older
-checkpoints are removed after the commit, oldest first, so the newest finished one is never at risk.
-What a dead process left behind under the temporary suffix is never read, and is removed when the
-directory is opened again. (The guarantee is against killed processes. Not every file is synced
+checkpoint, whenever a process is killed. Older checkpoints are removed after the commit, oldest
+first, so the newest finished one is never at risk. What a killed process left under the temporary
+suffix is never read, and is removed when the directory is opened again. (Not every file is synced
 before the rename, so surviving a power cut is up to the file system.)
 
 Every process of a `jax.distributed` run makes the same calls in the same order: Orbax writes each
@@ -27,8 +26,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -36,35 +34,37 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r1jax.bucket import locate, on_bucket
+from r1jax.files import JsonObject
 
-PyTree = Any
+if TYPE_CHECKING:
+    from jaxtyping import Array, PyTree
 
 _ARRAYS = "arrays"
 _METADATA = "metadata"
 
 
 class Checkpoints:
-    """The checkpoints of one stage, newest `keep` of them.
+    """The newest checkpoints of one stage.
 
     Args:
       directory: made if it is missing; shared by all processes of a run; local or on a bucket.
       keep: how many finished checkpoints stay, at least 1.
 
-    Opening a directory removes what a killed process left half-written, so only one run may write
-    to it at a time.
+    Opening a directory removes what a killed process left unfinished, so only one run may write to
+    it at a time.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least the newest checkpoint has to stay")
-        where = locate(directory)
-        self.directory = where if on_bucket(where) else Path(os.path.abspath(where))
+        path = locate(directory)
+        self.directory = path if on_bucket(path) else Path(os.path.abspath(path))
         self._manager = ocp.CheckpointManager(
             self.directory,
             handler_registry=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                # Whether to save is the train loop's decision, so every call is honoured.
+                # The train loop decides when to save; every call saves.
                 save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
                 # Synchronous: the update step donates its arrays, so nothing may still read them
@@ -83,7 +83,7 @@ class Checkpoints:
         """Steps of all finished checkpoints, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
-    def save(self, step: int, arrays: PyTree, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, arrays: PyTree[Array], metadata: JsonObject) -> None:
         """Writes arrays and metadata as one atomic item and removes checkpoints beyond `keep`.
 
         Args:
@@ -119,8 +119,10 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, abstract: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """Reads the newest finished checkpoint onto the devices that `abstract` asks for.
+    def restore_latest(
+        self, abstract: PyTree[jax.ShapeDtypeStruct]
+    ) -> tuple[int, PyTree[Array], JsonObject] | None:
+        """Reads the newest finished checkpoint onto the devices of the shardings in `abstract`.
 
         Args:
           abstract: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was
@@ -149,22 +151,17 @@ class Checkpoints:
         return step, restored[_ARRAYS], restored[_METADATA]
 
     def wait(self) -> None:
-        """Returns when everything handed to `save` is committed."""
+        """Returns once everything passed to `save` is committed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the directory. The object cannot be used after it."""
+        """Waits as `wait`, and releases the directory; not to be used afterwards."""
         self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _check(self, step: int, abstract: PyTree) -> None:
@@ -177,13 +174,13 @@ class Checkpoints:
         problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
         for name, leaf in wanted.items():
             if leaf.sharding is None:
-                problems.append(f"{name}: asked for without a sharding")
+                problems.append(f"{name}: requested without a sharding")
             if name not in saved:
                 continue
             if tuple(saved[name].shape) != tuple(leaf.shape):
-                problems.append(f"{name}: saved {tuple(saved[name].shape)}, asked {leaf.shape}")
+                problems.append(f"{name}: saved {tuple(saved[name].shape)}, requested {leaf.shape}")
             if np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
-                problems.append(f"{name}: saved {saved[name].dtype}, asked {leaf.dtype}")
+                problems.append(f"{name}: saved {saved[name].dtype}, requested {leaf.dtype}")
         if problems:
             shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
             raise ValueError(
@@ -194,7 +191,7 @@ class Checkpoints:
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Who reads and writes each item: needed to look at one that this process did not write."""
+    """The handler of each item: Orbax needs it for checkpoints that other processes wrote."""
     registry = ocp.DefaultCheckpointHandlerRegistry()
     for item, save, restore in (
         (_ARRAYS, ocp.args.StandardSave, ocp.args.StandardRestore),
@@ -211,7 +208,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _json_mapping(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _json_mapping(metadata: JsonObject) -> JsonObject:
     """A plain copy of `metadata`, or TypeError: checked before the first byte is written."""
     copy = dict(metadata)
     try:

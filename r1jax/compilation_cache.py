@@ -1,4 +1,4 @@
-"""Compiled programs kept from run to run: JAX's persistent compilation cache, and where it is."""
+"""JAX's persistent compilation cache: whether it is used, and in which directory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ AUTO = "auto"
 def use_compilation_cache(
     setting: str | None, output: str, environment: Mapping[str, str] = os.environ
 ) -> str | None:
-    """Switches the cache on or off, for everything that is compiled from here on.
+    """Switches the cache on or off for all later compilations.
 
     Call it in every process of a run, before anything is compiled; it needs the devices. Only
-    process 0 writes, and only what took JAX `jax_persistent_cache_min_compile_time_secs` (1 s) or
-    more to compile.
+    process 0 writes, and only programs that took `jax_persistent_cache_min_compile_time_secs` (1 s)
+    or more to compile.
 
     Args:
       setting: a directory, None for no cache, or `auto`, see `cache_directory`.
@@ -36,12 +36,12 @@ def use_compilation_cache(
         )
     if directory != known:
         jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()  # JAX looks only once whether there is one
+        compilation_cache.reset_cache()  # JAX reads the setting only once
     return directory
 
 
 def cache_in_use() -> str | None:
-    """The directory that JAX is told to keep compiled programs in, if any."""
+    """The directory of JAX's persistent compilation cache, if it has one."""
     directory: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return directory
 
@@ -53,15 +53,15 @@ def cache_directory(
     output: str,
     environment: Mapping[str, str],
 ) -> str | None:
-    """Where `auto` keeps compiled programs.
+    """The directory that the setting `auto` means.
 
-    - Where JAX has been told to, by JAX_COMPILATION_CACHE_DIR.
-    - Nowhere on a CPU. Its programs compile in seconds, and of some processors XLA takes hints for
-      its tuning (prefer-no-gather) for features that they lack: it refuses what it wrote itself,
-      each time with a screen of warnings (github.com/jax-ml/jax/issues/38445).
-    - With several processes in OUTPUT/compilation_cache, which all of them see: process 0 alone
-      writes, so a directory of their own would stay empty for the others.
-    - Else with the user's other caches: $XDG_CACHE_HOME/r1jax/compiled, ~/.cache/r1jax/compiled.
+    - The one JAX uses already, by JAX_COMPILATION_CACHE_DIR.
+    - None on a CPU. Its programs compile in seconds, and on some processors XLA takes hints for its
+      tuning (prefer-no-gather) for features that they lack: it refuses what it wrote itself, each
+      time with a screen of warnings (github.com/jax-ml/jax/issues/38445).
+    - With several processes OUTPUT/compilation_cache, which all of them can read: only process 0
+      writes, so local directories would stay empty on the others.
+    - Else $XDG_CACHE_HOME/r1jax/compiled or ~/.cache/r1jax/compiled.
     """
     if known is not None or backend == "cpu":
         return known

@@ -244,8 +244,7 @@ def export_run(
     if dtype is None:
         copy_folder(directories[-1], destination, last="config.json")
     else:
-        fp8 = dtype == "fp8"
-        hugging_face.convert(directories[-1], destination, "bfloat16" if fp8 else dtype, fp8=fp8)
+        hugging_face.convert(directories[-1], destination, dtype)
     return destination
 
 

@@ -155,7 +155,7 @@ def test_a_copy_made_later_has_the_same_files(storage: Storage) -> None:
     second.pull()
     assert (second.directory / "run.json").read_text() == '{"a": 1}'
     assert (second.directory / "stages/00-a/metrics.jsonl").read_text() == "its own"
-    assert second.place(second.directory / "stages") == locate(f"{RUN}/stages")
+    assert second.remote(second.directory / "stages") == locate(f"{RUN}/stages")
 
 
 def test_what_other_processes_write_is_seen(storage: Storage) -> None:

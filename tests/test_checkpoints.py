@@ -122,11 +122,11 @@ def test_misfit_names_every_leaf(tmp_path: Path) -> None:
             checkpoints.restore_latest(wanted)
     message = str(caught.value)
     assert str(tmp_path / "1") in message
-    assert "params/embed: saved (4, 6), asked (4, 7)" in message
-    assert "params/embed: saved float32, asked bfloat16" in message
+    assert "params/embed: saved (4, 6), requested (4, 7)" in message
+    assert "params/embed: saved float32, requested bfloat16" in message
     assert "extra: not in the checkpoint" in message
     assert "step: only in the checkpoint" in message
-    assert "key: asked for without a sharding" in message
+    assert "key: requested without a sharding" in message
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class RunFiles:
 
     def home(self, path: Path) -> Path:
         """Where a path in the run's directory lasts: the path, or its address on the bucket."""
-        return path if self.copy is None else self.copy.place(path)
+        return path if self.copy is None else self.copy.remote(path)
 
     def push(self) -> None:
         """Brings what was written so far to where it lasts."""

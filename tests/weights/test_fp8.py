@@ -150,7 +150,7 @@ def test_the_released_checkpoint_is_what_is_read_and_written() -> None:
     expected = stored_shapes(declare(model), lambda name: types[name].code == "F8_E4M3")
     assert expected == {name: type.shape for name, type in types.items()}
     params = abstract_params(model, single_device(), jnp.bfloat16)
-    written = stored_weights(params, model, None, fp8=True)
+    written = stored_weights(params, model, "fp8")
     assert {name: type for weight in written for name, type in weight.tensors.items()} == types
 
 
@@ -292,7 +292,7 @@ def random_params(config: ModelConfig = TINY) -> Params:
 def in_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in several files, as DeepSeek-V3 is released."""
     directory = tmp_path_factory.mktemp("fp8") / "model"
-    export(directory, random_params(), TINY, fp8=True, max_shard_bytes=1 << 20)
+    export(directory, random_params(), TINY, dtype="fp8", max_shard_bytes=1 << 20)
     assert len(list(directory.glob("*.safetensors"))) > 2
     return directory
 
@@ -359,7 +359,7 @@ def test_round_trips(in_fp8: Path, tmp_path: Path) -> None:
     before = tensors_of(in_fp8)
     for dtype in (jnp.float32, jnp.bfloat16):
         params = load(in_fp8, dtype)
-        export(tmp_path / "fp8", params, TINY, fp8=True)
+        export(tmp_path / "fp8", params, TINY, dtype="fp8")
         after = tensors_of(tmp_path / "fp8")
         assert after.keys() == before.keys()
         for name, value in before.items():
@@ -381,9 +381,9 @@ def test_a_directory_is_converted_as_its_weights_are_exported(in_fp8: Path, tmp_
     (tmp_path / "f32").mkdir()
     export(tmp_path / "f32", params, TINY)
     (tmp_path / "f32" / "tokenizer.json").write_text("{}")
-    for fp8 in (False, True):
-        export(tmp_path / "exported", params, TINY, dtype=jnp.bfloat16, fp8=fp8)
-        convert(tmp_path / "f32", tmp_path / "converted", fp8=fp8)
+    for dtype in (jnp.bfloat16, "fp8"):
+        export(tmp_path / "exported", params, TINY, dtype=dtype)
+        convert(tmp_path / "f32", tmp_path / "converted", dtype)
         a, b = (tmp_path / name for name in ("exported", "converted"))
         weights = "model.safetensors"
         assert (a / weights).read_bytes() == (b / weights).read_bytes()
@@ -401,9 +401,9 @@ def test_a_directory_is_converted_as_its_weights_are_exported(in_fp8: Path, tmp_
 def test_a_run_is_exported_in_other_dtypes(in_fp8: Path, tmp_path: Path) -> None:
     stage = tmp_path / "run" / "stages" / "00-rl" / "model"
     export(stage, load(in_fp8), TINY)
-    for dtype, converted in (("fp8", {"fp8": True}), ("float16", {"dtype": jnp.float16})):
+    for dtype in ("fp8", "float16"):
         export_run(tmp_path / "run", tmp_path / dtype, None, dtype)
-        convert(stage, tmp_path / "expected", **converted)
+        convert(stage, tmp_path / "expected", dtype)
         expected = tensors_of(tmp_path / "expected")
         for name, value in tensors_of(tmp_path / dtype).items():
             assert bytes_of(value) == bytes_of(expected[name]), name
@@ -414,7 +414,7 @@ def test_a_run_is_exported_in_other_dtypes(in_fp8: Path, tmp_path: Path) -> None
 def test_the_host_holds_one_expert(tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 32}
     config = ModelConfig.from_hugging_face(TINY.to_hugging_face() | sizes)
-    export(tmp_path, random_params(config), config, fp8=True)
+    export(tmp_path, random_params(config), config, dtype="fp8")
     load_params(tmp_path, config, single_device())  # compiles
     tracemalloc.start()
     try:
@@ -455,7 +455,7 @@ split = params["layers"]["down"]
 axes = ("layers", "expert", "mlp", "expert_embed")
 assert split.sharding.is_equivalent_to(layout.sharding(axes), 4)
 held = {s.index[1].indices(8)[:2] for s in split.addressable_shards}
-export(target, params, config, fp8=True)
+export(target, params, config, dtype="fp8")
 print(json.dumps([sorted(held), bytes_read]))
 """
 

@@ -1,8 +1,7 @@
 """Hugging Face directories: read tensor by tensor into sharded arrays, and written back.
 
-They are local, or on a bucket (`gs://...`), where tensors are read by ranges of bytes.
-
-What is read and written derives from `r1jax.models.declare`; there is no list of names here.
+They are local, or on a bucket (`gs://...`), where tensors are read by ranges of bytes. Names and
+shapes of tensors come from `r1jax.models.declare`.
 """
 
 from r1jax.weights.hugging_face.directories import (

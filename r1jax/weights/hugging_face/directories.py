@@ -1,14 +1,14 @@
-"""Where a model's directory is, and the configs in it."""
+"""A model's directory, and the configs in it."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from r1jax.bucket import locate, on_bucket
 from r1jax.config.packaged import packaged_shape
+from r1jax.files import JsonObject
 from r1jax.models.config import ModelConfig
 
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -17,7 +17,7 @@ _OTHER_FORMATS = ["*/*", "consolidated*"]
 
 
 def resolve(path_or_name: str) -> Path:
-    """A directory (local, or on a bucket) as it is; else the hub's repository, downloaded.
+    """The directory (local, or on a bucket) of this name; else the hub's repository, downloaded.
 
     Raises:
       ValueError: neither a directory nor a repository that can be reached.
@@ -36,17 +36,17 @@ def resolve(path_or_name: str) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise ValueError(
-            f"model {path_or_name!r}: not a directory here, and not to be had from the hub "
+            f"model {path_or_name!r}: not a directory here, and the hub does not give it "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}). Check the name; without "
             "a network, copy the model's directory to this machine and give its path"
         ) from error
 
 
-def find_config(path_or_name: str) -> dict[str, Any]:
+def find_config(path_or_name: str) -> JsonObject:
     """`config.json` for a plan: of a local directory, of r1jax itself, or of a hub repository.
 
-    The published shapes that come with r1jax need no network and give the same plan everywhere; a
-    run reads the model's own file, and `differences_from_published` compares the two.
+    The published shapes that come with r1jax need no network and give the same plan on every
+    machine; a run reads the model's file, and `differences_from_published` compares the two.
 
     Raises:
       ValueError: neither a directory nor a repository that can be reached.
@@ -64,23 +64,23 @@ def find_config(path_or_name: str) -> dict[str, Any]:
         return read_mapping(Path(hf_hub_download(path_or_name, "config.json")))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise ValueError(
-            f"model {path_or_name!r}: not a directory here, and its config.json is not to be had "
-            f"from the hub ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            f"model {path_or_name!r}: not a directory here, and the hub does not give its "
+            f"config.json ({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from error
 
 
 def _directory(path_or_name: str) -> Path | None:
-    """A directory that is there; None if the name may be one of the hub's."""
+    """An existing directory; None if the name may be one of the hub's."""
     path = locate(path_or_name).expanduser()
     if path.is_dir():
         return path
     if on_bucket(path_or_name):
-        raise ValueError(f"model {path_or_name!r}: there is nothing under this name on the bucket")
+        raise ValueError(f"model {path_or_name!r}: nothing on the bucket has this name")
     return None
 
 
 def differences_from_published(name: str, config: ModelConfig) -> list[str]:
-    """How a model of the hub differs from the shape that plans take it to have."""
+    """How a model of the hub differs from the shape that plans use for its name."""
     packaged = packaged_shape(name)
     if packaged is None:
         return []
@@ -92,7 +92,7 @@ def differences_from_published(name: str, config: ModelConfig) -> list[str]:
     ]
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> JsonObject:
     """`config.json` of a directory."""
     path = locate(directory) / "config.json"
     if not path.is_file():
@@ -100,7 +100,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_mapping(path)
 
 
-def read_generation_config(directory: Path) -> dict[str, Any] | None:
+def read_generation_config(directory: Path) -> JsonObject | None:
     """`generation_config.json` of a directory, or None; it names all EOS ids of a chat model."""
     path = locate(directory) / "generation_config.json"
     if not path.is_file():
@@ -108,7 +108,7 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
     return read_mapping(path)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> JsonObject:
     """A JSON file that holds a mapping; raises ValueError for another content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

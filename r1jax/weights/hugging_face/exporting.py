@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from r1jax.bucket import locate, on_bucket
+from r1jax.files import JsonObject
 from r1jax.models.config import ModelConfig
 from r1jax.models.parameters import Params, ParamSpec, declare, is_spec
 from r1jax.weights.hugging_face.directories import read_config
@@ -54,12 +55,11 @@ def export(
     model: ModelConfig,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    generation_config: Mapping[str, Any] | None = None,
+    generation_config: JsonObject | None = None,
     dtype: DTypeLike | None = None,
-    fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a directory that transformers loads; an earlier model there is replaced when complete.
+    """Writes a directory that transformers loads; a model that is there is replaced at the end.
 
     Every process of a `jax.distributed` run calls this; process 0 writes.
 
@@ -73,22 +73,21 @@ def export(
       generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
         are the tokenizer's. A model without logits generates nothing: only its `config.json` has
         the ids.
-      dtype: of the stored weights; default: that of each array or, with `fp8`, bfloat16.
-      fp8: the matrices that DeepSeek releases so are written in fp8 (`quantise`), the rest in
-        `dtype`.
-      max_shard_bytes: most bytes of a safetensors file, unless one tensor is larger.
+      dtype: of the stored weights; default: that of each array. `fp8`: the matrices that DeepSeek
+        releases in fp8 (`quantise`), and the others in bfloat16.
+      max_shard_bytes: the largest safetensors file, unless one tensor is larger.
 
     Raises:
-      ValueError: `directory` holds something else than a model, a weight is not as `model` says,
-        a dtype is none that is stored, or a model with a scalar head has no fit padding token.
+      ValueError: `directory` holds something else than a model, a weight does not fit `model`, a
+        dtype cannot be stored, or a model with a scalar head has no suitable padding token.
     """
     if model.head == "scalar":
         check_padding(tokenizer, generation_config)
     _refuse_what_is_no_model(target := _target(directory))
-    weights = stored_weights(params, model, dtype, fp8)
+    weights = stored_weights(params, model, dtype)
     if jax.process_index() == 0:
         ids = _special_ids(tokenizer, generation_config)
-        configs = {"config.json": model.to_hugging_face() | _format(weights, model, fp8) | ids}
+        configs = {"config.json": model.to_hugging_face() | _format(weights, model, dtype) | ids}
         generation = {**(generation_config or {}), **ids}
         if generation and model.head == "language":
             configs["generation_config.json"] = generation
@@ -112,16 +111,15 @@ def convert(
     directory: str | Path,
     dtype: DTypeLike = jnp.bfloat16,
     *,
-    fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model of a directory with other dtypes; the other files beside it are copied.
+    """Writes the model of a directory in another dtype; the other files beside it are copied.
 
     One tensor is in memory at a time, and none is on a device.
 
     Args:
       source, directory: local, or on a bucket; `directory` as in `export`.
-      dtype, fp8: as in `export`.
+      dtype, max_shard_bytes: as in `export`.
 
     Raises:
       ValueError: as `load_params` and `export` say.
@@ -138,6 +136,7 @@ def convert(
         values = read_values(tensors, name, tuple(slice(None) for _ in shape))
         return np.ascontiguousarray(values, dtype)
 
+    fp8, kind = _is_fp8(dtype), _unquantised(dtype)
     weights = []
     for spec in jax.tree.leaves(declared, is_leaf=is_spec):
         names = stored_names(spec)
@@ -146,16 +145,25 @@ def convert(
             *((c, names[0]) for c in spec.stored.copies),
         ]:
             values = partial(read, original, spec.stored.file_shape)
-            weights.append(_stored(spec, name, spec.dtype(dtype), fp8, values))
+            weights.append(_stored(spec, name, spec.dtype(kind), fp8, values))
     former = {key: value for key, value in raw.items() if key != "quantization_config"}
 
     def write_others(folder: Path) -> None:
         for path in source.iterdir():
             if path.is_file() and ".safetensors" not in path.name:
                 (folder / path.name).write_bytes(path.read_bytes())
-        write_json(folder / "config.json", former | _format(weights, model, fp8))
+        write_json(folder / "config.json", former | _format(weights, model, dtype))
 
     _write(target, weights, write_others, max_shard_bytes)
+
+
+def _is_fp8(dtype: DTypeLike | None) -> bool:
+    return isinstance(dtype, str) and dtype == "fp8"
+
+
+def _unquantised(dtype: DTypeLike) -> DTypeLike:
+    """The dtype of what is not quantised."""
+    return jnp.bfloat16 if _is_fp8(dtype) else dtype
 
 
 def _target(directory: str | Path) -> Path:
@@ -172,13 +180,13 @@ def _refuse_what_is_no_model(target: Path) -> None:
 
 
 def check_padding(
-    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: JsonObject | None = None
 ) -> None:
-    """Whether a reward model with this tokenizer gives the same scores in transformers.
+    """Checks that a reward model with this tokenizer gives the same scores in transformers.
 
     A sequence classification there has no lengths: it reads a text's score at the last token that
     is not `pad_token_id`. Without one it takes no batches, and where EOS is the padding it would
-    read the token before EOS. Ask before training: `export` refuses, too, but after it.
+    read the token before EOS. Call it before training: `export` refuses, too, but after it.
 
     Raises:
       ValueError: there is no padding token, or it is the EOS that ends every text.
@@ -201,8 +209,8 @@ def check_padding(
 
 
 def _special_ids(
-    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: JsonObject | None
+) -> JsonObject:
     """The ids that both configs of a directory name; those of the generation config come first."""
     ids = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -214,8 +222,8 @@ def _special_ids(
     return ids
 
 
-def _format(weights: list[StoredWeight], model: ModelConfig, fp8: bool) -> dict[str, Any]:
-    """What `config.json` says of the dtypes."""
+def _format(weights: list[StoredWeight], model: ModelConfig, dtype: DTypeLike | None) -> JsonObject:
+    """The dtypes in `config.json`."""
     exact = {
         name
         for spec in jax.tree.leaves(declare(model), is_leaf=is_spec)
@@ -231,7 +239,7 @@ def _format(weights: list[StoredWeight], model: ModelConfig, fp8: bool) -> dict[
     }
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
-    quantisation = {"quantization_config": QUANTIZATION_CONFIG} if fp8 else {}
+    quantisation = {"quantization_config": QUANTIZATION_CONFIG} if _is_fp8(dtype) else {}
     return {"dtype": kind, "torch_dtype": kind, **quantisation}
 
 
@@ -241,7 +249,7 @@ def _write(
     write_others: Callable[[Path], None],
     max_shard_bytes: int,
 ) -> None:
-    """Write a directory; `write_others` writes all but the weights into the folder it is given."""
+    """Writes a directory; `write_others(folder)` writes all but the weights."""
     write = _write_to_bucket if on_bucket(target) else _write_and_rename
     write(target, weights, write_others, max_shard_bytes)
 
@@ -294,9 +302,9 @@ def _entry_of(stack: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def stored_weights(
-    params: Params, model: ModelConfig, dtype: DTypeLike | None, fp8: bool
+    params: Params, model: ModelConfig, dtype: DTypeLike | None
 ) -> list[StoredWeight]:
-    """What `export` writes, with the same arguments."""
+    """The weights that `export` writes, with the same arguments."""
     declared = jax.tree.leaves_with_path(declare(model), is_leaf=is_spec)
     leaves = dict(jax.tree.leaves_with_path(params))
     misfits = sorted(
@@ -305,12 +313,13 @@ def stored_weights(
     )
     if misfits:
         raise ValueError(f"params and the model config differ in {', '.join(misfits)}")
+    fp8 = _is_fp8(dtype)
     weights = []
     for path, spec in declared:
         leaf = leaves[path]
         if leaf.shape != spec.shape:
             raise ValueError(f"{spec.stored.name}: shape {leaf.shape}, expected {spec.shape}")
-        kind = spec.dtype(dtype or (jnp.bfloat16 if fp8 else leaf.dtype))
+        kind = spec.dtype(_unquantised(dtype or leaf.dtype))
         copies: list[tuple[str, tuple[int, ...]]] = [(name, ()) for name in spec.stored.copies]
         for name, index in [*entries(spec), *copies]:
             weights.append(_stored(spec, name, kind, fp8, partial(_gather, leaf, spec, index)))
@@ -345,8 +354,8 @@ def _gather(leaf: jax.Array, spec: ParamSpec, index: tuple[int, ...], kind: np.d
     value = _entry_of(leaf, tuple(np.int32(i) for i in index)) if index else leaf
     if not (value.is_fully_addressable or value.is_fully_replicated):
         assert isinstance(value.sharding, NamedSharding)
-        everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
-        value = jax.jit(lambda x: x, out_shardings=everywhere)(value)
+        replicated = NamedSharding(value.sharding.mesh, PartitionSpec())
+        value = jax.jit(lambda x: x, out_shardings=replicated)(value)
     inverse = np.argsort(spec.stored.order)
     array = np.asarray(value).transpose(inverse).reshape(spec.stored.file_shape)
     return np.ascontiguousarray(array, kind)

@@ -9,16 +9,15 @@ inference code, `weight_dequant`.)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from r1jax.files import JsonObject
 from r1jax.weights.hugging_face.tensor_files import FLOAT8, Tensors
 
 BLOCK = 128
-# What config.json says of such weights. The last is how an engine multiplies with them.
-QUANTIZATION_CONFIG: dict[str, Any] = {
+# In config.json. The last entry says how an engine multiplies with such weights.
+QUANTIZATION_CONFIG: JsonObject = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "weight_block_size": [BLOCK, BLOCK],
@@ -33,19 +32,19 @@ _LARGEST = np.float32(448)  # of e4m3, which has no infinity
 _VALUES = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
+def is_quantised(config: JsonObject) -> bool:
     """Whether a `config.json` says that weights are in fp8, block by block.
 
     Raises:
       ValueError: they are quantised in another way.
     """
-    found = config.get("quantization_config")
-    if found is None:
+    given = config.get("quantization_config")
+    if given is None:
         return False
-    wrong = {k: found.get(k) for k, v in QUANTIZATION_CONFIG.items() if found.get(k) != v}
-    # Exceptions need no list, since a tensor's dtype tells. What else is off does not matter.
+    wrong = {k: given.get(k) for k, v in QUANTIZATION_CONFIG.items() if given.get(k) != v}
+    # The dtype of a tensor shows whether it is an exception. Entries that are off do not matter.
     known = {*QUANTIZATION_CONFIG, "modules_to_not_convert"}
-    wrong |= {key: value for key, value in found.items() if value and key not in known}
+    wrong |= {key: value for key, value in given.items() if value and key not in known}
     if wrong:
         raise ValueError(
             f"quantization_config with {_listed(wrong)} is not supported; only "
@@ -55,7 +54,7 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def _listed(settings: JsonObject) -> str:
     return ", ".join(f"{key} = {value!r}" for key, value in settings.items())
 
 
@@ -100,8 +99,8 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rounded to the nearest. (DeepSeek-V3's inference code quantises so, `act_quant`; how the
     released weights were made is not reported.)
 
-    So codes survive `dequantise` and this, and even a rounding to bfloat16 between them; the scales
-    then differ by a rounding, unless the product of scale and 448 is exact.
+    So `dequantise` and this give the same codes again, even with a rounding to bfloat16 between
+    them; the scales then differ by a rounding, unless the product of scale and 448 is exact.
     """
     rows, columns = values.shape
     codes = np.empty(values.shape, FLOAT8)

@@ -1,4 +1,4 @@
-"""Weights of a directory, straight into sharded arrays."""
+"""Weights of a directory, read into sharded arrays."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def load_params(
     *,
     new_head: jax.Array | None = None,
 ) -> Params:
-    """Read weights straight into sharded arrays; those in fp8 become their values in `dtype`.
+    """Reads weights into sharded arrays; those in fp8 become their values in `dtype`.
 
     One tensor is in host memory at a time, and of it only the part that this host's devices need:
-    a layer is read, sent and written into its place of the stacked array, which only devices hold.
-    Of experts, one of each device is in memory, and no expert of other hosts is read.
+    a layer is read, transferred and written into the stacked array, which only devices hold. Of
+    experts, one of each device is in memory, and no expert of other hosts is read.
 
     Args:
       model: what the directory holds.
@@ -62,13 +62,13 @@ def load_params(
     # A tied checkpoint may hold a copy of the embedding.
     ignored = head_names(model, "language") if model.tie_word_embeddings else set()
     if new_head is not None:
-        own = head_names(model, model.head)
-        if present := sorted(own & tensors.types.keys()):
+        new = head_names(model, model.head)
+        if present := sorted(new & tensors.types.keys()):
             raise ValueError(
                 f"{directory} has a {model.head} head already ({', '.join(present)}); load it "
                 "without new_head, or a trained head would be lost"
             )
-        ignored = head_names(model, *get_args(Head)) - own
+        ignored = head_names(model, *get_args(Head)) - new
         head = declare_head(model)
         declared = {name: node for name, node in declared.items() if name not in head}
         abstract = {name: abstract[name] for name in declared}
@@ -85,8 +85,8 @@ def load_params(
         stack = jnp.zeros(spec.shape, kind, device=target.sharding)
         per_layer = len(names) // spec.shape[0]
         for layer, turn in np.ndindex(spec.shape[0], rounds):
-            own = names[layer * per_layer : (layer + 1) * per_layer][turn::rounds]
-            value = _read(tensors, own, spec, shape, kind, sharding)
+            tensor_names = names[layer * per_layer : (layer + 1) * per_layer][turn::rounds]
+            value = _read(tensors, tensor_names, spec, shape, kind, sharding)
             # Waiting keeps the host from reading ahead of the transfers.
             stack = _put(stack, value, np.int32(layer), np.int32(turn), target.sharding)
             stack = jax.block_until_ready(stack)
@@ -134,8 +134,8 @@ def _read(
     def read(bounds: Bounds) -> np.ndarray:
         if not spec.per_expert:
             return _read_part(tensors, names[0], spec, bounds, dtype)
-        own = names[slice(*bounds[0])]
-        return np.stack([_read_part(tensors, name, spec, bounds[1:], dtype) for name in own])
+        parts = (_read_part(tensors, n, spec, bounds[1:], dtype) for n in names[slice(*bounds[0])])
+        return np.stack(list(parts))
 
     held = sharding.addressable_devices_indices_map(shape).values()
     # Devices with the same shard share one copy on the host. Tensor by tensor and in the file's
@@ -150,10 +150,10 @@ def _read(
 
 
 def _in_file(spec: ParamSpec, bounds: Bounds) -> list[tuple[int, int]]:
-    """Bounds of a tensor's dimensions once its merged ones are split, from those of ours."""
+    """Bounds in the order of the file's dimensions (merged ones split), from those of a weight."""
     split = [(0, 0)] * len(bounds)
-    for ours, theirs in enumerate(spec.stored.order):  # our dimension j is the file's order[j]
-        split[theirs] = bounds[ours]
+    for dimension, in_file in enumerate(spec.stored.order):
+        split[in_file] = bounds[dimension]
     return split
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -15,7 +15,10 @@ from r1jax.models.parameters import ParamSpec, declare_head, is_spec
 from r1jax.weights.hugging_face.fp8 import read_values, scale_name, scale_shape
 from r1jax.weights.hugging_face.tensor_files import CODES, DTYPES, FLOAT8, Tensors
 
-# Dtypes of tensors that are what they hold; fp8 needs scales.
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+# Dtypes of tensors without scales; fp8 needs scales.
 PLAIN = tuple(code for code, dtype in DTYPES.items() if dtype != FLOAT8)
 _COMPARED_ROWS = 4096
 # Buffers that some exporters store although they follow from the config.
@@ -31,7 +34,7 @@ def stored_names(spec: ParamSpec) -> list[str]:
 
 
 def entries(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Each tensor of a weight, and the index that its value has there."""
+    """Each tensor of a weight, and its index in the stacked array."""
     stacked = int(spec.per_layer) + int(spec.per_expert)
     for index in np.ndindex(spec.shape[:stacked]):
         layer, expert = (*index, 0, 0)[:2]
@@ -40,7 +43,7 @@ def entries(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def stored_shapes(
-    declared: Mapping[str, Any], in_fp8: Callable[[str], bool]
+    declared: PyTree[ParamSpec], in_fp8: Callable[[str], bool]
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors of a checkpoint, copies and scales too.
 
@@ -66,49 +69,49 @@ def head_names(model: ModelConfig, *heads: Head) -> set[str]:
 
 def check(
     tensors: Tensors,
-    declared: Mapping[str, Any],
+    declared: PyTree[ParamSpec],
     model: ModelConfig,
     directory: Path,
     *,
     quantised: bool,
     ignored: Set[str],
 ) -> None:
-    """Whether a directory holds these weights.
+    """Checks that a directory holds these weights.
 
     Args:
       quantised: whether matrices may be in fp8.
-      ignored: tensors that may be there.
+      ignored: tensors that may be there, too.
 
     Raises:
       ValueError: tensors that are missing, not known or misshapen; all are named.
     """
-    found = {name: type.shape for name, type in tensors.types.items()}
+    shapes = {name: type.shape for name, type in tensors.types.items()}
     codes = {name: type.code for name, type in tensors.types.items()}
     expected = stored_shapes(declared, lambda name: codes.get(name) == CODES[FLOAT8])
     specs = jax.tree.leaves(declared, is_leaf=is_spec)
     copies = {copy for spec in specs for copy in spec.stored.copies}
-    missing = sorted(expected.keys() - found.keys() - copies)
+    missing = sorted(expected.keys() - shapes.keys() - copies)
     # A prediction module (MTP) is stored as a layer behind the last; a model may do without it.
     module = f"model.layers.{model.num_hidden_layers}."
     lost = [name for name in missing if name.startswith(module)]
-    if lost and lost == missing and not any(name.startswith(module) for name in found):
+    if lost and lost == missing and not any(name.startswith(module) for name in shapes):
         raise ValueError(
             f"{directory} has no prediction module ({module}*), though num_nextn_predict_layers = "
             f"{model.num_nextn_predict_layers}: transformers leaves it out of what it writes. Set "
             "multi_token_prediction of the model to false, or copy the layer's tensors from the "
             "model that this one was made of"
         )
-    unused = f"{module}eh_proj.weight" in found and not model.num_nextn_predict_layers
+    unused = f"{module}eh_proj.weight" in shapes and not model.num_nextn_predict_layers
     passed_over = (module,) if unused else ()
     extra = sorted(
         name
-        for name in found.keys() - expected.keys() - ignored
+        for name in shapes.keys() - expected.keys() - ignored
         if not (name.endswith(_DERIVED) or name.startswith(passed_over))
     )
     wrong = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in shapes and shapes[name] != shape
     ]
     unread = [
         f"{name} is {codes[name]}"
@@ -136,13 +139,12 @@ def check(
             f"describes; {'; '.join(problems)}. Check that config.json and the weights belong "
             "together"
         )
-    # An output matrix of its own means that the weights are not tied, and transformers would use
-    # it.
+    # A different output matrix means that the weights are not tied; transformers would use it.
     output = "lm_head.weight"
     if (
         model.head == "language"
         and model.tie_word_embeddings
-        and output in found
+        and output in shapes
         and not _equal(tensors, output, "model.embed_tokens.weight")
     ):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files, here or on a bucket: read box by box, written one by one.
+"""Tensors in safetensors files, local or on a bucket: read box by box, written one by one.
 
 The format (huggingface.co/docs/safetensors): the header's length in 8 bytes, the JSON header padded
-to a multiple of 8, then the data without gaps. It is read here and not by its library, which gives
-numpy no float8, and knows no buckets.
+to a multiple of 8, then the data without gaps. It is read here and not by its library, which has no
+float8 for numpy and reads no buckets.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from r1jax.bucket import on_bucket, read_range
+from r1jax.files import JsonObject
 from r1jax.weights.hugging_face.directories import read_mapping
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ class TensorType:
 
 
 class Tensors:
-    """The tensors of a directory, by name; data is read when asked for, box by box.
+    """The tensors of a directory, by name; `read` reads the data, box by box.
 
     types: name -> type, from the files' headers.
     """
@@ -57,11 +57,11 @@ class Tensors:
         if index.is_file():
             names: Mapping[str, str] = read_mapping(index).get("weight_map", {})
             files = sorted(set(names.values()))
-            lost = [file for file in files if not (directory / file).is_file()]
-            if lost:
+            missing = [file for file in files if not (directory / file).is_file()]
+            if missing:
                 raise ValueError(
-                    f"{directory} lacks {', '.join(lost)}, which {INDEX} lists; copy or download "
-                    "the missing files"
+                    f"{directory} lacks {', '.join(missing)}, which {INDEX} lists; copy or "
+                    "download the missing files"
                 )
         elif (directory / SINGLE).is_file():
             files = [SINGLE]
@@ -73,7 +73,7 @@ class Tensors:
                 + "; write safetensors with save_pretrained of transformers"
             )
         self.types: dict[str, TensorType] = {}
-        self._places: dict[str, tuple[_File, int]] = {}
+        self._locations: dict[str, tuple[_File, int]] = {}
         for name in files:
             try:
                 file = _File(directory / name)
@@ -83,15 +83,15 @@ class Tensors:
                     "download it again"
                 ) from error
             self.types |= file.types
-            self._places |= {tensor: (file, start) for tensor, start in file.starts.items()}
-        # Devices that hold columns of the same rows ask for the rows one after another, in turn
-        # with those of the scales.
+            self._locations |= {tensor: (file, start) for tensor, start in file.starts.items()}
+        # Devices with columns of the same rows read these rows one after another, alternating with
+        # those of the scales.
         self._rows = lru_cache(maxsize=2)(_File.read)
 
     def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
         """tensor[box]. Of a local file this is a view, and only what is copied from it is read; of
         one on a bucket, the rows that the box touches."""
-        shape, (file, start) = self.types[name].shape, self._places[name]
+        shape, (file, start) = self.types[name].shape, self._locations[name]
         dtype = DTYPES[self.types[name].code]
         first, last, _ = box[0].indices(shape[0])
         row = math.prod(shape[1:]) * dtype.itemsize
@@ -102,14 +102,14 @@ class Tensors:
 class _File:
     """A file whose header is read.
 
-    starts: where each tensor's data begins.
+    starts: offset in bytes of each tensor's data.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._local = None
         if on_bucket(path):
-            size = path.stat().length  # type: ignore[attr-defined]  # etils' own
+            size = path.stat().length  # type: ignore[attr-defined]  # of etils
         else:
             size = path.stat().st_size
             if size:
@@ -117,7 +117,7 @@ class _File:
         data = 8 + int.from_bytes(self._bytes(0, min(8, size)), "little")
         if size < 8 or data > size:
             raise ValueError(f"it has {size} bytes, fewer than its header")
-        entries: dict[str, Any] = json.loads(self._bytes(8, data))
+        entries: JsonObject = json.loads(self._bytes(8, data))
         entries.pop("__metadata__", None)
         end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if end != size:
@@ -158,7 +158,7 @@ class StoredWeight:
 
 
 def write_weights(directory: Path, weights: list[StoredWeight], max_shard_bytes: int) -> None:
-    """Write one file, or several of at most so many bytes and an index; a weight is not split."""
+    """Writes one file, or several of at most `max_shard_bytes` and an index; splits no weight."""
     shards: list[list[StoredWeight]] = [[]]
     for weight in weights:
         held = sum(other.nbytes for other in shards[-1])
@@ -178,13 +178,14 @@ def write_weights(directory: Path, weights: list[StoredWeight], max_shard_bytes:
     write_json(directory / INDEX, content)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: JsonObject) -> None:
+    """Writes a JSON file as transformers does; for folders that are renamed when complete."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_safetensors(path: Path, weights: list[StoredWeight]) -> None:
-    """Write one file weight by weight; the library's writer wants all of them in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Writes one file weight by weight; the library's writer needs all of them in memory."""
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     at = 0
     for weight in weights:
         for name, tensor in weight.tensors.items():
