@@ -1,4 +1,4 @@
-"""What rejection sampling writes: completions to train on, each with where it came from."""
+"""Datasets that rejection sampling writes: completions to train on, each with its origin."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from r1jax.data.sources import read_jsonl
-from r1jax.files import encode_line, written_whole
+from r1jax.data.sources import Row, read_jsonl
+from r1jax.files import JsonObject, encode_line, written_whole
 from r1jax.settings.names import nearest
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a completion came from; enough to draw it again.
+    """The origin of a completion; enough to sample it again.
 
     Attributes:
-        checkpoint: What the weights were, such as the stage that trained them.
+        checkpoint: The weights, such as the name of the stage that trained them.
         stage: The stage that sampled.
         seed: Of the run.
         step: Batch of the sampling stage in which it was drawn, from 0.
-        sample_index: Which of the prompt's samples it is, from 0.
+        sample_index: Its index among the prompt's samples.
         problem_id: `Example.id` of the prompt.
         sampling: Name -> value (JSON) of temperature, top_p and the like.
         versions: Package -> version.
-        rewriter: What rewrote the completion; None: it is as sampled.
+        rewriter: The rewriter of the completion; None: it is as sampled.
     """
 
     checkpoint: str
@@ -68,7 +67,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A question and what to answer to it.
+    """A question and its response.
 
     Attributes:
         prompt: The question, without template.
@@ -76,8 +75,8 @@ class DatasetRow:
         answer: The reference answer; empty when there is none.
         domain: Free label of the row's source.
         tokens: Of the response.
-        reward: That the completion was kept for.
-        provenance: Where it came from.
+        reward: Of the completion.
+        provenance: Its origin.
     """
 
     prompt: str
@@ -125,8 +124,8 @@ def read_dataset(path: str | os.PathLike[str]) -> list[DatasetRow]:
         ValueError: a row lacks a column, has one too many, or one with a bad value (names file,
             line and column).
     """
-    found = read_jsonl(os.fspath(path), "train", {})
-    return [_read_row(row, found.label(index)) for index, row in enumerate(found.rows)]
+    rows = read_jsonl(os.fspath(path), "train", {})
+    return [_read_row(row, rows.label(index)) for index, row in enumerate(rows.rows)]
 
 
 def write_tfds(
@@ -134,8 +133,8 @@ def write_tfds(
 ) -> Path:
     """Writes the rows of a dataset file as a TFDS dataset, for `tfds:NAME` with that `data_dir`.
 
-    The files are ArrayRecords, written and read without TensorFlow. What was there under the name
-    is replaced.
+    The files are ArrayRecords, written and read without TensorFlow. A dataset of that name there is
+    replaced.
 
     Returns:
         The dataset's folder.
@@ -161,33 +160,32 @@ def write_tfds(
     replace = tfds.download.DownloadConfig(
         download_mode=tfds.download.GenerateMode.REUSE_CACHE_IF_EXISTS
     )
-    # It says much, and none of it is news to who has just asked for it.
+    # TFDS prints much that a user of this function knows already.
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(download_config=replace)
     return Path(builder.data_dir)
 
 
-def dataset_card(rows: Sequence[DatasetRow]) -> dict[str, Any]:
-    """Rows and mean tokens of a response, in all and by domain, as JSON.
+def dataset_card(rows: Sequence[DatasetRow]) -> JsonObject:
+    """Rows and mean tokens of a response, in total and by domain.
 
     These are the columns of DeepSeek-R1's table of its 800K set.
     """
     by_domain: dict[str, list[int]] = {}
     for row in rows:
         by_domain.setdefault(row.domain, []).append(row.tokens)
-    everything = [row.tokens for row in rows]
     return {
-        **_count(everything),
+        **_count([row.tokens for row in rows]),
         "domains": {domain: _count(by_domain[domain]) for domain in sorted(by_domain)},
     }
 
 
-def _count(tokens: Sequence[int]) -> dict[str, Any]:
+def _count(tokens: Sequence[int]) -> JsonObject:
     return {"rows": len(tokens), "mean_tokens": sum(tokens) / len(tokens) if tokens else None}
 
 
-def _read_row(columns: Mapping[str, Any], where: str) -> DatasetRow:
+def _read_row(columns: Row, where: str) -> DatasetRow:
     _check_columns(columns, DatasetRow, where, "")
     origin = columns["provenance"]
     if not isinstance(origin, dict):
@@ -199,7 +197,7 @@ def _read_row(columns: Mapping[str, Any], where: str) -> DatasetRow:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_columns(columns: Mapping[str, Any], kind: type, where: str, prefix: str) -> None:
+def _check_columns(columns: Row, kind: type, where: str, prefix: str) -> None:
     known = {each.name: each.default is MISSING for each in fields(kind)}
     for name in columns:
         if name not in known:

@@ -1,8 +1,8 @@
-"""Texts that must not be trained on twice, or at all: evaluation questions and duplicates.
+"""Evaluation questions and duplicates, which must not be trained on.
 
 DeepSeek-R1 (arXiv 2501.12948v2) drops training data that shares a 10-gram with an evaluation set.
 How it cuts texts into words is not reported; here they are those of `r1jax.rewards.words`, in
-lower case, so that spacing and punctuation hide nothing.
+lower case, so that spacing and punctuation make no difference.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class EvaluationNgrams:
             raise ValueError(f"n = {n}: an n-gram has at least one word")
         keys: set[str] = set()
         for question in questions:
-            found = set(_keys(question, n))
-            if found == {""}:
+            question_keys = set(_keys(question, n))
+            if question_keys == {""}:
                 raise ValueError(f"the question {question!r} has no words; leave it out")
-            keys |= found
+            keys |= question_keys
         return cls(n=n, keys=frozenset(keys))
 
     def overlaps(self, text: str) -> bool:
@@ -62,15 +62,15 @@ class EvaluationNgrams:
 
 def _keys(text: str, n: int) -> Iterator[str]:
     folded = _folded(text)
-    found = [word for _, word in words(folded)]
-    if len(found) < n:  # never equal to an n-gram, which has more words
+    tokens = [word for _, word in words(folded)]
+    if len(tokens) < n:  # never equal to an n-gram, which has more words
         yield " ".join(_AROUND_SIGNS.sub("", _PUNCTUATION.sub(" ", folded)).split())
-    for start in range(len(found) - n + 1):
-        yield " ".join(found[start : start + n])
+    for start in range(len(tokens) - n + 1):
+        yield " ".join(tokens[start : start + n])
 
 
 def duplicate_key(text: str) -> str:
-    """A hash that is equal for texts that differ in case, white space or character width only."""
+    """A hash that is equal for texts that differ only in case, white space or character width."""
     normal = " ".join(_folded(text).split())
     return hashlib.blake2b(normal.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 

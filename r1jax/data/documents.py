@@ -1,4 +1,4 @@
-"""What a model learns to write: token ids, and which of them are targets of the loss."""
+"""Documents to train on: token ids, and which of them are targets of the loss."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Document:
-    """One sequence that nothing else in its row may see.
+    """One sequence, which attends to no other in its row.
 
     Attributes:
         tokens: int32 [n].
         trained: bool [n]; whether the model learns to predict token t from those before it. The
-            first token has none before it and is never trained, so `trained.sum()` is exactly the
-            number of terms in the document's loss.
+            first token is never trained, so `trained.sum()` is exactly the number of terms in the
+            document's loss.
 
     Raises:
         ValueError: the shapes differ, or the first token is trained.

@@ -1,4 +1,4 @@
-"""The one type that every source is mapped to, and the split of a dataset by what it asks."""
+"""The type that every source is mapped to, and the split of a dataset by its questions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Example:
     Attributes:
         id: Position in the source, before any split or limit. It is part of the key of every
             sample drawn for this problem, so it must not depend on the split or the limit.
-        prompt: The question, without template. Of a conversation without a prompt of its own, what
-            it opens with: conversations that go on differently from the same question belong to
-            the same side of a split.
+        prompt: The question, without template. Of a conversation without a `prompt` column, its
+            first user message: conversations that begin with the same question belong to the same
+            side of a split.
         answer: The reference answer that rewards compare with; empty when there is none.
         text: A whole document (question and solution) for pretraining, or None.
         domain: Free label, passed on to rewards and metrics.
@@ -47,7 +47,7 @@ class Example:
 def split_of(problem: str, held_out_fraction: float) -> Split:
     """The split that a problem belongs to, from a hash of its text alone.
 
-    Because neither position nor seed has a say, a problem that occurs twice, or is generated again
+    It depends on neither position nor seed, so a problem that occurs twice, or is generated again
     from another index, falls on the same side both times: the splits are disjoint by construction.
     White space is collapsed first, so copies that differ in it stay together.
     """

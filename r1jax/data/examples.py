@@ -1,4 +1,4 @@
-"""Reads a dataset named in the config as a sequence of `Example`, or of another kind of row."""
+"""Reads a dataset of the config as a sequence of `Example`, or of another type of row."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, overload
+from typing import TYPE_CHECKING, TypeVar, cast, get_args, overload
+
+import numpy as np
 
 from r1jax.data import livecodebench
 from r1jax.data.choices import lettered
 from r1jax.data.example import Example, Message, Role, Split, split_of
 from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
+from r1jax.files import JsonObject
 from r1jax.settings.names import nearest
 
 if TYPE_CHECKING:
     from r1jax.settings.data import DataSection
 
 TASK_EXAMPLES = 100_000
-"""Examples of a `task:NAME` without `limit`; a task has no end of its own."""
+"""Examples of a `task:NAME` without `limit`; a task has no end."""
 
 T = TypeVar("T")
 
@@ -30,7 +33,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     """The examples of one dataset section, in the source's order.
 
     `task:`, `tfds:` and `hf:` examples are made when they are indexed, and not kept. With
-    `held_out_fraction` the prompts are read once, to split the rows by a hash of each.
+    `held_out_fraction` all prompts are read once, to split the rows by a hash of each.
 
     Raises:
         ValueError: the source, the split, a field or an option is unknown, a row cannot be read
@@ -45,7 +48,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
 
 
 class LazyRows(Sequence[T]):
-    """Rows made by a function of an index when asked for."""
+    """Rows that are made by a function of their index when they are read."""
 
     def __init__(self, make: Callable[[int], T], indices: Sequence[int]) -> None:
         self._make = make
@@ -70,7 +73,7 @@ def load_task_rows(
     """The rows of a `task:` source, made when they are indexed.
 
     Args:
-        mapping: Makes, of the task, the function of an index and a split to a row.
+        mapping: From the task to a function of an index and a split, which makes a row.
 
     Raises:
         ValueError: the task, the split or an option is unknown, or a setting has no effect.
@@ -79,13 +82,7 @@ def load_task_rows(
     name = str(section.source).removeprefix("task:")
     if name not in TASKS:
         raise ValueError(f"{where}: no task {name!r}; known: {', '.join(sorted(TASKS))}")
-    for setting in (
-        "fields",
-        "answer_pattern",
-        "held_out_fraction",
-        "wrong_answers",
-        "row_format",
-    ):
+    for setting in ("fields", "answer_pattern", "held_out_fraction", "wrong_answers", "row_format"):
         if getattr(section, setting):
             raise ValueError(
                 f"{where}: {setting} = {getattr(section, setting)!r} has no effect on a task; "
@@ -96,7 +93,7 @@ def load_task_rows(
     split = cast(Split, section.split)
     make = mapping(task_options(TASKS[name], section.options, where))
     rows = LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
-    rows[0]  # a task that has no rows of this kind says so now, not after the first compilation
+    rows[0]  # a task without rows of this type raises now, not after the first compilation
     return rows
 
 
@@ -112,7 +109,7 @@ def _task_examples(section: DataSection) -> Sequence[Example]:
 
 
 # A reader gets the name after the colon, the split and the section's options.
-_Reader = Callable[[str, str, Mapping[str, Any]], Rows]
+_Reader = Callable[[str, str, JsonObject], Rows]
 _READERS: Mapping[str, _Reader] = {"jsonl": read_jsonl, "tfds": read_tfds, "hf": read_hub}
 
 
@@ -124,8 +121,8 @@ def load_rows(
     """The rows of one split of a `tfds:`, `jsonl:` or `hf:` source, in its order.
 
     Args:
-        mapping: Makes, of the section and its source, the function of an index to a row.
-        problem: What a row is split by; rows of equal problems fall on the same side.
+        mapping: From the section and its source to a function of an index, which makes a row.
+        problem: The text that a row is split by; rows of equal problems fall on the same side.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_examples`.
@@ -161,9 +158,7 @@ def load_rows(
     lazy = LazyRows(to_row, indices)
     if rows.in_memory:
         return list(lazy)
-    # Rows that are read later can only be checked later, but a wrong column or pattern is wrong
-    # in the first row already: better now than after the first compilation.
-    lazy[0]
+    lazy[0]  # a wrong column or pattern raises now, not after the first compilation
     return lazy
 
 
@@ -172,27 +167,27 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     where = f"source = {section.source!r}"
     columns = columns_of(section, _FIELDS)
     named = set(section.fields)
-    # Whoever names one kind of conversation does not mean a column that happens to be there.
+    # With one kind of conversation in `fields`, a column of the other is not meant.
     if len(named & {"response", "messages"}) == 1:
         columns.pop("messages" if "response" in named else "response")
-    # Pretraining text may come alone.
+    # Pretraining text needs no other field.
     text_alone = "text" in named and not named & {"prompt", "answer", "response"}
     pattern = _compiled(section)
 
     def to_example(index: int) -> Example:
-        row, place = rows.rows[index], f"{where}: {rows.label(index)}"
+        row, here = rows.rows[index], f"{where}: {rows.label(index)}"
         if section.row_format == "livecodebench":
-            row = _of_livecodebench(row, place)
+            row = _of_livecodebench(row, here)
         present = {field for field, column in columns.items() if row.get(column) is not None}
         required = named if text_alone else named | _needed(present | named)
         if missing := [field for field in _FIELDS if field in required - present]:
-            raise missing_column(row, columns[missing[0]], missing[0], place)
+            raise missing_column(row, columns[missing[0]], missing[0], here)
         messages: tuple[Message, ...] = ()
         if "messages" in present:
             column = columns["messages"]
-            messages = _as_messages(row[column], f"{place}: column {column!r}")
+            messages = _as_messages(row[column], f"{here}: column {column!r}")
         values = {
-            field: as_text(row[column], f"{place}: column {column!r}", structured=field == "answer")
+            field: as_text(row[column], f"{here}: column {column!r}", structured=field == "answer")
             for field, column in columns.items()
             if field in present - {"messages"}
         }
@@ -201,13 +196,13 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             matches = list(pattern.finditer(answer))
             if not matches:
                 raise ValueError(
-                    f"{place}: answer_pattern = {pattern.pattern!r} does not occur in the "
+                    f"{here}: answer_pattern = {pattern.pattern!r} does not occur in the "
                     f"answer, which ends in {answer[-80:]!r}"
                 )
             answer = (matches[-1].group(1) or "").strip()
         if section.wrong_answers:
             wrong = [
-                _column(row, column, "wrong_answers", place) for column in section.wrong_answers
+                _column(row, column, "wrong_answers", here) for column in section.wrong_answers
             ]
             values["prompt"], answer = lettered(values.get("prompt", ""), answer, wrong)
         opening = next((m.content for m in messages if m.role == "user"), "")
@@ -224,31 +219,34 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     return to_example
 
 
-def _of_livecodebench(row: Row, place: str) -> Row:
-    texts = {column: _column(row, column, "row_format", place) for column in livecodebench.COLUMNS}
+def _of_livecodebench(row: Row, where: str) -> Row:
+    texts = {column: _column(row, column, "row_format", where) for column in livecodebench.COLUMNS}
     try:
         prompt, answer = livecodebench.prompt_and_answer(texts)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return {**row, "prompt": prompt, "answer": answer}
 
 
-def _column(row: Row, column: str, setting: str, place: str) -> str:
+def _column(row: Row, column: str, setting: str, where: str) -> str:
     if row.get(column) is None:
-        raise ValueError(f"{place}: {_no_column(row, column, setting)}")
-    return as_text(row[column], f"{place}: column {column!r}")
+        raise ValueError(f"{where}: {_no_column(row, column, setting)}")
+    return as_text(row[column], f"{where}: column {column!r}")
 
 
 def _no_column(row: Row, column: str, setting: str) -> str:
     state = "is null" if column in row else "does not exist"
-    found = ", ".join(sorted(map(str, row)))
-    return f"column {column!r} (for {setting}) {state}; the row has {found}"
+    return f"column {column!r} (for {setting}) {state}; the row has {_keys(row)}"
+
+
+def _keys(mapping: Mapping[str, object]) -> str:
+    return ", ".join(sorted(map(str, mapping)))
 
 
 def _needed(fields: set[str]) -> set[str]:
-    """The fields that a row must have, given those it has or is said to have.
+    """The fields that a row must have, given those that it has or that the section names.
 
-    A question always has an answer to be compared with, unless it comes with what to say to it.
+    A question needs an answer to compare with, unless it comes with a response.
     """
     if "messages" in fields:
         return set()
@@ -266,25 +264,25 @@ def columns_of(section: DataSection, known: Sequence[str]) -> dict[str, str]:
     return {field: section.fields.get(field, field) for field in known}
 
 
-def missing_column(row: Row, column: str, field: str, place: str) -> ValueError:
-    """The error of a row that has nothing in a column that it needs."""
+def missing_column(row: Row, column: str, field: str, where: str) -> ValueError:
+    """The error of a row without a value in a column that it needs."""
     missing = _no_column(row, column, field)
-    return ValueError(f"{place}: {missing}. Map it with fields: {{{field}: COLUMN}}.")
+    return ValueError(f"{where}: {missing}. Map it with fields: {{{field}: COLUMN}}.")
 
 
 def _problem(example: Example) -> str:
-    """What a row is split by: its question, or its text where it has nothing else."""
+    """The text that a row is split by: its question or, without one, its pretraining text."""
     return example.prompt or example.text or ""
 
 
-def as_text(value: Any, where: str, *, structured: bool = False) -> str:
-    """Text of a column; TFDS gives text as bytes and numbers as NumPy scalars.
+def as_text(value: object, where: str, *, structured: bool = False) -> str:
+    """The text of a column; TFDS gives text as bytes and numbers as NumPy scalars.
 
     With `structured`, lists and mappings (a puzzle's solution, a program's tests) become JSON.
     """
     if isinstance(value, bytes):
         return value.decode()
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
         return value.decode() if isinstance(value, bytes) else str(value)
     if isinstance(value, (str, int, float)):
@@ -294,27 +292,26 @@ def as_text(value: Any, where: str, *, structured: bool = False) -> str:
     raise ValueError(f"{where} is a {type(value).__name__}; needs text or a number")
 
 
-def _as_messages(value: Any, where: str) -> tuple[Message, ...]:
-    """A conversation from a list of {role, content}; other keys of a message are left alone."""
+def _as_messages(value: object, where: str) -> tuple[Message, ...]:
+    """A conversation from a list of {role, content}; other keys of a message are ignored."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is a {type(value).__name__}; needs a list of {{role, content}}")
     messages = []
     for number, entry in enumerate(value):
-        place = f"{where}, message {number}"
+        here = f"{where}, message {number}"
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{place} is a {type(entry).__name__}; needs {{role, content}}")
+            raise ValueError(f"{here} is a {type(entry).__name__}; needs {{role, content}}")
         for key in ("role", "content"):
             if entry.get(key) is None:
-                found = ", ".join(sorted(map(str, entry)))
                 state = "null" if key in entry else "no"
-                raise ValueError(f"{place} has {state} {key}; it has {found}")
-        role = as_text(entry["role"], f"{place}: role")
+                raise ValueError(f"{here} has {state} {key}; it has {_keys(entry)}")
+        role = as_text(entry["role"], f"{here}: role")
         if role not in get_args(Role):
             raise ValueError(
-                f"{place}: role = {role!r}; known: {', '.join(get_args(Role))}. Rename it, or "
+                f"{here}: role = {role!r}; known: {', '.join(get_args(Role))}. Rename it, or "
                 "remove the row."
             )
-        content = as_text(entry["content"], f"{place}: content")
+        content = as_text(entry["content"], f"{here}: content")
         messages.append(Message(cast(Role, role), content))
     if not any(message.role == "user" for message in messages):
         raise ValueError(f"{where} has no user message; remove the row")

@@ -9,8 +9,8 @@ The columns of `code_generation_lite`, which any JSON lines may have as well:
     private_test_cases   the same, or compressed: base64(zlib(pickle(JSON)))
     metadata             JSON; `func_name` is the method's name
 
-Input and output of a functional test are JSON, one argument a line. How the program is asked for is
-our wording, a choice.
+Input and output of a functional test are JSON, one argument a line. The instruction to write a
+program is worded here, which is a choice.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import json
 import pickle
 import zlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from r1jax.files import JsonObject
 from r1jax.rewards.code import pack_tests
 
 COLUMNS = (
@@ -48,8 +49,8 @@ Complete this Python class and give it whole in one code block:
 {starter}
 ```"""
 
-# Programs of contestants lean on what LeetCode's Python has at hand, and LiveCodeBench's own judge
-# puts such imports before all of them. The last line takes back pow and others from math.
+# Solutions rely on the imports of LeetCode's Python, and LiveCodeBench's judge puts such imports
+# before all of them. The last line restores pow and others that math replaces.
 PRELUDE = """\
 import sys
 sys.setrecursionlimit(50_000)
@@ -80,7 +81,7 @@ def prompt_and_answer(columns: Mapping[str, str]) -> tuple[str, str]:
         for column in ("public_test_cases", "private_test_cases")
         for test in _tests(columns[column], column)
     ]
-    reference: dict[str, Any] = {"language": "python", "prelude": PRELUDE}
+    reference: JsonObject = {"language": "python", "prelude": PRELUDE}
     if starter:
         reference["entry"] = f"Solution.{_method_name(columns['metadata'])}"
         tests = [_call(test, number) for number, test in enumerate(tests)]
@@ -108,7 +109,7 @@ def _tests(text: str, column: str) -> list[dict[str, str]]:
 
 
 class _TextOnly(pickle.Unpickler):
-    """A pickle can run any code by naming it; a pickled text names nothing."""
+    """A pickle can run any code that it names; a pickled text names none."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it holds {module}.{name}, not only text")
@@ -131,7 +132,7 @@ def _method_name(metadata: str) -> str:
         ) from None
 
 
-def _call(test: Mapping[str, str], number: int) -> dict[str, Any]:
+def _call(test: Mapping[str, str], number: int) -> JsonObject:
     try:
         arguments = [json.loads(line) for line in test["input"].strip().split("\n")]
         return {"arguments": arguments, "returns": json.loads(test["output"])}

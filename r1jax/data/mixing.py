@@ -1,4 +1,4 @@
-"""Datasets mixed at set shares, without using any row twice."""
+"""Mixtures of datasets at given shares, which use no row twice."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 def mixture_counts(
     rows: Mapping[str, int], shares: Mapping[str, float], limit: int | None = None
 ) -> dict[str, int]:
-    """How many rows of each part make the largest mixture of these shares, or one of `limit` rows.
+    """Rows of each part in the largest mixture of these shares, or in one of `limit` rows.
 
     The part that runs out first sets the size; of the others the first rows are taken. 600,000
     and 200,000 rows at 3 : 1 are all used.
 
     Args:
-      rows: part -> rows that it has.
+      rows: part -> number of its rows.
       shares: part -> share, in any unit.
-      limit: exactly so many rows in all. Where a share is no whole number, those parts that lose
-        most by rounding down get a row more.
+      limit: exact number of rows of the mixture. Shares are rounded down, and the parts that lose
+        most by it get one row more.
 
     Raises:
       ValueError: a part would have no row in the mixture, or there are fewer rows than `limit`.

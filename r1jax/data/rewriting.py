@@ -1,8 +1,8 @@
-"""From a kept completion to the text that is trained on: the rewriting step of the cold start.
+"""Rewriting of kept completions into texts to train on, for the cold start.
 
 DeepSeek-R1 (arXiv 2501.12948, section 2.3.1) rewrites what R1-Zero got right into one language, the
-first person, and its output format: the reasoning process, then a summary. By fixed rules, where a
-miniature's texts allow it; by a model behind an OpenAI-compatible endpoint, for real texts.
+first person, and its output format: the reasoning process, then a summary. `RuleRewriter` uses
+rules, for toy texts; `EndpointRewriter` a model behind an OpenAI-compatible server.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
-from r1jax.files import encode_line, end_of_last_line
+from r1jax.files import JsonValue, encode_line, end_of_last_line
 from r1jax.rewards.code import program_of
 from r1jax.rewards.extraction import after_thinking, final_answer, thought
 from r1jax.rewards.format import STYLES, well_formed
@@ -38,12 +38,12 @@ from r1jax.settings.names import nearest
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A completion that was kept, before it is rewritten.
+    """A kept completion, before it is rewritten.
 
     Attributes:
-        question: What was asked, without template.
-        completion: The prompt's prefilled suffix (such as `<think>`) and what the model wrote.
-        answer: Its final answer, as a reward extracted it; empty where there is none to keep.
+        question: Without template.
+        completion: The prompt's prefill (such as `<think>`) and what the model wrote.
+        answer: Its final answer, as a reward extracted it; empty without one.
     """
 
     question: str
@@ -52,7 +52,7 @@ class Draft:
 
 
 class Rewriter(Protocol):
-    """Whatever rewrites drafts; one that fails raises, and keeps what it has done so far."""
+    """Rewrites drafts; on an error it raises, and keeps what it has done so far."""
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
         """The text to train on for each draft, in order; None for one that has none."""
@@ -69,11 +69,11 @@ draft that solves it, and the draft's final answer. Write the solution anew:
   inside \boxed{}. (A program stays in its fenced code block instead.)
 - Use one language throughout, that of the question. Break long paragraphs up.
 - Write nothing before <think>, and use neither tag a second time."""
-"""What a model is asked by default; the paper's own words are not reported."""
+"""The default instruction to a model; the paper does not report its wording."""
 
 
 def instruction_prompt(draft: Draft, instruction: str) -> str:
-    """The text that a model is asked with: the instruction, then the draft under headings."""
+    """The prompt of a rewriting model: the instruction, then the draft under headings."""
     parts = {
         "Question": draft.question,
         "Draft": draft.completion,
@@ -84,12 +84,12 @@ def instruction_prompt(draft: Draft, instruction: str) -> str:
 
 
 def accept(draft: Draft, text: str, style: str = "think") -> str | None:
-    r"""`text` without outer white space, if it may stand for the draft; else None.
+    r"""`text` without outer white space, if it may replace the draft; else None.
 
     It must be well formed, and keep the draft's answer. A marked answer (`\boxed{...}`, an answer
     tag) must have the draft's exact meaning, by `equivalent_key`. Without a mark the answer must
     occur in what follows the thought, word for word; that is not enough for a draft that had a
-    mark, since whoever learns from the text would no longer give answers that can be read.
+    mark, since a model trained on the text would no longer give answers that can be read.
 
     Where the draft's answer is a program, its last fenced block after the thought, the text's last
     fenced block must be the same program instead: that is how `r1jax.rewards.code` reads it.
@@ -144,7 +144,7 @@ def _occurs(answer: str, text: str) -> bool:
     return any(_whole(text, *match.span()) for match in re.finditer(pattern, text))
 
 
-_WITHIN = 32  # Characters around a place; where a word goes on, its next letter is that near.
+_WITHIN = 32  # Characters around a position; the next letter of a word is that near.
 
 
 def _whole(text: str, start: int, end: int) -> bool:
@@ -160,7 +160,7 @@ def _whole(text: str, start: int, end: int) -> bool:
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
-    """`text` with whole words, or phrases of them, replaced: the longest that fits, left to right.
+    """`text` with whole words or phrases replaced: the longest match, from left to right.
 
     A replacement is not looked at again. Words are those of `rewards.words`: a Chinese character
     is one, and so are both parts of `7plus`; `don` is none in `don't`.
@@ -189,21 +189,21 @@ _PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class RuleRewriter:
-    r"""Puts thought and answer of a draft into a template; for texts that rules can put right.
+    r"""Puts thought and answer of a draft into a template.
 
-    What the completion says beside its thought is replaced by the summary. The thought comes
-    without outer white space, so that a prefilled `<think>\n` and a bare `<think>` give the same
-    text. There is no text where a draft has no closed thought, or neither answer nor program,
-    where the thought is blank, and where `accept` refuses the result (a tag inside of the thought,
-    a program in a style or template that has no place for one).
+    The summary replaces everything but the thought. The thought loses outer white space, so that a
+    prefilled `<think>\n` and a bare `<think>` give the same text. The result is None for a draft
+    without a closed thought, with a blank one, or with neither answer nor program, and where
+    `accept` refuses the text (a tag inside of the thought; a program in a style or template that
+    cannot hold one).
 
     Attributes:
         template: The text: `{thought}`, `{summary}`, `{question}`, `{answer}`. Other braces stay
             as they are, so a boxed answer is `\boxed{{answer}}`.
-        summary: What stands for `{summary}`, with the same placeholders but itself.
-        program_summary: What stands for it where the answer is a program: `{question}` and
-            `{program}`, which ends with its last line's end.
-        replacements: Words of the thought -> what to say instead, as in `replace_words`.
+        summary: The text of `{summary}`, with the other placeholders.
+        program_summary: The text of `{summary}` if the answer is a program: `{question}` and
+            `{program}`, which ends with a newline.
+        replacements: Words of the thought -> their replacements, as in `replace_words`.
         style: The shape that the text must have; see `accept`.
     """
 
@@ -219,9 +219,9 @@ class RuleRewriter:
         used = _placeholders(
             "template", self.template, ("thought", "summary", "question", "answer")
         )
-        own_program_summary = self.program_summary != type(self).program_summary
+        custom_program_summary = self.program_summary != type(self).program_summary
         if "summary" not in used:
-            if self.summary != type(self).summary or own_program_summary:
+            if self.summary != type(self).summary or custom_program_summary:
                 raise ValueError(
                     f"template = {self.template!r}: has no {{summary}}, but one is set"
                 )
@@ -246,10 +246,10 @@ class RuleRewriter:
                 f"template = {self.template!r}, summary = {self.summary!r}: the result, such as "
                 f"{sample!r}, is not of style {self.style!r} or has no answer that can be read"
             )
-        # The default has no place in every template, and most runs have no programs.
+        # Not every template can hold the default, and most runs have no programs.
         program = Draft("Write 7.", "<think>So 7.</think>```\nprint(7)\n```", "")
         sample = self._text(program, "So 7.")
-        if own_program_summary and accept(program, sample, self.style) is None:
+        if custom_program_summary and accept(program, sample, self.style) is None:
             raise ValueError(
                 f"template = {self.template!r}, program_summary = {self.program_summary!r}: the "
                 f"result, such as {sample!r}, is not of style {self.style!r} or has no program "
@@ -304,10 +304,10 @@ def _placeholders(name: str, template: str, known: Sequence[str]) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model answered to an instruction.
+    """The answer of a model to an instruction.
 
     Attributes:
-        text: As it came; None if it would not or could not answer.
+        text: Unchanged; None if the model gave none.
         truncated: The model was cut off before it ended its answer itself.
     """
 
@@ -315,22 +315,22 @@ class Reply:
     truncated: bool = False
 
     def accepted(self, draft: Draft, style: str) -> str | None:
-        """The text to train on, if `accept` has it; an answer cut off is none."""
+        """The text to train on, if `accept` takes it; None for an answer that was cut off."""
         if self.text is None or self.truncated:
             return None
         return accept(draft, self.text, style)
 
 
 class RewriteLog:
-    """The replies so far, as JSON lines that a later run goes on from; for one process.
+    """The replies so far, as JSON lines from which a later run continues; for one process.
 
-    Each reply is on its line before the next one is asked for, and a line that a killed process
-    left unfinished is cut off. Replies are kept as they came, so that another style or a better
-    check needs no new ones.
+    A reply is written before the next request of its thread, and a line that a killed process left
+    unfinished is cut off. Replies are stored unchanged, so that another style or a better check
+    needs no new ones.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens the log, or begins it where there is no such file.
+        """Opens the log, or makes it.
 
         Raises:
             ValueError: a line is not a reply (names file and line).
@@ -350,11 +350,11 @@ class RewriteLog:
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{self.path}:{number}: not a line of a rewrite log; remove the line, and "
-                        "its draft is asked for again"
+                        "its draft is requested again"
                     ) from error
 
     @staticmethod
-    def key(draft: Draft, settings: Mapping[str, Any]) -> str:
+    def key(draft: Draft, settings: Mapping[str, JsonValue]) -> str:
         """A key that is equal for equal drafts and settings (JSON) of a rewriter."""
         parts = [draft.question, draft.completion, draft.answer, settings]
         text = json.dumps(parts, sort_keys=True)  # pure ASCII, whatever is in the texts
@@ -367,7 +367,7 @@ class RewriteLog:
         return self._replies[key]
 
     def add(self, key: str, reply: Reply) -> None:
-        """Writes one more reply to the end of the file; from any thread."""
+        """Appends a reply to the file; from any thread."""
         row = {"key": key, "text": reply.text, "truncated": reply.truncated}
         with self._lock, self.path.open("ab") as file:
             file.write(encode_line(row))
@@ -375,45 +375,44 @@ class RewriteLog:
 
 
 class Stopped(Exception):
-    """A rewriter was asked to stop before it had every reply; those that came are in its log."""
+    """A rewriter stopped on request before it had every reply; those so far are in its log."""
 
 
 class EndpointError(RuntimeError):
-    """An endpoint does not answer, or not in a way that can be used; what it answered is kept."""
+    """An endpoint does not answer, or not usably; the replies so far are in the log."""
 
 
-_LONGEST_BACKOFF = 60.0
-_GLANCE = 1.0  # Seconds of a wait after which it is looked whether to stop.
-_LONGEST_WAIT = 600.0  # A server that asks for more is rather asked again in another run.
-_LONGEST_BODY = 200  # Characters of a server's words that an error repeats.
+_LONGEST_BACKOFF = 60.0  # seconds
+_POLL_SECONDS = 1.0  # between two checks whether to stop, during a wait
+_LONGEST_WAIT = 600.0  # seconds; if a server demands more, the run ends with an error
+_LONGEST_BODY = 200  # characters of a server's message in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointRewriter:
     """Asks a model behind an OpenAI-compatible server, one request for each draft.
 
-    The answer must come as it is meant to be trained on: a server that takes thoughts out of the
-    answer (a "reasoning parser") leaves no `<think>` to accept, so turn that off.
+    The answer must contain its thought: turn a "reasoning parser" off, which removes `<think>`.
 
     Attributes:
         url: Up to the version, such as `http://localhost:8000/v1`.
         model: Its name on the server.
-        log: Where replies are kept as they come. A draft is not asked for again under the same
-            model, instruction, max_new_tokens and temperature; the url has no say, as a run may go
-            on with another server.
+        log: Stores the replies. A draft is not requested again with the same model, instruction,
+            max_new_tokens and temperature; the url may change, so a run may continue with another
+            server.
         instruction: See `instruction_prompt`.
-        max_new_tokens: Of an answer; one that was cut off there is none.
+        max_new_tokens: Of an answer; one that is cut off there is not used.
         temperature: Of the sampling.
         api_key_env: Environment variable with the key; unset or empty for a server without keys.
-        retries: How often a request is sent again after a failure that may pass: status 408, 429
-            or 5xx, no connection, a time-out, an answer that is not JSON of the right shape.
+        retries: Repetitions of a request after a failure that may be temporary: status 408, 429 or
+            5xx, no connection, a time-out, an answer that is not JSON of the right shape.
         timeout_seconds: Without a byte from the server.
         backoff_seconds: Wait before the first retry. It doubles with each, up to a minute, with
-            some chance in it; a server's Retry-After is honoured where it is longer.
-        concurrency: Requests under way at a time.
+            jitter; a longer Retry-After of the server is respected.
+        concurrency: Requests at a time.
         style: The shape that a text must have; see `accept`.
-        stop_requested: Looked at before each request, from several threads. Once it is true none is
-            sent any more; replies to those under way are waited for, and kept.
+        stop_requested: Called before each request, from several threads. Once it returns true, no
+            more requests are sent; replies to open ones are waited for, and stored.
     """
 
     url: str
@@ -462,14 +461,14 @@ class EndpointRewriter:
         _check_style(self.style)
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """See `Rewriter`. Equal drafts are asked for once.
+        """See `Rewriter`. Equal drafts are requested once.
 
         Raises:
-            EndpointError: a request failed for good. What was under way is waited for, and every
-                reply is in the log: called again, only the rest is asked for.
-            Stopped: `stop_requested` was true before all was asked for; the same holds.
+            EndpointError: a request failed. Open requests are waited for, and every reply is in the
+                log: the next call requests only the rest.
+            Stopped: `stop_requested` returned true before all requests were sent; as above.
         """
-        settings = {
+        settings: dict[str, JsonValue] = {
             "model": self.model,
             "instruction": self.instruction,
             "max_new_tokens": self.max_new_tokens,
@@ -479,12 +478,12 @@ class EndpointRewriter:
         distinct = dict(zip(keys, drafts, strict=True))
         missing = {key: draft for key, draft in distinct.items() if key not in self.log}
         try:
-            self._ask_for(missing)
+            self._request_all(missing)
         except _Failure as failure:
             known = sum(key in self.log for key in distinct)
             raise EndpointError(
                 f"{self.url}: model {self.model!r}: {failure}. {failure.remedy}. {known} of "
-                f"{len(distinct)} replies are in {self.log.path}; run again to ask for the rest"
+                f"{len(distinct)} replies are in {self.log.path}; run again to request the rest"
             ) from failure
         known = sum(key in self.log for key in distinct)
         if known < len(distinct):
@@ -494,36 +493,36 @@ class EndpointRewriter:
             for key, draft in zip(keys, drafts, strict=True)
         ]
 
-    def _ask_for(self, missing: Mapping[str, Draft]) -> None:
+    def _request_all(self, missing: Mapping[str, Draft]) -> None:
         stop = threading.Event()
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 futures = [
-                    pool.submit(self._ask_and_log, key, draft, stop)
+                    pool.submit(self._request_and_log, key, draft, stop)
                     for key, draft in missing.items()
                 ]
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                stop.set()  # those that have not begun never do; the others are waited for
+                stop.set()  # the others do not begin; those that have begun are waited for
                 raise
 
-    def _ask_and_log(self, key: str, draft: Draft, stop: threading.Event) -> None:
+    def _request_and_log(self, key: str, draft: Draft, stop: threading.Event) -> None:
         try:
-            self._ask_until_answered(key, draft, stop)
+            self._request_until_answered(key, draft, stop)
         except BaseException:
             stop.set()  # here, so that this thread does not begin with another draft
             raise
 
-    def _ask_until_answered(self, key: str, draft: Draft, stop: threading.Event) -> None:
+    def _request_until_answered(self, key: str, draft: Draft, stop: threading.Event) -> None:
         for attempt in range(self.retries + 1):
             if self._stopped(stop):
                 return
             try:
-                self.log.add(key, self._ask(draft))
+                self.log.add(key, self._request(draft))
                 return
             except _Failure as failure:
-                if not failure.may_pass:
+                if not failure.temporary:
                     raise
                 if attempt == self.retries:
                     failure.add(f"{attempt + 1} attempts")
@@ -534,12 +533,12 @@ class EndpointRewriter:
                     raise
                 end = time.monotonic() + wait
                 while (left := end - time.monotonic()) > 0 and not self._stopped(stop):
-                    stop.wait(min(left, _GLANCE))
+                    stop.wait(min(left, _POLL_SECONDS))
 
     def _stopped(self, stop: threading.Event) -> bool:
         return stop.is_set() or self.stop_requested()
 
-    def _ask(self, draft: Draft) -> Reply:
+    def _request(self, draft: Draft) -> Reply:
         """One request."""
         body = {
             "model": self.model,
@@ -568,7 +567,7 @@ class EndpointRewriter:
             raise _Failure(
                 f"no answer: {type(reason).__name__}: {reason}",
                 "See that the server is up, and give it more timeout_seconds if it is slow",
-                may_pass=True,
+                temporary=True,
             ) from error
         return _read_reply(answer)
 
@@ -597,30 +596,30 @@ class EndpointRewriter:
         return _Failure(
             f"HTTP {status} {phrase}".rstrip() + (f": {said[:_LONGEST_BODY]}" if said else ""),
             remedy,
-            may_pass=status in (408, 429) or status >= 500,
+            temporary=status in (408, 429) or status >= 500,
             retry_after=_read_retry_after(error.headers.get("Retry-After")),
         )
 
 
 class _Failure(Exception):
-    """A request that failed: what happened, what to do, and whether it may pass by itself."""
+    """A request that failed: the reason, a remedy, and whether the failure may be temporary."""
 
     def __init__(
-        self, what: str, remedy: str, *, may_pass: bool, retry_after: float | None = None
+        self, what: str, remedy: str, *, temporary: bool, retry_after: float | None = None
     ) -> None:
         super().__init__(what)
         self.remedy = remedy
-        self.may_pass = may_pass
+        self.temporary = temporary
         self.retry_after = retry_after
 
-    def add(self, more: str) -> None:
-        self.args = (f"{self} ({more})",)
+    def add(self, detail: str) -> None:
+        self.args = (f"{self} ({detail})",)
 
 
 def wait_seconds(attempt: int, backoff: float, retry_after: float | None) -> float:
     """Seconds to wait after the attempt-th failure (from 0) before the next attempt."""
     longest = min(backoff * 2.0 ** min(attempt, 32), _LONGEST_BACKOFF)
-    # With chance, so that requests that failed together do not come again together.
+    # With jitter, so that requests that failed together are not repeated together.
     return max(longest * random.uniform(0.5, 1.0), retry_after or 0.0)
 
 
@@ -647,13 +646,13 @@ def _read_reply(answer: bytes) -> Reply:
         raise _Failure(
             f"not an answer of /chat/completions: {said!r}",
             "See that an OpenAI-compatible server answers at url",
-            may_pass=True,
+            temporary=True,
         ) from error
     return Reply(text, truncated=finish == "length")
 
 
 def _is_too_long(said: str) -> bool:
-    """Whether a server refuses this one draft for its length; there is no common sign of it."""
+    """Whether a server refuses this draft for its length; there is no standard code for it."""
     return bool(re.search(r"context_length_exceeded|maximum context length", said))
 
 
@@ -667,7 +666,7 @@ def _body(error: urllib.error.HTTPError) -> str:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would send the key to whatever host it names."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
         return None
 
 

@@ -1,27 +1,28 @@
-"""Where rows come from: JSON lines, TFDS and the Hugging Face hub."""
+"""Sources of rows: JSON lines, TFDS and the Hugging Face hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from r1jax.bucket import locate
-from r1jax.files import numbered_rows
+from r1jax.files import JsonObject, numbered_rows
 from r1jax.settings.names import nearest
 
-Row = Mapping[str, Any]
+Row: TypeAlias = Mapping[str, Any]
+"""Column -> value, as the source has it."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by index, as their source has them.
+    """The rows of a source.
 
     Attributes:
-        rows: Column -> value for each row; indexing may read from disk.
-        label: How an error names the row at an index.
-        in_memory: Whether indexing is free.
+        rows: Indexing may read from disk.
+        label: The name of the row at an index, for errors.
+        in_memory: Whether indexing reads nothing.
     """
 
     rows: Sequence[Row]
@@ -29,7 +30,7 @@ class Rows:
     in_memory: bool
 
 
-def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
     """`jsonl:PATH`: one JSON object per line of a UTF-8 file, local or on a bucket (`gs://...`).
 
     Blank lines are skipped.
@@ -55,15 +56,15 @@ def read_jsonl(name: str, split: str, options: Mapping[str, Any]) -> Rows:
     )
 
 
-def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
     """`tfds:NAME`, `tfds:NAME/CONFIG` or with `:VERSION`, read by index and without TensorFlow.
 
-    Options: `data_dir`, where prepared datasets lie. A dataset that is not there yet is prepared
-    (downloaded, if need be) as ArrayRecord files, the format that can be read by index.
+    Options: `data_dir`, the folder of prepared datasets. A dataset that is not there is downloaded
+    and prepared as ArrayRecord files, the format that can be read by index.
 
     Raises:
-        ImportError: TFDS or what it needs to work without TensorFlow is missing.
-        ValueError: no such dataset or split, or it lies there in a format without random access.
+        ImportError: TFDS is missing, or a package that it needs to work without TensorFlow.
+        ValueError: no such dataset or split, or it was prepared in a format without random access.
     """
     _known_options("tfds", options, ("data_dir",))
     where = f"source = 'tfds:{name}'"
@@ -80,7 +81,7 @@ def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
 
     data_dir = options.get("data_dir")
     try:
-        # Without file_format first: what lies there is read as it was prepared.
+        # Without file_format first: a prepared dataset is read in its format.
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
         if not builder.is_prepared():
             builder = tfds.builder(
@@ -104,7 +105,7 @@ def read_tfds(name: str, split: str, options: Mapping[str, Any]) -> Rows:
     return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
 
 
-def read_hub(name: str, split: str, options: Mapping[str, Any]) -> Rows:
+def read_hub(name: str, split: str, options: JsonObject) -> Rows:
     """`hf:NAME` with the package `datasets`. Options: `config`, `revision`, `data_files`.
 
     Raises:
@@ -132,12 +133,12 @@ def read_hub(name: str, split: str, options: Mapping[str, Any]) -> Rows:
     return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
 
 
-def _known_options(kind: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    # What divides any source is taken out before a reader sees the options.
-    everything = (*known, "from_split (with held_out_fraction)")
+def _known_options(kind: str, options: JsonObject, known: Sequence[str]) -> None:
+    # `from_split` is taken out before a reader gets the options.
+    all_known = (*known, "from_split (with held_out_fraction)")
     for option in options:
         if option not in known:
             raise ValueError(
                 f"options.{option} is not an option of {kind}: {nearest(option, known)}known: "
-                f"{', '.join(everything)}"
+                f"{', '.join(all_known)}"
             )

@@ -604,7 +604,7 @@ def test_a_run_that_fails_half_way_is_resumed_for_the_rest(serve, tmp_path: Path
         "HTTP 503 Service Unavailable",
         "out for lunch",
         "(3 attempts)",
-        f"4 of 8 replies are in {log}; run again to ask for the rest",
+        f"4 of 8 replies are in {log}; run again to request the rest",
     ):
         assert part in str(error.value)
     assert server.asked == {"q0": 1, "q1": 1, "q2": 1, "q3": 1, "q4": 3}

@@ -5,11 +5,11 @@ forward pass, which a tiny model cannot; writing it out takes one small sum per 
 
     7+5-3+9=<think>7+5=12 12-3=9 9+9=18</think><answer>18</answer>
 
-The pretraining text is what the web is to a base model: some of it worked and right, some worked
-with a slip, much of it a bare guess near the truth, some of it without the tags. A model of that
-mixture is right about as often as the mixture is, though it holds a solution that nearly always
-works, which reinforcement learning can find. Wrong answers are spread out while right ones agree,
-so a vote over samples beats one sample from the start.
+The pretraining text stands for the web: some of it worked and right, some worked with a slip, much
+of it a bare guess near the answer, some of it without the tags. A model of that mixture is right
+about as often as the mixture is, but it has learned a solution that nearly always works, which
+reinforcement learning can find. Wrong answers are spread out while right ones agree, so a vote over
+samples is better than one sample from the start.
 """
 
 from __future__ import annotations

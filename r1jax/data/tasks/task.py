@@ -1,11 +1,12 @@
-"""What a procedural task is."""
+"""The interface of procedural tasks."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from r1jax.data.example import Example, Split
+from r1jax.files import JsonObject
 from r1jax.settings.names import nearest
 
 HELD_OUT_SHARE = 0.1
@@ -15,13 +16,12 @@ HELD_OUT_SHARE = 0.1
 class Task(Protocol):
     """A frozen dataclass whose fields are the task's options.
 
-    `example` is a pure function of (options, index, split): no seed. Two seeds that start two
-    ranges of a generator overlap before long; an index cannot. What a seed decides is the order in
-    which a run visits the examples.
+    `example` is a pure function of (options, index, split). There is no seed: the ranges of two
+    seeds would soon overlap. A run's seed only decides the order in which it visits the examples.
     """
 
     alphabet: ClassVar[str]
-    """Every character that a prompt, an answer or a text may hold, tags aside."""
+    """Every character of a prompt, an answer or a text, except tags."""
 
     def example(self, index: int, split: Split) -> Example:
         """The index-th example of a split; any index >= 0 has one."""
@@ -30,7 +30,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class PreferenceTask(Protocol):
-    """A task that has preferences to train reward models on, too."""
+    """A task that also has preferences, to train reward models on."""
 
     def pair(self, index: int, split: Split) -> tuple[str, str, str]:
         """Prompt, better and worse response of the index-th pair; ValueError if there are none."""
@@ -41,7 +41,7 @@ class PreferenceTask(Protocol):
         ...
 
 
-def task_options(kind: type[Task], options: dict[str, Any], where: str) -> Task:
+def task_options(kind: type[Task], options: JsonObject, where: str) -> Task:
     """Builds a task from the `options` of a config.
 
     Raises:

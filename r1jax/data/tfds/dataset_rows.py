@@ -1,16 +1,17 @@
-"""The TFDS builder of rows that lie ready, under a name given when it is made.
+"""The TFDS builder of given rows, under a name given when it is made.
 
-Unlike the builders with a folder of their own it is not registered: what it has written is read
-from its files alone, so that reading needs none of this code.
+Unlike builders with a folder it is not registered: TFDS reads what it wrote from the files alone,
+without this code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from r1jax.data.sources import Row
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -22,7 +23,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
 
-    def __init__(self, name: str, rows: Iterable[Mapping[str, Any]], data_dir: str) -> None:
+    def __init__(self, name: str, rows: Iterable[Row], data_dir: str) -> None:
         self.name = name
         self._rows = rows
         super().__init__(data_dir=data_dir, file_format="array_record")
@@ -49,9 +50,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
+    ) -> dict[str, Iterator[tuple[int, Row]]]:
         del dl_manager  # Nothing is downloaded.
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _generate_examples(self) -> Iterator[tuple[int, Row]]:
         yield from enumerate(self._rows)

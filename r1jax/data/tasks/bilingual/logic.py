@@ -10,15 +10,15 @@ from r1jax.data.tasks.bilingual.subject import Draw, Slips, below, shuffled
 
 @dataclass(frozen=True)
 class Order:
-    """Digits in their order, and the order in which the facts about neighbours are told."""
+    """Digits in their order, and the order of the facts about neighbours in the prompt."""
 
     digits: tuple[int, ...]
-    told: tuple[int, ...]
+    fact_order: tuple[int, ...]
 
     @property
     def prompt(self) -> str:
         facts = self._facts()
-        return " ".join(facts[i] for i in self.told) + " order?"
+        return " ".join(facts[i] for i in self.fact_order) + " order?"
 
     @property
     def reference(self) -> str:

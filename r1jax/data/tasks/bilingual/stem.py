@@ -12,41 +12,43 @@ _LETTERS = "FGH"
 
 @dataclass(frozen=True)
 class Motion:
-    """Two quantities are given, the third is asked for.
+    """Two quantities are given; the third is the question.
 
     Attributes:
         speed, time: 2 .. 7; the way is their product.
-        asked: `s` (way), `v` (speed) or `t` (time).
+        unknown: `s` (way), `v` (speed) or `t` (time).
         options: The values offered, the right one among them.
     """
 
     speed: int
     time: int
-    asked: str
+    unknown: str
     options: tuple[int, ...]
 
     @property
     def prompt(self) -> str:
         values = {"s": self.speed * self.time, "v": self.speed, "t": self.time}
-        given = " ".join(f"{name}={value}" for name, value in values.items() if name != self.asked)
+        given = " ".join(
+            f"{name}={value}" for name, value in values.items() if name != self.unknown
+        )
         offered = " ".join(f"{x}{letter}" for letter, x in zip(_LETTERS, self.options, strict=True))
-        return f"{given} {self.asked}? {offered}"
+        return f"{given} {self.unknown}? {offered}"
 
     @property
     def value(self) -> int:
         """The right value."""
-        return {"s": self.speed * self.time, "v": self.speed, "t": self.time}[self.asked]
+        return {"s": self.speed * self.time, "v": self.speed, "t": self.time}[self.unknown]
 
     @property
     def reference(self) -> str:
         return _LETTERS[self.options.index(self.value)]
 
     def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:
-        if self.asked == "s":
+        if self.unknown == "s":
             law, left = "product", f"{self.speed}*{self.time}"
         else:
             law = "quotient"
-            known = self.time if self.asked == "v" else self.speed
+            known = self.time if self.unknown == "v" else self.speed
             left = f"{self.speed * self.time}/{known}"
         value = self.value
         if slips(law):
@@ -61,11 +63,11 @@ class Motion:
 def draw_motion(draw: Draw) -> Motion:
     """Wrong options are near the right value, and differ."""
     speed, time = 2 + below(6, draw), 2 + below(6, draw)
-    asked = "svt"[below(3, draw)]
-    value = {"s": speed * time, "v": speed, "t": time}[asked]
+    unknown = "svt"[below(3, draw)]
+    value = {"s": speed * time, "v": speed, "t": time}[unknown]
     options = [value]
     while len(options) < len(_LETTERS):
         other = another(value, max(value - 6, 1), value + 6, draw)
         if other not in options:
             options.append(other)
-    return Motion(speed, time, asked, tuple(shuffled(options, draw)))
+    return Motion(speed, time, unknown, tuple(shuffled(options, draw)))

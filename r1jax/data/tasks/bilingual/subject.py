@@ -1,4 +1,4 @@
-"""What a subject with right answers is: problems, their worked solutions, and guesses."""
+"""The interface of subjects with right answers: problems, worked solutions and guesses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Problem(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What is asked."""
+        """The question."""
         ...
 
     @property
     def reference(self) -> str:
-        """What the subject's reward compares an answer with."""
+        """The reference answer of the subject's reward."""
         ...
 
     def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:

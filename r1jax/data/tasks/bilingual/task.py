@@ -5,11 +5,11 @@
 English is written in small letters, German in capitals. Each step of a thought begins with a word,
 `so` and `then` or `ALSO` and `DANN`. Many texts change the language as they go, and each language
 was taught some steps better than the other: sums go wrong less often in English, differences less
-often in German. So whoever is rewarded for right answers alone has a reason to mix, as
-DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4), whatever its reasons were.
+often in German. So a model that is rewarded for right answers alone has a reason to mix, as
+DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4), whatever the cause there.
 
-The pretraining text is what the web is to a base model, as in `running_total`: some of it worked,
-with slips, much of it a guess, some of it without the tags.
+The pretraining text stands for the web, as in `running_total`: some of it worked, with slips, much
+of it a guess, some of it without the tags.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class Bilingual:
 
     def _stream(self, index: int, split: Split) -> Draw:
         """As in `running_total`: only `random()` is promised to stay the same."""
-        place = SUBJECTS.index(self.subject)
-        seed = (_TASK_KEY << 72) | (place << 64) | (index << 1) | (split == "held_out")
+        subject = SUBJECTS.index(self.subject)
+        seed = (_TASK_KEY << 72) | (subject << 64) | (index << 1) | (split == "held_out")
         return random.Random(seed).random
 
     def _request(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -38,8 +37,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for name, task in TASKS.items()
     ]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The one format that can be read by index; a caller's own choice still wins.
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        # The format that can be read by index, unless the caller chooses another.
         super().__init__(*args, **{"file_format": "array_record", **kwargs})
 
     def _info(self) -> tfds.core.DatasetInfo:
