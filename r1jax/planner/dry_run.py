@@ -10,12 +10,13 @@ from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
 from r1jax.models import Decoder, declare
 from r1jax.models.parameters import is_spec
-from r1jax.programs import Planning, stage_programs
+from r1jax.programs import Planning
 from r1jax.programs.arrays import bytes_by_kind, bytes_on_device
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.checks import check
 from r1jax.run.models import LanguageModel, build_decoder
 from r1jax.run.resolve import resolve
+from r1jax.run.stage_functions import load_functions
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 
@@ -93,7 +94,7 @@ _UNLISTED = ("weights", "policy", "batch")
 def _stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonObject]:
     """What a stage has in memory beside its model's weights, which are `weights` bytes."""
     largest: dict[str, int] = {}
-    for program in stage_programs(stage, planning).programs:
+    for program in load_functions(stage).programs(stage, planning).programs:
         sizes = bytes_by_kind(program.resident, program.arguments)
         if "policy" in sizes or ("cache" in sizes and sizes["weights"] != weights):
             sizes["sampler's weights"] = sizes["weights"]

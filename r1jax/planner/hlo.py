@@ -54,13 +54,10 @@ class Instruction:
     arguments: str
     rest: str
 
-    def attribute(self, name: str) -> str | None:
-        match = re.search(rf"\b{name}=([^\s,]+)", self.rest)
-        return match[1] if match else None
-
-    def list_attribute(self, name: str) -> tuple[int, ...]:
-        match = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.rest)
-        return tuple(int(x) for x in match[1].split(",") if x) if match else ()
+    def attribute(self, name: str) -> str:
+        """Up to a space or a comma, without a leading %; "" where it is missing."""
+        match = re.search(rf"\b{name}=%?([^\s,]+)", self.rest)
+        return match[1] if match else ""
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -83,9 +80,6 @@ class Computation:
             for each in self.instructions.values()
             if each.opcode == "parameter"
         }
-
-    def users(self, name: str) -> list[Instruction]:
-        return [each for each in self.instructions.values() if name in each.operands]
 
     def source(self, name: str) -> Instruction | None:
         """What a value is, behind copies, conversions and bitcasts."""
@@ -247,8 +241,7 @@ def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = Tru
         least.
     """
     counter = _Counter(module, unknown_trips, largest_branch)
-    counter.visit(module.computations[module.entry], 1.0)
-    return counter.result()
+    return counter.visit(module.computations[module.entry], 1.0)
 
 
 # Neither computed nor moved: names, and the ends of what has begun elsewhere.
@@ -269,12 +262,11 @@ class _Counter:
         self._collectives: list[Collective] = []
         self._unknown: dict[str, None] = {}
 
-    def result(self) -> Cost:
-        return Cost(tuple(self._operations), tuple(self._collectives), tuple(self._unknown))
-
-    def visit(self, computation: Computation, times: float) -> None:
+    def visit(self, computation: Computation, times: float) -> Cost:
+        """Counts all of a computation; returns what was counted so far."""
         for each in computation.instructions.values():
             self._count(each, computation, times)
+        return Cost(tuple(self._operations), tuple(self._collectives), tuple(self._unknown))
 
     def _count(self, each: Instruction, computation: Computation, times: float) -> None:
         computations = self._module.computations
@@ -285,7 +277,7 @@ class _Counter:
             known = trip_count(each, computation, self._module)
             turns = times * (self._trips if known is None else known)
             for name in ("condition", "body"):
-                self.visit(computations[_target(each, name)], turns)
+                self.visit(computations[each.attribute(name)], turns)
         elif each.opcode == "conditional":
             self._branch(each, times)
         elif each.opcode in ("call", "call-start", "async-start"):
@@ -332,26 +324,28 @@ class _Counter:
                     self._fused_collectives(self._module.computations[name], times)
 
     def _branch(self, each: Instruction, times: float) -> None:
-        names = re.findall(
-            r"%?([\w.\-]+)",
-            (re.search(r"branch_computations=\{([^}]*)\}", each.rest) or ["", ""])[1],
-        ) or [_target(each, "true_computation"), _target(each, "false_computation")]
-        branches = []
-        for name in names:
-            counter = _Counter(self._module, self._trips, self._largest)
-            counter.visit(self._module.computations[name], times)
-            branches.append(counter)
+        listed = re.search(r"branch_computations=\{([^}]*)\}", each.rest)
+        names = re.findall(r"%?([\w.\-]+)", listed[1] if listed else "") or [
+            each.attribute(f"{truth}_computation") for truth in ("true", "false")
+        ]
+        branches = [
+            _Counter(self._module, self._trips, self._largest).visit(
+                self._module.computations[name], times
+            )
+            for name in names
+        ]
         choose = max if self._largest else min
-        chosen = choose(branches, key=lambda c: (c.result().bytes, c.result().flops))
-        self._operations += chosen._operations
-        self._collectives += chosen._collectives
-        self._unknown |= chosen._unknown
+        chosen = choose(branches, key=lambda branch: (branch.bytes, branch.flops))
+        self._operations += chosen.operations
+        self._collectives += chosen.collectives
+        self._unknown |= dict.fromkeys(chosen.unknown)
 
     def _flops(self, each: Instruction, computation: Computation) -> float:
         operands = self._operands(each, computation)
         if each.opcode == "dot":
-            contracted = each.list_attribute("lhs_contracting_dims")
-            depth = math.prod(operands[0].sizes[axis] for axis in contracted)
+            contracted = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", each.rest)
+            axes = contracted[1].split(",") if contracted and contracted[1] else []
+            depth = math.prod(operands[0].sizes[int(axis)] for axis in axes)
             return 2.0 * each.shapes[0].elements * depth
         if each.opcode == "convolution":
             return _convolution_flops(each, operands[0], operands[1])
@@ -372,10 +366,6 @@ class _Counter:
     def _operands(self, each: Instruction, computation: Computation) -> list[Shape]:
         operands = (computation.instructions.get(name) for name in each.operands)
         return [shape for operand in operands if operand is not None for shape in operand.shapes]
-
-
-def _target(each: Instruction, name: str) -> str:
-    return str(each.attribute(name)).removeprefix("%")
 
 
 def _sent(kind: str, n: int) -> float:
@@ -402,7 +392,7 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     match = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
     if match:
         return int(match[1])
-    bound = _bound(module.computations[_target(each, "condition")], module)
+    bound = _bound(module.computations[each.attribute("condition")], module)
     if bound is None:
         return None
     index, limit = bound
@@ -410,8 +400,7 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     operand = computation.instructions.get(each.operands[0])
     if operand is not None and operand.opcode == "tuple":
         first = _constant(computation.source(operand.operands[index])) or 0
-    body = module.computations[_target(each, "body")]
-    step = _step(body, index)
+    step = _step(module.computations[each.attribute("body")], index)
     return max(0, -(-(limit - first) // step))
 
 
@@ -435,7 +424,7 @@ def _bound(condition: Computation, module: Module) -> tuple[int, int] | None:
     counter, limit = values[0], _constant(values[1])
     if counter is None or counter.opcode != "get-tuple-element" or limit is None:
         return None
-    return int(str(counter.attribute("index"))), limit
+    return int(counter.attribute("index")), limit
 
 
 def _constant(each: Instruction | None) -> int | None:
@@ -640,21 +629,17 @@ def _real_users(
     A TPU7x tiles weights otherwise than its loops read them. A fusion that is nothing but that
     change moves, inside another one, no more than what is then taken of it.
     """
-    for user in inner.users(name):
-        passed = user.opcode == "bitcast" or (
-            user.opcode == "fusion"
-            and user.name != inner.root
-            and _only_copies(computations[user.called[0]])
-        )
+    for user in inner.instructions.values():
+        if name not in user.operands:
+            continue
+        passed = user.opcode == "bitcast"
+        if user.opcode == "fusion" and user.name != inner.root:
+            nested = computations[user.called[0]].instructions.values()
+            passed = {each.opcode for each in nested} <= {"parameter", "copy", "bitcast"}
         if passed:
             yield from _real_users(inner, user.name, computations)
         else:
             yield user, name
-
-
-def _only_copies(computation: Computation) -> bool:
-    each = computation.instructions.values()
-    return {one.opcode for one in each} <= {"parameter", "copy", "bitcast"}
 
 
 def _written(each: Instruction, computations: Mapping[str, Computation]) -> float:

@@ -13,15 +13,15 @@ from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
 from r1jax.planner.compiler import Binary, Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
-from r1jax.planner.measure import seconds as seconds_of
 from r1jax.planner.topologies import Slice
-from r1jax.programs import Planning, Program, stage_programs
+from r1jax.programs import Planning, Program
 from r1jax.programs.arrays import bytes_by_kind
 from r1jax.programs.program import NotPlanned, longest_prompt
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.checks import check_divided
 from r1jax.run.models import decoder_of, make_layouts
 from r1jax.run.selection import Selection
+from r1jax.run.stage_functions import load_functions
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
@@ -140,10 +140,10 @@ class Case:
     mesh: MeshSection
 
 
-ALL = PlanOptions()
+_ALL = PlanOptions()
 
 
-def plan(case: Case, options: PlanOptions = ALL) -> Plan:
+def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     """Compile everything that a run's stages call for a slice, and add it up.
 
     Needs no weights, data or tokenizer: lengths are the largest that the config allows.
@@ -192,7 +192,7 @@ def distinct_stages(config: RunConfig) -> list[str]:
     return [stage.name for stage in config.stages if stage.name in names]
 
 
-def plan_case(case: Case, options: PlanOptions = ALL) -> Plan:
+def plan_case(case: Case, options: PlanOptions = _ALL) -> Plan:
     """The plan of a case; one that cannot be says why (`refused`)."""
     target = case.target
     try:
@@ -202,7 +202,7 @@ def plan_case(case: Case, options: PlanOptions = ALL) -> Plan:
         return replace(refused, refused=str(error))
 
 
-def plan_all(cases: Sequence[Case], options: PlanOptions = ALL) -> list[Plan]:
+def plan_all(cases: Sequence[Case], options: PlanOptions = _ALL) -> list[Plan]:
     """Each case, or why it cannot be planned. Raises ValueError where none can."""
     plans = [plan_case(case, options) for case in cases]
     if all(each.refused for each in plans):
@@ -279,16 +279,18 @@ def _shape(section: ModelSection, where: str) -> ModelConfig:
 def _plan_stage(
     stage: Stage, planning: Planning, compiler: Compiler, target: Slice, options: PlanOptions
 ) -> StagePlan:
-    called = stage_programs(stage, planning)
+    called = load_functions(stage).programs(stage, planning)
     programs = []
     for program in called.programs:
         options.progress(f"{target.name}: {stage.name}: {program.name}")
         planned = _plan_program(program, compiler, target)
         if options.measure and planned.fits is not False and not planned.problem:
             options.progress(f"{target.name}: {stage.name}: {program.name}: measuring")
-            planned = replace(planned, measured=_measured(program, compiler))
+            # Where the data decides on its turns, of as many as are planned with.
+            seconds = compiler.seconds(program.lower(), program.prepare)
+            planned = replace(planned, measured=seconds * program.turns / program.trial_turns)
         programs.append(planned)
-    seconds = _step_seconds(programs, lambda each: each.seconds)
+    best = _step_seconds(programs, lambda each: each.seconds)
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -296,9 +298,9 @@ def _plan_stage(
         unit=called.unit,
         tokens=called.tokens,
         programs=tuple(programs),
-        seconds=seconds,
-        tokens_per_second=None if not seconds else called.tokens / seconds,
-        utilisation=_utilisation(useful, seconds, target),
+        seconds=best,
+        tokens_per_second=None if not best else called.tokens / best,
+        utilisation=_utilisation(useful, best, target),
         measured=_step_seconds(programs, lambda each: each.measured),
     )
 
@@ -314,12 +316,6 @@ def _step_seconds(
             return None
         total += each.calls * known
     return total
-
-
-def _measured(program: Program, compiler: Compiler) -> float:
-    """Seconds of a call; where the data decides on its turns, of as many as are planned with."""
-    compiled = compiler.executable(program.lower())
-    return seconds_of(compiled, program.prepare) * program.turns / program.trial_turns
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:

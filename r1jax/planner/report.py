@@ -46,13 +46,8 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
             if plan.refused:
                 line = f"{_mesh(plan)} on {plan.target}: {plan.refused}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-    kernels = dict.fromkeys(
-        name
-        for plan in plans
-        for stage in plan.stages
-        for program in stage.programs
-        for name in program.unknown_kernels
-    )
+    programs = [each for plan in plans for stage in plan.stages for each in stage.programs]
+    kernels = dict.fromkeys(name for program in programs for name in program.unknown_kernels)
     if kernels:
         console.print(f"Products not counted: {', '.join(kernels)}", markup=False)
 
@@ -286,8 +281,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _rate(stage: StagePlan) -> str:
-    rate = stage.tokens_per_second
-    return "" if rate is None else f"{rate:,.0f}"
+    return "" if stage.tokens_per_second is None else f"{stage.tokens_per_second:,.0f}"
 
 
 def _share(value: float | None) -> str:

@@ -18,7 +18,6 @@ from jax.stages import Lowered
 
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder
-from r1jax.run.stage_functions import load_functions
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -105,8 +104,3 @@ def longest_prompt(stage: Stage, config: RunConfig) -> int:
     sections = [config.data[name] for name in stage.prompt_datasets()]
     parts = [config.data[part] for section in sections for part in section.mixture]
     return max(section.max_prompt_tokens for section in sections + parts if not section.mixture)
-
-
-def stage_programs(stage: Stage, planning: Planning) -> StagePrograms:
-    """What a stage compiles, as its kind says."""
-    return load_functions(stage).programs(stage, planning)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax.models import AheadScores, Decoder, ahead_scores, token_scores
+from r1jax.models import Decoder, ahead_scores, token_scores
 from r1jax.models.log_probs import follows, routed_scores
 from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
@@ -73,7 +73,7 @@ def make_update(
         rows = stage.rows_per_step
         return batch, _Weights(
             mean_weights(rows, batch["trained"].sum()),
-            mean_weights(rows, jnp.sum(predicted_ahead(batch)), mtp_weight(stage, step)),
+            mean_weights(rows, jnp.sum(_predicted_ahead(batch)), mtp_weight(stage, step)),
             mean_weights(rows, _sequences(batch), stage.balance.sequence_loss),
         )
 
@@ -82,8 +82,11 @@ def make_update(
         count = batch["trained"].sum()
         if with_module:
             ahead_of = ahead_scores(params, **_inputs(batch), model=model, balance=balance)
-            total, ahead, agreed = ahead_sums(ahead_of, batch)
-            ahead_count = jnp.sum(predicted_ahead(batch))
+            counted = _predicted_ahead(batch)
+            total, ahead_count = _trained_sum(ahead_of.log_probs, batch), jnp.sum(counted)
+            ahead = -jnp.sum(ahead_of.ahead * counted.astype(jnp.float32))
+            # Drafts that are what the decoder would choose: the acceptance of greedy ones.
+            agreed = jnp.sum(ahead_of.agrees * counted.astype(jnp.float32))
             means = {
                 "loss": (total, count),
                 "mtp/loss": (ahead, ahead_count),
@@ -142,25 +145,7 @@ def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Ar
     return -jnp.sum(log_probs * batch["trained"].astype(jnp.float32))
 
 
-def ahead_sums(
-    scores: AheadScores, batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over the trained tokens, with the module for multi-token prediction.
-
-    Returns:
-      The decoder's negative log-likelihoods and, of those tokens that `predicted_ahead` counts, the
-      module's, and how many the module would draft as the decoder would choose (the acceptance of
-      greedy drafts).
-    """
-    counted = predicted_ahead(batch).astype(jnp.float32)
-    return (
-        _trained_sum(scores.log_probs, batch),
-        -jnp.sum(scores.ahead * counted),
-        jnp.sum(scores.agrees * counted),
-    )
-
-
-def predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
+def _predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
     """Trained tokens with two others before them in their segment, bool [rows, time]."""
     return follows(batch["segment_ids"], 2) & (batch["trained"] > 0)
 

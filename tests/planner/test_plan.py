@@ -24,11 +24,12 @@ from r1jax.planner import Case, PlanOptions, estimate, hlo, parse_mesh, plan, tp
 from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import ProgramPlan, StagePlan, advice
 from r1jax.planner.topologies import CHIPS, Chip, Slice
-from r1jax.programs import Planning, Rollout, stage_programs
+from r1jax.programs import Planning, Rollout
 from r1jax.programs.flops import forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
+from r1jax.run.stage_functions import load_functions
 from r1jax.sampler import Sampling
 from r1jax.settings.mesh import MeshSection
 from r1jax.sharding import make_layout
@@ -264,7 +265,7 @@ def named(config: RunConfig, stage: str) -> dict[str, float]:
         return decoder_in(config.model, shape, layout)
 
     planning = Planning(config, decoder_of, sampling, Compiler(target).output_specs)
-    found = stage_programs(config.stage(stage), planning)
+    found = load_functions(config.stage(stage)).programs(config.stage(stage), planning)
     return {program.name: program.calls for program in found.programs}
 
 
