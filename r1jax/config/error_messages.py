@@ -14,7 +14,7 @@ from r1jax.files import JsonObject
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Types of pydantic's errors for a key that a section does not have."""
 
 
@@ -39,14 +39,14 @@ def messages(
     """
     found: dict[KeyPath, ErrorDetails] = {}
     errors = error.errors(include_url=False)
-    for details in sorted(errors, key=lambda each: each["type"] not in UNKNOWN_KEY):
+    for details in sorted(errors, key=lambda each: each["type"] not in _UNKNOWN_KEY):
         found.setdefault(_key_path(data, details), details)
     wrong = []
     for path, details in found.items():
         # Of a union, the alternatives that were not meant complain as well, higher up.
         below = any(other[: len(path)] == path for other in found if other != path)
         of_another = below and details["type"].endswith(("_type", "literal_error"))
-        if not of_another and (details["type"] in UNKNOWN_KEY or not unknown_keys_only):
+        if not of_another and (details["type"] in _UNKNOWN_KEY or not unknown_keys_only):
             wrong.append((path, _message(data, path, details)))
     return wrong
 
@@ -73,7 +73,7 @@ _MISSING = ("missing", "kind", "union_tag_not_found")
 
 def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
     kind, name, value = error["type"], name_of(data, path), error["input"]
-    if kind in UNKNOWN_KEY:
+    if kind in _UNKNOWN_KEY:
         return f"{name} = {show(value)}: unknown key; {_meant_key(data, path)}"
     if kind == "value_error":
         # The settings' own rules name their keys from the section on.

@@ -19,7 +19,7 @@ from r1jax.files import JsonObject
 from r1jax.settings.kinds import load_kind
 from r1jax.settings.stage import Stage
 
-NOTHING = FieldInfo(annotation=Any)
+_NOTHING = FieldInfo(annotation=Any)
 """Expected where nothing is known of a key."""
 
 
@@ -50,7 +50,7 @@ def expected_at(data: JsonObject, path: KeyPath) -> FieldInfo:
     for origin, arguments in kinds:
         if origin is (list if isinstance(path[-1], int) else dict):
             return FieldInfo.from_annotation(arguments[-1])
-    return keys_at(data, path[:-1]).get(str(path[-1]), NOTHING)
+    return keys_at(data, path[:-1]).get(str(path[-1]), _NOTHING)
 
 
 def keys_at(data: JsonObject, path: KeyPath) -> dict[str, FieldInfo]:

@@ -36,7 +36,7 @@ def _of_its_kind(stage: object) -> object:
     return kind.model_validate_json(json.dumps(stage), strict=True)
 
 
-class ComparisonSection(Section):
+class _ComparisonSection(Section):
     """Checkpoints that the report puts side by side, such as a run with a reward and one without.
 
     Each row is an evaluation, with what its weights took to train since what all rows share.
@@ -47,7 +47,7 @@ class ComparisonSection(Section):
     note: str = Field("", description="Shown below the table: what it says, and what it does not.")
 
 
-class WatchdogSection(Section):
+class _WatchdogSection(Section):
     """What a process says when it stands still: what it was doing, and the stacks of its threads.
 
     The time is longer than the first compilation of a large model takes.
@@ -82,11 +82,11 @@ class RunConfig(Section):
     stages: list[SerializeAsAny[Annotated[Stage, BeforeValidator(_of_its_kind)]]] = Field(
         min_length=1
     )
-    comparisons: list[ComparisonSection] = Field(
+    comparisons: list[_ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."
     )
-    watchdog: WatchdogSection | None = Field(
-        WatchdogSection(), description="null: a process that stands still says nothing."
+    watchdog: _WatchdogSection | None = Field(
+        _WatchdogSection(), description="null: a process that stands still says nothing."
     )
     compilation_cache: str | None = Field(
         "auto",

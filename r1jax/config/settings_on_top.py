@@ -30,11 +30,11 @@ from r1jax.config.yaml_file import (
 )
 from r1jax.files import JsonObject
 
-COMMAND_LINE = "command line"
+_COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Setting:
+class _Setting:
     """A value for a dotted key.
 
     place: where it was given: `file:line`, or the command line.
@@ -59,24 +59,25 @@ class Document:
     source: str
     data: JsonObject
     places: dict[KeyPath, str]
-    slices: dict[str, list[Setting]] = field(default_factory=dict)
-    on_top: dict[KeyPath, Setting] = field(default_factory=dict)
+    slices: dict[str, list[_Setting]] = field(default_factory=dict)
+    on_top: dict[KeyPath, _Setting] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def add_problem(self, path: KeyPath, message: str) -> None:
         """Notes a message after the place to correct: the command line or a line of the file."""
-        place = next(self.places[p] for p in _with_parents(path) if p in self.places)
+        parents = (path[:end] for end in range(len(path), -1, -1))
+        place = next(self.places[each] for each in parents if each in self.places)
         # A rule between keys may be broken by a setting of one of them. At the root that says
         # nothing about which.
         below = [each for at, each in self.on_top.items() if at[: len(path)] == path != at]
         hints = [
-            f"with {each.text} from {each.place.replace(COMMAND_LINE, 'the command line')}"
+            f"with {each.text} from {each.place.replace(_COMMAND_LINE, 'the command line')}"
             for each in below
             if path
         ]
         self.problems.append(f"{place}: {message}" + (f" ({', '.join(hints)})" if hints else ""))
 
-    def put(self, setting: Setting) -> None:
+    def put(self, setting: _Setting) -> None:
         """Puts a value at its key, or notes why it cannot be there."""
         try:
             path = self._set(setting)
@@ -89,7 +90,7 @@ class Document:
                 del table[at]
         self.places[path], self.on_top[path] = setting.place, setting
 
-    def _set(self, setting: Setting) -> KeyPath:
+    def _set(self, setting: _Setting) -> KeyPath:
         """Puts the value where its key leads, making sections on the way; returns the path."""
         parts = setting.key.split(".")
         if "" in parts:
@@ -106,11 +107,6 @@ class Document:
                 node[key] = default_at(self.data, path)
                 self.places[path] = setting.place
             node = node[key]
-
-
-def _with_parents(path: KeyPath) -> list[KeyPath]:
-    """`path` and what it lies in, longest first."""
-    return [path[:end] for end in range(len(path), -1, -1)]
 
 
 def _mesh(path: KeyPath, value: JsonValue) -> JsonValue:
@@ -157,7 +153,7 @@ def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> Docume
     if not isinstance(data, dict):
         missing = f"{source}: should be a mapping of keys, not {show(data)}"
         raise ConfigError(problems or [missing])
-    slices: dict[str, list[Setting]] = {}
+    slices: dict[str, list[_Setting]] = {}
     table = data.pop("slices", None) or {}
     for name, settings in table.items() if isinstance(table, dict) else [("", table)]:
         if isinstance(settings, dict):
@@ -193,11 +189,11 @@ def _read_base(base: str, place: str, above: tuple[str, ...]) -> Document:
     return read_document(read_text(path), str(path), above)
 
 
-def _settings(table: JsonObject, at: KeyPath, places: Mapping[KeyPath, str]) -> list[Setting]:
+def _settings(table: JsonObject, at: KeyPath, places: Mapping[KeyPath, str]) -> list[_Setting]:
     """The settings that a file has at the key path `at`."""
     return [
         # Keys that a merge (`<<`) brought have no line.
-        Setting(key, value, places.get((*at, key), places[at]), f"{key}={show(value)}")
+        _Setting(key, value, places.get((*at, key), places[at]), f"{key}={show(value)}")
         for key, value in table.items()
     ]
 
@@ -227,6 +223,6 @@ def put_overrides(document: Document, overrides: Sequence[str]) -> None:
         file = read_yaml(value)
         if file.problems or not equals:
             problem = file.problems[0][1] if file.problems else "should be key.path=value"
-            document.problems.append(f"{COMMAND_LINE}, {text}: {problem}")
+            document.problems.append(f"{_COMMAND_LINE}, {text}: {problem}")
         else:
-            document.put(Setting(key, file.data, COMMAND_LINE, text))
+            document.put(_Setting(key, file.data, _COMMAND_LINE, text))

@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 @dataclass
-class YamlFile:
+class _YamlFile:
     """Plain data, the line of each key path, and (line, problem) of what is wrong.
 
     The data is usable where only keys are wrong, and else None.
@@ -43,9 +43,9 @@ class YamlFile:
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
-def read_yaml(text: str) -> YamlFile:
+def read_yaml(text: str) -> _YamlFile:
     """Mappings with text keys, lists and scalars, of which no two places share one."""
-    file = YamlFile()
+    file = _YamlFile()
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -79,7 +79,7 @@ def show(value: JsonValue) -> str:
 
 
 def _note_lines(
-    node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...], file: YamlFile
+    node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...], file: _YamlFile
 ) -> None:
     """Notes the line of every key from `node` on, and the keys that are wrong."""
     name, line = ".".join(map(str, path)), node.start_mark.line + 1

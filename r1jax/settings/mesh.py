@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from r1jax.settings.section import Section
 
 
-def check_axes(axes: dict[str, int], field: str) -> None:
+def _check_axes(axes: dict[str, int], field: str) -> None:
     """Raises ValueError for sizes that no mesh has."""
     if not axes:
         raise ValueError(f"{field}: a mesh has at least one axis, such as fsdp: -1")
@@ -25,15 +25,15 @@ Axes = dict[str, int]
 Rules = dict[str, str | list[str] | None]
 
 
-class RolloutMesh(Section):
+class _RolloutMesh(Section):
     """How the devices of a mesh are arranged while completions are sampled."""
 
     axes: Axes
     rules: Rules = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _sizes(self) -> RolloutMesh:
-        check_axes(self.axes, "axes")
+    def _sizes(self) -> _RolloutMesh:
+        _check_axes(self.axes, "axes")
         return self
 
 
@@ -47,7 +47,7 @@ class MeshSection(Section):
     rules: Rules = Field(
         default_factory=dict, description="logical axis -> mesh axis, several, or null."
     )
-    rollout: RolloutMesh | None = Field(
+    rollout: _RolloutMesh | None = Field(
         None, description="Another arrangement of the same devices, to sample with."
     )
     cpu_devices: Annotated[int, Field(ge=1)] | Literal["cores"] = Field(
@@ -56,5 +56,5 @@ class MeshSection(Section):
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshSection:
-        check_axes(self.axes, "mesh.axes")
+        _check_axes(self.axes, "mesh.axes")
         return self

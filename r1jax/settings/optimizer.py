@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from r1jax.settings.section import Section
+
+T = TypeVar("T")
 
 
 class OptimizerSection(Section):
@@ -52,10 +54,24 @@ class BalanceSection(Section):
     )
 
 
-def mtp_weight_field() -> Any:
-    return Field(
-        0.0,
+def check_changes(value: T) -> T:
+    """Raises ValueError unless the steps at which a setting changes start at 0 and increase.
+
+    A value that does not change passes.
+    """
+    if isinstance(value, list):
+        steps = [change.step for change in value]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError("steps must start at 0 and increase")
+    return value
+
+
+MTPWeight: TypeAlias = Annotated[
+    Annotated[float, Field(ge=0)] | list[WeightChange],
+    AfterValidator(check_changes),
+    Field(
         description="Weight of the loss of multi-token prediction, which trains the module and, "
         "through it, the model; or which one from which step on (paper: 0.3, later 0.1). The model "
         "needs multi_token_prediction. 0: only the next token is trained.",
-    )
+    ),
+]

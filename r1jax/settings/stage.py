@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from r1jax.files import JsonObject
-from r1jax.settings.optimizer import OptimizerSection, WeightChange
+from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.section import Section
 
@@ -27,13 +27,6 @@ class DataChange(Section):
 
     step: int = Field(ge=0)
     data: str
-
-
-def check_changes(name: str, changes: Sequence[LengthChange | DataChange | WeightChange]) -> None:
-    """Raises ValueError unless the steps at which a setting changes start at 0 and increase."""
-    steps = [change.step for change in changes]
-    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise ValueError(f"{name}: steps must start at 0 and increase")
 
 
 Leaves = Literal["weights", "reward_model", "dataset", "evaluation"]
@@ -191,12 +184,10 @@ class TrainStage(Stage):
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
 
 
-def check_micro_batches(rows_per_step: int, micro_batches: int) -> None:
-    """Raises ValueError unless the rows of a step split into micro-batches."""
-    if rows_per_step % micro_batches:
-        raise ValueError(
-            f"rows_per_step = {rows_per_step} is not a multiple of micro_batches = {micro_batches}"
-        )
+def check_multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
+    """Raises ValueError, with the names of both, unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        raise ValueError(f"{name} = {value} is not a multiple of {of} = {divisor}{why}")
 
 
 def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
@@ -205,7 +196,7 @@ def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
 
 
 class EpochStage(TrainStage):
-    """A train loop that goes through a dataset: so many epochs, or steps."""
+    """A train loop that goes through a dataset, for a number of epochs or steps."""
 
     data: str
     epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
@@ -221,7 +212,7 @@ class EpochStage(TrainStage):
     def _consistent(self) -> EpochStage:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
-        check_micro_batches(self.rows_per_step, self.micro_batches)
+        check_multiple("rows_per_step", self.rows_per_step, "micro_batches", self.micro_batches)
         return self
 
     def datasets(self) -> list[tuple[str, str]]:

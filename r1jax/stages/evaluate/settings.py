@@ -11,7 +11,7 @@ from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import EvaluationSampling
-from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
+from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription, check_multiple
 
 
 class EvaluateStage(Stage):
@@ -77,12 +77,8 @@ class EvaluateStage(Stage):
 
     @model_validator(mode="after")
     def _divisible(self) -> EvaluateStage:
-        part = self.samples_per_batch
-        if part is not None and self.samples_per_problem % part:
-            raise ValueError(
-                f"samples_per_problem = {self.samples_per_problem} is not a multiple of "
-                f"samples_per_batch = {part}"
-            )
+        samples, part = self.samples_per_problem, self.samples_at_once
+        check_multiple("samples_per_problem", samples, "samples_per_batch", part)
         return self
 
     @property

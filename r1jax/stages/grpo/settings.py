@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from r1jax.settings.objective import GRPOConfig
-from r1jax.settings.optimizer import BalanceSection, OptimizerSection
+from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_changes
 from r1jax.settings.sampling import EvaluationSampling, SamplingSection
 from r1jax.settings.stage import (
     DataChange,
@@ -16,7 +16,7 @@ from r1jax.settings.stage import (
     RewardSelection,
     StageDescription,
     TrainStage,
-    check_changes,
+    check_multiple,
 )
 
 
@@ -39,7 +39,9 @@ class GRPOStage(TrainStage):
     )
 
     kind: str = "grpo"
-    data: str | list[DataChange] = Field(description="A dataset, or which one from which step on.")
+    data: Annotated[str | list[DataChange], AfterValidator(check_changes)] = Field(
+        description="A dataset, or which one from which step on."
+    )
     rewards: list[str] | None = Field(
         None, min_length=1, description="The rewards to add up; default: all of the config."
     )
@@ -51,7 +53,7 @@ class GRPOStage(TrainStage):
     rollout_batches: int = Field(
         1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
     )
-    max_new_tokens: int | list[LengthChange] = 1024
+    max_new_tokens: Annotated[int | list[LengthChange], AfterValidator(check_changes)] = 1024
     length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
     sampling: SamplingSection = SamplingSection()
     loss: GRPOConfig = GRPOConfig()
@@ -76,35 +78,19 @@ class GRPOStage(TrainStage):
 
     @model_validator(mode="after")
     def _divisible(self) -> GRPOStage:
+        per_rollout, mini_batches = "mini_batches_per_rollout", self.mini_batches_per_rollout
         rows = self.questions_per_step * self.outputs_per_question
-        if rows % self.micro_batches:
-            raise ValueError(
-                f"questions_per_step x outputs_per_question = {rows} is not a multiple of "
-                f"micro_batches = {self.micro_batches}"
-            )
-        questions = self.questions_per_step * self.mini_batches_per_rollout
-        if questions % self.rollout_batches:
-            raise ValueError(
-                f"questions_per_step x mini_batches_per_rollout = {questions} is not a multiple "
-                f"of rollout_batches = {self.rollout_batches}"
-            )
-        if self.steps % self.mini_batches_per_rollout:
-            raise ValueError(
-                f"steps = {self.steps} is not a multiple of "
-                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}"
-            )
-        if self.checkpoint_every % self.mini_batches_per_rollout:
-            raise ValueError(
-                f"checkpoint_every = {self.checkpoint_every} is not a multiple of "
-                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: checkpoints are "
-                "taken between rollout phases"
-            )
-        if self.held_out is not None and self.held_out_every % self.mini_batches_per_rollout:
-            raise ValueError(
-                f"held_out_every = {self.held_out_every} is not a multiple of "
-                f"mini_batches_per_rollout = {self.mini_batches_per_rollout}: evaluations take "
-                "place between rollout phases"
-            )
+        product = "questions_per_step x outputs_per_question"
+        check_multiple(product, rows, "micro_batches", self.micro_batches)
+        questions = self.questions_per_step * mini_batches
+        product = f"questions_per_step x {per_rollout}"
+        check_multiple(product, questions, "rollout_batches", self.rollout_batches)
+        check_multiple("steps", self.steps, per_rollout, mini_batches)
+        why = ": checkpoints are taken between rollout phases"
+        check_multiple("checkpoint_every", self.checkpoint_every, per_rollout, mini_batches, why)
+        if self.held_out is not None:
+            why = ": evaluations take place between rollout phases"
+            check_multiple("held_out_every", self.held_out_every, per_rollout, mini_batches, why)
         if self.replay_experts and self.sampling.speculative:
             raise ValueError(
                 "replay_experts = true with sampling.speculative = true: drafts that did not stay "
@@ -113,15 +99,9 @@ class GRPOStage(TrainStage):
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
         for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
-            if isinstance(changes, list):
-                check_changes(name, changes)
-                steps = [change.step for change in changes]
-                odd = [step for step in steps if step % self.mini_batches_per_rollout]
-                if odd:
-                    raise ValueError(
-                        f"{name}: step {odd[0]} is not a multiple of mini_batches_per_rollout = "
-                        f"{self.mini_batches_per_rollout}; changes take place between phases"
-                    )
+            for change in changes if isinstance(changes, list) else ():
+                why = "; changes take place between phases"
+                check_multiple(f"{name}: step", change.step, per_rollout, mini_batches, why)
         return self
 
     def datasets(self) -> list[tuple[str, str]]:

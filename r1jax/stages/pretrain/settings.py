@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from r1jax.settings.optimizer import (
-    BalanceSection,
-    OptimizerSection,
-    WeightChange,
-    mtp_weight_field,
-)
+from r1jax.settings.optimizer import BalanceSection, MTPWeight, OptimizerSection
 from r1jax.settings.stage import (
     Divided,
     StageDescription,
     TrainStage,
-    check_changes,
-    check_micro_batches,
+    check_multiple,
     divided_rows,
 )
 
@@ -41,15 +35,13 @@ class PretrainStage(TrainStage):
     row_tokens: int = Field(ge=8)
     micro_batches: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
-    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = mtp_weight_field()
+    mtp_weight: MTPWeight = 0.0
     balance: BalanceSection = BalanceSection()
     optimizer: OptimizerSection
 
     @model_validator(mode="after")
     def _divisible(self) -> PretrainStage:
-        if isinstance(self.mtp_weight, list):
-            check_changes("mtp_weight", self.mtp_weight)
-        check_micro_batches(self.rows_per_step, self.micro_batches)
+        check_multiple("rows_per_step", self.rows_per_step, "micro_batches", self.micro_batches)
         return self
 
     def datasets(self) -> list[tuple[str, str]]:

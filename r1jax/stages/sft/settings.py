@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from r1jax.settings.optimizer import BalanceSection, WeightChange, mtp_weight_field
-from r1jax.settings.stage import Divided, EpochStage, StageDescription, check_changes
+from r1jax.settings.optimizer import BalanceSection, MTPWeight
+from r1jax.settings.stage import Divided, EpochStage, StageDescription
 
 
 class SFTStage(EpochStage):
@@ -26,14 +26,8 @@ class SFTStage(EpochStage):
 
     kind: str = "sft"
     row_tokens: int = Field(ge=8)
-    mtp_weight: Annotated[float, Field(ge=0)] | list[WeightChange] = mtp_weight_field()
+    mtp_weight: MTPWeight = 0.0
     balance: BalanceSection = BalanceSection()
-
-    @model_validator(mode="after")
-    def _changes(self) -> SFTStage:
-        if isinstance(self.mtp_weight, list):
-            check_changes("mtp_weight", self.mtp_weight)
-        return self
 
     def divided(self) -> list[Divided]:
         return [*super().divided(), Divided(".row_tokens", self.row_tokens, "time")]
