@@ -149,7 +149,7 @@ def _binomial(n: int, p: float) -> Floats:
 # --- intervals --------------------------------------------------------------------------------
 
 
-def wilson(share: float, trials: int) -> tuple[float, float]:
+def _wilson(share: float, trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share seen in `trials` trials (JASA 22, 1927)."""
     z2 = _Z * _Z
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
@@ -179,7 +179,7 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
     if np.all(x == x[0]):
         mean = float(x[0])  # the mean of equal values can be off in the last bit
         if is_share:
-            return Estimate(mean, *wilson(mean, x.size))
+            return Estimate(mean, *_wilson(mean, x.size))
         edge = math.nan if x.size == 1 else mean
         return Estimate(mean, edge, edge)
     rng = np.random.Generator(np.random.Philox(_BOOTSTRAP_SEED))

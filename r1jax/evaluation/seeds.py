@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from r1jax.config.lineage import differences
 from r1jax.config.load import ConfigError
-from r1jax.evaluation.metrics import LEVEL, Estimate, Floats, JsonEstimate, Summary
+from r1jax.evaluation.metrics import LEVEL, Estimate, Floats, Summary
 from r1jax.evaluation.results import evaluation, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import JsonObject
@@ -115,18 +115,13 @@ def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
         tables = [value if isinstance(value, Mapping) else {} for value in values]
         if any("value" in table for table in tables):
             is_share = name.startswith(("pass_at_", "cons_at_"))
-            figures = [_value(table) for table in tables]
+            figures = [math.nan if (v := t.get("value")) is None else float(v) for t in tables]
             merged[name] = mean_over_seeds(figures, is_share=is_share).to_json()
         elif any(any(isinstance(inner, Mapping) for inner in table.values()) for table in tables):
             merged[name] = summary_over_seeds(tables)
         elif all(value == values[0] for value in values):
             merged[name] = values[0]
     return merged
-
-
-def _value(estimate: JsonEstimate) -> float:
-    value = estimate.get("value")
-    return math.nan if value is None else float(value)
 
 
 def mean_run(runs: Sequence[Run]) -> Run:

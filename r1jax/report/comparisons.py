@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from r1jax.evaluation.run_directory import Run
 from r1jax.report.stage_table import Checkpoint, Measure, Measures, by_benchmark, measures, plots
-from r1jax.report.tables import Heading, Plot, Table
-from r1jax.report.wording import UNKNOWN, Figure, duration, paragraphs
+from r1jax.report.wording import UNKNOWN, Figure, Heading, Plot, Table, duration, paragraphs
 
 Column = tuple[Heading, list[Figure]]
 

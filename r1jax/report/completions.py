@@ -1,17 +1,23 @@
-"""What models wrote: the same problem at every evaluated checkpoint, and through training."""
+"""What models wrote: the same problem at every checkpoint, through training, and as a dataset."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
+from r1jax.evaluation.metrics import Summary
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.files import JsonObject
+from r1jax.report.plots import short
 from r1jax.report.wording import shortened
 
 _PROBLEMS_SHOWN = 6  # of one group; of each of several domains fewer
 _PROBLEMS_OF_A_DOMAIN = 2
 _STEPS_SHOWN = 5
+_TEXTS_SHOWN = 4
+_ROWS_READ = 10_000  # a set of real size is not read to its end for a few texts
 
 # Columns of samples.jsonl that the page reads; rows without them (of another format) are not shown.
 _NEEDED = {"problem_id", "sample", "prompt", "answer", "completion", "outcome"}
@@ -44,8 +50,7 @@ class Problem:
     scored: int = 0
 
 
-@dataclass(frozen=True)
-class Side:
+class _Side(NamedTuple):
     """One evaluation of a dataset: a heading, and a smaller one."""
 
     label: str
@@ -53,44 +58,32 @@ class Side:
     problems: Mapping[int, Problem]
 
 
-@dataclass(frozen=True)
-class Compared:
+class _Compared(NamedTuple):
     """One problem, with each side's samples of it; None: not sampled (yet)."""
 
     prompt: str
     answer: str
-    sides: list[tuple[Side, Problem | None]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Problems of one dataset and domain."""
-
-    title: str
-    problems: list[Compared]
-
-
-@dataclass(frozen=True)
-class StepSample:
-    """The first stored sample of a training step."""
-
-    question: str
-    answer: Answer
+    sides: list[tuple[_Side, Problem | None]]
 
 
 @dataclass(frozen=True)
 class SamplesByStep:
-    """Samples of training; `same`: all of one question, whose `prompt` and `answer` are given."""
+    """First samples of training steps; `same`: all of one question, which has `answer`."""
 
     stage: str
     same: bool
     prompt: str
     answer: str
-    steps: list[StepSample]
+    steps: list[tuple[str, Answer]]
 
 
-def side_by_side(run: Run, before: StageRecord | None, after: StageRecord | None) -> list[Group]:
-    """Held-out problems with every checkpoint's first sample, the compared benchmark's first."""
+def side_by_side(
+    run: Run, before: StageRecord | None, after: StageRecord | None
+) -> list[tuple[str, list[_Compared]]]:
+    """Held-out problems with every checkpoint's first sample, by dataset and domain.
+
+    The benchmark of the evaluations `before` and `after` comes first.
+    """
     evaluations: dict[str, list[StageRecord]] = {}
     for stage in run.evaluations():
         evaluations.setdefault(run.benchmark(stage.data), []).append(stage)
@@ -108,7 +101,7 @@ def side_by_side(run: Run, before: StageRecord | None, after: StageRecord | None
         for domain in sorted(domains):
             chosen = choose_problems(old.problems, new.problems, domains[domain], limit)
             title = data if len(domains) == 1 else f"{domain or 'no domain'} ({data})"
-            groups.append(Group(title, [_compared(key, sides) for key in chosen]))
+            groups.append((title, [_compared(key, sides) for key in chosen]))
     return groups
 
 
@@ -141,22 +134,21 @@ def _side(
     stages: Sequence[StageRecord],
     before: StageRecord | None,
     after: StageRecord | None,
-) -> Side:
-    weights = run.weights_of(stage.name)
+) -> _Side:
+    weights, problems = run.weights_of(stage.name), _problems(stage)
     if list(stages) == [before, after]:
-        return Side("Before" if stage is before else "After", weights or "", _problems(stage))
-    if weights is None:
-        return Side(stage.name, "", _problems(stage))
+        return _Side("Before" if stage is before else "After", weights or "", problems)
     twice = sum(run.weights_of(other.name) == weights for other in stages) > 1
-    return Side(weights, stage.name if twice else "", _problems(stage))
+    note = stage.name if weights is not None and twice else ""
+    return _Side(weights or stage.name, note, problems)
 
 
-def _compared(key: int, sides: Sequence[Side]) -> Compared:
+def _compared(key: int, sides: Sequence[_Side]) -> _Compared:
     # The shortest prompt has the least of a template around the question.
     problems = (side.problems[key] for side in sides if key in side.problems)
     problem = min(problems, key=lambda each: len(each.prompt))
     answers = [(side, side.problems.get(key)) for side in sides]
-    return Compared(problem.prompt, problem.answer, answers)
+    return _Compared(problem.prompt, problem.answer, answers)
 
 
 def _samples(stage: StageRecord) -> Iterator[JsonObject]:
@@ -184,11 +176,11 @@ def _problems(stage: StageRecord) -> dict[int, Problem]:
 
 
 def _answer(row: JsonObject) -> Answer:
-    thought, rest = split_thought(shortened(str(row["completion"])))
+    thought, rest = _split_thought(shortened(str(row["completion"])))
     return Answer(thought, rest, str(row["outcome"]), row.get("length"), row.get("step"))
 
 
-def split_thought(text: str) -> tuple[str, str]:
+def _split_thought(text: str) -> tuple[str, str]:
     """A response up to and including its last `</think>`, and what follows."""
     thought, tag, rest = text.rpartition("</think>")
     return thought + tag, rest
@@ -222,5 +214,101 @@ def samples_by_step(stage: StageRecord) -> SamplesByStep | None:
         same=same,
         prompt=shortened(str(rows[0]["prompt"])),
         answer=shortened(str(rows[0]["answer"])),
-        steps=[StepSample(shortened(str(row["prompt"])), _answer(row)) for row in rows],
+        steps=[(shortened(str(row["prompt"])), _answer(row)) for row in rows],
+    )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A row of the dataset; `thought` ends with `</think>`."""
+
+    domain: str
+    prompt: str
+    answer: str
+    thought: str
+    rest: str
+    tokens: str
+
+
+@dataclass(frozen=True)
+class WrittenDataset:
+    """A stage's dataset for the template.
+
+    Attributes:
+      bars: of the kept samples, then of those removed for each reason: name, count, share, and the
+        width in per cent of the longest.
+      domains: name, rows, mean tokens.
+    """
+
+    total: str
+    bars: list[tuple[str, str, str, float]]
+    domains: list[tuple[str, str, str]]
+    texts: list[_Text]
+
+
+def written_dataset(stage: StageRecord) -> WrittenDataset | None:
+    """The dataset of a stage that leaves one; None for other stages, and before its end."""
+    if stage.description.leaves != "dataset" or stage.summary is None:
+        return None
+    samples = stage.summary.get("samples")
+    counts: dict[str, int] = {"kept": 0, **samples} if isinstance(samples, Mapping) else {}
+    total = sum(counts.values())
+    bars = sorted(counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0]))
+    largest = max(counts.values(), default=0)
+
+    def bar(name: str, count: int) -> tuple[str, str, str, float]:
+        share = f"{100 * count / total:.1f} %" if total else "–"
+        width = 100 * count / largest if largest else 0.0
+        return name.replace("_", " "), f"{count:,}", share, width
+
+    return WrittenDataset(
+        total=f"{total:,}",
+        bars=[bar(name, count) for name, count in bars],
+        domains=_domains(stage.summary),
+        texts=_texts(stage, stage.summary),
+    )
+
+
+def _domains(summary: Summary) -> list[tuple[str, str, str]]:
+    """Rows and mean tokens by domain and in all, as in DeepSeek-R1's table of its 800K set."""
+    domains = dict(summary.get("domains") or {})
+    parts = [(name or "no domain", part) for name, part in domains.items()]
+    if len(parts) != 1 and "rows" in summary:
+        parts.append(("all", summary))
+    return [
+        (
+            name,
+            f"{part.get('rows', 0):,}",
+            "–" if part.get("mean_tokens") is None else short(part["mean_tokens"]),
+        )
+        for name, part in parts
+    ]
+
+
+def _texts(stage: StageRecord, summary: Summary) -> list[_Text]:
+    """The first kept text of each domain, then further first ones."""
+
+    def rows(limit: int) -> Iterator[JsonObject]:
+        rows = islice(stage.rows("dataset.jsonl"), limit)
+        return (row for row in rows if "prompt" in row and "response" in row)
+
+    firsts: dict[str, JsonObject] = {}
+    domains = len(summary.get("domains") or {})
+    for row in rows(_ROWS_READ):
+        firsts.setdefault(str(row.get("domain") or ""), row)
+        if len(firsts) >= min(_TEXTS_SHOWN, domains):
+            break
+    rest = [row for row in rows(_TEXTS_SHOWN) if row not in firsts.values()]
+    return [_text(row) for row in [*firsts.values(), *rest][:_TEXTS_SHOWN]]
+
+
+def _text(row: JsonObject) -> _Text:
+    thought, rest = _split_thought(shortened(str(row["response"])))
+    return _Text(
+        domain=str(row.get("domain") or ""),
+        prompt=shortened(str(row["prompt"])),
+        answer=shortened(str(row.get("answer") or "")),
+        thought=thought,
+        rest=rest,
+        tokens=str(row.get("tokens", "")),
     )

@@ -18,29 +18,16 @@ from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import write_text
 from r1jax.report.comparisons import comparisons
-from r1jax.report.completions import SamplesByStep, samples_by_step, side_by_side
-from r1jax.report.datasets import WrittenDataset, written_dataset
+from r1jax.report.completions import samples_by_step, side_by_side, written_dataset
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
-from r1jax.report.tables import Plot
-from r1jax.report.training import Training, training
-from r1jax.report.wording import Figure, duration, figure, flat, paragraphs, value_of, votes
+from r1jax.report.training import training
+from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of, votes
 
 
 @dataclass(frozen=True)
-class StageSection:
-    """A stage that is no evaluation; `kind` is the title of its kind."""
-
-    name: str
-    kind: str
-    training: Training | None
-    samples: SamplesByStep | None
-    dataset: WrittenDataset | None
-
-
-@dataclass(frozen=True)
-class HeadlineSide:
+class _Side:
     """One of the two big figures; `share` in per cent, None where there is only a `state`."""
 
     label: str
@@ -51,15 +38,7 @@ class HeadlineSide:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """Two big figures, and of how many problems they are."""
-
-    sides: list[HeadlineSide]
-    problems: int | None
-
-
-@dataclass(frozen=True)
-class Change:
+class _Change:
     """A row of the table of before and after."""
 
     label: str
@@ -88,16 +67,11 @@ def render(run: Run) -> str:
     compared = after or before
     benchmark = run.benchmark(compared.data) if compared is not None else None
     stages = [
-        StageSection(
-            name=stage.name,
-            kind=stage.description.title,
-            training=training(run, stage, benchmark),
-            samples=samples_by_step(stage),
-            dataset=written_dataset(stage),
-        )
+        (stage, training(run, stage, benchmark), samples_by_step(stage), written_dataset(stage))
         for stage in run.stages
         if not stage.is_evaluation
     ]
+    sides, problems = headline(run, before, after)
     return template("report.html.j2").render(
         title=run.title,
         name=run.info.get("name", run.config.get("name")),
@@ -105,7 +79,8 @@ def render(run: Run) -> str:
         started=str(run.info.get("started", ""))[:16].replace("T", " "),
         total=duration(wall_seconds(run)["total"]),
         missing=missing,
-        headline=headline(run, before, after),
+        sides=sides,
+        problems=problems,
         comparison=_comparison(before, after),
         protocol=_protocol(after if _summary(after) else before),
         votes=_votes(before, after),
@@ -139,15 +114,17 @@ def _summary(stage: StageRecord | None) -> Summary:
     return (stage.summary if stage is not None else None) or {}
 
 
-def headline(run: Run, before: StageRecord | None, after: StageRecord | None) -> Headline:
-    """Two big figures, with what each is and what is still to come."""
+def headline(
+    run: Run, before: StageRecord | None, after: StageRecord | None
+) -> tuple[list[_Side], int | None]:
+    """Two big figures, and of how many problems they are."""
     sides = []
     for label, stage in (("Before", before), ("After", after)):
         summary = _summary(stage)
         share = value_of(summary, "pass_at_1")
         state = "not part of this run" if stage is None else "not measured yet"
         sides.append(
-            HeadlineSide(
+            _Side(
                 label=label,
                 weights=(run.weights_of(stage.name) if stage is not None else None) or "",
                 share=None if share is None else 100 * share,
@@ -155,10 +132,10 @@ def headline(run: Run, before: StageRecord | None, after: StageRecord | None) ->
                 state="the verifier failed on every sample" if "pass_at_1" in summary else state,
             )
         )
-    return Headline(sides, _summary(after).get("problems") or _summary(before).get("problems"))
+    return sides, _summary(after).get("problems") or _summary(before).get("problems")
 
 
-def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[Change]:
+def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[_Change]:
     """Rows of the table: what is measured, before, after, and the change."""
     b, a = _summary(before), _summary(after)
     if not (a or b):
@@ -180,13 +157,13 @@ def _comparison(before: StageRecord | None, after: StageRecord | None) -> list[C
         ("truncated_samples", "cut off at the length limit"),
         ("unscored_samples", "verifier failed, left out"),
     ):
-        rows.append(Change(label, "samples", _count(b, name), _count(a, name)))
+        rows.append(_Change(label, "samples", _count(b, name), _count(a, name)))
     return rows
 
 
 def _change(
     label: str, meaning: str, before: Summary, after: Summary, name: str, digits: int | None = None
-) -> Change:
+) -> _Change:
     """A row of one figure: a share in per cent, or a number with so many digits."""
     percent = digits is None
     old, new = value_of(before, name), value_of(after, name)
@@ -197,7 +174,7 @@ def _change(
         unit = "points" if percent else ""
         if name == "mean_length" and old > 0:
             unit = f"×{new / old:.2f}"
-    return Change(
+    return _Change(
         label,
         meaning,
         figure(before.get(name), percent=percent, digits=digits or 1),

@@ -152,7 +152,7 @@ def line_plot(
         if log and values and min(values) > 0:
             axes.set_yscale("log")
         elif percent:
-            axes.yaxis.set_major_locator(_round_ticks())
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
             axes.yaxis.set_major_formatter(_PERCENT)
             shown = values + [m.high for m in markers] + [m.low for m in markers]
             if shown and min(shown) >= 0 and max(shown) > 0.5:
@@ -215,7 +215,7 @@ def dot_plot(
         axes.set_yticks(range(len(labels)), shown)
         for text in axes.get_yticklabels():
             text.set_parse_math(False)  # a dollar in a name is no formula
-        axes.xaxis.set_major_locator(_round_ticks())
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
         axes.xaxis.set_major_formatter(_PERCENT if percent else _SHORT)
         axes.grid(axis="both", color=_RULE, linewidth=0.7)
         # A character of 9 points is at most 0.08 inches wide.
@@ -242,7 +242,7 @@ def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: boo
         _line(axes, steps, lines.mean(axis=0), _SERIES[0])
         if percent and low.min() >= 0 and high.max() > 0.5:
             axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_locator(_round_ticks())
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
         axes.yaxis.set_major_formatter(_PERCENT if percent else _SHORT)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _frame(figure, axes, "step")
@@ -250,11 +250,8 @@ def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: boo
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%")
+_ROUND = [1, 2, 2.5, 5, 10]
 _SHORT = FuncFormatter(lambda value, _: short(value))
-
-
-def _round_ticks() -> MaxNLocator:
-    return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
 
 
 def _line(axes: Axes, steps: Sequence[float], values: Sequence[float] | Floats, color: str) -> None:

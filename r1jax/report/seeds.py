@@ -23,8 +23,17 @@ from r1jax.report.comparisons import comparisons
 from r1jax.report.page import headline, template
 from r1jax.report.plots import Dots, Marker, band_plot, dot_plot
 from r1jax.report.stage_table import checkpoints, measures, stage_by_stage, tables
-from r1jax.report.tables import Heading, Plot, Table, markdown, plain
-from r1jax.report.wording import Figure, duration, flat, paragraphs
+from r1jax.report.wording import (
+    Figure,
+    Heading,
+    Plot,
+    Table,
+    duration,
+    flat,
+    markdown,
+    paragraphs,
+    plain,
+)
 
 _CURVES = {"pass_at_1": "pass@1", "mean_length": "tokens per completion"}
 
@@ -46,7 +55,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
             [f"--out {directory} is a run's directory, with a report of its own: name another"]
         )
     runs = read_seeds(run_dirs)
-    page, text, content = render(runs), render_markdown(runs), results_over_seeds(runs)
+    page, text, content = render(runs), _markdown_tables(runs), results_over_seeds(runs)
     directory.mkdir(parents=True, exist_ok=True)
     return [
         write_text(directory / "report.html", page),
@@ -60,13 +69,16 @@ def render(runs: Sequence[Run]) -> str:
     mean = mean_run(runs)
     several = len(runs) > 1
     rows = checkpoints(mean)
+    sides, problems = headline(mean, *before_and_after(mean))
+    hardware = [run.info.get("hardware") for run in runs]
     return template("seeds.html.j2").render(
         title=mean.title,
         name=mean.config.get("name"),
         seeds=_seeds(runs),
         several=several,
         total=duration(sum(stage.total_seconds for run in runs for stage in run.stages)),
-        headline=headline(mean, *before_and_after(mean)),
+        sides=sides,
+        problems=problems,
         interval="95 % interval over seeds" if several else "95 % interval over problems",
         meaning=_meaning(runs),
         stages=stage_by_stage(rows, [checkpoints(run) for run in runs] if several else ()),
@@ -76,20 +88,19 @@ def render(runs: Sequence[Run]) -> str:
         wall=_wall_table(runs),
         wall_by_seed=_wall_by_seed(runs),
         wall_plot=_wall_plot(runs),
-        hardware="" if _same_hardware(runs) else "The seeds ran on different hardware.",
+        hardware=""
+        if all(each == hardware[0] for each in hardware)
+        else "The seeds ran on different hardware.",
         notes=paragraphs(str(mean.config.get("notes") or "")),
         setups=[
-            (
-                f"seed {seed_of(run)}",
-                flat(run.info.get("versions")) + flat(run.info.get("hardware")),
-            )
-            for run in runs
+            (f"seed {seed_of(r)}", flat(r.info.get("versions")) + flat(r.info.get("hardware")))
+            for r in runs
         ],
         config=(mean.directory / "config.yaml").read_text(encoding="utf-8"),
     )
 
 
-def render_markdown(runs: Sequence[Run]) -> str:
+def _markdown_tables(runs: Sequence[Run]) -> str:
     """All tables as Markdown."""
     mean = mean_run(runs)
     rows = checkpoints(mean)
@@ -200,7 +211,3 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
         svg = band_plot(each.steps, each.values, title=f"{title} ({each.stage})", percent=percent)
         curves.setdefault(each.stage, []).append(Plot(title, Markup(svg), []))
     return list(curves.items())
-
-
-def _same_hardware(runs: Sequence[Run]) -> bool:
-    return all(run.info.get("hardware") == runs[0].info.get("hardware") for run in runs)

@@ -15,8 +15,7 @@ from markupsafe import Markup
 from r1jax.evaluation.metrics import JsonEstimate, Summary
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import Dots, Marker, dot_plot
-from r1jax.report.tables import Heading, Plot, Table
-from r1jax.report.wording import Figure, figure, value_of, votes
+from r1jax.report.wording import Figure, Heading, Plot, Table, figure, value_of, votes
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class StageTables:
+class _StageTables:
     """The tables of some checkpoints, and their plots."""
 
     tables: list[Table]
@@ -123,7 +122,7 @@ def by_benchmark(data: str, turn: int, summary: Summary) -> dict[Benchmark, Summ
     return {Benchmark(data, turn): summary, **parts}
 
 
-def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> StageTables | None:
+def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> _StageTables | None:
     """The tables of right answers, of votes and of rewards, and their plots.
 
     None where `compared`, the evaluations before and after, are the only ones, and of one domain.
@@ -135,14 +134,14 @@ def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> StageTable
 
 def stage_by_stage(
     rows: Sequence[Checkpoint], seeds: Sequence[Sequence[Checkpoint]] = ()
-) -> StageTables:
+) -> _StageTables:
     """The tables of some checkpoints, and their plots.
 
     Args:
       seeds: the same checkpoints in each of several runs, where `rows` are means over them.
     """
     columns = measures(rows)
-    return StageTables(tables(columns, rows), plots(columns, rows, seeds))
+    return _StageTables(tables(columns, rows), plots(columns, rows, seeds))
 
 
 def measures(rows: Sequence[Checkpoint]) -> Measures:

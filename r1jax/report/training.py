@@ -15,7 +15,7 @@ Columns = Mapping[str, tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True)
-class Panel:
+class _Panel:
     """One plot: `keys` maps columns of the metrics to names of lines."""
 
     title: str
@@ -28,21 +28,21 @@ class Panel:
 
 
 _PANELS = (
-    Panel(
+    _Panel(
         "Accuracy",
         {"outcome/right": "training answers right"},
         "On the questions just trained on, at the training temperature.",
         percent=True,
         held_out="pass_at_1",
     ),
-    Panel("Length", {"length/mean": "mean tokens per completion"}, held_out="mean_length"),
-    Panel(
+    _Panel("Length", {"length/mean": "mean tokens per completion"}, held_out="mean_length"),
+    _Panel(
         "Entropy",
         {"policy/entropy": "nats per token"},
         "How undecided the policy is; a fall to zero ends exploration.",
     ),
-    Panel("KL to the reference", {"policy/kl": "k3 estimate, nats per token"}),
-    Panel(
+    _Panel("KL to the reference", {"policy/kl": "k3 estimate, nats per token"}),
+    _Panel(
         "Outcomes",
         {
             "outcome/wrong": "wrong",
@@ -51,21 +51,21 @@ _PANELS = (
         },
         percent=True,
     ),
-    Panel(
+    _Panel(
         "Lost signal",
         {"groups/zero_variance": "groups with equal rewards", "length/truncated": "cut off"},
         "A group whose samples all earn the same gives no gradient.",
         percent=True,
     ),
-    Panel(
+    _Panel(
         "Sampler gap",
         {"sampler/gap_max": "largest", "sampler/gap_mean": "mean"},
         "Difference of sampler's and trainer's log-probabilities of the same tokens.",
         log=True,
     ),
-    Panel("Gradient norm", {"optimizer/grad_norm": "before clipping"}),
-    Panel("Clipped tokens", {"policy/clip_fraction": "share of tokens"}, percent=True),
-    Panel(
+    _Panel("Gradient norm", {"optimizer/grad_norm": "before clipping"}),
+    _Panel("Clipped tokens", {"policy/clip_fraction": "share of tokens"}, percent=True),
+    _Panel(
         "Throughput",
         {
             "tokens_per_second/rollout": "sampler, tokens/s",
@@ -73,10 +73,10 @@ _PANELS = (
         },
         file="timings.jsonl",
     ),
-    Panel("Longest completion", {"length/max": "tokens"}),
-    Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
+    _Panel("Longest completion", {"length/max": "tokens"}),
+    _Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
 )
-_PREFERENCES = Panel(
+_PREFERENCES = _Panel(
     "Judged right",
     {"accuracy": "training", "held_out/accuracy": "held-out"},
     "Share of pairs whose better side scores higher; of single answers, on the right side of 0.",
@@ -86,7 +86,7 @@ _BAND = "95 % interval over problems"
 
 
 @dataclass(frozen=True)
-class DrawnPanel:
+class _DrawnPanel:
     """A finished panel for the template; `first` and `last` are the ends of its first curve."""
 
     title: str
@@ -102,8 +102,8 @@ class DrawnPanel:
 class Training:
     """The plots of a train stage; `others` are of metrics that no panel names."""
 
-    panels: list[DrawnPanel]
-    others: list[DrawnPanel]
+    panels: list[_DrawnPanel]
+    others: list[_DrawnPanel]
 
 
 def training(run: Run, stage: StageRecord, benchmark: str | None) -> Training | None:
@@ -134,11 +134,11 @@ def training(run: Run, stage: StageRecord, benchmark: str | None) -> Training | 
         curves = _curves(panel, columns[panel.file])
         if curves:
             drawn.append(_draw(panel, curves, markers))
-    others = [Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
+    others = [_Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
     return Training(drawn, [_draw(panel, _curves(panel, metrics)) for panel in others])
 
 
-def _panels(stage: StageRecord, metrics: Columns) -> list[Panel]:
+def _panels(stage: StageRecord, metrics: Columns) -> list[_Panel]:
     """The panels that the kind of stage puts first, then those of all kinds."""
     rewards = [name for name in sorted(metrics) if name.startswith("reward/")]
     rewards.sort(key=lambda name: name != "reward/mean")
@@ -146,9 +146,9 @@ def _panels(stage: StageRecord, metrics: Columns) -> list[Panel]:
     domains = [name for name in sorted(metrics) if name.startswith("domain/")]
     training_loss = "training" if "held_out/loss" in metrics else "loss"
     panels = {
-        "reward": Panel("Reward", reward_lines),
+        "reward": _Panel("Reward", reward_lines),
         "preferences": _PREFERENCES,
-        "loss": Panel(
+        "loss": _Panel(
             "Loss",
             {"loss": training_loss, "held_out/loss": "held-out"},
             stage.description.loss_note,
@@ -156,14 +156,14 @@ def _panels(stage: StageRecord, metrics: Columns) -> list[Panel]:
     }
     leading = stage.description.leading_panels
     return [
-        *(panels.pop(name, Panel(name, {name: name})) for name in leading),
+        *(panels.pop(name, _Panel(name, {name: name})) for name in leading),
         *_PANELS,
-        Panel("Reward by domain", {name: name.removeprefix("domain/") for name in domains}),
+        _Panel("Reward by domain", {name: name.removeprefix("domain/") for name in domains}),
         *panels.values(),
     ]
 
 
-def _held_out(rows: Sequence[Summary]) -> list[tuple[Panel, list[Curve]]]:
+def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
     """Panels and curves of the evaluations that a stage made as it trained, one row for each."""
     if not rows:
         return []
@@ -192,7 +192,7 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[Panel, list[Curve]]]:
         ("accuracy by domain", "Of the same samples, pass@1.", True, domains),
     ]
     return [
-        (Panel(f"Held-out {title}", {}, note, percent=percent), known)
+        (_Panel(f"Held-out {title}", {}, note, percent=percent), known)
         for title, note, percent, curves in panels
         if (known := [curve for curve in curves if curve.values])
     ]
@@ -213,17 +213,17 @@ def _evaluations(
     ]
 
 
-def _curves(panel: Panel, columns: Columns) -> list[Curve]:
+def _curves(panel: _Panel, columns: Columns) -> list[Curve]:
     return [Curve(label, *columns[key]) for key, label in panel.keys.items() if key in columns]
 
 
-def _draw(panel: Panel, curves: Sequence[Curve], markers: Sequence[Marker] = ()) -> DrawnPanel:
+def _draw(panel: _Panel, curves: Sequence[Curve], markers: Sequence[Marker] = ()) -> _DrawnPanel:
     svg = line_plot(
         curves[:SERIES], title=panel.title, percent=panel.percent, log=panel.log, markers=markers
     )
     first, last = endpoints(curves[0].values)
     text = (lambda v: f"{100 * v:.1f} %") if panel.percent else short
-    return DrawnPanel(
+    return _DrawnPanel(
         title=panel.title,
         svg=Markup(svg),
         legend=[curve.name for curve in curves[:SERIES]],

@@ -33,8 +33,7 @@ from r1jax.evaluation.seeds import mean_over_seeds, read_seeds, seed_curves, sum
 from r1jax.report import write_report, write_seeds_report
 from r1jax.report.comparisons import Cost, comparisons, costs
 from r1jax.report.plots import band_plot
-from r1jax.report.tables import Heading, Table, markdown
-from r1jax.report.wording import Figure
+from r1jax.report.wording import Figure, Heading, Table, markdown
 
 CHECKPOINTS = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
 
