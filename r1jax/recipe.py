@@ -25,9 +25,8 @@ from r1jax.processes import agree, distributed_process, wait_for_all
 from r1jax.report import write_report
 from r1jax.run.checks import check
 from r1jax.run.record import Record, open_record
-from r1jax.run.resolve import ResolvedRun, StageRun, resolve
+from r1jax.run.resolve import ResolvedRun, StageRun, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
-from r1jax.run.stage_functions import load_functions
 from r1jax.run.stop import Preempted, StopSignal, stop_on_sigterm
 from r1jax.settings.stage import Stage
 from r1jax.sharding import split_cpu
@@ -54,15 +53,14 @@ def run(
       ValueError, RunError: with a message for the user; everything finished stays on disk.
     """
     with watched_peers():
-        agree_to_start(config, selection)
+        _agree_to_start(config, selection)
         return _run(config, selection.stages(config), profile)
 
 
-def agree_to_start(config: RunConfig, selection: Selection) -> None:
+def _agree_to_start(config: RunConfig, selection: Selection) -> None:
     """Raises DisagreementError in every process unless all run the same code, config and devices.
 
-    Or each would compile a program of its own, and they would wait for each other without end, or
-    train on what is not the same.
+    Else they would wait for each other without end, or train on different data.
     """
     if distributed_process() is None:
         return
@@ -154,20 +152,11 @@ def _run_stage(
     directory.mkdir(parents=True, exist_ok=True)
     record.mark(stage, "running", record.seconds(stage.name))
     with CompilationCounter() as compilations:
-        load_functions(stage).run(
-            stage,
-            StageRun(
-                run.config,
-                run.layouts,
-                run.models,
-                run.datasets,
-                run.files,
-                directory,
-                record,
-                stop,
-                profiled_steps(profile, stage),
-            ),
+        traced = profiled_steps(profile, stage)
+        stage_run = StageRun(
+            **vars(run), directory=directory, record=record, stop=stop, profile=traced
         )
+        load_functions(stage).run(stage, stage_run)
     record.note_machine(stage, {**compilations.figures(), **memory()})
 
 

@@ -15,8 +15,7 @@ from r1jax.programs.arrays import bytes_by_kind, bytes_on_device
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.checks import check
 from r1jax.run.models import LanguageModel, build_decoder
-from r1jax.run.resolve import resolve
-from r1jax.run.stage_functions import load_functions
+from r1jax.run.resolve import load_functions, resolve
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 

@@ -20,8 +20,8 @@ from r1jax.programs.program import NotPlanned, longest_prompt
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.checks import check_divided
 from r1jax.run.models import decoder_of, make_layouts
+from r1jax.run.resolve import load_functions
 from r1jax.run.selection import Selection
-from r1jax.run.stage_functions import load_functions
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import jax
@@ -16,7 +16,7 @@ from r1jax.processes import max_over_processes, process_batch_slice
 from r1jax.rollouts.completions import Completion
 from r1jax.rollouts.stop_strings import stop_search
 from r1jax.run.models import LanguageModel
-from r1jax.sampler import Finish, GenerateOptions, Prompts, Samples, Sampling, generate
+from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
 
@@ -92,52 +92,40 @@ def sample_batch(
     rows: int | None = None,
     first_samples: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """Sample every prompt and bring the completions to its process's host, prompt by prompt.
+    """Sample every prompt; gives the completions on its process's host, prompt by prompt.
 
     Args:
-      rows: the batch is padded to this many prompts (a smaller last batch compiles nothing new).
-      first_samples: index of each prompt's first sample; default: 0.
+      rows, first_samples: see `pad_prompts`; a smaller last batch with `rows` compiles nothing new.
     """
     model = sampler.decoder
     batch = pad_prompts(prompts, model, rows, first_samples)
     samples = generate(params, batch, model, options)
     if model.layout.shards("sample") > 1:  # a process's devices may hold some samples of a prompt
         samples = move_rows(samples, model.layout)
-    firsts = first_samples or [0] * len(prompts)
-    return list(_completions(prompts, firsts, samples, sampler))
-
-
-def _completions(
-    prompts: Sequence[Prompt], firsts: Sequence[int], samples: Samples, sampler: LanguageModel
-) -> Iterator[Completion]:
-    def on_host(leaf: jax.Array | None) -> np.ndarray | None:
-        return None if leaf is None else to_process_rows(leaf)
-
-    tokens, lengths, finish = map(
-        to_process_rows, (samples.tokens, samples.lengths, samples.finish)
-    )
-    log_probs = to_process_rows(samples.sampling_log_probs)
-    drafted, accepted = on_host(samples.drafted), on_host(samples.accepted)
-    prompt_experts, experts = on_host(samples.prompt_experts), on_host(samples.experts)
-    indices = list(product(range(len(prompts)), range(tokens.shape[1])))
+    samples = jax.tree.map(to_process_rows, samples)
+    tokens, lengths, finish = samples.tokens, samples.lengths, samples.finish
+    indices = list(product(range(len(prompts)), range(options.samples)))
     without_eos = [tokens[at][: lengths[at] - (finish[at] == Finish.EOS)] for at in indices]
     texts = sampler.tokenizer.batch_decode(
         [ids.tolist() for ids in without_eos], clean_up_tokenization_spaces=False
     )
+    completions = []
     for (i, j), text in zip(indices, texts, strict=True):
-        length, prompt = int(lengths[i, j]), prompts[i]
-        routed = None
-        if prompt_experts is not None and experts is not None:
-            read = prompt_experts[i, : len(prompt.token_ids)]
-            routed = np.concatenate([read, experts[i, j, :length]])
-        yield Completion(
-            prompt,
-            firsts[i] + j,
-            tokens[i, j, :length],
-            log_probs[i, j, :length],
-            Finish(int(finish[i, j])),
-            text,
-            drafted=0 if drafted is None else int(drafted[i, j]),
-            accepted=0 if accepted is None else int(accepted[i, j]),
-            experts=routed,
+        length, experts = int(lengths[i, j]), None
+        if samples.experts is not None:
+            of_prompt = samples.prompt_experts[i, : len(prompts[i].token_ids)]
+            experts = np.concatenate([of_prompt, samples.experts[i, j, :length]])
+        completions.append(
+            Completion(
+                prompts[i],
+                j + (first_samples[i] if first_samples else 0),
+                tokens[i, j, :length],
+                samples.sampling_log_probs[i, j, :length],
+                Finish(int(finish[i, j])),
+                text,
+                drafted=0 if samples.drafted is None else int(samples.drafted[i, j]),
+                accepted=0 if samples.accepted is None else int(samples.accepted[i, j]),
+                experts=experts,
+            )
         )
+    return completions

@@ -37,12 +37,10 @@ class PromptPart(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetSampling:
-    """Which samples to draw of a dataset or mixture.
+    """Which samples to draw of a dataset or mixture: of the first `limit` prompts, or of all.
 
-    limit: prompts that are sampled, the first ones; None: all.
     samples: completions per prompt; `samples_at_once` divides it.
     batch: parts of prompts at once, over all processes.
-    max_new_tokens: per completion. seed: of the noise.
     """
 
     data: str
@@ -60,11 +58,8 @@ def store_scored_samples(
 ) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
-    Resumes behind the last batch that is stored whole. With several processes each samples and
-    scores its share, and process 0 stores all.
-
-    Args:
-      share_name: of the share of right samples on the progress bar.
+    Resumes behind the last batch that is stored whole. The progress bar shows the share of right
+    samples as `share_name`.
 
     Returns:
       The stage's clock, and the prompts.
@@ -134,10 +129,7 @@ def scored_batches(
     """Sample parts of prompts and score every sample; gives the rows batch by batch.
 
     Each process samples and scores its share of a batch; every process gets all rows, in order.
-
-    Args:
-      params: None where there are no parts.
-      batch: parts at once, over all processes.
+    Of `batch` parts at once, over all processes. `params` is None where there are no parts.
     """
     layout = sampler.decoder.layout
     share = process_batch_slice(layout)

@@ -55,8 +55,7 @@ def check_domains(
 def check_example_domains(stage: Stage, run: ResolvedRun, limit: int | None = None) -> None:
     """As `check_domains`, before any compute: of the datasets that no stage of the run writes.
 
-    Args:
-      limit: examples that the stage uses, the first ones; None: all.
+    Of each the first `limit` examples are used, or all.
     """
     rewards = run.config.rewards_of(stage)
     if any(reward.domains is None for reward in rewards.values()):
@@ -72,7 +71,7 @@ def reward_scorer(rewards: Mapping[str, RewardSection], run: ResolvedRun) -> Ite
     """Loads the reward models and starts the workers of rule rewards, which end with the block."""
     rules = {name: reward for name, reward in rewards.items() if reward.model is None}
     models = [
-        load_reward_model(name, reward.model, reward, run)
+        _load_reward_model(name, reward.model, reward, run)
         for name, reward in rewards.items()
         if reward.model is not None
     ]
@@ -85,8 +84,8 @@ def reward_scorer(rewards: Mapping[str, RewardSection], run: ResolvedRun) -> Ite
 class RewardScorer:
     """Scores completions with every reward of a stage that is for their domain.
 
-    Rule rewards begin when a batch is submitted, and run while the next one is generated. Reward
-    models take the devices when the result is asked for.
+    Rules run in the workers while the next batch is generated; reward models take the devices when
+    the result is read.
     """
 
     rewards: Mapping[str, RewardSection]
@@ -155,14 +154,10 @@ def make_score(model: Decoder, as_probability: bool) -> ScoreRows:
     return score
 
 
-def load_reward_model(
+def _load_reward_model(
     name: str, source: str, reward: RewardSection, run: ResolvedRun
 ) -> RewardModel:
-    """The model of a reward: `source` is a stage that trained it, or where its weights are.
-
-    Raises:
-      ValueError: it is a directory, and the config does not say what the model reads.
-    """
+    """The model that the stage `source` trained, or that of the directory `source`."""
     formats = {stage.name: stage.reward_model_format() for stage in run.config.stages}
     if (trained := formats.get(source)) is not None:
         model, directory = run.models.of(source), run.files.trained(source)
@@ -187,9 +182,8 @@ def load_reward_model(
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A trained reward model, as a compiled function of completions.
+    """A trained reward model, for completions of its domains (None: all).
 
-    domains: of the completions that it scores; None: all.
     section: whose template renders a prompt with its response.
     as_probability: trained on labels, its output is a logit, and the reward its probability.
     """

@@ -8,8 +8,7 @@ from r1jax.data.chat_template import check_template
 from r1jax.processes import agree, process_batch_slice
 from r1jax.rewards.registry import check_reward
 from r1jax.run.models import Layouts
-from r1jax.run.resolve import ResolvedRun
-from r1jax.run.stage_functions import load_functions
+from r1jax.run.resolve import ResolvedRun, load_functions
 from r1jax.settings.stage import DividedBy
 
 _SPLITS: dict[DividedBy, str] = {

@@ -68,11 +68,8 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonO
     if section.path is not None:
         different = hugging_face.differences_from_published(section.path, config)
         if different:  # the model is right; plans of it are not
-            warnings.warn(
-                f"{section.path} differs from the shape that r1jax plans with: "
-                f"{'; '.join(different)}",
-                stacklevel=2,
-            )
+            what = f"{section.path} differs from the shape that r1jax plans with"
+            warnings.warn(f"{what}: {'; '.join(different)}", stacklevel=2)
     return decoder_of(section, config, layout), generation
 
 
@@ -138,11 +135,8 @@ class LanguageModel:
         return abstract_params(decoder.config, decoder.layout, decoder.execution.param_dtype)
 
     def load(self, directory: Path, *, new_head: int | None = None) -> Params:
-        """The weights of a Hugging Face directory, on the mesh.
-
-        Args:
-          new_head: a seed; the directory has another head, and this model's is drawn.
-        """
+        """The weights of a Hugging Face directory, on the mesh; with `new_head`, a seed, all but
+        the head, which is drawn."""
         decoder = self.decoder
         return hugging_face.load_params(
             directory,

@@ -218,80 +218,63 @@ def train_loop(
     A resumed loop never makes the initial weights: they would be in memory twice for a moment.
 
     Args:
-      update: the train step, not compiled yet.
-      data: brought to where the checkpoint was saved.
-      steps: of the stage.
+      update: not compiled yet.
+      data: brought to the checkpoint's data cursor.
       make_reference: initial weights -> those of the reference policy, kept in checkpoints.
     """
-    with ExitStack() as stack:
-        # No local variable here: it would keep the first reference policy in memory.
-        yield _open(stack, stage, run, optimizer, update, data, steps, make_reference)
-
-
-@span("setup")
-def _open(
-    stack: ExitStack,
-    stage: TrainStage,
-    run: StageRun,
-    optimizer: optax.GradientTransformation,
-    update: TrainStep[Batch],
-    data: Resumable,
-    steps: int,
-    make_reference: Callable[[Params], Params] | None,
-) -> TrainLoop:
     clock, process = Clock(), jax.process_index()
     model = run.models.of(stage.name)
     abstract = abstract_train_state(model.abstract_params(), optimizer, run.layouts.training)
-    recorder = Recorder(
-        run.directory,
-        run.config.trackers,
-        run_name=f"{run.files.directory.name}/{stage.name}",
-        config=run.config.model_dump(mode="json"),
-        process_index=process,
-    )
-    stack.enter_context(recorder)
-    directory = run.files.home(run.directory / "checkpoints")
-    checkpoints = stack.enter_context(Checkpoints(directory, keep=stage.keep_checkpoints))
-    compilations = stack.enter_context(CompilationCounter())
-    wanted: dict[str, PyTree] = {"state": abstract}
-    if make_reference is not None:
-        wanted["reference"] = abstract.params
-    saved = checkpoints.restore_latest(wanted)
-    if saved is None:
-        params = run.models.initial_weights(stage.name)
-        reference = None if make_reference is None else make_reference(params)
-        step, state, bad_in_a_row = 0, create_train_state(params, optimizer, abstract), 0
-        recorder.rewind({})
-    else:
-        step, arrays, metadata = saved
-        state, reference = arrays["state"], arrays.get("reference")
-        bad_in_a_row, clock = metadata["bad_in_a_row"], Clock(metadata["seconds"])
-        data.restore(metadata["data"])
-        recorder.rewind(metadata["metrics"])
-    HEARTBEAT.set_step(step)
-    progress = Progress(stage.name, steps, start=step, process_index=process)
-    stack.enter_context(progress)
-    if saved is not None:
-        progress.print(f"{stage.name}: resumed at step {step}")
-    profiler = StepProfiler(run.profile, run.directory / "profile")
-    stack.callback(_end_profile, profiler, run, progress)
-    clock.lap("setup")
-    return TrainLoop(
-        stage,
-        run,
-        steps,
-        step,
-        state,
-        reference,
-        recorder,
-        checkpoints,
-        progress,
-        clock,
-        jit_update(update, abstract),
-        compilations,
-        profiler,
-        bad_in_a_row,
-    )
+    with ExitStack() as stack:
+        recorder = Recorder(
+            run.directory,
+            run.config.trackers,
+            run_name=f"{run.files.directory.name}/{stage.name}",
+            config=run.config.model_dump(mode="json"),
+            process_index=process,
+        )
+        stack.enter_context(recorder)
+        directory = run.files.home(run.directory / "checkpoints")
+        checkpoints = stack.enter_context(Checkpoints(directory, keep=stage.keep_checkpoints))
+        compilations = stack.enter_context(CompilationCounter())
+        with span("setup"):
+            reference = {} if make_reference is None else {"reference": abstract.params}
+            saved = checkpoints.restore_latest({"state": abstract, **reference})
+            if saved is None:
+                params = run.models.initial_weights(stage.name)
+                arrays = {} if make_reference is None else {"reference": make_reference(params)}
+                arrays["state"] = create_train_state(params, optimizer, abstract)
+                del params
+                step, metadata = 0, {"metrics": {}, "bad_in_a_row": 0}
+            else:
+                step, arrays, metadata = saved
+                data.restore(metadata["data"])
+                clock = Clock(metadata["seconds"])
+            recorder.rewind(metadata["metrics"])
+            HEARTBEAT.set_step(step)
+            progress = Progress(stage.name, steps, start=step, process_index=process)
+            stack.enter_context(progress)
+            if saved is not None:
+                progress.print(f"{stage.name}: resumed at step {step}")
+            profiler = StepProfiler(run.profile, run.directory / "profile")
+            stack.callback(_end_profile, profiler, run, progress)
+            clock.lap("setup")
+        yield TrainLoop(
+            stage,
+            run,
+            steps,
+            step,
+            arrays.pop("state"),  # only the loop keeps them: it replaces both
+            arrays.pop("reference", None),
+            recorder,
+            checkpoints,
+            progress,
+            clock,
+            jit_update(update, abstract),
+            compilations,
+            profiler,
+            metadata["bad_in_a_row"],
+        )
 
 
 def _end_profile(profiler: StepProfiler, run: StageRun, progress: Progress) -> None:

@@ -24,7 +24,7 @@ from r1jax.stages.supervised_programs import make_update
 HostBatch = dict[str, np.ndarray]
 
 
-class BatchStream(Resumable, Protocol):
+class _BatchStream(Resumable, Protocol):
     """An endless stream of rows."""
 
     def take(self, n_global: int, /) -> HostBatch:
@@ -42,7 +42,7 @@ class HeldOut:
 def run_updates(
     loop: TrainLoop,
     stage: PretrainStage | EpochStage,
-    rows: BatchStream,
+    rows: _BatchStream,
     *,
     tokens_in: Callable[[HostBatch], int],
     held_out: HeldOut | None = None,

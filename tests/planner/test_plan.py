@@ -29,7 +29,7 @@ from r1jax.programs.flops import forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
-from r1jax.run.stage_functions import load_functions
+from r1jax.run.resolve import load_functions
 from r1jax.sampler import Sampling
 from r1jax.settings.mesh import MeshSection
 from r1jax.sharding import make_layout

@@ -25,13 +25,12 @@ TESTS = Path(__file__).parents[1]
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config whose second stage is of the kind in tests/outside_kind.py."""
     whole: dict[str, Any] = yaml.safe_load((TESTS / "tiny_r1.yaml").read_text())
-    data, model = {"texts": whole["data"]["texts"]}, whole["model"] | {"multi_token_prediction": 0}
-    model.pop("multi_token_prediction")
-    base = {key: value for key, value in whole["stages"][0].items()} | {"steps": 2}
+    data = {"texts": whole["data"]["texts"]}
+    base = whole["stages"][0] | {"steps": 2, "rows_per_step": 8}
     distilled = base | {"name": "distilled", "kind": "outside_kind:Distil", "weights": "student"}
     distilled |= {"teacher": "base", "steps": 4, "checkpoint_every": 2}
     path = tmp_path_factory.mktemp("outside") / "plan.yaml"
-    kept = {"name": "outside", "model": model, "models": whole["models"], "trackers": []}
+    kept = {"name": "outside", "model": whole["model"], "models": whole["models"], "trackers": []}
     path.write_text(yaml.safe_dump({**kept, "data": data, "stages": [base, distilled]}))
     return path
 

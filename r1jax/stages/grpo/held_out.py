@@ -30,15 +30,10 @@ class HeldOutEvaluation:
     """The evaluations of an RL stage: none where the stage names no held-out dataset.
 
     They draw what an `evaluate` stage with these settings would draw of the same weights. The noise
-    is the same at every step, so differences are the policy's.
+    is the same at every step, so differences are the policy's. No more prompts are sampled at once
+    than in a rollout's `batch`, over all processes, and of each no more completions.
 
-    Args:
-      batch: prompts of a rollout batch, over all processes. No more are sampled at once, and of
-        each no more completions than in a rollout.
-
-    Attributes:
-      reports: a line that says how many prompts the dataset has.
-      accuracy: pass@1 of the last evaluation in this process; None before, and where it is unknown.
+    `accuracy` is pass@1 of the last evaluation in this process; None where it is unknown.
     """
 
     def __init__(self, stage: GRPOStage, run: ResolvedRun, *, batch: int) -> None:
@@ -68,11 +63,8 @@ class HeldOutEvaluation:
         """At the stage's ends and every so many steps, write a row of held_out.jsonl.
 
         Call it after a step was saved, never before: a checkpoint is then without the evaluation of
-        its own step, and a resumed run makes that again. After SIGTERM, the loop saves
-        `data_cursor` and leaves.
-
-        Args:
-          weights: the loop's, as the sampler reads them.
+        its own step, and a resumed run makes that again. `weights` are the loop's, as the sampler
+        reads them.
         """
         step, stage = loop.step, self._stage
         due = step % stage.held_out_every == 0 or step == stage.steps

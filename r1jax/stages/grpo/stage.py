@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "programs", "run"]
 
-# (weights, inputs of a batch) -> log-probs of its tokens, [rows, time].
-LogProbsOf = Callable[[Params, Mapping[str, jax.Array]], jax.Array]
-
 
 def check(stage: GRPOStage, run: ResolvedRun) -> None:
     """Settings about experts fit the model; every prompt has a reward."""
@@ -58,7 +55,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     model, sampler = run.models.of(stage.name).decoder, run.models.sampler_of(stage.name)
     rollout_layout, seed = sampler.decoder.layout, run.config.seed
     share = process_batch_slice(rollout_layout)
-    prompts = TrainingPrompts(stage, run, sampler.tokenizer, share)
+    prompts = _TrainingPrompts(stage, run, sampler.tokenizer, share)
     reward_sections = run.config.rewards_of(stage)
     check_domains(stage.name, prompts.domains, reward_sections)
     schedule = make_schedule(stage.optimizer, stage.steps)
@@ -73,13 +70,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     make_reference = copy_policy if stage.loss.kl_coefficient > 0 else None
     with (
         train_loop(
-            stage,
-            run,
-            optimizer,
-            update,
-            prompts,
-            steps=stage.steps,
-            make_reference=make_reference,
+            stage, run, optimizer, update, prompts, steps=stage.steps, make_reference=make_reference
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
@@ -154,12 +145,12 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     for each in batches
                 ]
             if stage.replay_experts and samples_due:
-                gap = gap_without_replay(log_probs_of, loop.state.params, batches[0])
+                gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
             for batch in batches:
                 # 5. Log-probs of the reference policy.
                 if loop.reference is not None:
-                    inputs = without_experts(batch.inputs)
+                    inputs = _without_experts(batch.inputs)
                     batch = batch.replace(reference_log_probs=log_probs_of(loop.reference, inputs))
 
                 # 6. Update, and log.
@@ -201,26 +192,27 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         loop.finish()
 
 
-def without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The same tokens, for a model that chooses their experts itself."""
     return {name: leaf for name, leaf in inputs.items() if name != "experts"}
 
 
-def gap_without_replay(log_probs_of: LogProbsOf, params: Params, batch: GRPOBatch) -> float:
+def _gap_without_replay(
+    log_probs_of: Callable[[Params, Mapping[str, jax.Array]], jax.Array],
+    params: Params,
+    batch: GRPOBatch,
+) -> float:
     """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
-    gap = jnp.abs(log_probs_of(params, without_experts(batch.inputs)) - batch.sampler_log_probs)
+    gap = jnp.abs(log_probs_of(params, _without_experts(batch.inputs)) - batch.sampler_log_probs)
     trained = batch.mask > 0
     return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
 
 
-class TrainingPrompts:
+class _TrainingPrompts:
     """The prompts of a stage, from the dataset that is in force at a step.
 
-    Each dataset has an order of its own; one that comes back later goes on where it was left.
-
-    Attributes:
-      reports: a line for each dataset, which says how many prompts it has.
-      domains: of the prompts, each with a dataset that has it.
+    Each dataset has its own order; one that comes back later continues where it was left. `domains`
+    are those of the prompts, each with a dataset that has it.
     """
 
     def __init__(
@@ -246,15 +238,13 @@ class TrainingPrompts:
             )
 
     def take(self, count: int, step: int) -> PromptBatch:
-        """The next `count` prompts for step `step`; this process's share of them."""
+        """The next `count` prompts over all processes; this process's share of them."""
         return self._streams[self._stage.data_at(step)].take(count)
 
     def state(self) -> DataCursor:
-        """Where each dataset's order is, as JSON."""
         return {name: stream.state() for name, stream in self._streams.items()}
 
     def restore(self, state: DataCursor) -> None:
-        """Goes to where `state` was taken."""
         for name, stream in self._streams.items():
             stream.restore(state[name])
 
@@ -267,9 +257,8 @@ def training_rows(
 ) -> GRPOBatch:
     """Prompt and completion of each sample as one right-padded row, host arrays [N, T].
 
-    T is rounded up to a multiple of `length_bucket`. Ids are those that were sampled, never
-    re-encoded text. Unscored samples, and truncated ones if the stage says so, are masked out.
-    Experts, where they were recorded, are among the inputs: [N, T, layers * k].
+    T is a multiple of `length_bucket`. Ids are those that were sampled, never re-encoded text.
+    Unscored samples, and truncated ones if the stage says so, are masked out.
     """
     longest = max_over_processes(
         max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)

@@ -78,21 +78,21 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
         read_rows(run.directory / SAMPLES),
         by_id,
         filters=filters,
-        evaluation=evaluation_ngrams(run, stage.decontaminate),
+        evaluation=_evaluation_ngrams(run, stage.decontaminate),
         keep_per_prompt=stage.keep_per_prompt,
     ):
         counts[reason or KEPT] += 1
         if reason is None:
             kept.append(row)
     clock.lap("choose")
-    drafts = [draft(row, by_id[row["problem_id"]]) for row in kept]
+    drafts = [_draft(row, by_id[row["problem_id"]]) for row in kept]
     try:
         texts = rewrite(stage, run, drafts)
     finally:  # a rewriting that is stopped took its time, too
         clock.lap("rewrite")
         run.record.mark(stage, "running", clock.seconds)
     rows = [
-        dataset_row(row, by_id[row["problem_id"]], text, stage, run)
+        _dataset_row(row, by_id[row["problem_id"]], text, stage, run)
         for row, text in zip(kept, texts, strict=True)
         if text is not None
     ]
@@ -119,7 +119,7 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
     run.record.mark(stage, "done", clock.seconds)
 
 
-def evaluation_ngrams(run: ResolvedRun, datasets: Iterable[str]) -> EvaluationNgrams:
+def _evaluation_ngrams(run: ResolvedRun, datasets: Iterable[str]) -> EvaluationNgrams:
     """The 10-grams of the questions of these datasets, mixtures included."""
     return EvaluationNgrams.of(
         example.prompt
@@ -187,12 +187,12 @@ def summary_line(counts: Mapping[str, int]) -> str:
     return f"{text}: {', '.join(f'{count} {reason}' for reason, count in reasons)}".rstrip(": ")
 
 
-def draft(row: JsonObject, prompt: Prompt) -> Draft:
+def _draft(row: JsonObject, prompt: Prompt) -> Draft:
     """A kept sample as a rewriter sees it."""
     return Draft(prompt.question, prompt.prefill + row["completion"], row["extracted"] or "")
 
 
-def dataset_row(
+def _dataset_row(
     row: JsonObject, prompt: Prompt, text: str, stage: RejectionSamplingStage, run: StageRun
 ) -> DatasetRow:
     """A kept sample, perhaps rewritten, as a row of dataset.jsonl with where it comes from."""
