@@ -1,11 +1,13 @@
 # Everything runs in .venv, made with nothing but Python; a second call installs nothing.
 PYTHON ?= python3
-PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Files go to the workers whole and in the order of tests/conftest.py, the longest first.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.lock
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds r1-seeds test test-plans lint bench plan-all wheel clean
+.PHONY: demo demo-seeds r1-seeds quick test test-slow test-plans lint lock bench plan-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -18,9 +20,16 @@ r1-seeds: .venv/installed
 	for seed in 0 1 2; do $(BIN)/r1jax run tiny/r1 seed=$$seed || exit 1; done
 	$(BIN)/r1jax report $(foreach seed,0 1 2,runs/r1_tiny-s$(seed)) --out runs/tiny-r1-seeds
 
-# Lint comes first, so that the last line is pytest's own summary.
-test: .venv/installed-test lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# What a change most often breaks. Lint comes first, so that pytest's summary is the last line.
+quick: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" @tests/quick.txt
+
+# Everything but what takes long by nature, which is `test-slow`.
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -40,6 +49,11 @@ test-plans: .venv/installed-test .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
 	  tests/planner/test_plan.py tests/planner/test_table.py
 
+# The versions that the tests ran with, without what belongs to one machine.
+lock: .venv/installed-test
+	$(BIN)/python -m pip freeze --exclude-editable --exclude r1jax | \
+	  sed -n 's/^\([A-Za-z0-9._-]*==[A-Za-z0-9.]*\).*/\1/p' > requirements-dev.lock
+
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -50,13 +64,13 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # Stamps: newer than pyproject.toml means that its dependencies are in.
-.venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+.venv/installed: pyproject.toml requirements-dev.lock | .venv/bin/python
+	$(PIP) --editable .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[test]'
 	@touch $@
 
 # The TPU compiler that belongs to the installed jax (needs no TPU; 0.7 GB). Not in .venv, where JAX

@@ -19,6 +19,32 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(compiled_programs.cache())
 
 
+# Files with long tests, which begin first, so that no worker is left alone with one.
+LONGEST_FIRST = (
+    "recipe/test_schedule.py",
+    "test_bucket.py",
+    "processes/test_failure.py",
+    "processes/test_processes.py",
+    "models/test_deepseek.py",
+    "models/test_decoder.py",
+    "sampler/test_speculative.py",
+    "test_sharding.py",
+    "stages/",
+    "weights/",
+    "report/",
+    "tpu_scripts/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = str(item.path)
+        ranks = [i for i, name in enumerate(LONGEST_FIRST) if f"tests/{name}" in path]
+        return ranks[0] if ranks else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays: no need to look through it again and again

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save
 from safetensors.torch import save as save_torch
 from typer.testing import CliRunner
@@ -78,11 +77,6 @@ def storage(serving: Storage) -> Storage:
     serving.forbidden.clear()
     serving.last_write = None
     return serving
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
 
 
 def lasting(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -452,32 +446,23 @@ def test_checkpoints_on_a_bucket_are_those_on_a_disk(storage: Storage) -> None:
 
 
 @pytest.fixture
-def pretrain(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str | Path], None]]:
+def pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Path], None]:
     """The first stage of tiny.yaml, in this process."""
     monkeypatch.chdir(TESTS)
     monkeypatch.syspath_prepend(TESTS)
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, option) for option in options]
-    for option, value in zip(options, (str(cache), 0), strict=True):
-        jax.config.update(option, value)
-    compilation_cache.reset_cache()  # or it stays what it was at the first compilation
 
     def run(output: str | Path) -> None:
         config = load_config("tiny.yaml", [f"output={output}", "trackers=[tensorboard]"])
         assert recipe.run(config, recipe.Selection(only="base")) == 0
 
-    yield run
-    for option, value in zip(options, before, strict=True):
-        jax.config.update(option, value)
-    compilation_cache.reset_cache()
+    return run
 
 
 def without_events(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if "tensorboard" not in name}
 
 
+@pytest.mark.slow
 def test_between_any_two_writes_there_is_a_run_to_go_on_with(
     storage: Storage, tmp_path: Path, pretrain: Callable[[str | Path], None]
 ) -> None:
@@ -516,6 +501,7 @@ def test_between_any_two_writes_there_is_a_run_to_go_on_with(
     assert seen >= {(0, None), (0, "running"), (2, "running"), (6, "running"), (6, "done")}
 
 
+@pytest.mark.slow
 def test_cut_off_again_and_again_it_ends_the_same(
     storage: Storage, tmp_path: Path, pretrain: Callable[[str | Path], None]
 ) -> None:
@@ -541,11 +527,9 @@ def test_cut_off_again_and_again_it_ends_the_same(
         recipe.run(config)
 
 
-def start(script: str, *arguments: object, cache: Path, **more: str) -> subprocess.Popen[str]:
+def start(script: str, *arguments: object, **more: str) -> subprocess.Popen[str]:
     environment = {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
         [sys.executable, script, *map(str, arguments)],
@@ -567,13 +551,12 @@ def ended(processes: list[subprocess.Popen[str]], status: int) -> str:
     return said[0]
 
 
-def test_a_run_killed_on_a_bucket_ends_as_one_on_a_disk(
-    storage: Storage, tmp_path: Path, cache: Path
-) -> None:
+@pytest.mark.slow
+def test_a_run_killed_on_a_bucket_ends_as_one_on_a_disk(storage: Storage, tmp_path: Path) -> None:
     """All kinds of files: pretraining, an evaluation, GRPO with a reference policy."""
 
     def run(output: object, point: str, number: int) -> subprocess.Popen[str]:
-        return start("killed_run.py", point, number, "tiny.yaml", f"output={output}", cache=cache)
+        return start("killed_run.py", point, number, "tiny.yaml", f"output={output}")
 
     ended([run(tmp_path, "none", 0)], 0)
     ended([run("gs://a-bucket/runs", "samples", 2)], -signal.SIGKILL)
@@ -597,8 +580,9 @@ def test_a_run_killed_on_a_bucket_ends_as_one_on_a_disk(
     jax.tree.map(np.testing.assert_array_equal, exported, load_file(last))
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_on_a_bucket_end_as_on_a_disk(
-    storage: Storage, tmp_path: Path, cache: Path
+    storage: Storage, tmp_path: Path
 ) -> None:
     """Process 1 reads what process 0 wrote: samples, datasets, the record."""
     plan: dict[str, Any] = yaml.safe_load((TESTS / "tiny_processes.yaml").read_text())
@@ -615,7 +599,7 @@ def test_two_processes_stopped_on_a_bucket_end_as_on_a_disk(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = (tmp_path / "two.yaml", f"output={output}", "mesh.cpu_devices=1")
-        return [start("one_of_many.py", port, 2, index, *words, cache=cache) for index in (0, 1)]
+        return [start("one_of_many.py", port, 2, index, *words) for index in (0, 1)]
 
     ended(run(tmp_path), 0)
     stopped = run("gs://a-bucket/runs")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from compiled_programs import devices
 
 from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
@@ -48,10 +49,7 @@ LAYOUTS: dict[str, list[Case]] = {
 def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
     one_device = {"data": 1, "fsdp": 1, "tensor": 1}
     layouts = LAYOUTS[kind]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all of the time
-    }
+    environment = os.environ | devices(8)
     done = subprocess.run(
         [
             sys.executable,
@@ -83,7 +81,7 @@ def test_devices_that_share_a_row_score_it_as_one_does() -> None:
     """Log-probs, entropies, the best words, and the gradients, of a vocabulary in parts."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT.with_name("scores_on_a_mesh.py"))],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | devices(8),
         capture_output=True,
         text=True,
         timeout=300,

@@ -29,12 +29,7 @@ TESTS = Path(__file__).parents[1]
 RUN = "tiny-processes-s0"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-def start(output: Path, processes: int, cache: Path, *changes: str) -> list[subprocess.Popen[str]]:
+def start(output: Path, processes: int, *changes: str) -> list[subprocess.Popen[str]]:
     """The processes of a run on two devices in all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,8 +37,6 @@ def start(output: Path, processes: int, cache: Path, *changes: str) -> list[subp
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "JAX_NUM_CPU_DEVICES": str(2 // processes),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return [
         subprocess.Popen(
@@ -77,9 +70,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path, cache: Path) -> None:
-    ended(start(tmp_path / "one", 1, cache), 0)
-    said = ended(start(tmp_path / "two", 2, cache), 0)
+def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path) -> None:
+    ended(start(tmp_path / "one", 1), 0)
+    said = ended(start(tmp_path / "two", 2), 0)
     # Process 0 speaks; the others have nothing to say.
     assert "by_rule: " in said[0] and "Report:" in said[0]
     assert not any(words in said[1] for words in ("Report:", "by_rule", "distilled"))
@@ -188,12 +181,11 @@ def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path)
         assert f"[process {index}] stages.after.problems_per_batch = 5" in errors
 
 
-def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cache: Path) -> None:
+def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path) -> None:
     said = ended(
         start(
             tmp_path,
             2,
-            cache,
             "stages.base.steps=2",
             "stages.base.checkpoint_every=2",
             "stages.by_rule.filters={length: {min_words: 100}}",
@@ -208,14 +200,13 @@ def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path, cac
     assert "filter length" in errors[0][0]
 
 
-def test_sigterm_to_one_process_stops_the_rewriting_of_all(tmp_path: Path, cache: Path) -> None:
+def test_sigterm_to_one_process_stops_the_rewriting_of_all(tmp_path: Path) -> None:
     asked: list[str] = []
     started: list[subprocess.Popen[str]] = []
     server = answering(lambda: started[1].send_signal(signal.SIGTERM), asked)
     started += start(
         tmp_path,
         2,
-        cache,
         "stages.base.steps=2",
         "stages.base.checkpoint_every=2",
         "stages.by_rule.rewrite={kind: endpoint, model: m, concurrency: 1, "

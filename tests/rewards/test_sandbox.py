@@ -28,6 +28,8 @@ from r1jax.rewards.sandbox import (
     why_not,
 )
 
+pytestmark = pytest.mark.slow  # hostile programs
+
 REPOSITORY = Path(__file__).parents[2]
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 ISOLATED = [Isolation.BUBBLEWRAP, Isolation.NAMESPACES]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_programs import devices
 
 from r1jax.models import (
     Decoder,
@@ -345,11 +346,7 @@ def test_a_mesh_changes_nothing() -> None:
     script = Path(__file__).parents[1] / "speculative_on_a_mesh.py"
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(layouts)],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all of the time
-        },
+        env=os.environ | devices(4),
         capture_output=True,
         text=True,
         timeout=900,

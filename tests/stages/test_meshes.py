@@ -19,7 +19,6 @@ TESTS = Path(__file__).parents[1]
 def run(output: Path, devices: int, *changes: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all of the time
     }
     command = [sys.executable, "-m", "r1jax", "run", "tiny_meshes.yaml", f"output={output}"]
     return subprocess.run(

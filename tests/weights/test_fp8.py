@@ -476,7 +476,6 @@ def test_each_host_reads_the_experts_of_its_devices(in_fp8: Path, tmp_path: Path
             env=os.environ
             | {
                 "JAX_NUM_CPU_DEVICES": "4",
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
                 "PYTHONPATH": os.pathsep.join(sys.path),
             },
             stdout=subprocess.PIPE,
