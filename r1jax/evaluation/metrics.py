@@ -198,17 +198,17 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
 
 
 def pass_at_1(correct: ArrayLike, scored: ArrayLike | None = None) -> Estimate:
-    """Mean correctness over samples, then over problems (the paper's pass@1).
+    """Mean correctness over samples, then over problems (the paper's pass@1); see `pass_at_k`."""
+    return pass_at_k(correct, 1, scored)
+
+
+def pass_at_k(correct: ArrayLike, k: int, scored: ArrayLike | None = None) -> Estimate:
+    """Unbiased pass@k; see `unbiased_pass_at_k`.
 
     Args:
       correct: [P, n] booleans.
       scored: [P, n] booleans, False where the verifier failed; default: all scored.
     """
-    return pass_at_k(correct, 1, scored)
-
-
-def pass_at_k(correct: ArrayLike, k: int, scored: ArrayLike | None = None) -> Estimate:
-    """Unbiased pass@k; see `unbiased_pass_at_k`. Arguments as in `pass_at_1`."""
     right, mask = _rows(correct, scored, k)
     values = [
         unbiased_pass_at_k(len(row), int(row.sum()), min(k, len(row)))
@@ -225,9 +225,8 @@ def cons_at_k(
 
     Args:
       classes: [P, n] integers, equal within a row for equal answers; negative: no answer.
-      correct: [P, n] booleans.
       k: votes; fewer than n gives the expectation over all subsets.
-      scored: [P, n] booleans, False where the verifier failed; default: all scored.
+      correct, scored: as in `pass_at_k`.
     """
     right, mask = _rows(correct, scored, k)
     labels = np.asarray(classes)

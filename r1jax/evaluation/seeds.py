@@ -28,9 +28,6 @@ _DIFFERENCES_SHOWN = 8
 # Figures of held-out problems -> the metrics that say the same of training samples.
 _IN_TRAINING = {"pass_at_1": ("reward/accuracy", "outcome/right"), "mean_length": ("length/mean",)}
 
-Curve = dict[float, float]
-"""Step -> value."""
-
 
 def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
     """Reads finished runs of one config, in the order of their seeds.
@@ -143,7 +140,7 @@ def mean_run(runs: Sequence[Run]) -> Run:
 
 
 @dataclass(frozen=True)
-class SeedCurves:
+class _SeedCurves:
     """One curve of a stage, in each run.
 
     Attributes:
@@ -160,7 +157,7 @@ class SeedCurves:
     values: Floats
 
 
-def seed_curves(runs: Sequence[Run]) -> list[SeedCurves]:
+def seed_curves(runs: Sequence[Run]) -> list[_SeedCurves]:
     """The curves of stages that train on samples: of held-out problems if all runs measured them,
     else of the training samples."""
     every = []
@@ -174,13 +171,12 @@ def seed_curves(runs: Sequence[Run]) -> list[SeedCurves]:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             if steps:
                 values = np.array([[curve[step] for step in steps] for curve in curves])
-                every.append(SeedCurves(stages[0].name, measure, held_out, steps, values))
+                every.append(_SeedCurves(stages[0].name, measure, held_out, steps, values))
     return every
 
 
-def _held_out_curves(stage: StageRecord) -> dict[str, Curve]:
-    """By measure: pass@1, the largest vote and the length."""
-    curves: dict[str, Curve] = {}
+def _held_out_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
+    curves: dict[str, dict[float, float]] = {}
     for row in stage.rows("held_out.jsonl"):
         for name, figure in row.items():
             if isinstance(figure, Mapping) and figure.get("value") is not None:
@@ -192,8 +188,7 @@ def _held_out_curves(stage: StageRecord) -> dict[str, Curve]:
     return {n: curves[n] for n in ("pass_at_1", *votes[-1:], "mean_length") if n in curves}
 
 
-def _training_curves(stage: StageRecord) -> dict[str, Curve]:
-    """By measure, of training samples, as far as the metrics have them."""
+def _training_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
     columns = stage.columns("metrics.jsonl")
     curves = {}
     for measure, names in _IN_TRAINING.items():

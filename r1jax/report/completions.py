@@ -67,7 +67,7 @@ class _Compared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SamplesByStep:
+class _SamplesByStep:
     """First samples of training steps; `same`: all of one question, which has `answer`."""
 
     stage: str
@@ -186,7 +186,7 @@ def _split_thought(text: str) -> tuple[str, str]:
     return thought + tag, rest
 
 
-def samples_by_step(stage: StageRecord) -> SamplesByStep | None:
+def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
     """Samples of training over time: of one question if it came up often enough, else of several.
 
     None where the kind of stage stores none, and before the first ones.
@@ -209,7 +209,7 @@ def samples_by_step(stage: StageRecord) -> SamplesByStep | None:
     if len(rows) > _STEPS_SHOWN:
         gap = (len(rows) - 1) / (_STEPS_SHOWN - 1)
         rows = [rows[round(i * gap)] for i in range(_STEPS_SHOWN)]
-    return SamplesByStep(
+    return _SamplesByStep(
         stage=stage.name,
         same=same,
         prompt=shortened(str(rows[0]["prompt"])),
@@ -220,8 +220,6 @@ def samples_by_step(stage: StageRecord) -> SamplesByStep | None:
 
 @dataclass(frozen=True)
 class _Text:
-    """A row of the dataset; `thought` ends with `</think>`."""
-
     domain: str
     prompt: str
     answer: str
@@ -231,7 +229,7 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class WrittenDataset:
+class _WrittenDataset:
     """A stage's dataset for the template.
 
     Attributes:
@@ -246,7 +244,7 @@ class WrittenDataset:
     texts: list[_Text]
 
 
-def written_dataset(stage: StageRecord) -> WrittenDataset | None:
+def written_dataset(stage: StageRecord) -> _WrittenDataset | None:
     """The dataset of a stage that leaves one; None for other stages, and before its end."""
     if stage.description.leaves != "dataset" or stage.summary is None:
         return None
@@ -261,7 +259,7 @@ def written_dataset(stage: StageRecord) -> WrittenDataset | None:
         width = 100 * count / largest if largest else 0.0
         return name.replace("_", " "), f"{count:,}", share, width
 
-    return WrittenDataset(
+    return _WrittenDataset(
         total=f"{total:,}",
         bars=[bar(name, count) for name, count in bars],
         domains=_domains(stage.summary),

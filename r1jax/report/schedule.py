@@ -134,6 +134,7 @@ class Node:
       kind: `model`, or the title of the stage's kind.
       origins: (what, from where) it is given.
       widths: of the phases, in per cent of the bar.
+      evaluations: of its weights, with pass@1 and cost.
     """
 
     name: str
@@ -144,24 +145,13 @@ class Node:
     cost: str = ""
     share: str = ""
     widths: list[float] = field(default_factory=list)
-    evaluations: list[Evaluated] = field(default_factory=list)
+    evaluations: list[tuple[StageRecord, Figure, str]] = field(default_factory=list)
     drawing: Drawing = field(default_factory=lambda: Drawing([], _MARK))
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """An evaluation as a line below the weights that it evaluates."""
-
-    name: str
-    data: str
-    pass_at_1: Figure
-    cost: str
-    status: str
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The graph for the template, with a table of seconds by stage and phase.
+class _Schedule:
+    """The graph of a run for the template, with a table of seconds by stage and phase.
 
     Attributes:
       centre: of the marks, in pixels from the left.
@@ -183,15 +173,14 @@ class Schedule:
     total: str
 
 
-def schedule(run: Run) -> Schedule:
-    """The graph of a run, and its table of seconds."""
+def schedule(run: Run) -> _Schedule:
     nodes = _nodes(run)
     lines = rails(list(nodes), run.edges)
     drawings, centre = draw(len(nodes), lines)
     for node, drawing in zip(nodes.values(), drawings, strict=True):
         node.drawing = drawing
     phases = _phases(run.stages)
-    return Schedule(
+    return _Schedule(
         nodes=list(nodes.values()),
         centre=centre,
         gutter=centre + _MARK // 2 + 12,
@@ -205,7 +194,7 @@ def schedule(run: Run) -> Schedule:
 
 
 def _nodes(run: Run) -> dict[str, Node]:
-    """Rows in order: stages as in the config, each model before the first stage that uses it."""
+    # Stages as in the config, each model before the first stage that uses it.
     total = sum(stage.total_seconds for stage in run.stages)
     longest = max((s.total_seconds for s in run.stages if not _is_line(run, s)), default=0.0)
     bars = _bars(run)
@@ -220,8 +209,7 @@ def _nodes(run: Run) -> dict[str, Node]:
         cost = duration(stage.total_seconds) if stage.seconds else ""
         if weights is not None and _is_line(run, stage):
             share = figure((stage.summary or {}).get("pass_at_1"), percent=True)
-            evaluated = Evaluated(name, stage.data, share, cost, stage.status)
-            nodes[weights].evaluations.append(evaluated)
+            nodes[weights].evaluations.append((stage, share, cost))
             continue
         nodes[name] = Node(
             name,
@@ -264,7 +252,7 @@ def _facts(stage: StageRecord) -> list[str]:
 
 
 def _is_line(run: Run, stage: StageRecord) -> bool:
-    """Whether a stage is a line of another's row: an evaluation of weights that are known."""
+    # An evaluation of known weights is a line in their row.
     return stage.is_evaluation and run.weights_of(stage.name) is not None
 
 
@@ -303,7 +291,6 @@ def _cells(stage: StageRecord, phases: Sequence[str]) -> list[str]:
 
 
 def _compiled(machine: Mapping[str, float]) -> str:
-    """Programs, seconds of compilation, and hits of the compilation cache, where there is one."""
     if "compile_count" not in machine:
         return "–"
     hits, misses = machine.get("cache_hits", 0), machine.get("cache_misses", 0)
@@ -312,7 +299,6 @@ def _compiled(machine: Mapping[str, float]) -> str:
 
 
 def _memory(machine: Mapping[str, float]) -> str:
-    """The peak of the fullest device, and that device's memory where it is known."""
     if "memory_peak_bytes" not in machine:
         return "–"
     limit = machine.get("memory_limit_bytes")

@@ -87,14 +87,6 @@ class Measures:
     rest: list[Measure]
 
 
-@dataclass(frozen=True)
-class _StageTables:
-    """The tables of some checkpoints, and their plots."""
-
-    tables: list[Table]
-    plots: list[Plot]
-
-
 def checkpoints(run: Run) -> list[Checkpoint]:
     """Everything that the run evaluates, in the order of models and stages.
 
@@ -122,7 +114,9 @@ def by_benchmark(data: str, turn: int, summary: Summary) -> dict[Benchmark, Summ
     return {Benchmark(data, turn): summary, **parts}
 
 
-def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> _StageTables | None:
+def stage_tables(
+    run: Run, compared: Sequence[StageRecord | None]
+) -> tuple[list[Table], list[Plot]] | None:
     """The tables of right answers, of votes and of rewards, and their plots.
 
     None where `compared`, the evaluations before and after, are the only ones, and of one domain.
@@ -134,14 +128,14 @@ def stage_tables(run: Run, compared: Sequence[StageRecord | None]) -> _StageTabl
 
 def stage_by_stage(
     rows: Sequence[Checkpoint], seeds: Sequence[Sequence[Checkpoint]] = ()
-) -> _StageTables:
+) -> tuple[list[Table], list[Plot]]:
     """The tables of some checkpoints, and their plots.
 
     Args:
       seeds: the same checkpoints in each of several runs, where `rows` are means over them.
     """
     columns = measures(rows)
-    return _StageTables(tables(columns, rows), plots(columns, rows, seeds))
+    return tables(columns, rows), plots(columns, rows, seeds)
 
 
 def measures(rows: Sequence[Checkpoint]) -> Measures:

@@ -98,16 +98,10 @@ class _DrawnPanel:
     markers: bool
 
 
-@dataclass(frozen=True)
-class Training:
-    """The plots of a train stage; `others` are of metrics that no panel names."""
-
-    panels: list[_DrawnPanel]
-    others: list[_DrawnPanel]
-
-
-def training(run: Run, stage: StageRecord, benchmark: str | None) -> Training | None:
-    """All plots of one train stage; None for other stages, and before its first metrics.
+def training(
+    run: Run, stage: StageRecord, benchmark: str | None
+) -> tuple[list[_DrawnPanel], list[_DrawnPanel]] | None:
+    """All plots of one train stage, then those of metrics that no panel names; None before any.
 
     Held-out evaluations during training come first: they are what the training is for.
 
@@ -135,7 +129,7 @@ def training(run: Run, stage: StageRecord, benchmark: str | None) -> Training | 
         if curves:
             drawn.append(_draw(panel, curves, markers))
     others = [_Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
-    return Training(drawn, [_draw(panel, _curves(panel, metrics)) for panel in others])
+    return drawn, [_draw(panel, _curves(panel, metrics)) for panel in others]
 
 
 def _panels(stage: StageRecord, metrics: Columns) -> list[_Panel]:
@@ -201,7 +195,7 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
 def _evaluations(
     run: Run, stage: StageRecord, benchmark: str | None, last_step: float
 ) -> list[tuple[float, Summary]]:
-    """(step, summary) of the evaluations before and after a stage."""
+    # (step, summary) of the evaluations before and after a stage.
     step_of = {run.weights_of(stage.name): 0.0, stage.name: last_step}
     return [
         (step_of[weights], other.summary)
