@@ -361,12 +361,11 @@ def evaluate(
         return
     code = recipe.run(settings)
     if code == 0 and not _process():
+        directory = locate(settings.output) / f"{settings.name}-s{settings.seed}"
         for each in settings.stages:
-            (summary,) = _run_directory(settings).glob(
-                f"stages/[0-9][0-9]-{each.name}/summary.json"
-            )
+            (summary,) = directory.glob(f"stages/[0-9][0-9]-{each.name}/summary.json")
             _print_summary(each.name, json.loads(summary.read_text(encoding="utf-8")))
-        typer.echo(f"results: {_run_directory(settings) / 'results.json'}")
+        typer.echo(f"results: {directory / 'results.json'}")
     raise typer.Exit(code)
 
 
@@ -571,12 +570,6 @@ def _require_run(directory: Path) -> None:
 
     if not (directory / "config.yaml").is_file():
         raise ConfigError([f"{directory} is not a run's directory: it has no config.yaml"])
-
-
-def _run_directory(config: RunConfig) -> Path:
-    from r1jax.bucket import locate
-
-    return locate(config.output) / f"{config.name}-s{config.seed}"
 
 
 def _final_weights(run_directory: str, config: RunConfig) -> str:

@@ -100,14 +100,11 @@ class RunConfig(Section):
             raise ValueError(f"models.{MODEL}: the name of the section model; choose another")
         for name, section in self.data.items():
             for part in section.mixture:
+                where = f"data.{name}.mixture.{part}"
                 if part not in self.data:
-                    raise ValueError(
-                        f"data.{name}.mixture.{part}: not one of the datasets {sorted(self.data)}"
-                    )
+                    raise ValueError(f"{where}: not one of the datasets {sorted(self.data)}")
                 if self.data[part].mixture:
-                    raise ValueError(
-                        f"data.{name}.mixture.{part} is itself a mixture; name its parts"
-                    )
+                    raise ValueError(f"{where} is itself a mixture; name its parts")
         names = [stage.name for stage in self.stages]
         for index, stage in enumerate(self.stages):
             where = f"stages.{stage.name}"
@@ -118,13 +115,22 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{where}.{key} = {data!r}: not one of the datasets {sorted(self.data)}"
                     )
+                written = self._names("dataset", before=index)
                 for source in self.source_stages(data):
-                    self._check_source(where, key, data, source, index)
+                    if source not in written:
+                        raise ValueError(
+                            f"{where}.{key}: data.{data} comes from stage:{source}, which is not a "
+                            f"stage before {where} that writes a dataset; there are {written}"
+                        )
+            uses = [("weights", stage.weights)] if stage.weights is not None else []
+            uses += [(use.key, use.source) for use in stage.other_weights()]
             known = [*self._names("weights", before=index), MODEL, *self.models]
-            if stage.weights is not None:
-                _check_weights(f"{where}.weights", stage.weights, known)
-            for use in stage.other_weights():
-                _check_weights(f"{where}.{use.key}", use.source, known)
+            for key, weights in uses:
+                if weights not in known:
+                    raise ValueError(
+                        f"{where}.{key} = {weights!r}: neither an earlier train stage nor a model; "
+                        f"there are {known}"
+                    )
             for key, weights in stage.prediction_module_uses():
                 self._check_prediction_module(f"{where}.{key}", weights)
             self._check_rewards(where, stage, names[:index])
@@ -172,14 +178,6 @@ class RunConfig(Section):
                 if section.evaluations.count(name) > 1:
                     raise ValueError(f"{where}: {name!r} is named twice; a row is enough")
 
-    def _check_source(self, where: str, key: str, data: str, source: str, index: int) -> None:
-        written = self._names("dataset", before=index)
-        if source not in written:
-            raise ValueError(
-                f"{where}.{key}: data.{data} comes from stage:{source}, which is not a stage "
-                f"before {where} that writes a dataset; there are {written}"
-            )
-
     def source_stages(self, data: str) -> list[str]:
         """The stages that wrote a dataset."""
         section = self.data[data]
@@ -211,11 +209,7 @@ class RunConfig(Section):
         raise KeyError(name)
 
     def model_of(self, name: str) -> str:
-        """The model (`model`, or a name in `models`) that a stage's weights are of.
-
-        Args:
-          name: of a stage or of a model.
-        """
+        """The model (`model`, or a name in `models`) of a stage's weights, or of that name."""
         while name != MODEL and name not in self.models:
             name = self.weights_of(name)
         return name
@@ -230,10 +224,3 @@ class RunConfig(Section):
         if isinstance(selection, dict):
             return selection
         return {n: r for n, r in self.rewards.items() if selection is None or n in selection}
-
-
-def _check_weights(where: str, weights: str, known: list[str]) -> None:
-    if weights not in known:
-        raise ValueError(
-            f"{where} = {weights!r}: neither an earlier train stage nor a model; there are {known}"
-        )

@@ -35,11 +35,7 @@ _COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value for a dotted key.
-
-    place: where it was given: `file:line`, or the command line.
-    text: how.
-    """
+    """A value for a dotted key, with the place where it was given and how (`text`)."""
 
     key: str
     value: JsonValue
@@ -49,12 +45,8 @@ class _Setting:
 
 @dataclass
 class Document:
-    """Plain data, where each part of it is from, and what is wrong with it so far.
-
-    places: key path -> `file:line`, or the command line.
-    slices: slice -> its settings.
-    on_top: key path -> the setting that gave its value.
-    """
+    """Plain data, where (`file:line` or the command line) each part of it is from, and what is
+    wrong with it so far. `on_top` has the settings that gave values, by key path."""
 
     source: str
     data: JsonObject

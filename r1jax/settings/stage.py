@@ -69,8 +69,7 @@ class Divided:
     """A number of a stage that the mesh must divide.
 
     key: behind `stages.NAME`, as in `.row_tokens`, or `: rows x samples`.
-    by: `batch` or `time`, the axes of a row while training; `rollout_batch`, the batch axis while
-        sampling; `processes`, which share the prompts.
+    by: axis of a training row, the batch axis while sampling, or processes, which share prompts.
     """
 
     key: str
