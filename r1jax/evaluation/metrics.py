@@ -1,14 +1,12 @@
 """What k samples for each of P problems say about a model, with 95 % intervals.
 
-Pure numpy: no files, no tokenizer, no mathematics on text (the caller passes in the function that
-says which answers are equal).
-
-Intervals. Samples of one problem are correlated, and the question is how the figure would change
-with *other problems*; so the problem is the unit. Each figure is computed per problem and then
-averaged; its interval is a percentile bootstrap over problems (`RESAMPLES` resamples, fixed seed,
-so the same samples always give the same file). Where all problems have the same value, the
-bootstrap interval has no width, which is wrong for a share (30 of 30 right is not certainty): there
-we give Wilson's score interval with P trials, which counts each problem once.
+Pure numpy: no files, no tokenizer; the caller passes in the function that says which answers are
+equal. Samples of one problem are correlated, and the question is how a figure would change with
+*other problems*; so each figure is computed per problem and then averaged, and its interval is a
+percentile bootstrap over problems (`RESAMPLES` resamples, fixed seed, so the same samples always
+give the same file). Where all problems have the same value that interval has no width, which is
+wrong for a share (30 of 30 right is not certainty): there it is Wilson's score interval
+of P trials.
 
 Samples that the verifier failed on are neither right nor wrong. They are left out of every figure
 of correctness, and counted. A problem with fewer than k scored samples contributes its figure at

@@ -32,7 +32,7 @@ def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
 
 
 def _sources(run: Run, name: str) -> set[str]:
-    """The stages and models that a stage's result rests on."""
+    # The stages and models that a stage's result rests on.
     sources: set[str] = set()
     unseen = {name}
     while unseen:

@@ -113,11 +113,9 @@ class Run:
         sources: dict[str, list[str]] = {}
         for edge in self.edges:
             sources.setdefault(edge.target, []).append(edge.source)
-        names = [
-            name
-            for stage in self.stages
-            for name in [*(s for s in sources.get(stage.name, ()) if s not in stages), stage.name]
-        ]
+        names: list[str] = []
+        for stage in self.stages:
+            names += [s for s in sources.get(stage.name, ()) if s not in stages] + [stage.name]
         return list(dict.fromkeys(names))
 
     def evaluations(self) -> list[StageRecord]:
@@ -220,14 +218,11 @@ def read_run(run_dir: str | Path) -> Run:
                 machine={k: float(v) for k, v in (record.get("machine") or {}).items()},
             )
         )
-    return Run(directory, config, info, tuple(stages), _edges(config))
-
-
-def _edges(config: JsonObject) -> tuple[Edge, ...]:
     try:
-        return tuple(edges(RunConfig.model_validate(config)))
-    except ValueError:
-        return ()
+        known = tuple(edges(RunConfig.model_validate(config)))
+    except ValueError:  # of another version, or with a kind that cannot be imported
+        known = ()
+    return Run(directory, config, info, tuple(stages), known)
 
 
 def _json_object(path: Path) -> JsonObject | None:

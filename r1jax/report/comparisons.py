@@ -90,17 +90,13 @@ def _cost_columns(spent: Sequence[Cost], run: Run, seeds: Sequence[Run]) -> list
     """Wall times, as far as there are any; those of sampling under the titles of its stages."""
     sampled = {name for cost in spent for name in cost.sampling}
     titles = (stage.description.title for stage in run.stages if stage.name in sampled)
-    columns = [
-        ("training", [_seconds(cost.training, run, seeds) for cost in spent]),
-        (
-            ", ".join(dict.fromkeys(titles)),
-            [_seconds(cost.sampling, run, seeds) for cost in spent],
-        ),
-    ]
+    columns = [("training", [cost.training for cost in spent])]
+    columns.append((", ".join(dict.fromkeys(titles)), [cost.sampling for cost in spent]))
+    cells = [(label, [_seconds(names, run, seeds) for names in each]) for label, each in columns]
     return [
-        (Heading(label, "wall time"), cells)
-        for label, cells in columns
-        if any(cell != UNKNOWN for cell in cells)
+        (Heading(label, "wall time"), figures)
+        for label, figures in cells
+        if any(figure != UNKNOWN for figure in figures)
     ]
 
 

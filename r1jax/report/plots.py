@@ -91,10 +91,8 @@ class Dots:
 
 
 def smooth(values: Sequence[float] | Floats) -> Floats:
-    """Centred moving average over about a twentieth of the curve; at the ends over half of that.
-
-    (Windows that shrink to one point at the ends would turn the last step's noise into a trend.)
-    """
+    """Centred moving average over about a twentieth of the curve; at the ends over half of that."""
+    # Windows that shrink to one point at the ends would turn the last step's noise into a trend.
     x = np.asarray(values, dtype=np.float64)
     half = max(1, len(x) // 40)
     sums = np.concatenate([[0.0], np.cumsum(x)])
@@ -255,14 +253,13 @@ _SHORT = FuncFormatter(lambda value, _: short(value))
 
 
 def _line(axes: Axes, steps: Sequence[float], values: Sequence[float] | Floats, color: str) -> None:
-    """A strong line; where it has few points, with a dot at each."""
     axes.plot(
         steps,
         values,
         color=color,
         linewidth=1.9,
         solid_capstyle="round",
-        marker="o" if len(values) < 12 else "",
+        marker="o" if len(values) < 12 else "",  # a curve of few points is those points
         markersize=3.5,
     )
 

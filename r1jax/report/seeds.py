@@ -82,7 +82,7 @@ def render(runs: Sequence[Run]) -> str:
         interval="95 % interval over seeds" if several else "95 % interval over problems",
         meaning=_meaning(runs),
         stages=stage_by_stage(rows, [checkpoints(run) for run in runs] if several else ()),
-        each_seed=_each_seed(runs) if several else [],
+        each_seed=_each_seed(runs),
         comparisons=comparisons(mean, runs if several else ()),
         curves=_curves(runs),
         wall=_wall_table(runs),
@@ -104,16 +104,15 @@ def _markdown_tables(runs: Sequence[Run]) -> str:
     """All tables as Markdown."""
     mean = mean_run(runs)
     rows = checkpoints(mean)
-    several = len(runs) > 1
     parts = [f"# {plain(mean.title)}\n", f"{plain(_seeds(runs).capitalize())}. {_meaning(runs)}\n"]
     for table in tables(measures(rows), rows):
         parts += [f"## {table.title} ({table.lead})\n", markdown(table)]
-    for compared in comparisons(mean, runs if several else ()):
+    for compared in comparisons(mean, runs if len(runs) > 1 else ()):
         parts += [f"## {plain(compared.table.title)}\n", markdown(compared.table)]
         parts += [f"{plain(text)}\n" for text in (compared.counted, *compared.note)]
     wall = _wall_table(runs)
     parts += [f"## {wall.title}\n", markdown(wall)]
-    for table in _each_seed(runs) if several else []:
+    for table in _each_seed(runs):
         parts += [f"<details><summary>{table.title}</summary>\n", markdown(table), "</details>\n"]
     return "\n".join(parts)
 
@@ -133,7 +132,9 @@ def _meaning(runs: Sequence[Run]) -> str:
 
 
 def _each_seed(runs: Sequence[Run]) -> list[Table]:
-    """The stage tables with a row for each seed, with intervals over problems."""
+    """The stage tables with a row for each of several seeds, with intervals over problems."""
+    if len(runs) == 1:
+        return []
     columns = measures(checkpoints(mean_run(runs)))
     made = []
     for each in zip(*(tables(columns, checkpoints(run)) for run in runs), strict=True):
@@ -165,8 +166,6 @@ def _wall(runs: Sequence[Run]) -> list[tuple[Heading, list[float]]]:
 
 
 def _wall_table(runs: Sequence[Run]) -> Table:
-    """Mean and range over seeds."""
-
     def cell(seconds: Sequence[float]) -> Figure:
         ends = f"{duration(min(seconds))} – {duration(max(seconds))}"
         return Figure(duration(sum(seconds) / len(seconds)), ends if len(runs) > 1 else "")
@@ -177,7 +176,6 @@ def _wall_table(runs: Sequence[Run]) -> Table:
 
 
 def _wall_by_seed(runs: Sequence[Run]) -> Table:
-    """Of each seed, with every evaluation."""
     rows = [
         (
             Heading(stages[0].name, stages[0].description.title),
@@ -191,11 +189,10 @@ def _wall_by_seed(runs: Sequence[Run]) -> Table:
 
 def _wall_plot(runs: Sequence[Run]) -> Plot:
     rows = _wall(runs)[:-1]  # beside the total, no stage would be visible
-    means, seeds = [], []
-    for i, (_, seconds) in enumerate(rows):
-        mean = mean_over_seeds(seconds, is_share=False).value
-        means.append(Marker(i, mean, mean, mean))
-        seeds += [Marker(i, each, each, each) for each in seconds if len(runs) > 1]
+    values = [mean_over_seeds(seconds, is_share=False).value for _, seconds in rows]
+    means = [Marker(i, mean, mean, mean) for i, mean in enumerate(values)]
+    several = rows if len(runs) > 1 else []
+    seeds = [Marker(i, s, s, s) for i, (_, seconds) in enumerate(several) for s in seconds]
     title = "seconds by stage"
     dots = Dots("mean", means, seeds)
     return Plot(title, Markup(dot_plot([h.label for h, _ in rows], [dots], title=title)), [])
