@@ -48,7 +48,7 @@ class RenderedPrompt(NamedTuple):
     prefill: str
 
 
-class TurnEnd(NamedTuple):
+class _TurnEnd(NamedTuple):
     """How the assistant's turns end: the text that closes one, and the text of every stop token."""
 
     text: str
@@ -123,7 +123,7 @@ TEMPLATES: Mapping[str, Callable[[str, str | None, PreTrainedTokenizerBase], Ren
 
 def turn_end(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
-) -> TurnEnd:
+) -> _TurnEnd:
     """How the section's template ends the assistant's turns.
 
     Args:
@@ -155,14 +155,14 @@ def turn_end(
             f"the assistant's turn ends in {end!r}, which the tokenizer does not encode as a stop "
             f"token ({', '.join(map(repr, stops))}); use the tokenizer that belongs to the model"
         )
-    return TurnEnd(end, stops)
+    return _TurnEnd(end, stops)
 
 
 def render_conversation(
     messages: Sequence[Message],
     section: DataSection,
     tokenizer: PreTrainedTokenizerBase,
-    end: TurnEnd,
+    end: _TurnEnd,
 ) -> Iterator[Piece]:
     """The pieces of a conversation whose last message is the assistant's; joined, its whole text.
 
@@ -204,7 +204,7 @@ def render_conversation(
     yield Piece(_completion(last.content, prefill, end), True)
 
 
-def _completion(message: str, prefill: str, end: TurnEnd) -> str:
+def _completion(message: str, prefill: str, end: _TurnEnd) -> str:
     """What the model itself should write for `message`, its end included."""
     for opening in (prefill, prefill.rstrip()):
         if opening and message.startswith(opening):

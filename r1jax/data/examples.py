@@ -47,7 +47,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     return load_rows(section, _mapping, _problem)
 
 
-class LazyRows(Sequence[T]):
+class _LazyRows(Sequence[T]):
     """Rows that are made by a function of their index when they are read."""
 
     def __init__(self, make: Callable[[int], T], indices: Sequence[int]) -> None:
@@ -60,10 +60,10 @@ class LazyRows(Sequence[T]):
     @overload
     def __getitem__(self, at: int) -> T: ...
     @overload
-    def __getitem__(self, at: slice) -> LazyRows[T]: ...
-    def __getitem__(self, at: int | slice) -> T | LazyRows[T]:
+    def __getitem__(self, at: slice) -> _LazyRows[T]: ...
+    def __getitem__(self, at: int | slice) -> T | _LazyRows[T]:
         if isinstance(at, slice):
-            return LazyRows(self._make, self._indices[at])
+            return _LazyRows(self._make, self._indices[at])
         return self._make(self._indices[at])
 
 
@@ -92,7 +92,7 @@ def load_task_rows(
         raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
     split = cast(Split, section.split)
     make = mapping(task_options(TASKS[name], section.options, where))
-    rows = LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
+    rows = _LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
     rows[0]  # a task without rows of this type raises now, not after the first compilation
     return rows
 
@@ -155,7 +155,7 @@ def load_rows(
             f"source = {section.source!r}: split = {section.split!r} has no rows"
             + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else "")
         )
-    lazy = LazyRows(to_row, indices)
+    lazy = _LazyRows(to_row, indices)
     if rows.in_memory:
         return list(lazy)
     lazy[0]  # a wrong column or pattern raises now, not after the first compilation

@@ -39,7 +39,7 @@ def open_tracker(
     if name == "tensorboard":
         return TensorBoard(directory)
     if name == "wandb":
-        return WeightsAndBiases(directory, run_name=run_name, config=config)
+        return _WeightsAndBiases(directory, run_name=run_name, config=config)
     raise ValueError(f"tracker = {name!r}: not one of {', '.join(TRACKERS)}")
 
 
@@ -105,7 +105,7 @@ class TensorBoard:
                 self.write(step, row, wall_times.get(step, written))
 
 
-class WeightsAndBiases:
+class _WeightsAndBiases:
     """One W&B run per stage; a resumed stage goes on in the same W&B run.
 
     The run's id is drawn once and kept in DIRECTORY/wandb_id. W&B ignores steps that it already

@@ -39,7 +39,7 @@ class TextFilter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Repetition:
+class _Repetition:
     """Refuses loops, and texts that repeat much of what they say.
 
     Attributes:
@@ -94,7 +94,7 @@ def longest_loop(tokens: Sequence[str], phrase_words: int, enough: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class LanguageMixing:
+class _LanguageMixing:
     """Refuses thoughts with too many words of other languages; no thought is not mixed.
 
     Attributes:
@@ -117,7 +117,7 @@ class LanguageMixing:
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class _Format:
     """Refuses texts that are not well formed; a thought without an end is not.
 
     Attributes:
@@ -135,7 +135,7 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True)
-class LongParagraphs:
+class _LongParagraphs:
     """Refuses texts with an overlong paragraph; blank lines part paragraphs.
 
     Attributes:
@@ -155,7 +155,7 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*(?=\n)")
 
 
 @dataclass(frozen=True, slots=True)
-class CodeBlocks:
+class _CodeBlocks:
     """Refuses thoughts with a fenced block of code; in the answer, one is welcome."""
 
     def keeps(self, text: str) -> bool:
@@ -163,7 +163,7 @@ class CodeBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Length:
+class _Length:
     """Refuses texts that are too short or too long.
 
     Attributes:
@@ -185,12 +185,12 @@ class Length:
 
 FILTERS: Mapping[str, type[TextFilter]] = MappingProxyType(
     {
-        "code_blocks": CodeBlocks,
-        "format": Format,
-        "language_mixing": LanguageMixing,
-        "length": Length,
-        "long_paragraphs": LongParagraphs,
-        "repetition": Repetition,
+        "code_blocks": _CodeBlocks,
+        "format": _Format,
+        "language_mixing": _LanguageMixing,
+        "length": _Length,
+        "long_paragraphs": _LongParagraphs,
+        "repetition": _Repetition,
     }
 )
 """Name in a config -> the filter."""

@@ -36,7 +36,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def kill_descendants() -> None:
+def _kill_descendants() -> None:
     """Kills children until there are none; what they leave becomes ours, and is killed next."""
     while True:
         for child in children(os.getpid()):
@@ -57,7 +57,7 @@ def supervise(parent: int, command: list[str]) -> int:
     prctl: Callable[[int, int], int] = ctypes.CDLL(None, use_errno=True).prctl
 
     def stop(*_: object) -> None:
-        kill_descendants()
+        _kill_descendants()
         os._exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
@@ -74,7 +74,7 @@ def supervise(parent: int, command: list[str]) -> int:
             os.write(2, f"{command[0]}: {error}\n".encode())
         os._exit(127)
     _, status = os.waitpid(child, 0)
-    kill_descendants()
+    _kill_descendants()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

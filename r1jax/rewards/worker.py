@@ -70,7 +70,7 @@ def _take_channels() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb", buffering=0)
 
 
-def score_row(entry: RewardEntry, row: Answered, options: RewardOptions) -> Score:
+def _score_row(entry: RewardEntry, row: Answered, options: RewardOptions) -> Score:
     """Calls a reward function; whatever it raises is a failed verifier, not a wrong answer."""
     try:
         score: object = entry.function(row, options)  # a user's function may return anything
@@ -124,7 +124,7 @@ def main() -> None:
                 row = Answered(**item["row"])
                 for name in item["rewards"]:
                     entry, options = entries[name]
-                    score = score_row(entry, row, options)
+                    score = _score_row(entry, row, options)
                     reply = {
                         "reward": score.reward,
                         "outcome": score.outcome.value,

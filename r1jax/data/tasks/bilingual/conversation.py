@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r1jax.data.tasks.bilingual.subject import Draw, below
+from r1jax.data.tasks.bilingual.subjects import Draw, below
 from r1jax.rewards.extraction import after_thinking
 from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score
 

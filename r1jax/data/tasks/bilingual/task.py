@@ -21,7 +21,6 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from r1jax.data.example import Example, Split, split_of
-from r1jax.data.tasks.bilingual.code import draw_program
 from r1jax.data.tasks.bilingual.conversation import (
     KIND,
     UNKIND,
@@ -30,10 +29,14 @@ from r1jax.data.tasks.bilingual.conversation import (
     draw_pair,
     draw_request,
 )
-from r1jax.data.tasks.bilingual.logic import draw_order
-from r1jax.data.tasks.bilingual.maths import draw_sum
-from r1jax.data.tasks.bilingual.stem import draw_motion
-from r1jax.data.tasks.bilingual.subject import Draw, Problem
+from r1jax.data.tasks.bilingual.subjects import (
+    Draw,
+    Problem,
+    draw_motion,
+    draw_order,
+    draw_program,
+    draw_sum,
+)
 from r1jax.data.tasks.task import HELD_OUT_SHARE
 
 _TASK_KEY = 0x62696C67  # Keeps this task's random streams apart from any other task's.
