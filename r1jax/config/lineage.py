@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from r1jax.config.run_config import RunConfig
+from r1jax.files import JsonObject
 from r1jax.settings.model import MODEL
 
 
@@ -46,7 +46,7 @@ def needs(config: RunConfig, name: str) -> list[str]:
     return [stage.name for stage in config.stages if stage.name in sources]
 
 
-def ingredients(config: RunConfig, name: str) -> dict[str, Any]:
+def ingredients(config: RunConfig, name: str) -> JsonObject:
     """Everything that decides the result of a stage, as JSON; equal for equal results."""
     stage = config.stage(name)
     datasets = dict.fromkeys(data for _, data in stage.datasets())
@@ -65,7 +65,7 @@ def ingredients(config: RunConfig, name: str) -> dict[str, Any]:
     }
 
 
-def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+def differences(before: object, after: object, path: str = "") -> Iterator[str]:
     """Each value that is not the same in two JSON trees: `key.path: old -> new`."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in [*before, *(key for key in after if key not in before)]:

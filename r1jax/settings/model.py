@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from r1jax.files import JsonObject
 from r1jax.settings.section import Section
 
 
@@ -13,7 +14,7 @@ class ModelSection(Section):
     """Which policy. Either `path` (weights exist) or `config` (from scratch), never both."""
 
     path: str | None = Field(None, description="Hugging Face directory, gs://... or hub name.")
-    config: dict[str, Any] | None = Field(
+    config: JsonObject | None = Field(
         None, description="A Hugging Face `config.json` as a mapping: random initial weights."
     )
     tokenizer: str | None = Field(

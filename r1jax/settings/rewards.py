@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from r1jax.files import JsonObject
 from r1jax.settings.section import Section
 
 
@@ -30,7 +31,7 @@ class RewardSection(Section):
     domains: list[str] | None = Field(
         None, min_length=1, description="Rows of these domains only; default: all rows."
     )
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: JsonObject = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _function_or_model(self) -> RewardSection:

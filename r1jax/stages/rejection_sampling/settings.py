@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from r1jax.files import JsonObject
 from r1jax.settings.sampling import SamplingSection
 from r1jax.settings.section import Section
 from r1jax.settings.stage import (
@@ -85,7 +86,7 @@ class RejectionSamplingStage(Stage):
         None, min_length=1, description="What decides whether it is right; default: all."
     )
     keep_per_prompt: int = Field(1, ge=1, description="At most so many completions of a prompt.")
-    filters: dict[str, dict[str, Any]] = Field(
+    filters: dict[str, JsonObject] = Field(
         default_factory=dict, description="Text filters by name, each with its options."
     )
     decontaminate: list[str] = Field(
