@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sampler.test_speculative import LATENT
+from models_with_modules import LATENT
 
 from r1jax.models import Decoder, Execution, init_params
 from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample

@@ -28,7 +28,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from config.test_packaged import make_model
+    from tiny_checkpoint import make_model
 
     path = tmp_path_factory.mktemp("pretrained") / "model"
     make_model(path)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config
-from transformers import Qwen2ForCausalLM as Model
-
 
 def make_model(directory: Path) -> None:
     """A random Qwen2 with a byte-level tokenizer."""
+    # Here, as these take seconds, which not every process has use for.
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -29,4 +29,4 @@ def make_model(directory: Path) -> None:
         num_key_value_heads=1,
         eos_token_id=1,
     )
-    Model(config).save_pretrained(directory)
+    Qwen2ForCausalLM(config).save_pretrained(directory)

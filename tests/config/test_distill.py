@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tiny_checkpoint import make_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r1jax import recipe
 from r1jax.config.load import load_config
@@ -113,7 +113,7 @@ def test_students_differ_in_nothing_else() -> None:
 
 
 def give_template(directory: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<｜User｜>", "<｜Assistant｜>"]})
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.bos_token = "<eos>"
@@ -218,4 +218,4 @@ def test_a_student_is_made_in_miniature(tmp_path: Path) -> None:
     assert sample["prompt"].startswith("<eos><｜User｜>1+1?\nPlease reason step by step")
     assert sample["prompt"].endswith("within \\boxed{}.<｜Assistant｜><think>\n")
     recipe.export_run(run, tmp_path / "exported", None)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")

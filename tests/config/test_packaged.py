@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_checkpoint import make_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r1jax import recipe
 from r1jax.config.load import load_config
@@ -74,7 +74,7 @@ def test_real_config_runs_on_tiny_parts(name: str, tmp_path: Path) -> None:
     assert sample["answer"] in ("42", r"\frac12")
     assert "<think>" in sample["prompt"]  # the R1-Zero template
     recipe.export_run(run, tmp_path / "exported")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
 
 
 CHAT = (
@@ -86,7 +86,7 @@ CHAT = (
 
 def test_the_whole_schedule_is_checked_before_any_compute(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(tmp_path / "model")
     files = {

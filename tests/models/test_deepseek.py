@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from dataclasses import replace
@@ -14,13 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from deepseek_models import KINDS, PUBLISHED, TOKENS, make
 from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
 )
 
 from r1jax.models import (
@@ -46,137 +42,6 @@ from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.sharding import single_device
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 
-# Each program runs once: spend no time on LLVM's optimisations. XLA's own passes are the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
-SIZES: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=6,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    rms_norm_eps=1e-3,  # not that of the latents' norms
-    num_nextn_predict_layers=0,  # transformers writes 1, and no such layer
-)
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 2.0,
-    "beta_slow": 0.25,
-    "mscale": 0.7,
-    "mscale_all_dim": 1.3,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "like V3": dict(
-        q_lora_rank=10,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        n_group=4,
-        topk_group=2,
-        routed_scaling_factor=2.5,
-        rope_parameters=YARN,
-    ),
-    "like Moonlight": dict(
-        q_lora_rank=None,
-        n_shared_experts=2,
-        first_k_dense_replace=0,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.5,
-        norm_topk_prob=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-    ),
-    "like V2": dict(
-        q_lora_rank=10,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        n_group=4,
-        topk_group=2,
-        topk_method="group_limited_greedy",
-        routed_scaling_factor=4.0,
-        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    ),
-    "like V2-Lite": dict(
-        q_lora_rank=None,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        n_group=None,
-        topk_group=None,
-        topk_method="greedy",
-        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    ),
-}
-# Of DeepSeek-V3 and R1, as published.
-PUBLISHED: dict[str, Any] = dict(
-    model_type="deepseek_v3",
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    num_key_value_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    first_k_dense_replace=3,
-    n_group=8,
-    topk_group=4,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-    rope_theta=10000,
-    rope_scaling={
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-)
-TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24), np.int32)
-
-
-def make(kind: str, directory: Path) -> torch.nn.Module:
-    """A random model on disk, norms and the router's biases moved away from their defaults."""
-    torch.manual_seed(0)
-    config, of_config = (
-        (DeepseekV2Config, DeepseekV2ForCausalLM)
-        if kind.startswith("like V2")
-        else (DeepseekV3Config, DeepseekV3ForCausalLM)
-    )
-    model = of_config(config(**SIZES, **KINDS[kind])).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("mlp.gate.weight"):
-                weight.add_(0.3 * torch.randn_like(weight))
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
-                # Far enough from zero that some experts rank below it.
-                buffer.copy_(torch.randn_like(buffer) - 0.5)
-    model.save_pretrained(directory)
-    return model
-
 
 def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     config = ModelConfig.from_hugging_face(read_config(directory))
@@ -191,7 +56,7 @@ def positions_of(tokens: np.ndarray) -> np.ndarray:
 
 def whole_logits(params: Params, model: Decoder) -> np.ndarray:
     positions = positions_of(TOKENS)
-    run = jit(forward, static_argnums=4)
+    run = jax.jit(forward, static_argnums=4)
     hidden = run(params, TOKENS, positions, np.ones_like(positions), model)
     return np.asarray(logits(params, hidden, model))
 
@@ -232,7 +97,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     params, model = load(tmp_path, scan_layers=scan)
     expected = whole_logits(params, model)
     lengths = np.asarray([6, 4], np.int32)
-    hidden, prompts = jit(prefill, static_argnums=3)(params, TOKENS[:, :6], lengths, model)
+    hidden, prompts = jax.jit(prefill, static_argnums=3)(params, TOKENS[:, :6], lengths, model)
     for row, length in enumerate(lengths):
         found = logits(params, hidden[row], model)
         np.testing.assert_allclose(found, expected[row, length - 1], atol=1e-4)
@@ -242,7 +107,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     width = 16 if cache_of_platform == "cpu" else 128  # a TPU fills its tiles
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 2 * 2 * 4 * 3 * width
     assert model.config.cache_values == 3 * 16
-    step_of = jit(decode, static_argnums=6)
+    step_of = jax.jit(decode, static_argnums=6)
     for step in range(3):
         following = np.stack([TOKENS[row, length + step] for row, length in enumerate(lengths)])
         new = np.broadcast_to(following[:, None], (2, 2))
@@ -280,7 +145,7 @@ def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:
         scores = token_scores(params, TOKENS, positions, np.ones_like(positions), model)
         return jnp.sum(scores.log_probs * cotangents)
 
-    gradients = jit(jax.grad(score), static_argnums=1)
+    gradients = jax.jit(jax.grad(score), static_argnums=1)
     params, scanned = load(tmp_path, scan_layers=True)
     _, unrolled = load(tmp_path, scan_layers=False)
     remat = replace(unrolled, execution=replace(unrolled.execution, remat="full"))
@@ -311,7 +176,7 @@ def test_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
         rows[row, :end] = tokens[prompt, :end]
         rows[row, end : end + new] = samples.tokens[prompt, row % 2]
         segments[row, : end + new] = 1
-    score = jit(token_scores, static_argnums=4)
+    score = jax.jit(token_scores, static_argnums=4)
     scores = score(params, rows, positions_of(rows), segments, policy).log_probs
     for row in range(4):
         prompt, end = row // 2, lengths[row // 2]

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from models.test_deepseek import PUBLISHED, TOKENS, jit, make
+from deepseek_models import PUBLISHED, TOKENS, make
 from safetensors.numpy import load_file, save_file
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -198,7 +198,7 @@ def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     return load_params(directory, config, model.layout), model
 
 
-score = jit(ahead_scores, static_argnums=4)
+score = jax.jit(ahead_scores, static_argnums=4)
 
 
 @pytest.mark.parametrize(("kind", "scan"), [("like V3", True), ("like Moonlight", False)])
@@ -275,11 +275,11 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
         second = -jnp.sum(jnp.where(trained, scores.ahead, 0.0)) / ahead
         return first + 0.3 * second, (first, second)
 
-    gradients, (first, second) = jit(jax.grad(both, has_aux=True))(params)
+    gradients, (first, second) = jax.jit(jax.grad(both, has_aux=True))(params)
     stage = SFTStage(**STAGE, mtp_weight=[{"step": 0, "weight": 9.0}, {"step": 4, "weight": 0.3}])
     optimizer = optax.sgd(1.0)
     state = init_train_state(params, optimizer).replace(step=jnp.int32(5))
-    after, metrics = jit(make_update(stage, model, optimizer))(state, batch)
+    after, metrics = jax.jit(make_update(stage, model, optimizer))(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(first), rel=1e-5)
     assert float(metrics["mtp/loss"]) == pytest.approx(float(second), rel=1e-5)
     scores = score(params, TOKENS, positions_of(TOKENS), segments, model)

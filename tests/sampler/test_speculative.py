@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_programs import devices
+from models_with_modules import GROUPED, LATENT, VOCAB
 
 from r1jax.models import (
     Decoder,
     Execution,
-    LatentAttention,
-    MixtureOfExperts,
     ModelConfig,
     ahead_scores,
     forward,
@@ -42,35 +41,6 @@ from r1jax.sampler import (
 from r1jax.sampler.distribution import verify
 from r1jax.sampler.speculative import decode_speculatively
 from r1jax.sharding import single_device
-
-VOCAB = 5
-GROUPED = ModelConfig(
-    "qwen3",
-    VOCAB,
-    16,
-    32,
-    2,
-    4,
-    2,
-    8,
-    tie_word_embeddings=True,
-    initializer_range=0.5,
-    num_nextn_predict_layers=1,
-)
-LATENT = ModelConfig(
-    "deepseek_v3",
-    VOCAB,
-    16,
-    32,
-    2,
-    2,
-    2,
-    12,
-    initializer_range=0.4,
-    latent=LatentAttention(8, 8, 8, 4, 6),
-    experts=MixtureOfExperts(4, 1, 2, 8, first_k_dense_replace=1),
-    num_nextn_predict_layers=1,
-)
 
 
 def decoder(config: ModelConfig = GROUPED, scan: bool = False) -> Decoder:

@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from deepseek_models import PUBLISHED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.test_deepseek import PUBLISHED
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
