@@ -99,7 +99,7 @@ def store_scored_samples(
             progress.update(
                 whole_prompts,
                 {
-                    share_name: share_right(rows),
+                    share_name: sum(row["outcome"] == "right" for row in rows) / len(rows),
                     "length": tokens / len(rows),
                     "tokens_per_second": tokens / clock.lap(stage.kind),
                 },
@@ -150,11 +150,6 @@ def scored_batches(
         scores = scorer.submit(completions).result()
         pairs = zip(completions, scores, strict=True)
         yield gather([completion.row(score, step=0) for completion, score in pairs], layout)
-
-
-def share_right(rows: Sequence[JsonObject]) -> float:
-    """The share of samples whose main reward says right."""
-    return sum(row["outcome"] == "right" for row in rows) / len(rows)
 
 
 def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Sequence[T]:

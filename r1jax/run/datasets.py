@@ -39,9 +39,9 @@ class Datasets:
     config: RunConfig
     files: RunFiles
     _examples: dict[str, Sequence[Example]] = field(default_factory=dict, repr=False)
-    _preferences: dict[
-        tuple[str, RewardModelFormat, PreTrainedTokenizerBase], tuple[list[EncodedPreference], str]
-    ] = field(default_factory=dict, repr=False)
+    _preferences: dict[tuple[object, ...], tuple[list[EncodedPreference], str]] = field(
+        default_factory=dict, repr=False
+    )
 
     def section(self, data: str) -> DataSection:
         """The dataset's settings, with `stage:NAME` as the file that the stage wrote."""
@@ -65,11 +65,8 @@ class Datasets:
     def prompts(
         self, data: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
     ) -> tuple[list[Prompt], str]:
-        """The prompts of a dataset or mixture, and a line that says how many there are.
-
-        Args:
-          limit: the first examples only, this many; of a mixture, at its shares.
-        """
+        """The prompts of the first `limit` examples, or of all, and a line that says how many; of
+        a mixture, at its shares."""
         section = self.config.data[data]
         if not section.mixture:
             examples = self.examples(data)
@@ -103,13 +100,12 @@ class Datasets:
         return self._documents(data, lambda _, rows: encode_documents(rows, model.tokenizer))
 
     def domains(self, data: str, limit: int | None = None) -> list[str]:
-        """The domains of a dataset's or mixture's examples, or of the first ones."""
+        """The domains of the first `limit` examples of a dataset or mixture, or of all."""
         counts = self._counts(data, limit)
         examples = (self.examples(part)[:count] for part, count in counts.items())
         return list(dict.fromkeys(example.domain for part in examples for example in part))
 
     def _counts(self, data: str, limit: int | None = None) -> dict[str, int]:
-        """How many examples are used of each part."""
         counts = {part: len(self.examples(part)) for part in self.parts(data)}
         if mixture := self.config.data[data].mixture:
             return mixture_counts(counts, mixture, limit)

@@ -14,10 +14,9 @@ from r1jax.processes import wait_for_all
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The directory of a run, and of each of its stages.
+    """The directory of a run, and of each of its `stages`.
 
     directory: where files are written; of a run on a bucket, the working copy.
-    stages: names of the run's stages, in order.
     copy: that working copy; None where the output is a local folder.
     """
 

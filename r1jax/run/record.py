@@ -32,7 +32,7 @@ class Record:
     def mark(self, stage: Stage, status: str, seconds: Mapping[str, float]) -> None:
         """Note a stage's status and its seconds by phase."""
         self.content["stages"][stage.name] = {
-            **self._entry(stage.name),
+            **self.content["stages"].get(stage.name, {}),
             "kind": stage.kind,
             "status": status,
             "seconds": dict(seconds),
@@ -43,26 +43,17 @@ class Record:
 
     def note_machine(self, stage: Stage, figures: Mapping[str, float]) -> None:
         """Note compilations and memory of a stage, of the process that ended it."""
-        self._entry(stage.name)["machine"] = dict(figures)
+        self.content["stages"][stage.name]["machine"] = dict(figures)
         self._write()
 
     def status(self, name: str) -> str | None:
         """`running`, `done`, or None for a stage that has not begun."""
-        status: str | None = self._entry(name).get("status")
+        status: str | None = self.content["stages"].get(name, {}).get("status")
         return status
 
     def seconds(self, name: str) -> dict[str, float]:
         """Seconds by phase that a stage has taken so far."""
-        return dict(self._entry(name).get("seconds", {}))
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """The packages that this process runs."""
-        return dict(self.content["versions"])
-
-    def _entry(self, name: str) -> JsonObject:
-        entry: JsonObject = self.content["stages"].get(name, {})
-        return entry
+        return dict(self.content["stages"].get(name, {}).get("seconds", {}))
 
     def _write(self) -> None:
         if jax.process_index() == 0:
@@ -83,16 +74,11 @@ def open_record(config: RunConfig, files: RunFiles) -> Record:
     files.pull()
     files.directory.mkdir(parents=True, exist_ok=True)
     path = files.directory / "run.json"
-    content: JsonObject = (
-        json.loads(path.read_text())
-        if path.exists()
-        else {
-            "name": config.name,
-            "seed": config.seed,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "stages": {},
-        }
-    )
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    content: JsonObject = {"name": config.name, "seed": config.seed, "started": started}
+    content["stages"] = {}
+    if path.exists():
+        content = json.loads(path.read_text())
     record = Record(config, files, content)
     _refuse_stale(record)
     content["versions"] = {
@@ -146,7 +132,6 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> float:
-        """Books the time since the last lap under a phase; returns it, in seconds."""
         now = time.perf_counter()
         spent = now - self._last
         self._last = now

@@ -38,11 +38,7 @@ class ResolvedRun:
 
 @dataclass(frozen=True)
 class StageRun(ResolvedRun):
-    """What the loop of one stage gets.
-
-    directory: of the stage; it exists.
-    profile: optimizer steps to trace in this process.
-    """
+    """What the loop of one stage gets: its directory, which exists, and steps to trace, too."""
 
     directory: Path
     record: Record

@@ -57,12 +57,8 @@ class Resumable(Protocol):
 class TrainLoop:
     """The state of one train loop and its one atomic checkpoint; made by `train_loop`.
 
-    A checkpoint holds weights, optimizer, step, the data cursor, the reference policy and the
-    metrics cursor. Random numbers are functions of (seed, step, ids), so there is no key to keep.
-
-    Attributes:
-      steps: of the whole stage; `step` of them are done.
-      reference: weights of the reference policy; None where the stage has none.
+    A checkpoint holds weights, optimizer, step, the data cursor, the reference policy (if any) and
+    the metrics cursor. Random numbers are functions of (seed, step, ids): there is no key to keep.
     """
 
     stage: TrainStage
@@ -89,11 +85,8 @@ class TrainLoop:
 
     @span("place")
     def to_devices(self, batch: Batch, layout: Layout | None = None) -> Batch:
-        """This process's rows [n, ...] onto the mesh that trains, split along the batch.
-
-        Args:
-          layout: whose split of the batch this process's rows are; default: the training mesh's.
-        """
+        """This process's rows [n, ...], its share of the batch in `layout` (default: the training
+        mesh's), onto the training mesh."""
         training = self.run.layouts.training
         layout = layout or training
         rows = jax.tree.map(lambda leaf: from_process_rows(leaf, layout), batch)
@@ -216,11 +209,7 @@ def train_loop(
     """Gives the loop at its newest checkpoint, or at the start; metric files are cut to match.
 
     A resumed loop never makes the initial weights: they would be in memory twice for a moment.
-
-    Args:
-      update: not compiled yet.
-      data: brought to the checkpoint's data cursor.
-      make_reference: initial weights -> those of the reference policy, kept in checkpoints.
+    `make_reference` makes the reference policy of them.
     """
     clock, process = Clock(), jax.process_index()
     model = run.models.of(stage.name)

@@ -131,8 +131,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             )
             order = np.arange(len(completions))
             if updates > 1:  # the phase's samples, split at random into mini-batches
-                split_seed = seed_of(seed, stage.name, "split", first)
-                order = np.random.default_rng(split_seed).permutation(order)
+                generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
+                order = generator.permutation(order)
             batches = [
                 loop.to_devices(jax.tree.map(lambda x, i=index: x[i], rows), rollout_layout)
                 for index in np.split(order, updates)
@@ -339,10 +339,7 @@ def rollout_metrics(
 
 
 def _by_drafts(samples: Sequence[JsonObject]) -> dict[str, float]:
-    """Of speculative samples: drafts that stayed, and tokens for each reading of the weights.
-
-    The second is the most that sampling can be faster by, where reading the weights is all it does.
-    """
+    """Of speculative samples: drafts that stayed, and tokens for each reading of the weights."""
     drafted = sum(sample["drafted"] for sample in samples)
     if not drafted:
         return {}

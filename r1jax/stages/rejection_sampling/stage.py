@@ -56,8 +56,7 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
 def run(stage: RejectionSamplingStage, run: StageRun) -> None:
     """Sample and score, resuming behind the last whole batch; then choose, and write the dataset.
 
-    Leaves `samples.jsonl` (every sample), `dataset.jsonl` (what was kept) and `summary.json` (how
-    many samples each reason removed, and rows and tokens by domain).
+    `summary.json` says how many samples each reason removed, and rows and tokens by domain.
     """
     wanted = DatasetSampling(
         stage.data,
@@ -78,7 +77,12 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
         read_rows(run.directory / SAMPLES),
         by_id,
         filters=filters,
-        evaluation=_evaluation_ngrams(run, stage.decontaminate),
+        evaluation=EvaluationNgrams.of(
+            example.prompt
+            for data in stage.decontaminate
+            for part in run.datasets.parts(data)
+            for example in run.datasets.examples(part)
+        ),
         keep_per_prompt=stage.keep_per_prompt,
     ):
         counts[reason or KEPT] += 1
@@ -117,16 +121,6 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
     run.files.wait_for_files(stage.name)
     clock.lap("write")
     run.record.mark(stage, "done", clock.seconds)
-
-
-def _evaluation_ngrams(run: ResolvedRun, datasets: Iterable[str]) -> EvaluationNgrams:
-    """The 10-grams of the questions of these datasets, mixtures included."""
-    return EvaluationNgrams.of(
-        example.prompt
-        for data in datasets
-        for part in run.datasets.parts(data)
-        for example in run.datasets.examples(part)
-    )
 
 
 def choose(
@@ -217,7 +211,7 @@ def _dataset_row(
                 name: ", ".join(value) if isinstance(value, list) else value
                 for name, value in stage.sampling.model_dump(mode="json").items()
             },
-            versions=run.record.versions,
+            versions=run.record.content["versions"],
             rewriter=None if stage.rewrite is None else stage.rewrite.kind,
         ),
     )
