@@ -25,7 +25,7 @@ from r1jax.grpo import (
     init_train_state,
     make_grpo_step,
 )
-from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
+from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, init_params, token_log_probs
 from r1jax.models.parameters import Params
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sharding import make_layout, split_cpu
@@ -64,12 +64,13 @@ def main() -> None:
     mask = place((steps >= PROMPT_TOKENS).astype(np.float32))
 
     def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
-        return PolicyOutputs(*token_scores(params, *batch.inputs, model))
+        tokens = token_log_probs(params, batch.inputs, model)
+        return PolicyOutputs(tokens.log_probs, tokens.entropy)
 
     @jax.jit
-    def reference(params: Params, inputs: tuple[jax.Array, ...]) -> jax.Array:
-        def log_probs(part: tuple[jax.Array, ...]) -> jax.Array:
-            return token_scores(params, *part, model).log_probs
+    def reference(params: Params, inputs: TokenRows) -> jax.Array:
+        def log_probs(part: TokenRows) -> jax.Array:
+            return token_log_probs(params, part, model).log_probs
 
         return map_micro_batches(log_probs, inputs, MICRO_BATCHES)
 
@@ -96,7 +97,7 @@ def main() -> None:
         sampled = time.perf_counter()
         rewards = (completions.sum(-1) % 7).astype(np.float32)
         tokens, drawn = join(prompts, out)
-        inputs = (tokens, positions, segments)
+        inputs = TokenRows(tokens, positions, segments)
         batch = GRPOBatch(
             inputs=inputs,
             mask=mask,

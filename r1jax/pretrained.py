@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from r1jax.data import Example, encode_prompt
-from r1jax.models import Decoder, token_scores
+from r1jax.models import Decoder, right_padded, token_log_probs
 from r1jax.models.parameters import Params
 from r1jax.rollouts.sampling import bucket, generate_options, sample_batch
 from r1jax.run.models import LanguageModel
@@ -130,11 +130,11 @@ def log_probs(
         )
     shards = model.decoder.layout.shards("batch")
     rows, time = -(-len(tokens) // shards) * shards, bucket(max(lengths))
-    ids, segment_ids = np.zeros((2, rows, time), np.int32)
-    for i, text in enumerate(tokens):
-        ids[i, : len(text)], segment_ids[i, : len(text)] = text, 1
-    positions = np.broadcast_to(np.arange(time, dtype=np.int32), ids.shape)
-    scores = jax.jit(token_scores, static_argnames="model")(
-        model.params, ids, positions, segment_ids, model=model.decoder, temperature=temperature
+    ids = np.zeros((rows, time), np.int32)
+    for row, text in zip(ids, tokens, strict=False):
+        row[: len(text)] = text
+    padded = right_padded(ids, np.asarray(lengths + [0] * (rows - len(tokens)), np.int32))
+    results = jax.jit(token_log_probs, static_argnames="model")(
+        model.params, padded, model=model.decoder, temperature=temperature
     )
-    return scores.log_probs[: len(tokens), : max(lengths)]
+    return results.log_probs[: len(tokens), : max(lengths)]

@@ -39,7 +39,7 @@ CONFIGS = {
         experts=MixtureOfExperts(8, 1, 3, 8, first_k_dense_replace=1, n_group=4, topk_group=2),
     ),
 }
-experts._LEAST_ROOM = 4
+experts._LEAST_BUFFER = 4
 
 
 def main(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax.models import Decoder, token_scores
+from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.programs import Planning, Program, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.arrays import abstract_weights, batch_array
@@ -44,8 +44,8 @@ def check(stage: Distil, run: ResolvedRun) -> None:
 
 
 def log_probs(params: Any, batch: Any, model: Decoder) -> jax.Array:
-    inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-    return token_scores(params, **inputs, model=model).log_probs
+    rows = TokenRows(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return token_log_probs(params, rows, model).log_probs
 
 
 def confidence(params: Any, batch: Any, model: Decoder) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.log_probs import HiddenScores, score_hidden
+from r1jax.models.log_probs import TargetLogProbs, chunked_log_probs
 from r1jax.sharding import Layout, make_layout
 
 VOCAB = 13  # which no number of devices divides
@@ -21,15 +21,15 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
         jnp.asarray(rng.standard_normal(shape, np.float32))
         for shape in ((2, 16, 6), (6, VOCAB), (2, 16))
     )
-    # Two words that are the best alike: the first of them counts.
+    # Two tokens that are equally likely, and the most: the first of them counts.
     matrix = matrix.at[:, VOCAB - 1].set(matrix[:, 0])
     targets = jnp.asarray(rng.integers(0, VOCAB, (2, 16)), jnp.int32)
 
     def value(
         hidden: jax.Array, matrix: jax.Array, layout: Layout | None
-    ) -> tuple[jax.Array, HiddenScores]:
-        scores = score_hidden(
-            hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, best=True
+    ) -> tuple[jax.Array, TargetLogProbs]:
+        scores = chunked_log_probs(
+            hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, most_likely=True
         )
         return jnp.sum(scores.log_probs * weights) + jnp.sum(scores.entropy), scores
 

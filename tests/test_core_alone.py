@@ -18,7 +18,7 @@ for name in ("pydantic", "transformers", "tokenizers", "jaxtyping", "sympy", "ma
     assert importlib.util.find_spec(name) is None, name
 
 from r1jax.grpo import GRPOBatch, GRPOConfig, group_advantages, init_train_state, make_grpo_step
-from r1jax.models import Decoder, Execution, ModelConfig, init_params, token_scores
+from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, init_params, token_log_probs
 from r1jax.objectives import advantages, kl, normalisation, policy_loss, preference_loss
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sharding import single_device
@@ -38,7 +38,7 @@ values = group_advantages((samples.tokens == 3).mean(axis=-1)).values.ravel()
 batch = GRPOBatch((tokens, positions, jnp.ones_like(tokens)), positions >= 4, values)
 optimizer = optax.adam(1e-3)
 step = make_grpo_step(
-    lambda params, batch: token_scores(params, *batch.inputs, model).log_probs,
+    lambda params, batch: token_log_probs(params, TokenRows(*batch.inputs), model).log_probs,
     optimizer,
     GRPOConfig(kl_coefficient=0.0),
 )

@@ -16,33 +16,8 @@ MAY_HAVE_OPTIONS = {"r1jax/data/tfds/r1jax_tasks/r1jax_tasks_dataset_builder.py"
 STILL_WITH_ANY = {
     "r1jax/config/lineage.py differences",
     "r1jax/config/lineage.py ingredients",
-    "r1jax/models/attention.py choose_attention",
-    "r1jax/models/balance.py move_biases",
-    "r1jax/models/balance.py sequence_imbalance",
-    "r1jax/models/config.py MixtureOfExperts.index_dtype",
-    "r1jax/models/config.py ModelConfig.from_hugging_face",
-    "r1jax/models/config.py ModelConfig.to_hugging_face",
-    "r1jax/models/parameters.py declare",
-    "r1jax/processes.py agree",
-    "r1jax/processes.py differences",
-    "r1jax/processes.py from_process_zero",
-    "r1jax/processes.py gather",
-    "r1jax/sampler/distribution.py sample_keys",
-    "r1jax/sharding.py move_rows",
 }
-STILL_TOO_MANY = {
-    "r1jax/models/decoder.py decode_several",
-    "r1jax/models/decoder.py run_new",
-    "r1jax/models/decoder.py run_rows",
-    "r1jax/models/experts.py mixture_of_experts",
-    "r1jax/models/log_probs.py routed_scores",
-    "r1jax/models/log_probs.py scores_ahead",
-    "r1jax/models/multi_token_prediction.py draft",
-    "r1jax/sampler/generate.py decode_until",
-    "r1jax/sampler/generate.py start",
-    "r1jax/sampler/speculative.py decode_speculatively",
-    "r1jax/sampler/speculative.py start_speculatively",
-}
+STILL_TOO_MANY: set[str] = set()
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

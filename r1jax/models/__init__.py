@@ -2,6 +2,7 @@
 
 from r1jax.models.attention import choose_attention
 from r1jax.models.config import (
+    Decoder,
     Execution,
     LatentAttention,
     Llama3RopeScaling,
@@ -9,13 +10,20 @@ from r1jax.models.config import (
     ModelConfig,
     YarnRopeScaling,
 )
-from r1jax.models.decoder import Decoder, decode, forward, logits, prefill
-from r1jax.models.log_probs import TokenScores, token_scores
-from r1jax.models.multi_token_prediction import AheadScores, ahead_scores
-from r1jax.models.parameters import ParamSpec, abstract_params, declare, init_params
+from r1jax.models.decoder import (
+    TokenRows,
+    decode,
+    forward,
+    logits,
+    prefill,
+    right_padded,
+)
+from r1jax.models.log_probs import TokenLogProbs, token_log_probs
+from r1jax.models.multi_token_prediction import AheadLogProbs, ahead_log_probs
+from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, init_params
 
 __all__ = [
-    "AheadScores",
+    "AheadLogProbs",
     "Decoder",
     "Execution",
     "LatentAttention",
@@ -23,10 +31,12 @@ __all__ = [
     "MixtureOfExperts",
     "ModelConfig",
     "ParamSpec",
-    "TokenScores",
+    "Params",
+    "TokenLogProbs",
+    "TokenRows",
     "YarnRopeScaling",
     "abstract_params",
-    "ahead_scores",
+    "ahead_log_probs",
     "choose_attention",
     "declare",
     "decode",
@@ -34,5 +44,6 @@ __all__ = [
     "init_params",
     "logits",
     "prefill",
-    "token_scores",
+    "right_padded",
+    "token_log_probs",
 ]

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 
-from r1jax.models.config import Execution
+from r1jax.models.config import AttentionKernel, Execution
 from r1jax.sharding import Layout
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 _MASKED = -1e30  # finite: a fully masked (padding) row must give numbers, not NaN
 _QUERY_CHUNK = 1024  # rows longer than this are attended in blocks of queries
@@ -22,44 +26,42 @@ _ATTENTION = ("batch", None, "attention_heads", None)  # queries, keys and value
 
 
 def row_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time kv_heads head_dim"],
+    v: Float[Array, "batch time kv_heads value_dim"],
+    segment_ids: Int[Array, "batch time"],
     execution: Execution,
     layout: Layout,
-) -> jax.Array:
+) -> Float[Array, "batch time heads value_dim"]:
     """Attend within each row.
 
     Args:
-      q: [batch, time, heads, head_dim].
-      k: [batch, time, kv_heads, head_dim]; heads is a multiple of kv_heads.
-      v: [batch, time, kv_heads, value_dim]; value_dim is at most head_dim.
-      segment_ids: int32 [batch, time]; equal ids see each other, 0 is padding.
+      k, v: heads is a multiple of kv_heads, and value_dim at most head_dim.
+      segment_ids: equal ids attend to each other, 0 is padding.
 
     Returns:
-      [batch, time, heads, value_dim]; undefined (but finite) where segment_ids is 0.
+      Undefined (but finite) where segment_ids is 0.
     """
     repeat = head_repeats(q.shape[2], k.shape[2], layout)
     if repeat > 1:
-        # Whole keys everywhere first: they are few, and the compiler cannot cut a repeated head.
+        # Replicated first: keys are small, and the compiler cannot split a repeated head.
         k, v = (layout.constrain(x, ("batch", None, None, None)) for x in (k, v))
         k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
-    # Where rows are split over time, this is an all-to-all from pieces of rows to heads.
+    # Where rows are split over time, this is an all-to-all from parts of rows to heads.
     q, k, v = (layout.constrain(x, _ATTENTION) for x in (q, k, v))
     if execution.attention == "xla":
         out = _xla(q, k, v, segment_ids)
     else:
         kernel = _splash if execution.attention == "splash" else _flash
         value_dim = v.shape[-1]
-        # The kernels know one size of heads.
+        # The kernels have one head size.
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - value_dim),))
         out = kernel(q, k, v, segment_ids, layout)[..., :value_dim]
     return layout.constrain(out, ("batch", "time", "heads", None))
 
 
 def head_repeats(heads: int, kv_heads: int, layout: Layout) -> int:
-    """How often key heads are repeated so that they divide over the devices that share the heads.
+    """How often key heads are repeated so that they divide over the devices that split the heads.
 
     Raises:
       ValueError: not even the query heads divide.
@@ -75,21 +77,22 @@ def head_repeats(heads: int, kv_heads: int, layout: Layout) -> int:
     return math.lcm(shards, kv_heads) // kv_heads
 
 
-def choose_attention(requested: str, backend: str) -> Any:
+def choose_attention(requested: Literal["auto"] | AttentionKernel, backend: str) -> AttentionKernel:
     """`auto` becomes the kernel of the backend; an impossible choice is refused.
 
     Args:
       requested: `auto`, `xla`, `splash` or `flash`.
       backend: `cpu`, `gpu` or `tpu`.
     """
-    home = {"splash": "tpu", "flash": "gpu"}
+    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "flash"}
     if requested == "auto":
-        return {"tpu": "splash", "gpu": "flash"}.get(backend, "xla")
-    if requested in home and backend != home[requested]:
-        raise ValueError(
-            f"model.attention = {requested!r} needs a {home[requested]}, this is a {backend}; "
-            "use auto or xla"
-        )
+        return kernels.get(backend, "xla")
+    for needed, kernel in kernels.items():
+        if requested == kernel and backend != needed:
+            raise ValueError(
+                f"model.attention = {requested!r} needs a {needed}, this is a {backend}; "
+                "use auto or xla"
+            )
     return requested
 
 
@@ -129,15 +132,15 @@ def _attend_block(
     q = (q / math.sqrt(head_dim)).astype(q.dtype)
     q = q.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bhnd,bkhd->bhnk", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bhnd,bkhd->bhnk", q, k, preferred_element_type=jnp.float32)
     steps = jnp.arange(queries, dtype=jnp.int32) + offset
     causal = steps[:, None] >= jnp.arange(keys, dtype=jnp.int32)[None, :]
     visible = causal & (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
-    # Added, not selected: the gradient then need not look at the mask again.
+    # Added, not selected: the gradient then does not need the mask.
     hidden = jnp.where(visible, 0.0, _MASKED)[:, None, None]
-    scores = scores.reshape(batch, kv_heads, -1, queries, keys) + hidden
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
+    logits = logits.reshape(batch, kv_heads, -1, queries, keys) + hidden
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
     # Dividing the sums by the total weight is less work than dividing every weight.
     total = jnp.sum(weights, axis=-1)[..., None]
     weights = weights.reshape(batch, kv_heads, -1, keys).astype(v.dtype)
@@ -146,8 +149,11 @@ def _attend_block(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1).astype(v.dtype)
 
 
-def _per_shard(function: Any, layout: Layout) -> Any:
-    """Run a kernel on each device's own rows and heads; kernels know nothing of meshes."""
+_Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _per_device(function: _Kernel, layout: Layout) -> _Kernel:
+    """Run a kernel on each device's rows and heads: kernels do not know meshes."""
     if layout.mesh.size == 1:
         return function
     heads, rows = layout.spec(_ATTENTION), layout.spec(("batch", None))
@@ -190,7 +196,7 @@ def _splash(
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
         return out.swapaxes(1, 2)[:, :time, :, :head_dim]
 
-    return _per_shard(local, layout)(q, k, v, segment_ids)
+    return _per_device(local, layout)(q, k, v, segment_ids)
 
 
 def _flash(
@@ -210,40 +216,35 @@ def _flash(
         kernel = functools.partial(flash.mha, sm_scale=1 / math.sqrt(head_dim), causal=True)
         return kernel(q, k, v, ids)[:, :time]
 
-    return _per_shard(local, layout)(q, k, v, segment_ids)
+    return _per_device(local, layout)(q, k, v, segment_ids)
 
 
 def cached_attention(
-    q: jax.Array,
+    q: Float[Array, "batch samples tokens heads head_dim"],
     keys: tuple[jax.Array, jax.Array],
     values: tuple[jax.Array, jax.Array],
-    prompt_lengths: jax.Array,
-    visible: jax.Array,
-) -> jax.Array:
+    prompt_lengths: Int[Array, " batch"],
+    visible: Bool[Array, "#batch #samples tokens capacity"],
+) -> Float[Array, "batch samples tokens heads head_dim"]:
     """New tokens of each sample attend to its prompt and to the tokens sampled so far.
 
     The prompt's keys and values exist once and are shared by the prompt's samples.
 
     Args:
-      q: [batch, samples, tokens, heads, head_dim].
       keys, values: those of the prompts [batch, kv_heads, prompt_time, head_dim], padded on the
         right, and of the new tokens [batch, samples, kv_heads, capacity, head_dim].
-      prompt_lengths: int32 [batch].
-      visible: bool [batch or 1, samples or 1, tokens, capacity], which of the new ones are seen.
-
-    Returns:
-      [batch, samples, tokens, heads, head_dim].
+      visible: which of the new tokens each attends to.
     """
     batch, samples, tokens, heads, head_dim = q.shape
     kv_heads, prompt_time = keys[0].shape[1:3]
     q = q.reshape(batch, samples, tokens, kv_heads, heads // kv_heads, head_dim)
     old = jnp.einsum("bsthgd,bhkd->bshtgk", q, keys[0], preferred_element_type=jnp.float32)
     new = jnp.einsum("bsthgd,bshkd->bshtgk", q, keys[1], preferred_element_type=jnp.float32)
-    seen = jnp.arange(prompt_time)[None, :] < prompt_lengths[:, None]
-    old = jnp.where(seen[:, None, None, None, None], old, _MASKED)
+    inside = jnp.arange(prompt_time)[None, :] < prompt_lengths[:, None]
+    old = jnp.where(inside[:, None, None, None, None], old, _MASKED)
     new = jnp.where(visible[:, :, None, :, None], new, _MASKED)
-    scores = jnp.concatenate([old, new], axis=-1) / math.sqrt(head_dim)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values[1].dtype)
+    logits = jnp.concatenate([old, new], axis=-1) / math.sqrt(head_dim)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values[1].dtype)
     old, new = weights[..., :prompt_time], weights[..., prompt_time:]
     out = jnp.einsum("bshtgk,bhkd->bsthgd", old, values[0])
     out = out + jnp.einsum("bshtgk,bshkd->bsthgd", new, values[1])

@@ -8,36 +8,41 @@ single sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from r1jax.models.parameters import Params
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+Sums = tuple[jax.Array, ...]
 # Stack of layers -> float32 [layers, experts], by how many tokens each expert was chosen.
 Loads = Mapping[str, jax.Array]
 
 
 def sequence_imbalance(
-    scores: jax.Array,
-    segment_ids: jax.Array,
+    scores: Float[Array, "rows time experts"],
+    segment_ids: Int[Array, "rows time"],
     chosen: int,
     *,
     segments: int,
-    total: Callable[[Any], Any] = lambda parts: parts,
-) -> jax.Array:
-    """Equations 17 to 20 without alpha, summed over the sequences of each row, float32 [rows].
+    sum_over_devices: Callable[[Sums], Sums] = lambda sums: sums,
+) -> Float[Array, " rows"]:
+    """Equations 17 to 20 without alpha, summed over the sequences of each row.
 
     Of a sequence of T tokens it is sum_i f_i P_i over the E experts: f_i is E / (K T) times the
     number of tokens whose K best scores i is among, and P_i the mean of its share of the scores.
-    1 where all are even, up to E / K where all tokens want the same. As in the equations, what
-    counts is which scores are best, whatever bias or group decides on the choice. Padding has no
-    part in it.
+    1 where all are even, up to E / K where all tokens choose the same. As in the equations, the
+    best scores count, whatever bias or group decides on the choice. Padding is left out.
 
     Args:
-      scores: float32 [rows, time, experts], what the router gives.
-      segment_ids: int32 [rows, time], below `segments`; 0 is padding.
+      scores: what the router gives.
+      segment_ids: below `segments`; 0 is padding.
       chosen: K, experts of a token.
-      total: sums over the devices that a row is split over.
+      sum_over_devices: over those that a row is split over.
     """
     experts = scores.shape[-1]
     best = jax.lax.top_k(jax.lax.stop_gradient(scores), chosen)[1]
@@ -47,7 +52,7 @@ def sequence_imbalance(
     def sums(row: jax.Array, ids: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(row, ids, segments)
 
-    count, share, length = total(
+    count, share, length = sum_over_devices(
         (
             jax.vmap(sums)(counted, segment_ids),
             jax.vmap(sums)(shares, segment_ids),
@@ -58,11 +63,11 @@ def sequence_imbalance(
     return jnp.sum(each[:, 1:], axis=-1)
 
 
-def move_biases(params: dict[str, Any], loads: Loads, speed: float) -> dict[str, Any]:
-    """Weights whose routers' biases moved: down by `speed` for what is chosen more than the mean.
+def move_biases(params: Params, loads: Loads, speed: float) -> Params:
+    """Weights whose routers' biases moved by `speed` against the load (arXiv 2408.15664, alg. 1).
 
-    Up for what is chosen less (arXiv 2408.15664, algorithm 1). Only the choice of experts depends
-    on them.
+    Down for experts that are chosen more often than the mean, up for others. Only the choice of
+    experts depends on them.
 
     Args:
       loads: of a whole batch; a stack's `router_bias` has the same shape.
@@ -75,11 +80,11 @@ def move_biases(params: dict[str, Any], loads: Loads, speed: float) -> dict[str,
     return moved
 
 
-def load_figures(loads: Loads) -> dict[str, jax.Array]:
+def load_figures(loads: Loads) -> dict[str, Float[Array, ""]]:
     """How unevenly experts are used, as metrics.
 
     The load of the busiest expert as a multiple of the mean, of the layer where it is largest and
-    on average over the layers; and the share of experts that nobody chose.
+    on average over the layers; and the part of the experts that no token chose.
     """
     load = jnp.concatenate(list(loads.values()))
     busiest = jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-20)

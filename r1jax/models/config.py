@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from r1jax.sharding import Layout
+
 Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar"]
+AttentionKernel = Literal["xla", "splash", "flash"]
+RematPolicy = Literal["none", "dots", "full"]
 
 # A class of transformers is named after the family and what stands on the decoder.
 _HF_FAMILY: dict[str, str] = {
@@ -115,7 +119,7 @@ class MixtureOfExperts:
         return np.min_scalar_type(self.n_routed_experts - 1)
 
     @property
-    def experts_of_a_score(self) -> int:
+    def group_score_experts(self) -> int:
         """How many of a group's experts make up its score."""
         return 2 if self.biased else 1
 
@@ -128,11 +132,11 @@ class MixtureOfExperts:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} is not supported; known: {', '.join(known)}"
                 )
-        smallest = self.experts_of_a_score * self.n_group
+        smallest = self.group_score_experts * self.n_group
         if self.n_routed_experts % self.n_group or self.n_routed_experts < smallest:
             raise ValueError(
                 f"n_routed_experts = {self.n_routed_experts} does not make n_group = "
-                f"{self.n_group} equal groups of {self.experts_of_a_score} at least, which score "
+                f"{self.n_group} equal groups of {self.group_score_experts} at least, which score "
                 "a group"
             )
         if self.topk_method == "greedy" and self.topk_group != self.n_group:
@@ -239,16 +243,22 @@ class ModelConfig:
         return self.head_dim if self.latent is None else self.latent.v_head_dim
 
     @property
-    def cached(self) -> tuple[tuple[int, int], ...]:
-        """What a layer remembers of a token, (heads, width) each: keys and values, or a latent."""
+    def all_stacks(self) -> dict[str, range]:
+        """`stacks`, and `prediction` where there is a module for multi-token prediction."""
+        layers = self.prediction_layers
+        return {**self.stacks, "prediction": layers} if layers else self.stacks
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of a layer's KV cache per token: keys and values, or a latent."""
         if self.latent is None:
             return ((self.num_key_value_heads, self.head_dim),) * 2
         return ((1, self.latent.kv_lora_rank + self.latent.qk_rope_head_dim),)
 
     @property
     def cache_values(self) -> int:
-        """Values per token in the cache of all layers."""
-        return self.num_hidden_layers * sum(heads * width for heads, width in self.cached)
+        """Values per token in the KV cache of all layers."""
+        return self.num_hidden_layers * sum(heads * width for heads, width in self.cache_shapes)
 
     @property
     def qkv_bias(self) -> bool:
@@ -457,8 +467,17 @@ class Execution:
 
     param_dtype: DTypeLike = jnp.float32
     compute_dtype: DTypeLike = jnp.bfloat16
-    attention: Literal["xla", "splash", "flash"] = "xla"
-    remat: Literal["none", "dots", "full"] = "full"
+    attention: AttentionKernel = "xla"
+    remat: RematPolicy = "full"
     scan_layers: bool = True
     log_prob_chunk: int = 256
     expert_chunk: int = 4096
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Everything static about a model: what it is, how and where it is computed. Hashable."""
+
+    config: ModelConfig
+    execution: Execution
+    layout: Layout

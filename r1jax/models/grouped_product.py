@@ -1,28 +1,35 @@
-"""Rows that are sorted by group, each times its group's matrix: what the experts of a device do.
+"""Rows that are sorted by group, each times its group's matrix: the product of a device's experts.
 
-XLA knows it as a ragged dot, which is fast where XLA has a kernel for it. Where it has none, it
-multiplies every row by every group's matrix and keeps one of the results; here, then, the groups
-are cut into blocks of rows with one matrix each.
+XLA has it as a ragged dot, which is fast where XLA has a kernel for it. Where it has none, it
+multiplies every row by every group's matrix and keeps one of the results; there, the groups are cut
+into blocks of rows with one matrix each.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 _BLOCK = 32  # rows of a block on the CPU: small against a group, large against a loop's own cost
 
 
 @jax.custom_vjp
-def grouped_product(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows [n, in], sorted by group, each times its group's matrix [groups, in, out] -> [n, out].
+def grouped_product(
+    rows: Float[Array, "n features_in"],
+    weights: Float[Array, "groups features_in features_out"],
+    sizes: Int[Array, " groups"],
+) -> Float[Array, "n features_out"]:
+    """Rows, sorted by group, each times its group's matrix.
 
     Rows that follow the last group's are not computed on TPU: undefined.
 
     Args:
-      sizes: int32 [groups], rows of each.
+      sizes: rows of each group.
     """
     return jax.lax.platform_dependent(
         rows, weights, sizes, cpu=_product_cpu, default=jax.lax.ragged_dot
@@ -33,11 +40,11 @@ def _forward(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
     return grouped_product(rows, weights, sizes), (rows, weights, sizes)
 
 
-def _backward(kept: Any, gradient: jax.Array) -> Any:
-    rows, weights, sizes = kept
-    of_rows = grouped_product(gradient, weights.swapaxes(1, 2), sizes)
+def _backward(residuals: Any, gradient: jax.Array) -> Any:
+    rows, weights, sizes = residuals
+    d_rows = grouped_product(gradient, weights.swapaxes(1, 2), sizes)
     # XLA's own gradient of the weights multiplies, on TPU, every row for every group.
-    of_weights = jax.lax.platform_dependent(
+    d_weights = jax.lax.platform_dependent(
         rows,
         gradient,
         sizes,
@@ -45,7 +52,7 @@ def _backward(kept: Any, gradient: jax.Array) -> Any:
         tpu=_outer_products_tpu,
         default=_outer_products,
     )
-    return of_rows, of_weights.astype(weights.dtype), None
+    return d_rows, d_weights.astype(weights.dtype), None
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -78,9 +85,9 @@ def _outer_products_tpu(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) 
 class _Blocks(NamedTuple):
     """How groups fall into blocks of rows; a block has rows of one group, and then empty ones.
 
-    group: int32 [blocks], of each block. rows: int32 [blocks, _BLOCK], which row lies there; beyond
-    the last one: none. places: int32 [n], where each row lies among all blocks' rows; beyond
-    the last group's: anywhere.
+    group: int32 [blocks], of each block. rows: int32 [blocks, _BLOCK], the row in each place;
+    beyond the last one: padding. places: int32 [n], of each row among all blocks' rows;
+    undefined for rows that follow the last group's.
     """
 
     group: jax.Array

@@ -17,146 +17,143 @@ It is trained beside the next token's prediction, and drafts tokens for `r1jax.s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from r1jax.models.config import Decoder
 from r1jax.models.decoder import (
-    Cache,
-    Decoder,
+    NewTokens,
     Routings,
+    TokenRows,
     embed,
-    forward_routed,
-    prefill_rows,
-    run_new,
+    forward,
+    prefill,
+    right_padded,
+    run_new_tokens,
     run_rows,
 )
-from r1jax.models.log_probs import follows, scores_ahead
+from r1jax.models.kv_cache import KVCache, PromptCache
+from r1jax.models.log_probs import follows, log_probs_ahead
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 _STACK = ("prediction",)
 
 
-class AheadScores(NamedTuple):
-    """What decoder and module say about each token [batch, time]; entry t is about token t.
+class AheadLogProbs(NamedTuple):
+    """Of each token, by the decoder and by the module; entry t is about token t.
 
-    log_probs: float32, of the token given those before it; 0 for the first of a segment.
-    ahead: float32, the module's log-probs, given those before it but the last; 0 for the first two.
-    agrees: bool, whether the module's most likely token is the decoder's: a greedy draft would be
+    log_probs: given the tokens before it; 0 for the first of a segment.
+    ahead: the module's, given the tokens before it but the last; 0 for the first two.
+    agrees: whether the module's most likely token is the decoder's: a greedy draft would be
         accepted. False for the first two.
-    routings: what the routers of decoder and module did; empty without experts.
+    routings: of the routers of decoder and module; empty without experts.
     """
 
-    log_probs: jax.Array
-    ahead: jax.Array
-    agrees: jax.Array
+    log_probs: Float[Array, "batch time"]
+    ahead: Float[Array, "batch time"]
+    agrees: Bool[Array, "batch time"]
     routings: Routings
 
 
-def ahead_scores(
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    model: Decoder,
-    *,
-    balance: bool = False,
-) -> AheadScores:
-    """Score whole rows, as `token_scores`, with the decoder and with the module.
+def ahead_log_probs(
+    params: Params, rows: TokenRows, model: Decoder, *, balance: bool = False
+) -> AheadLogProbs:
+    """Log-probs of whole rows, as `token_log_probs`, by the decoder and by the module.
 
     Args:
-      tokens, positions, segment_ids: int32 [batch, time].
-      balance: see `forward_routed`.
+      balance: as of `forward`.
     """
-    hidden, routings = forward_routed(
-        params, tokens, positions, segment_ids, model, balance=balance
-    )
-    following = jnp.roll(tokens, -1, axis=1)
-    x = join(params, hidden, following, model)
-    # Behind the last token of a segment comes one of another: what is said there is about no token
-    # of the segment, and nothing in the segment attends to it.
-    x, _, own_routings = run_rows(
-        params, x, positions, segment_ids, model, _STACK, keep_cache=False, balance=balance
-    )
-    x = output_norm(params, x, model)
-    own = scores_ahead(params, hidden, tokens, segment_ids, model, best=True)
-    module = scores_ahead(params, x, tokens, segment_ids, model, ahead=2, best=True)
-    agrees = follows(segment_ids, 2) & (own.best == module.best)
-    return AheadScores(own.log_probs, module.log_probs, agrees, routings | own_routings)
+    decoder = forward(params, rows, model, balance=balance)
+    x = join(params, decoder.hidden, jnp.roll(rows.tokens, -1, axis=1), model)
+    # After the last token of a segment comes one of another segment: the module's prediction there
+    # is about no token of the segment, and nothing in the segment attends to it.
+    module = run_rows(params, x, rows, model, _STACK, balance=balance)
+    x = output_norm(params, module.hidden, model)
+    following = log_probs_ahead(params, decoder.hidden, rows, model, most_likely=True)
+    ahead = log_probs_ahead(params, x, rows, model, ahead=2, most_likely=True)
+    agrees = follows(rows.segment_ids, 2) & (following.most_likely == ahead.most_likely)
+    routings = decoder.routings | module.routings
+    return AheadLogProbs(following.log_probs, ahead.log_probs, agrees, routings)
 
 
 def prefill_with_module(
-    params: Params, tokens: jax.Array, lengths: jax.Array, model: Decoder
-) -> tuple[jax.Array, Cache, Cache]:
-    """As `prefill`, with what the module remembers of the prompts.
+    params: Params,
+    tokens: Int[Array, "batch prompt_time"],
+    lengths: Int[Array, " batch"],
+    model: Decoder,
+) -> tuple[Float[Array, "batch prompt_time hidden"], PromptCache]:
+    """As `prefill`, with the module's layer in the cache.
 
-    Returns:
-      Activations of each prompt's last token [batch, hidden], the decoder's cache, and the
-      module's. That one has an entry less, `lengths - 1`: the last token waits for the next one.
+    That one has an entry less, `lengths - 1`: the last token waits for the next one.
     """
-    hidden, cache = prefill_rows(params, tokens, lengths, model)
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    segment_ids = (steps < lengths[:, None] - 1).astype(jnp.int32)
+    hidden, cache = prefill(params, tokens, lengths, model)
+    rows = right_padded(tokens, lengths - 1)
     x = join(params, hidden, jnp.roll(tokens, -1, axis=1), model)
-    _, module, _ = run_rows(params, x, steps, segment_ids, model, _STACK, keep_cache=True)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last, cache, module
+    module = run_rows(params, x, rows, model, _STACK, keep_cache=True)
+    return hidden, replace(cache, stacks=cache.stacks | module.stacks)
 
 
 def draft(
     params: Params,
-    hidden: jax.Array,
-    following: jax.Array,
-    positions: jax.Array,
-    prompt_cache: Cache,
-    prompt_lengths: jax.Array,
-    cache: Cache,
-    step: jax.Array,
-    visible: jax.Array,
+    hidden: Float[Array, "batch samples tokens hidden"],
+    new: NewTokens,
+    prompts: PromptCache,
+    cache: KVCache,
     model: Decoder,
-) -> tuple[jax.Array, Cache]:
-    """The module on a few new tokens of every sample; for what is not said here, see `run_new`.
+) -> tuple[Float[Array, "batch samples tokens hidden"], KVCache]:
+    """Run the module on a few new tokens of every sample; see `decode`.
 
     Args:
-      hidden: [batch, samples, tokens, hidden], the decoder's activations.
-      following: int32 [batch, samples, tokens], the token after each of them.
-      prompt_cache: from `prefill_with_module`, of `prompt_lengths - 1` entries.
+      hidden: the decoder's activations.
+      new: `tokens` are those that follow each of them; positions are the activations'.
+      prompts: from `prefill_with_module`.
 
     Returns:
-      Activations [batch, samples, tokens, hidden] that the head reads, and the cache.
+      Activations that the head reads, and the cache.
     """
-    x = join(params, hidden, following, model, many=False)
-    prompts = (prompt_cache, prompt_lengths - 1)
-    x, cache = run_new(params, x, positions, *prompts, cache, step, visible, model, _STACK)
+    x = join(params, hidden, new.tokens, model, gather_table=False)
+    prompts = replace(prompts, lengths=prompts.lengths - 1)
+    x, cache = run_new_tokens(params, x, new, prompts, cache, model, _STACK)
     return output_norm(params, x, model), cache
 
 
 def join(
-    params: Params, hidden: jax.Array, following: jax.Array, model: Decoder, *, many: bool = True
-) -> jax.Array:
-    """Equation 21: activations [..., hidden] and the tokens that follow [...] -> [..., hidden].
+    params: Params,
+    hidden: Float[Array, "*shape hidden"],
+    following: Int[Array, "*shape"],
+    model: Decoder,
+    *,
+    gather_table: bool = True,
+) -> Float[Array, "*shape hidden"]:
+    """Equation 21: activations and the embeddings of the tokens that follow, as the layer's input.
 
     Args:
-      many: as of `embed`.
+      gather_table: as of `embed`.
     """
     eps = model.config.rms_norm_eps
-    tokens = embed(params, following, model, many=many)
+    tokens = embed(params, following, model, gather_table=gather_table)
     parts = (
-        rms_norm(tokens, _own(params, "token_norm"), eps),
-        rms_norm(hidden, _own(params, "activation_norm"), eps),
+        rms_norm(tokens, _weight(params, "token_norm"), eps),
+        rms_norm(hidden, _weight(params, "activation_norm"), eps),
     )
-    matrix = _own(params, "join").astype(hidden.dtype)
+    matrix = _weight(params, "join").astype(hidden.dtype)
     return project(jnp.concatenate(parts, axis=-1), matrix, model.layout)
 
 
-def output_norm(params: Params, x: jax.Array, model: Decoder) -> jax.Array:
+def output_norm(
+    params: Params, x: Float[Array, "*shape hidden"], model: Decoder
+) -> Float[Array, "*shape hidden"]:
     """The norm between the module's layer and the shared head."""
-    return rms_norm(x, _own(params, "output_norm"), model.config.rms_norm_eps)
+    return rms_norm(x, _weight(params, "output_norm"), model.config.rms_norm_eps)
 
 
-def _own(params: Params, name: str) -> jax.Array:
+def _weight(params: Params, name: str) -> Float[Array, "*shape"]:
     """A weight of the module, whether or not `unstack_layers` took its layer off the stack."""
     module = params["prediction"]
     return module[0][name] if isinstance(module, tuple) else module[name][0]

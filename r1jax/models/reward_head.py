@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from r1jax.models.decoder import Decoder, forward
+from r1jax.models.config import Decoder
+from r1jax.models.decoder import TokenRows, forward
 from r1jax.models.parameters import Params
 
 if TYPE_CHECKING:
@@ -47,9 +48,8 @@ def reward_scores(
             "that and the number of texts in a row"
         )
     row = (-1, tokens.shape[-1])
-    hidden = forward(
-        params, tokens.reshape(row), positions.reshape(row), segment_ids.reshape(row), model
-    )
+    rows = TokenRows(tokens.reshape(row), positions.reshape(row), segment_ids.reshape(row))
+    hidden = forward(params, rows, model).hidden
     indices = ends.reshape(len(hidden), -1, 1)
     last = jnp.take_along_axis(hidden, indices, axis=1, mode="clip")
     # In float32, head and sum: a loss sees differences of scores, and bfloat16 has 8 bits.

@@ -1,18 +1,21 @@
-"""Rotary position embeddings (arXiv 2104.09864), with halves or neighbours as the pairs."""
+"""Rotary position embeddings (arXiv 2104.09864), of halves or of neighbouring dimensions."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from r1jax.models.config import ModelConfig, YarnRopeScaling
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequencies in radians per token, float32 [rope_dim / 2].
+
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " pairs"]:
+    """Angular frequencies in radians per token, of the rope_dim / 2 pairs.
 
     With Llama 3's scaling, wavelengths above `original / low_freq_factor` are stretched by
     `factor`, those below `original / high_freq_factor` are kept, and those between interpolated.
@@ -38,7 +41,7 @@ def _yarn_ramp(scaling: YarnRopeScaling, dim: int, theta: float) -> np.ndarray:
     """How far each frequency is divided, from 0 (kept) to 1, float32 [dim / 2]."""
 
     def pair(turns: float) -> float:
-        """Which pair of dimensions turns so often within the original context."""
+        """The pair of dimensions that makes this number of turns within the original context."""
         per_radian = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return dim * math.log(per_radian) / (2 * math.log(theta))
 
@@ -50,8 +53,10 @@ def _yarn_ramp(scaling: YarnRopeScaling, dim: int, theta: float) -> np.ndarray:
     return ramp
 
 
-def rotations(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of positions [...], float32 [..., rope_dim / 2].
+def rotations(
+    positions: Int[Array, "*shape"], config: ModelConfig
+) -> tuple[Float[Array, "*shape pairs"], Float[Array, "*shape pairs"]]:
+    """Cosines and sines of positions, in float32.
 
     With YaRN they carry what `mscale` sharpens on top of `mscale_all_dim`.
     """
@@ -64,13 +69,19 @@ def rotations(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax
     return ratio * cos, ratio * sin
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
-    """Rotate x [..., heads, rope_dim] by cos, sin [..., rope_dim / 2].
+def rotate(
+    x: Float[Array, "*shape heads rope_dim"],
+    cos: Float[Array, "*shape pairs"],
+    sin: Float[Array, "*shape pairs"],
+    *,
+    interleaved: bool = False,
+) -> Float[Array, "*shape heads rope_dim"]:
+    """Rotate pairs of dimensions.
 
     Args:
       interleaved: dimensions 2i and 2i + 1 are a pair (DeepSeek), else i and i + rope_dim / 2. The
-        result has the pairs' halves apart either way: products of queries and keys, which are all
-        that it is for, do not depend on the order.
+        result has the pairs' halves apart in both cases: products of queries and keys do not depend
+        on the order.
     """
     wide = x.astype(jnp.float32)
     if interleaved:

@@ -14,7 +14,7 @@ from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from r1jax.models import Decoder
-from r1jax.models.decoder import cache_axes, new_cache_arrays, remembered
+from r1jax.models.kv_cache import cache_arrays, prompt_cache_arrays
 from r1jax.programs.arrays import abstract_weights, batch_array, expert_choices, round_up
 from r1jax.programs.flops import forward_flops
 from r1jax.programs.program import (
@@ -26,9 +26,8 @@ from r1jax.programs.program import (
 )
 from r1jax.programs.reward_models import reward_model_weights, reward_models, reward_programs
 from r1jax.rollouts.sampling import bucket
-from r1jax.sampler import Prompts, Sampling
-from r1jax.sampler.generate import capacities_of, decode_until, grow, start
-from r1jax.sampler.options import FIRST_CAPACITY
+from r1jax.sampler import GenerateOptions, Prompts
+from r1jax.sampler.generate import decode_until, grow, start
 from r1jax.sampler.speculative import (
     decode_speculatively,
     grow_speculation,
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
     from r1jax.programs.arrays import AbstractTree
 
 _TRIAL_TOKENS = 32
-_REAL, _WHOLE = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-# Of the settings of a distribution, and of the ids that end a sample.
-_DRAWING = Sampling(_REAL, _REAL, _WHOLE, _REAL), jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -122,10 +118,19 @@ class Rollout:
             )
 
     @cached_property
+    def options(self) -> GenerateOptions:
+        return GenerateOptions(
+            self.samples,
+            self.new_tokens,
+            seed=0,
+            speculative=self.sampling.speculative,
+            record_experts=self.record_experts,
+        )
+
+    @cached_property
     def capacities(self) -> list[int]:
-        # Drafts are planned for as if none stayed: of memory the most, of time no gain.
-        steps = max(1, self.new_tokens - 1) if self.sampling.speculative else self.new_tokens
-        return list(capacities_of(steps, min(FIRST_CAPACITY, steps)))
+        # Drafts are planned for as if all were rejected: of memory the most, of time no gain.
+        return self.options.capacities()
 
     @cached_property
     def rows(self) -> int:
@@ -158,9 +163,8 @@ class Rollout:
             abstract_weights(self.model),
             state,
             prompt_cache,
-            self.arguments.lengths,
             jax.ShapeDtypeStruct((), jnp.int32),
-            *_DRAWING,
+            jax.eval_shape(self.options.draws),
             model=self.model,
         )
 
@@ -189,31 +193,22 @@ class Rollout:
         self, capacity: int
     ) -> tuple[Wrapped, tuple[AbstractTree, ...], dict[str, object]]:
         """The sampler's first function, and what it is called with."""
-        seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        arguments = (abstract_weights(self.model), self.arguments, seed, seed)
-        options = {
-            "model": self.model,
-            "count": self.samples,
-            "capacity": capacity,
-            "max_new_tokens": self.new_tokens,
-        }
-        if self.sampling.speculative:
-            return start_speculatively, (*arguments, *_DRAWING), options
-        return start, arguments, {**options, "record_experts": self.record_experts}
+        draws = jax.eval_shape(self.options.draws)
+        arguments = (abstract_weights(self.model), self.arguments, draws)
+        options = {"model": self.model, "shape": self.options.shape(capacity)}
+        return start_speculatively if self.sampling.speculative else start, arguments, options
 
     def new_cache(self, capacity: int) -> list[jax.ShapeDtypeStruct]:
         """The cache of the new tokens, as the layout splits it."""
         entries = 2 * capacity if self.sampling.speculative else capacity
-        arrays = new_cache_arrays(self.rows, self.samples, entries, self.model)
+        arrays = cache_arrays(self.rows, self.samples, entries, self.model)
         return self._of_all_layers(arrays, (self.rows, self.samples, entries))
 
     @cached_property
     def prompt_cache(self) -> list[jax.ShapeDtypeStruct]:
         """The cache of the prompts, as the layout splits it."""
-        time, axes = bucket(self.prompt_tokens), cache_axes(self.model.config, new=False)
-        arrays = [
-            ((self.rows, heads, time, width), axes) for heads, width in remembered(self.model)
-        ]
+        time = bucket(self.prompt_tokens)
+        arrays = prompt_cache_arrays(self.rows, time, self.model)
         return self._of_all_layers(arrays, (self.rows, time))
 
     def _of_all_layers(
@@ -252,13 +247,13 @@ def sampling_programs(
 
 def prepare_decoding(arguments: PyTree, capacity: int) -> PyTree:
     """Arguments for some tokens of every sample, at the end of a full cache, where none ends."""
-    weights, state, prompt_cache, lengths, until, sampling, eos_ids = arguments
+    weights, state, prompt_cache, until, draws = arguments
     first = capacity - min(capacity, _TRIAL_TOKENS)
     state = state.replace(step=jnp.full_like(state.step, first))
-    one = jnp.ones_like(sampling.temperature)
-    sampling = sampling.replace(temperature=one, top_p=one)
-    until = jnp.full_like(until, capacity)
-    return weights, state, prompt_cache, lengths, until, sampling, jnp.full_like(eos_ids, -1)
+    one = jnp.ones_like(draws.sampling.temperature)
+    sampling = draws.sampling.replace(temperature=one, top_p=one)
+    draws = draws.replace(sampling=sampling, eos_ids=jnp.full_like(draws.eos_ids, -1))
+    return weights, state, prompt_cache, jnp.full_like(until, capacity), draws
 
 
 def token_counts(capacities: Sequence[int]) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """Sampling G completions per prompt: one prefill per prompt, then a compiled decode loop.
 
-The host only counts: it starts the loop, is told every `sync_every` tokens whether all samples
-have ended, and doubles the cache when it is full. No token passes through it on the way.
+The host only counts: it starts the loop, learns every `sync_every` tokens whether all samples have
+ended, and doubles the KV cache when it is full. No token passes through it on the way.
 """
 
 from __future__ import annotations
@@ -9,25 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from r1jax.models.config import Decoder
 from r1jax.models.decoder import (
-    Cache,
-    Decoder,
     decode,
-    empty_cache,
-    grow_cache,
+    last_token,
     logits,
+    next_tokens,
     prefill,
     unstack_layers,
 )
+from r1jax.models.kv_cache import KVCache, PromptCache, empty_cache, grow_cache
 from r1jax.models.parameters import Params
-from r1jax.sampler.distribution import Sampling, draw
-from r1jax.sampler.options import GenerateOptions
+from r1jax.sampler.distribution import draw
+from r1jax.sampler.options import Draws, GenerateOptions, SampleShape
 from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch, cut, keys_of, no_samples
 from r1jax.sampler.speculative import (
     SpeculativeState,
@@ -37,45 +38,40 @@ from r1jax.sampler.speculative import (
 )
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Key
+
 
 @struct.dataclass
-class _State:
-    step: jax.Array
-    hidden: jax.Array
-    keys: jax.Array
-    running: jax.Array
+class SampleState:
+    """Between two steps; `hidden` are the activations that the next token is drawn from."""
+
+    step: Int[Array, ""]
+    hidden: Float[Array, "batch samples hidden"]
+    keys: Key[Array, "batch samples"]
+    running: Bool[Array, "batch samples"]
     samples: Samples
-    cache: Cache
+    cache: KVCache
 
 
-@partial(
-    jax.jit, static_argnames=("model", "count", "capacity", "max_new_tokens", "record_experts")
-)
+@partial(jax.jit, static_argnames=("model", "shape"))
 def start(
-    params: Params,
-    prompts: Prompts,
-    seed: jax.Array,
-    rollout: jax.Array,
-    *,
-    model: Decoder,
-    count: int,
-    capacity: int,
-    max_new_tokens: int,
-    record_experts: bool = False,
-) -> tuple[_State, Cache]:
-    """Prefill: each prompt once. Gives the state of `count` samples of each, and their cache."""
-    batch = prompts.tokens.shape[0]
+    params: Params, prompts: Prompts, draws: Draws, *, model: Decoder, shape: SampleShape
+) -> tuple[SampleState, PromptCache]:
+    """Prefill: each prompt once. Gives the state of its samples, and the prompts' cache."""
+    batch, count = prompts.tokens.shape[0], shape.samples
     hidden, prompt_cache = prefill(
-        params, prompts.tokens, prompts.lengths, model, record_experts=record_experts
+        params, prompts.tokens, prompts.lengths, model, record_experts=shape.record_experts
     )
-    samples = no_samples(batch, count, max_new_tokens, model.layout)
-    state = _State(
+    hidden = last_token(hidden, prompts.lengths)
+    samples = no_samples(batch, count, shape.max_new_tokens, model.layout)
+    state = SampleState(
         step=jnp.int32(0),
         hidden=jnp.broadcast_to(hidden[:, None], (batch, count, hidden.shape[-1])),
-        keys=keys_of(prompts, seed, rollout, count),
+        keys=keys_of(prompts, draws.seed, draws.step, count),
         running=model.layout.constrain(jnp.ones((batch, count), bool), ("batch", "sample")),
         samples=samples,
-        cache=empty_cache(batch, count, capacity, model, record_experts=record_experts),
+        cache=empty_cache(batch, count, shape.capacity, model, record_experts=shape.record_experts),
     )
     return state, prompt_cache
 
@@ -83,32 +79,30 @@ def start(
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def decode_until(
     params: Params,
-    state: _State,
-    prompt_cache: Cache,
-    prompt_lengths: jax.Array,
-    until: jax.Array,
-    sampling: Sampling,
-    eos_ids: jax.Array,
+    state: SampleState,
+    prompts: PromptCache,
+    until: Int[Array, ""],
+    draws: Draws,
     *,
     model: Decoder,
-) -> _State:
+) -> SampleState:
     """Decode until step `until`, or until every sample has ended."""
     layers = unstack_layers(params, model)
 
-    def more(state: _State) -> jax.Array:
+    def unfinished(state: SampleState) -> jax.Array:
         return (state.step < until) & jnp.any(state.running)
 
-    def advance(state: _State) -> _State:
+    def advance(state: SampleState) -> SampleState:
         old, step, running = state.samples, state.step, state.running
-        scores = logits(layers, state.hidden, model)
-        tokens, policy, drawn = draw(scores, state.keys, step, sampling)
+        next_logits = logits(layers, state.hidden, model)
+        tokens, policy, drawn = draw(next_logits, state.keys, step, draws.sampling)
         tokens = jnp.where(running, tokens, 0)
 
         def put(buffer: jax.Array, column: jax.Array) -> jax.Array:
             column = jnp.where(running, column, 0).astype(buffer.dtype)
             return jax.lax.dynamic_update_slice_in_dim(buffer, column[..., None], step, axis=2)
 
-        ended = running & jnp.any(tokens[..., None] == eos_ids, axis=-1)
+        ended = running & jnp.any(tokens[..., None] == draws.eos_ids, axis=-1)
         samples = replace(
             old,
             tokens=put(old.tokens, tokens),
@@ -117,26 +111,16 @@ def decode_until(
             policy_log_probs=put(old.policy_log_probs, policy),
             sampling_log_probs=put(old.sampling_log_probs, drawn),
         )
-        hidden, cache = decode(
-            layers, tokens, prompt_cache, prompt_lengths, state.cache, step, model
-        )
-        return _State(step + 1, hidden, state.keys, running & ~ended, samples, cache)
+        new = next_tokens(tokens, step, prompts, state.cache, model)
+        hidden, cache = decode(layers, new, prompts, state.cache, model)
+        return SampleState(step + 1, hidden[:, :, 0], state.keys, running & ~ended, samples, cache)
 
-    return jax.lax.while_loop(more, advance, state)
+    return jax.lax.while_loop(unfinished, advance, state)
 
 
 @partial(jax.jit, static_argnames=("extra", "model"))
-def grow(cache: Cache, extra: int, model: Decoder) -> Cache:
+def grow(cache: KVCache, extra: int, model: Decoder) -> KVCache:
     return grow_cache(cache, extra, model)
-
-
-def capacities_of(max_new_tokens: int, first: int) -> Iterator[int]:
-    """Cache capacities: `first`, doubling, the last one max_new_tokens."""
-    capacity = first
-    while capacity < max_new_tokens:
-        yield capacity
-        capacity *= 2
-    yield max_new_tokens
 
 
 def generate_chunks(
@@ -146,42 +130,23 @@ def generate_chunks(
 
     A speculative sample has at least this number of tokens, unless it has ended.
     """
-    speculative = options.speculative
-    if speculative and not model.config.num_nextn_predict_layers:
+    if options.speculative and not model.config.num_nextn_predict_layers:
         raise ValueError(
             "speculative = true, but the model has no module for multi-token prediction that could "
             "draft; set model.multi_token_prediction to true, or speculative to false"
         )
     prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
-    eos = jnp.asarray(options.eos_ids or (-1,), jnp.int32)
-    # The same dtypes whatever the caller passes: a Python float and an array compile alike.
-    sampling = options.sampling
-    sampling = Sampling(
-        jnp.asarray(sampling.temperature, jnp.float32),
-        jnp.asarray(sampling.top_p, jnp.float32),
-        jnp.asarray(sampling.top_k, jnp.int32),
-        jnp.asarray(sampling.min_p, jnp.float32),
+    draws, capacities = options.draws(), options.capacities()
+    begin = start_speculatively if options.speculative else start
+    state: SampleState | SpeculativeState
+    state, prompt_cache = begin(
+        params, prompts, draws, model=model, shape=options.shape(capacities[0])
     )
-    # Of a speculative sample, the first token comes of the prompt, and each step gives one or two.
-    new = options.max_new_tokens
-    steps = max(1, new - 1) if speculative else new
-    capacities = list(capacities_of(steps, min(options.first_bucket, steps)))
-    seeds = (jnp.uint32(options.seed & 0xFFFFFFFF), jnp.uint32(options.step))
-    sizes = {"count": options.samples, "max_new_tokens": new, "capacity": capacities[0]}
-    state: _State | SpeculativeState
-    if speculative:
-        state, prompt_cache = start_speculatively(
-            params, prompts, *seeds, sampling, eos, model=model, **sizes
-        )
-    else:
-        state, prompt_cache = start(
-            params, prompts, *seeds, model=model, record_experts=options.record_experts, **sizes
-        )
     done = 0
     for index, capacity in enumerate(capacities):
         while done < capacity:
-            until = min(capacity, done + (options.sync_every or capacity))
-            rest = (prompt_cache, prompts.lengths, jnp.int32(until), sampling, eos)
+            done = min(capacity, done + (options.sync_every or capacity))
+            rest = (prompt_cache, jnp.int32(done), draws)
             if isinstance(state, SpeculativeState):
                 state = decode_speculatively(params, state, *rest, model=model)
             else:
@@ -190,13 +155,14 @@ def generate_chunks(
                 ends = _search(options.stop, state.samples, model.layout)
                 shortened, running = cut(state.samples, state.running, ends)
                 state = replace(state, samples=shortened, running=running)
-            done = until
-            if options.record_experts:
-                experts = {"experts": state.cache, "prompt_experts": prompt_cache}
-                found = {name: cache["experts"] for name, cache in experts.items()}
-                yield done, replace(state.samples, **found)
-            else:
-                yield done, state.samples
+            yield (
+                done,
+                replace(
+                    state.samples,
+                    experts=state.cache.experts,
+                    prompt_experts=prompt_cache.experts,
+                ),
+            )
             if not bool(jnp.any(state.running)):
                 return
         if index + 1 < len(capacities):

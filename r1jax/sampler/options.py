@@ -1,13 +1,19 @@
-"""What a call of the sampler may be asked for."""
+"""What a call of the sampler is given beside the weights, the prompts and the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.models.kv_cache import FIRST_CAPACITY, capacities
 from r1jax.sampler.distribution import Sampling
 from r1jax.sampler.samples import StopSearch
 
-FIRST_CAPACITY = 128  # new tokens that the first KV cache has room for
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, UInt32
 
 
 @dataclass(frozen=True)
@@ -56,3 +62,49 @@ class GenerateOptions:
             )
         if self.stop is not None and self.sync_every is None:
             object.__setattr__(self, "sync_every", 32)
+
+    def capacities(self) -> list[int]:
+        """Steps of decoding that the KV cache has room for, as it grows."""
+        # A speculative sample's first token comes of the prompt; each step gives one or two.
+        new = self.max_new_tokens
+        return capacities(max(1, new - 1) if self.speculative else new, self.first_bucket)
+
+    def shape(self, capacity: int) -> SampleShape:
+        return SampleShape(self.samples, self.max_new_tokens, capacity, self.record_experts)
+
+    def draws(self) -> Draws:
+        """As arrays of the same dtypes whatever they are here: they compile alike."""
+        return Draws(
+            seed=jnp.uint32(self.seed & 0xFFFFFFFF),
+            step=jnp.uint32(self.step),
+            sampling=Sampling(
+                jnp.asarray(self.sampling.temperature, jnp.float32),
+                jnp.asarray(self.sampling.top_p, jnp.float32),
+                jnp.asarray(self.sampling.top_k, jnp.int32),
+                jnp.asarray(self.sampling.min_p, jnp.float32),
+            ),
+            eos_ids=jnp.asarray(self.eos_ids or (-1,), jnp.int32),
+        )
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """The options that are static in the sampler's programs: each value compiles one.
+
+    capacity: steps that the KV cache has room for.
+    """
+
+    samples: int
+    max_new_tokens: int
+    capacity: int
+    record_experts: bool = False
+
+
+@struct.dataclass
+class Draws:
+    """The options that the sampler's programs read as arrays: changes compile nothing."""
+
+    seed: UInt32[Array, ""]
+    step: UInt32[Array, ""]
+    sampling: Sampling
+    eos_ids: Int[Array, " ids"]

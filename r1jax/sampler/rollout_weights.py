@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 from jax.stages import Wrapped
 
-from r1jax.models.decoder import Decoder
+from r1jax.models.config import Decoder
 from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare
 from r1jax.sharding import Axes, Layout
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax.models import Decoder, ahead_scores, token_scores
-from r1jax.models.log_probs import follows, routed_scores
+from r1jax.models import Decoder, TokenRows, ahead_log_probs, token_log_probs
+from r1jax.models.log_probs import follows
 from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
@@ -81,7 +81,7 @@ def make_update(
         batch, weights = rows
         count = batch["trained"].sum()
         if with_module:
-            ahead_of = ahead_scores(params, **_inputs(batch), model=model, balance=balance)
+            ahead_of = ahead_log_probs(params, _token_rows(batch), model, balance=balance)
             counted = _predicted_ahead(batch)
             total, ahead_count = _trained_sum(ahead_of.log_probs, batch), jnp.sum(counted)
             ahead = -jnp.sum(ahead_of.ahead * counted.astype(jnp.float32))
@@ -94,8 +94,10 @@ def make_update(
             }
             loss, routings = total * weights.loss[0] + ahead * weights.ahead[0], ahead_of.routings
         else:
-            scores, routings = routed_scores(params, **_inputs(batch), model=model, balance=balance)
-            total = _trained_sum(scores.log_probs, batch)
+            log_probs, _, routings = token_log_probs(
+                params, _token_rows(batch), model, balance=balance
+            )
+            total = _trained_sum(log_probs, batch)
             means = {"loss": (total, count)} if balance else {}
             loss = total * weights.loss[0]
         loads = loads_of(routings)
@@ -137,7 +139,7 @@ def loss_sums(
     Args:
       batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
     """
-    log_probs = token_scores(params, **_inputs(batch), model=model).log_probs
+    log_probs = token_log_probs(params, _token_rows(batch), model).log_probs
     return _trained_sum(log_probs, batch), batch["trained"].astype(jnp.float32).sum()
 
 
@@ -150,5 +152,5 @@ def _predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
     return follows(batch["segment_ids"], 2) & (batch["trained"] > 0)
 
 
-def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+def _token_rows(batch: Mapping[str, jax.Array]) -> TokenRows:
+    return TokenRows(batch["tokens"], batch["positions"], batch["segment_ids"])

@@ -6,6 +6,7 @@ compile that takes a GPU.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, abstract_params, choose_attention
 from r1jax.run.models import build_decoder
 from r1jax.run.optimizer import make_optimizer
-from r1jax.sampler import Prompts, Sampling
+from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
 from r1jax.sharding import make_layout
 from r1jax.stages import supervised_programs as supervised
@@ -103,19 +104,14 @@ def test_sampling_is_lowered(model: Decoder) -> None:
     prompts = Prompts(
         array(jnp.int32, 2, 16), *(array(t, 2) for t in (jnp.int32, jnp.uint32, jnp.int32))
     )
-    number = array(jnp.uint32)
-    sizes = {"count": 4, "capacity": 8, "max_new_tokens": 8}
-    prefill = for_cuda(start, weights, prompts, number, number, model=model, **sizes)
+    options = GenerateOptions(samples=4, max_new_tokens=8, seed=0)
+    draws = jax.eval_shape(options.draws)
+    start_ = functools.partial(start, model=model, shape=options.shape(8))
+    prefill = for_cuda(start, weights, prompts, draws, **start_.keywords)
     assert KERNEL in prefill
-    shapes = jax.eval_shape(
-        lambda *given: start(*given, model=model, **sizes), weights, prompts, number, number
-    )
-    sampling = Sampling(*(array(t) for t in (jnp.float32, jnp.float32, jnp.int32, jnp.float32)))
-    decode = for_cuda(
-        decode_until,
-        *(weights, *shapes, prompts.lengths, array(jnp.int32), sampling, array(jnp.int32, 1)),
-        model=model,
-    )
+    state, cache = jax.eval_shape(start_, weights, prompts, draws)
+    arguments = (weights, state, cache, array(jnp.int32), draws)
+    decode = for_cuda(decode_until, *arguments, model=model)
     assert "stablehlo.while" in decode
 
 

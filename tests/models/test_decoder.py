@@ -12,23 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import decode_one, jit, random_params, whole_rows
 
 from r1jax.models import (
     Decoder,
     Execution,
     Llama3RopeScaling,
     ModelConfig,
+    TokenRows,
     attention,
-    declare,
-    decode,
     forward,
     logits,
     prefill,
-    token_scores,
+    token_log_probs,
 )
-from r1jax.models.decoder import empty_cache, project, unstack_layers
-from r1jax.models.log_probs import score_hidden
-from r1jax.models.parameters import Params, is_spec
+from r1jax.models.decoder import unstack_layers
+from r1jax.models.kv_cache import empty_cache
+from r1jax.models.log_probs import chunked_log_probs
+from r1jax.models.parameters import Params
+from r1jax.models.primitives import project
 from r1jax.sharding import single_device
 
 QWEN2 = ModelConfig(
@@ -49,27 +51,11 @@ LLAMA = replace(
     architecture="llama",
     rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=16),
 )
-# Each program runs once: spend no time on LLVM's optimisations. XLA's own passes are the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 PLAIN = Execution(compute_dtype=jnp.float32, remat="none", scan_layers=True)
 
 
 def decoder(config: ModelConfig = QWEN2, **execution: Any) -> Decoder:
     return Decoder(config, replace(PLAIN, **execution), single_device())
-
-
-def random_params(model: Decoder) -> Params:
-    """Weights whose norms and biases have left their defaults, so that each one counts."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda spec: (
-            jnp.asarray(0.3 * rng.standard_normal(spec.shape, np.float32))
-            + (1 if spec.init == "ones" else 0)
-        ),
-        declare(model.config),
-        is_leaf=is_spec,
-    )
 
 
 def random_tokens(*shape: int, seed: int = 0, vocab: int = 41) -> np.ndarray:
@@ -81,16 +67,12 @@ def random_floats(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
-def whole_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return tokens, positions, np.ones_like(tokens)
+@functools.partial(jit, static_argnums=2)
+def whole_logits(params: Params, rows: TokenRows, model: Decoder) -> jax.Array:
+    return logits(params, forward(params, rows, model).hidden, model)
 
 
-@functools.partial(jit, static_argnums=4)
-def whole_logits(
-    params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array, model: Decoder
-) -> jax.Array:
-    return logits(params, forward(params, tokens, positions, segments, model), model)
+score = jit(token_log_probs, static_argnums=2)
 
 
 def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
@@ -116,10 +98,9 @@ def test_scores_do_not_depend_on_where_a_sequence_lies(config: ModelConfig) -> N
         tokens[row, span], segments[row, span] = document, segment
         positions[row, span] = np.arange(len(document))
 
-    scores = jit(token_scores, static_argnums=4)(
-        random_params(model), tokens, positions, segments, model
-    )
-    for kind in scores:
+    rows = TokenRows(tokens, positions, segments)
+    scores = score(random_params(model.config), rows, model)
+    for kind in (scores.log_probs, scores.entropy):
         found = np.stack([kind[row, start : start + 7] for row, start, _ in mine])
         np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), atol=1e-5)
         assert np.all(found[:, 0] == 0)  # nothing precedes the first token
@@ -130,12 +111,12 @@ def test_scores_do_not_depend_on_where_a_sequence_lies(config: ModelConfig) -> N
 
 def test_scores_are_the_log_softmax_of_the_token_before() -> None:
     model = decoder(log_prob_chunk=4)
-    params, rows = random_params(model), whole_rows(random_tokens(2, 10))
-    scores = jit(token_scores, static_argnums=4)(params, *rows, model, temperature=0.7)
-    table = np.asarray(jax.nn.log_softmax(whole_logits(params, *rows, model) / 0.7))
+    params, rows = random_params(model.config), whole_rows(random_tokens(2, 10))
+    scores = score(params, rows, model, temperature=0.7)
+    table = np.asarray(jax.nn.log_softmax(whole_logits(params, rows, model) / 0.7))
     for row in range(2):
         for t in range(1, 10):
-            expected = table[row, t - 1, rows[0][row, t]]
+            expected = table[row, t - 1, rows.tokens[row, t]]
             np.testing.assert_allclose(scores.log_probs[row, t], expected, atol=1e-5)
             entropy = -np.sum(np.exp(table[row, t - 1]) * table[row, t - 1])
             np.testing.assert_allclose(scores.entropy[row, t], entropy, atol=1e-5)
@@ -147,7 +128,7 @@ def test_chunked_scores_and_gradients_equal_the_plain_ones(chunk: int) -> None:
     targets = random_tokens(2, 10, vocab=13)
 
     def chunked(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
-        scores = score_hidden(hidden, matrix, targets, chunk=chunk, temperature=0.5)
+        scores = chunked_log_probs(hidden, matrix, targets, chunk=chunk, temperature=0.5)
         return jnp.sum(scores.log_probs * weights) + jnp.sum(scores.entropy)  # no gradient
 
     def plain(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -165,7 +146,7 @@ def test_chunked_scores_and_gradients_equal_the_plain_ones(chunk: int) -> None:
 def weighted_score(params: Params, model: Decoder) -> jax.Array:
     rows = whole_rows(random_tokens(2, 12))
     (weights,) = random_floats((2, 12))
-    return jnp.sum(token_scores(params, *rows, model).log_probs * weights)
+    return jnp.sum(token_log_probs(params, rows, model).log_probs * weights)
 
 
 value_and_grad = jit(jax.value_and_grad(weighted_score), static_argnums=1)
@@ -173,7 +154,7 @@ value_and_grad = jit(jax.value_and_grad(weighted_score), static_argnums=1)
 
 def test_scan_and_remat_change_neither_values_nor_gradients() -> None:
     reference = decoder(QWEN3, scan_layers=True, remat="none")
-    params = random_params(reference)
+    params = random_params(reference.config)
     expected = value_and_grad(params, reference)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected[1])) > 1e-3
     for scan_layers, remat in ((True, "full"), (True, "dots"), (False, "none")):
@@ -186,22 +167,22 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     scan_layers: bool, cache_of_platform: str
 ) -> None:
     model = decoder(LLAMA, scan_layers=scan_layers)
-    params = random_params(model)
+    params = random_params(model.config)
     tokens = random_tokens(2, 9)
     lengths = np.asarray([6, 4], np.int32)  # prompts; two samples each go on for three tokens
-    expected = whole_logits(params, *whole_rows(tokens), model)
+    expected = whole_logits(params, whole_rows(tokens), model)
 
     hidden, prompts = jit(prefill, static_argnums=3)(params, tokens[:, :6], lengths, model)
     for row, length in enumerate([6, 4]):
-        found = logits(params, hidden[row], model)
+        found = logits(params, hidden[row, length - 1], model)
         np.testing.assert_allclose(found, expected[row, length - 1], atol=1e-4)
 
     weights, cache = unstack_layers(params, model), empty_cache(2, 2, 4, model)
-    step_of, output = jit(decode, static_argnums=6), jit(logits, static_argnums=2)
+    run, output = jit(decode_one, static_argnums=5), jit(logits, static_argnums=2)
     for step in range(3):
         following = np.stack([tokens[0, 6 + step], tokens[1, 4 + step]])
         new = np.broadcast_to(following[:, None], (2, 2))
-        hidden, cache = step_of(weights, new, prompts, lengths, cache, np.int32(step), model)
+        hidden, cache = run(weights, new, np.int32(step), prompts, cache, model)
         found = output(params, hidden, model)
         for row, length in enumerate([6, 4]):
             for sample in range(2):
@@ -293,14 +274,14 @@ def grpo_gradient_text(chunk: int, **execution: Any) -> tuple[str, int]:
     model = decoder(replace(QWEN2, vocab_size=vocab), log_prob_chunk=chunk, **execution)
 
     def loss(params: Params, rows: Any, old: jax.Array, advantage: jax.Array) -> jax.Array:
-        scores = token_scores(params, *rows, model)
+        scores = token_log_probs(params, rows, model)
         ratio = jnp.exp(scores.log_probs - old)
         clipped = jnp.clip(ratio, 0.8, 1.2)
         kl = jnp.exp(old - scores.log_probs) - (old - scores.log_probs) - 1
         gain = jnp.minimum(ratio * advantage, clipped * advantage) - 0.01 * kl
         return -jnp.mean(gain) + 0.001 * jnp.mean(scores.entropy)
 
-    params = random_params(model)
+    params = random_params(model.config)
     rows = whole_rows(random_tokens(batch, time, vocab=vocab))
     numbers = np.ones((batch, time), np.float32)
     program = jit(jax.value_and_grad(loss)).lower(params, rows, numbers, numbers).compile()

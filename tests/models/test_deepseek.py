@@ -15,25 +15,25 @@ import pytest
 import torch
 from deepseek_models import KINDS, PUBLISHED, TOKENS, make
 from safetensors.numpy import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-)
+from tiny_models import decode_one, positions_of, whole_rows
+from transformers import AutoModelForCausalLM
 
 from r1jax.models import (
     Decoder,
     Execution,
     MixtureOfExperts,
     ModelConfig,
+    TokenRows,
     YarnRopeScaling,
     declare,
-    decode,
     forward,
     logits,
     prefill,
-    token_scores,
+    token_log_probs,
 )
-from r1jax.models.decoder import empty_cache, grow_cache, unstack_layers
+from r1jax.models.decoder import unstack_layers
 from r1jax.models.experts import route
+from r1jax.models.kv_cache import empty_cache, grow_cache
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.rope import rotations
 from r1jax.programs.flops import forward_flops
@@ -50,14 +50,8 @@ def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     return load_params(directory, config, model.layout), model
 
 
-def positions_of(tokens: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-
-
 def whole_logits(params: Params, model: Decoder) -> np.ndarray:
-    positions = positions_of(TOKENS)
-    run = jax.jit(forward, static_argnums=4)
-    hidden = run(params, TOKENS, positions, np.ones_like(positions), model)
+    hidden = jax.jit(forward, static_argnums=2)(params, whole_rows(TOKENS), model).hidden
     return np.asarray(logits(params, hidden, model))
 
 
@@ -99,7 +93,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     lengths = np.asarray([6, 4], np.int32)
     hidden, prompts = jax.jit(prefill, static_argnums=3)(params, TOKENS[:, :6], lengths, model)
     for row, length in enumerate(lengths):
-        found = logits(params, hidden[row], model)
+        found = logits(params, hidden[row, length - 1], model)
         np.testing.assert_allclose(found, expected[row, length - 1], atol=1e-4)
 
     weights, cache = unstack_layers(params, model), empty_cache(2, 2, 4, model)
@@ -107,11 +101,11 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     width = 16 if cache_of_platform == "cpu" else 128  # a TPU fills its tiles
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 2 * 2 * 4 * 3 * width
     assert model.config.cache_values == 3 * 16
-    step_of = jax.jit(decode, static_argnums=6)
+    run = jax.jit(decode_one, static_argnums=5)
     for step in range(3):
         following = np.stack([TOKENS[row, length + step] for row, length in enumerate(lengths)])
         new = np.broadcast_to(following[:, None], (2, 2))
-        hidden, cache = step_of(weights, new, prompts, lengths, cache, np.int32(step), model)
+        hidden, cache = run(weights, new, np.int32(step), prompts, cache, model)
         found = logits(params, hidden, model)
         for row, length in enumerate(lengths):
             for sample in range(2):
@@ -141,8 +135,7 @@ def test_every_weight_learns_however_it_is_computed(tmp_path: Path) -> None:
     cotangents = np.random.default_rng(1).standard_normal(TOKENS.shape, np.float32)
 
     def score(params: Params, model: Decoder) -> jax.Array:
-        positions = positions_of(TOKENS)
-        scores = token_scores(params, TOKENS, positions, np.ones_like(positions), model)
+        scores = token_log_probs(params, whole_rows(TOKENS), model)
         return jnp.sum(scores.log_probs * cotangents)
 
     gradients = jax.jit(jax.grad(score), static_argnums=1)
@@ -176,8 +169,8 @@ def test_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
         rows[row, :end] = tokens[prompt, :end]
         rows[row, end : end + new] = samples.tokens[prompt, row % 2]
         segments[row, : end + new] = 1
-    score = jax.jit(token_scores, static_argnums=4)
-    scores = score(params, rows, positions_of(rows), segments, policy).log_probs
+    score = jax.jit(token_log_probs, static_argnums=2)
+    scores = score(params, TokenRows(rows, positions_of(rows), segments), policy).log_probs
     for row in range(4):
         prompt, end = row // 2, lengths[row // 2]
         found = samples.policy_log_probs[prompt, row % 2]

@@ -50,9 +50,9 @@ def one_by_one(tokens: Any, chosen: Any, share: Any, weights: Any) -> jax.Array:
     "exchange",
     [
         Exchange(1, 100),
-        Exchange(1, 100, room=7),  # four turns
+        Exchange(1, 100, buffer=7),  # four rounds
         Exchange(1, 4),  # four chunks, the last one of a single token
-        Exchange(1, 4, room=3),
+        Exchange(1, 4, buffer=3),
     ],
 )
 def test_sums_and_gradients_are_those_of_every_expert_for_itself(exchange: Exchange) -> None:
@@ -86,15 +86,15 @@ def test_padding_goes_to_no_expert() -> None:
 
 def test_a_tokens_sum_depends_on_no_other_token() -> None:
     tokens, chosen, share, weights = make(12)
-    several = run(tokens, chosen, share, weights, Exchange(1, 5, room=4))
+    several = run(tokens, chosen, share, weights, Exchange(1, 5, buffer=4))
     for i in range(len(tokens)):
         one = [x[i : i + 1] for x in (tokens, chosen, share)]
         alone = run(*one, weights, Exchange(1, 100))[0]
         np.testing.assert_allclose(several[i], alone, rtol=1e-5)
 
 
-def test_there_is_room_for_half_of_an_even_share() -> None:
-    assert Exchange(8, 100).room_for(8 * 320) == 160
-    assert Exchange(8, 100).room_for(8 * 10) == 16  # but for a few in any case
-    assert Exchange(8, 100).room_for(12) == 12
-    assert Exchange(1, 100).room_for(4000) == 4000  # on one device all stay where they are
+def test_there_is_buffer_rows_half_of_an_even_share() -> None:
+    assert Exchange(8, 100).buffer_rows(8 * 320) == 160
+    assert Exchange(8, 100).buffer_rows(8 * 10) == 16  # but for a few in any case
+    assert Exchange(8, 100).buffer_rows(12) == 12
+    assert Exchange(1, 100).buffer_rows(4000) == 4000  # on one device all stay where they are

@@ -16,6 +16,7 @@ import pytest
 import torch
 from deepseek_models import PUBLISHED, TOKENS, make
 from safetensors.numpy import load_file, save_file
+from tiny_models import positions_of, whole_rows
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
@@ -23,7 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from r1jax.config.run_config import RunConfig
-from r1jax.models import Decoder, Execution, ModelConfig, ahead_scores, declare
+from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, ahead_log_probs, declare
 from r1jax.models.parameters import Params, is_spec
 from r1jax.programs.flops import forward_flops
 from r1jax.run.models import build_decoder
@@ -171,10 +172,6 @@ def test_the_published_module() -> None:
 # The function
 
 
-def positions_of(tokens: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-
-
 def theirs(model: torch.nn.Module, module: Module, tokens: np.ndarray) -> tuple[Any, Any]:
     """Logits of the next token at every step, and of the one after it at all but the last."""
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -198,7 +195,7 @@ def load(directory: Path, **execution: Any) -> tuple[Params, Decoder]:
     return load_params(directory, config, model.layout), model
 
 
-score = jax.jit(ahead_scores, static_argnums=4)
+score = jax.jit(ahead_log_probs, static_argnums=2)
 
 
 @pytest.mark.parametrize(("kind", "scan"), [("like V3", True), ("like Moonlight", False)])
@@ -208,7 +205,7 @@ def test_the_token_after_the_next_as_transformers_parts_predict_it(
     model, module = make_with_module(kind, tmp_path)
     following, ahead = theirs(model, module, TOKENS)
     params, ours = load(tmp_path, scan_layers=scan, log_prob_chunk=7)
-    found = score(params, TOKENS, positions_of(TOKENS), np.ones_like(TOKENS), ours)
+    found = score(params, whole_rows(TOKENS), ours)
     log_probs = torch.log_softmax(ahead[:, :-1], dim=-1).numpy()
     targets = TOKENS[:, 2:, None]
     expected = np.take_along_axis(log_probs, targets, axis=-1)[..., 0]
@@ -227,12 +224,12 @@ def test_documents_in_a_row_know_nothing_of_each_other(tmp_path: Path) -> None:
     """Packed, and alone: the same; a document of two tokens has nothing to predict."""
     make_with_module("like V3", tmp_path)
     params, model = load(tmp_path)
-    alone = score(params, TOKENS, positions_of(TOKENS), np.ones_like(TOKENS), model)
+    alone = score(params, whole_rows(TOKENS), model)
     tokens = np.concatenate([TOKENS[:1, :9], TOKENS[:1, :2], TOKENS[1:, :10], TOKENS[:1, 21:]], 1)
     lengths = (9, 2, 10, 3)  # the last are padding
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
     segments = np.repeat([1, 2, 3, 0], lengths)[None]
-    packed = score(params, tokens, positions, segments, model)
+    packed = score(params, TokenRows(tokens, positions, segments), model)
     for part in ("log_probs", "ahead", "agrees"):
         found, expected = (np.asarray(getattr(scores, part)) for scores in (packed, alone))
         np.testing.assert_allclose(found[0, :9], expected[0, :9], atol=1e-5, err_msg=part)
@@ -262,6 +259,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     params, model = load(tmp_path, remat="full", log_prob_chunk=5)
     segments = np.ones_like(TOKENS)
     segments[1, 6:] = 0
+    rows = TokenRows(TOKENS, positions_of(TOKENS), segments)
     trained = (segments > 0) & (positions_of(TOKENS) >= 1)
     trained[0, 1:9] = False
     batch = {"tokens": TOKENS, "positions": positions_of(TOKENS)}
@@ -270,7 +268,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     own, ahead = 15 + 5, 15 + 4
 
     def both(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        scores = ahead_scores(params, TOKENS, positions_of(TOKENS), segments, model)
+        scores = ahead_log_probs(params, rows, model)
         first = -jnp.sum(jnp.where(trained, scores.log_probs, 0.0)) / own
         second = -jnp.sum(jnp.where(trained, scores.ahead, 0.0)) / ahead
         return first + 0.3 * second, (first, second)
@@ -282,7 +280,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     after, metrics = jax.jit(make_update(stage, model, optimizer))(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(first), rel=1e-5)
     assert float(metrics["mtp/loss"]) == pytest.approx(float(second), rel=1e-5)
-    scores = score(params, TOKENS, positions_of(TOKENS), segments, model)
+    scores = score(params, rows, model)
     accepted = int((np.asarray(scores.agrees) & trained).sum())
     assert float(metrics["mtp/acceptance"]) == pytest.approx(accepted / ahead)
     moved = jax.tree.map(lambda old, new: old - new, params, after.params)

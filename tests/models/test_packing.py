@@ -10,10 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import jit, random_params
 
 from r1jax.data import Document, load_tokenizer, packed_once
-from r1jax.models import Decoder, Execution, ModelConfig, declare, forward, logits, token_scores
-from r1jax.models.parameters import is_spec
+from r1jax.models import (
+    Decoder,
+    Execution,
+    ModelConfig,
+    TokenRows,
+    forward,
+    logits,
+    token_log_probs,
+)
 from r1jax.sharding import single_device
 from r1jax.train_step import accumulate_gradients
 
@@ -34,19 +42,7 @@ MODEL = Decoder(
     Execution(compute_dtype=jnp.float32, remat="none", scan_layers=True, log_prob_chunk=5),
     single_device(),
 )
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROWS, TIME = 8, 16
-
-
-def random_params() -> Any:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda spec: jnp.asarray(
-            0.3 * rng.standard_normal(spec.shape, np.float32) + (spec.init == "ones")
-        ),
-        declare(CONFIG),
-        is_leaf=is_spec,
-    )
 
 
 def documents() -> list[Document]:
@@ -84,25 +80,24 @@ def compiled(micro_batches: int) -> Any:
 
     def loss_fn(params: Any, part: Any) -> tuple[jax.Array, None]:
         inputs, weights = part
-        return -jnp.sum(token_scores(params, **inputs, model=MODEL).log_probs * weights), None
+        return -jnp.sum(
+            token_log_probs(params, TokenRows(**inputs), MODEL).log_probs * weights
+        ), None
 
     def loss_and_gradients(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         inputs = {name: array for name, array in rows.items() if name != "trained"}
         weights = rows["trained"] / rows["trained"].sum()
         return accumulate_gradients(loss_fn, params, (inputs, weights), micro_batches)[:2]
 
-    return jax.jit(loss_and_gradients, compiler_options=QUICK)
+    return jit(loss_and_gradients)
 
 
 def reference_loss(params: Any, items: Sequence[Document]) -> float:
     """Token by token, from whole logits: one row per document, no chunk, no mask."""
-    rows = unpacked_rows()
-    out = logits(
-        params,
-        forward(params, rows["tokens"], rows["positions"], rows["segment_ids"], MODEL),
-        MODEL,
-    )
-    log_probs = np.asarray(jax.nn.log_softmax(out))
+    arrays = unpacked_rows()
+    rows = TokenRows(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
+    hidden = jit(forward, static_argnums=2)(params, rows, MODEL).hidden
+    log_probs = np.asarray(jax.nn.log_softmax(logits(params, hidden, MODEL)))
     terms = [
         -log_probs[r, t - 1, document.tokens[t]]
         for r, document in enumerate(items)
@@ -120,7 +115,7 @@ def test_the_packed_rows_are_packed_and_some_are_empty() -> None:
 
 
 def test_the_loss_is_the_mean_over_the_trained_tokens_alone() -> None:
-    params = random_params()
+    params = random_params(CONFIG)
     expected = reference_loss(params, documents())
     for rows in (packed_rows(), unpacked_rows()):
         loss, _ = compiled(1)(params, rows)
@@ -130,7 +125,7 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_alone() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_packed_and_unpacked_rows_have_the_same_gradients(micro_batches: int) -> None:
     """With micro-batches, some of which hold little or nothing, too."""
-    params = random_params()
+    params = random_params(CONFIG)
     loss, gradients = compiled(micro_batches)(params, packed_rows())
     alone, expected = compiled(1)(params, unpacked_rows())
     np.testing.assert_allclose(loss, alone, rtol=1e-5)

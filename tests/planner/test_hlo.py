@@ -188,7 +188,7 @@ def test_tokens_go_to_their_experts_as_often_as_if_all_were_even() -> None:
         *(jax.ShapeDtypeStruct(*each) for each in shapes),
         {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in weights.items()},
     ]
-    exchange = Exchange(1, 100, room=7)
+    exchange = Exchange(1, 100, buffer=7)
     compiled = jax.jit(run_experts, static_argnums=4).lower(*arguments, exchange).compile()
     module = hlo.parse(compiled.as_text())
     turns = [

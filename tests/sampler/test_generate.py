@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.models import Decoder, Execution, ModelConfig, forward, init_params, logits, token_scores
+from r1jax.models import (
+    Decoder,
+    Execution,
+    ModelConfig,
+    TokenRows,
+    forward,
+    init_params,
+    logits,
+    token_log_probs,
+)
 from r1jax.sampler import (
     Finish,
     GenerateOptions,
@@ -51,8 +60,8 @@ def prompts(lengths: list[int], time: int = 8, first_id: int = 0) -> Prompts:
 @jax.jit
 def all_logits(row: jax.Array, length: jax.Array) -> jax.Array:
     positions = jnp.arange(row.shape[1])[None]
-    hidden = forward(PARAMS, row, positions, (positions < length).astype(jnp.int32), MODEL)
-    return logits(PARAMS, hidden, MODEL)[0]
+    rows = TokenRows(row, positions, (positions < length).astype(jnp.int32))
+    return logits(PARAMS, forward(PARAMS, rows, MODEL).hidden, MODEL)[0]
 
 
 def next_logits(tokens: np.ndarray) -> np.ndarray:
@@ -164,9 +173,8 @@ def test_sampler_and_trainer_agree_on_log_probs() -> None:
         n = int(p.lengths[i])
         row = np.concatenate([np.asarray(p.tokens[i, :n]), out.tokens[i, 1]])[None]
         positions = jnp.arange(row.shape[1])[None]
-        scored = token_scores(
-            PARAMS, jnp.asarray(row), positions, jnp.ones_like(positions), MODEL, temperature=0.7
-        )
+        rows = TokenRows(jnp.asarray(row), positions, jnp.ones_like(positions))
+        scored = token_log_probs(PARAMS, rows, MODEL, temperature=0.7)
         trainer = np.asarray(scored.log_probs)[0, n:]
         np.testing.assert_allclose(out.policy_log_probs[i, 1], trainer, atol=1e-4)
         # Filtering only removes mass, so what is left is more likely.

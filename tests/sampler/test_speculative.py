@@ -22,11 +22,12 @@ from r1jax.models import (
     Decoder,
     Execution,
     ModelConfig,
-    ahead_scores,
+    TokenRows,
+    ahead_log_probs,
     forward,
     init_params,
     logits,
-    token_scores,
+    token_log_probs,
 )
 from r1jax.models.parameters import Params
 from r1jax.sampler import (
@@ -88,7 +89,7 @@ def test_sequences_have_the_probabilities_of_the_model(sampling: Sampling) -> No
     @jax.jit
     def following(rows: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-        hidden = forward(PARAMS, rows, positions, jnp.ones_like(rows), MODEL)
+        hidden = forward(PARAMS, TokenRows(rows, positions, jnp.ones_like(rows)), MODEL).hidden
         filtered = filter_logits(logits(PARAMS, hidden, MODEL), sampling)
         return jax.nn.softmax(filtered, axis=-1)
 
@@ -194,8 +195,9 @@ def test_greedy_samples_are_those_without_drafts(config: ModelConfig, scan: bool
         n = int(p.lengths[i])
         row[: n + 24] = [*p.tokens[i, :n], *out.tokens[i, 0]]
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), rows.shape)
-    score = jax.jit(ahead_scores, static_argnums=4)
-    agrees = np.asarray(score(params, rows, positions, np.ones_like(rows), model).agrees)
+    score = jax.jit(ahead_log_probs, static_argnums=2)
+    all_rows = TokenRows(rows, positions, np.ones_like(rows))
+    agrees = np.asarray(score(params, all_rows, model).agrees)
     for i, n in enumerate(np.asarray(p.lengths)):
         length, drafts = 1, []
         while length < 24:
@@ -222,9 +224,9 @@ def test_log_probs_are_the_models_own(config: ModelConfig) -> None:
 
     @jax.jit
     def score(params: Params, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ones = jnp.ones_like(rows)
-        policy = token_scores(params, rows, positions, ones, model, temperature=0.7).log_probs
-        hidden = forward(params, rows, positions, ones, model)
+        all_rows = TokenRows(rows, positions, jnp.ones_like(rows))
+        policy = token_log_probs(params, all_rows, model, temperature=0.7).log_probs
+        hidden = forward(params, all_rows, model).hidden
         filtered = jax.nn.log_softmax(filter_logits(logits(params, hidden, model), sampling))
         at = jnp.take_along_axis(filtered[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
         return policy, jnp.pad(at, ((0, 0), (1, 0)))

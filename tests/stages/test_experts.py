@@ -24,10 +24,10 @@ from r1jax.models import (
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
+    TokenRows,
     init_params,
-    token_scores,
+    token_log_probs,
 )
-from r1jax.models.log_probs import routed_scores
 from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
@@ -121,9 +121,9 @@ def test_an_update_does_not_depend_on_micro_batches() -> None:
     for name in of_one:
         np.testing.assert_allclose(of_one[name], of_two[name], rtol=1e-4, err_msg=name)
     # A mean over six sequences, as a loop over them would have it.
-    inputs = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-    measure = jit(functools.partial(routed_scores, model=MODEL, balance=True))
-    routings = measure(params, *inputs)[1]
+    rows = TokenRows(batch["tokens"], batch["positions"], batch["segment_ids"])
+    measure = jit(functools.partial(token_log_probs, model=MODEL, balance=True))
+    routings = measure(params, rows).routings
     imbalance = np.asarray(routings["layers"].imbalance).sum() / 6
     np.testing.assert_allclose(of_one["experts/imbalance"], imbalance, rtol=1e-4)
     load = np.asarray(routings["layers"].load)
@@ -192,15 +192,15 @@ def test_replayed_experts_narrow_the_gap_between_sampler_and_trainer() -> None:
         drawn[row, start:end] = samples.policy_log_probs[prompt, sample]
         segments[row, :end] = 1
     positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
-    inputs = (rows, positions, segments)
+    inputs = TokenRows(rows, positions, segments)
 
-    score = jit(functools.partial(routed_scores, model=MODEL))
+    score = jit(functools.partial(token_log_probs, model=MODEL))
 
     def gap(chosen: np.ndarray | None) -> float:
-        log_probs = score(params, *inputs, experts=chosen)[0].log_probs
+        log_probs = score(params, inputs._replace(experts=chosen)).log_probs
         return float(np.abs(np.where(drawn != 0, log_probs - drawn, 0)).sum() / (drawn != 0).sum())
 
-    own = np.asarray(score(params, *inputs)[1]["layers"].chosen)[0]
+    own = np.asarray(score(params, inputs).routings["layers"].chosen)[0]
     read_by_both = segments > 0
     other = np.any(np.sort(own) != np.sort(experts), axis=-1)[read_by_both]
     assert 0 < other.mean() < 0.5  # most choices are the same: it is the sampler's record
@@ -215,8 +215,8 @@ def test_weights_of_replayed_experts_are_learned() -> None:
     experts = np.broadcast_to(np.asarray([5, 2], np.uint8), (2, 8, 2))
 
     def total(params: Any) -> jax.Array:
-        inputs = (rows, positions, np.ones_like(rows))
-        return token_scores(params, *inputs, MODEL, experts=experts).log_probs.sum()
+        inputs = TokenRows(rows, positions, np.ones_like(rows), experts)
+        return token_log_probs(params, inputs, MODEL).log_probs.sum()
 
     slopes = jit(jax.grad(total))(params)["layers"]
     assert np.abs(slopes["router"]).max() > 1e-3

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from r1jax.data import load_tokenizer, pad_texts
-from r1jax.models import Decoder, Execution, ModelConfig, forward, logits
+from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, forward, logits
 from r1jax.models.reward_head import reward_scores
 from r1jax.sharding import single_device
 from r1jax.weights.hugging_face import check_padding, export, load_params, read_config
@@ -86,7 +86,8 @@ def run(directory: Path, tokens: np.ndarray, **execution: object) -> np.ndarray:
     model = Decoder(config, settings, single_device())
     params = load_params(directory, config, model.layout)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = forward(params, jnp.asarray(tokens), positions, jnp.ones_like(positions), model)
+    rows = TokenRows(jnp.asarray(tokens), positions, jnp.ones_like(positions))
+    hidden = forward(params, rows, model).hidden
     return np.asarray(logits(params, hidden, model))
 
 

@@ -141,7 +141,9 @@ def test_the_host_holds_about_one_tensor(tmp_path: Path, monkeypatch: pytest.Mon
 ON_EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from r1jax.models import Decoder, Execution, ModelConfig, abstract_params, token_scores
+from r1jax.models import (
+    Decoder, Execution, ModelConfig, TokenRows, abstract_params, token_log_probs
+)
 from r1jax.sharding import make_layout, single_device
 from r1jax.weights import hugging_face
 from r1jax.weights.hugging_face import export, load_params, read_config
@@ -155,7 +157,8 @@ positions = np.broadcast_to(np.arange(6, dtype=np.int32), tokens.shape)
 
 def scores(params, layout):
     model = Decoder(config, Execution(compute_dtype=jnp.float32, remat="none"), layout)
-    function = lambda p: token_scores(p, tokens, positions, np.ones_like(tokens), model).log_probs
+    rows = TokenRows(tokens, positions, np.ones_like(tokens))
+    function = lambda p: token_log_probs(p, rows, model).log_probs
     return jax.device_get(jax.jit(function)(params))
 
 read, count = hugging_face.Tensors.read, 0

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from r1jax.grpo import GRPOBatch, PolicyOutputs, make_grpo_step
-from r1jax.models import Decoder, token_scores
-from r1jax.models.log_probs import routed_scores
+from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.parameters import Params
 from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
 from r1jax.programs.arrays import (
@@ -140,7 +139,8 @@ def make_score(
     def score(params: Params, inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
         def part(inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
             temperature = stage.sampling.temperature
-            return token_scores(params, **inputs, model=model, temperature=temperature).log_probs
+            rows = TokenRows(**inputs)
+            return token_log_probs(params, rows, model, temperature=temperature).log_probs
 
         return map_micro_batches(part, inputs, stage.micro_batches)
 
@@ -159,12 +159,15 @@ def make_update(
     balance = stage.balance.sequence_loss
 
     def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
-        temperature = stage.sampling.temperature
-        scores, routings = routed_scores(
-            params, **batch.inputs, model=model, temperature=temperature, balance=balance > 0
+        tokens = token_log_probs(
+            params,
+            TokenRows(**batch.inputs),
+            model,
+            temperature=stage.sampling.temperature,
+            balance=balance > 0,
         )
-        penalty = balance * imbalance_of(routings) if balance else None
-        return PolicyOutputs(*scores, penalty, loads_of(routings))
+        penalty = balance * imbalance_of(tokens.routings) if balance else None
+        return PolicyOutputs(tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings))
 
     return make_grpo_step(
         log_prob_fn,
