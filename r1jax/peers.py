@@ -1,10 +1,10 @@
 """The other processes of a run: when one is lost, all stop, and each says which it was.
 
-JAX notices a lost process as well, but only after 100 s, and not in words that lead a user to it;
-and a process that fails alone would wait 300 s at JAX's exit for others that wait for it. So every
-process of a run leaves a sign of life in the key-value store of `jax.distributed` (which lives in
-process 0) every two seconds. Process 0 looks for those of all others, the others for its. Nothing
-here is a collective: it works while the devices hang.
+JAX notices a lost process as well, but only after 100 s, and does not name it; and a process that
+fails alone would wait 300 s at JAX's exit for others that wait for it. So every process of a run
+writes a heartbeat to the key-value store of `jax.distributed` (which is in process 0) every two
+seconds. Process 0 checks those of all others, the others check its. Nothing here is a collective:
+it works while the devices hang.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ EXIT_PEER_LOST = 134
 128 + SIGABRT: how JAX ends a process for the same reason. The launcher starts the run again.
 """
 
-BEAT = 2.0  # seconds between two signs of life
-LIMIT = 40.0  # seconds without one, after which a process is lost
-FIRST_LIMIT = 300.0  # the same before the first one: hosts do not load Python equally fast
+INTERVAL = 2.0  # seconds between two heartbeats
+TIMEOUT = 40.0  # seconds without one, after which a process is lost
+JOIN_TIMEOUT = 300.0  # the same before the first one: hosts do not load Python equally fast
 GRACE = 10.0  # seconds in which the others may fail alike, before a failure counts as one process's
 
 _KEYS = "r1jax/peers/"
 _AGAIN = "The same command on all hosts goes on from the last checkpoint"
 
-# What a process told. `host`: where it is; `seen`: changes while it lives; `end`: `left`, or
-# `failed` and the error; `gone`: it ends now, without waiting. Process 0: perhaps the `verdict`.
-Told = Mapping[str, str]
+# What a process has published. `host`: where it is; `heartbeat`: changes while it runs; `end`:
+# `left`, or `failed` and the error; `gone`: it ends now, without waiting. Process 0: `verdict`.
+Status = Mapping[str, str]
 
 
 @contextmanager
@@ -61,82 +61,84 @@ def watched_peers() -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            watch.see_all()  # a collective fails at once where a process is gone
+            watch.await_heartbeats()  # a collective fails at once where a process is gone
         watch.fail(error)
         raise
     watch.leave()
 
 
-class Sightings:
-    """When each peer was last seen to live. Times are seconds of one clock."""
+class Heartbeats:
+    """When each peer's heartbeat last changed. Times are seconds of one clock."""
 
     def __init__(self, peers: Iterable[int], now: float) -> None:
-        self._told: dict[int, Told] = {peer: {} for peer in peers}
-        self._since = dict.fromkeys(self._told, now)
+        self._statuses: dict[int, Status] = {peer: {} for peer in peers}
+        self._since = dict.fromkeys(self._statuses, now)
 
-    def note(self, told: Mapping[int, Told], now: float) -> None:
-        """What the peers have told so far, as read just now."""
-        for peer in self._told.keys() & told.keys():
-            if any(self._told[peer].get(key) != told[peer].get(key) for key in ("seen", "end")):
+    def update(self, statuses: Mapping[int, Status], now: float) -> None:
+        """What the peers have published so far, as read just now."""
+        for peer in self._statuses.keys() & statuses.keys():
+            before, after = self._statuses[peer], statuses[peer]
+            if any(before.get(key) != after.get(key) for key in ("heartbeat", "end")):
                 self._since[peer] = now
-            self._told[peer] = told[peer]
+            self._statuses[peer] = after
 
     def excuse(self, seconds: float) -> None:
-        """Nobody could be seen for so long, for a reason of our own."""
+        """Nothing could be read for this time, because of this process."""
         self._since = {peer: since + seconds for peer, since in self._since.items()}
 
     def verdict(self, now: float) -> str | None:
         """Why the run cannot go on, or None."""
-        for peer, told in self._told.items():
-            silent, end = now - self._since[peer], told.get("end", "")
-            who = f"process {peer} ({told.get('host', 'which never came')})"
+        for peer, status in self._statuses.items():
+            silent, end = now - self._since[peer], status.get("end", "")
+            name = f"process {peer} ({status.get('host', 'which never came')})"
             if end.startswith("failed") and silent > GRACE:
-                return f"{who} {end.replace(' ', ' with ', 1)}"
-            if not end and silent > (LIMIT if "seen" in told else FIRST_LIMIT):
-                return f"{who} is lost: it has not been seen for {silent:.0f} s. {_AGAIN}"
+                return f"{name} {end.replace(' ', ' with ', 1)}"
+            if not end and silent > (TIMEOUT if "heartbeat" in status else JOIN_TIMEOUT):
+                return f"{name} is lost: it has not been seen for {silent:.0f} s. {_AGAIN}"
         return None
 
 
 class _Watch:
-    """The threads that tell that this process lives, and look whether the others do."""
+    """The threads that publish this process's heartbeat and check those of the others."""
 
     def __init__(self, me: DistributedProcess) -> None:
         self._store, self._index, self._count = me.store, me.index, me.count
         peers = range(1, me.count) if me.index == 0 else [0]
-        self._sightings = Sightings(peers, time.monotonic())
+        self._heartbeats = Heartbeats(peers, time.monotonic())
         self._over = threading.Event()
         self._ending = threading.Lock()
         self._witness = None if me.index == 0 else _Witness(me)
         self._store.key_value_delete(f"{_KEYS}{me.index}")  # of a former run of this process
-        self._tell("host", socket.gethostname())
+        self._publish("host", socket.gethostname())
         # Reading may hang where process 0 does, so another thread counts the seconds.
         self._threads = [
             threading.Thread(target=target, name=f"r1jax peers {target.__name__}", daemon=True)
-            for target in (self._exchange, self._judge)
+            for target in (self._exchange, self._check)
         ]
         for thread in self._threads:
             thread.start()
 
     def leave(self) -> None:
-        """This process has done its part; nobody is to miss it."""
-        self._stop_looking()
-        self._tell("end", "left")
+        """This process has finished; it is not lost."""
+        self._stop_threads()
+        self._publish("end", "left")
 
-    def see_all(self) -> None:
-        """Returns when all others have shown that they live; the threads know what to do if not."""
-        before = [told["seen"] for told in self._read().values() if "seen" in told]
+    def await_heartbeats(self) -> None:
+        """Returns once all others have a new heartbeat; without one, the threads end it."""
+        before = [each["heartbeat"] for each in self._read().values() if "heartbeat" in each]
         self._wait_until(
-            lambda told: "end" in told or told.get("seen") not in before, seconds=LIMIT + GRACE
+            lambda status: "end" in status or status.get("heartbeat") not in before,
+            seconds=TIMEOUT + GRACE,
         )
 
     def fail(self, error: BaseException) -> None:
-        """Says so and waits for the others to end; if they would not have, skips JAX's exit."""
-        self._stop_looking()
-        self._tell("end", " ".join(f"failed {type(error).__name__}: {error}".split())[:500])
-        told = self._wait_until(
-            lambda told: "end" in told or "gone" in told, seconds=GRACE + 4 * BEAT
+        """Publishes it and waits for the others to end; if they do not, skips JAX's exit."""
+        self._stop_threads()
+        self._publish("end", " ".join(f"failed {type(error).__name__}: {error}".split())[:500])
+        statuses = self._wait_until(
+            lambda status: "end" in status or "gone" in status, seconds=GRACE + 4 * INTERVAL
         )
-        if any("end" not in told.get(peer, {}) for peer in range(self._count)):
+        if any("end" not in statuses.get(peer, {}) for peer in range(self._count)):
             atexit.register(self._exit_at_once)  # comes before JAX's, which is older
 
     def _exchange(self) -> None:
@@ -144,26 +146,26 @@ class _Watch:
         while not self._over.is_set():
             beats += 1
             with suppress(jax.errors.JaxRuntimeError):  # the store goes with process 0
-                self._tell("seen", f"{self._index}:{beats}")
-                told = self._read(None if self._index == 0 else 0)
-                self._sightings.note(told, time.monotonic())
-                if self._index > 0 and "verdict" in told.get(0, {}):
-                    self._end(told[0]["verdict"])
-            self._over.wait(BEAT)
+                self._publish("heartbeat", f"{self._index}:{beats}")
+                statuses = self._read(None if self._index == 0 else 0)
+                self._heartbeats.update(statuses, time.monotonic())
+                if self._index > 0 and "verdict" in statuses.get(0, {}):
+                    self._end(statuses[0]["verdict"])
+            self._over.wait(INTERVAL)
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         before = time.monotonic()
-        while not self._over.wait(BEAT / 2):
+        while not self._over.wait(INTERVAL / 2):
             now = time.monotonic()
-            if now - before > 2 * BEAT:  # this process stood still, and read nothing
-                self._sightings.excuse(now - before)
+            if now - before > 2 * INTERVAL:  # this process was stopped, and read nothing
+                self._heartbeats.excuse(now - before)
             before = now
-            verdict = self._sightings.verdict(now)
+            verdict = self._heartbeats.verdict(now)
             if verdict is not None:
                 self._end(verdict)
 
     def _end(self, verdict: str) -> None:
-        self._ending.acquire()  # never released: it is said once
+        self._ending.acquire()  # never released: it is printed once
         print(f"\n{_sentence(verdict, self._index)}", file=sys.stderr, flush=True)
         self._exit(EXIT_PEER_LOST, verdict=verdict)
 
@@ -172,61 +174,62 @@ class _Watch:
         sys.stderr.flush()
         self._exit(1)
 
-    def _exit(self, status: int, **told: str) -> None:
+    def _exit(self, exit_status: int, **published: str) -> None:
         """Without JAX, whose exit waits for all processes."""
 
-        def tell() -> None:
+        def publish() -> None:
             with suppress(jax.errors.JaxRuntimeError):
-                for what, value in {**told, "gone": "now"}.items():
-                    self._tell(what, value)
+                for key, value in {**published, "gone": "now"}.items():
+                    self._publish(key, value)
 
         try:
-            telling = threading.Thread(target=tell, daemon=True)  # it hangs where process 0 does
-            telling.start()
-            telling.join(BEAT)
-            if self._index == 0:  # JAX ends, in its own words, whoever is still there when 0 goes
+            thread = threading.Thread(target=publish, daemon=True)  # it hangs where process 0 does
+            thread.start()
+            thread.join(INTERVAL)
+            if self._index == 0:  # when 0 exits, JAX ends the others, with messages of its own
                 self._wait_until(
-                    lambda told: "gone" in told or told.get("end") == "left", seconds=3 * BEAT
+                    lambda status: "gone" in status or status.get("end") == "left",
+                    seconds=3 * INTERVAL,
                 )
             if self._witness is not None:
                 self._witness.dismiss()
         finally:
-            os._exit(status)
+            os._exit(exit_status)
 
-    def _wait_until(self, done: Callable[[Told], bool], seconds: float) -> dict[int, Told]:
-        """What the processes told, as soon as all others are done; at the latest in `seconds`."""
+    def _wait_until(self, done: Callable[[Status], bool], seconds: float) -> dict[int, Status]:
+        """What the processes published, once all others are done; at the latest in `seconds`."""
         until = time.monotonic() + seconds
         while True:
-            told = self._read()
-            others = [told.get(peer, {}) for peer in range(self._count) if peer != self._index]
+            statuses = self._read()
+            others = [statuses.get(peer, {}) for peer in range(self._count) if peer != self._index]
             if all(map(done, others)) or time.monotonic() > until:
-                return told
-            time.sleep(BEAT / 4)
+                return statuses
+            time.sleep(INTERVAL / 4)
 
-    def _stop_looking(self) -> None:
+    def _stop_threads(self) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(BEAT)
+            thread.join(INTERVAL)
         if self._witness is not None:
             self._witness.dismiss()
 
-    def _tell(self, what: str, value: str) -> None:
-        self._store.key_value_set(f"{_KEYS}{self._index}/{what}", value, allow_overwrite=True)
+    def _publish(self, key: str, value: str) -> None:
+        self._store.key_value_set(f"{_KEYS}{self._index}/{key}", value, allow_overwrite=True)
 
-    def _read(self, peer: int | None = None) -> dict[int, Told]:
-        """What all processes told, or one."""
-        told: dict[int, dict[str, str]] = {}
+    def _read(self, peer: int | None = None) -> dict[int, Status]:
+        """What all processes published, or one."""
+        statuses: dict[int, dict[str, str]] = {}
         folder = _KEYS if peer is None else f"{_KEYS}{peer}/"
-        for key, value in self._store.key_value_dir_get(folder):
-            number, what = key.removeprefix(_KEYS).split("/")
-            told.setdefault(int(number), {})[what] = value
-        return {**told}
+        for path, value in self._store.key_value_dir_get(folder):
+            number, key = path.removeprefix(_KEYS).split("/")
+            statuses.setdefault(int(number), {})[key] = value
+        return {**statuses}
 
 
 class _Witness:
-    """Says that process 0 is lost where this process cannot: JAX ends it in the same moment.
+    """Prints that process 0 is lost where this process cannot: JAX ends it in the same moment.
 
-    A child, which does nothing until this process is gone. If process 0 is, too, it says so.
+    A child process, which waits until this process is gone. If process 0 is, too, it prints that.
     """
 
     _PROGRAM = """
@@ -251,9 +254,9 @@ if not sys.stdin.read():
         )
 
     def dismiss(self) -> None:
-        """This process ends by itself."""
+        """This process ends without the witness."""
         with suppress(OSError, ValueError):  # it is gone already, or dismissed
-            self._child.communicate(b"dismissed", timeout=BEAT)
+            self._child.communicate(b"dismissed", timeout=INTERVAL)
 
 
 def _sentence(verdict: str, index: int) -> str:

@@ -1,8 +1,8 @@
-"""Several processes, one program: who has which rows, and what all of them agree on.
+"""Several processes, one program: which rows each has, and what all of them agree on.
 
-Plain multi-controller JAX (`jax.distributed`): every process runs the same loop, holds its own
-slice of each batch on the host, and joins the others in every collective, in the same order. What
-decides a shape or a branch must therefore be agreed on first. With one process all of this is free.
+Plain multi-controller JAX (`jax.distributed`): every process runs the same loop, holds its slice of
+each batch on the host, and takes part in every collective, in the same order. What decides a shape
+or a branch must therefore be agreed on first. With one process all of this is free.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
 
 from r1jax.sharding import Layout, process_batch_parts
+
+T = TypeVar("T")  # a JSON value
 
 
 def join_processes(environment: Mapping[str, str] = os.environ) -> None:
@@ -33,15 +35,15 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
       the last two, JAX asks the cluster for them.
     - `TPU_WORKER_HOSTNAMES` or `TPU_PROCESS_ADDRESSES` with several names, or
       `MEGASCALE_NUM_SLICES` above 1: GKE sets them in the pods of a TPU job.
-    - `R1JAX_MULTI_HOST=1`: JAX finds out by itself, on Cloud TPU VMs (whose environment says
-      nothing; tpu_scripts/ sets it) and under Slurm or MPI. One host alone is fine, too.
+    - `R1JAX_MULTI_HOST=1`: JAX detects the cluster, on Cloud TPU VMs (whose environment has no
+      other sign; tpu_scripts/ sets it) and under Slurm or MPI. One host alone is fine, too.
 
     Returns once all processes have joined, which may take five minutes.
 
     Raises:
       ValueError: a variable is not a number in range, or JAX knows of no other processes.
     """
-    if jax.distributed.is_initialized() or not (asked := _sign_of_others(environment)):
+    if jax.distributed.is_initialized() or not (sign := _sign_of_others(environment)):
         return
     count = _number(environment, "JAX_NUM_PROCESSES", least=1)
     index = _number(environment, "JAX_PROCESS_ID", least=0)
@@ -50,7 +52,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
             f"JAX_PROCESS_ID = {index}: with JAX_NUM_PROCESSES = {count} it is one of 0 to "
             f"{count - 1}"
         )
-    # SIGTERM is ours: JAX's handler would take it for a preemption that nobody asks it about.
+    # SIGTERM is handled here: JAX's handler would take it for a preemption that nobody polls.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -58,7 +60,7 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f"{asked} = {environment[asked]} says that this run has several processes, but JAX "
+            f"{sign} = {environment[sign]} says that this run has several processes, but JAX "
             f"does not find them ({error}). Unset it for a run on this machine alone, or set "
             "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
@@ -85,22 +87,30 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int | None
     return int(text)
 
 
+class KeyValueStore(Protocol):
+    """What is used of JAX's `DistributedRuntimeClient`; it needs no device."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+    def key_value_delete(self, key: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class DistributedProcess:
-    """This process among those that joined, and the key-value store of `jax.distributed`.
+    """This process among those of the run, and the key-value store of `jax.distributed`.
 
-    The store is a `DistributedRuntimeClient`, which works before, and without, any device; it lives
-    in process 0, at `address` (HOST:PORT).
+    The store is in process 0, at `address` (HOST:PORT).
     """
 
     index: int
     count: int
     address: str
-    store: Any
+    store: KeyValueStore
 
 
 def distributed_process() -> DistributedProcess | None:
-    """Who this process is; None without `jax.distributed`, and for one process that is alone."""
+    """This process; None without `jax.distributed`, and where there are no others."""
     state = distributed.global_state
     if state.client is None or state.num_processes == 1:
         return None
@@ -116,8 +126,8 @@ class DisagreementError(ValueError):
 _rounds = itertools.count()
 
 
-def agree(facts: Mapping[str, Any], remedy: str) -> None:
-    """Returns if all processes have the same facts; every process has to ask. Touches no device.
+def agree(facts: Mapping[str, object], remedy: str) -> None:
+    """Returns if all processes have the same facts; all have to call it. Touches no device.
 
     Args:
       facts: JSON; mappings may be nested.
@@ -129,44 +139,44 @@ def agree(facts: Mapping[str, Any], remedy: str) -> None:
     me = distributed_process()
     if me is None:
         return
-    # Milliseconds; longer than peers.py waits, which says who is missing.
+    # Milliseconds; longer than peers.py waits, which says which process is missing.
     keys, wait = f"r1jax/agree/{next(_rounds)}", 600_000
-    own = {"host": socket.gethostname(), "facts": facts}
-    me.store.key_value_set(f"{keys}/{me.index}", json.dumps(own))
+    message = {"host": socket.gethostname(), "facts": facts}
+    me.store.key_value_set(f"{keys}/{me.index}", json.dumps(message))
     if me.index == 0:
-        told = [
+        messages = [
             json.loads(me.store.blocking_key_value_get(f"{keys}/{index}", wait))
             for index in range(me.count)
         ]
-        found = differences([one["facts"] for one in told], [one["host"] for one in told])
-        me.store.key_value_set(f"{keys}/found", json.dumps(found))
-    found = json.loads(me.store.blocking_key_value_get(f"{keys}/found", 2 * wait))
-    if found:
-        more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
-        listed = "\n  ".join([*found[:8], *more])
+        lines = differences([m["facts"] for m in messages], [m["host"] for m in messages])
+        me.store.key_value_set(f"{keys}/differences", json.dumps(lines))
+    lines = json.loads(me.store.blocking_key_value_get(f"{keys}/differences", 2 * wait))
+    if lines:
+        rest = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+        listed = "\n  ".join([*lines[:8], *rest])
         raise DisagreementError(f"the processes of this run do not agree:\n  {listed}\n{remedy}")
 
 
-def differences(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
+def differences(facts: Sequence[Mapping[str, object]], hosts: Sequence[str]) -> list[str]:
     """Facts that are not the same in all processes: `key.path: value in process 1 (host); ...`.
 
     Args:
       facts, hosts: of each process; the rarest value comes first.
     """
     leaves = [dict(_leaves(each)) for each in facts]
-    found = []
+    lines = []
     for path in dict.fromkeys(path for each in leaves for path in each):
         holders: dict[str, list[int]] = {}
         for index, each in enumerate(leaves):
             holders.setdefault(each.get(path, "nothing"), []).append(index)
         if len(holders) > 1:
             values = sorted(holders.items(), key=lambda item: len(item[1]))
-            told = "; ".join(f"{value} in {_named(who, hosts)}" for value, who in values)
-            found.append(f"{path}: {told}")
-    return found
+            listed = "; ".join(f"{value} in {_named(those, hosts)}" for value, those in values)
+            lines.append(f"{path}: {listed}")
+    return lines
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
     """The values of a JSON tree by `key.path`, as JSON; empty mappings and lists are values."""
     if not tree or not isinstance(tree, Mapping | list):
         yield path, json.dumps(tree)
@@ -178,8 +188,8 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def _named(processes: Sequence[int], hosts: Sequence[str]) -> str:
     """`processes 0 (host-a), 1 (host-b) and 62 more`."""
     shown = ", ".join(f"{index} ({hosts[index]})" for index in processes[:4])
-    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
-    return f"process{'es' if len(processes) > 1 else ''} {shown}{more}"
+    rest = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+    return f"process{'es' if len(processes) > 1 else ''} {shown}{rest}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class BatchSlice:
 def process_batch_slice(layout: Layout) -> BatchSlice:
     """The slice of the batch that this process's devices hold.
 
-    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same share,
+    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same slice,
     and read and score the same rows.
 
     Raises:
@@ -230,33 +240,33 @@ def any_process(flag: bool) -> bool:
     return bool(max_over_processes(int(flag)))
 
 
-def gather(rows: list[Any], layout: Layout) -> list[Any]:
-    """The JSON rows of all shares of the batch, in its order; the same list in every process."""
+def gather(rows: list[T], layout: Layout) -> list[T]:
+    """The JSON rows of all slices of the batch, in its order; the same list in every process."""
     if jax.process_count() == 1:
         return rows
-    own = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = max_over_processes(len(own))
+    data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    size = max_over_processes(len(data))
     padded = np.zeros(size + 16, np.uint8)
-    padded[: len(own)] = own
-    padded[size:].view(np.int64)[:] = (process_batch_slice(layout).index, len(own))
-    shares: dict[int, list[Any]] = {}
+    padded[: len(data)] = data
+    padded[size:].view(np.int64)[:] = (process_batch_slice(layout).index, len(data))
+    slices: dict[int, list[T]] = {}
     for message in np.asarray(multihost_utils.process_allgather(padded)):
         index, length = (int(x) for x in message[size:].copy().view(np.int64))
-        shares[index] = json.loads(message[:length].tobytes())
-    return [row for index in sorted(shares) for row in shares[index]]
+        slices[index] = json.loads(message[:length].tobytes())
+    return [row for index in sorted(slices) for row in slices[index]]
 
 
-def from_process_zero(rows: list[Any]) -> list[Any]:
-    """The JSON rows that process 0 has; what the others give is ignored."""
+def from_process_zero(rows: list[T]) -> list[T]:
+    """The JSON rows of process 0, in every process; those of the others are ignored."""
     if jax.process_count() == 1:
         return rows
-    own = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = max_over_processes(len(own) if jax.process_index() == 0 else 0)
+    data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    size = max_over_processes(len(data) if jax.process_index() == 0 else 0)
     message = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
-        message[:] = own
-    everywhere = np.asarray(multihost_utils.broadcast_one_to_all(message))
-    return list(json.loads(everywhere.astype(np.uint8).tobytes()))
+        message[:] = data
+    broadcast = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return list(json.loads(broadcast.astype(np.uint8).tobytes()))
 
 
 def wait_for_all(where: str) -> None:

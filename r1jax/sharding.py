@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+Tree = TypeVar("Tree")  # a pytree of arrays
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -46,7 +47,8 @@ DEFAULT_RULES: Rules = {
 }
 
 # A decoded token has no time to split: the devices of a `sequence` axis take more prompts. And it
-# waits for every weight that is gathered: those of an `expert` axis each hold what is no expert's.
+# waits for every weight that is gathered: the devices of an `expert` axis replicate what is not in
+# an expert.
 ROLLOUT_RULES: Rules = {
     **DEFAULT_RULES,
     "embed": ("fsdp", "sequence"),
@@ -120,7 +122,7 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def shards(self, axis: str) -> int:
-        """Into how many parts the logical axis is split."""
+        """The number of parts that the logical axis is split into."""
         return math.prod(self.mesh.shape[t] for t in dict(self.rules)[axis])
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
@@ -130,10 +132,10 @@ class Layout:
 
 
 def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
-    """This process's rows [n, ...] as its part of an array that is split along the batch.
+    """This process's rows [n, ...] as its slice of an array that is split along the batch.
 
     They fill the parts of the batch that its devices hold, in the batch's order; the parts of a
-    process need not be neighbours, since a slice's devices are not arranged host by host.
+    process need not be neighbours, since a TPU slice's devices are not arranged host by host.
 
     Raises:
       ValueError: the rows do not divide by the process's parts of the batch.
@@ -146,36 +148,37 @@ def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
             "process; change the number of rows or mesh.axes"
         )
     size = len(rows) // len(parts)
-    place = {part * size: i * size for i, part in enumerate(parts)}
+    first_row = {part * size: i * size for i, part in enumerate(parts)}
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        first = place[index[0].start or 0]
+        first = first_row[index[0].start or 0]
         return rows[first : first + size]
 
     shape = (size * layout.shards("batch"), *rows.shape[1:])
     return jax.make_array_from_callback(shape, sharding, piece)
 
 
-def move_rows(rows: Any, layout: Layout) -> Any:
-    """Arrays [n, ...] of the same devices, split along the batch as `layout` says."""
+def move_rows(rows: Tree, layout: Layout) -> Tree:
+    """A pytree of arrays [n, ...] of the same devices, split along the batch as `layout` says."""
 
     def sharding(leaf: jax.Array) -> NamedSharding:
         return layout.sharding(("batch", *(None,) * (leaf.ndim - 1)), shape=leaf.shape, name="rows")
 
-    return jax.jit(_same, out_shardings=jax.tree.map(sharding, rows))(rows)
+    moved: Tree = jax.jit(_same, out_shardings=jax.tree.map(sharding, rows))(rows)
+    return moved
 
 
-def _same(tree: Any) -> Any:
+def _same(tree: Tree) -> Tree:
     return tree
 
 
 def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]:
-    """Which of the batch's equal parts the devices of a process (default: this one) hold."""
+    """Indices of the batch's equal parts that a process's devices (default: this one's) hold."""
     process = jax.process_index() if process is None else process
-    placed = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
+    slices = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
     devices = [device for device in layout.mesh.devices.flat if device.process_index == process]
-    return sorted({placed[device][0].start or 0 for device in devices})
+    return sorted({slices[device][0].start or 0 for device in devices})
 
 
 def to_process_rows(array: jax.Array) -> np.ndarray:
@@ -219,13 +222,13 @@ def make_rollout_layout(
 ) -> Layout:
     """The same devices as those of `training`, arranged for sampling.
 
-    Their order stays the same, so that one compiled program can move weights from one layout to the
+    Their order is the same, so that one compiled program can move weights from one layout to the
     other.
 
     Args:
       axes: as in `make_layout`; default: those of `training`.
       overrides: rules in place of the default ones for sampling.
-      inherited: rules that training was given; `overrides` go before them.
+      inherited: the config's rules for training; `overrides` take precedence.
 
     Raises:
       ValueError: as `make_layout`.
@@ -313,10 +316,10 @@ def _either(options: Sequence[object]) -> str:
 
 
 def split_cpu(devices: int | Literal["cores"]) -> None:
-    """Let JAX's CPU be several devices, so that a batch split over them keeps every core busy.
+    """Make JAX's CPU several devices, so that a batch split over them keeps every core busy.
 
-    XLA runs the small operations of a decode loop on one core, however many there are. To be called
-    before JAX starts; later it changes nothing. Accelerators are not concerned.
+    XLA runs the small operations of a decode loop on one core. Call it before JAX starts; later it
+    changes nothing. It does not affect accelerators.
 
     Args:
       devices: `cores` is one per core, rounded down to a power of two, which batches divide by.
