@@ -15,10 +15,12 @@ from r1jax.sharding import Layout
 
 Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar"]
+# A `config.json`.
+HuggingFaceConfig = dict[str, Any]
 AttentionKernel = Literal["xla", "splash", "flash"]
 RematPolicy = Literal["none", "dots", "full"]
 
-# A class of transformers is named after the family and what stands on the decoder.
+# A transformers class is named by the family and the head.
 _HF_FAMILY: dict[str, str] = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
@@ -46,8 +48,8 @@ class Llama3RopeScaling:
 class YarnRopeScaling:
     """YaRN (arXiv 2309.00071): frequencies that turn rarely are divided by `factor`.
 
-    beta_fast, beta_slow: turns within the original context above which a frequency stays as it is,
-        and below which it is divided; linear in the dimension between them.
+    beta_fast, beta_slow: turns within the original context above which a frequency is kept, and
+        below which it is divided; linear in the dimension between them.
     mscale, mscale_all_dim: how much attention is sharpened for the longer context, on the rotated
         dimensions and on all of them; see `sharpening`.
     """
@@ -68,10 +70,10 @@ class YarnRopeScaling:
 class LatentAttention:
     """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads from one latent.
 
-    Of a token, `kv_lora_rank + qk_rope_head_dim` values are remembered: the latent, from which
+    The KV cache holds `kv_lora_rank + qk_rope_head_dim` values of a token: the latent, from which
     every head's keys and values are projected, and a rotated key that all heads share.
 
-    q_lora_rank: rank of the queries' own latent; None: queries are projected in one step.
+    q_lora_rank: rank of the queries' latent; None: queries are projected in one step.
     qk_nope_head_dim, qk_rope_head_dim: a head's query and key without and with a position.
     """
 
@@ -86,14 +88,14 @@ class LatentAttention:
 class MixtureOfExperts:
     """Routed and shared experts in place of the MLP (arXiv 2412.19437, section 2.1.2).
 
-    first_k_dense_replace: so many first layers have the dense MLP.
-    n_group, topk_group: experts lie in equal groups, and a token chooses within its best ones.
+    first_k_dense_replace: the number of first layers that have the dense MLP.
+    n_group, topk_group: experts are in equal groups, and a token chooses within its best groups.
     norm_topk_prob: the chosen experts' weights are divided by their sum.
     routed_scaling_factor: and multiplied by this.
-    scoring_func: how an expert scores for itself, or against the others.
-    topk_method: `noaux_tc` chooses by scores plus a bias, a group being worth its two best experts
-        (DeepSeek-V3); `group_limited_greedy` by scores, a group being worth its best (V2, arXiv
-        2405.04434); `greedy` regardless of groups (V2-Lite).
+    scoring_func: a score of each expert alone, or normalised over all.
+    topk_method: `noaux_tc` chooses by scores plus a bias, a group's score being that of its two
+        best experts (DeepSeek-V3); `group_limited_greedy` by scores, a group's being that of its
+        best (V2, arXiv 2405.04434); `greedy` regardless of groups (V2-Lite).
     """
 
     n_routed_experts: int
@@ -110,17 +112,17 @@ class MixtureOfExperts:
 
     @property
     def biased(self) -> bool:
-        """Whether a bias for each expert has a say in the choice."""
+        """Whether a bias of each expert is added for the choice."""
         return self.topk_method == "noaux_tc"
 
     @property
-    def index_dtype(self) -> np.dtype[Any]:
-        """The smallest integers that tell the experts apart."""
+    def index_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest integer type for the experts' indices."""
         return np.min_scalar_type(self.n_routed_experts - 1)
 
     @property
     def group_score_experts(self) -> int:
-        """How many of a group's experts make up its score."""
+        """How many of a group's best experts its score is the sum of."""
         return 2 if self.biased else 1
 
     def __post_init__(self) -> None:
@@ -162,11 +164,11 @@ class ModelConfig:
     one, `to_hugging_face` writes one.
 
     head_dim: of a query and a key; with latent attention, both of its parts together.
-    latent, experts: the two parts that DeepSeek-V3 has and the dense families have not.
+    latent, experts: of DeepSeek-V3; None in the dense families.
     num_nextn_predict_layers: 1 with a module that predicts the token after the next (see
         `r1jax.models.multi_token_prediction`), else 0.
-    head: what is read off the activations: `language`, the logits of the next token, or `scalar`,
-        one number (a reward model: a sequence classification with one label).
+    head: the output: `language`, the logits of the next token, or `scalar`, one number (a reward
+        model: a sequence classification with one label).
     """
 
     architecture: Architecture
@@ -221,14 +223,14 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, range]:
-        """Layers that are alike, and so stacked in one array: name in the tree -> their indices."""
+        """Equal layers, stacked in one array of weights: name in the tree -> their indices."""
         dense = 0 if self.experts is None else self.experts.first_k_dense_replace
         first = {"dense_layers": range(dense)} if dense else {}
         return {**first, "layers": range(dense, self.num_hidden_layers)}
 
     @property
     def prediction_layers(self) -> range:
-        """Indices of the layers of multi-token prediction, behind the decoder's own."""
+        """Indices of the layers of multi-token prediction, after the decoder's."""
         first = self.num_hidden_layers
         return range(first, first + self.num_nextn_predict_layers)
 
@@ -271,7 +273,7 @@ class ModelConfig:
         return self.architecture == "qwen3"
 
     @staticmethod
-    def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
+    def from_hugging_face(config: HuggingFaceConfig) -> ModelConfig:
         """Read a `config.json` mapping; raises ValueError naming what is unsupported."""
         architecture = config.get("model_type")
         if architecture not in _HF_FAMILY:
@@ -333,7 +335,7 @@ class ModelConfig:
             num_nextn_predict_layers=config.get("num_nextn_predict_layers", 0),
         )
 
-    def to_hugging_face(self) -> dict[str, Any]:
+    def to_hugging_face(self) -> HuggingFaceConfig:
         """The mapping that `from_hugging_face` inverts, readable by transformers 4 and 5."""
         scalar = self.head == "scalar"
         scaling: dict[str, Any] | None = None
@@ -384,7 +386,7 @@ class ModelConfig:
         }
 
 
-def _head(config: Mapping[str, Any]) -> Head:
+def _head(config: HuggingFaceConfig) -> Head:
     """What a `config.json` puts on its decoder; a mapping without a class is a language model."""
     classes = config.get("architectures") or []
     if not any(str(name).endswith(_HF_HEAD["scalar"]) for name in classes):
@@ -398,7 +400,7 @@ def _head(config: Mapping[str, Any]) -> Head:
 
 
 def _fields_of(
-    part: type[LatentAttention] | type[MixtureOfExperts], config: Mapping[str, Any]
+    part: type[LatentAttention] | type[MixtureOfExperts], config: HuggingFaceConfig
 ) -> dict[str, Any]:
     """Those entries that are fields of `part`; without groups, transformers writes null."""
     return {
@@ -415,7 +417,7 @@ _DEEPSEEK: dict[str, dict[str, Any]] = {
 }
 
 
-def _refuse_other_deepseeks(config: Mapping[str, Any]) -> None:
+def _refuse_other_deepseeks(config: HuggingFaceConfig) -> None:
     """Variants that no released DeepSeek-V2, V3, R1 or Moonlight has."""
     only: dict[str, Any] = {
         "moe_layer_freq": 1,
@@ -456,13 +458,12 @@ def _rope_scaling(
 class Execution:
     """How the same function is computed: none of these fields changes the mathematics.
 
-    remat: what the backward pass keeps of a layer: `none` recomputes nothing, `dots` keeps the
-        matrix products, `full` keeps only the layer's input.
+    remat: what the backward pass keeps of a layer, see `r1jax.models.remat`.
     scan_layers: one compiled layer body in a loop (fast to compile), or an unrolled network
         (faster on the CPU, where loops over stacked weights copy them).
     log_prob_chunk: time steps whose logits exist at once.
-    expert_chunk: tokens that a device sends to their experts at once.
-    attention: `xla` everywhere, `splash` on TPU, `flash` (Pallas) on GPU.
+    expert_chunk: tokens that a device dispatches to their experts at once.
+    attention: `xla` on any platform, `splash` on TPU, `flash` (Pallas) on GPU.
     """
 
     param_dtype: DTypeLike = jnp.float32

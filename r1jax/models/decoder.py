@@ -396,7 +396,7 @@ def run_new_tokens(
 
         def attend(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
             q = split(q)
-            entries = tuple(map(split, entries))
+            entries = tuple(map(split, kv_cache.padded(entries, model)))
             written = kv_cache.write(stored, entries, new.entry, model, index)
             seen = kv_cache.read(written, model, index)
             if config.latent is not None:

@@ -115,8 +115,8 @@ def cache_arrays(
     return [(tuple(shape[i] for i in order), tuple(axes[i] for i in order)) for shape in shapes]
 
 
-def _padded(entries: LayerCache, model: Decoder) -> LayerCache:
-    """Entries [..., width] with the zeros of `_entry_shapes`."""
+def padded(entries: LayerCache, model: Decoder) -> LayerCache:
+    """A layer's entries [..., width] in the width that they have in the cache."""
     return tuple(
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
         for x, (_, width) in zip(entries, _entry_shapes(model), strict=True)
@@ -130,7 +130,7 @@ def prompt_entries(entries: LayerCache, model: Decoder) -> LayerCache:
     """A layer's arrays of a `PromptCache`, from [batch, prompt_time, heads, width] each."""
     heads_axis, width_axis = _head_axes(model)
     axes = ("batch", heads_axis, None, width_axis)
-    return tuple(model.layout.constrain(x.swapaxes(-3, -2), axes) for x in _padded(entries, model))
+    return tuple(model.layout.constrain(x.swapaxes(-3, -2), axes) for x in padded(entries, model))
 
 
 def empty_cache(
@@ -197,12 +197,12 @@ def write(
 
     Args:
       stored: a layer's arrays in a `KVCache`, or with `layer` those of its stack.
-      new: [batch, samples, tokens, heads, width] each.
+      new: [batch, samples, tokens, heads, width] each, `padded`.
       entry: at most capacity - tokens.
       layer: index in the stack.
     """
     axis, order = _time_axis(model), _memory_order(model)
-    new = tuple(x.swapaxes(-3, -2).transpose(order) for x in _padded(new, model))
+    new = tuple(x.swapaxes(-3, -2).transpose(order) for x in new)
     if layer is None:
         put = jax.lax.dynamic_update_slice_in_dim
         return tuple(put(old, x, entry, axis) for old, x in zip(stored, new, strict=True))

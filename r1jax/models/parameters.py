@@ -1,14 +1,14 @@
 """Every weight, declared once.
 
-`declare(config)` is the only place where shapes, logical axes, initial values and checkpoint
-names are written down; initial values, shardings and Hugging Face loading and export derive from
-it. The tree it returns is the tree of weights.
+Only `declare(config)` says shapes, logical axes, initial values and checkpoint names; initial
+values, shardings and Hugging Face loading and export derive from it. The tree that it returns is
+the tree of weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,27 @@ from jax.typing import DTypeLike
 from r1jax.models.config import ModelConfig
 from r1jax.sharding import Axes, Layout
 
-Params = dict[str, Any]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Key, PyTree
+
+# The tree of weights: arrays by name, those of a stack of layers in a tree of their own.
+Params = dict[str, "PyTree"]
+# The same tree with a `ParamSpec` for each array.
+ParamSpecs = dict[str, "PyTree"]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a weight lies in a Hugging Face checkpoint.
+    """A weight in a Hugging Face checkpoint.
 
-    name: with `{layer}` where the weight has one tensor per layer, and `{expert}` where each
-        expert has its own.
+    name: with `{layer}` where the weight has one tensor per layer, and `{expert}` where it has one
+        per expert.
     shape: of one such tensor once its merged dimensions are split (a `[heads * head_dim, hidden]`
         matrix has shape `(heads, head_dim, hidden)`).
     order: `value = tensor.reshape(shape).transpose(order)`.
     first_layer: the layer that the first entry belongs to.
-    copies: names under which the same tensor is stored again. They are written, and when read they
-        may be there.
+    copies: names under which the same tensor is stored again. They are written, and optional when
+        read.
     """
 
     name: str
@@ -44,7 +50,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight: shape, logical axes, initial distribution and place in a checkpoint.
+    """One weight: shape, logical axes, initial distribution and checkpoint tensors.
 
     exact: kept in float32 whatever the dtype of the others.
     """
@@ -56,7 +62,7 @@ class ParamSpec:
     exact: bool = False
 
     def dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """The weight's own, where the others have `dtype`."""
+        """The dtype of this weight, where the others have `dtype`."""
         return jnp.float32 if self.exact else dtype
 
     @property
@@ -76,7 +82,7 @@ def is_spec(node: object) -> bool:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Declares the weights of layers that are alike, stacked along a first dimension."""
+    """Declares the weights of equal layers, stacked along a first dimension."""
 
     layers: range
 
@@ -122,11 +128,11 @@ class _Stack:
         return Stored(f"model.layers.{{layer}}.{name}", shape, order, file, self.layers.start)
 
 
-def declare(config: ModelConfig) -> dict[str, Any]:
+def declare(config: ModelConfig) -> ParamSpecs:
     """The tree of `ParamSpec`s of a decoder and its head.
 
-    Layers that are alike are stacked: `layers`, and where experts begin after some dense layers,
-    those as `dense_layers`. The module of multi-token prediction is `prediction`: one more layer
+    Equal layers are stacked: `layers`, and where experts begin after some dense layers, those as
+    `dense_layers`. The module of multi-token prediction is `prediction`: one more layer
     and what joins it to the decoder, whose embedding and head it shares.
     """
     hidden = config.hidden_size
@@ -134,7 +140,7 @@ def declare(config: ModelConfig) -> dict[str, Any]:
     copies = _copies(config, "embed_tokens")
     if config.tie_word_embeddings:
         copies += _copies(config, "shared_head.head")
-    tree: dict[str, Any] = {
+    tree: ParamSpecs = {
         "embed": ParamSpec(
             vocab,
             ("vocab", "embed"),
@@ -240,7 +246,7 @@ def _dense_mlp(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def _swiglu(
-    stack: _Stack, place: str, hidden: int, inner: int, experts: int | None = None
+    stack: _Stack, name: str, hidden: int, inner: int, experts: int | None = None
 ) -> dict[str, ParamSpec]:
     embed = "embed" if experts is None else "expert_embed"
     shapes: dict[str, tuple[tuple[int, ...], Axes]] = {
@@ -249,8 +255,8 @@ def _swiglu(
         "down": ((inner, hidden), ("mlp", embed)),
     }
     return {
-        name: stack.matrix(f"{place}.{name}_proj", shape, axes, experts=experts)
-        for name, (shape, axes) in shapes.items()
+        part: stack.matrix(f"{name}.{part}_proj", shape, axes, experts=experts)
+        for part, (shape, axes) in shapes.items()
     }
 
 
@@ -273,7 +279,7 @@ def _mixture(stack: _Stack, config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def declare_head(config: ModelConfig) -> dict[str, ParamSpec]:
-    """The weights that only `config.head` has; a tied output matrix is none."""
+    """The weights of `config.head` alone; a tied output matrix is none of them."""
     hidden = config.hidden_size
     if config.head == "scalar":
         stored = Stored("score.weight", (1, hidden), (1, 0), (1, hidden))
@@ -298,7 +304,7 @@ def abstract_params(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Pa
     return _abstract(declare(config), layout, dtype)
 
 
-def _abstract(declared: dict[str, Any], layout: Layout, dtype: DTypeLike) -> Params:
+def _abstract(declared: ParamSpecs, layout: Layout, dtype: DTypeLike) -> Params:
     named = jax.tree.leaves_with_path(declared, is_leaf=is_spec)
     leaves = [
         jax.ShapeDtypeStruct(
@@ -316,14 +322,14 @@ def _abstract(declared: dict[str, Any], layout: Layout, dtype: DTypeLike) -> Par
 
 
 def init_params(
-    key: jax.Array, config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
+    key: Key[Array, ""], config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
 ) -> Params:
     """Random weights, created sharded (no host or single device ever holds the whole tree)."""
     return _create(key, declare(config), config, layout, dtype)
 
 
 def init_head(
-    key: jax.Array, config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
+    key: Key[Array, ""], config: ModelConfig, layout: Layout, dtype: DTypeLike = jnp.float32
 ) -> Params:
     """Random weights of the head alone, for a decoder that was trained under another one."""
     return _create(key, declare_head(config), config, layout, dtype)
@@ -331,7 +337,7 @@ def init_head(
 
 def _create(
     key: jax.Array,
-    declared: dict[str, Any],
+    declared: ParamSpecs,
     config: ModelConfig,
     layout: Layout,
     dtype: DTypeLike,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+    Real = Float[Array, "*batch"] | float
+    Whole = Int[Array, "*batch"] | int
 
 _REMOVED = -1e30
 
@@ -19,20 +25,24 @@ class Sampling:
     temperature: 0 is greedy. top_p: 1 is off. top_k: 0 is off. min_p: 0 is off.
     """
 
-    temperature: Any = 1.0
-    top_p: Any = 1.0
-    top_k: Any = 0
-    min_p: Any = 0.0
+    temperature: Real = 1.0
+    top_p: Real = 1.0
+    top_k: Whole = 0
+    min_p: Real = 0.0
 
 
-def sample_keys(seed: Any, step: Any, prompt_ids: jax.Array, samples: jax.Array) -> jax.Array:
+def sample_keys(
+    seed: UInt32[Array, ""] | int,
+    step: UInt32[Array, ""] | int,
+    prompt_ids: UInt32[Array, " batch"],
+    samples: Int[Array, "batch samples"],
+) -> Key[Array, "batch samples"]:
     """One key per (prompt, sample), a function of (seed, step, prompt id, sample index) alone.
 
-    Args:
-      prompt_ids: uint32 [batch]. samples: int32 [batch, samples], the samples' indices.
+    So sample i of a prompt is the same in any batch and on any mesh.
 
-    Returns:
-      Typed keys [batch, samples]: sample i of a prompt is the same in any batch and on any mesh.
+    Args:
+      samples: the samples' indices.
     """
     run = jax.random.fold_in(jax.random.key(seed), step)
     prompts = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompt_ids)
@@ -41,21 +51,23 @@ def sample_keys(seed: Any, step: Any, prompt_ids: jax.Array, samples: jax.Array)
     )
 
 
-def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def filter_logits(
+    logits: Float[Array, "batch samples vocab"], sampling: Sampling
+) -> Float[Array, "batch samples vocab"]:
     """Temperature, then top-k, top-p and min-p in transformers' order.
 
     Ties with the last kept logit are kept. Sorting is skipped at run time unless a filter is on.
 
     Args:
-      logits: float32 [batch, samples, vocab].
+      logits: in float32.
 
     Returns:
-      The sampling distribution's unnormalised log-probabilities [batch, samples, vocab].
+      The sampling distribution's unnormalised log-probs.
     """
 
-    def column(value: Any) -> jax.Array:
-        value = jnp.asarray(value)
-        return value.reshape(value.shape + (1,) * (3 - value.ndim)) if value.ndim else value
+    def column(value: Real | Whole) -> jax.Array:
+        array = jnp.asarray(value)
+        return array.reshape(array.shape + (1,) * (3 - array.ndim)) if array.ndim else array
 
     temperature = column(sampling.temperature)
     top_p, top_k, min_p = column(sampling.top_p), column(sampling.top_k), column(sampling.min_p)
@@ -82,48 +94,52 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def draw(
-    logits: jax.Array, keys: jax.Array, position: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits: Float[Array, "batch samples vocab"],
+    keys: Key[Array, "batch samples"],
+    position: Int[Array, "*batch_samples"],
+    sampling: Sampling,
+) -> tuple[
+    Int[Array, "batch samples"], Float[Array, "batch samples"], Float[Array, "batch samples"]
+]:
     """Draw one token per sample.
 
     Args:
-      logits: float32 [batch, samples, vocab].
-      keys: [batch, samples] from `sample_keys`.
-      position: int32, the index of the new token, folded into the keys; a scalar, or
-        [batch, samples].
+      logits: in float32.
+      keys: from `sample_keys`.
+      position: the index of the new token, folded into the keys; a scalar, or [batch, samples].
 
     Returns:
-      Tokens int32, the log-prob under the policy softmax(logits / temperature) (temperature 1 when
-      greedy), and the log-prob under the filtered distribution really drawn from; all
-      [batch, samples].
+      Tokens, the log-prob under the policy softmax(logits / temperature) (temperature 1 when
+      greedy), and the log-prob under the filtered distribution that it was drawn from.
     """
     filtered = filter_logits(logits, sampling)
     tokens = draw_filtered(filtered, _uniforms(keys, position, 2))
-    return tokens, *token_log_probs(tokens, logits, filtered, sampling)
+    return tokens, *drawn_log_probs(tokens, logits, filtered, sampling)
 
 
-def draw_filtered(filtered: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Tokens [batch, samples] of the distribution that `filter_logits` gives.
-
-    Args:
-      uniforms: [batch, samples, 2] in [0, 1).
-    """
+def draw_filtered(
+    filtered: Float[Array, "batch samples vocab"], uniforms: Float[Array, "batch samples 2"]
+) -> Int[Array, "batch samples"]:
+    """Tokens of the distribution that `filter_logits` gives, from numbers in [0, 1)."""
     best = jnp.max(filtered, axis=-1, keepdims=True)
     return _inverse_cdf(jnp.exp(filtered - best), uniforms)
 
 
-def token_log_probs(
-    tokens: jax.Array, logits: jax.Array, filtered: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of tokens [batch, samples] under the policy, and under what `filtered` leaves."""
+def drawn_log_probs(
+    tokens: Int[Array, "batch samples"],
+    logits: Float[Array, "batch samples vocab"],
+    filtered: Float[Array, "batch samples vocab"],
+    sampling: Sampling,
+) -> tuple[Float[Array, "batch samples"], Float[Array, "batch samples"]]:
+    """Log-probs of tokens under the policy, and under the filtered distribution."""
     temperature = jnp.asarray(sampling.temperature)
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     if temperature.ndim:
         temperature = temperature[:, None, None]
     scaled = logits / temperature
 
-    def at_token(scores: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+    def at_token(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
     policy = at_token(scaled) - jax.nn.logsumexp(scaled, axis=-1)
     best = jnp.max(filtered, axis=-1, keepdims=True)
@@ -132,50 +148,49 @@ def token_log_probs(
 
 
 def draft_and_verify_uniforms(
-    keys: jax.Array, position: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Numbers for `draw_filtered` of a draft, for keeping it, and for a draw in its place.
+    keys: Key[Array, "batch samples"], position: Int[Array, "*batch_samples"]
+) -> tuple[
+    Float[Array, "batch samples 2"], Float[Array, "batch samples"], Float[Array, "batch samples 2"]
+]:
+    """Numbers in [0, 1) for `draw_filtered` of a draft, for accepting it, and for a replacement.
 
     All are independent of each other and of those at other positions.
 
     Args:
       keys, position: as of `draw`.
-
-    Returns:
-      float32 [batch, samples, 2], [batch, samples] and [batch, samples, 2].
     """
     five = _uniforms(keys, position, 5)
     return five[..., :2], five[..., 2], five[..., 3:]
 
 
 def verify(
-    drafts: jax.Array,
-    draft_filtered: jax.Array,
-    filtered: jax.Array,
-    uniform: jax.Array,
-    others: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Keep a draft or draw another token, such that the result is distributed as `filtered` says.
+    drafts: Int[Array, "batch samples"],
+    draft_filtered: Float[Array, "batch samples vocab"],
+    filtered: Float[Array, "batch samples vocab"],
+    accept_uniform: Float[Array, "batch samples"],
+    replace_uniforms: Float[Array, "batch samples 2"],
+) -> tuple[Int[Array, "batch samples"], Bool[Array, "batch samples"]]:
+    """Accept a draft or draw another token, such that the result is distributed as `filtered`.
 
-    With p of the model and q of the draft, a draft x is kept with probability min(1, p(x) / q(x)),
-    and else replaced by a draw from max(0, p - q), normalised (arXiv 2211.17192, section 2.3).
+    With p of the model and q of the draft, a draft x is accepted with probability min(1, p(x) /
+    q(x)), and else replaced by a draw from max(0, p - q), normalised (arXiv 2211.17192, section
+    2.3).
 
     Args:
-      drafts: int32 [batch, samples], drawn from `draft_filtered`.
-      draft_filtered, filtered: [batch, samples, vocab], from `filter_logits` of the draft's and of
-        the model's logits.
-      uniform: [batch, samples] in [0, 1). others: [batch, samples, 2] in [0, 1).
+      drafts: drawn from `draft_filtered`.
+      draft_filtered, filtered: from `filter_logits` of the draft's and of the model's logits.
+      accept_uniform, replace_uniforms: numbers in [0, 1).
 
     Returns:
-      Tokens int32 [batch, samples], and bool, whether they are the drafts.
+      Tokens, and whether they are the drafts.
     """
     p, q = jax.nn.softmax(filtered, axis=-1), jax.nn.softmax(draft_filtered, axis=-1)
     of_p, of_q = (jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p, q))
-    kept = uniform * of_q < of_p
+    accepted = accept_uniform * of_q < of_p
     rest = jnp.maximum(p - q, 0.0)
     # Two equal distributions may differ by rounding alone, and leave nothing to draw from.
     rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)
-    return jnp.where(kept, drafts, _inverse_cdf(rest, others)), kept
+    return jnp.where(accepted, drafts, _inverse_cdf(rest, replace_uniforms)), accepted
 
 
 def _uniforms(keys: jax.Array, position: jax.Array, count: int) -> jax.Array:

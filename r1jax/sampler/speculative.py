@@ -34,8 +34,8 @@ from r1jax.sampler.distribution import (
     draft_and_verify_uniforms,
     draw,
     draw_filtered,
+    drawn_log_probs,
     filter_logits,
-    token_log_probs,
     verify,
 )
 from r1jax.sampler.options import Draws, SampleShape
@@ -139,7 +139,7 @@ def decode_speculatively(
         drafting = jnp.take_along_axis(drafting, last[..., None], axis=2)[:, :, 0]
         draft_filtered = filter_logits(logits(layers, drafting, model), draws.sampling)
         index = state.read + 1  # of the drafted token in the sample
-        for_draft, for_keeping, for_another = draft_and_verify_uniforms(state.keys, index)
+        for_draft, for_accepting, for_replacing = draft_and_verify_uniforms(state.keys, index)
         drafts = draw_filtered(draft_filtered, for_draft)
 
         # 2. The model reads the token that it has not read, and the draft.
@@ -155,7 +155,9 @@ def decode_speculatively(
         )
 
         # 3. The draft is accepted, and another token follows it; or a token takes its place.
-        tokens, accepted = verify(drafts, draft_filtered, filtered_first, for_keeping, for_another)
+        tokens, accepted = verify(
+            drafts, draft_filtered, filtered_first, for_accepting, for_replacing
+        )
         accepted &= state.running
         _, _, for_further = draft_and_verify_uniforms(state.keys, index + 1)
         further = draw_filtered(filtered_draft, for_further)
@@ -165,9 +167,9 @@ def decode_speculatively(
             accepted=state.samples.accepted + accepted,
         )
         eos_ids = draws.eos_ids
-        policy, drawn = token_log_probs(tokens, after_first, filtered_first, draws.sampling)
+        policy, drawn = drawn_log_probs(tokens, after_first, filtered_first, draws.sampling)
         samples, running = _append(drafted, state.running, tokens, policy, drawn, eos_ids)
-        policy, drawn = token_log_probs(further, after_draft, filtered_draft, draws.sampling)
+        policy, drawn = drawn_log_probs(further, after_draft, filtered_draft, draws.sampling)
         samples, still_running = _append(
             samples, running & accepted, further, policy, drawn, eos_ids
         )
