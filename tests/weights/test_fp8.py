@@ -26,7 +26,6 @@ from deepseek_models import PUBLISHED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import PUBLISHED
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from r1jax.models import ModelConfig, abstract_params, declare
