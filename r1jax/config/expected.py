@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -83,13 +83,14 @@ def named_values(field: FieldInfo) -> list[str]:
     return [str(v) for part in parts if get_origin(part) is Literal for v in get_args(part)]
 
 
-def describe(field: FieldInfo) -> str:
-    """What belongs at a key, in words."""
+def describe(field: FieldInfo, above: Sequence[object] = ()) -> str:
+    """What belongs at a key, in words; `above` has the limits of the union that it is part of."""
     origin, arguments = get_origin(field.annotation), get_args(field.annotation)
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin in (Union, UnionType):
-        return " or ".join(describe(FieldInfo.from_annotation(part)) for part in arguments)
+        parts = map(FieldInfo.from_annotation, arguments)
+        return " or ".join(describe(part, field.metadata) for part in parts)
     if origin is list:
         return f"a list (each {describe(FieldInfo.from_annotation(arguments[0]))})"
     if origin is dict:
@@ -99,9 +100,9 @@ def describe(field: FieldInfo) -> str:
         return f"a section with {', '.join(keys)}"
     limits = [
         f"{words} {getattr(limit, name):g}"
-        for limit in field.metadata
+        for limit in (*field.metadata, *above)
         for name, words in _LIMITS.items()
-        if hasattr(limit, name)
+        if hasattr(limit, name) and field.annotation in (int, float)
     ]
     return " ".join([_TYPES.get(field.annotation, "a value"), " and ".join(limits)]).rstrip()
 

@@ -188,6 +188,11 @@ def test_key_like_nothing_known_lists_what_is() -> None:
             "steps: 4\n    max_new_tokens: [{step: x, tokens: 2}]",
             '13: stages.rl.max_new_tokens.0.step = "x": should be an integer at least 0',
         ),
+        (
+            "steps: 4",
+            "steps: 4\n    reference_refresh_every: 4.5",
+            "13: stages.rl.reference_refresh_every = 4.5: should be an integer at least 1 or null",
+        ),
         ("accuracy: {weight: 1}", "1: {}", "7: the key 1 is not text: put it in quotes"),
     ],
 )
