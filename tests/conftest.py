@@ -54,7 +54,7 @@ def pytest_collection_finish() -> None:
 def cache_of_platform(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """What is remembered lies in memory as this platform wants it, wherever the test runs."""
+    """The KV cache has the memory order of this platform, wherever the test runs."""
     import jax
 
     from r1jax.sharding import Layout

@@ -1,6 +1,6 @@
 """Causal attention over whole rows (training, prefill), chosen by backend, and over a cache.
 
-All backends compute the same function: token t attends to the tokens s <= t of its own segment;
+All backends compute the same function: token t attends to the tokens s <= t of its segment;
 segment 0 is padding.
 """
 

@@ -322,7 +322,7 @@ class NewTokens:
     """A few new tokens of every sample, and what they attend to beside the prompts.
 
     entry: of the KV cache, the first of those that they fill.
-    visible: the entries that each attends to, its own included; the first two dimensions may be 1.
+    visible: the entries that each attends to, itself included; the first two dimensions may be 1.
     """
 
     tokens: Int[Array, "batch samples tokens"]

@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     chosen: the experts of each token, best first; of the smallest integer type that holds them.
         `time` are samples where new tokens are decoded.
     load: how many tokens of the whole batch chose each expert.
-    imbalance: `sequence_imbalance` of each row, where that was asked for; else 0.
+    imbalance: `sequence_imbalance` of each row, with `balance`; else 0.
     """
 
     chosen: Int[Array, "*layers batch time k"]
@@ -151,7 +151,7 @@ def _gather(weight: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Arr
     return jax.lax.all_gather(weight, axes, axis=dimension, tiled=True) if axes else weight
 
 
-class Routes(NamedTuple):
+class _Routes(NamedTuple):
     """chosen: the experts of each token, best first. weights: theirs. scores: of all experts."""
 
     chosen: Int[Array, "n k"]
@@ -165,7 +165,7 @@ def route(
     bias: Float[Array, " experts"] | None,
     experts: MixtureOfExperts,
     chosen: Int[Array, "n k"] | None = None,
-) -> Routes:
+) -> _Routes:
     """The experts of each token, and their weights; in float32.
 
     The bias (auxiliary-loss-free load balancing, arXiv 2408.15664) decides the choice and has no
@@ -187,7 +187,7 @@ def route(
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return Routes(chosen, weights * experts.routed_scaling_factor, scores)
+    return _Routes(chosen, weights * experts.routed_scaling_factor, scores)
 
 
 def _choose(ranking: jax.Array, experts: MixtureOfExperts) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_BLOCK = 32  # rows of a block on the CPU: small against a group, large against a loop's own cost
+_BLOCK = 32  # rows of a block on the CPU: small against a group, large against the cost of a loop
 
 
 @jax.custom_vjp
@@ -43,7 +43,7 @@ def _forward(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
 def _backward(residuals: Any, gradient: jax.Array) -> Any:
     rows, weights, sizes = residuals
     d_rows = grouped_product(gradient, weights.swapaxes(1, 2), sizes)
-    # XLA's own gradient of the weights multiplies, on TPU, every row for every group.
+    # XLA's gradient of the weights multiplies, on TPU, every row for every group.
     d_weights = jax.lax.platform_dependent(
         rows,
         gradient,

@@ -41,7 +41,7 @@ class TokenLogProbs(NamedTuple):
 class TargetLogProbs(NamedTuple):
     """Of target tokens, float32; the entropy carries no gradient.
 
-    most_likely: the most likely token in place of the target, where that was asked for.
+    most_likely: the most likely token in place of the target, or None.
     """
 
     log_probs: Float[Array, "batch time"]

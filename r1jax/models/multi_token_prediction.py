@@ -7,7 +7,7 @@ the tokens up to t, together with the embedding of token t + 1, and predicts tok
     x'  = decoder layer(x_1 ... x_T), causally                 (equation 22)
     P(token t + 2) = softmax(head(norm(x'_t)))                 (equation 23)
 
-The embedding and the head are the decoder's own. Two things the paper leaves open are as in vLLM,
+The embedding and the head are the decoder's. Two things the paper leaves open are as in vLLM,
 SGLang and transformers, which run the released weights: h is taken after the decoder's final norm,
 and M reads the embedding first (the paper writes it second). x_t is rotated as position t; some
 count from t + 1, which is the same, since only differences of positions matter.

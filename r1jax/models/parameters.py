@@ -20,7 +20,7 @@ from r1jax.sharding import Axes, Layout
 if TYPE_CHECKING:
     from jaxtyping import Array, Key, PyTree
 
-# The tree of weights: arrays by name, those of a stack of layers in a tree of their own.
+# The tree of weights: arrays by name, those of a stack of layers in a subtree.
 Params = dict[str, "PyTree"]
 # The same tree with a `ParamSpec` for each array.
 ParamSpecs = dict[str, "PyTree"]
@@ -98,7 +98,7 @@ class _Stack:
         """A torch Linear, which stores [*out, *in]; ours is [*in, *out].
 
         inputs: how many leading dimensions of `shape` are the matrix's input.
-        experts: so many of them, each a tensor of its own, along a dimension after the layers'.
+        experts: their number, in a dimension after the layers', with a tensor each.
         """
         outputs = len(shape) - inputs
         split = shape[inputs:] + shape[:inputs]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 
-def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " pairs"]:
+def _inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " pairs"]:
     """Angular frequencies in radians per token, of the rope_dim / 2 pairs.
 
     With Llama 3's scaling, wavelengths above `original / low_freq_factor` are stretched by
@@ -60,7 +60,7 @@ def rotations(
 
     With YaRN they carry what `mscale` sharpens on top of `mscale_all_dim`.
     """
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
+    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(config)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     scaling = config.rope_scaling
     if not isinstance(scaling, YarnRopeScaling):

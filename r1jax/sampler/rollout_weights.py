@@ -21,12 +21,14 @@ def to_sample(policy: Decoder, layout: Layout) -> Decoder:
 
 
 def reads_as_is(policy: Decoder, sampler: Decoder) -> bool:
-    """Whether the sampler's weights are the policy's own arrays."""
-    own, wanted = (
+    """Whether the sampler's weights are the policy's arrays."""
+    trained, wanted = (
         abstract_params(model.config, model.layout, model.execution.param_dtype)
         for model in (policy, sampler)
     )
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.sharding == b.sharding, own, wanted)
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and a.sharding == b.sharding, trained, wanted
+    )
     return all(jax.tree.leaves(same))
 
 
