@@ -44,7 +44,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
 @dataclass(frozen=True)
-class Instruction:
+class _Instruction:
     """One line of a computation. `shapes` are the leaves of its value; `rest` its attributes."""
 
     name: str
@@ -66,11 +66,11 @@ class Instruction:
 
 
 @dataclass
-class Computation:
+class _Computation:
     """Instructions by name, in order; `root` is the last word."""
 
     name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
+    instructions: dict[str, _Instruction] = field(default_factory=dict)
     root: str = ""
 
     def parameters(self) -> dict[int, str]:
@@ -81,7 +81,7 @@ class Computation:
             if each.opcode == "parameter"
         }
 
-    def source(self, name: str) -> Instruction | None:
+    def source(self, name: str) -> _Instruction | None:
         """What a value is, behind copies, conversions and bitcasts."""
         each = self.instructions.get(name)
         while each is not None and each.opcode in _SAME and each.operands:
@@ -97,7 +97,7 @@ class Module:
     """A program: its computations by name."""
 
     entry: str
-    computations: Mapping[str, Computation]
+    computations: Mapping[str, _Computation]
     devices: int
 
 
@@ -154,13 +154,13 @@ class Cost:
 def parse(text: str) -> Module:
     """Read the text of an HLO module."""
     header = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
-    computations: dict[str, Computation] = {}
+    computations: dict[str, _Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
             match = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
             if match:
-                current = Computation(match[2])
+                current = _Computation(match[2])
                 computations[current.name] = current
                 entry = current.name if match[1] else entry
         elif _END.match(line):
@@ -181,7 +181,7 @@ _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
-def _instruction(line: str) -> tuple[Instruction | None, bool]:
+def _instruction(line: str) -> tuple[_Instruction | None, bool]:
     line = _COMMENT.sub("", line)
     match = _LINE.match(line)
     if not match:
@@ -195,7 +195,7 @@ def _instruction(line: str) -> tuple[Instruction | None, bool]:
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     opcode = line[end:opening].strip()
     return (
-        Instruction(match[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
+        _Instruction(match[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
         match[1] is not None,
     )
 
@@ -262,13 +262,13 @@ class _Counter:
         self._collectives: list[Collective] = []
         self._unknown: dict[str, None] = {}
 
-    def visit(self, computation: Computation, times: float) -> Cost:
+    def visit(self, computation: _Computation, times: float) -> Cost:
         """Counts all of a computation; returns what was counted so far."""
         for each in computation.instructions.values():
             self._count(each, computation, times)
         return Cost(tuple(self._operations), tuple(self._collectives), tuple(self._unknown))
 
-    def _count(self, each: Instruction, computation: Computation, times: float) -> None:
+    def _count(self, each: _Instruction, computation: _Computation, times: float) -> None:
         computations = self._module.computations
         if each.opcode in _FREE:
             return
@@ -302,7 +302,7 @@ class _Counter:
                 for name in each.called:
                     self._fused_collectives(computations[name], times)
 
-    def _between_slices(self, each: Instruction, computation: Computation, times: float) -> None:
+    def _between_slices(self, each: _Instruction, computation: _Computation, times: float) -> None:
         """The part of a collective that leaves the slice, which goes by way of the host."""
         transfer = re.search(r'_transfer_type="(\w+)"', each.rest)
         slices = re.search(r'_target="\{([\d,]+)\}x\{0:(\d+)\}', each.rest)
@@ -314,7 +314,7 @@ class _Counter:
         sent = sum(shape.bytes for shape in self._operands(each, computation))
         self._collectives.append(Collective(kind, sent * _sent(kind, count), first, times))
 
-    def _fused_collectives(self, computation: Computation, times: float) -> None:
+    def _fused_collectives(self, computation: _Computation, times: float) -> None:
         for each in computation.instructions.values():
             kind = each.opcode.removesuffix("-start")
             if kind in COLLECTIVES and each.opcode not in _FREE:
@@ -323,7 +323,7 @@ class _Counter:
                 for name in each.called:
                     self._fused_collectives(self._module.computations[name], times)
 
-    def _branch(self, each: Instruction, times: float) -> None:
+    def _branch(self, each: _Instruction, times: float) -> None:
         listed = re.search(r"branch_computations=\{([^}]*)\}", each.rest)
         names = re.findall(r"%?([\w.\-]+)", listed[1] if listed else "") or [
             each.attribute(f"{truth}_computation") for truth in ("true", "false")
@@ -340,7 +340,7 @@ class _Counter:
         self._collectives += chosen.collectives
         self._unknown |= dict.fromkeys(chosen.unknown)
 
-    def _flops(self, each: Instruction, computation: Computation) -> float:
+    def _flops(self, each: _Instruction, computation: _Computation) -> float:
         operands = self._operands(each, computation)
         if each.opcode == "dot":
             contracted = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", each.rest)
@@ -363,7 +363,7 @@ class _Counter:
             return flops or 0.0
         return 0.0
 
-    def _operands(self, each: Instruction, computation: Computation) -> list[Shape]:
+    def _operands(self, each: _Instruction, computation: _Computation) -> list[Shape]:
         operands = (computation.instructions.get(name) for name in each.operands)
         return [shape for operand in operands if operand is not None for shape in operand.shapes]
 
@@ -379,7 +379,7 @@ def _sent(kind: str, n: int) -> float:
     }[kind]
 
 
-def trip_count(each: Instruction, computation: Computation, module: Module) -> int | None:
+def trip_count(each: _Instruction, computation: _Computation, module: Module) -> int | None:
     """How often a while loop runs, or None where that depends on data.
 
     From `known_trip_count` where the compiler wrote it; else, as on TPU, from the condition, which
@@ -404,7 +404,7 @@ def trip_count(each: Instruction, computation: Computation, module: Module) -> i
     return max(0, -(-(limit - first) // step))
 
 
-def _bound(condition: Computation, module: Module) -> tuple[int, int] | None:
+def _bound(condition: _Computation, module: Module) -> tuple[int, int] | None:
     """(index of the counter in the loop's state, limit), where the condition is counter < limit."""
     root = condition.instructions[condition.root]
     if root.opcode == "fusion":  # compared inside: follow the fusion's parameters outwards
@@ -427,13 +427,13 @@ def _bound(condition: Computation, module: Module) -> tuple[int, int] | None:
     return int(counter.attribute("index")), limit
 
 
-def _constant(each: Instruction | None) -> int | None:
+def _constant(each: _Instruction | None) -> int | None:
     if each is None or each.opcode != "constant" or not re.fullmatch(r"-?\d+", each.arguments):
         return None
     return int(each.arguments)
 
 
-def _step(body: Computation, index: int) -> int:
+def _step(body: _Computation, index: int) -> int:
     """What a turn adds to the counter; 1 where that cannot be seen."""
     root = body.instructions[body.root]
     if root.opcode != "tuple" or index >= len(root.operands):
@@ -448,7 +448,7 @@ def _step(body: Computation, index: int) -> int:
 # --- Products ------------------------------------------------------------------------------------
 
 
-def _convolution_flops(each: Instruction, image: Shape, kernel: Shape) -> float:
+def _convolution_flops(each: _Instruction, image: Shape, kernel: Shape) -> float:
     """Two for each product of an output, padding and the holes of dilations left out.
 
     On TPU every matrix product is a convolution; the dimensions of a batch are spatial ones, padded
@@ -555,7 +555,7 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def _bytes(
-    each: Instruction, computation: Computation, computations: Mapping[str, Computation]
+    each: _Instruction, computation: _Computation, computations: Mapping[str, _Computation]
 ) -> float:
     """Bytes of HBM that an instruction reads and writes."""
     if each.opcode == "custom-call" and any(f'"{name}"' in each.rest for name in _WHOLE):
@@ -596,7 +596,7 @@ def _in_hbm(shapes: Sequence[Shape]) -> bool:
 
 
 def _read(
-    inner: Computation, name: str, whole: float, computations: Mapping[str, Computation]
+    inner: _Computation, name: str, whole: float, computations: Mapping[str, _Computation]
 ) -> float:
     """What a fusion reads of an operand: only slices, where it takes nothing but slices of it.
 
@@ -622,8 +622,8 @@ def _read(
 
 
 def _real_users(
-    inner: Computation, name: str, computations: Mapping[str, Computation]
-) -> Iterator[tuple[Instruction, str]]:
+    inner: _Computation, name: str, computations: Mapping[str, _Computation]
+) -> Iterator[tuple[_Instruction, str]]:
     """Who uses a value behind bitcasts and changes of its tiles, and under which name.
 
     A TPU7x tiles weights otherwise than its loops read them. A fusion that is nothing but that
@@ -642,7 +642,7 @@ def _real_users(
             yield user, name
 
 
-def _written(each: Instruction, computations: Mapping[str, Computation]) -> float:
+def _written(each: _Instruction, computations: Mapping[str, _Computation]) -> float:
     """What a fusion writes: only the update, where it updates a part of an array in place."""
     inner = computations[each.called[0]]
     root = inner.instructions[inner.root]

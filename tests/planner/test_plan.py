@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from flax import struct
 
-from r1jax.cli import with_given_shapes
+from r1jax.cli import _with_given_shapes as with_given_shapes
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
