@@ -28,7 +28,7 @@ LAYERS = [
     "cli",
 ]
 # For the type checker only: the protocol of a stage kind names what its functions return.
-TYPES_OF_LATER = {("r1jax.run.stage_functions", "r1jax.programs")}
+TYPES_OF_LATER = {("r1jax.run.resolve", "r1jax.programs")}
 
 # Loaded in a process of its own, these may not bring in what a config does not need.
 LIGHT = [
