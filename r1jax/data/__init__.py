@@ -31,7 +31,7 @@ from r1jax.data.prompts import (
     encode_prompt,
     encode_prompts,
 )
-from r1jax.data.tokenizers import load_tokenizer, save_tokenizer, stop_token_ids
+from r1jax.data.tokenizers import load_tokenizer, stop_token_ids
 
 __all__ = [
     "TEMPLATES",
@@ -61,7 +61,6 @@ __all__ = [
     "packed_once",
     "pad_texts",
     "preference_arrays",
-    "save_tokenizer",
     "scored_text",
     "stop_token_ids",
 ]

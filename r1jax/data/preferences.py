@@ -384,10 +384,9 @@ class PreferenceIterator:
         """
         Args:
             rows: The same on every process; pairs, or labelled responses, not both.
-            seed: Decides the order; at least 0.
             length_bucket: Rows are padded to the smallest multiple of it that holds the longest
                 text of a batch: the fewer lengths, the fewer compilations.
-            process_index, process_count: Which contiguous slice of each batch is this process's.
+            seed, process_index, process_count: As in `IndexStream`.
         """
         if not rows:
             raise ValueError("PreferenceIterator needs at least one row")
@@ -419,13 +418,9 @@ class PreferenceIterator:
         return preference_arrays([self._rows[i] for i in indices[local]], row_tokens)
 
     def state(self) -> DataCursor:
-        """The position in the stream, as JSON; the same on every process."""
+        """See `IndexStream.state`."""
         return self._indices.state()
 
     def restore(self, state: DataCursor) -> None:
-        """Goes to the position of `state`.
-
-        Raises:
-            ValueError: the state belongs to other rows or another seed.
-        """
+        """See `IndexStream.restore`."""
         self._indices.restore(state)

@@ -190,13 +190,9 @@ class PromptIterator:
         return PromptBatch([self._prompts[i] for i in indices[local]], repeats[local])
 
     def state(self) -> DataCursor:
-        """The position in the stream, as JSON; the same on every process."""
+        """See `IndexStream.state`."""
         return self._indices.state()
 
     def restore(self, state: DataCursor) -> None:
-        """Goes to the position of `state`.
-
-        Raises:
-            ValueError: the state belongs to other prompts or another seed.
-        """
+        """See `IndexStream.restore`."""
         self._indices.restore(state)

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from r1jax.files import JsonValue, encode_line, end_of_last_line
@@ -49,14 +48,6 @@ class Draft:
     question: str
     completion: str
     answer: str
-
-
-class Rewriter(Protocol):
-    """Rewrites drafts; on an error it raises, and keeps what it has done so far."""
-
-    def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """The text to train on for each draft, in order; None for one that has none."""
-        ...
 
 
 INSTRUCTION = r"""You edit solutions so that people like to read them. Below are a question, a
@@ -159,7 +150,7 @@ def _whole(text: str, start: int, end: int) -> bool:
     return True
 
 
-def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+def _replace_words(text: str, replacements: Mapping[str, str]) -> str:
     """`text` with whole words or phrases replaced: the longest match, from left to right.
 
     A replacement is not looked at again. Words are those of `rewards.words`: a Chinese character
@@ -203,7 +194,7 @@ class RuleRewriter:
         summary: The text of `{summary}`, with the other placeholders.
         program_summary: The text of `{summary}` if the answer is a program: `{question}` and
             `{program}`, which ends with a newline.
-        replacements: Words of the thought -> their replacements, as in `replace_words`.
+        replacements: Words of the thought -> their replacements, as in `_replace_words`.
         style: The shape that the text must have; see `accept`.
     """
 
@@ -227,12 +218,10 @@ class RuleRewriter:
                 )
         else:
             used |= _placeholders("summary", self.summary, ("thought", "question", "answer"))
+        where = f"template = {self.template!r}, summary = {self.summary!r}"
         for needed in ("thought", "answer"):
             if needed not in used:
-                raise ValueError(
-                    f"template = {self.template!r}, summary = {self.summary!r}: "
-                    f"{{{needed}}} is missing"
-                )
+                raise ValueError(f"{where}: {{{needed}}} is missing")
         if "program" not in _placeholders(
             "program_summary", self.program_summary, ("question", "program")
         ):
@@ -243,8 +232,8 @@ class RuleRewriter:
         sample = self._text(Draft("1+6=", "<think>So 7.</think>7", "7"), "So 7.")
         if accept(Draft("1+6=", "", "7"), sample, self.style) is None:
             raise ValueError(
-                f"template = {self.template!r}, summary = {self.summary!r}: the result, such as "
-                f"{sample!r}, is not of style {self.style!r} or has no answer that can be read"
+                f"{where}: the result, such as {sample!r}, is not of style {self.style!r} or has "
+                "no answer that can be read"
             )
         # Not every template can hold the default, and most runs have no programs.
         program = Draft("Write 7.", "<think>So 7.</think>```\nprint(7)\n```", "")
@@ -257,7 +246,7 @@ class RuleRewriter:
             )
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """See `Rewriter`."""
+        """The text to train on for each draft, in order; None for one that has none."""
         return [self._rewrite_one(draft) for draft in drafts]
 
     def _rewrite_one(self, draft: Draft) -> str | None:
@@ -268,7 +257,7 @@ class RuleRewriter:
 
     def _text(self, draft: Draft, inner: str) -> str:
         values = {
-            "thought": replace_words(inner, self.replacements),
+            "thought": _replace_words(inner, self.replacements),
             "question": draft.question.strip(),
             "answer": draft.answer.strip(),
         }
@@ -432,11 +421,8 @@ class EndpointRewriter:
     def __post_init__(self) -> None:
         """ValueErrors begin with the name of the field."""
         parts = urlsplit(self.url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or re.search(r"\s", self.url)
-        ):
+        known = parts.scheme in ("http", "https") and parts.hostname
+        if not known or re.search(r"\s", self.url):
             raise ValueError(f"url = {self.url!r}: needs http://HOST/v1 or https://HOST/v1")
         if parts.username is not None:
             raise ValueError(
@@ -461,7 +447,7 @@ class EndpointRewriter:
         _check_style(self.style)
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """See `Rewriter`. Equal drafts are requested once.
+        """As `RuleRewriter.rewrite`. Equal drafts are requested once.
 
         Raises:
             EndpointError: a request failed. Open requests are waited for, and every reply is in the
@@ -527,7 +513,7 @@ class EndpointRewriter:
                 if attempt == self.retries:
                     failure.add(f"{attempt + 1} attempts")
                     raise
-                wait = wait_seconds(attempt, self.backoff_seconds, failure.retry_after)
+                wait = _wait_seconds(attempt, self.backoff_seconds, failure.retry_after)
                 if wait > _LONGEST_WAIT:
                     failure.add(f"the server asks to wait {wait:.0f} seconds")
                     raise
@@ -559,7 +545,7 @@ class EndpointRewriter:
         except urllib.error.HTTPError as error:
             with error:
                 said = _body(error)
-            if error.code in (400, 413, 422) and _is_too_long(said):
+            if error.code in (400, 413, 422) and _TOO_LONG.search(said):
                 return Reply(None)
             raise self._refused(error, said.replace(key, "***") if key else said) from error
         except (OSError, http.client.HTTPException) as error:
@@ -578,13 +564,9 @@ class EndpointRewriter:
         except ValueError:
             phrase = ""
         if status in (401, 403):
-            remedy = (
-                f"Put a key that is valid there into the environment variable {self.api_key_env}"
-            )
+            remedy = f"Put a valid key into the environment variable {self.api_key_env}"
         elif status == 404:
-            remedy = (
-                "See that url ends in the version (often /v1) and that the server has the model"
-            )
+            remedy = "See that url ends in the version (often /v1), and that the model is served"
         elif status in (408, 429):
             remedy = "Lower concurrency, or raise retries; see that the account has credit left"
         elif status >= 500:
@@ -616,7 +598,7 @@ class _Failure(Exception):
         self.args = (f"{self} ({detail})",)
 
 
-def wait_seconds(attempt: int, backoff: float, retry_after: float | None) -> float:
+def _wait_seconds(attempt: int, backoff: float, retry_after: float | None) -> float:
     """Seconds to wait after the attempt-th failure (from 0) before the next attempt."""
     longest = min(backoff * 2.0 ** min(attempt, 32), _LONGEST_BACKOFF)
     # With jitter, so that requests that failed together are not repeated together.
@@ -651,9 +633,8 @@ def _read_reply(answer: bytes) -> Reply:
     return Reply(text, truncated=finish == "length")
 
 
-def _is_too_long(said: str) -> bool:
-    """Whether a server refuses this draft for its length; there is no standard code for it."""
-    return bool(re.search(r"context_length_exceeded|maximum context length", said))
+# Signs that a server refuses a draft for its length; there is no standard code for it.
+_TOO_LONG = re.compile(r"context_length_exceeded|maximum context length")
 
 
 def _body(error: urllib.error.HTTPError) -> str:

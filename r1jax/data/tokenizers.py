@@ -76,11 +76,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Writes the files that `AutoTokenizer.from_pretrained` reads."""
-    tokenizer.save_pretrained(str(directory))
-
-
 def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
     """One token per character, one per tag; ids: pad, eos, tags, then the alphabet in order.
 

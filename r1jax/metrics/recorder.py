@@ -60,14 +60,9 @@ class Recorder:
             self.directory.mkdir(parents=True, exist_ok=True)
             for name in FILES:
                 self._files[name] = open(self.directory / name, "ab")
-                self._cut(name, end_of_last_line(self.directory / name))
+                self._files[name].truncate(end_of_last_line(self.directory / name))
             self._trackers = [
-                open_tracker(
-                    name,
-                    self.directory,
-                    run_name=run_name or self.directory.name,
-                    config=config or {},
-                )
+                open_tracker(name, self.directory, run_name or self.directory.name, config or {})
                 for name in trackers
             ]
 
@@ -130,7 +125,7 @@ class Recorder:
                     f"{self.directory} to run the stage again"
                 )
         for name, offset in offsets.items():
-            self._cut(name, offset)
+            self._files[name].truncate(offset)  # opened to append: the next write goes there
         for tracker in self._trackers:
             tracker.rewind()
 
@@ -165,10 +160,6 @@ class Recorder:
             raise ValueError(f"{self.directory / name} is closed")
         self._files[name].write(data)
         self._files[name].flush()
-
-    def _cut(self, name: str, offset: int) -> None:
-        # The file is open for appending, so the next write goes to the new end.
-        self._files[name].truncate(offset)
 
 
 def _numbers(values: Row) -> dict[str, int | float]:

@@ -33,13 +33,13 @@ class Tracker(Protocol):
 
 
 def open_tracker(
-    name: str, directory: Path, *, run_name: str, config: Mapping[str, object]
+    name: str, directory: Path, run_name: str, config: Mapping[str, object]
 ) -> Tracker:
     """Opens the tracker `name` for a stage whose metric files are in `directory`."""
     if name == "tensorboard":
         return TensorBoard(directory)
     if name == "wandb":
-        return _WeightsAndBiases(directory, run_name=run_name, config=config)
+        return _WeightsAndBiases(directory, run_name, config)
     raise ValueError(f"tracker = {name!r}: not one of {', '.join(TRACKERS)}")
 
 
@@ -112,7 +112,7 @@ class _WeightsAndBiases:
     has, and a resumed run repeats those with the same numbers.
     """
 
-    def __init__(self, directory: Path, *, run_name: str, config: Mapping[str, object]) -> None:
+    def __init__(self, directory: Path, run_name: str, config: Mapping[str, object]) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:

@@ -204,7 +204,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Reference:
+class _Reference:
     """The hidden tests of a problem.
 
     Attributes:
@@ -233,7 +233,7 @@ def _unpack_tests(packed: str) -> JsonValue:
         raise ValueError(f"reference.tests: not what pack_tests makes: {error}") from None
 
 
-def read_reference(answer: str) -> Reference:
+def read_reference(answer: str) -> _Reference:
     """Reads the JSON of a reference answer; the module's docstring has its two forms.
 
     Raises:
@@ -286,7 +286,7 @@ def read_reference(answer: str) -> Reference:
         elif not isinstance(given, list):
             raise ValueError(f"{where}.arguments: must be a list")
         cases.append(Case(given, expected))
-    return Reference(language, tuple(cases), entry, prelude)
+    return _Reference(language, tuple(cases), entry, prelude)
 
 
 _OPENING = re.compile(rf"(?:.*{ANSWER}[ \t]*)? {{0,3}}(`{{3,}}(?=[^`]*$)|~{{3,}}).*")
@@ -319,7 +319,7 @@ def program_of(completion: str) -> str | None:
     return program
 
 
-def same_output(expected: bytes, output: bytes) -> bool:
+def _same_output(expected: bytes, output: bytes) -> bool:
     """Whether two outputs are equal, line for line, from the first to the last.
 
     White space at the end of a line and empty lines at the end of the output do not count.
@@ -334,17 +334,17 @@ def _lines(output: bytes) -> list[bytes]:
     return lines
 
 
-def same_value(expected: JsonValue, value: JsonValue) -> bool:
+def _same_value(expected: JsonValue, value: JsonValue) -> bool:
     """Whether two JSON values are equal. True is not 1; 2.0 is 2.
 
     If one side is a float, a relative error of 1e-9 is allowed (a choice): the order of a sum is
     not part of the question.
     """
     if isinstance(expected, list) and isinstance(value, list):
-        return len(expected) == len(value) and all(map(same_value, expected, value))
+        return len(expected) == len(value) and all(map(_same_value, expected, value))
     if isinstance(expected, dict) and isinstance(value, dict):
         return expected.keys() == value.keys() and all(
-            same_value(expected[key], value[key]) for key in expected
+            _same_value(expected[key], value[key]) for key in expected
         )
     if isinstance(expected, float) or isinstance(value, float):
         if isinstance(expected, bool) or isinstance(value, bool):
@@ -374,7 +374,7 @@ def _verdict(ended: Ended, language: Language) -> Verdict | None:
 class _Program:
     """A program in its sandbox, and the end of its row's time."""
 
-    def __init__(self, sandbox: Sandbox, reference: Reference, options: Options) -> None:
+    def __init__(self, sandbox: Sandbox, reference: _Reference, options: Options) -> None:
         self._sandbox = sandbox
         self._entry = reference.entry
         self._language = LANGUAGES[reference.language]
@@ -436,7 +436,7 @@ class _Program:
         verdict = _verdict(ended, self._language)
         if verdict is not None:
             return verdict
-        same = same_output(str(case.expected).encode(), ended.output)
+        same = _same_output(str(case.expected).encode(), ended.output)
         return Verdict.PASSED if same else Verdict.WRONG
 
     def _returns(self, case: Case, limits: Limits) -> Verdict:
@@ -451,13 +451,13 @@ class _Program:
             return Verdict.CRASH
         try:
             value = json.loads(ended.output[len(mark) :])
-            same = same_value(case.expected, value)
+            same = _same_value(case.expected, value)
         except (ValueError, RecursionError):
             return Verdict.WRONG
         return Verdict.PASSED if same else Verdict.WRONG
 
 
-def run_tests(source: str, reference: Reference, options: Options) -> tuple[list[Verdict], str]:
+def run_tests(source: str, reference: _Reference, options: Options) -> tuple[list[Verdict], str]:
     """A verdict per test, in order, and the tier of isolation that they ran in.
 
     Raises:
@@ -501,7 +501,7 @@ def _digest(*texts: str) -> bytes:
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 
-def _run_and_score(source: str, reference: Reference, options: Options) -> tuple[Score, bool]:
+def _run_and_score(source: str, reference: _Reference, options: Options) -> tuple[Score, bool]:
     """The score, and whether it may be cached."""
     verdicts, isolation = run_tests(source, reference, options)
     counts = Counter(verdicts)

@@ -62,18 +62,18 @@ class _Repetition:
 
     def keeps(self, text: str) -> bool:
         tokens = _words(text)
-        if repeated_share(tokens, self.n) > self.max_share:
+        if _repeated_share(tokens, self.n) > self.max_share:
             return False
-        return longest_loop(tokens, self.phrase_words, self.max_repeats + 1) <= self.max_repeats
+        return _longest_loop(tokens, self.phrase_words, self.max_repeats + 1) <= self.max_repeats
 
 
-def repeated_share(tokens: Sequence[str], n: int) -> float:
+def _repeated_share(tokens: Sequence[str], n: int) -> float:
     """Share of the n-grams of a text's words that an earlier one equals; 0 if there are none."""
     ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def longest_loop(tokens: Sequence[str], phrase_words: int, enough: int) -> int:
+def _longest_loop(tokens: Sequence[str], phrase_words: int, enough: int) -> int:
     """How often a phrase of 1 .. phrase_words words occurs in a row, at most; 0 without words.
 
     Stops at the first phrase that occurs `enough` times in a row.

@@ -48,7 +48,7 @@ def _check(options: RewardOptions) -> None:
 
 
 @reward("format", check=_check)
-def format_reward(row: Answered, options: RewardOptions) -> Score:
+def _format_reward(row: Answered, options: RewardOptions) -> Score:
     """1 if the completion is well formed and the model ended it itself, else 0.
 
     Options: `style`, one of `tags` (default), `boxed`, `think`; see `well_formed`.

@@ -176,7 +176,7 @@ class _Worker:
         self._received = b""
         self._lines: deque[bytes] = deque()
         self._ended = threading.Lock()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             # -P: a file of the working directory does not hide a module of the library.
             [sys.executable, "-P", "-m", "r1jax.rewards.worker"],
             stdin=subprocess.PIPE,
@@ -186,17 +186,13 @@ class _Worker:
             # what a reward function started, too.
             start_new_session=True,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
         for stream in (self._stdin, self._stdout):
             os.set_blocking(stream.fileno(), False)
         # No reply is read here: the workers of a pool start in parallel, and the pool must be able
         # to kill this one while it starts.
         self._start = json.dumps(start).encode() + b"\n"
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def wait_ready(self) -> None:
         """Sends the start message; raises VerifierError if the worker refuses it."""
@@ -247,7 +243,7 @@ class _Worker:
 
     def _death(self) -> str:
         try:
-            code = self._process.wait(1.0)
+            code = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "it closed its pipe"
         if code < 0:
@@ -259,11 +255,11 @@ class _Worker:
         with self._ended:
             try:
                 # Not after it was waited for: the id may belong to another process then.
-                if self._process.returncode is None:
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                if self.process.returncode is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                self._process.kill()
-            self._process.wait()
+                self.process.kill()
+            self.process.wait()
 
     def close(self) -> None:
         """Kills the process and closes the pipes; called by the thread that reads them."""
@@ -328,18 +324,13 @@ class Verifier:
         for thread in self._threads:
             thread.start()
         try:
-            self._await_start()
+            with self._changed:
+                self._changed.wait_for(lambda: self._error or self._ready == section.workers)
+                if self._error is not None:
+                    raise self._error
         except BaseException:  # Ctrl-C too
             self.close()
             raise
-
-    def _await_start(self) -> None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._error is not None or self._ready == self._section.workers
-            )
-            if self._error is not None:
-                raise self._error
 
     def __enter__(self) -> Verifier:
         return self
@@ -351,7 +342,7 @@ class Verifier:
     def pids(self) -> list[int]:
         """Process ids of the workers that run now."""
         with self._changed:
-            return sorted(worker.pid for worker in self._workers)
+            return sorted(worker.process.pid for worker in self._workers)
 
     def rewards_of(self, domain: str) -> list[str]:
         """The rewards that rows of a domain get."""
@@ -451,17 +442,15 @@ class Verifier:
             worker.rows += len({row for row, _ in batch.parts[position:]})
             while position < len(batch.parts):
                 row, name = batch.parts[position]
-                replace = False
+                replace = True
                 try:
                     score = _read_score(worker.receive(deadline))
                     # The heap may be full or fragmented then: a new process for the next row.
                     replace = score.detail == "MemoryError"
                 except _Late:
                     score = Score.failed(f"no answer in {deadline:g} s")
-                    replace = True
                 except _Died as death:
                     score = Score.failed(f"the worker died: {death}")
-                    replace = True
                 if replace and self._closing:
                     return worker
                 if score.outcome is Outcome.VERIFIER_FAILED:

@@ -28,10 +28,10 @@ from r1jax.data.rewriting import (
     RewriteLog,
     RuleRewriter,
     Stopped,
+    _replace_words,
+    _wait_seconds,
     accept,
     instruction_prompt,
-    replace_words,
-    wait_seconds,
 )
 from r1jax.rewards.code import program_of
 from r1jax.stages.rejection_sampling.settings import RuleRewrite
@@ -178,14 +178,14 @@ def test_replace_words(text: str, expected: str) -> None:
         "+": " and ",
         "a.b": "dot",
     }
-    assert replace_words(text, replacements) == expected
+    assert _replace_words(text, replacements) == expected
 
 
 def test_the_longest_phrase_that_fits_is_replaced() -> None:
     replacements = {"so": "yes", "so far": "thus", "far": "away"}
-    assert replace_words("so far so", replacements) == "thus yes"
-    assert replace_words("so farther", replacements) == "yes farther"
-    assert replace_words("also far", replacements) == "also away"
+    assert _replace_words("so far so", replacements) == "thus yes"
+    assert _replace_words("so farther", replacements) == "yes farther"
+    assert _replace_words("also far", replacements) == "also away"
 
 
 WORDS = st.sampled_from(["ax", "by", "axby", "x", "c3", "ä", "b"])
@@ -199,7 +199,7 @@ def test_replacing_single_words_is_a_map_over_the_words(parts, replacements) -> 
     # "c3" is two words, so none of the others occurs in it; replacements of it are phrases.
     text = "".join(word + gap for word, gap in parts)
     expected = "".join(replacements.get(word, word) + gap for word, gap in parts)
-    assert replace_words(text, replacements) == expected
+    assert _replace_words(text, replacements) == expected
 
 
 def test_rules_put_thought_and_answer_into_the_template() -> None:
@@ -661,7 +661,7 @@ def test_one_that_waits_for_its_retry_gives_up_when_another_fails(serve, tmp_pat
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (failed(401), "HTTP 401 Unauthorized.*Put a key .* environment variable OPENAI_API_KEY"),
+        (failed(401), "HTTP 401 Unauthorized.*Put a valid key .* environment variable OPENAI_API_KEY"),
         (failed(403), "HTTP 403 Forbidden.*Put a key"),
         (failed(404, "no model m"), "HTTP 404 Not Found: .*no model m.*See that url ends in"),
         (failed(400, "bad temperature"), "HTTP 400 Bad Request: .*bad temperature.*max_new_tokens"),
@@ -810,11 +810,11 @@ def test_bad_settings_are_refused_when_built(tmp_path: Path, settings, message: 
 
 def test_waits_double_up_to_a_minute_and_never_undercut_the_server() -> None:
     for attempt, longest in enumerate([1, 2, 4, 8, 16, 32, 60, 60]):
-        waits = [wait_seconds(attempt, 1.0, None) for _ in range(50)]
+        waits = [_wait_seconds(attempt, 1.0, None) for _ in range(50)]
         assert longest / 2 <= min(waits) < max(waits) <= longest
-    assert wait_seconds(10**6, 1.0, None) <= 60
-    assert wait_seconds(0, 1.0, 7.5) == 7.5
-    assert wait_seconds(3, 1.0, 1.0) >= 4.0
+    assert _wait_seconds(10**6, 1.0, None) <= 60
+    assert _wait_seconds(0, 1.0, 7.5) == 7.5
+    assert _wait_seconds(3, 1.0, 1.0) >= 4.0
 
 
 # The log.

@@ -29,7 +29,6 @@ from r1jax.data.tokenizers import (
     begins_with_bos,
     encode_texts,
     load_tokenizer,
-    save_tokenizer,
     stop_token_ids,
     tokenizer_fingerprint,
 )
@@ -113,7 +112,7 @@ def test_one_token_per_character_and_per_tag(characters) -> None:
 
 
 def test_saved_and_loaded_by_transformers_with_identical_ids(characters, tmp_path: Path) -> None:
-    save_tokenizer(characters, tmp_path)
+    characters.save_pretrained(str(tmp_path))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     texts = [RunningTotal().example(i, "train").text or "" for i in range(200)]
     texts += ["<pad><eos>", " 1  2 ", "<think>", ""]
@@ -156,7 +155,7 @@ def test_transformers_reads_an_exported_tokenizer_as_it_is(characters, exported,
 
 def test_an_exported_tokenizer_survives_being_exported_again(exported, tmp_path: Path) -> None:
     """A stage that starts from an earlier run's directory passes its tokenizer on."""
-    save_tokenizer(load_tokenizer(str(exported["qwen2"])), tmp_path)
+    load_tokenizer(str(exported["qwen2"])).save_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text((exported["qwen2"] / "config.json").read_text())
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (
@@ -169,7 +168,7 @@ def test_an_exported_tokenizer_survives_being_exported_again(exported, tmp_path:
 def test_a_qwen2_directory_keeps_its_own_tokenizer(tmp_path: Path) -> None:
     """AutoTokenizer puts Qwen2's pre-tokenizer in its place, which cuts between digits."""
     tokenizer = byte_level()
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     (merged,) = encode_texts(["12"], tokenizer)
     assert len(merged) == 1
@@ -179,7 +178,7 @@ def test_a_qwen2_directory_keeps_its_own_tokenizer(tmp_path: Path) -> None:
 def test_so_does_one_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student of another family is given its teacher's tokenizer by name, without its weights."""
     tokenizer = byte_level()
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
@@ -345,7 +344,7 @@ def test_unknown_names_are_errors(tmp_path: Path) -> None:
 
 def test_bos_that_only_the_configuration_declares(characters, tmp_path: Path) -> None:
     """DeepSeek-R1's files: `add_bos_token: true`, and a tokenizer.json that adds none."""
-    save_tokenizer(characters, tmp_path)
+    characters.save_pretrained(str(tmp_path))
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"bos_token": "<pad>"}
     path.write_text(json.dumps(config))

@@ -21,12 +21,12 @@ from r1jax.rewards import code as module
 from r1jax.rewards.code import (
     Options,
     Verdict,
+    _same_output,
+    _same_value,
     pack_tests,
     program_of,
     read_options,
     read_reference,
-    same_output,
-    same_value,
 )
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
 from r1jax.settings.rewards import RewardSection, VerifierSection
@@ -128,17 +128,17 @@ def test_long_completions_are_read_in_linear_time() -> None:
     ],
 )
 def test_outputs_are_compared_whole(expected: bytes, output: bytes, same: bool) -> None:
-    assert same_output(expected, output) is same
+    assert _same_output(expected, output) is same
 
 
 @given(st.lists(st.text("ab ", max_size=3).map(str.encode), max_size=5), st.data())
 def test_no_part_of_an_output_is_the_output(lines: list[bytes], data: st.DataObject) -> None:
     whole = b"\n".join(lines)
-    assert same_output(whole, whole + data.draw(st.sampled_from([b"", b"\n", b" \n\n"])))
+    assert _same_output(whole, whole + data.draw(st.sampled_from([b"", b"\n", b" \n\n"])))
     shown = [line for line in lines if line.strip()]
     if shown:
         cut = b"\n".join(lines[: max(i for i, line in enumerate(lines) if line.strip())])
-        assert not same_output(whole, cut) and not same_output(cut, whole)
+        assert not _same_output(whole, cut) and not _same_output(cut, whole)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_no_part_of_an_output_is_the_output(lines: list[bytes], data: st.DataObj
     ],
 )
 def test_values_are_compared_with_their_types(expected: Any, value: Any, same: bool) -> None:
-    assert same_value(expected, value) is same
+    assert _same_value(expected, value) is same
 
 
 @pytest.mark.parametrize(

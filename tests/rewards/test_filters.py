@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from r1jax.rewards.filters import (
     FILTERS,
+    _longest_loop,
+    _repeated_share,
     apply_filters,
     load_filters,
-    longest_loop,
-    repeated_share,
 )
 
 
@@ -35,7 +35,7 @@ def keeps(name: str, text: str, **options: Any) -> bool:
     ],
 )
 def test_repeated_share(text: str, n: int, share: float) -> None:
-    assert repeated_share(text.split(), n) == pytest.approx(share)
+    assert _repeated_share(text.split(), n) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_repeated_share(text: str, n: int, share: float) -> None:
     ],
 )
 def test_longest_loop(text: str, phrase_words: int, loop: int) -> None:
-    assert longest_loop(text.split(), phrase_words, 100) == loop
+    assert _longest_loop(text.split(), phrase_words, 100) == loop
 
 
 @given(st.lists(st.sampled_from("ab"), max_size=12), st.integers(1, 6))
@@ -68,7 +68,7 @@ def test_longest_loop_against_brute_force(found: list[str], phrase_words: int) -
         ),
         default=0,
     )
-    assert longest_loop(found, phrase_words, 100) == expected
+    assert _longest_loop(found, phrase_words, 100) == expected
 
 
 def test_repetition() -> None:

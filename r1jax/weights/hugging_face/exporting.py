@@ -250,16 +250,9 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     """Writes a directory; `write_others(folder)` writes all but the weights."""
-    write = _write_to_bucket if on_bucket(target) else _write_and_rename
-    write(target, weights, write_others, max_shard_bytes)
-
-
-def _write_to_bucket(
-    target: Path,
-    weights: list[StoredWeight],
-    write_others: Callable[[Path], None],
-    max_shard_bytes: int,
-) -> None:
+    if not on_bucket(target):
+        _write_and_rename(target, weights, write_others, max_shard_bytes)
+        return
     config = target / "config.json"
     config.unlink(missing_ok=True)
     for stale in target.glob("model*.safetensors*"):

@@ -16,7 +16,7 @@ from r1jax.data.tasks import TASKS
 
 
 @dataclasses.dataclass(eq=False)
-class TaskConfig(tfds.core.BuilderConfig):
+class _TaskConfig(tfds.core.BuilderConfig):
     """A task with its default options.
 
     Attributes:
@@ -33,7 +33,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
     BUILDER_CONFIGS = [
-        TaskConfig(name=name, description=str(task.__doc__).splitlines()[0])
+        _TaskConfig(name=name, description=str(task.__doc__).splitlines()[0])
         for name, task in TASKS.items()
     ]
 
