@@ -661,8 +661,8 @@ def test_one_that_waits_for_its_retry_gives_up_when_another_fails(serve, tmp_pat
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (failed(401), "HTTP 401 Unauthorized.*Put a valid key .* environment variable OPENAI_API_KEY"),
-        (failed(403), "HTTP 403 Forbidden.*Put a key"),
+        (failed(401), "HTTP 401 Unauthorized.*Put a valid key .* variable OPENAI_API_KEY"),
+        (failed(403), "HTTP 403 Forbidden.*Put a valid key"),
         (failed(404, "no model m"), "HTTP 404 Not Found: .*no model m.*See that url ends in"),
         (failed(400, "bad temperature"), "HTTP 400 Bad Request: .*bad temperature.*max_new_tokens"),
         (failed(307, "gone", Location="http://127.0.0.2/v1"), "moved to as url: http://127.0.0.2"),
