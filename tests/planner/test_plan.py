@@ -368,7 +368,7 @@ def test_speculative_rollouts_are_planned_with_the_caches_that_they_have() -> No
     state, prompt_cache = rollout.started(128)
     for found, planned in (
         (state.cache, rollout.new_cache(128)),
-        (prompt_cache, rollout.prompt_cache),
+        (prompt_cache.stacks, rollout.prompt_cache),
     ):
         found, planned = jax.tree.leaves(found), jax.tree.leaves(planned)
         assert sum(leaf.size for leaf in found) == sum(leaf.size for leaf in planned)
