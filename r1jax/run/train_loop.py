@@ -14,6 +14,7 @@ import optax
 
 from r1jax.checkpoints import Checkpoints
 from r1jax.data.order import DataCursor
+from r1jax.files import JsonObject
 from r1jax.metrics import (
     HEARTBEAT,
     CompilationCounter,
@@ -229,12 +230,15 @@ def train_loop(
         with span("setup"):
             reference = {} if make_reference is None else {"reference": abstract.params}
             saved = checkpoints.restore_latest({"state": abstract, **reference})
+            arrays: dict[str, PyTree] = {}
+            metadata: JsonObject = {"metrics": {}, "bad_in_a_row": 0}
+            step = 0
             if saved is None:
                 params = run.models.initial_weights(stage.name)
-                arrays = {} if make_reference is None else {"reference": make_reference(params)}
+                if make_reference is not None:
+                    arrays["reference"] = make_reference(params)
                 arrays["state"] = create_train_state(params, optimizer, abstract)
                 del params
-                step, metadata = 0, {"metrics": {}, "bad_in_a_row": 0}
             else:
                 step, arrays, metadata = saved
                 data.restore(metadata["data"])

@@ -38,6 +38,7 @@ from r1jax.stages.grpo.reference import copy_policy, refresh_reference
 from r1jax.stages.grpo.settings import GRPOStage
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["check", "programs", "run"]
@@ -203,6 +204,7 @@ def _gap_without_replay(
     batch: GRPOBatch,
 ) -> float:
     """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
+    assert batch.sampler_log_probs is not None
     gap = jnp.abs(log_probs_of(params, _without_experts(batch.inputs)) - batch.sampler_log_probs)
     trained = batch.mask > 0
     return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
@@ -283,12 +285,9 @@ def training_rows(
         for row, completion in zip(inputs["experts"], completions, strict=True):
             assert completion.experts is not None
             row[: len(completion.experts)] = completion.experts
-    return GRPOBatch(
-        inputs=inputs,
-        mask=mask,
-        advantages=advantages.reshape(-1),
-        sampler_log_probs=sampler,
-    )
+    arrays: dict[str, PyTree] = {"mask": mask, "sampler_log_probs": sampler}
+    arrays["advantages"] = advantages.reshape(-1)
+    return GRPOBatch(inputs=inputs, **arrays)
 
 
 def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
