@@ -3,7 +3,6 @@
 Nothing here imports jax, and transformers is imported only where a tokenizer is made.
 """
 
-from r1jax.data.chat_template import TEMPLATES
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example, Message
@@ -14,7 +13,6 @@ from r1jax.data.preferences import (
     LabelledResponse,
     PreferenceIterator,
     PreferencePair,
-    PreferenceReport,
     encode_preferences,
     encode_responses,
     load_labelled,
@@ -27,14 +25,12 @@ from r1jax.data.prompts import (
     Prompt,
     PromptBatch,
     PromptIterator,
-    PromptReport,
     encode_prompt,
     encode_prompts,
 )
 from r1jax.data.tokenizers import load_tokenizer, stop_token_ids
 
 __all__ = [
-    "TEMPLATES",
     "Document",
     "EncodedPreference",
     "Example",
@@ -43,11 +39,9 @@ __all__ = [
     "PackedRows",
     "PreferenceIterator",
     "PreferencePair",
-    "PreferenceReport",
     "Prompt",
     "PromptBatch",
     "PromptIterator",
-    "PromptReport",
     "encode_conversations",
     "encode_documents",
     "encode_preferences",
