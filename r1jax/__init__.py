@@ -39,7 +39,7 @@ __all__ = [
     "score",
 ]
 
-__version__ = version("r1jax")
+__version__: str
 
 _MODULES = {
     **dict.fromkeys(["load_model", "log_probs", "sample"], "r1jax.pretrained"),
@@ -48,6 +48,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("r1jax")
     if name not in __all__:
         raise AttributeError(f"module 'r1jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES.get(name, "r1jax.grpo")), name)

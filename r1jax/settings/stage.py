@@ -43,7 +43,7 @@ class StageDescription:
         an `evaluation`. The first two are train loops with checkpoints.
     makes_base: its weights are the base model that later stages are compared with.
     loss_note: what the report says below the curve of the loss.
-    leading_panels: the report's panels to draw first: `loss`, `reward` or `preferences`.
+    leading_panels: the report's panels to draw first: `loss`, `reward`, `preferences`, or a metric.
     shows_samples: samples.jsonl holds samples of training, which the report shows by step.
     less_memory: which settings to lower, for the planner's advice.
     """
