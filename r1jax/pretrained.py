@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data import Example, encode_prompt
@@ -133,7 +134,8 @@ def log_probs(
     ids = np.zeros((rows, time), np.int32)
     for row, text in zip(ids, tokens, strict=False):
         row[: len(text)] = text
-    padded = right_padded(ids, np.asarray(lengths + [0] * (rows - len(tokens)), np.int32))
+    filled = lengths + [0] * (rows - len(tokens))
+    padded = right_padded(jnp.asarray(ids), jnp.asarray(filled, jnp.int32))
     results = jax.jit(token_log_probs, static_argnames="model")(
         model.params, padded, model=model.decoder, temperature=temperature
     )

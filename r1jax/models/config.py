@@ -313,7 +313,7 @@ class ModelConfig:
             head_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         # transformers 5 nests the rotary settings, earlier releases keep them flat.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        theta = {"rope_theta": 10_000.0, **config, **rope}["rope_theta"]
         return ModelConfig(
             architecture=architecture,
             vocab_size=config["vocab_size"],

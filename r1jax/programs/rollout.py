@@ -139,7 +139,7 @@ class Rollout:
 
     @cached_property
     def arguments(self) -> Prompts:
-        def row(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        def row(dtype: DTypeLike, *shape: int) -> PyTree:
             return batch_array(self.model, (self.rows, *shape), dtype)
 
         time = bucket(self.prompt_tokens)

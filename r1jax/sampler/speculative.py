@@ -159,6 +159,7 @@ def decode_speculatively(
             drafts, draft_filtered, filtered_first, for_accepting, for_replacing
         )
         accepted &= state.running
+        assert state.samples.drafted is not None and state.samples.accepted is not None
         _, _, for_further = draft_and_verify_uniforms(state.keys, index + 1)
         further = draw_filtered(filtered_draft, for_further)
         drafted = replace(
