@@ -8,12 +8,12 @@ import jax
 
 from r1jax import recipe
 from r1jax.config.load import load_config
-from r1jax.stages.rejection_sampling import stage as rejection_sampling
+from r1jax.stages.rejection_sampling import rewriting
 
 
 def main() -> int:
     # The miniature's tokenizer has neither letters nor headings: a model is asked with the draft.
-    rejection_sampling.instruction_prompt = lambda draft, _: draft.question
+    rewriting.instruction_prompt = lambda draft, _: draft.question
     port, count, index = (int(x) for x in sys.argv[1:4])
     if count > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=count, process_id=index)

@@ -30,7 +30,7 @@ from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
 from r1jax.run.resolve import load_functions
-from r1jax.sampler import Sampling
+from r1jax.sampler import GenerateOptions, Sampling
 from r1jax.settings.mesh import MeshSection
 from r1jax.sharding import make_layout
 from r1jax.stages.grpo.settings import GRPOStage
@@ -298,15 +298,14 @@ def test_what_is_not_there_cannot_be_measured() -> None:
 
 
 def test_a_decode_loop_is_measured_for_some_of_its_tokens() -> None:
-    arguments = (
-        *("weights", State(jnp.int32(0)), "prompts", "lengths", jnp.int32(0)),
-        *(Sampling(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)), jnp.zeros(1)),
-    )
-    *_, state, _, _, until, sampling, eos_ids = prepare_decoding(arguments, capacity=100)
+    greedy = Sampling(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
+    draws = GenerateOptions(samples=1, max_new_tokens=1, seed=0, sampling=greedy).draws()
+    arguments = ("weights", State(jnp.int32(0)), "prompts", jnp.int32(0), draws)
+    *_, state, _, until, draws = prepare_decoding(arguments, capacity=100)
     assert (int(state.step), int(until)) == (68, 100)  # the last 32 of a full cache
-    assert (float(sampling.temperature), float(sampling.top_p)) == (1, 1)
-    assert eos_ids.tolist() == [-1]  # no token ends a sample
-    *_, state, _, _, until, _, _ = prepare_decoding(arguments, capacity=8)
+    assert (float(draws.sampling.temperature), float(draws.sampling.top_p)) == (1, 1)
+    assert set(draws.eos_ids.tolist()) == {-1}  # no token ends a sample
+    *_, state, _, until, _ = prepare_decoding(arguments, capacity=8)
     assert (int(state.step), int(until)) == (0, 8)
 
 

@@ -61,6 +61,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(Heartbeat, "beat", noted)
         jax.config.update(limit, 0)
+        jax.clear_caches()  # of other tests in this process: each stage compiles something
         assert run(config, EVERYTHING, ProfiledSteps(4, 4)) == 0
     yield Done(output / "tiny-s0", kept, said.getvalue(), beats)
     for name, value in before.items():
