@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
     from transformers import PreTrainedTokenizerBase
 
+_log_probs = jax.jit(token_log_probs, static_argnames="model")
+
 
 @dataclass(frozen=True)
 class PretrainedModel:
@@ -86,8 +88,11 @@ def sample(
       seed: with a prompt's index and a sample's it determines each completion.
 
     Raises:
-      ValueError: a prompt is empty, or the tokenizer has no chat template.
+      ValueError: there is no prompt, one is empty or too long for the model, or the tokenizer has
+        no chat template.
     """
+    if not prompts:
+        raise ValueError("prompts is empty: give one text or more")
     language_model = model.language_model
     data = DataSection(source="jsonl:-", template=template)
     encoded = [
@@ -136,7 +141,5 @@ def log_probs(
         row[: len(text)] = text
     filled = lengths + [0] * (rows - len(tokens))
     padded = right_padded(jnp.asarray(ids), jnp.asarray(filled, jnp.int32))
-    results = jax.jit(token_log_probs, static_argnames="model")(
-        model.params, padded, model=model.decoder, temperature=temperature
-    )
+    results = _log_probs(model.params, padded, model=model.decoder, temperature=temperature)
     return results.log_probs[: len(tokens), : max(lengths)]

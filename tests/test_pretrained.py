@@ -71,6 +71,8 @@ def test_samples_depend_on_prompt_and_seed_alone(
     both = draw(["7+5=", "a longer prompt"], seed=1)
     assert [len(texts) for texts in both] == [2, 2] and both[0][0] != both[0][1]
     assert draw(["7+5="], seed=1)[0] == both[0] != draw(["7+5="], seed=2)[0]
+    with pytest.raises(ValueError, match="prompts is empty"):
+        r1jax.sample(model, [])
     with pytest.raises(ValueError, match="max_new_tokens"):
         r1jax.sample(model, ["7+5=" * 300], max_new_tokens=32_000, template="plain")
 
