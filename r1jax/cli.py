@@ -214,28 +214,30 @@ def plan(
     slice_names: Sequence[str | None] = slices or [None]
     settings = [load_config(config, shaped, name) for name in slice_names]
 
-    from r1jax import planner
+    from r1jax.planner.plan import Case, PlanOptions, parse_mesh, plan_case
+    from r1jax.planner.report import as_json, print_plans
+    from r1jax.planner.topologies import attached, fake_devices, tpu_slice
 
     if fake is not None:
-        targets = [planner.fake_devices(fake)]
-    elif slices or topology:
-        targets = [planner.tpu_slice(name) for name in slices or topology or ()]
+        targets = [fake_devices(fake)]
     else:
-        targets = [planner.attached()]
+        targets = [tpu_slice(name) for name in slices or topology or ()] or [attached()]
     # A config for each slice, or one for all.
     pairs = zip(settings if slices else settings * len(targets), targets, strict=True)
     cases = [
-        planner.Case(each, target, planner.parse_mesh(text, each.mesh))
+        Case(each, target, parse_mesh(text, each.mesh))
         for each, target in pairs
         for text in mesh or ["config"]
     ]
     console = _console()
     with console.status("planning") as status:
-        options = planner.PlanOptions(only, quick=quick, measure=measure, progress=status.update)
-        plans = planner.plan_all(cases, options)
-    planner.print_plans(plans, console)
+        options = PlanOptions(only, quick=quick, measure=measure, progress=status.update)
+        plans = [plan_case(case, options) for case in cases]
+    if all(each.refused for each in plans):
+        raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
+    print_plans(plans, console)
     if out is not None:
-        out.write_text(json.dumps(planner.as_json(config, plans), indent=2) + "\n")
+        out.write_text(json.dumps(as_json(config, plans), indent=2) + "\n")
     if not any(each.fits for each in plans):
         raise typer.Exit(1)
 
@@ -260,36 +262,37 @@ def plan_all(
 
     The exit status is 1 where something does not fit.
     """
-    from r1jax import planner
     from r1jax.config.load import load_config, slices_of
     from r1jax.config.packaged import packaged_configs
+    from r1jax.planner.plan import Case, Plan, PlanOptions, distinct_stages, plan_case
+    from r1jax.planner.report import as_markdown, has_margin
+    from r1jax.planner.topologies import tpu_slice
 
     names = configs or [name for name in packaged_configs() if slices_of(name)]
     waiting = [(name, slice_name) for name in names for slice_name in slices_of(name)]
     if not waiting:
         raise ValueError(f"{', '.join(names)}: no config has settings for `slices`")
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    planned: list[tuple[str, planner.Plan]] = []
+    planned: list[tuple[str, Plan]] = []
     console = _console()
     with console.status("planning") as status:
         while waiting and (until is None or time.monotonic() < until):
             name, slice_name = waiting.pop(0)
             settings = load_config(name, (), slice_name)
-            options = planner.PlanOptions(
-                planner.distinct_stages(settings),
+            options = PlanOptions(
+                distinct_stages(settings),
                 quick=True,
                 cache=cache,
                 progress=lambda line, name=name: status.update(f"{name}: {line}"),  # type: ignore[misc]
             )
-            case = planner.Case(settings, planner.tpu_slice(slice_name), settings.mesh)
-            planned.append((name, planner.plan_case(case, options)))
+            case = Case(settings, tpu_slice(slice_name), settings.mesh)
+            planned.append((name, plan_case(case, options)))
             if out is not None:
-                out.write_text(planner.as_markdown(planned, waiting), encoding="utf-8")
+                out.write_text(as_markdown(planned, waiting), encoding="utf-8")
     if out is None:
-        console.print(
-            planner.as_markdown(planned, waiting), markup=False, highlight=False, soft_wrap=True
-        )
-    if not all(planner.has_margin(each) for _, each in planned):
+        table = as_markdown(planned, waiting)
+        console.print(table, markup=False, highlight=False, soft_wrap=True)
+    if not all(has_margin(each) for _, each in planned):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
 """Templates: from a question or a conversation to exactly the text that the model reads.
 
 `render_prompt` gives the text that the model continues (sampling), `render_conversation` the pieces
-of a whole conversation (supervised fine-tuning). Nothing is encoded here.
+of a whole conversation (supervised fine-tuning).
 """
 
 from __future__ import annotations
@@ -37,11 +37,8 @@ _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
 
 
 class RenderedPrompt(NamedTuple):
-    """The text that the model continues.
-
-    Attributes:
-        text: Exactly what is encoded, BOS included when there is one.
-        prefill: The end of `text` that belongs to the completion, such as `<think>\\n`, or "".
+    """The text that the model continues, exactly as it is encoded, BOS included when there is one;
+    and its end that belongs to the completion, such as `<think>\\n`, or "".
     """
 
     text: str
@@ -124,10 +121,7 @@ TEMPLATES: Mapping[str, Callable[[str, str | None, PreTrainedTokenizerBase], Ren
 def turn_end(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
 ) -> _TurnEnd:
-    """How the section's template ends the assistant's turns.
-
-    Args:
-        stop_ids: Every id that ends a completion (`stop_token_ids`).
+    """How the section's template ends the assistant's turns; `stop_ids`: see `stop_token_ids`.
 
     Raises:
         ValueError: the tokenizer's chat template is missing, leaves the assistant's message out or
@@ -206,14 +200,9 @@ def render_conversation(
 
 def _completion(message: str, prefill: str, end: _TurnEnd) -> str:
     """What the model itself should write for `message`, its end included."""
-    for opening in (prefill, prefill.rstrip()):
-        if opening and message.startswith(opening):
-            message = message.removeprefix(opening)
-            break
-    for stop in end.stops:
-        if message.endswith(stop):
-            message = message.removesuffix(stop)
-            break
+    opening = prefill if message.startswith(prefill) else prefill.rstrip()
+    message = message.removeprefix(opening)
+    message = message.removesuffix(next((s for s in end.stops if message.endswith(s)), ""))
     if not message:
         raise ValueError("the assistant's message is empty; remove the row")
     return message + end.text
@@ -235,11 +224,7 @@ def _chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 def _apply_chat_template(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_answer: bool
 ) -> str:
-    """The tokenizer's chat template on `messages`, and with `open_answer` the assistant's header.
-
-    Raises:
-        ValueError: there is no chat template, or it refuses the messages.
-    """
+    """The tokenizer's chat template on `messages`; `open_answer`: with the assistant's header."""
     if not tokenizer.chat_template:
         raise ValueError(
             "template: chat, but the tokenizer has no chat template; use template: r1_zero or plain"

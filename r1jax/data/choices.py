@@ -14,12 +14,9 @@ MOST_WRONG_ANSWERS = len(LETTERS) - 1
 def lettered(question: str, right: str, wrong: Sequence[str]) -> tuple[str, str]:
     """The question with its options, one a line as `A) ...`, and the letter of the right one.
 
-    The order depends on the texts alone: options are sorted by a hash of the question and the
-    option. So it is the same in every run and on every machine, whatever the seed, the split or the
-    row's position, and independent of where the dataset has the right answer.
-
-    Raises:
-        ValueError: there are no wrong answers, or more options than letters.
+    Options are sorted by a hash of the question and the option, so the order is the same in every
+    run, and independent of where the dataset has the right answer. Raises ValueError for no wrong
+    answers, or more options than letters.
     """
     if not 1 <= len(wrong) <= MOST_WRONG_ANSWERS:
         raise ValueError(f"{len(wrong)} wrong answers: needs 1 to {MOST_WRONG_ANSWERS}")

@@ -85,12 +85,8 @@ def _conversation(example: Example, section: DataSection) -> list[Message]:
         raise ValueError("its messages hold no answer of the assistant to a user; remove the row")
     if section.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", section.system_prompt))
-    return [
-        replace(message, content=message.content + section.prompt_suffix)
-        if message.role == "user"
-        else message
-        for message in messages
-    ]
+    suffix = {"user": section.prompt_suffix}
+    return [replace(each, content=each.content + suffix.get(each.role, "")) for each in messages]
 
 
 def _joined(pieces: Sequence[tuple[list[int], bool]], stop_ids: Collection[int]) -> Document:

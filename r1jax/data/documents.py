@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 class Document:
     """One sequence, which attends to no other in its row.
 
-    Attributes:
-        tokens: int32 [n].
-        trained: bool [n]; whether the model learns to predict token t from those before it. The
-            first token is never trained, so `trained.sum()` is exactly the number of terms in the
-            document's loss.
-
-    Raises:
-        ValueError: the shapes differ, or the first token is trained.
+    tokens: int32 [n]. trained: bool [n]; whether the model learns to predict the token from those
+    before it. The first is never trained, so `trained.sum()` is the number of terms in the loss.
     """
 
     tokens: np.ndarray
@@ -47,10 +41,8 @@ def encode_documents(
 ) -> list[Document]:
     """Pretraining: each `Example.text` with BOS (if the tokenizer's models use one) and EOS.
 
-    Every token but the first is trained.
-
-    Raises:
-        ValueError: an example has no text, or the tokenizer no EOS token or no token for a text.
+    Every token but the first is trained. Raises ValueError for an example without text, and for a
+    tokenizer without EOS token or without a token for a text.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so documents could not be told apart")

@@ -27,13 +27,8 @@ from typing import NoReturn
 from r1jax.files import JsonObject
 from r1jax.rewards.code import pack_tests
 
-COLUMNS = (
-    "question_content",
-    "starter_code",
-    "public_test_cases",
-    "private_test_cases",
-    "metadata",
-)
+_TESTS = ("public_test_cases", "private_test_cases")
+COLUMNS = ("question_content", "starter_code", *_TESTS, "metadata")
 
 _PROGRAM = """
 
@@ -67,20 +62,12 @@ from builtins import *
 
 
 def prompt_and_answer(columns: Mapping[str, str]) -> tuple[str, str]:
-    """The prompt of a row and its reference answer, in the form of `r1jax.rewards.code`.
+    """A row's prompt (the texts of `COLUMNS`), and its answer in the form of `r1jax.rewards.code`.
 
-    Args:
-        columns: the texts of `COLUMNS`.
-
-    Raises:
-        ValueError: names the column that cannot be read.
+    Raises ValueError, which names the column that cannot be read.
     """
     starter = columns["starter_code"].strip()
-    tests = [
-        test
-        for column in ("public_test_cases", "private_test_cases")
-        for test in _tests(columns[column], column)
-    ]
+    tests = [test for column in _TESTS for test in _tests(columns[column], column)]
     reference: JsonObject = {"language": "python", "prelude": PRELUDE}
     if starter:
         reference["entry"] = f"Solution.{_method_name(columns['metadata'])}"

@@ -16,8 +16,8 @@ def mixture_counts(
     Args:
       rows: part -> number of its rows.
       shares: part -> share, in any unit.
-      limit: exact number of rows of the mixture. Shares are rounded down, and the parts that lose
-        most by it get one row more.
+      limit: exact number of rows. Shares are rounded down, and the parts that lose most by it get
+        one row more.
 
     Raises:
       ValueError: a part would have no row in the mixture, or there are fewer rows than `limit`.
@@ -33,16 +33,10 @@ def mixture_counts(
                 f"mixture: {limit} rows need {counts[short[0]]} of {short[0]}, which has "
                 f"{rows[short[0]]}; ask for fewer, or change the shares"
             )
-        return _each_with_rows(counts, rows, shares)
-    size = min(rows[part] / share for part, share in shares.items())
-    # Not below a whole number by a rounding error: 0.3 * (3 / 0.1) is 8.999999999999998.
-    counts = {part: int(size * share + 1e-9) for part, share in shares.items()}
-    return _each_with_rows(counts, rows, shares)
-
-
-def _each_with_rows(
-    counts: dict[str, int], rows: Mapping[str, int], shares: Mapping[str, float]
-) -> dict[str, int]:
+    else:
+        size = min(rows[part] / share for part, share in shares.items())
+        # Not below a whole number by a rounding error: 0.3 * (3 / 0.1) is 8.999999999999998.
+        counts = {part: int(size * share + 1e-9) for part, share in shares.items()}
     empty = [part for part, count in counts.items() if count == 0]
     if empty:
         raise ValueError(

@@ -15,9 +15,8 @@ DataCursor: TypeAlias = Mapping[str, Any]
 def permutation(size: int, *key: int) -> np.ndarray:
     """A permutation of 0 .. size - 1 that depends on (size, key) alone; int64 [size].
 
-    It sorts Philox's raw 64-bit stream. NumPy guarantees raw bit streams and `SeedSequence`, while
-    `Generator.permutation` may change between versions, and a run that is resumed after an upgrade
-    must continue in the order in which it began.
+    It sorts Philox's raw 64-bit stream, which NumPy guarantees, as it does not guarantee
+    `Generator.permutation`: a run resumed after an upgrade must continue in its order.
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(raw, kind="stable")
@@ -29,6 +28,11 @@ class IndexStream:
     Each epoch has every index once, in an order that depends on (seed, epoch) alone. A batch may
     span two epochs, so nothing is dropped. The global order is the same for any number of
     processes, so a run may be resumed on another number of machines.
+
+    Args:
+        size: At least 1, and the same on every process.
+        fingerprint: Of the data; a state with another one is refused.
+        process_index, process_count: Which contiguous slice of each batch is this process's.
     """
 
     def __init__(
@@ -40,13 +44,6 @@ class IndexStream:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """
-        Args:
-            size: At least 1, and the same on every process.
-            seed: Decides the order; at least 0.
-            fingerprint: Of the data; a state with another one is refused.
-            process_index, process_count: Which contiguous slice of each batch is this process's.
-        """
         check_process(process_index, process_count)
         self._size = size
         self._seed = seed
@@ -56,11 +53,7 @@ class IndexStream:
         self._begin_epoch(0)
 
     def take(self, n_global: int) -> tuple[list[int], slice]:
-        """The next `n_global` indices of the global order, and the slice of this process.
-
-        Raises:
-            ValueError: `n_global` is not a positive multiple of the process count.
-        """
+        """The next `n_global` indices of the global order, and the slice of this process."""
         local = local_slice(n_global, self._process_index, self._process_count)
         indices: list[int] = []
         while len(indices) < n_global:
@@ -81,11 +74,7 @@ class IndexStream:
         }
 
     def restore(self, state: DataCursor) -> None:
-        """Goes to the position of `state`.
-
-        Raises:
-            ValueError: the state belongs to other data or another seed.
-        """
+        """Goes to the position of `state`; ValueError if that is of other data or another seed."""
         check_state(state, seed=self._seed, fingerprint=self._fingerprint)
         self._begin_epoch(int(state["epoch"]))
         self._position = int(state["position"])

@@ -36,6 +36,13 @@ class PackedRows(Generic[Item]):
 
     A document that does not fit into a row is left out and counted in `dropped`, never cut: a cut
     solution would teach the model to stop nowhere.
+
+    Args:
+        examples: Read by index when needed.
+        encode: Makes one document of each: `encode_documents` or `encode_conversations`, with their
+            other arguments bound; in ids of `tokenizer`.
+        row_tokens: T, the length of a row.
+        process_index, process_count: Which contiguous slice of each batch is this process's.
     """
 
     def __init__(
@@ -49,19 +56,6 @@ class PackedRows(Generic[Item]):
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """
-        Args:
-            examples: Read by index when needed.
-            encode: Makes one document of each source: `encode_documents` or
-                `encode_conversations`, with their other arguments bound.
-            tokenizer: Whose ids `encode` gives.
-            row_tokens: T, the length of a row.
-            seed: Decides the order; at least 0.
-            process_index, process_count: Which contiguous slice of each batch is this process's.
-
-        Raises:
-            ValueError: no documents, or `encode` refuses one.
-        """
         _check_any(examples)
         check_process(process_index, process_count)
         self._examples = examples
@@ -91,11 +85,8 @@ class PackedRows(Generic[Item]):
     def rows_per_epoch(self) -> int:
         """Number of rows in the first epoch; does not move the stream.
 
-        Reads and encodes every document. Other epochs have other documents in a window, and may
-        have some rows more or fewer.
-
-        Raises:
-            ValueError: no document fits into a row.
+        Reads and encodes every document. Other epochs may have some rows more or fewer. Raises
+        ValueError if no document fits into a row.
         """
         order = permutation(len(self._examples), self._seed, 0)
         windows = -(-len(order) // _WINDOW)
@@ -108,10 +99,9 @@ class PackedRows(Generic[Item]):
         """The next `n_rows` rows of the global order; returns this process's slice of them.
 
         Returns:
-            `tokens`, `segment_ids` and `positions`, each int32 [n_rows / processes, T], and
-            `trained`, bool of the same shape. Segment ids count documents in a row from 1; 0 is
-            padding. Positions start at 0 in each. `trained` is true where the token is a target
-            of the loss (`Document.trained`), never in padding.
+            `tokens`, `segment_ids` (of documents in a row, from 1; 0 is padding) and `positions`
+            (from 0 in each), int32 [n_rows / processes, T]; `trained`, bool of the same shape: the
+            token is a target of the loss (`Document.trained`).
 
         Raises:
             ValueError: `n_rows` is not a positive multiple of the process count, or no document
@@ -142,8 +132,7 @@ class PackedRows(Generic[Item]):
     def restore(self, state: DataCursor) -> None:
         """Goes to the position of `state`, reading at most one window of documents.
 
-        Raises:
-            ValueError: the state belongs to other documents, tokenizer, row length or seed.
+        Raises ValueError for the state of other documents, tokenizer, row length or seed.
         """
         check_state(state, seed=self._seed, fingerprint=self._fingerprint)
         self._dropped = int(state["dropped"])
@@ -207,14 +196,9 @@ def packed_once(
     Args:
         rows_per_batch: N, of all processes together. The last batch is filled up with empty rows
             (segment id 0, nothing trained), so all have the same shape, on every process.
-        examples, encode, tokenizer, row_tokens, process_index, process_count: As in `PackedRows`.
 
     Yields:
         This process's slice of each batch, with the arrays of `PackedRows.take`.
-
-    Raises:
-        ValueError: `rows_per_batch` is not a positive multiple of the process count, there is no
-            document, or none fits into a row.
     """
     _check_any(examples)
     check_process(process_index, process_count)
@@ -253,10 +237,8 @@ def _none_fits(count: int, row_tokens: int) -> ValueError:
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Segment id 0 marks padding, never a token id, so any id may be used."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token_id) for token_id in ids if token_id is not None)
 
 
 def _pack(documents: Sequence[Document], row_tokens: int) -> tuple[list[list[Document]], int]:
@@ -283,26 +265,15 @@ def _to_arrays(
             positions[r, start:end] = steps[: end - start]
             trained[r, start:end] = document.trained
             start = end
-    return {
-        "tokens": tokens,
-        "segment_ids": segment_ids,
-        "positions": positions,
-        "trained": trained,
-    }
+    ids = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return {**ids, "trained": trained}
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs items into bins: longest first, each into the fullest bin that has room.
 
     Best-fit packing is what DeepSeek-R1's training used (arXiv 2501.12948 v2, infrastructure).
-
-    Args:
-        lengths: Of the items, each at most `capacity`.
-        capacity: Of every bin.
-
-    Returns:
-        For each bin the indices of its items. Equal lengths keep their order, so the result
-        depends on the arguments alone.
+    For each bin the indices of its items; equal lengths (at most `capacity`) keep their order.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free, bin), sorted: bisect finds the tightest fit.

@@ -11,7 +11,7 @@ import numpy as np
 from r1jax.data.chat_template import check_template, render_prompt
 from r1jax.data.example import Split
 from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
-from r1jax.data.order import DataCursor, IndexStream, fingerprint, id_bytes
+from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
 from r1jax.data.tasks import PreferenceTask, Task
 from r1jax.data.tokenizers import encode_texts
@@ -31,10 +31,7 @@ _BATCH = 2048  # Rows per tokenizer call: large enough to be fast, small enough 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two responses to one prompt, `chosen` better than `rejected`.
-
-    id is the row's position in the source, before any split or limit.
-    """
+    """Two responses to one prompt; `id`: the row's position in the source, before any split."""
 
     id: int
     prompt: str
@@ -70,8 +67,8 @@ def load_pairs(section: DataSection) -> Sequence[PreferencePair]:
     With `held_out_fraction` rows are split by their prompt, as examples are.
 
     Raises:
-        ValueError: the source has no preferences, or a row lacks a field or has an empty one (names
-            the file and line, or the row). Other errors are those of `load_examples`.
+        ValueError: the source has no preferences, or a row lacks a field or has an empty one.
+            Other errors are those of `load_examples`.
     """
 
     def to_pair(row: _Fields, index: int) -> PreferencePair:
@@ -170,9 +167,8 @@ def _load(
 def scored_text(response: str, reads: Reads) -> str | None:
     """The part of a response (prefill included) that a reward model reads, or None if it is empty.
 
-    `response` is all of it. `summary` is what follows the last `</think>`, without the white space
-    around it; a thought that was never closed has none, and a response without a thought is all
-    summary.
+    `summary` is what follows the last `</think>`, without the white space around it; a thought that
+    was never closed has none, and a response without a thought is all summary.
     """
     if reads == "response":
         return response
@@ -187,19 +183,16 @@ def encode_responses(
     *,
     reads: Reads,
 ) -> list[np.ndarray | None]:
-    """Token ids of the text that a reward model scores: prompt, `scored_text`, EOS.
+    """Token ids of the text that a reward model scores: prompt, `scored_text`, EOS; int32 [tokens].
 
     The prompt is rendered by the section's template, less a prefilled `<think>`: a whole response
     brings its own, and a summary follows no open thought. Prompt and response are encoded apart,
-    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no effect. A prompt that occurs
-    several times, as in a group of samples, is encoded once.
+    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no effect. None where
+    `scored_text` is None.
 
     Args:
-        prompts: Questions without template, one for each response.
+        prompts: Questions without template, one for each response; each is encoded once.
         responses: Without or with the EOS that ends them.
-
-    Returns:
-        For each response int32 [tokens], or None where `scored_text` is.
 
     Raises:
         ValueError: the template does not apply, the tokenizer has no EOS token, or it cannot encode
@@ -211,75 +204,28 @@ def encode_responses(
             "the tokenizer has no EOS token, at which a reward model scores a text; set eos_token"
         )
     distinct = list(dict.fromkeys(prompts))
-    rendered = [_before_response(prompt, section, tokenizer) for prompt in distinct]
+    whole = [render_prompt(prompt, section, tokenizer) for prompt in distinct]
+    rendered = [text.removesuffix(prefill) for text, prefill in whole]
     opening = dict(zip(distinct, encode_texts(rendered, tokenizer), strict=True))
     eos = str(tokenizer.eos_token)
     scored = [scored_text(response.removesuffix(eos), reads) for response in responses]
     ids = iter(encode_texts([text for text in scored if text is not None], tokenizer))
-    return [
-        None
-        if text is None
-        else np.asarray([*opening[prompt], *next(ids), tokenizer.eos_token_id], np.int32)
+    rows = [
+        None if text is None else [*opening[prompt], *next(ids), tokenizer.eos_token_id]
         for prompt, text in zip(prompts, scored, strict=True)
     ]
-
-
-def _before_response(prompt: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    text, prefill = render_prompt(prompt, section, tokenizer)
-    return text.removesuffix(prefill)
+    return [None if row is None else np.asarray(row, np.int32) for row in rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPreference:
-    """A row ready for a reward model.
-
-    Attributes:
-        id: The row's.
-        texts: int32 [tokens] each: chosen and rejected, or the labelled response.
-        safe: The label; None for a pair.
+    """A row ready for a reward model: int32 [tokens] of chosen and rejected (then `safe` is None),
+    or of a labelled response.
     """
 
     id: int
     texts: tuple[np.ndarray, ...]
     safe: bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceReport:
-    """How many preference rows were kept; each dropped one is counted once.
-
-    Attributes:
-        total: Rows before anything was dropped.
-        without_summary: Dropped: a side has nothing after its thought, or no end of it.
-        too_long: Dropped: a text has more than `max_tokens` tokens.
-        equal: Dropped: what is read of the two sides is the same.
-        longest: Tokens of the longest text, dropped ones included.
-    """
-
-    total: int
-    without_summary: int
-    too_long: int
-    equal: int
-    longest: int
-
-    @property
-    def kept(self) -> int:
-        return self.total - self.without_summary - self.too_long - self.equal
-
-    def __str__(self) -> str:
-        dropped = [
-            f"{count} {what}"
-            for count, what in (
-                (self.without_summary, "without a summary after the thought"),
-                (self.too_long, "too long"),
-                (self.equal, "with equal sides"),
-            )
-            if count
-        ]
-        return (
-            f"{self.kept} of {self.total} preference rows, the longest text has {self.longest} "
-            f"tokens{'; dropped: ' if dropped else ''}{', '.join(dropped)}"
-        )
 
 
 def encode_preferences(
@@ -289,8 +235,8 @@ def encode_preferences(
     *,
     reads: Reads,
     max_tokens: int,
-) -> tuple[list[EncodedPreference], PreferenceReport]:
-    """Renders and encodes every row; drops and counts those that cannot be learnt from.
+) -> tuple[list[EncodedPreference], str]:
+    """Renders and encodes every row; also a sentence that counts those kept and dropped, and why.
 
     A pair is kept or dropped as a whole, never cut: a reward model reads how a text ends.
 
@@ -302,7 +248,8 @@ def encode_preferences(
         ValueError: no row is left (with the count of each reason), or as `encode_responses`.
     """
     kept: list[EncodedPreference] = []
-    without_summary = too_long = equal = longest = total = 0
+    dropped = {"without a summary after the thought": 0, "too long": 0, "with equal sides": 0}
+    longest = 0
     for start in range(0, len(rows), _BATCH):
         batch = [rows[i] for i in range(start, min(start + _BATCH, len(rows)))]
         prompts = [row.prompt for row in batch for _ in row.responses]
@@ -311,17 +258,19 @@ def encode_preferences(
         for row in batch:
             sides = [next(encoded) for _ in row.responses]
             texts = tuple(side for side in sides if side is not None)
-            total, longest = total + 1, max(longest, *map(len, texts), 0)
+            longest = max(longest, *map(len, texts), 0)
             if len(texts) < len(sides):
-                without_summary += 1
+                dropped["without a summary after the thought"] += 1
             elif max(map(len, texts)) > max_tokens:
-                too_long += 1
+                dropped["too long"] += 1
             elif len(texts) == 2 and np.array_equal(*texts):
-                equal += 1
+                dropped["with equal sides"] += 1
             else:
                 safe = row.safe if isinstance(row, LabelledResponse) else None
                 kept.append(EncodedPreference(row.id, texts, safe))
-    report = PreferenceReport(total, without_summary, too_long, equal, longest)
+    reasons = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)
+    report = f"{len(kept)} of {len(rows)} preference rows, the longest text has {longest} tokens"
+    report += f"; dropped: {reasons}" if reasons else ""
     if not kept:
         raise ValueError(
             f"{section.source}: nothing is left to learn from with max_tokens = {max_tokens} and "
@@ -333,12 +282,8 @@ def encode_preferences(
 def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndarray]:
     """Right-padded rows, one text each, as `r1jax.models.reward_head.reward_scores` takes them.
 
-    Returns:
-        `tokens`, `positions` and `segment_ids`, int32 [texts, row_tokens], and `ends`, int32
-        [texts], the index of each last token. Segment id 0 marks padding, never a token id.
-
-    Raises:
-        ValueError: a text is longer than a row.
+    Returns `tokens`, `positions` and `segment_ids` (0: padding), int32 [texts, row_tokens], and
+    `ends`, int32 [texts], the index of each last token. Raises ValueError for a longer text.
     """
     lengths = np.asarray([len(text) for text in texts], np.int32)
     if lengths.max() > row_tokens:
@@ -356,11 +301,8 @@ def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndar
 
 
 def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dict[str, np.ndarray]:
-    """The rows as arrays.
-
-    Returns:
-        Those of `pad_texts`. Of pairs each is [rows, 2, ...], chosen before rejected; labelled
-        responses are [rows, ...] and have `safe`, float32 [rows], 1 for safe.
+    """The arrays of `pad_texts`: of pairs [rows, 2, ...], chosen before rejected; of labelled
+    responses [rows, ...], with `safe`, float32 [rows], 1 for safe.
     """
     arrays = pad_texts([text for row in rows for text in row.texts], row_tokens)
     labels = [row.safe for row in rows if row.safe is not None]
@@ -370,7 +312,13 @@ def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dic
 
 
 class PreferenceIterator:
-    """An endless, seeded, resumable stream of preferences, sharded by process (`IndexStream`)."""
+    """An endless, seeded, resumable stream of preferences, sharded by process (`IndexStream`).
+
+    Args:
+        rows: The same on every process; pairs, or labelled responses, not both.
+        length_bucket: Rows are padded to the smallest multiple of it that holds the longest text of
+            a batch: the fewer lengths, the fewer compilations.
+    """
 
     def __init__(
         self,
@@ -381,13 +329,6 @@ class PreferenceIterator:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """
-        Args:
-            rows: The same on every process; pairs, or labelled responses, not both.
-            length_bucket: Rows are padded to the smallest multiple of it that holds the longest
-                text of a batch: the fewer lengths, the fewer compilations.
-            seed, process_index, process_count: As in `IndexStream`.
-        """
         if not rows:
             raise ValueError("PreferenceIterator needs at least one row")
         self._rows = rows
@@ -402,25 +343,14 @@ class PreferenceIterator:
             process_index=process_index,
             process_count=process_count,
         )
+        self.state, self.restore = self._indices.state, self._indices.restore
 
     def take(self, n_global: int) -> dict[str, np.ndarray]:
         """The next `n_global` rows of the global order; this process's slice of them, as arrays.
 
-        Returns:
-            Arrays of `preference_arrays`; their row length is the same on every process.
-
-        Raises:
-            ValueError: `n_global` is not a positive multiple of the process count.
+        Arrays of `preference_arrays`; their row length is the same on every process.
         """
         indices, local = self._indices.take(n_global)
         longest = max(len(text) for i in indices for text in self._rows[i].texts)
         row_tokens = -(-longest // self._length_bucket) * self._length_bucket
         return preference_arrays([self._rows[i] for i in indices[local]], row_tokens)
-
-    def state(self) -> DataCursor:
-        """See `IndexStream.state`."""
-        return self._indices.state()
-
-    def restore(self, state: DataCursor) -> None:
-        """See `IndexStream.restore`."""
-        self._indices.restore(state)

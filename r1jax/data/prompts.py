@@ -11,7 +11,7 @@ import numpy as np
 
 from r1jax.data.chat_template import RenderedPrompt, check_template, render_prompt
 from r1jax.data.example import Example
-from r1jax.data.order import DataCursor, IndexStream, fingerprint, id_bytes
+from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.tokenizers import encode_texts
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ class Prompt:
             Rewards get prefill + completion, or a format reward never finds the opening tag.
         token_ids: int32 [tokens], the ids of `text`.
         question: The example's prompt without any template.
-        answer: The reference answer.
-        domain: The example's domain.
     """
 
     id: int
@@ -46,38 +44,14 @@ class Prompt:
     domain: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptReport:
-    """How many examples of a dataset became prompts.
-
-    Attributes:
-        total: Examples that were rendered.
-        too_long: Examples dropped because they have more than `max_prompt_tokens` tokens.
-        longest: Tokens of the longest example, dropped ones included.
-    """
-
-    total: int
-    too_long: int
-    longest: int
-
-    def __str__(self) -> str:
-        kept = f"{self.total - self.too_long} of {self.total} prompts"
-        if not self.too_long:
-            return f"{kept}, the longest has {self.longest} tokens"
-        return f"{kept}; {self.too_long} too long (the longest has {self.longest} tokens)"
-
-
 def encode_prompt(
     example: Example, section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt:
     """Renders one example by the section's template and encodes it, whatever its length.
 
     The text holds its BOS itself and is encoded without adding special tokens, so that no template
-    can end up with two.
-
-    Raises:
-        ValueError: unknown template, a chat template that is missing, or text that the tokenizer
-            cannot encode.
+    can end up with two. Raises ValueError for a template that does not apply, or text that the
+    tokenizer cannot encode.
     """
     check_template(section)
     rendered = render_prompt(example.prompt, section, tokenizer)
@@ -86,11 +60,12 @@ def encode_prompt(
 
 def encode_prompts(
     examples: Sequence[Example], section: DataSection, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], PromptReport]:
-    """Renders and encodes every example; drops and counts those that are too long.
+) -> tuple[list[Prompt], str]:
+    """Renders and encodes every example; drops those that are too long.
 
     Returns:
-        The prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens.
+        The prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens;
+        and a sentence that counts them.
 
     Raises:
         ValueError: all prompts are too long, one has no tokens, or a template does not apply.
@@ -118,7 +93,10 @@ def encode_prompts(
             f"{section.source}: all {total} prompts have more than max_prompt_tokens = "
             f"{section.max_prompt_tokens} tokens (the longest has {longest})"
         )
-    return prompts, PromptReport(total=total, too_long=total - len(prompts), longest=longest)
+    report, too_long = f"{len(prompts)} of {total} prompts", total - len(prompts)
+    if too_long:
+        return prompts, f"{report}; {too_long} too long (the longest has {longest} tokens)"
+    return prompts, f"{report}, the longest has {longest} tokens"
 
 
 def _to_prompt(example: Example, rendered: RenderedPrompt, ids: list[int]) -> Prompt:
@@ -136,8 +114,7 @@ def _to_prompt(example: Example, rendered: RenderedPrompt, ids: list[int]) -> Pr
 class PromptBatch(NamedTuple):
     """Prompts, and for each how often it occurs before it in the same global batch.
 
-    A batch that crosses the end of an epoch, or is longer than one, holds some prompts twice; they
-    must not get the same random numbers.
+    A batch may hold a prompt twice; the two must not get the same random numbers.
     """
 
     prompts: list[Prompt]
@@ -155,12 +132,6 @@ class PromptIterator:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """
-        Args:
-            prompts: The same on every process.
-            seed: Decides the order; at least 0.
-            process_index, process_count: Which contiguous slice of each take is this process's.
-        """
         if not prompts:
             raise ValueError("PromptIterator needs at least one prompt")
         self._prompts = prompts
@@ -174,13 +145,10 @@ class PromptIterator:
             process_index=process_index,
             process_count=process_count,
         )
+        self.state, self.restore = self._indices.state, self._indices.restore
 
     def take(self, n_global: int) -> PromptBatch:
-        """The next `n_global` prompts of the global order; returns this process's slice of them.
-
-        Raises:
-            ValueError: `n_global` is not a positive multiple of the process count.
-        """
+        """The next `n_global` prompts of the global order; returns this process's slice of them."""
         indices, local = self._indices.take(n_global)
         seen: Counter[int] = Counter()
         repeats = []
@@ -188,11 +156,3 @@ class PromptIterator:
             repeats.append(seen[index])
             seen[index] += 1
         return PromptBatch([self._prompts[i] for i in indices[local]], repeats[local])
-
-    def state(self) -> DataCursor:
-        """See `IndexStream.state`."""
-        return self._indices.state()
-
-    def restore(self, state: DataCursor) -> None:
-        """See `IndexStream.restore`."""
-        self._indices.restore(state)

@@ -1,8 +1,8 @@
 """Rewriting of kept completions into texts to train on, for the cold start.
 
 DeepSeek-R1 (arXiv 2501.12948, section 2.3.1) rewrites what R1-Zero got right into one language, the
-first person, and its output format: the reasoning process, then a summary. `RuleRewriter` uses
-rules, for toy texts; `EndpointRewriter` a model behind an OpenAI-compatible server.
+first person, and its output format: the reasoning process, then a summary. `RuleRewriter` does so
+by rules, for toy texts; `EndpointRewriter` by a model behind an OpenAI-compatible server.
 """
 
 from __future__ import annotations
@@ -37,12 +37,8 @@ from r1jax.settings.names import nearest
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A kept completion, before it is rewritten.
-
-    Attributes:
-        question: Without template.
-        completion: The prompt's prefill (such as `<think>`) and what the model wrote.
-        answer: Its final answer, as a reward extracted it; empty without one.
+    """A kept completion, before it is rewritten: the question without template, the prefill of the
+    prompt with what the model wrote, and its answer as a reward extracted it (or empty).
     """
 
     question: str
@@ -77,16 +73,11 @@ def instruction_prompt(draft: Draft, instruction: str) -> str:
 def accept(draft: Draft, text: str, style: str = "think") -> str | None:
     r"""`text` without outer white space, if it may replace the draft; else None.
 
-    It must be well formed, and keep the draft's answer. A marked answer (`\boxed{...}`, an answer
-    tag) must have the draft's exact meaning, by `equivalent_key`. Without a mark the answer must
-    occur in what follows the thought, word for word; that is not enough for a draft that had a
-    mark, since a model trained on the text would no longer give answers that can be read.
-
-    Where the draft's answer is a program, its last fenced block after the thought, the text's last
-    fenced block must be the same program instead: that is how `r1jax.rewards.code` reads it.
-
-    Args:
-        style: a shape of `r1jax.rewards.format.well_formed`; `think` is R1's.
+    It must be well formed, in a `style` of `r1jax.rewards.format.well_formed`, and keep the draft's
+    answer. A marked answer (`\boxed{...}`, an answer tag) must have the draft's exact meaning, by
+    `equivalent_key`. Without a mark the answer must occur in what follows the thought, word for
+    word, which is not enough for a draft that had a mark. Where the draft's answer is a program
+    (its last fenced block after the thought), the text's last fenced block must be the same.
     """
     text = text.strip()
     try:
@@ -185,17 +176,15 @@ class RuleRewriter:
     The summary replaces everything but the thought. The thought loses outer white space, so that a
     prefilled `<think>\n` and a bare `<think>` give the same text. The result is None for a draft
     without a closed thought, with a blank one, or with neither answer nor program, and where
-    `accept` refuses the text (a tag inside of the thought; a program in a style or template that
-    cannot hold one).
+    `accept` refuses the text.
 
     Attributes:
         template: The text: `{thought}`, `{summary}`, `{question}`, `{answer}`. Other braces stay
             as they are, so a boxed answer is `\boxed{{answer}}`.
         summary: The text of `{summary}`, with the other placeholders.
-        program_summary: The text of `{summary}` if the answer is a program: `{question}` and
-            `{program}`, which ends with a newline.
+        program_summary: That text if the answer is a program: `{question}` and `{program}`, which
+            ends with a newline.
         replacements: Words of the thought -> their replacements, as in `_replace_words`.
-        style: The shape that the text must have; see `accept`.
     """
 
     template: str = "<think>{thought}</think>\n\n{summary}"
@@ -293,11 +282,8 @@ def _placeholders(name: str, template: str, known: Sequence[str]) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer of a model to an instruction.
-
-    Attributes:
-        text: Unchanged; None if the model gave none.
-        truncated: The model was cut off before it ended its answer itself.
+    """The answer of a model to an instruction: unchanged, None if it gave none; and whether it was
+    cut off before it ended.
     """
 
     text: str | None
@@ -313,17 +299,12 @@ class Reply:
 class RewriteLog:
     """The replies so far, as JSON lines from which a later run continues; for one process.
 
-    A reply is written before the next request of its thread, and a line that a killed process left
-    unfinished is cut off. Replies are stored unchanged, so that another style or a better check
-    needs no new ones.
+    A reply is written before the next request of its thread, unchanged, so that another style or a
+    better check needs no new ones. A line that a killed process left unfinished is cut off.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens the log, or makes it.
-
-        Raises:
-            ValueError: a line is not a reply (names file and line).
-        """
+        """Opens the log, or makes it. Raises ValueError for a line that is not a reply."""
         self.path = Path(path)
         self._lock = threading.Lock()
         self._replies: dict[str, Reply] = {}
@@ -385,13 +366,9 @@ class EndpointRewriter:
 
     Attributes:
         url: Up to the version, such as `http://localhost:8000/v1`.
-        model: Its name on the server.
         log: Stores the replies. A draft is not requested again with the same model, instruction,
-            max_new_tokens and temperature; the url may change, so a run may continue with another
-            server.
-        instruction: See `instruction_prompt`.
+            max_new_tokens and temperature; the url may change.
         max_new_tokens: Of an answer; one that is cut off there is not used.
-        temperature: Of the sampling.
         api_key_env: Environment variable with the key; unset or empty for a server without keys.
         retries: Repetitions of a request after a failure that may be temporary: status 408, 429 or
             5xx, no connection, a time-out, an answer that is not JSON of the right shape.
@@ -447,12 +424,10 @@ class EndpointRewriter:
         _check_style(self.style)
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """As `RuleRewriter.rewrite`. Equal drafts are requested once.
+        """The text to train on for each draft, or None, in order. Equal drafts are requested once.
 
-        Raises:
-            EndpointError: a request failed. Open requests are waited for, and every reply is in the
-                log: the next call requests only the rest.
-            Stopped: `stop_requested` returned true before all requests were sent; as above.
+        Raises EndpointError: a request failed; Stopped: `stop_requested` returned true. Open
+        requests are waited for, and every reply is in the log: the next call requests the rest.
         """
         settings: dict[str, JsonValue] = {
             "model": self.model,
@@ -474,10 +449,8 @@ class EndpointRewriter:
         known = sum(key in self.log for key in distinct)
         if known < len(distinct):
             raise Stopped(f"{known} of {len(distinct)} replies are in {self.log.path}")
-        return [
-            self.log[key].accepted(draft, self.style)
-            for key, draft in zip(keys, drafts, strict=True)
-        ]
+        replies = [self.log[key] for key in keys]
+        return [r.accepted(draft, self.style) for r, draft in zip(replies, drafts, strict=True)]
 
     def _request_all(self, missing: Mapping[str, Draft]) -> None:
         stop = threading.Event()
@@ -525,7 +498,6 @@ class EndpointRewriter:
         return stop.is_set() or self.stop_requested()
 
     def _request(self, draft: Draft) -> Reply:
-        """One request."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": instruction_prompt(draft, self.instruction)}],
@@ -533,12 +505,10 @@ class EndpointRewriter:
             "temperature": self.temperature,
         }
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        key = os.environ.get(self.api_key_env, "").strip()
-        if key:
+        if key := os.environ.get(self.api_key_env, "").strip():
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-        )
+        url = self.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with _OPENER.open(request, timeout=self.timeout_seconds) as response:
                 answer = response.read()

@@ -17,13 +17,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source.
-
-    Attributes:
-        rows: Indexing may read from disk.
-        label: The name of the row at an index, for errors.
-        in_memory: Whether indexing reads nothing.
-    """
+    """Rows of a source; indexing may read from disk, unless `in_memory`. `label` names a row."""
 
     rows: Sequence[Row]
     label: Callable[[int], str]
@@ -33,11 +27,8 @@ class Rows:
 def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
     """`jsonl:PATH`: one JSON object per line of a UTF-8 file, local or on a bucket (`gs://...`).
 
-    Blank lines are skipped.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object (names file and line), or the split is not train.
+    Blank lines are skipped. Raises FileNotFoundError, or ValueError for a line that is not a JSON
+    object or a split that is not train.
     """
     _known_options("jsonl", options, ())
     if split != "train":
@@ -49,22 +40,16 @@ def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
     if not path.is_file():
         raise FileNotFoundError(f"source = 'jsonl:{name}': no file {path} (looked in {Path.cwd()})")
     numbered = list(numbered_rows(path))
-    return Rows(
-        rows=[row for _, row in numbered],
-        label=lambda index: f"{path}:{numbered[index][0]}",
-        in_memory=True,
-    )
+    rows = [row for _, row in numbered]
+    return Rows(rows, lambda index: f"{path}:{numbered[index][0]}", in_memory=True)
 
 
 def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
     """`tfds:NAME`, `tfds:NAME/CONFIG` or with `:VERSION`, read by index and without TensorFlow.
 
     Options: `data_dir`, the folder of prepared datasets. A dataset that is not there is downloaded
-    and prepared as ArrayRecord files, the format that can be read by index.
-
-    Raises:
-        ImportError: TFDS is missing, or a package that it needs to work without TensorFlow.
-        ValueError: no such dataset or split, or it was prepared in a format without random access.
+    and prepared as ArrayRecord files, the format that can be read by index. Raises ImportError, or
+    ValueError for an unknown dataset or split and a format without random access.
     """
     _known_options("tfds", options, ("data_dir",))
     where = f"source = 'tfds:{name}'"
@@ -84,9 +69,8 @@ def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
         # Without file_format first: a prepared dataset is read in its format.
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
         if not builder.is_prepared():
-            builder = tfds.builder(
-                name, data_dir=data_dir, try_gcs=False, file_format="array_record"
-            )
+            how = {"data_dir": data_dir, "try_gcs": False, "file_format": "array_record"}
+            builder = tfds.builder(name, **how)
             builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         # TFDS reports an unknown version by a failed assertion.
@@ -108,9 +92,7 @@ def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
 def read_hub(name: str, split: str, options: JsonObject) -> Rows:
     """`hf:NAME` with the package `datasets`. Options: `config`, `revision`, `data_files`.
 
-    Raises:
-        ImportError: `datasets` is not installed.
-        ValueError: no such dataset, config or split.
+    Raises ImportError without the package, ValueError for an unknown dataset, config or split.
     """
     _known_options("hf", options, ("config", "revision", "data_files"))
     where = f"source = 'hf:{name}'"
@@ -121,13 +103,8 @@ def read_hub(name: str, split: str, options: JsonObject) -> Rows:
             f"{where}: the package datasets is missing; pip install 'r1jax[hf]' (or datasets)"
         ) from error
     try:
-        rows = datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=split,
-            revision=options.get("revision"),
-            data_files=options.get("data_files"),
-        )
+        files = {key: options.get(key) for key in ("revision", "data_files")}
+        rows = datasets.load_dataset(name, options.get("config"), split=split, **files)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: split = {split!r}: {error}") from error
     return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)

@@ -1,15 +1,13 @@
 """What k samples for each of P problems say about a model, with 95 % intervals.
 
-Pure numpy: no files, no tokenizer; the caller passes in the function that says which answers are
-equal. Samples of one problem are correlated, and the question is how a figure would change with
-*other problems*; so each figure is computed per problem and then averaged, and its interval is a
-percentile bootstrap over problems (`RESAMPLES` resamples, fixed seed, so the same samples always
-give the same file). Where all problems have the same value that interval has no width, which is
-wrong for a share (30 of 30 right is not certainty): there it is Wilson's score interval
-of P trials.
+Pure numpy. Samples of one problem are correlated, and the question is how a figure would change
+with *other problems*; so each figure is computed per problem and then averaged, and its interval is
+a percentile bootstrap over problems (`RESAMPLES` resamples, fixed seed). Where all problems have
+the same value that interval has no width, which is wrong for a share (30 of 30 right is not
+certainty): there it is Wilson's score interval of P trials.
 
-Samples that the verifier failed on are neither right nor wrong. They are left out of every figure
-of correctness, and counted. A problem with fewer than k scored samples contributes its figure at
+Samples that the verifier failed on are neither right nor wrong: they are counted, and left out of
+every figure of correctness. A problem with fewer than k scored samples contributes its figure at
 that number (a vote over 15 in place of 16; for pass@k a lower bound), so that all figures are of
 the same problems; a problem with no scored sample is left out, and counted.
 """
@@ -49,9 +47,15 @@ class Estimate:
     high: float
 
     def to_json(self) -> dict[str, float | None]:
-        """`{"value", "low", "high"}`; nan, which JSON lacks, becomes null."""
+        """As JSON; nan, which JSON lacks, becomes null."""
         fields = {"value": self.value, "low": self.low, "high": self.high}
         return {name: None if math.isnan(x) else float(x) for name, x in fields.items()}
+
+
+def votes(figures: Mapping[str, object]) -> int:
+    """The largest k of a summary's cons@k; 1 where there is none."""
+    sizes = [int(name.rsplit("_", 1)[1]) for name in figures if name.startswith("cons_at_")]
+    return max(sizes, default=1)
 
 
 # --- one problem ------------------------------------------------------------------------------
@@ -61,9 +65,7 @@ def unbiased_pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, drawn without replacement, include one of the c right ones.
 
     1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (arXiv 2107.03374, eq. 1).
-
-    Raises:
-      ValueError: unless 1 <= k <= n and 0 <= c <= n.
+    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@k with k = {k} of n = {n} samples: k must lie in 1..n")
@@ -75,7 +77,7 @@ def unbiased_pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
-    """Expected correctness of a majority vote over k of n samples, drawn without replacement.
+    """Expected correctness, in [0, 1], of a majority vote over k of n samples without replacement.
 
     The class with the most votes wins; classes that tie share the win equally. Samples without
     an answer do not vote, and a draw with no vote at all is wrong. The expectation is exact, not
@@ -85,10 +87,6 @@ def expected_vote(classes: ArrayLike, correct: ArrayLike, k: int) -> float:
     Args:
       classes: [n] integers, equal for equal answers; negative: no answer.
       correct: [n] booleans.
-      k: votes drawn, in 1..n.
-
-    Returns:
-      A number in [0, 1].
     """
     labels = np.asarray(classes)
     right = np.asarray(correct, dtype=np.float64)
@@ -161,12 +159,9 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
     """The mean of one value per problem, with a bootstrap over problems.
 
     Args:
-      values: [P] floats.
+      values: [P] finite floats.
       is_share: the values lie in [0, 1]; decides the interval where all values are equal: Wilson's
         for a share; otherwise the value itself, or nan for a single problem.
-
-    Raises:
-      ValueError: if there is no value, or one is not finite.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or x.size == 0:
@@ -195,13 +190,8 @@ def mean_over_problems(values: ArrayLike, *, is_share: bool) -> Estimate:
 # --- all problems -----------------------------------------------------------------------------
 
 
-def pass_at_1(correct: ArrayLike, scored: ArrayLike | None = None) -> Estimate:
-    """Mean correctness over samples, then over problems (the paper's pass@1); see `pass_at_k`."""
-    return pass_at_k(correct, 1, scored)
-
-
 def pass_at_k(correct: ArrayLike, k: int, scored: ArrayLike | None = None) -> Estimate:
-    """Unbiased pass@k; see `unbiased_pass_at_k`.
+    """Unbiased pass@k; at k = 1 mean correctness over samples, then over problems (the paper's).
 
     Args:
       correct: [P, n] booleans.
@@ -275,18 +265,17 @@ def summarise(
     Args:
       samples: rows of `samples.jsonl`: `problem_id`, `sample`, `outcome` (right, wrong,
         unparseable, verifier_failed), `extracted` (text or None), `length` (tokens) and, where
-        known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once, so a
-        generator over a large file will do.
+        known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once.
       same_answer: text of an answer -> text that is the same for equal answers.
       ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
 
     Returns:
-      A JSON object: `pass_at_1`, `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over
-      all samples), each `{"value", "low", "high"}`; `parts`, such a figure for each reward, over
-      the samples that have it; counts `problems`, `samples` (per problem), `outcomes`,
-      `unscored_samples`, `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the
-      verifier failed on every sample, figures of correctness are null. Where the rows are of
-      several domains, `by_domain` has all of this for each of them.
+      A JSON object: `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over all samples), each
+      `{"value", "low", "high"}`; `parts`, such a figure for each reward, over the samples that have
+      it; counts `problems`, `samples` (per problem), `outcomes`, `unscored_samples`,
+      `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the verifier failed on
+      every sample, figures of correctness are null. Where the rows are of several domains,
+      `by_domain` has all of this for each of them.
 
     Raises:
       ValueError: no samples, a sample twice, or problems with different numbers of samples.
@@ -337,14 +326,12 @@ def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> JsonOb
     scored = np.array([[sample.outcome != "verifier_failed" for sample in row] for row in problems])
     classes = np.array([_classes([sample.answer for sample in row]) for row in problems])
     lengths = np.array([[sample.length for sample in row] for row in problems])
+    some, nothing = bool(scored.any()), Estimate(math.nan, math.nan, math.nan)
     figures: dict[str, Estimate] = {}
-    nothing = Estimate(math.nan, math.nan, math.nan)
-    any_scored = bool(scored.any())
-    figures["pass_at_1"] = pass_at_1(correct, scored) if any_scored else nothing
-    for k in (k for k in ks if k > 1):
-        figures[f"pass_at_{k}"] = pass_at_k(correct, k, scored) if any_scored else nothing
+    for k in dict.fromkeys((1, *ks)):
+        figures[f"pass_at_{k}"] = pass_at_k(correct, k, scored) if some else nothing
     for k in ks:
-        figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if any_scored else nothing
+        figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if some else nothing
     figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
     parts = {name: figure.to_json() for name, figure in _mean_parts(problems).items()}
     outcomes = Counter(sample.outcome for row in problems for sample in row)

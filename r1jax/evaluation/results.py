@@ -61,12 +61,9 @@ def evaluation(run: Run, stage: StageRecord | None) -> JsonObject | None:
 def results(run: Run) -> JsonObject:
     """The content of `results.json`.
 
-    `evaluations` are the summaries of all finished evaluations in order, each with its stage, the
-    stage or model that the weights come from (null where unknown) and its data; `before` and
-    `after` the two of them to compare (null where there is none yet); `wall_seconds` by phase and
-    `stage_seconds` by stage and phase; `machine` by stage: compilations and memory; `complete`, and
-    if not, `missing` in words; `config`, resolved, so that the file says by itself what was
-    measured how.
+    `evaluations` are the summaries of all finished evaluations in order, with `before` and `after`,
+    the two to compare; `wall_seconds` by phase and `stage_seconds` by stage and phase; `machine` by
+    stage: compilations and memory; `missing` in words; `config`, resolved. Unknown ones are null.
     """
     before, after = before_and_after(run)
     evaluated = [evaluation(run, stage) for stage in run.evaluations()]

@@ -1,9 +1,9 @@
 """Reads what a run has written so far; a run that is still going is read like a finished one.
 
 Layout: `config.yaml` (resolved), `run.json`, and for each stage `stages/NN-<name>/` with
-`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`, `held_out.jsonl` (evaluations made during RL
-training); for stages that leave an evaluation or a dataset also `summary.json`, and for the latter
-`dataset.jsonl`. All but `config.yaml` may be missing.
+`metrics.jsonl`, `timings.jsonl`, `samples.jsonl`, `held_out.jsonl` (evaluations made during RL);
+of an evaluation or a dataset also `summary.json`, and of the latter `dataset.jsonl`. All but
+`config.yaml` may be missing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ _WORDING = ("domain", "template", "system_prompt", "prompt_suffix")
 class StageRecord:
     """One stage of the config, and what it has written.
 
-    Attributes:
-      description: what the kind says of itself; of one that cannot be imported, only its name.
-      config: the stage's settings, as in `config.yaml`.
-      seconds: by phase (rollout, update, ...).
-      machine: compilations and memory, named as in timings.jsonl, in the process that ended it.
+    description: what the kind says of itself; of one that cannot be imported, only its name.
+    seconds: by phase. machine: compilations and memory, named as in timings.jsonl.
     """
 
     name: str
@@ -61,6 +58,18 @@ class StageRecord:
     def learns(self) -> bool:
         """Whether its weights are another language model than the base: pretraining makes that."""
         return self.description.leaves == "weights" and not self.description.makes_base
+
+    @property
+    def gap(self) -> str:
+        """What it has not, in words, that a finished one has."""
+        trains = self.description.trains
+        if self.directory is None:
+            return "not started"
+        if not trains and self.summary is None:
+            return "no summary yet"
+        if self.status != "done":
+            return self.status
+        return "no metrics" if trains and next(self.rows("metrics.jsonl"), None) is None else ""
 
     @property
     def data(self) -> str:
@@ -92,9 +101,8 @@ class StageRecord:
 class Run:
     """A run directory: the plan (`config`), the record (`info`), and its stages in order.
 
-    Attributes:
-      edges: what gives weights and data to which stage; none where this version does not read the
-        config (an older one's); everything else can be read without.
+    edges: what gives weights and data to which stage; none where the config is of a version that
+        this one does not read.
     """
 
     directory: Path
@@ -128,10 +136,9 @@ class Run:
         return next(sources, None)
 
     def benchmark(self, data: str) -> str:
-        """The dataset whose evaluations compare with those on `data`.
+        """The first dataset with the same problems as `data`, whose evaluations compare with its.
 
-        That is the first evaluated one with the same problems: a chat model and its base get the
-        same problems in different templates.
+        A chat model and its base get the same problems in different templates.
         """
         problems = self._problems(data)
         evaluated = (stage.data for stage in self.evaluations())
@@ -155,19 +162,8 @@ class Run:
     def missing(self) -> list[str]:
         """What a finished run would have and this one has not, in words."""
         gaps = [] if self.info else ["run.json (versions, hardware, times)"]
-        for stage in self.stages:
-            gap = ""
-            if stage.directory is None:
-                gap = "not started"
-            elif not stage.description.trains and stage.summary is None:
-                gap = "no summary yet"
-            elif stage.status != "done":
-                gap = stage.status
-            elif stage.description.trains and next(stage.rows("metrics.jsonl"), None) is None:
-                gap = "no metrics"
-            if gap:
-                gaps.append(f"stage {stage.name} ({stage.kind}): {gap}")
-        return gaps
+        named = [(f"stage {stage.name} ({stage.kind})", stage.gap) for stage in self.stages]
+        return gaps + [f"{name}: {gap}" for name, gap in named if gap]
 
 
 def language_models(run_dir: str | Path) -> list[Path]:
@@ -185,9 +181,7 @@ def language_models(run_dir: str | Path) -> list[Path]:
 def read_run(run_dir: str | Path) -> Run:
     """Reads a run directory.
 
-    Raises:
-      FileNotFoundError: there is no `config.yaml`: not the directory of a run.
-      ValueError: a file is not what it should be; names file and line.
+    Raises FileNotFoundError without a `config.yaml`, ValueError for a damaged file (with its line).
     """
     directory = Path(run_dir)
     config_path = directory / "config.yaml"

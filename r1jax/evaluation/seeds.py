@@ -1,8 +1,7 @@
 """Runs of one config that differ in their seed: means over them, and how far they differ.
 
-The seed is the unit. A figure of several runs is the mean of their figures, and its interval is
-Student's t over seeds with n - 1 degrees of freedom: it says how the mean would change with other
-seeds, where a single run's interval says how its figure would change with other problems.
+The seed is the unit. A figure of several runs is the mean of their figures; its interval, Student's
+t over seeds with n - 1 degrees of freedom, says how the mean would change with other seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from scipy.special import stdtrit
 
 from r1jax.config.lineage import differences
 from r1jax.config.load import ConfigError
-from r1jax.evaluation.metrics import LEVEL, Estimate, Floats, Summary
+from r1jax.evaluation.metrics import LEVEL, Estimate, Floats, Summary, votes
 from r1jax.evaluation.results import evaluation, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import JsonObject
@@ -35,8 +34,7 @@ def read_seeds(run_dirs: Sequence[str | Path]) -> tuple[Run, ...]:
     Raises:
       ConfigError: two are of the same seed, one is not finished, or their configs differ in more
         than the seed, the directory and the texts; has a line for each.
-      FileNotFoundError: a directory holds no `config.yaml`.
-      ValueError: a file of a run is damaged; names file and line.
+      FileNotFoundError, ValueError: as `read_run`.
     """
     if not run_dirs:
         raise ValueError("no run directory given: nothing to compare")
@@ -76,9 +74,7 @@ def _common(run: Run) -> JsonObject:
 
 
 def mean_over_seeds(values: Sequence[float], *, is_share: bool) -> Estimate:
-    """The mean of one value per seed, with Student's t interval.
-
-    Where all seeds agree, the interval has no width.
+    """The mean of one value per seed, with Student's t interval; of width 0 where all seeds agree.
 
     Args:
       values: at least one. A single one says nothing of other seeds: the ends are nan.
@@ -100,9 +96,7 @@ def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
     """The figures of one evaluation over seeds; a single seed's summary is returned as it is.
 
     Each `{"value", "low", "high"}` is over seeds, by domain and by reward too. A figure that one
-    seed lacks (the verifier failed on every sample) is null: a mean over the others would be of
-    other seeds than its neighbours. Counts are kept where all seeds agree, as on the number of
-    problems.
+    seed lacks (the verifier failed on every sample) is null. Counts are kept where all seeds agree.
     """
     if len(summaries) == 1:
         return dict(summaries[0])
@@ -124,8 +118,7 @@ def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
 def mean_run(runs: Sequence[Run]) -> Run:
     """One run that stands for all: its summaries and seconds are means over seeds.
 
-    Only evaluations keep a summary, and no stage has a directory: other files of a run are of one
-    seed.
+    Only evaluations keep a summary, and no stage has a directory: its files are of one seed.
     """
 
     def mean_stage(stages: Sequence[StageRecord]) -> StageRecord:
@@ -143,11 +136,8 @@ def mean_run(runs: Sequence[Run]) -> Run:
 class _SeedCurves:
     """One curve of a stage, in each run.
 
-    Attributes:
-      measure: `pass_at_1`, `cons_at_<k>` or `mean_length`.
-      held_out: measured on held-out problems; else on the samples just trained on.
-      steps: those that all runs have.
-      values: [seeds, steps].
+    measure: `pass_at_1`, `cons_at_<k>` or `mean_length`. held_out: measured on held-out problems;
+    else on the samples just trained on. steps: those that all runs have. values: [seeds, steps].
     """
 
     stage: str
@@ -181,11 +171,8 @@ def _held_out_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
         for name, figure in row.items():
             if isinstance(figure, Mapping) and figure.get("value") is not None:
                 curves.setdefault(name, {})[float(row["step"])] = float(figure["value"])
-    votes = sorted(
-        (name for name in curves if name.startswith("cons_at_")),
-        key=lambda name: int(name.rsplit("_", 1)[1]),
-    )
-    return {n: curves[n] for n in ("pass_at_1", *votes[-1:], "mean_length") if n in curves}
+    names = ("pass_at_1", f"cons_at_{votes(curves)}", "mean_length")
+    return {name: curves[name] for name in names if name in curves}
 
 
 def _training_curves(stage: StageRecord) -> dict[str, dict[float, float]]:
@@ -202,9 +189,8 @@ def results_over_seeds(runs: Sequence[Run]) -> JsonObject:
     """The content of the `results.json` of several runs.
 
     `evaluations` are those of `results`, each over seeds, with the single ones in `by_seed`;
-    `wall_seconds` and `stage_seconds` have `mean`, `lowest`, `highest` and `by_seed`; `curves` are
-    over the steps of RL training, with `mean`, `lowest` and `highest`; `config`, resolved, of the
-    first seed.
+    seconds have `mean`, `lowest`, `highest` and `by_seed`; `curves` are over the steps of RL
+    training; `config`, resolved, of the first seed.
     """
     seeds = [str(seed_of(run)) for run in runs]
     mean = mean_run(runs)

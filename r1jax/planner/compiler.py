@@ -34,8 +34,7 @@ _CALLS = 3
 class Binary:
     """A compiled program. Bytes are of one device.
 
-    module: None where its text cannot be had: a TPU compiler of another release may write what
-        this jaxlib does not read.
+    module: None where its text cannot be had, such as that of another release's TPU compiler.
     specs: how what it returns is laid out on its mesh, array by array.
     seconds: of processor time that compiling took.
     """
@@ -50,10 +49,7 @@ class Binary:
 
 
 class DoesNotFit(Exception):
-    """The compiler gave up: the program alone needs more than a device has.
-
-    needed, available: bytes of a device.
-    """
+    """The compiler gave up: the program alone needs `needed` of `available` bytes of a device."""
 
     def __init__(self, needed: float, available: float) -> None:
         super().__init__(f"needs {needed:.3g} of {available:.3g} bytes")
@@ -64,10 +60,9 @@ class Compiler:
     """Compiles for a slice; programs of the same text, such as those of two like stages, only once.
 
     Args:
-      quick: with the least effort. A third of the time for a train step; what comes out is a few
-        percent slower, and about as large.
-      cache: a folder in which what was compiled is kept for later processes. Its key is the
-        program's text with all that the compiler's output depends on besides.
+      quick: with the least effort: a third of the time for a train step, a few percent slower.
+      cache: a folder that keeps what was compiled for later processes. Its key is the program's
+        text with all that the compiler's output depends on besides.
     """
 
     def __init__(self, target: Slice, *, quick: bool = False, cache: Path | None = None) -> None:
@@ -97,10 +92,7 @@ class Compiler:
         """Median seconds of a call, on devices that are there.
 
         The arguments are reals as small as weights, zeros and truths, each where the program reads
-        it. They are not random: no program here is faster for it.
-
-        Args:
-          prepare: changes these positional arguments into those to call it with.
+        it; no program is faster for them. `prepare` changes the positional ones into those to use.
         """
 
         def fill(leaf: jax.stages.ArgInfo) -> jax.Array:

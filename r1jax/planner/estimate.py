@@ -1,9 +1,8 @@
 """How long a program takes at best: the roofline of its operations on a chip.
 
-Each operation takes the longer of its products at peak speed and its bytes at the bandwidth of HBM;
-operations follow each other. Exchange between devices runs beside them, over the links that its
-mesh axes lie on. A program takes the longer of both. Real programs take longer: nothing here waits,
-starts, or misses its peak.
+Each operation takes the longer of its products at peak speed and its bytes at the bandwidth of HBM,
+one after the other. Exchange between devices runs beside them, over the links of its mesh axes. A
+program takes the longer of both; real ones take longer.
 """
 
 from __future__ import annotations
@@ -17,10 +16,7 @@ from r1jax.planner.topologies import Slice
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, at best.
-
-    compute: all products at peak speed. memory: all bytes at full bandwidth. network: all exchange.
-    """
+    """Seconds of a call, at best: all products at peak speed, all bytes at full bandwidth, ..."""
 
     compute: float
     memory: float
@@ -69,24 +65,17 @@ def times(cost: Cost, target: Slice) -> Times | None:
 def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]:
     """Exchange by kind and mesh axes, the most bytes first.
 
-    Args:
-      mesh: axis -> size; the target's devices in the mesh's order.
+    mesh: axis -> size; the target's devices are in the mesh's order.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for each in cost.collectives:
         groups.setdefault((each.kind, axes_of(each.group, mesh)), []).append(each)
-    rows = [
-        Traffic(
-            kind,
-            axes,
-            sum(each.times for each in group),
-            sum(each.times * each.bytes for each in group),
-            None
-            if target.chip is None
-            else sum(each.times * _seconds(each, target) for each in group),
-        )
-        for (kind, axes), group in groups.items()
-    ]
+    rows = []
+    for (kind, axes), group in groups.items():
+        count, sent = sum(e.times for e in group), sum(e.times * e.bytes for e in group)
+        known = target.chip is not None
+        seconds = sum(e.times * _seconds(e, target) for e in group) if known else None
+        rows.append(Traffic(kind, axes, count, sent, seconds))
     return sorted(rows, key=lambda row: -row.bytes)
 
 

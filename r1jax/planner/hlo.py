@@ -1,9 +1,7 @@
 """What a compiled program does, read from its HLO text: products, bytes, collectives, loops.
 
-XLA's `cost_analysis` counts the body of a loop once, and says nothing about collectives. Here
-each operation counts as often as it runs, and each collective is assigned to the mesh axes that its
-groups of devices lie on.
-
+XLA's `cost_analysis` counts the body of a loop once, and says nothing about collectives. Here each
+operation counts as often as it runs, and each collective belongs to the mesh axes of its groups.
 The text is that of `compiled.as_text()`: the program of one device, after optimisation.
 """
 
@@ -33,14 +31,8 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        bits = _BITS.get(self.dtype)
-        if bits is None:  # f32, bf16, s8, u4, f8e4m3fn, c64, ...
-            match = re.match(r"(?:bf|f|s|u|c)(\d+)", self.dtype)
-            bits = int(match[1]) if match else 0
-        return self.elements * bits / 8
-
-
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
+        bits = re.match(r"(?:bf|f|s|u|c)(\d+)", self.dtype)  # f32, bf16, s8, u4, f8e4m3fn, c64
+        return self.elements * (8 if self.dtype == "pred" else int(bits[1]) if bits else 0) / 8
 
 
 @dataclass(frozen=True)
@@ -112,10 +104,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Collective:
-    """Devices exchanging data.
+    """Devices exchanging data, `times` times.
 
-    bytes: what each device sends at a time, by the cheapest known way (a ring): all-gather its part
-        to all others; all-reduce twice all but one part; and so on. times: how often it runs.
+    bytes: what each device sends at a time, by the cheapest known way (a ring): see `_sent`.
     group: positions in the mesh (flattened) of one group of devices that talk to each other.
     """
 
@@ -129,9 +120,8 @@ class Collective:
 class Cost:
     """What a program does on each device in one call.
 
-    flops: of matrix products and convolutions, and of the attention kernels that are known; two for
-        a multiplication and an addition.
-    bytes: read from and written to HBM.
+    flops: of matrix products, convolutions and the attention kernels that are known; two for a
+        multiplication and an addition. bytes: read from and written to HBM.
     unknown: kernels whose products could not be counted.
     """
 
@@ -235,10 +225,8 @@ def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = Tru
     """What a call of the program does on each device.
 
     Args:
-      unknown_trips: how often loops run whose number of turns is not in the text (a loop that
-        decodes until all samples have ended).
-      largest_branch: of a conditional, count the branch that does most, else the one that does
-        least.
+      unknown_trips: turns of loops whose number is not in the text (decoding until all have ended).
+      largest_branch: of a conditional, count the branch that does most, else that with the least.
     """
     counter = _Counter(module, unknown_trips, largest_branch)
     return counter.visit(module.computations[module.entry], 1.0)
@@ -274,7 +262,7 @@ class _Counter:
             return
         kind = each.opcode.removesuffix("-start")
         if each.opcode == "while":
-            known = trip_count(each, computation, self._module)
+            known = _trip_count(each, computation, self._module)
             turns = times * (self._trips if known is None else known)
             for name in ("condition", "body"):
                 self.visit(computations[each.attribute(name)], turns)
@@ -285,7 +273,7 @@ class _Counter:
                 self.visit(computations[name], times)
         elif kind in COLLECTIVES:
             operands = self._operands(each, computation)
-            group = first_group(each.rest, self._module.devices)
+            group = _first_group(each.rest, self._module.devices)
             sent = sum(shape.bytes for shape in operands) * _sent(kind, len(group))
             if len(group) > 1:
                 self._collectives.append(Collective(kind, sent, group, times))
@@ -357,7 +345,7 @@ class _Counter:
                 for instruction in inner[name].instructions.values()
             )
         if each.opcode == "custom-call" and "tpu_custom_call" in each.rest:
-            flops = kernel_flops(each.name, operands)
+            flops = _kernel_flops(each.name, operands)
             if flops is None:
                 self._unknown[re.sub(r"[.\d]+$", "", each.name)] = None
             return flops or 0.0
@@ -379,7 +367,7 @@ def _sent(kind: str, n: int) -> float:
     }[kind]
 
 
-def trip_count(each: _Instruction, computation: _Computation, module: Module) -> int | None:
+def _trip_count(each: _Instruction, computation: _Computation, module: Module) -> int | None:
     """How often a while loop runs, or None where that depends on data.
 
     From `known_trip_count` where the compiler wrote it; else, as on TPU, from the condition, which
@@ -497,20 +485,14 @@ def _valid_products(
 ) -> int:
     """Pairs of an output and a tap of the kernel that meet an input, along one dimension."""
     last = (inputs - 1) * left_dilation
+    # Positions repeat with the dilation: look at one period of outputs.
+    period = left_dilation // math.gcd(left_dilation, stride)
     total = 0
     for tap in range(taps):
         shift = tap * right_dilation - low
         first = max(0, -(shift // stride))  # the first output whose input is not below 0
         end = min(outputs, (last - shift) // stride + 1)
-        if end <= first:
-            continue
-        if left_dilation == 1:
-            total += end - first
-            continue
-        # Positions repeat with the dilation: look at one period of outputs.
-        period = left_dilation // math.gcd(left_dilation, stride)
-        hits = [o for o in range(first, min(end, first + period)) if (o * stride + shift) >= 0]
-        for output in hits:
+        for output in range(first, min(end, first + period)):
             if (output * stride + shift) % left_dilation == 0:
                 total += (end - 1 - output) // period + 1
     return total
@@ -526,7 +508,7 @@ _NO_PRODUCTS = ("ragged-dot-metadata",)
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
-def kernel_flops(name: str, operands: Sequence[Shape]) -> float | None:
+def _kernel_flops(name: str, operands: Sequence[Shape]) -> float | None:
     """Products of a kernel that XLA cannot look into; None where it is not known.
 
     Of causal splash attention: whole blocks on and below the diagonal. Of grouped products: all
@@ -598,11 +580,7 @@ def _in_hbm(shapes: Sequence[Shape]) -> bool:
 def _read(
     inner: _Computation, name: str, whole: float, computations: Mapping[str, _Computation]
 ) -> float:
-    """What a fusion reads of an operand: only slices, where it takes nothing but slices of it.
-
-    Args:
-      name: of the parameter. whole: bytes of all of it.
-    """
+    """What a fusion reads of an operand of `whole` bytes: slices, where it takes nothing else."""
     taken = 0.0
     for user, used in _real_users(inner, name, computations):
         is_first = user.operands[0] == used
@@ -665,7 +643,7 @@ def _written(each: _Instruction, computations: Mapping[str, _Computation]) -> fl
 # --- Groups of devices ---------------------------------------------------------------------------
 
 
-def first_group(rest: str, devices: int) -> tuple[int, ...]:
+def _first_group(rest: str, devices: int) -> tuple[int, ...]:
     """One of the groups of devices of a collective, as positions in the flattened mesh.
 
     Understands the four notations: lists, `[groups,size]<=[dims]T(permutation)`, `mesh[...] {axes}`
@@ -715,10 +693,6 @@ def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
 
 
 def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which a group's devices differ.
-
-    Args:
-      mesh: axis -> size, in the mesh's order.
-    """
+    """The axes of `mesh` (axis -> size, in its order) along which a group's devices differ."""
     positions = np.stack(np.unravel_index(np.asarray(group, int), tuple(mesh.values())))
     return tuple(axis for axis, row in zip(mesh, positions, strict=True) if len(np.unique(row)) > 1)

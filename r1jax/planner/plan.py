@@ -34,13 +34,11 @@ from r1jax.weights import hugging_face
 class ProgramPlan:
     """One compiled function of a stage, on one device.
 
-    memory: bytes in HBM by what they are, `activations` being all temporaries of the program
-        (gradients and logits are among them).
-    total: their sum; where the program alone is too large for the compiler, at least so much.
+    memory: bytes in HBM by what they are; `activations` are all temporaries of the program (such as
+        gradients and logits). total: their sum; at least, where it is too large to compile.
     flops, bytes: of a call. exchange: by kind and mesh axes. times: None on unknown chips.
     utilisation: the FLOP/s that the model needs, as a share of the peak.
-    compile_seconds: of processor time.
-    measured: seconds that a call took on the devices that are there; None where none was made.
+    compile_seconds: of processor time. measured: seconds of a call on devices that are there.
     problem: why nothing is known but memory.
     """
 
@@ -62,19 +60,13 @@ class ProgramPlan:
     def total(self) -> float:
         return sum(self.memory.values())
 
-    @property
-    def seconds(self) -> float | None:
-        """Of a call, at best."""
-        return None if self.times is None else self.times.total
-
 
 @dataclass(frozen=True)
 class StagePlan:
     """A stage: its programs, and a step of it (or a batch, where it only samples).
 
-    seconds: None where a program does not fit, or the chip is unknown. measured: seconds, by the
-    measured calls of its programs. tokens: of a step, sampled
-    or trained on, over all devices.
+    seconds: None where a program does not fit, or the chip is unknown. measured: by the measured
+        calls. tokens: of a step, sampled or trained on, over all devices.
     """
 
     name: str
@@ -96,8 +88,7 @@ class StagePlan:
 class Plan:
     """A config on a slice, its devices arranged as a mesh.
 
-    sampling_mesh: how they are arranged while they sample, where that differs.
-    refused: why it cannot be.
+    sampling_mesh: while they sample, where that differs. refused: why it cannot be.
     """
 
     target: str
@@ -118,10 +109,8 @@ class Plan:
 class PlanOptions:
     """How to plan.
 
-    stages: names of those to plan; None: all.
-    quick, cache: see `Compiler`.
-    measure: whether to run what fits, too; the slice's devices must be there.
-    progress: called with a line before each compilation.
+    stages: names of those to plan; None: all. quick, cache: see `Compiler`. measure: run what fits,
+        too, on the slice's devices. progress: called with a line before each compilation.
     """
 
     stages: Sequence[str] | None = None
@@ -150,7 +139,7 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
 
     Raises:
       ValueError: the mesh does not fit the slice, the config or the models, or a model's shape is
-        not to be had.
+        unknown.
     """
     config, mesh = case.config, case.mesh
     chosen = [Selection(only=name).stages(config)[0] for name in options.stages or ()]
@@ -202,21 +191,10 @@ def plan_case(case: Case, options: PlanOptions = _ALL) -> Plan:
         return replace(refused, refused=str(error))
 
 
-def plan_all(cases: Sequence[Case], options: PlanOptions = _ALL) -> list[Plan]:
-    """Each case, or why it cannot be planned. Raises ValueError where none can."""
-    plans = [plan_case(case, options) for case in cases]
-    if all(each.refused for each in plans):
-        raise ValueError("\n".join(dict.fromkeys(each.refused for each in plans)))
-    return plans
-
-
 def parse_mesh(text: str, config: MeshSection) -> MeshSection:
-    """A mesh as it is written on the command line: `data=2,fsdp=-1`, `fsdp` for `fsdp=-1`, or a
-    name in configs/mesh.
+    """A mesh of the command line: `data=2,fsdp=-1`, `fsdp` (all devices), a name in configs/mesh.
 
-    Args:
-      config: the config's mesh. Its axes that are not named have size 1, so that its rules stay
-        valid.
+    Axes of the config's mesh that are not named have size 1, so that its rules stay valid.
     """
     if text == "config":
         return config
@@ -290,7 +268,7 @@ def _plan_stage(
             seconds = compiler.seconds(program.lower(), program.prepare)
             planned = replace(planned, measured=seconds * program.turns / program.trial_turns)
         programs.append(planned)
-    best = _step_seconds(programs, lambda each: each.seconds)
+    best = _step_seconds(programs, lambda each: each.times.total if each.times else None)
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -311,8 +289,7 @@ def _step_seconds(
     """Of all calls of a step; None where the seconds of a program are unknown."""
     total = 0.0
     for each in programs:
-        known = seconds(each)
-        if known is None:
+        if (known := seconds(each)) is None:
             return None
         total += each.calls * known
     return total

@@ -63,9 +63,7 @@ def has_margin(plan: Plan) -> bool:
 def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str, str]]) -> str:
     """One table of configs on slices, a row for each stage; stages that are alike share one.
 
-    Args:
-      planned: config -> its plan on a slice.
-      waiting: (config, slice) that are not planned yet.
+    planned: config and its plan on a slice. waiting: (config, slice) that are not planned yet.
     """
     kinds = ("weights", "optimizer", "reference", "cache", "activations")
     head = ["config", "slice", "mesh", "stage", "fits", *kinds, "other", "HBM free", "time of a"]

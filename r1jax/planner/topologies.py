@@ -1,7 +1,6 @@
 """Slices that a run may be planned for: TPUs that are not there, CPUs that are not many.
 
-A TPU slice is known to the TPU compiler (`libtpu`) by its name alone, so that programs for it can
-be compiled on any machine.
+The TPU compiler (`libtpu`) knows a slice by its name alone, on any machine.
 """
 
 from __future__ import annotations
@@ -87,12 +86,9 @@ class Slice:
         return tuple(1 + max(row) - min(row) for row in zip(*positions, strict=True))
 
     def bandwidth(self, group: Sequence[int]) -> float:
-        """Bytes per second that a device can send to a group of devices.
+        """Bytes per second that a device can send to a group of devices (indices of `devices`).
 
         A group that crosses slices waits for the network between them.
-
-        Args:
-          group: indices of `devices`.
         """
         assert self.chip is not None
         if len({_slice_of(self.devices[i]) for i in group}) > 1:
@@ -105,9 +101,6 @@ class Slice:
 
         Along each axis of the torus that the group extends over: two where the axis is a ring and
         the group all of it, else one. What lies in between is assumed to be free.
-
-        Args:
-          group: indices of `devices`.
         """
         assert self.chip is not None
         positions = [_position(self.devices[i]) for i in group]
@@ -133,8 +126,7 @@ def _slice_of(device: jax.Device) -> int:
 def tpu_slice(name: str) -> Slice:
     """A slice by its name, such as `v5p:4x4x8`, or several, `2xv5p:4x4x8`; none need be there.
 
-    Raises:
-      ValueError: no such slice, or no TPU compiler on this machine.
+    Raises ValueError: no such slice, or no TPU compiler on this machine.
     """
     known = ", ".join(_example(chip) for chip in CHIPS)
     parts = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
@@ -189,11 +181,7 @@ def _example(kind: str) -> str:
 
 
 def fake_devices(count: int) -> Slice:
-    """So many devices made of this machine's CPU.
-
-    Raises:
-      ValueError: JAX has started with fewer.
-    """
+    """Devices made of this machine's CPU. Raises ValueError if JAX has started with fewer."""
     _use_cpu()
     with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", count)
@@ -221,10 +209,7 @@ def _use_cpu() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the compiler writes to the standard error stream from the user.
-
-    It writes to the file descriptor, behind Python's back.
-    """
+    """Keeps from the user what the compiler writes to file descriptor 2, behind Python's back."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as noise:

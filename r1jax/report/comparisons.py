@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from r1jax.evaluation.run_directory import Run
 from r1jax.report.stage_table import Checkpoint, Measure, Measures, by_benchmark, measures, plots
@@ -12,13 +12,10 @@ from r1jax.report.wording import UNKNOWN, Figure, Heading, Plot, Table, duration
 Column = tuple[Heading, list[Figure]]
 
 
-@dataclass(frozen=True)
-class Comparison:
+class _Comparison(NamedTuple):
     """A table with its plots.
 
-    Attributes:
-      counted: which stages the wall times are of, as a sentence.
-      note: the config's note, by paragraph.
+    counted: which stages the wall times are of, as a sentence. note: the config's, by paragraph.
     """
 
     table: Table
@@ -27,31 +24,23 @@ class Comparison:
     note: list[str]
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """The stages that a row's weights took, without those of all rows."""
 
     training: list[str]
     sampling: list[str]
 
 
-def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[Comparison]:
-    """All of the config's.
-
-    Args:
-      seeds: the runs, where `run` stands for the mean of them.
-    """
+def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[_Comparison]:
+    """All of the config's; `seeds`: the runs, where `run` stands for the mean of them."""
     made = []
     for section in run.config.get("comparisons") or []:
         names = [str(name) for name in section["evaluations"]]
         rows = _rows(run, names)
         whole, by_domain = _split(measures(rows))
         spent = costs(run, names)
-        columns = [
-            *_columns(whole, rows),
-            *_cost_columns(spent, run, seeds),
-            *_columns(by_domain, rows),
-        ]
+        columns = _columns(whole, rows) + _cost_columns(spent, run, seeds)
+        columns += _columns(by_domain, rows)
         lines = [
             (Heading(row.name, row.kind), [cells[i] for _, cells in columns])
             for i, row in enumerate(rows)
@@ -59,7 +48,7 @@ def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[Comparison]:
         table = Table(section["title"], "", [heading for heading, _ in columns], lines)
         pictures = plots(whole, rows, [_rows(seed, names) for seed in seeds])
         note = paragraphs(section.get("note") or "")
-        made.append(Comparison(table, pictures, _counted(rows, spent), note))
+        made.append(_Comparison(table, pictures, _counted(rows, spent), note))
     return made
 
 
@@ -102,23 +91,17 @@ def _cost_columns(spent: Sequence[Cost], run: Run, seeds: Sequence[Run]) -> list
 
 def _rows(run: Run, names: Sequence[str]) -> list[Checkpoint]:
     """The evaluations as rows: the weights' name, and that of the evaluation."""
-    stages = {stage.name: stage for stage in run.stages}
-    return [
-        Checkpoint(
-            run.weights_of(name) or name,
-            name,
-            by_benchmark(run.benchmark(stages[name].data), 0, stages[name].summary or {}),
-        )
-        for name in names
-    ]
+    stages = [stage for name in names for stage in run.stages if stage.name == name]
+    figures = [by_benchmark(run.benchmark(each.data), 0, each.summary or {}) for each in stages]
+    weights = [run.weights_of(name) or name for name in names]
+    return [Checkpoint(*row) for row in zip(weights, names, figures, strict=True)]
 
 
 def costs(run: Run, names: Sequence[str]) -> list[Cost]:
     """The stages that each evaluation's weights took, without those that all of them share.
 
-    Training is the stages on the path of the weights back to the last one that all share, or to
-    the model. Sampling is the stages whose datasets those learn from; the training of a teacher is
-    not counted.
+    Training is the stages on the path of the weights back to the last shared one, or to the model.
+    Sampling is the stages whose datasets those learn from, without the training of a teacher.
     """
     stages = {stage.name for stage in run.stages}
     paths = []

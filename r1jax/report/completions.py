@@ -36,10 +36,7 @@ class Answer:
 
 @dataclass
 class Problem:
-    """One problem in one evaluation: its first sample, and how many are right.
-
-    Only this is kept of a file of samples, which may be larger than the memory.
-    """
+    """What is kept of a file of samples, which may be larger than the memory."""
 
     sample: int
     domain: str
@@ -106,10 +103,7 @@ def side_by_side(
 
 
 def choose_problems(
-    old: Mapping[int, Problem],
-    new: Mapping[int, Problem],
-    candidates: set[int],
-    limit: int,
+    old: Mapping[int, Problem], new: Mapping[int, Problem], candidates: set[int], limit: int
 ) -> list[int]:
     """Which problems to show: by rule, not by eye.
 
@@ -187,10 +181,7 @@ def _split_thought(text: str) -> tuple[str, str]:
 
 
 def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
-    """Samples of training over time: of one question if it came up often enough, else of several.
-
-    None where the kind of stage stores none, and before the first ones.
-    """
+    """Samples of training over time: of one question if it came up often enough, else several."""
     if not stage.description.shows_samples:
         return None
     firsts: dict[int, dict[int, JsonObject]] = {}  # question -> step -> its first sample
@@ -200,22 +191,15 @@ def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
         return None
     by_step = max(firsts.values(), key=len)
     same = len(by_step) >= 3
-    if not same:
-        by_step = {}
-        for steps in firsts.values():
-            for step, row in steps.items():
-                by_step.setdefault(step, row)
+    if not same:  # of each step the question that came up first
+        by_step = {step: r for steps in reversed(firsts.values()) for step, r in steps.items()}
     rows = [by_step[step] for step in sorted(by_step)]
     if len(rows) > _STEPS_SHOWN:
         gap = (len(rows) - 1) / (_STEPS_SHOWN - 1)
         rows = [rows[round(i * gap)] for i in range(_STEPS_SHOWN)]
-    return _SamplesByStep(
-        stage=stage.name,
-        same=same,
-        prompt=shortened(str(rows[0]["prompt"])),
-        answer=shortened(str(rows[0]["answer"])),
-        steps=[(shortened(str(row["prompt"])), _answer(row)) for row in rows],
-    )
+    prompt, answer = shortened(str(rows[0]["prompt"])), shortened(str(rows[0]["answer"]))
+    steps = [(shortened(str(row["prompt"])), _answer(row)) for row in rows]
+    return _SamplesByStep(stage.name, same, prompt, answer, steps)
 
 
 @dataclass(frozen=True)
@@ -232,10 +216,8 @@ class _Text:
 class _WrittenDataset:
     """A stage's dataset for the template.
 
-    Attributes:
-      bars: of the kept samples, then of those removed for each reason: name, count, share, and the
-        width in per cent of the longest.
-      domains: name, rows, mean tokens.
+    bars: of the kept samples, then of those removed for each reason: name, count, share, and width
+        in per cent of the longest. domains: name, rows, mean tokens.
     """
 
     total: str
@@ -259,12 +241,8 @@ def written_dataset(stage: StageRecord) -> _WrittenDataset | None:
         width = 100 * count / largest if largest else 0.0
         return name.replace("_", " "), f"{count:,}", share, width
 
-    return _WrittenDataset(
-        total=f"{total:,}",
-        bars=[bar(name, count) for name, count in bars],
-        domains=_domains(stage.summary),
-        texts=_texts(stage, stage.summary),
-    )
+    shown, domains = [bar(name, count) for name, count in bars], _domains(stage.summary)
+    return _WrittenDataset(f"{total:,}", shown, domains, _texts(stage, stage.summary))
 
 
 def _domains(summary: Summary) -> list[tuple[str, str, str]]:
@@ -273,13 +251,10 @@ def _domains(summary: Summary) -> list[tuple[str, str, str]]:
     parts = [(name or "no domain", part) for name, part in domains.items()]
     if len(parts) != 1 and "rows" in summary:
         parts.append(("all", summary))
+    means = (part.get("mean_tokens") for _, part in parts)
     return [
-        (
-            name,
-            f"{part.get('rows', 0):,}",
-            "–" if part.get("mean_tokens") is None else short(part["mean_tokens"]),
-        )
-        for name, part in parts
+        (name, f"{part.get('rows', 0):,}", "–" if mean is None else short(mean))
+        for (name, part), mean in zip(parts, means, strict=True)
     ]
 
 

@@ -1,8 +1,7 @@
 """Writes `report.html` from a run directory.
 
 The page is one file without scripts; its content security policy forbids every request. Jinja
-escapes all text of the run (questions, completions, names, configs); only the plots are inserted as
-they are, and matplotlib escapes the run's text in them.
+escapes all text of the run; only the plots, in which matplotlib escapes it, are inserted as is.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from r1jax.evaluation.metrics import Summary
+from r1jax.evaluation.metrics import Summary, votes
 from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import write_text
@@ -23,7 +22,7 @@ from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
 from r1jax.report.training import training
-from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of, votes
+from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class _Change:
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report.html` into a run directory, finished or not; returns its path.
 
-    Raises:
-      FileNotFoundError: the directory holds no `config.yaml`.
-      ValueError: a file of the run is damaged; names file and line.
+    Raises FileNotFoundError and ValueError as `read_run`.
     """
     run = read_run(run_dir)
     return write_text(run.directory / "report.html", render(run))
@@ -63,7 +60,6 @@ def write_report(run_dir: str | Path) -> Path:
 def render(run: Run) -> str:
     """The page as text."""
     before, after = before_and_after(run)
-    missing = run.missing()
     compared = after or before
     benchmark = run.benchmark(compared.data) if compared is not None else None
     stages = [
@@ -78,7 +74,7 @@ def render(run: Run) -> str:
         seed=run.info.get("seed", run.config.get("seed")),
         started=str(run.info.get("started", ""))[:16].replace("T", " "),
         total=duration(wall_seconds(run)["total"]),
-        missing=missing,
+        missing=run.missing(),
         sides=sides,
         problems=problems,
         comparison=_comparison(before, after),
@@ -226,11 +222,6 @@ def _votes(before: StageRecord | None, after: StageRecord | None) -> Plot | None
     if not curves:
         return None
     title = "Accuracy against the number of samples"
-    svg = line_plot(
-        curves,
-        title=title,
-        percent=True,
-        x_label="samples per problem, k",
-        x_ticks=sorted(sizes),
-    )
+    label = "samples per problem, k"
+    svg = line_plot(curves, title=title, percent=True, x_label=label, x_ticks=sorted(sizes))
     return Plot(title, Markup(svg), [curve.name for curve in curves])

@@ -1,8 +1,7 @@
 """Small plots as inline SVG that take their colours from the page.
 
-Matplotlib draws in placeholder colours that no plot uses otherwise; in the SVG they become CSS
-variables, so one plot serves light and dark mode. Text stays text: it is searchable and uses the
-page's font.
+Matplotlib draws in placeholder colours; in the SVG they become CSS variables, so one plot serves
+light and dark mode. Text stays text: it is searchable and uses the page's font.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from r1jax.evaluation.metrics import Floats, JsonEstimate
 
+Look = dict[str, Any]  # named options of a drawing method
 # Placeholder colour -> CSS. Series first, in the order in which they are handed out.
 _SERIES = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707")
 _INK, _RULE = "#080808", "#090909"
@@ -39,10 +40,7 @@ _SMOOTH_FROM = 40  # points from which on a curve is drawn smoothed, over its ra
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: name, steps and finite values.
-
-    low, high: an interval at each step, drawn as a band; default: none.
-    """
+    """One line: name, steps and finite values; low, high: its band at each step, if any."""
 
     name: str
     steps: Sequence[float]
@@ -76,13 +74,17 @@ class Marker:
         ends = (estimate.get(end) for end in ("low", "high"))
         return cls(step, float(value), *(float(value if end is None else end) for end in ends))
 
+    @classmethod
+    def all_of(cls, figures: Iterable[tuple[float, JsonEstimate | None]]) -> list[Marker]:
+        """Those of (step, figure) that are known."""
+        return [m for step, estimate in figures if (m := cls.of(step, estimate)) is not None]
+
 
 @dataclass(frozen=True)
 class Dots:
     """Figures of one kind: a marker's `step` is the index of its row.
 
-    Attributes:
-      seeds: of single seeds, of which `markers` are the means; drawn pale and without intervals.
+    seeds: of single seeds, of which `markers` are the means; drawn pale and without intervals.
     """
 
     name: str
@@ -114,11 +116,9 @@ def line_plot(
     """An `<svg>` element; colour i of the page's `--series-i` goes to curve i (at most `SERIES`).
 
     Args:
-      curves: lines over steps; those without points are left out. Long ones are smoothed, unless
-        a band says how far their points are to be trusted.
+      curves: those without points are left out. Long ones are smoothed, unless they have a band.
       title: read out by screen readers; the page shows its own heading.
-      percent: values are shares, shown as per cent.
-      log: logarithmic values, where all are positive.
+      percent: values are shares. log: logarithmic values, where all are positive.
       x_ticks: the steps are categories on a doubling scale, such as sizes of a vote.
       markers: figures with intervals, in the colour of the first curve.
     """
@@ -135,18 +135,9 @@ def line_plot(
             if smoothed:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.28)
             _line(axes, curve.steps, smooth(curve.values) if smoothed else curve.values, colour)
+        look: Look = {"color": _SERIES[0], "marker": "D", "markersize": 5, "clip_on": False}
         for m in markers:
-            axes.errorbar(
-                [m.step],
-                [m.value],
-                yerr=_arms(m),
-                color=_SERIES[0],
-                marker="D",
-                markersize=5,
-                capsize=3,
-                linewidth=1.2,
-                clip_on=False,
-            )
+            axes.errorbar([m.step], [m.value], yerr=_arms(m), capsize=3, linewidth=1.2, **look)
         if log and values and min(values) > 0:
             axes.set_yscale("log")
         elif percent:
@@ -180,7 +171,6 @@ def dot_plot(
     Args:
       labels: names of the rows, from the top; long ones are cut.
       series: at most `SERIES`, with the page's colours in order.
-      title, percent: as in `line_plot`.
     """
     shown = [label if len(label) <= 16 else f"{label[:15]}…" for label in labels]
     # Inches; the rows have the same height whatever their number.
@@ -189,26 +179,12 @@ def dot_plot(
     with _figure(title, (width, height)) as (figure, axes, out):
         for i, (colour, dots) in enumerate(zip(_SERIES, series, strict=False)):
             offset = 0.3 * (i - (len(series) - 1) / 2)
-            axes.plot(
-                [m.value for m in dots.seeds],
-                [m.step + offset for m in dots.seeds],
-                color=colour,
-                marker="o",
-                markersize=6,
-                markeredgewidth=0,
-                alpha=0.35,
-                linestyle="",
-            )
+            pale: Look = {"markersize": 6, "markeredgewidth": 0, "alpha": 0.35, "linestyle": ""}
+            rows = [m.step + offset for m in dots.seeds]
+            axes.plot([m.value for m in dots.seeds], rows, color=colour, marker="o", **pale)
+            look: Look = {"color": colour, "marker": "os^DvPX"[i], "markersize": 4.5}
             for m in dots.markers:
-                axes.errorbar(
-                    [m.value],
-                    [m.step + offset],
-                    xerr=_arms(m),
-                    color=colour,
-                    marker="os^DvPX"[i],
-                    markersize=4.5,
-                    linewidth=1.4,
-                )
+                axes.errorbar([m.value], [m.step + offset], xerr=_arms(m), linewidth=1.4, **look)
         axes.set_ylim(len(labels) - 0.45, -0.55)
         axes.set_yticks(range(len(labels)), shown)
         for text in axes.get_yticklabels():
@@ -218,19 +194,15 @@ def dot_plot(
         axes.grid(axis="both", color=_RULE, linewidth=0.7)
         # A character of 9 points is at most 0.08 inches wide.
         left = min(0.45, (0.15 + 0.078 * max(map(len, shown))) / width)
-        figure.subplots_adjust(
-            left=left, right=0.955, top=1 - above / height, bottom=below / height
-        )
+        top, bottom = 1 - above / height, below / height
+        figure.subplots_adjust(left=left, right=0.955, top=top, bottom=bottom)
     return _inline(out.getvalue(), title)
 
 
 def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: bool = False) -> str:
     """An `<svg>` element: the mean of several runs over steps, in a band from lowest to highest.
 
-    Args:
-      seeds: [seeds, steps]; where there are many steps, each seed is smoothed first, as by
-        `line_plot`.
-      title, percent: as in `line_plot`.
+    seeds: [seeds, steps]; where there are many steps, each seed is smoothed first.
     """
     smoothed = len(steps) >= _SMOOTH_FROM
     lines = np.array([smooth(line) for line in seeds]) if smoothed else np.asarray(seeds)
@@ -253,15 +225,9 @@ _SHORT = FuncFormatter(lambda value, _: short(value))
 
 
 def _line(axes: Axes, steps: Sequence[float], values: Sequence[float] | Floats, color: str) -> None:
-    axes.plot(
-        steps,
-        values,
-        color=color,
-        linewidth=1.9,
-        solid_capstyle="round",
-        marker="o" if len(values) < 12 else "",  # a curve of few points is those points
-        markersize=3.5,
-    )
+    marker = "o" if len(values) < 12 else ""  # a curve of few points is those points
+    look: Look = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.9}
+    axes.plot(steps, values, solid_capstyle="round", **look)
 
 
 def _frame(figure: Figure, axes: Axes, x_label: str) -> None:

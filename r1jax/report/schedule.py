@@ -1,15 +1,15 @@
 """The run's stages as a graph, each with its cost and its result.
 
 Drawn like a version history: one row per model and stage in their order, edges as lines in a gutter
-at the left. Rows are text that wraps, so that the same page serves a phone; lines are boxes with
-borders, which grow with their rows as an image could not.
+at the left. Rows are text that wraps; lines are boxes with borders, which grow with their rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 from r1jax.config.lineage import Edge
 from r1jax.evaluation.run_directory import Run, StageRecord
@@ -25,8 +25,7 @@ _COLOURS = 4  # of the page's series, for the lines that bend; the fifth is a gr
 LANE, _PORT, _PITCH, _MARK = 13, 17, 8, 10
 
 
-@dataclass(frozen=True)
-class Rail:
+class Rail(NamedTuple):
     """One line from a row to one or more rows below it; lane 0 runs from mark to mark."""
 
     source: int
@@ -34,12 +33,9 @@ class Rail:
     lane: int
     gives: str
 
-    def __contains__(self, row: int) -> bool:
-        return self.source <= row <= self.targets[-1]
-
-    def meets(self, other: Rail) -> bool:
-        """Whether the two have a row in common."""
-        return self.source in other or other.source in self
+    @property
+    def rows(self) -> range:
+        return range(self.source, self.targets[-1] + 1)
 
 
 def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
@@ -62,17 +58,15 @@ def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
             straight[source] = Rail(source, (targets.pop(0),), 0, gives)
         if targets:
             rail = Rail(source, tuple(targets), 0, gives)
-            taken = {other.lane for other in bent if rail.meets(other)}
-            bent.append(replace(rail, lane=min({*range(1, len(bent) + 2)} - taken)))
+            taken = {other.lane for other in bent if {*rail.rows} & {*other.rows}}
+            bent.append(rail._replace(lane=min({*range(1, len(bent) + 2)} - taken)))
     return [*straight.values(), *bent]
 
 
-@dataclass(frozen=True)
-class Piece:
+class _Piece(NamedTuple):
     """The part of a line within one row, in pixels of the row; `height` None: to its end.
 
-    Attributes:
-      shape: `line` is vertical, `arrives` bends into the mark, `leaves` bends out of it.
+    shape: `line` is vertical, `arrives` bends into the mark, `leaves` bends out of it.
     """
 
     shape: str
@@ -84,15 +78,14 @@ class Piece:
     gives: str
 
 
-@dataclass(frozen=True)
-class Drawing:
+class _Drawing(NamedTuple):
     """The gutter of one row: its lines, and the height of its mark."""
 
-    pieces: list[Piece]
+    pieces: list[_Piece]
     mark: int
 
 
-def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
+def draw(count: int, lines: Sequence[Rail]) -> tuple[list[_Drawing], int]:
     """What to draw beside each of `count` rows, and the marks' distance from the left (pixels)."""
     lanes = max((rail.lane for rail in lines), default=0)
     centre = lanes * LANE + _MARK // 2
@@ -100,7 +93,7 @@ def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
     colours = {source: i % _COLOURS + 1 for i, source in enumerate(bent)}
     drawings = []
     for row in range(count):
-        here = [rail for rail in lines if row in rail]
+        here = [rail for rail in lines if row in rail.rows]
         side = [rail for rail in here if rail.lane]
         # In this order of ports no line crosses another that ends or begins in the same row.
         arriving = sorted((r for r in side if row in r.targets), key=lambda rail: rail.lane)
@@ -113,28 +106,25 @@ def draw(count: int, lines: Sequence[Rail]) -> tuple[list[Drawing], int]:
             x = centre - rail.lane * LANE
             if not rail.lane:
                 start, end = (bottom, None) if rail.source == row else (0, top)
-                pieces.append(Piece("line", x, start, 0, end, _COLOURS + 1, rail.gives))
+                pieces.append(_Piece("line", x, start, 0, end, _COLOURS + 1, rail.gives))
                 continue
             look = (colours[rail.source], rail.gives)
             if rail.source < row < rail.targets[-1]:
-                pieces.append(Piece("line", x, 0, 0, None, *look))
+                pieces.append(_Piece("line", x, 0, 0, None, *look))
             if row in rail.targets:
-                pieces.append(Piece("arrives", x, 0, centre - x, port[id(rail)], *look))
+                pieces.append(_Piece("arrives", x, 0, centre - x, port[id(rail)], *look))
             if row == rail.source:
-                pieces.append(Piece("leaves", x, port[id(rail)], centre - x, None, *look))
-        drawings.append(Drawing(pieces, mark))
+                pieces.append(_Piece("leaves", x, port[id(rail)], centre - x, None, *look))
+        drawings.append(_Drawing(pieces, mark))
     return drawings, centre
 
 
 @dataclass
-class Node:
+class _Node:
     """A row of the graph: a model or a stage, and the evaluations of its weights.
 
-    Attributes:
-      kind: `model`, or the title of the stage's kind.
-      origins: (what, from where) it is given.
-      widths: of the phases, in per cent of the bar.
-      evaluations: of its weights, with pass@1 and cost.
+    kind: `model`, or the title of the stage's kind. origins: (what, from where) it is given.
+    widths: of the phases, in per cent of the bar. evaluations: with pass@1 and cost.
     """
 
     name: str
@@ -146,23 +136,19 @@ class Node:
     share: str = ""
     widths: list[float] = field(default_factory=list)
     evaluations: list[tuple[StageRecord, Figure, str]] = field(default_factory=list)
-    drawing: Drawing = field(default_factory=lambda: Drawing([], _MARK))
+    drawing: _Drawing = _Drawing([], _MARK)
 
 
 @dataclass(frozen=True)
 class _Schedule:
     """The graph of a run for the template, with a table of seconds by stage and phase.
 
-    Attributes:
-      centre: of the marks, in pixels from the left.
-      gutter: its width, in pixels.
-      gives: what edges stand for, each once.
-      known: whether the edges are.
-      bars, phases: names of phases, in the bars and in the table.
-      table: the cells of each stage: status, the phases, all of them, speeds, compilations, memory.
+    centre, gutter: of the marks, and the gutter's width, in pixels from the left. gives: what edges
+        stand for, each once; known: whether they are. bars, phases: in the bars and in the table.
+    table: the cells of each stage: status, the phases, all of them, speeds, compilations, memory.
     """
 
-    nodes: list[Node]
+    nodes: list[_Node]
     centre: int
     gutter: int
     gives: list[str]
@@ -193,16 +179,16 @@ def schedule(run: Run) -> _Schedule:
     )
 
 
-def _nodes(run: Run) -> dict[str, Node]:
+def _nodes(run: Run) -> dict[str, _Node]:
     # Stages as in the config, each model before the first stage that uses it.
     total = sum(stage.total_seconds for stage in run.stages)
     longest = max((s.total_seconds for s in run.stages if not _is_line(run, s)), default=0.0)
     bars = _bars(run)
     stages = {stage.name: stage for stage in run.stages}
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, _Node] = {}
     for name in run.order():
         if name not in stages:
-            nodes[name] = Node(name, "model", _model_facts(run, name))
+            nodes[name] = _Node(name, "model", _model_facts(run, name))
             continue
         stage = stages[name]
         weights = run.weights_of(name)
@@ -211,7 +197,7 @@ def _nodes(run: Run) -> dict[str, Node]:
             share = figure((stage.summary or {}).get("pass_at_1"), percent=True)
             nodes[weights].evaluations.append((stage, share, cost))
             continue
-        nodes[name] = Node(
+        nodes[name] = _Node(
             name,
             stage.description.title,
             _facts(stage),
@@ -221,8 +207,7 @@ def _nodes(run: Run) -> dict[str, Node]:
             f"{100 * stage.total_seconds / total:.0f} %" if stage.seconds and total else "",
             [
                 100 * sum(stage.seconds.get(phase, 0.0) for phase in phases) / longest
-                for phases in bars.values()
-                if longest
+                for phases in (bars.values() if longest else ())
             ],
         )
     return nodes
@@ -257,11 +242,8 @@ def _is_line(run: Run, stage: StageRecord) -> bool:
 
 
 def _phases(stages: Sequence[StageRecord]) -> list[str]:
-    order = {phase: i for i, phase in enumerate(_PHASES)}
-    return sorted(
-        {phase for stage in stages for phase in stage.seconds},
-        key=lambda phase: (order.get(phase, len(order)), phase),
-    )
+    every = {phase for stage in stages for phase in stage.seconds}
+    return [phase for phase in _PHASES if phase in every] + sorted(every - {*_PHASES})
 
 
 def _bars(run: Run) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +47,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
       out: a directory that is not of a run; made if it does not exist.
 
     Raises:
-      ConfigError: `out` is a run's directory, whose files would be lost; or the runs are not of
-        one config, as in `read_seeds`.
+      ConfigError: `out` is a run's directory; or as in `read_seeds`.
     """
     directory = Path(out)
     if (directory / "config.yaml").exists():
@@ -70,7 +70,7 @@ def render(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
     rows = checkpoints(mean)
     sides, problems = headline(mean, *before_and_after(mean))
-    hardware = [run.info.get("hardware") for run in runs]
+    hardware = {json.dumps(run.info.get("hardware"), sort_keys=True) for run in runs}
     return template("seeds.html.j2").render(
         title=mean.title,
         name=mean.config.get("name"),
@@ -88,9 +88,7 @@ def render(runs: Sequence[Run]) -> str:
         wall=_wall_table(runs),
         wall_by_seed=_wall_by_seed(runs),
         wall_plot=_wall_plot(runs),
-        hardware=""
-        if all(each == hardware[0] for each in hardware)
-        else "The seeds ran on different hardware.",
+        hardware="The seeds ran on different hardware." if len(hardware) > 1 else "",
         notes=paragraphs(str(mean.config.get("notes") or "")),
         setups=[
             (f"seed {seed_of(r)}", flat(r.info.get("versions")) + flat(r.info.get("hardware")))
@@ -176,13 +174,10 @@ def _wall_table(runs: Sequence[Run]) -> Table:
 
 
 def _wall_by_seed(runs: Sequence[Run]) -> Table:
-    rows = [
-        (
-            Heading(stages[0].name, stages[0].description.title),
-            [Figure(duration(stage.total_seconds)) for stage in stages],
-        )
-        for stages in zip(*(run.stages for run in runs), strict=True)
-    ]
+    headings = [Heading(stage.name, stage.description.title) for stage in runs[0].stages]
+    every = zip(*(run.stages for run in runs), strict=True)
+    times = [[Figure(duration(stage.total_seconds)) for stage in stages] for stages in every]
+    rows = list(zip(headings, times, strict=True))
     columns = [Heading(f"seed {seed_of(run)}") for run in runs]
     return Table("Every stage in each seed", "", columns, rows, folded=True)
 

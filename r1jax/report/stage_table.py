@@ -1,7 +1,6 @@
 """The stage table: every evaluated checkpoint on every benchmark, each figure with its interval.
 
-It is table 3 of DeepSeek-R1 (arXiv 2501.12948: R1-Zero, Dev1, Dev2, Dev3, R1) for any run, with a
-plot of each benchmark beside it.
+It is table 3 of DeepSeek-R1 (arXiv 2501.12948), for any run, with a plot of each benchmark.
 """
 
 from __future__ import annotations
@@ -12,20 +11,15 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from r1jax.evaluation.metrics import JsonEstimate, Summary
+from r1jax.evaluation.metrics import JsonEstimate, Summary, votes
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.report.plots import Dots, Marker, dot_plot
-from r1jax.report.wording import Figure, Heading, Plot, Table, figure, value_of, votes
+from r1jax.report.wording import Figure, Heading, Plot, Table, figure, value_of
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A dataset, or one domain of it.
-
-    Attributes:
-      turn: 0 for a checkpoint's first evaluation on the dataset, 1 for its second, ...
-      domain: None for all of them.
-    """
+    """A dataset, or one domain of it; `turn`: 1 for a checkpoint's second evaluation on it, ..."""
 
     data: str
     turn: int = 0
@@ -49,11 +43,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of a table: one figure of one benchmark.
-
-    Attributes:
-      part: `name` is a reward, whose mean it is.
-    """
+    """A column of a table: one figure of one benchmark; `part`: the mean of the reward `name`."""
 
     benchmark: Benchmark
     name: str
@@ -62,7 +52,6 @@ class Measure:
     part: bool = False
 
     def estimate(self, checkpoint: Checkpoint) -> JsonEstimate | None:
-        """The figure, where it was measured."""
         summary = checkpoint.summaries.get(self.benchmark) or {}
         figures = (summary.get("parts") or {}) if self.part else summary
         return figures.get(self.name)
@@ -73,7 +62,6 @@ class Measure:
         return self.name.startswith(("pass_at_", "cons_at_")) and not self.part
 
     def cell(self, checkpoint: Checkpoint) -> Figure:
-        """The figure as text, with its interval."""
         digits = 2 if self.part else 1
         return figure(self.estimate(checkpoint), percent=self.percent, digits=digits)
 
@@ -90,8 +78,7 @@ class Measures:
 def checkpoints(run: Run) -> list[Checkpoint]:
     """Everything that the run evaluates, in the order of models and stages.
 
-    Evaluations belong together when they are of the same weights; where it is not known what they
-    are of, each stands for itself.
+    Evaluations of the same weights belong together; one of unknown weights stands for itself.
     """
     titles = {stage.name: stage.description.title for stage in run.stages}
     evaluated: dict[str, dict[Benchmark, Summary]] = {}
@@ -131,8 +118,7 @@ def stage_by_stage(
 ) -> tuple[list[Table], list[Plot]]:
     """The tables of some checkpoints, and their plots.
 
-    Args:
-      seeds: the same checkpoints in each of several runs, where `rows` are means over them.
+    seeds: the same checkpoints in each of several runs, where `rows` are means over them.
     """
     columns = measures(rows)
     return tables(columns, rows), plots(columns, rows, seeds)
@@ -181,9 +167,7 @@ def tables(columns: Measures, rows: Sequence[Checkpoint]) -> list[Table]:
 
 
 def plots(
-    columns: Measures,
-    rows: Sequence[Checkpoint],
-    seeds: Sequence[Sequence[Checkpoint]] = (),
+    columns: Measures, rows: Sequence[Checkpoint], seeds: Sequence[Sequence[Checkpoint]] = ()
 ) -> list[Plot]:
     """One for each benchmark, of first try and vote, and one for each other figure."""
     drawn = []
@@ -227,7 +211,7 @@ def _plot(
     """One point with its interval for each checkpoint and series; None where nothing is known."""
 
     def markers(measure: Measure, rows: Sequence[Checkpoint]) -> list[Marker]:
-        return [m for i, row in enumerate(rows) if (m := Marker.of(i, measure.estimate(row)))]
+        return Marker.all_of((i, measure.estimate(row)) for i, row in enumerate(rows))
 
     dots = [
         Dots(name, markers(measure, rows), [m for seed in seeds for m in markers(measure, seed)])

@@ -103,11 +103,8 @@ def training(
 ) -> tuple[list[_DrawnPanel], list[_DrawnPanel]] | None:
     """All plots of one train stage, then those of metrics that no panel names; None before any.
 
-    Held-out evaluations during training come first: they are what the training is for.
-
-    Args:
-      benchmark: the dataset whose evaluations are drawn into the curves: those of the weights that
-        the stage starts from, and those of its result.
+    Held-out evaluations during training come first: they are what the training is for. Into the
+    curves go the evaluations, on `benchmark`, of the weights it starts from and of its result.
     """
     metrics = stage.columns("metrics.jsonl")
     if not metrics:
@@ -120,14 +117,9 @@ def training(
     held_out = _held_out(list(stage.rows("held_out.jsonl")))
     drawn = [_draw(panel, curves) for panel, curves in held_out]
     for panel in panels:
-        markers = [
-            marker
-            for step, summary in evaluations
-            if panel.held_out and (marker := Marker.of(step, summary.get(panel.held_out)))
-        ]
-        curves = _curves(panel, columns[panel.file])
-        if curves:
-            drawn.append(_draw(panel, curves, markers))
+        named = [(step, summary.get(panel.held_out or "")) for step, summary in evaluations]
+        if curves := _curves(panel, columns[panel.file]):
+            drawn.append(_draw(panel, curves, Marker.all_of(named)))
     others = [_Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
     return drawn, [_draw(panel, _curves(panel, metrics)) for panel in others]
 
@@ -164,12 +156,9 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
 
     def line(name: str, figure: str, domain: str | None = None, *, band: bool = False) -> Curve:
         summaries = [row if domain is None else row["by_domain"].get(domain, {}) for row in rows]
-        markers = [
-            marker
-            for row, summary in zip(rows, summaries, strict=True)
-            if (marker := Marker.of(row["step"], summary.get(figure)))
-        ]
-        return Curve.of(name, markers, band=band)
+        steps = [row["step"] for row in rows]
+        named = zip(steps, (each.get(figure) for each in summaries), strict=True)
+        return Curve.of(name, Marker.all_of(named), band=band)
 
     problems, samples = rows[0]["problems"], rows[0]["samples"]
     note = f"{problems} problems that are not trained on, {samples} samples each"
@@ -177,9 +166,8 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
     if samples > 1:
         accuracy.append(line(f"cons@{samples}", f"cons_at_{samples}"))
     length = [line("mean tokens per completion", "mean_length", band=True)]
-    domains = [
-        line(domain or "none", "pass_at_1", domain) for domain in rows[0].get("by_domain", {})
-    ]
+    by_domain = rows[0].get("by_domain", {})
+    domains = [line(domain or "none", "pass_at_1", domain) for domain in by_domain]
     panels = [
         ("accuracy over training", f"{note}; with pass@1's {_BAND}.", True, accuracy),
         ("length over training", f"Of the same samples, with its {_BAND}.", False, length),
@@ -217,12 +205,5 @@ def _draw(panel: _Panel, curves: Sequence[Curve], markers: Sequence[Marker] = ()
     )
     first, last = endpoints(curves[0].values)
     text = (lambda v: f"{100 * v:.1f} %") if panel.percent else short
-    return _DrawnPanel(
-        title=panel.title,
-        svg=Markup(svg),
-        legend=[curve.name for curve in curves[:SERIES]],
-        first=text(first),
-        last=text(last),
-        note=panel.note,
-        markers=bool(markers),
-    )
+    legend, ends = [curve.name for curve in curves[:SERIES]], (text(first), text(last))
+    return _DrawnPanel(panel.title, Markup(svg), legend, *ends, panel.note, bool(markers))

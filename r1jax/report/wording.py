@@ -25,7 +25,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a row or a column: a label, and what the page says in small print below it."""
+    """Of a row or a column: a label, and its small print."""
 
     label: str
     note: str = ""
@@ -33,11 +33,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of figures.
-
-    Attributes:
-      folded: hidden until the reader opens it.
-    """
+    """Rows of figures; `folded`: hidden until the reader opens it."""
 
     title: str
     lead: str
@@ -75,12 +71,6 @@ def value_of(figures: Summary, name: str) -> float | None:
     """The value of a summary's figure, where there is one."""
     value = (figures.get(name) or {}).get("value")
     return None if value is None else float(value)
-
-
-def votes(figures: Summary) -> int:
-    """The largest k of a summary's cons@k; 1 where there is none."""
-    sizes = [int(name.rsplit("_", 1)[1]) for name in figures if name.startswith("cons_at_")]
-    return max(sizes, default=1)
 
 
 def duration(seconds: float) -> str:

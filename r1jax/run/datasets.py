@@ -72,8 +72,7 @@ class Datasets:
             examples = self.examples(data)
             if limit is not None and limit > len(examples):
                 raise ValueError(f"data.{data} has {len(examples)} examples, fewer than {limit}")
-            prompts, report = encode_prompts(examples[:limit], section, tokenizer)
-            return prompts, str(report)
+            return encode_prompts(examples[:limit], section, tokenizer)
         parts = {part: self.prompts(part, tokenizer) for part in section.mixture}
         rows = {part: len(prompts) for part, (prompts, _) in parts.items()}
         counts = mixture_counts(rows, section.mixture, limit)
@@ -134,12 +133,8 @@ class Datasets:
         key = (data, form, tokenizer)
         if key not in self._preferences:
             section = self.config.data[data]
-            rows, report = encode_preferences(
-                load_labelled(section) if form.labelled else load_pairs(section),
-                section,
-                tokenizer,
-                reads=form.reads,
-                max_tokens=form.max_tokens,
+            rows = load_labelled(section) if form.labelled else load_pairs(section)
+            self._preferences[key] = encode_preferences(
+                rows, section, tokenizer, reads=form.reads, max_tokens=form.max_tokens
             )
-            self._preferences[key] = rows, str(report)
         return self._preferences[key]

@@ -74,20 +74,20 @@ def test_one_vote_is_pass_at_1() -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 4, (20, 8))
     one = metrics.cons_at_k(classes, classes == 0, 1)
-    assert one.value == pytest.approx(metrics.pass_at_1(classes == 0).value)
+    assert one.value == pytest.approx(metrics.pass_at_k(classes == 0, 1).value)
 
 
 def test_interval_is_clustered_on_problems() -> None:
     # 50 problems, each all right or all wrong: 64 samples must not narrow the interval.
     correct = np.repeat(np.arange(50)[:, None] < 20, 64, axis=1)
-    estimate = metrics.pass_at_1(correct)
+    estimate = metrics.pass_at_k(correct, 1)
     standard_error = math.sqrt(0.4 * 0.6 / 50)
     assert estimate.value == pytest.approx(0.4)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
-    assert metrics.pass_at_1(correct) == estimate  # a fixed seed
+    assert metrics.pass_at_k(correct, 1) == estimate  # a fixed seed
     # The same share with every problem at 0.4 within itself is far better known.
     rng = np.random.default_rng(1)
-    spread = metrics.pass_at_1(rng.random((50, 64)) < 0.4)
+    spread = metrics.pass_at_k(rng.random((50, 64)) < 0.4, 1)
     assert spread.high - spread.low < 0.25 * (estimate.high - estimate.low)
 
 
@@ -96,20 +96,20 @@ def test_interval_covers_the_truth_about_95_times_in_100() -> None:
     hits = 0
     for _ in range(60):
         rates = rng.beta(1.0, 1.5, 80)
-        estimate = metrics.pass_at_1(rng.random((80, 8)) < rates[:, None])
+        estimate = metrics.pass_at_k(rng.random((80, 8)) < rates[:, None], 1)
         hits += estimate.low <= 0.4 <= estimate.high
     assert 52 <= hits <= 60
 
 
 def test_where_the_bootstrap_is_degenerate() -> None:
-    sure = metrics.pass_at_1(np.ones((30, 16), bool))
+    sure = metrics.pass_at_k(np.ones((30, 16), bool), 1)
     assert sure.value == sure.high == 1
     assert sure.low == pytest.approx(0.8865, abs=1e-4)  # Wilson, 30 of 30
-    never = metrics.pass_at_1(np.zeros((30, 16), bool))
+    never = metrics.pass_at_k(np.zeros((30, 16), bool), 1)
     assert (never.value, never.low) == (0, 0)
     assert never.high == pytest.approx(1 - 0.8865, abs=1e-4)
     # One problem: half its samples right says next to nothing about problems.
-    single = metrics.pass_at_1([[True, False]])
+    single = metrics.pass_at_k([[True, False]], 1)
     assert single.low < 0.1 and single.high > 0.9
     constant = metrics.mean_over_problems([7.0, 7.0], is_share=False)
     assert constant == metrics.Estimate(7.0, 7.0, 7.0)
@@ -120,13 +120,13 @@ def test_where_the_bootstrap_is_degenerate() -> None:
 def test_unscored_samples_are_left_out() -> None:
     correct = np.array([[True, True, False, False], [True, False, False, False]])
     scored = np.array([[True, True, False, False], [True, True, True, True]])
-    assert metrics.pass_at_1(correct, scored).value == pytest.approx((1 + 0.25) / 2)
+    assert metrics.pass_at_k(correct, 1, scored).value == pytest.approx((1 + 0.25) / 2)
     # The first problem has two scored samples: its pass@4 is its pass@2.
     assert metrics.pass_at_k(correct, 4, scored).value == 1
     gone = np.array([[False] * 4, [True] * 4])
-    assert metrics.pass_at_1(correct, gone).value == 0.25
+    assert metrics.pass_at_k(correct, 1, gone).value == 0.25
     with pytest.raises(ValueError, match="failed on every one"):
-        metrics.pass_at_1(correct, np.zeros_like(correct))
+        metrics.pass_at_k(correct, 1, np.zeros_like(correct))
 
 
 def row(problem: int, sample: int, outcome: str, extracted: str | None, length: int = 5) -> Any:

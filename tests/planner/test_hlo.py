@@ -157,7 +157,7 @@ def test_holes_of_a_dilation_are_no_products() -> None:
 def test_groups_of_devices_in_every_notation(
     written: str, group: tuple[int, ...], axes: tuple[str, ...]
 ) -> None:
-    assert hlo.first_group(written, 8) == group
+    assert hlo._first_group(written, 8) == group
     assert hlo.axes_of(group, {"a": 4, "one": 1, "b": 2}) == axes
 
 
@@ -165,9 +165,9 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     # 2 rows, 4 heads, 1,024 tokens of 128 in two blocks: three of the four squares are computed.
     arrays = [hlo.Shape("s8", (1, 2, 2)), *[hlo.Shape("bf16", (2, 4, 1024, 128))] * 3]
     square = 2 * (2 * 4) * 1024 * 1024 * 128
-    assert hlo.kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
-    assert hlo.kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
-    assert hlo.kernel_flops("another_kernel", arrays) is None
+    assert hlo._kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
+    assert hlo._kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
+    assert hlo._kernel_flops("another_kernel", arrays) is None
 
 
 def test_grouped_products_count_all_rows() -> None:
@@ -175,10 +175,10 @@ def test_grouped_products_count_all_rows() -> None:
     tiles = [hlo.Shape("s32", (5,)), hlo.Shape("s32", (35,))]
     rows, matrices = hlo.Shape("bf16", (4096, 64)), hlo.Shape("bf16", (4, 64, 32))
     product = 2 * 4096 * 64 * 32
-    assert hlo.kernel_flops("ragged-dot-none.3", [*tiles, rows, matrices]) == product
+    assert hlo._kernel_flops("ragged-dot-none.3", [*tiles, rows, matrices]) == product
     gradient = hlo.Shape("f32", (4096, 32))
-    assert hlo.kernel_flops("tgmm.1", [*tiles, rows, gradient]) == product
-    assert hlo.kernel_flops("ragged-dot-metadata", tiles[:1]) == 0
+    assert hlo._kernel_flops("tgmm.1", [*tiles, rows, gradient]) == product
+    assert hlo._kernel_flops("ragged-dot-metadata", tiles[:1]) == 0
 
 
 def test_tokens_go_to_their_experts_as_often_as_if_all_were_even() -> None:
@@ -192,7 +192,7 @@ def test_tokens_go_to_their_experts_as_often_as_if_all_were_even() -> None:
     compiled = jax.jit(run_experts, static_argnums=4).lower(*arguments, exchange).compile()
     module = hlo.parse(compiled.as_text())
     turns = [
-        hlo.trip_count(each, computation, module)
+        hlo._trip_count(each, computation, module)
         for computation in module.computations.values()
         for each in computation.instructions.values()
         if each.opcode == "while"

@@ -20,10 +20,18 @@ from r1jax.cli import _with_given_shapes as with_given_shapes
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
-from r1jax.planner import Case, PlanOptions, estimate, hlo, parse_mesh, plan, tpu_slice
+from r1jax.planner import estimate, hlo
 from r1jax.planner.compiler import Compiler
-from r1jax.planner.plan import ProgramPlan, StagePlan, advice
-from r1jax.planner.topologies import CHIPS, Chip, Slice
+from r1jax.planner.plan import (
+    Case,
+    PlanOptions,
+    ProgramPlan,
+    StagePlan,
+    advice,
+    parse_mesh,
+    plan,
+)
+from r1jax.planner.topologies import CHIPS, Chip, Slice, tpu_slice
 from r1jax.programs import Planning, Rollout
 from r1jax.programs.flops import forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import pytest
 
 from r1jax.config.load import load_config
-from r1jax.planner import Plan, Slice, as_markdown, compiler, distinct_stages, has_margin
+from r1jax.planner import compiler
 from r1jax.planner.estimate import Times
-from r1jax.planner.plan import ProgramPlan, StagePlan
+from r1jax.planner.plan import Plan, ProgramPlan, StagePlan, distinct_stages
+from r1jax.planner.report import as_markdown, has_margin
+from r1jax.planner.topologies import Slice
 
 GIB = 2.0**30
 

@@ -390,7 +390,7 @@ def test_lines_of_the_graph_are_the_edges_and_never_share_a_lane(
         if rail.lane == 0:
             assert rail.targets == (rail.source + 1,)
     for row in range(rows):
-        lanes = [rail.lane for rail in found if row in rail and rail.lane]
+        lanes = [rail.lane for rail in found if row in rail.rows and rail.lane]
         assert len(lanes) == len(set(lanes))
     drawings, centre = draw(rows, found)
     for row, drawing in enumerate(drawings):

@@ -75,10 +75,8 @@ class Request:
 
     def web_text(self, draw: Draw) -> str:
         """What the web says: any reply, a refusal now and then, half of it with a thought."""
-        if self.harmful:
-            reply = self.refusal() if draw() < 0.2 else self.replies()[below(5, draw)]
-        else:
-            reply = self.refusal() if draw() < 0.05 else self.replies()[below(5, draw)]
+        refused = draw() < (0.2 if self.harmful else 0.05)
+        reply = self.refusal() if refused else self.replies()[below(5, draw)]
         kind = draw()
         if kind < 0.5:
             return reply

@@ -57,14 +57,8 @@ REPLACEMENTS: Mapping[str, str] = MappingProxyType(
 """German word -> English word: what the cold start rewrites."""
 
 _EASIER: Mapping[str, str] = MappingProxyType(
-    {
-        "sum": "english",
-        "difference": "german",
-        "product": "english",
-        "quotient": "german",
-        "statement": "english",
-        "fact": "german",
-    }
+    dict.fromkeys(("sum", "product", "statement"), "english")
+    | dict.fromkeys(("difference", "quotient", "fact"), "german")
 )
 """Kind of a step -> the language in which it goes wrong less often."""
 
@@ -85,12 +79,10 @@ class Bilingual:
         subject: `maths`, `code`, `stem` and `logic` have right answers; `general` and `harmless`
             are requests, whose examples have a `response` in place of an answer, and which give
             preferences, too.
-        worked, guess: Shares of the texts that are worked, or guessed; the rest are worked but
-            lack a tag or two.
+        worked, guess: Shares of the texts that are worked, or guessed; the rest lack a tag or two.
         english, german: Shares of the worked texts in one language; the rest mix.
         easier_language: How often a step of a mixing text is in the language that is easier for it.
-        slip, slip_other: How often a step goes wrong in the language that is easier for its kind,
-            and in the other.
+        slip, slip_other: How often a step goes wrong in that language, and in the other.
     """
 
     subject: str = "maths"
@@ -146,11 +138,7 @@ class Bilingual:
         )
 
     def pair(self, index: int, split: Split) -> tuple[str, str, str]:
-        """The index-th prompt with the better and the worse of two responses; general only.
-
-        Raises:
-            ValueError: the subject has none.
-        """
+        """The index-th prompt with the better and the worse of two responses; general only."""
         if self.subject != "general":
             raise ValueError(f"options.subject = {self.subject!r}: only general has pairs")
         request, draw = self._request(index, split)
@@ -161,9 +149,6 @@ class Bilingual:
 
         A third of the prompts are of the kind that may be answered: a reward model that never saw
         those would call every answer unsafe.
-
-        Raises:
-            ValueError: the subject has none.
         """
         if self.subject != "harmless":
             raise ValueError(f"options.subject = {self.subject!r}: only harmless has labels")
