@@ -25,13 +25,12 @@ from r1jax.models import (
     ModelConfig,
     init_params,
 )
-from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import GenerateOptions, Prompts, Samples, generate
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import single_device
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.supervised import make_update
-from r1jax.train_step import init_train_state
+from r1jax.train_step import init_train_state, make_optimizer
 
 VOCAB, PROMPT_TOKENS, NEW_TOKENS, REPEATS = 64, 16, 128, 3
 CONFIG = ModelConfig(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from r1jax.objectives.advantages import Advantages, group_advantages
 from r1jax.objectives.normalisation import mean_weights, token_weights
 from r1jax.objectives.policy_loss import TokenTerms, token_terms
 from r1jax.objectives.shapes import (
@@ -24,14 +23,16 @@ from r1jax.settings.objective import GRPOConfig
 from r1jax.train_step import (
     AfterUpdate,
     LossOutput,
+    Metrics,
     TrainState,
     TrainStep,
     init_train_state,
-    make_train_step,
+    train_step,
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Num, PyTree
+    from jaxtyping import Array, Bool, Float, Num, PyTree
+
 
 __all__ = [
     "Advantages",
@@ -43,6 +44,52 @@ __all__ = [
     "init_train_state",
     "make_grpo_step",
 ]
+
+
+class Advantages(NamedTuple):
+    """zero_variance: the groups that teach nothing, as all their scored samples earned the same."""
+
+    values: Float[Array, "prompts samples"]
+    zero_variance: Bool[Array, " prompts"]
+
+
+def group_advantages(
+    rewards: Float[Array, "prompts samples"],
+    *,
+    scale: Literal["std", "none"] = "std",
+    epsilon: float = 1e-6,
+) -> Advantages:
+    """A_i = (R_i - mean R) / std R over the samples of one prompt, in float32.
+
+    A reward that is NaN (its verifier failed) takes no part: it is left out of the group's mean
+    and std, and its advantage is 0. The std is the population's, as in the paper. Where all scored
+    samples of a group earned the same, however many they are, the advantages are exactly 0.
+
+    Args:
+      rewards: the samples of one prompt are one row, so groups cannot mix.
+      scale: `std` as published, `none` to only centre (Dr. GRPO, arXiv 2503.20783).
+      epsilon: added to the std, so that nearly equal rewards do not explode.
+
+    Raises:
+      ValueError: rewards are not [prompts, samples].
+    """
+    if jnp.ndim(rewards) != 2:
+        raise ValueError(
+            f"rewards has shape {jnp.shape(rewards)}; expected [prompts, samples]: put the samples "
+            "of a prompt in one row with rewards.reshape(-1, samples)"
+        )
+    scored = jnp.isfinite(rewards)
+    kept = jnp.where(scored, rewards.astype(jnp.float32), 0.0)
+    count = jnp.maximum(scored.sum(axis=1, keepdims=True), 1)
+    mean = kept.sum(axis=1, keepdims=True) / count
+    centred = jnp.where(scored, kept - mean, 0.0)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / count)
+    values = centred / (std + epsilon) if scale == "std" else centred
+    # Of equal rewards the mean is rounded, and so the std is not always 0.
+    highest = jnp.max(jnp.where(scored, kept, -jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(scored, kept, jnp.inf), axis=1)
+    equal = highest <= lowest
+    return Advantages(jnp.where(equal[:, None], 0.0, values), equal)
 
 
 @struct.dataclass
@@ -135,19 +182,6 @@ def make_grpo_step(
       (advantages of a group sum to 0); read the reward and the gradient norm.
     """
 
-    def weigh(batch: GRPOBatch, step: Int[Array, ""]) -> tuple[GRPOBatch, _Weights]:
-        _check_batch(batch)
-        tokens = token_weights(
-            batch.mask,
-            config.normalisation,
-            constant_length=config.constant_length,
-            lengths=batch.lengths,
-            sequences=batch.sequences,
-        )
-        rows = len(batch.mask)
-        weights = _Weights(tokens, mean_weights(rows, rows))
-        return replace(batch, lengths=None, sequences=None), weights
-
     def loss_fn(params: PyTree, rows: tuple[GRPOBatch, _Weights]) -> LossOutput:
         batch, weights = rows
         outputs = _as_outputs(log_prob_fn(params, batch), batch)
@@ -167,9 +201,26 @@ def make_grpo_step(
         penalty = jnp.sum(outputs.penalty * weights.rows)
         return output._replace(loss=loss + penalty, sums={"penalty": penalty})
 
-    return make_train_step(
-        weigh, loss_fn, optimizer, micro_batches=micro_batches, after_update=after_update
-    )
+    def step(state: TrainState, batch: GRPOBatch) -> tuple[TrainState, Metrics]:
+        _check_batch(batch)
+        tokens = token_weights(
+            batch.mask,
+            config.normalisation,
+            constant_length=config.constant_length,
+            lengths=batch.lengths,
+            sequences=batch.sequences,
+        )
+        weights = _Weights(tokens, mean_weights(len(batch.mask), len(batch.mask)))
+        return train_step(
+            state,
+            (replace(batch, lengths=None, sequences=None), weights),
+            loss_fn,
+            optimizer,
+            micro_batches=micro_batches,
+            after_update=after_update,
+        )
+
+    return step
 
 
 def _check_batch(batch: GRPOBatch) -> None:

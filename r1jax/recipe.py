@@ -23,9 +23,8 @@ from r1jax.metrics import HEARTBEAT, CompilationCounter, ProfiledSteps, Watchdog
 from r1jax.peers import watched_peers
 from r1jax.processes import agree, distributed_process, wait_for_all
 from r1jax.report import write_report
-from r1jax.run.checks import check
 from r1jax.run.record import Record, open_record
-from r1jax.run.resolve import ResolvedRun, StageRun, load_functions, resolve
+from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
 from r1jax.run.stop import Preempted, StopSignal, stop_on_sigterm
 from r1jax.settings.stage import Stage

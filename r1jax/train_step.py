@@ -1,8 +1,8 @@
-"""The train step of all stages: state, micro-batches, metrics, guard against non-finite updates.
+"""The train step of all stages: state, optimizer, micro-batches, guard against non-finite updates.
 
 A loss here is a weighted sum over rows, with weights that are computed once from the whole batch
 (`objectives/normalisation.py`). So the losses and gradients of micro-batches add up to exactly
-those of the batch. A stage supplies its weights and its loss; `make_train_step` does the rest.
+those of the batch. A stage supplies its weighted rows and its loss; `train_step` does the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from flax import struct
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num, PyTree
 
+    from r1jax.settings.optimizer import OptimizerSection
     from r1jax.sharding import Layout
+
 
 Metrics = dict[str, jax.Array]
 Batch = TypeVar("Batch")
@@ -235,26 +237,25 @@ class LossOutput(NamedTuple):
     counts: PyTree = None
 
 
-def make_train_step(
-    weigh: Callable[[Batch, Int[Array, ""]], Rows],
+def train_step(
+    state: TrainState,
+    rows: Rows,
     loss_fn: Callable[[PyTree, Rows], LossOutput],
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
     after_update: AfterUpdate | None = None,
-) -> TrainStep[Batch]:
-    """Build `step(state, batch) -> (state, metrics)`, pure, to be jitted with the state donated.
+) -> tuple[TrainState, Metrics]:
+    """One update; pure, to be jitted with the state donated.
 
     Args:
-      weigh: (batch, state.step) -> the rows with their weights, leaves [N, ...]. It sees the whole
-        batch, before the rows are split.
+      rows: a batch with the weights of its rows or tokens, leaves [N, ...].
       loss_fn: (params, micro-batch of those rows) -> loss and metrics.
-      optimizer: any optax transformation.
       micro_batches: equal parts that the rows are split into, to bound activation memory.
       after_update: what else is done to the weights, given `LossOutput.counts` of the whole batch.
 
     Returns:
-      The step. Its metrics are `loss`, `optimizer/grad_norm`, `optimizer/finite`, those of
+      The next state, and metrics: `loss`, `optimizer/grad_norm`, `optimizer/finite`, those of
       `after_update`, and those of the loss function, which may replace `loss`.
     """
 
@@ -262,22 +263,65 @@ def make_train_step(
         output = loss_fn(params, rows)
         return output.loss, output[1:]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradients, (sums, means, maxima, counts) = accumulate_gradients(
-            loss_and_rest, state.params, weigh(batch, state.step), micro_batches
-        )
-        counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
-        state, metrics = apply_if_finite(
-            state, loss, gradients, optimizer, counts=counts, after_update=after_update
-        )
-        return state, {
-            **metrics,
-            **{name: parts.sum() for name, parts in sums.items()},
-            **{
-                name: totals.sum() / jnp.maximum(parts.sum(), 1)
-                for name, (totals, parts) in means.items()
-            },
-            **{name: parts.max() for name, parts in maxima.items()},
-        }
+    loss, gradients, (sums, means, maxima, counts) = accumulate_gradients(
+        loss_and_rest, state.params, rows, micro_batches
+    )
+    counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
+    state, metrics = apply_if_finite(
+        state, loss, gradients, optimizer, counts=counts, after_update=after_update
+    )
+    return state, {
+        **metrics,
+        **{name: parts.sum() for name, parts in sums.items()},
+        **{
+            name: totals.sum() / jnp.maximum(parts.sum(), 1)
+            for name, (totals, parts) in means.items()
+        },
+        **{name: parts.max() for name, parts in maxima.items()},
+    }
 
-    return step
+
+# --- Optimizer -----------------------------------------------------------------------------------
+
+
+def make_schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up, then constant, cosine or linear to the floor."""
+    peak, floor = section.learning_rate, section.learning_rate * section.final_fraction
+    rest = max(steps - section.warmup_steps, 1)
+    if section.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, alpha=section.final_fraction)
+    elif section.schedule == "linear":
+        main = optax.linear_schedule(peak, floor, rest)
+    else:
+        main = optax.constant_schedule(peak)
+    if section.warmup_steps == 0:
+        return main
+    # Update n uses the rate at n: start above 0, or the first update would do nothing.
+    warmup = optax.linear_schedule(peak / section.warmup_steps, peak, section.warmup_steps)
+    return optax.join_schedules([warmup, main], [section.warmup_steps])
+
+
+def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
+    """AdamW behind clipping by the global norm.
+
+    The biases that choose experts have no gradient, and so no update; nor do they decay.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(section.max_grad_norm),
+        optax.adamw(
+            make_schedule(section, steps),
+            b1=section.beta1,
+            b2=section.beta2,
+            eps=section.epsilon,
+            weight_decay=section.weight_decay,
+            mu_dtype=section.moment_dtype,
+            mask=_decays,
+        ),
+    )
+
+
+def _decays(params: PyTree) -> PyTree:
+    def decays(path: tuple[jax.tree_util.KeyEntry, ...], _: jax.Array) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) != "router_bias"
+
+    return jax.tree.map_with_path(decays, params)

@@ -20,14 +20,13 @@ from r1jax.models import (
     experts,
     init_params,
 )
-from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.sharding import Layout, make_layout, make_rollout_layout
-from r1jax.stages.grpo.programs import make_update
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.train_step import abstract_train_state, create_train_state, shardings_of
+from r1jax.stages.grpo.stage import make_update
+from r1jax.train_step import abstract_train_state, create_train_state, make_optimizer, shardings_of
 
 CONFIGS = {
     "dense": ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 8, initializer_range=0.4),

@@ -15,14 +15,12 @@ import optax
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.programs import Planning, Program, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.arrays import abstract_weights, batch_array
-from r1jax.run.optimizer import make_optimizer
+from r1jax.programs.program import abstract_weights, batch_array
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.train_loop import train_loop
 from r1jax.settings.stage import Divided, EpochStage, StageDescription, WeightsUse
-from r1jax.stages.supervised import packed_rows
-from r1jax.stages.supervised_programs import packed_arrays
-from r1jax.train_step import LossOutput, make_train_step
+from r1jax.stages.supervised import packed_arrays, packed_rows
+from r1jax.train_step import LossOutput, TrainState, make_optimizer, train_step
 
 
 class Distil(EpochStage):
@@ -53,15 +51,16 @@ def confidence(params: Any, batch: Any, model: Decoder) -> jax.Array:
 
 
 def make_update(stage: Distil, model: Decoder, optimizer: optax.GradientTransformation) -> Any:
-    def weigh(batch: Any, step: jax.Array) -> Any:
-        return batch, mean_weights(stage.rows_per_step, batch["confidence"].sum())
-
     def loss_fn(params: Any, rows: Any) -> LossOutput:
         batch, weights = rows
         total = -jnp.sum(log_probs(params, batch, model) * batch["confidence"])
         return LossOutput(total * weights[0])
 
-    return make_train_step(weigh, loss_fn, optimizer, micro_batches=stage.micro_batches)
+    def step(state: TrainState, batch: Any) -> Any:
+        rows = batch, mean_weights(stage.rows_per_step, batch["confidence"].sum())
+        return train_step(state, rows, loss_fn, optimizer, micro_batches=stage.micro_batches)
+
+    return step
 
 
 def programs(stage: Distil, planning: Planning) -> StagePrograms:

@@ -18,7 +18,7 @@ from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weigh
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import make_layout, make_rollout_layout
 from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.stages.supervised_programs import make_update
+from r1jax.stages.supervised import make_update
 from r1jax.train_step import init_train_state
 
 CONFIG = replace(LATENT, vocab_size=8)  # which devices can share

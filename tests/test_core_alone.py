@@ -19,7 +19,7 @@ for name in ("pydantic", "transformers", "tokenizers", "jaxtyping", "sympy", "ma
 
 from r1jax.grpo import GRPOBatch, GRPOConfig, group_advantages, init_train_state, make_grpo_step
 from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, init_params, token_log_probs
-from r1jax.objectives import advantages, kl, normalisation, policy_loss, preference_loss
+from r1jax.objectives import kl, normalisation, policy_loss, preference_loss
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sharding import single_device
 

@@ -21,8 +21,8 @@ from r1jax.config.load import load_config
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.attention import head_repeats
 from r1jax.processes import BatchSlice, process_batch_slice
-from r1jax.run.checks import check_divided
 from r1jax.run.models import Layouts
+from r1jax.run.resolve import check_divided
 from r1jax.sharding import make_layout, make_rollout_layout, process_batch_parts
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"

@@ -21,8 +21,8 @@ from r1jax.train_step import (
     create_train_state,
     init_train_state,
     jit_update,
-    make_train_step,
     map_micro_batches,
+    train_step,
 )
 
 ROWS = 6
@@ -110,9 +110,18 @@ def test_a_step_is_that_of_the_whole_batch(
         return {"w": params["w"] + 100}, {"used": counts["used"][0].astype(jnp.float32)}
 
     optimizer = optax.sgd(1.0)
-    step = make_train_step(
-        weigh, loss_fn, optimizer, micro_batches=micro_batches, after_update=after_update
-    )
+
+    def step(state: TrainState, batch: Any) -> Any:
+        rows = weigh(batch, state.step)
+        return train_step(
+            state,
+            rows,
+            loss_fn,
+            optimizer,
+            micro_batches=micro_batches,
+            after_update=after_update,
+        )
+
     # At step 1 `weigh` weighs twice as much as at step 0.
     state = init_train_state(start, optimizer).replace(step=jnp.int32(1))
     state, metrics = compiled(step)(state, rows)
@@ -185,7 +194,11 @@ def test_a_state_is_created_as_its_abstract_says_and_the_update_is_compiled_once
     for like, made, value in zip(*map(jax.tree.leaves, (abstract, state, expected)), strict=True):
         assert (like.shape, like.dtype, like.sharding) == (made.shape, made.dtype, made.sharding)
         np.testing.assert_array_equal(made, value)
-    update = jit_update(make_train_step(weigh, loss_fn, optimizer), abstract)
+
+    def step(state: TrainState, batch: Any) -> Any:
+        return train_step(state, weigh(batch, state.step), loss_fn, optimizer)
+
+    update = jit_update(step, abstract)
     for _ in range(2):
         before = state
         state, _ = update(state, batch())

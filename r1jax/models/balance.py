@@ -7,7 +7,7 @@ single sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,51 +16,15 @@ import jax.numpy as jnp
 from r1jax.models.parameters import Params
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, PyTree
 
-Sums = tuple[jax.Array, ...]
+    from r1jax.models.config import ModelConfig
+    from r1jax.models.experts import Routing
+    from r1jax.settings.optimizer import BalanceSection
+    from r1jax.train_step import AfterUpdate, Metrics
+
 # Stack of layers -> float32 [layers, experts], by how many tokens each expert was chosen.
 Loads = Mapping[str, jax.Array]
-
-
-def sequence_imbalance(
-    scores: Float[Array, "rows time experts"],
-    segment_ids: Int[Array, "rows time"],
-    chosen: int,
-    *,
-    segments: int,
-    sum_over_devices: Callable[[Sums], Sums] = lambda sums: sums,
-) -> Float[Array, " rows"]:
-    """Equations 17 to 20 without alpha, summed over the sequences of each row.
-
-    Of a sequence of T tokens it is sum_i f_i P_i over the E experts: f_i is E / (K T) times the
-    number of tokens whose K best scores i is among, and P_i the mean of its share of the scores.
-    1 where all are even, up to E / K where all tokens choose the same. As in the equations, the
-    best scores count, whatever bias or group decides on the choice. Padding is left out.
-
-    Args:
-      scores: what the router gives.
-      segment_ids: below `segments`; 0 is padding.
-      chosen: K, experts of a token.
-      sum_over_devices: over those that a row is split over.
-    """
-    experts = scores.shape[-1]
-    best = jax.lax.top_k(jax.lax.stop_gradient(scores), chosen)[1]
-    counted = jnp.sum(jax.nn.one_hot(best, experts), axis=-2)
-    shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-
-    def sums(row: jax.Array, ids: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(row, ids, segments)
-
-    count, share, length = sum_over_devices(
-        (
-            jax.vmap(sums)(counted, segment_ids),
-            jax.vmap(sums)(shares, segment_ids),
-            jax.vmap(sums)(jnp.ones_like(segment_ids, jnp.float32), segment_ids),
-        )
-    )
-    each = jnp.sum(count * share, axis=-1) * experts / (chosen * jnp.maximum(length, 1) ** 2)
-    return jnp.sum(each[:, 1:], axis=-1)
 
 
 def move_biases(params: Params, loads: Loads, speed: float) -> Params:
@@ -93,3 +57,52 @@ def load_figures(loads: Loads) -> dict[str, Float[Array, ""]]:
         "experts/max_load_mean": jnp.mean(busiest),
         "experts/unused": jnp.mean((load == 0).astype(jnp.float32)),
     }
+
+
+def check_experts(
+    stage_name: str, balance: BalanceSection, config: ModelConfig, *, replay_experts: bool = False
+) -> None:
+    """Raises ValueError for a setting about experts that the model has no use for."""
+    where = f"stages.{stage_name}"
+    settings = {
+        "balance.bias_speed": balance.bias_speed,
+        "balance.sequence_loss": balance.sequence_loss,
+        "replay_experts": replay_experts,
+    }
+    for key, value in settings.items():
+        if value and config.experts is None:
+            raise ValueError(
+                f"{where}.{key} = {value}: the model ({config.architecture}) has no experts; leave "
+                "it out"
+            )
+    if balance.bias_speed and config.experts is not None and not config.experts.biased:
+        raise ValueError(
+            f"{where}.balance.bias_speed = {balance.bias_speed}: with topk_method = "
+            f"{config.experts.topk_method!r} the model has no biases; use balance.sequence_loss"
+        )
+
+
+def loads_of(routings: Mapping[str, Routing]) -> Loads:
+    """Stack of layers -> how many tokens chose each expert, [layers, experts]."""
+    return {name: routing.load for name, routing in routings.items()}
+
+
+def imbalance_of(routings: Mapping[str, Routing]) -> Float[Array, " rows"]:
+    """Of each row, summed over its sequences and the layers."""
+    return jnp.sum(jnp.concatenate([each.imbalance for each in routings.values()]), axis=0)
+
+
+def make_after_update(balance: BalanceSection, config: ModelConfig) -> AfterUpdate | None:
+    """What follows the optimizer: the biases move, and the experts' loads become metrics.
+
+    None for a dense model. The counts that the update is given are those of `loads_of`.
+    """
+    if config.experts is None:
+        return None
+
+    def after_update(params: PyTree, loads: Loads) -> tuple[PyTree, Metrics]:
+        if balance.bias_speed:
+            params = move_biases(params, loads, balance.bias_speed)
+        return params, load_figures(loads)
+
+    return after_update

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from r1jax.models.balance import sequence_imbalance
 from r1jax.models.config import Decoder, MixtureOfExperts
 from r1jax.models.grouped_product import grouped_product
 from r1jax.models.parameters import Params
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
+Sums = tuple[jax.Array, ...]
 
 _LEAST_BUFFER = 16  # rows that a device can send to each other one, at least
 
@@ -199,6 +199,46 @@ def _choose(ranking: jax.Array, experts: MixtureOfExperts) -> jax.Array:
         inside = jnp.any(kept[:, :, None] == jnp.arange(experts.n_group), axis=1)
         ranking = jnp.where(inside[:, :, None], groups, -jnp.inf).reshape(ranking.shape)
     return jax.lax.top_k(ranking, experts.num_experts_per_tok)[1]
+
+
+def sequence_imbalance(
+    scores: Float[Array, "rows time experts"],
+    segment_ids: Int[Array, "rows time"],
+    chosen: int,
+    *,
+    segments: int,
+    sum_over_devices: Callable[[Sums], Sums] = lambda sums: sums,
+) -> Float[Array, " rows"]:
+    """Equations 17 to 20 without alpha, summed over the sequences of each row.
+
+    Of a sequence of T tokens it is sum_i f_i P_i over the E experts: f_i is E / (K T) times the
+    number of tokens whose K best scores i is among, and P_i the mean of its share of the scores.
+    1 where all are even, up to E / K where all tokens choose the same. As in the equations, the
+    best scores count, whatever bias or group decides on the choice. Padding is left out.
+
+    Args:
+      scores: what the router gives.
+      segment_ids: below `segments`; 0 is padding.
+      chosen: K, experts of a token.
+      sum_over_devices: over those that a row is split over.
+    """
+    experts = scores.shape[-1]
+    best = jax.lax.top_k(jax.lax.stop_gradient(scores), chosen)[1]
+    counted = jnp.sum(jax.nn.one_hot(best, experts), axis=-2)
+    shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+
+    def sums(row: jax.Array, ids: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(row, ids, segments)
+
+    count, share, length = sum_over_devices(
+        (
+            jax.vmap(sums)(counted, segment_ids),
+            jax.vmap(sums)(shares, segment_ids),
+            jax.vmap(sums)(jnp.ones_like(segment_ids, jnp.float32), segment_ids),
+        )
+    )
+    each = jnp.sum(count * share, axis=-1) * experts / (chosen * jnp.maximum(length, 1) ** 2)
+    return jnp.sum(each[:, 1:], axis=-1)
 
 
 # --- Dispatch to the experts, and combination of their results -----------------------------------

@@ -11,11 +11,10 @@ from r1jax.files import JsonObject
 from r1jax.models import Decoder, declare
 from r1jax.models.parameters import is_spec
 from r1jax.programs import Planning
-from r1jax.programs.arrays import bytes_by_kind, bytes_on_device
+from r1jax.programs.program import bytes_by_kind, bytes_on_device
 from r1jax.rollouts.scoring import directory_section
-from r1jax.run.checks import check
 from r1jax.run.models import LanguageModel, build_decoder
-from r1jax.run.resolve import load_functions, resolve
+from r1jax.run.resolve import check, load_functions, resolve
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 

@@ -15,12 +15,10 @@ from r1jax.planner.compiler import Binary, Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program
-from r1jax.programs.arrays import bytes_by_kind
-from r1jax.programs.program import NotPlanned, longest_prompt
+from r1jax.programs.program import NotPlanned, bytes_by_kind, longest_prompt
 from r1jax.rollouts.scoring import directory_section
-from r1jax.run.checks import check_divided
 from r1jax.run.models import decoder_of, make_layouts
-from r1jax.run.resolve import load_functions
+from r1jax.run.resolve import check_divided, load_functions
 from r1jax.run.selection import Selection
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.mesh import MeshSection

@@ -4,9 +4,8 @@ A kind of stage says it in one function, `programs(stage, planning) -> StageProg
 functions of this folder: `train_programs` for an update, `sampling_programs` for rollouts.
 """
 
-from r1jax.programs.program import Planning, Program, StagePrograms
+from r1jax.programs.program import Planning, Program, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.rollout import Rollout, sampling_programs
-from r1jax.programs.update import TrainBatch, train_programs
 
 __all__ = [
     "Planning",

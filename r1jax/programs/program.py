@@ -1,4 +1,4 @@
-"""A compiled function of a stage, with abstract arguments; and what a kind is given to say it.
+"""What a stage compiles, with abstract arguments; and what a kind is given to say it.
 
 The functions are those that the loops call; here they only get arguments. Texts are as long as the
 config lets them be: prompts of max_prompt_tokens, completions of max_new_tokens.
@@ -9,23 +9,121 @@ a model rewrites, depends on the data: their calls count as 0 in a step.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import PartitionSpec
-from jax.stages import Lowered
+from jax.stages import Lowered, Wrapped
+from jax.typing import DTypeLike
 
 from r1jax.config.run_config import RunConfig
-from r1jax.models import Decoder
+from r1jax.models import Decoder, ModelConfig, abstract_params, declare
+from r1jax.models.parameters import ParamSpec, is_spec
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
+from r1jax.train_step import TrainStep, abstract_train_state, jit_update
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
-    from r1jax.programs.arrays import AbstractTree
+    AbstractTree: TypeAlias = PyTree
+
+
+def abstract_weights(model: Decoder) -> AbstractTree:
+    return abstract_params(model.config, model.layout, model.execution.param_dtype)
+
+
+def batch_array(model: Decoder, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """An array whose first dimension is split along the batch."""
+    sharding = model.layout.sharding(("batch", *(None,) * (len(shape) - 1)), shape=shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def batch_arrays_like(arrays: Mapping[str, np.ndarray], model: Decoder) -> AbstractTree:
+    """Arrays of these shapes and dtypes, each split along the batch."""
+    return {name: batch_array(model, array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def token_arrays(model: Decoder, rows: int, time: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """`tokens`, `positions` and `segment_ids`, int32 [rows, time] each."""
+    return {
+        name: batch_array(model, (rows, time), jnp.int32)
+        for name in ("tokens", "positions", "segment_ids")
+    }
+
+
+def expert_choices(model: Decoder, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The experts of tokens of this shape: [..., layers * k], split along the batch."""
+    experts = model.config.experts
+    assert experts is not None
+    width = len(model.config.stacks["layers"]) * experts.num_experts_per_tok
+    return batch_array(model, (*shape, width), experts.index_dtype)
+
+
+def bytes_on_device(tree: AbstractTree) -> int:
+    """Bytes of abstract arrays on one device, as they are split."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def bytes_by_kind(*named: Mapping[str, AbstractTree]) -> Counter[str]:
+    """Bytes on one device by what they are; trees of the same name are added."""
+    sizes: Counter[str] = Counter()
+    for trees in named:
+        for name, tree in trees.items():
+            sizes[name] += bytes_on_device(tree)
+    return sizes
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def forward_flops(
+    config: ModelConfig, rows: int, time: int, start: int = 0, *, with_module: bool = False
+) -> float:
+    """FLOPs of a forward pass, two for each product: weights, and causal attention.
+
+    Args:
+      rows, time: tokens read of each row.
+      start: tokens of a row that were read before, and are attended to.
+      with_module: multi-token prediction is computed, too.
+    """
+    weights = 0.0
+    for path, spec in jax.tree.leaves_with_path(declare(config), is_leaf=is_spec):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        used = math.prod(spec.shape) * _used(spec, config)
+        if name.startswith("prediction."):
+            weights += used * with_module
+        elif name == "unembed" or (name == "embed" and config.head == "language"):
+            # Looking tokens up is no product; a tied table is the output matrix, too.
+            is_head = name == "unembed" or config.tie_word_embeddings
+            weights += used * is_head * (1 + with_module)
+        elif name != "embed":
+            weights += used
+    seen = time * start + time * (time + 1) / 2
+    # Queries with keys, and weights with values.
+    width = config.num_attention_heads * (config.head_dim + config.v_head_dim)
+    layers = config.num_hidden_layers + with_module
+    return 2.0 * rows * (time * weights + layers * width * seen)
+
+
+def _used(spec: ParamSpec, config: ModelConfig) -> float:
+    """The part of a weight that a token is multiplied by: of the routed experts, the chosen."""
+    if not spec.per_expert or config.experts is None:
+        return 1.0
+    return config.experts.num_experts_per_tok / config.experts.n_routed_experts
 
 
 class NotPlanned(Exception):
@@ -104,3 +202,102 @@ def longest_prompt(stage: Stage, config: RunConfig) -> int:
     sections = [config.data[name] for name in stage.prompt_datasets()]
     parts = [config.data[part] for section in sections for part in section.mixture]
     return max(section.max_prompt_tokens for section in sections + parts if not section.mixture)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """The batch of an update.
+
+    arrays: the update's argument beside its state.
+    rows, time: texts that the model reads, and tokens of each at most, by which FLOPs and memory
+        are counted; the arrays may be padded further.
+    micro_batches: equal parts, which pass through the model one after the other.
+    """
+
+    arrays: AbstractTree
+    rows: int
+    time: int
+    micro_batches: int = 1
+
+
+def train_programs(
+    update: TrainStep[PyTree],
+    optimizer: optax.GradientTransformation,
+    model: Decoder,
+    batch: TrainBatch,
+    *,
+    with_module: bool = False,
+) -> StagePrograms:
+    """The programs of a stage whose step is one update, and nothing else."""
+    program = update_program(update, optimizer, model, batch, with_module=with_module)
+    return StagePrograms((program,), batch.rows * batch.time)
+
+
+def update_program(
+    update: TrainStep[PyTree],
+    optimizer: optax.GradientTransformation,
+    model: Decoder,
+    batch: TrainBatch,
+    *,
+    resident: Mapping[str, AbstractTree] | None = None,
+    with_module: bool = False,
+) -> Program:
+    """One update.
+
+    Args:
+      update: (state, batch) -> (state, metrics), as the loop compiles it.
+      resident: what is in memory beside the train state and the batch.
+      with_module: the module for multi-token prediction is trained, too.
+    """
+    state = abstract_train_state(abstract_weights(model), optimizer, model.layout)
+    forward = forward_flops(model.config, batch.rows, batch.time, with_module=with_module)
+    return Program(
+        "update",
+        model.layout.mesh.shape,
+        partial(jit_update(update, state).lower, state, batch.arrays),
+        {"weights": state.params, "optimizer": state.opt_state, "batch": batch.arrays},
+        {} if resident is None else resident,
+        calls=1,
+        useful_flops=3 * forward,
+        temporaries=_temporaries(model, batch),
+    )
+
+
+def with_held_out_loss(
+    training: StagePrograms, loss: Wrapped, arrays: tuple[AbstractTree, ...], forward: float
+) -> StagePrograms:
+    """Adds the loss on held-out rows, whose number of batches depends on the data.
+
+    Args:
+      training: of `train_programs`.
+      loss: the compiled function of the weights and the arrays.
+      forward: FLOPs of its forward pass.
+    """
+    (update,) = training.programs
+    weights = update.arguments["weights"]
+    program = Program(
+        "held-out loss",
+        update.mesh,
+        partial(loss.lower, weights, *arrays),
+        {"weights": weights, "batch": arrays},
+        {"optimizer": update.arguments["optimizer"]},
+        calls=0,
+        useful_flops=forward,
+    )
+    return replace(training, programs=(update, program))
+
+
+def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:
+    """Gradients, the activations that remat keeps, and a chunk of logits with its gradients."""
+    config, execution = model.config, model.execution
+    shards, rows = model.layout.shards("batch"), batch.rows // batch.micro_batches
+    kept = {"full": 1, "dots": 8, "none": 20}[execution.remat] * config.hidden_size
+    values = rows * batch.time * config.num_hidden_layers * kept
+    sizes = {
+        "gradients": bytes_on_device(abstract_weights(model)),
+        "activations": values * jnp.dtype(execution.compute_dtype).itemsize // shards,
+    }
+    if config.head == "language":
+        chunk = rows * min(execution.log_prob_chunk, batch.time) * config.vocab_size
+        sizes["a chunk of logits"] = chunk * 4 * 2 // shards
+    return sizes

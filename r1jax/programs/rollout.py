@@ -1,31 +1,37 @@
-"""The sampler's programs: prefill, decoding, growth of the KV cache."""
+"""What sampling and scoring compile: prefill, decoding, growth of the KV cache, reward models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
+from r1jax.data.preferences import pad_texts
 from r1jax.models import Decoder
 from r1jax.models.kv_cache import cache_arrays, prompt_cache_arrays
-from r1jax.programs.arrays import abstract_weights, batch_array, expert_choices, round_up
-from r1jax.programs.flops import forward_flops
 from r1jax.programs.program import (
     NotPlanned,
     Planning,
     Program,
     StagePrograms,
+    abstract_weights,
+    batch_array,
+    batch_arrays_like,
+    expert_choices,
+    forward_flops,
     longest_prompt,
+    round_up,
 )
-from r1jax.programs.reward_models import reward_model_weights, reward_models, reward_programs
 from r1jax.rollouts.sampling import bucket
+from r1jax.rollouts.scoring import make_score, row_tokens, rows_at_once
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, grow, start
 from r1jax.sampler.speculative import (
@@ -40,7 +46,57 @@ from r1jax.sharding import Axes
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
-    from r1jax.programs.arrays import AbstractTree
+    from r1jax.programs.program import AbstractTree
+
+
+class RewardModel(NamedTuple):
+    """A reward's model; as_probability: its output becomes the probability of a safe response."""
+
+    decoder: Decoder
+    as_probability: bool
+
+
+def reward_models(stage: Stage, planning: Planning) -> dict[str, RewardModel]:
+    """Reward -> its model, of the stage's rewards that have one."""
+    formats = {each.name: each.reward_model_format() for each in planning.config.stages}
+    models: dict[str, RewardModel] = {}
+    for name, reward in planning.config.rewards_of(stage).items():
+        if reward.model is not None:
+            trained = formats.get(reward.model)
+            labelled = trained is not None and trained.labelled
+            models[name] = RewardModel(planning.decoder_of(reward.model), labelled)
+    return models
+
+
+def reward_model_weights(models: Mapping[str, RewardModel]) -> dict[str, AbstractTree]:
+    """What they keep in memory, for `Program.resident`."""
+    return {"reward models": [abstract_weights(model.decoder) for model in models.values()]}
+
+
+def reward_programs(
+    models: Mapping[str, RewardModel],
+    tokens: int,
+    samples: int,
+    resident: Mapping[str, AbstractTree],
+) -> Iterator[Program]:
+    """Scores of that many samples of that many tokens, each of which every model reads."""
+    for name, (model, as_probability) in models.items():
+        rows = rows_at_once(model.layout)
+        texts = [np.zeros(1, np.int32)] * rows
+        inputs = batch_arrays_like(pad_texts(texts, row_tokens(tokens)), model)
+        weights = abstract_weights(model)
+        score = jax.jit(make_score(model, as_probability))
+        others = {key: other for key, other in models.items() if key != name}
+        yield Program(
+            f"reward {name}",
+            model.layout.mesh.shape,
+            partial(score.lower, weights, inputs),
+            {"reward models": weights, "batch": inputs},
+            {**resident, **reward_model_weights(others)},
+            calls=samples / rows,
+            useful_flops=forward_flops(model.config, rows, tokens),
+        )
+
 
 _TRIAL_TOKENS = 32
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from r1jax.data import Example, encode_prompt
 from r1jax.evaluation.run_directory import language_models
-from r1jax.rollouts.sampling import generate_options, pad_prompts
-from r1jax.rollouts.stop_strings import decode
+from r1jax.rollouts.sampling import decode, generate_options, pad_prompts
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, generate_chunks
 from r1jax.settings.data import DataSection

@@ -3,22 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from r1jax.data import Prompt
+from r1jax.files import JsonObject
 from r1jax.metrics import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.processes import max_over_processes, process_batch_slice
-from r1jax.rollouts.completions import Completion
-from r1jax.rollouts.stop_strings import stop_search
+from r1jax.rewards import Answered, RowScore
 from r1jax.run.models import LanguageModel
-from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
+from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Hidden tests of a program may be megabytes, and would be stored with each of its samples.
+_STORED_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample of one prompt.
+
+    token_ids, sampler_log_probs: [length], EOS included; the log-probs are those of the
+        distribution that was drawn from.
+    drafted, accepted: tokens that were drafted for it, and those of them that stayed.
+    experts: int [prompt + length, layers * k], which each token of the prompt and of the completion
+        went to, where they were recorded.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: np.ndarray
+    sampler_log_probs: np.ndarray
+    finish: Finish
+    text: str
+    drafted: int = 0
+    accepted: int = 0
+    experts: np.ndarray | None = None
+
+    def answered(self) -> Answered:
+        """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
+        return Answered(
+            prompt=self.prompt.text,
+            completion=self.prompt.prefill + self.text,
+            answer=self.prompt.answer,
+            domain=self.prompt.domain,
+            truncated=self.finish == Finish.LENGTH,
+        )
+
+    def row(self, score: RowScore, step: int) -> JsonObject:
+        """The row of samples.jsonl; `details` only where a reward has something to say.
+
+        Of a long reference answer it holds the beginning; the dataset has the whole.
+        """
+        details = {n: part.detail for n, part in score.parts.items() if part.detail is not None}
+        return {
+            "step": step,
+            "problem_id": self.prompt.id,
+            "sample": self.sample,
+            "domain": self.prompt.domain,
+            "prompt": self.prompt.text,
+            "completion": self.text,
+            "answer": self.prompt.answer[:_STORED_CHARACTERS],
+            "reward": score.reward,
+            "parts": {name: part.reward for name, part in score.parts.items()},
+            "outcome": str(score.outcome),
+            "extracted": score.extracted,
+            **({"details": details} if details else {}),
+            "length": len(self.token_ids),
+            "finish_reason": self.finish.name.lower(),
+        }
+
+
+class StopStrings:
+    """Finds where stop strings end, in tokens; text is only looked at, ids are never re-encoded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._strings = tuple(strings)
+
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Per row [time] the number of tokens up to the end of the first stop string, or -1."""
+        ends = [self._end(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+        return np.asarray(ends, np.int32)
+
+    def _end(self, tokens: np.ndarray) -> int:
+        if not self._contains(tokens):
+            return -1
+        low, high = 0, len(tokens)  # a prefix of `high` tokens contains one, of `low` none
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._contains(tokens[:middle]) else (middle, high)
+        return high
+
+    def _contains(self, tokens: np.ndarray) -> bool:
+        text = decode(self._tokenizer, tokens)
+        return any(string in text for string in self._strings)
+
+
+def stop_search(tokenizer: PreTrainedTokenizerBase, section: SamplingSection) -> StopSearch | None:
+    """What the sampler calls to find the section's stop strings; None where it has none."""
+    return StopStrings(tokenizer, section.stop) if section.stop else None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
+    """The text of token ids [time]."""
+    return str(tokenizer.decode(token_ids.tolist(), clean_up_tokenization_spaces=False))
 
 
 def generate_options(

@@ -19,7 +19,7 @@ from r1jax.models.reward_head import reward_scores
 from r1jax.processes import max_over_processes, min_over_processes, process_batch_slice
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
 from r1jax.rewards.verifier import combine
-from r1jax.rollouts.completions import Completion
+from r1jax.rollouts.sampling import Completion
 from r1jax.run.models import LanguageModel
 from r1jax.run.resolve import ResolvedRun
 from r1jax.settings.data import DataSection

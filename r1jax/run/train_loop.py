@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -205,12 +206,12 @@ def train_loop(
     data: Resumable,
     *,
     steps: int,
-    make_reference: Callable[[Params], Params] | None = None,
+    with_reference: bool = False,
 ) -> Iterator[TrainLoop]:
     """Gives the loop at its newest checkpoint, or at the start; metric files are cut to match.
 
     A resumed loop never makes the initial weights: they would be in memory twice for a moment.
-    `make_reference` makes the reference policy of them.
+    `with_reference` keeps a copy of them as the reference policy.
     """
     clock, process = Clock(), jax.process_index()
     model = run.models.of(stage.name)
@@ -228,15 +229,15 @@ def train_loop(
         checkpoints = stack.enter_context(Checkpoints(directory, keep=stage.keep_checkpoints))
         compilations = stack.enter_context(CompilationCounter())
         with span("setup"):
-            reference = {} if make_reference is None else {"reference": abstract.params}
+            reference = {"reference": abstract.params} if with_reference else {}
             saved = checkpoints.restore_latest({"state": abstract, **reference})
             arrays: dict[str, PyTree] = {}
             metadata: JsonObject = {"metrics": {}, "bad_in_a_row": 0}
             step = 0
             if saved is None:
                 params = run.models.initial_weights(stage.name)
-                if make_reference is not None:
-                    arrays["reference"] = make_reference(params)
+                if with_reference:
+                    arrays["reference"] = copy_weights(params)
                 arrays["state"] = create_train_state(params, optimizer, abstract)
                 del params
             else:
@@ -268,6 +269,12 @@ def train_loop(
             profiler,
             metadata["bad_in_a_row"],
         )
+
+
+def copy_weights(params: Params) -> Params:
+    """Arrays apart from those of the policy, which the update donates."""
+    copy: Params = jax.tree.map(jnp.copy, params)
+    return copy
 
 
 def _end_profile(profiler: StepProfiler, run: StageRun, progress: Progress) -> None:

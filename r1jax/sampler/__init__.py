@@ -2,9 +2,8 @@
 
 from r1jax.sampler.distribution import Sampling, draw, filter_logits, sample_keys
 from r1jax.sampler.generate import generate, generate_chunks
-from r1jax.sampler.options import GenerateOptions
 from r1jax.sampler.rollout_weights import make_rollout_weights, reads_as_is, to_sample
-from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch
+from r1jax.sampler.samples import Finish, GenerateOptions, Prompts, Samples, StopSearch
 
 __all__ = [
     "Finish",

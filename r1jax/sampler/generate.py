@@ -28,8 +28,18 @@ from r1jax.models.decoder import (
 from r1jax.models.kv_cache import KVCache, PromptCache, empty_cache, grow_cache
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import draw
-from r1jax.sampler.options import Draws, GenerateOptions, SampleShape
-from r1jax.sampler.samples import Finish, Prompts, Samples, StopSearch, cut, keys_of, no_samples
+from r1jax.sampler.samples import (
+    Draws,
+    Finish,
+    GenerateOptions,
+    Prompts,
+    Samples,
+    SampleShape,
+    StopSearch,
+    cut,
+    keys_of,
+    no_samples,
+)
 from r1jax.sampler.speculative import (
     SpeculativeState,
     decode_speculatively,

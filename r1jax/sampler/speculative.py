@@ -38,8 +38,7 @@ from r1jax.sampler.distribution import (
     filter_logits,
     verify,
 )
-from r1jax.sampler.options import Draws, SampleShape
-from r1jax.sampler.samples import Finish, Prompts, Samples, keys_of, no_samples
+from r1jax.sampler.samples import Draws, Finish, Prompts, Samples, SampleShape, keys_of, no_samples
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key

@@ -1,25 +1,45 @@
-"""The loop of supervised training: take a batch, update, measure held-out rows, log, save."""
+"""Supervised training: the update on packed rows, and the loop of all stages that have labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from r1jax.data import PackedRows
+from r1jax.models import Decoder, TokenRows, ahead_log_probs, token_log_probs
+from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.models.log_probs import follows
+from r1jax.models.parameters import Params
+from r1jax.objectives.normalisation import mean_weights
 from r1jax.processes import process_batch_slice
+from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
+from r1jax.programs.program import batch_array, token_arrays
 from r1jax.run.datasets import Encode, RowKey
-from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.resolve import StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Resumable, TrainLoop, train_loop
 from r1jax.settings.stage import EpochStage
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
-from r1jax.stages.supervised_programs import make_update
+from r1jax.train_step import (
+    LossOutput,
+    Metrics,
+    TrainState,
+    TrainStep,
+    make_optimizer,
+    make_schedule,
+    train_step,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 HostBatch = dict[str, np.ndarray]
 
@@ -114,3 +134,135 @@ def train_on_packed_rows(
                 f"{stage.row_tokens} and left out"
             )
         loop.finish()
+
+
+def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StagePrograms:
+    """The update on packed rows."""
+    model = planning.decoder_of(stage.name)
+    # The number of steps only shapes the learning rate.
+    optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
+    batch = TrainBatch(
+        packed_arrays(stage, model), stage.rows_per_step, stage.row_tokens, stage.micro_batches
+    )
+    update = make_update(stage, model, optimizer)
+    with_module = bool(stage.mtp_weight)
+    return train_programs(update, optimizer, model, batch, with_module=with_module)
+
+
+def packed_arrays(
+    stage: PretrainStage | SFTStage, model: Decoder
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed rows, abstract."""
+    shape = (stage.rows_per_step, stage.row_tokens)
+    return {**token_arrays(model, *shape), "trained": batch_array(model, shape, jnp.bool_)}
+
+
+class _Weights(NamedTuple):
+    """Of each row, all equal: of the next token's sum, of the module's, and of the imbalance's."""
+
+    loss: Float[Array, " rows"]
+    ahead: Float[Array, " rows"]
+    imbalance: Float[Array, " rows"]
+
+
+def make_update(
+    stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainStep[Mapping[str, jax.Array]]:
+    """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
+
+    Its `loss` is the next token's, whatever else is trained.
+
+    Raises:
+      ValueError: the stage asks for something about experts that the model has no use for.
+    """
+    check_experts(stage.name, stage.balance, model.config)
+    with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
+    after_update = make_after_update(stage.balance, model.config)
+
+    def loss_fn(params: Params, rows: tuple[Mapping[str, jax.Array], _Weights]) -> LossOutput:
+        batch, weights = rows
+        count = batch["trained"].sum()
+        if with_module:
+            ahead_of = ahead_log_probs(params, _token_rows(batch), model, balance=balance)
+            counted = _predicted_ahead(batch)
+            total, ahead_count = _trained_sum(ahead_of.log_probs, batch), jnp.sum(counted)
+            ahead = -jnp.sum(ahead_of.ahead * counted.astype(jnp.float32))
+            # Drafts that are what the decoder would choose: the acceptance of greedy ones.
+            agreed = jnp.sum(ahead_of.agrees * counted.astype(jnp.float32))
+            means = {
+                "loss": (total, count),
+                "mtp/loss": (ahead, ahead_count),
+                "mtp/acceptance": (agreed, ahead_count),
+            }
+            loss, routings = total * weights.loss[0] + ahead * weights.ahead[0], ahead_of.routings
+        else:
+            log_probs, _, routings = token_log_probs(
+                params, _token_rows(batch), model, balance=balance
+            )
+            total = _trained_sum(log_probs, batch)
+            means = {"loss": (total, count)} if balance else {}
+            loss = total * weights.loss[0]
+        loads = loads_of(routings)
+        if balance:
+            imbalance = imbalance_of(routings).sum()
+            layers = sum(len(load) for load in loads.values())
+            means["experts/imbalance"] = (imbalance, _sequences(batch) * layers)
+            loss = loss + imbalance * weights.imbalance[0]
+        return LossOutput(loss, {"tokens/trained": count.astype(jnp.float32)}, means, counts=loads)
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rows = stage.rows_per_step
+        weights = _Weights(
+            mean_weights(rows, batch["trained"].sum()),
+            mean_weights(rows, jnp.sum(_predicted_ahead(batch)), mtp_weight(stage, state.step)),
+            mean_weights(rows, _sequences(batch), stage.balance.sequence_loss),
+        )
+        return train_step(
+            state,
+            (batch, weights),
+            loss_fn,
+            optimizer,
+            micro_batches=stage.micro_batches,
+            after_update=after_update,
+        )
+
+    return step
+
+
+def _sequences(batch: Mapping[str, jax.Array]) -> Int[Array, ""]:
+    """How many sequences the packed rows hold."""
+    return jnp.sum((batch["positions"] == 0) & (batch["segment_ids"] != 0))
+
+
+def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
+    """The weight that multi-token prediction has at a step, a float32 scalar."""
+    if not isinstance(stage.mtp_weight, list):
+        return jnp.float32(stage.mtp_weight)
+    starts = jnp.asarray([change.step for change in stage.mtp_weight])
+    weights = jnp.asarray([change.weight for change in stage.mtp_weight], jnp.float32)
+    return weights[jnp.searchsorted(starts, step, side="right") - 1]
+
+
+def loss_sums(
+    params: Params, batch: Mapping[str, jax.Array], *, model: Decoder
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the trained tokens' negative log-likelihoods, and their number.
+
+    Args:
+      batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
+    """
+    log_probs = token_log_probs(params, _token_rows(batch), model).log_probs
+    return _trained_sum(log_probs, batch), batch["trained"].astype(jnp.float32).sum()
+
+
+def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return -jnp.sum(log_probs * batch["trained"].astype(jnp.float32))
+
+
+def _predicted_ahead(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Trained tokens with two others before them in their segment, bool [rows, time]."""
+    return follows(batch["segment_ids"], 2) & (batch["trained"] > 0)
+
+
+def _token_rows(batch: Mapping[str, jax.Array]) -> TokenRows:
+    return TokenRows(batch["tokens"], batch["positions"], batch["segment_ids"])

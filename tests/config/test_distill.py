@@ -15,9 +15,9 @@ from r1jax.config.load import load_config
 from r1jax.config.packaged import packaged_configs
 from r1jax.config.run_config import RunConfig
 from r1jax.planner import dry_run
-from r1jax.run.optimizer import make_schedule
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.sft.settings import SFTStage
+from r1jax.train_step import make_schedule
 
 # arXiv 2501.12948, the distillation tables: base, learning rate, AIME 2024 pass@1 and cons@64,
 # MATH-500, GPQA Diamond, LiveCodeBench.

@@ -23,7 +23,7 @@ from r1jax.rewards import REWARDS, Answered, Outcome, RowScore, check_reward
 from r1jax.rewards.choice import chosen
 from r1jax.rewards.code import read_reference
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
-from r1jax.rollouts.completions import Completion
+from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
 from r1jax.settings.benchmarks import BENCHMARKS
 from r1jax.settings.data import DataSection

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.models.balance import load_figures, move_biases, sequence_imbalance
+from r1jax.models.balance import load_figures, move_biases
+from r1jax.models.experts import sequence_imbalance
 
 # Four tokens and three experts, of which a token takes one.
 SCORES = np.asarray([[0.6, 0.2, 0.2], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1], [0.9, 0.9, 0.2]])

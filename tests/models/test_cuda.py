@@ -20,7 +20,6 @@ from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, abstract_params, choose_attention
 from r1jax.run.models import build_decoder
-from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
 from r1jax.sharding import make_layout
@@ -28,7 +27,7 @@ from r1jax.stages import supervised_programs as supervised
 from r1jax.stages.grpo import stage as grpo
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.train_step import abstract_train_state, jit_update
+from r1jax.train_step import abstract_train_state, jit_update, make_optimizer
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 KERNEL = "xla.gpu.triton"

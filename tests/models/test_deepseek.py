@@ -36,7 +36,7 @@ from r1jax.models.experts import route
 from r1jax.models.kv_cache import empty_cache, grow_cache
 from r1jax.models.parameters import Params, is_spec
 from r1jax.models.rope import rotations
-from r1jax.programs.flops import forward_flops
+from r1jax.programs.program import forward_flops
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.sharding import single_device

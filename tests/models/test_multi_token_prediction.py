@@ -26,12 +26,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, ahead_log_probs, declare
 from r1jax.models.parameters import Params, is_spec
-from r1jax.programs.flops import forward_flops
+from r1jax.programs.program import forward_flops
 from r1jax.run.models import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.stages.sft.settings import SFTStage
-from r1jax.stages.supervised_programs import make_update, mtp_weight
+from r1jax.stages.supervised import make_update, mtp_weight
 from r1jax.train_step import init_train_state
 from r1jax.weights.hugging_face import export, load_params, read_config, stored_names
 

@@ -33,7 +33,7 @@ from r1jax.planner.plan import (
 )
 from r1jax.planner.topologies import CHIPS, Chip, Slice, tpu_slice
 from r1jax.programs import Planning, Rollout
-from r1jax.programs.flops import forward_flops
+from r1jax.programs.program import forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts

@@ -16,8 +16,7 @@ import pytest
 from r1jax.config.lineage import edges, needs
 from r1jax.config.load import ConfigError, load_config
 from r1jax.evaluation.run_directory import language_models
-from r1jax.run.checks import check
-from r1jax.run.resolve import resolve
+from r1jax.run.resolve import check, resolve
 
 TESTS = Path(__file__).parents[1]
 CONFIG = str(TESTS / "tiny_r1.yaml")

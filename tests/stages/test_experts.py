@@ -28,7 +28,6 @@ from r1jax.models import (
     init_params,
     token_log_probs,
 )
-from r1jax.run.optimizer import make_optimizer
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.sampling import SamplingSection
@@ -36,7 +35,7 @@ from r1jax.sharding import single_device
 from r1jax.stages import supervised_programs as supervised
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.train_step import init_train_state
+from r1jax.train_step import init_train_state, make_optimizer
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 # Each program runs once: spend no time on LLVM's optimisations. XLA's own passes are the same.

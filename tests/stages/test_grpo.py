@@ -18,13 +18,10 @@ from r1jax.config.load import load_config
 from r1jax.data import Prompt, load_tokenizer
 from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
-from r1jax.rollouts.completions import Completion
-from r1jax.rollouts.sampling import pad_prompts
-from r1jax.rollouts.stop_strings import StopStrings
-from r1jax.run.checks import check
+from r1jax.rollouts.sampling import Completion, StopStrings, pad_prompts
 from r1jax.run.files import RunFiles
 from r1jax.run.record import Record, open_record
-from r1jax.run.resolve import StageRun, resolve
+from r1jax.run.resolve import StageRun, check, resolve
 from r1jax.run.stop import RunError, StopSignal
 from r1jax.run.train_loop import train_loop
 from r1jax.sampler import Finish

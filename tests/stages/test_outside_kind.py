@@ -15,8 +15,7 @@ from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.planner.dry_run import describe
-from r1jax.run.checks import check
-from r1jax.run.resolve import resolve
+from r1jax.run.resolve import check, resolve
 
 TESTS = Path(__file__).parents[1]
 

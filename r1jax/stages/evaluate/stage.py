@@ -8,15 +8,13 @@ import jax
 
 from r1jax.evaluation.metrics import summarise
 from r1jax.files import read_rows, write_text
+from r1jax.programs import Planning, StagePrograms, sampling_programs
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.scored_samples import SAMPLES, DatasetSampling, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
-from r1jax.stages.evaluate.programs import programs
 from r1jax.stages.evaluate.settings import EvaluateStage
-
-__all__ = ["check", "programs", "run"]
 
 
 def check(stage: EvaluateStage, run: ResolvedRun) -> None:
@@ -42,3 +40,14 @@ def run(stage: EvaluateStage, run: StageRun) -> None:
         summary = summarise(read_rows(run.directory / SAMPLES), same_answer=equivalent_key)
         write_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     run.record.mark(stage, "done", clock.seconds)
+
+
+def programs(stage: EvaluateStage, planning: Planning) -> StagePrograms:
+    return sampling_programs(
+        stage,
+        planning,
+        prompts=stage.problems_per_batch,
+        samples=stage.samples_at_once,
+        new_tokens=stage.max_new_tokens,
+        sampling=stage.sampling,
+    )

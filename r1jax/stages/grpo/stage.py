@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from r1jax.data import PromptBatch, PromptIterator
 from r1jax.data.order import DataCursor
 from r1jax.files import JsonObject
-from r1jax.grpo import GRPOBatch
+from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_step
+from r1jax.models import Decoder, TokenRows, token_log_probs
+from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params
-from r1jax.objectives.advantages import group_advantages
 from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
+from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
+from r1jax.programs.program import (
+    abstract_weights,
+    batch_array,
+    expert_choices,
+    forward_flops,
+    longest_prompt,
+    round_up,
+    token_arrays,
+    update_program,
+)
+from r1jax.programs.rollout import reward_model_weights, reward_models, reward_programs
 from r1jax.rewards import RowScore
-from r1jax.rollouts.completions import Completion
-from r1jax.rollouts.sampling import generate_options, sample_batch
+from r1jax.rollouts.sampling import Completion, generate_options, sample_batch
 from r1jax.rollouts.scoring import (
     PendingRewards,
     check_domains,
     check_example_domains,
     reward_scorer,
 )
-from r1jax.run.expert_balance import check_experts
-from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
-from r1jax.run.train_loop import train_loop
-from r1jax.sampler import Finish, make_rollout_weights
+from r1jax.run.train_loop import copy_weights, train_loop
+from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
+from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
-from r1jax.stages.grpo.programs import make_score, make_update, programs
-from r1jax.stages.grpo.reference import copy_policy, refresh_reference
 from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.train_step import TrainStep, make_optimizer, make_schedule, map_micro_batches
 
 if TYPE_CHECKING:
-    from jaxtyping import PyTree
+    from jaxtyping import Array, Float, PyTree
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check", "programs", "run"]
+    from r1jax.programs.program import AbstractTree
 
 
 def check(stage: GRPOStage, run: ResolvedRun) -> None:
@@ -61,17 +75,25 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     check_domains(stage.name, prompts.domains, reward_sections)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    log_probs_of, update = jax.jit(make_score(stage, model)), make_update(stage, model, optimizer)
+    log_probs_of, update = (
+        jax.jit(make_log_probs(stage, model)),
+        make_update(stage, model, optimizer),
+    )
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
     per_phase = stage.questions_per_step * updates
     count = per_phase // share.count  # prompts of this process
     part = count // stage.rollout_batches
     held_out = HeldOutEvaluation(stage, run, batch=share.count * part)
-    make_reference = copy_policy if stage.loss.kl_coefficient > 0 else None
     with (
         train_loop(
-            stage, run, optimizer, update, prompts, steps=stage.steps, make_reference=make_reference
+            stage,
+            run,
+            optimizer,
+            update,
+            prompts,
+            steps=stage.steps,
+            with_reference=stage.loss.kl_coefficient > 0,
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
@@ -158,7 +180,9 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 metrics = loop.update(batch)
                 metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
                 loop.recorder.log(loop.step, {**facts, **metrics})
-                refresh_reference(loop, stage.reference_refresh_every)
+                refresh = stage.reference_refresh_every
+                if loop.reference is not None and refresh and loop.step % refresh == 0:
+                    loop.reference = copy_weights(loop.state.params)
             update_seconds = loop.clock.lap("update")
 
             # 7. Log the phase, and save.
@@ -357,3 +381,141 @@ def _by_domain(scored: Sequence[JsonObject]) -> dict[str, float]:
     if len(rewards) < 2:
         return {}
     return {f"domain/{name or 'none'}": float(np.mean(x)) for name, x in sorted(rewards.items())}
+
+
+def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
+    """Rollout, rewards, log-probs and the update; the samples of a held-out evaluation."""
+    model, sampler = planning.decoder_of(stage.name), planning.sampler_of(stage.name)
+    prompt, new = longest_prompt(stage, planning.config), stage.longest_completion
+    phase, group = stage.mini_batches_per_rollout, stage.outputs_per_question
+    with_reference = stage.loss.kl_coefficient > 0
+    rows = stage.questions_per_step * group
+    weights = abstract_weights(model)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    scorers = reward_models(stage, planning)
+    others = {"reference": weights} if with_reference else {}
+    others |= reward_model_weights(scorers)
+
+    batch = _batch(stage, model, rows, round_up(prompt + new, stage.length_bucket))
+    waiting = [batch] * (phase - 1)  # mini-batches of the phase that are not trained on yet
+    update = update_program(
+        make_update(stage, model, optimizer),
+        optimizer,
+        model,
+        TrainBatch(batch, rows, prompt + new, stage.micro_batches),
+        resident={**others, "batch": waiting},
+    )
+    resident = {**others, "optimizer": update.arguments["optimizer"]}
+    log_probs = jax.jit(make_log_probs(stage, model))
+    log_probs_program = Program(
+        "log-probs",
+        model.layout.mesh.shape,
+        partial(log_probs.lower, weights, batch.inputs),
+        {"weights": weights, "batch": batch.inputs},
+        {**resident, "batch": [replace(batch, inputs=None), *waiting]},
+        calls=with_reference + (phase > 1),
+        useful_flops=forward_flops(model.config, rows, prompt + new),
+    )
+    steps = [log_probs_program, update] if log_probs_program.calls else [update]
+
+    questions = stage.questions_per_step * phase // stage.rollout_batches
+    rollout = Rollout(
+        sampler,
+        questions,
+        group,
+        prompt,
+        new,
+        stage.sampling,
+        planning.output_specs,
+        stage.replay_experts,
+    )
+    sampling = []
+    while_sampling = resident
+    if not reads_as_is(model, sampler):
+        move = weights_mover(model, sampler)
+        sampling.append(
+            Program(
+                "weights to the sampler",
+                sampler.layout.mesh.shape,
+                partial(move.lower, weights),
+                {"weights": weights},
+                resident,
+                calls=1 / phase,
+                makes="sampler's weights",
+            )
+        )
+        while_sampling = {**resident, "policy": weights}
+    sampling += rollout.programs(while_sampling, stage.rollout_batches / phase)
+    evaluated = math.gcd(stage.held_out_samples, group)
+    if stage.held_out is not None and evaluated != group:  # else they are the rollout's programs
+        held_out = replace(
+            rollout, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
+        )
+        sampling += held_out.programs(while_sampling, 0.0, "held-out ")
+    sampling += reward_programs(scorers, prompt + new, rows, {**resident, "weights": weights})
+    return StagePrograms((*sampling, *steps), rows * new)
+
+
+def _batch(stage: GRPOStage, model: Decoder, rows: int, time: int) -> GRPOBatch:
+    """The abstract batch of an update, as `training_rows` makes it."""
+    inputs = token_arrays(model, rows, time)
+    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
+    if stage.replay_experts:
+        inputs["experts"] = expert_choices(model, (rows, time))
+    per_token = batch_array(model, (rows, time), jnp.float32)
+    arrays: dict[str, AbstractTree] = {
+        "inputs": inputs,
+        "mask": per_token,
+        "advantages": batch_array(model, (rows,), jnp.float32),
+        "old_log_probs": per_token if stage.mini_batches_per_rollout > 1 else None,
+        "reference_log_probs": per_token if stage.loss.kl_coefficient > 0 else None,
+        "sampler_log_probs": per_token,
+    }
+    return GRPOBatch(**arrays)
+
+
+def make_log_probs(
+    stage: GRPOStage, model: Decoder
+) -> Callable[[Params, Mapping[str, jax.Array]], Float[Array, "rows time"]]:
+    """`log_probs(params, inputs)`: old log-probs, and those of the reference policy."""
+
+    def log_probs(params: Params, inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
+        def part(inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
+            temperature = stage.sampling.temperature
+            rows = TokenRows(**inputs)
+            return token_log_probs(params, rows, model, temperature=temperature).log_probs
+
+        return map_micro_batches(part, inputs, stage.micro_batches)
+
+    return log_probs
+
+
+def make_update(
+    stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainStep[GRPOBatch]:
+    """One GRPO update of the stage's policy.
+
+    Raises:
+      ValueError: the stage asks for something about experts that the model has no use for.
+    """
+    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
+    balance = stage.balance.sequence_loss
+
+    def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
+        tokens = token_log_probs(
+            params,
+            TokenRows(**batch.inputs),
+            model,
+            temperature=stage.sampling.temperature,
+            balance=balance > 0,
+        )
+        penalty = balance * imbalance_of(tokens.routings) if balance else None
+        return PolicyOutputs(tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings))
+
+    return make_grpo_step(
+        log_prob_fn,
+        optimizer,
+        stage.loss,
+        micro_batches=stage.micro_batches,
+        after_update=make_after_update(stage.balance, model.config),
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from r1jax.run.expert_balance import check_experts
+from r1jax.models.balance import check_experts
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.stages.supervised import packed_rows, train_on_packed_rows
-from r1jax.stages.supervised_programs import programs
+from r1jax.stages.supervised import packed_rows, programs, train_on_packed_rows
 
 __all__ = ["check", "programs", "run"]
 

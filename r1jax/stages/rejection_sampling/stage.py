@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import jax
 from rich.console import Console
@@ -26,17 +27,16 @@ from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
 from r1jax.data.rewriting import Draft
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
+from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
+from r1jax.programs.program import longest_prompt
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.scored_samples import SAMPLES, DatasetSampling, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
-from r1jax.stages.rejection_sampling.programs import programs
 from r1jax.stages.rejection_sampling.rewriting import rewrite, rule_rewriter
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
-
-__all__ = ["check", "programs", "run"]
 
 DATASET = "dataset.jsonl"
 KEPT = "kept"
@@ -215,3 +215,29 @@ def _dataset_row(
             rewriter=None if stage.rewrite is None else stage.rewrite.kind,
         ),
     )
+
+
+def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms:
+    sampling = sampling_programs(
+        stage,
+        planning,
+        prompts=stage.prompts_per_batch,
+        samples=stage.samples_per_prompt,
+        new_tokens=stage.max_new_tokens,
+        sampling=stage.sampling,
+    )
+    rewrite = stage.model_rewrite
+    if rewrite is None:
+        return sampling
+    # It reads a question and an answer, each as long as may be, and is alone in memory.
+    rewriter = Rollout(
+        planning.sampler_of(rewrite.weights),
+        rewrite.drafts_per_batch,
+        1,
+        longest_prompt(stage, planning.config) + stage.max_new_tokens,
+        rewrite.max_new_tokens,
+        rewrite.sampling,
+        planning.output_specs,
+    )
+    rewriting = rewriter.programs({}, 0.0, "rewrite: ")
+    return replace(sampling, programs=(*sampling.programs, *rewriting))

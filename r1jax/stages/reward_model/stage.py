@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from r1jax.data.preferences import EncodedPreference, PreferenceIterator, preference_arrays
+from r1jax.models import Decoder
+from r1jax.models.parameters import Params
+from r1jax.models.reward_head import reward_scores
+from r1jax.objectives.normalisation import row_weights
+from r1jax.objectives.preference_loss import pairwise_loss, pointwise_loss
 from r1jax.processes import process_batch_slice
-from r1jax.run.optimizer import make_optimizer
+from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
+from r1jax.programs.program import (
+    batch_array,
+    batch_arrays_like,
+    forward_flops,
+    round_up,
+    with_held_out_loss,
+)
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import TrainLoop, train_loop
-from r1jax.stages.reward_model.programs import make_update, programs, weighted_loss
 from r1jax.stages.reward_model.settings import RewardModelStage
 from r1jax.stages.supervised import HeldOut, run_updates
+from r1jax.train_step import LossOutput, Metrics, TrainState, TrainStep, make_optimizer, train_step
 from r1jax.weights import hugging_face
 
-__all__ = ["check", "programs", "run"]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def check(stage: RewardModelStage, run: ResolvedRun) -> None:
@@ -95,3 +111,62 @@ def _held_out_metrics(
         return totals
 
     return HeldOut(stage.held_out_every, measure)
+
+
+def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
+    """The update, and the loss on held-out rows."""
+    model = planning.decoder_of(stage.name)
+    text = np.zeros(stage.max_tokens, np.int32)
+    pairs = stage.loss == "pairwise"
+    row = EncodedPreference(0, (text, text) if pairs else (text,), None if pairs else True)
+    time = round_up(stage.max_tokens, stage.length_bucket)
+    arrays = batch_arrays_like(preference_arrays([row] * stage.rows_per_step, time), model)
+    texts = stage.rows_per_step * len(row.texts)
+    batch = TrainBatch(arrays, texts, stage.max_tokens, stage.micro_batches)
+    # The number of steps only shapes the learning rate.
+    optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
+    training = train_programs(make_update(stage, model, optimizer), optimizer, model, batch)
+    if stage.held_out is None:
+        return training
+    loss = jax.jit(partial(weighted_loss, model=model))
+    weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
+    forward = forward_flops(model.config, texts, stage.max_tokens)
+    return with_held_out_loss(training, loss, (arrays, weights), forward)
+
+
+def make_update(
+    stage: RewardModelStage, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainStep[Mapping[str, jax.Array]]:
+    """One update on a batch of `preference_arrays`."""
+
+    def loss_fn(
+        params: Params, rows: tuple[Mapping[str, jax.Array], Float[Array, " rows"]]
+    ) -> LossOutput:
+        return LossOutput(*weighted_loss(params, *rows, model=model))
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rows = batch, row_weights(jnp.ones(batch["ends"].shape[0]))
+        return train_step(state, rows, loss_fn, optimizer, micro_batches=stage.micro_batches)
+
+    return step
+
+
+def weighted_loss(
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    weights: Float[Array, " rows"],
+    *,
+    model: Decoder,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a batch, and its other figures, each summed by weight.
+
+    Args:
+      batch: arrays of `preference_arrays`; with `safe`, labelled responses, else pairs.
+    """
+    inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids", "ends")}
+    if "safe" in batch:
+        return pointwise_loss(reward_scores(params, **inputs, model=model), batch["safe"], weights)
+    rows = batch["ends"].shape[0]
+    flat = {name: leaf.reshape(2 * rows, *leaf.shape[2:]) for name, leaf in inputs.items()}
+    scores = reward_scores(params, **flat, model=model).reshape(rows, 2)
+    return pairwise_loss(scores[:, 0], scores[:, 1], weights)

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from r1jax.run.optimizer import make_optimizer, make_schedule
 from r1jax.settings.optimizer import OptimizerSection
+from r1jax.train_step import make_optimizer, make_schedule
 
 
 def test_schedules_by_hand() -> None:

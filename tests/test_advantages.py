@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.objectives.advantages import Advantages, group_advantages
+from r1jax.grpo import Advantages, group_advantages
 
 
 @pytest.fixture(params=["jit", "eager"])
