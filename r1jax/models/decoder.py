@@ -138,8 +138,8 @@ class TokenRows(NamedTuple):
 
     positions: counted from 0 within each segment.
     segment_ids: tokens attend within their segment; 0 is padding.
-    experts: of each token, from `chosen_experts` or the sampler, in place of a choice. Their
-        weights are computed anew.
+    experts: of each token, as the sampler records them, in place of a choice. Their weights are
+        computed anew.
     """
 
     tokens: Int[Array, "batch time"]
@@ -273,7 +273,7 @@ def prefill(
     output = forward(params, right_padded(tokens, lengths), model, keep_cache=True)
     experts = None
     if record_experts:
-        experts = chosen_experts(output.routings)
+        experts = _chosen_experts(output.routings)
         experts = model.layout.constrain(experts, ("batch", None, None))
     return output.hidden, PromptCache(output.stacks, lengths, experts)
 
@@ -289,7 +289,7 @@ def last_token(
 # two dimensions of an array ----------------------------------------------------------------------
 
 
-def chosen_experts(routings: Routings) -> Int[Array, "... layers_k"]:
+def _chosen_experts(routings: Routings) -> Int[Array, "... layers_k"]:
     """The experts of the decoder's tokens, for `TokenRows` to replay.
 
     Raises:
@@ -431,6 +431,7 @@ def run_new_tokens(
             routings[name] = _stacked([routing for _, routing in outputs])
     cache = replace(cache, stacks={**cache.stacks, **written})
     if cache.experts is not None:
-        chosen = split(chosen_experts(_without_dense(routings)))
-        cache = kv_cache.record_experts(cache, chosen, new.entry)
+        chosen = split(_chosen_experts(_without_dense(routings)))
+        put = jax.lax.dynamic_update_slice_in_dim
+        cache = replace(cache, experts=put(cache.experts, chosen, new.entry, axis=2))
     return split(x), cache

@@ -6,7 +6,6 @@ A prompt is cached once, for all of its samples (`PromptCache`). The tokens samp
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -227,13 +226,3 @@ def read(
         stored = tuple(pick(leaf, layer, keepdims=False) for leaf in stored)
     order = _memory_order(model)
     return tuple(leaf.transpose([order.index(i) for i in _LOGICAL]) for leaf in stored)
-
-
-def record_experts(
-    cache: KVCache, chosen: Int[Array, "batch samples tokens layers_k"], entry: Int[Array, ""]
-) -> KVCache:
-    """The cache with the experts of the tokens from `entry` on, if it records experts."""
-    if cache.experts is None:
-        return cache
-    put = jax.lax.dynamic_update_slice_in_dim
-    return replace(cache, experts=put(cache.experts, chosen, entry, axis=2))

@@ -35,6 +35,7 @@ from r1jax.train_step import TrainStep, abstract_train_state, jit_update
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
+    # Its leaves are `jax.ShapeDtypeStruct`s with shardings.
     AbstractTree: TypeAlias = PyTree
 
 

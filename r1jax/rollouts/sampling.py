@@ -85,35 +85,28 @@ class Completion:
         }
 
 
-class StopStrings:
+def stop_search(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopSearch:
     """Finds where stop strings end, in tokens; text is only looked at, ids are never re-encoded."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._strings = tuple(strings)
+    def contains(tokens: np.ndarray) -> bool:
+        text = decode(tokenizer, tokens)
+        return any(string in text for string in strings)
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Per row [time] the number of tokens up to the end of the first stop string, or -1."""
-        ends = [self._end(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
-        return np.asarray(ends, np.int32)
-
-    def _end(self, tokens: np.ndarray) -> int:
-        if not self._contains(tokens):
+    def end(tokens: np.ndarray) -> int:
+        if not contains(tokens):
             return -1
         low, high = 0, len(tokens)  # a prefix of `high` tokens contains one, of `low` none
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._contains(tokens[:middle]) else (middle, high)
+            low, high = (low, middle) if contains(tokens[:middle]) else (middle, high)
         return high
 
-    def _contains(self, tokens: np.ndarray) -> bool:
-        text = decode(self._tokenizer, tokens)
-        return any(string in text for string in self._strings)
+    def search(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Per row [time] the number of tokens up to the end of the first stop string, or -1."""
+        ends = [end(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+        return np.asarray(ends, np.int32)
 
-
-def stop_search(tokenizer: PreTrainedTokenizerBase, section: SamplingSection) -> StopSearch | None:
-    """What the sampler calls to find the section's stop strings; None where it has none."""
-    return StopStrings(tokenizer, section.stop) if section.stop else None
+    return search
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
@@ -139,7 +132,7 @@ def generate_options(
         step=step,
         sampling=Sampling(section.temperature, section.top_p, section.top_k, section.min_p),
         eos_ids=sampler.eos_ids,
-        stop=stop_search(sampler.tokenizer, section),
+        stop=stop_search(sampler.tokenizer, section.stop) if section.stop else None,
         speculative=section.speculative,
         record_experts=record_experts,
     )

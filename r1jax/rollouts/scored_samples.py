@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -28,11 +28,8 @@ SAMPLES = "samples.jsonl"
 T = TypeVar("T")
 
 
-class PromptPart(NamedTuple):
-    """A prompt, and the first of its samples that are drawn at once."""
-
-    prompt: Prompt
-    first_sample: int
+# A prompt, and the index of the first of its samples that are drawn at once.
+PromptPart = tuple[Prompt, int]
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def store_scored_samples(
 
 def split_samples(prompts: Iterable[Prompt], samples: int, at_once: int) -> list[PromptPart]:
     """Every prompt's samples, `at_once` of them together; it divides `samples`."""
-    return [PromptPart(prompt, at) for prompt in prompts for at in range(0, samples, at_once)]
+    return [(prompt, at) for prompt in prompts for at in range(0, samples, at_once)]
 
 
 def scored_batches(
@@ -140,11 +137,11 @@ def scored_batches(
         drawn = of_process or of_batch[-1:]  # a process without a prompt still takes part
         completions = sample_batch(
             params,
-            [part.prompt for part in drawn],
+            [prompt for prompt, _ in drawn],
             sampler,
             options,
             rows=batch // share.count,
-            first_samples=[part.first_sample for part in drawn],
+            first_samples=[first for _, first in drawn],
         )
         completions = completions[: len(of_process) * options.samples]
         scores = scorer.submit(completions).result()

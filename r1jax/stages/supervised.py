@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
@@ -19,9 +19,9 @@ from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.program import batch_array, token_arrays
+from r1jax.programs.program import batch_array, forward_flops, token_arrays, with_held_out_loss
 from r1jax.run.datasets import Encode, RowKey
-from r1jax.run.resolve import StageRun
+from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Resumable, TrainLoop, train_loop
 from r1jax.settings.stage import EpochStage
@@ -51,12 +51,8 @@ class _BatchStream(Resumable, Protocol):
         """The next rows, this many over all processes; this process's share of them."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What is measured of held-out rows, every so many steps and at the end."""
-
-    every: int
-    measure: Callable[[TrainLoop], dict[str, float]]
+# Figures of held-out rows.
+Measure = Callable[[TrainLoop], dict[str, float]]
 
 
 def run_updates(
@@ -65,16 +61,18 @@ def run_updates(
     rows: _BatchStream,
     *,
     tokens_in: Callable[[HostBatch], int],
-    held_out: HeldOut | None = None,
+    held_out: Measure | None = None,
     shown: tuple[str, ...] = ("loss",),
 ) -> None:
     """Take the loop to its last step, and export the weights.
 
     Args:
       tokens_in: tokens of a batch over all processes, for the rate.
+      held_out: called every `stage.held_out_every` steps and at the end.
       shown: metrics on the progress bar.
     """
     schedule = make_schedule(stage.optimizer, loop.steps)
+    every = stage.held_out_every if isinstance(stage, EpochStage) else loop.steps
     seconds, tokens = 0.0, 0
     while loop.step < loop.steps:
         loop.begin_round()
@@ -85,9 +83,9 @@ def run_updates(
         metrics: dict[str, jax.Array | float] = {**loop.update(rows_on_devices)}
         seconds += loop.clock.lap("update")
         step, last = loop.step, loop.step == loop.steps
-        measured = held_out is not None and (last or step % held_out.every == 0)
+        measured = held_out is not None and (last or step % every == 0)
         if held_out is not None and measured:
-            metrics |= held_out.measure(loop)
+            metrics |= held_out(loop)
             loop.clock.lap("held_out")
         if measured or last or step % stage.log_every == 0:
             metrics["optimizer/learning_rate"] = schedule(step - 1)
@@ -120,7 +118,7 @@ def train_on_packed_rows(
     run: StageRun,
     rows: PackedRows[RowKey],
     steps: int,
-    held_out: HeldOut | None = None,
+    held_out: Measure | None = None,
 ) -> None:
     """Train the stage's model, resuming where a former process stopped."""
     optimizer = make_optimizer(stage.optimizer, steps)
@@ -136,17 +134,27 @@ def train_on_packed_rows(
         loop.finish()
 
 
+def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
+    """Settings about experts fit the model."""
+    check_experts(stage.name, stage.balance, run.models.of(stage.name).decoder.config)
+
+
 def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StagePrograms:
-    """The update on packed rows."""
+    """The update on packed rows, and the loss on held-out rows."""
     model = planning.decoder_of(stage.name)
     # The number of steps only shapes the learning rate.
     optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
-    batch = TrainBatch(
-        packed_arrays(stage, model), stage.rows_per_step, stage.row_tokens, stage.micro_batches
+    rows, shape = packed_arrays(stage, model), (stage.rows_per_step, stage.row_tokens)
+    update, batch = (
+        make_update(stage, model, optimizer),
+        TrainBatch(rows, *shape, stage.micro_batches),
     )
-    update = make_update(stage, model, optimizer)
     with_module = bool(stage.mtp_weight)
-    return train_programs(update, optimizer, model, batch, with_module=with_module)
+    training = train_programs(update, optimizer, model, batch, with_module=with_module)
+    if not isinstance(stage, SFTStage) or stage.held_out is None:
+        return training
+    loss = jax.jit(partial(loss_sums, model=model))
+    return with_held_out_loss(training, loss, (rows,), forward_flops(model.config, *shape))
 
 
 def packed_arrays(

@@ -18,7 +18,7 @@ from r1jax.config.load import load_config
 from r1jax.data import Prompt, load_tokenizer
 from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
-from r1jax.rollouts.sampling import Completion, StopStrings, pad_prompts
+from r1jax.rollouts.sampling import Completion, pad_prompts, stop_search
 from r1jax.run.files import RunFiles
 from r1jax.run.record import Record, open_record
 from r1jax.run.resolve import StageRun, check, resolve
@@ -117,7 +117,7 @@ def test_length_limit_changes_at_its_step() -> None:
 def test_stop_strings_end_at_the_token_that_completes_them() -> None:
     tokenizer = load_tokenizer("characters:running_total")
     ids = np.asarray(tokenizer("1+2=3 4+5=9", add_special_tokens=False)["input_ids"])
-    stop = StopStrings(tokenizer, ["=3 ", "zzz"])
+    stop = stop_search(tokenizer, ["=3 ", "zzz"])
     ends = stop(np.stack([ids, ids, ids]), np.asarray([len(ids), 5, 6]))
     assert ends.tolist() == [6, -1, 6]
 

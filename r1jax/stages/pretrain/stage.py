@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from r1jax.models.balance import check_experts
-from r1jax.run.resolve import ResolvedRun, StageRun
+from r1jax.run.resolve import StageRun
 from r1jax.stages.pretrain.settings import PretrainStage
-from r1jax.stages.supervised import packed_rows, programs, train_on_packed_rows
+from r1jax.stages.supervised import check, packed_rows, programs, train_on_packed_rows
 
 __all__ = ["check", "programs", "run"]
-
-
-def check(stage: PretrainStage, run: ResolvedRun) -> None:
-    """Settings about experts fit the model."""
-    check_experts(stage.name, stage.balance, run.models.of(stage.name).decoder.config)
 
 
 def run(stage: PretrainStage, run: StageRun) -> None:

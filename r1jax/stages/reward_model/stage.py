@@ -30,7 +30,7 @@ from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import TrainLoop, train_loop
 from r1jax.stages.reward_model.settings import RewardModelStage
-from r1jax.stages.supervised import HeldOut, run_updates
+from r1jax.stages.supervised import Measure, run_updates
 from r1jax.train_step import LossOutput, Metrics, TrainState, TrainStep, make_optimizer, train_step
 from r1jax.weights import hugging_face
 
@@ -87,14 +87,14 @@ def _preferences(
 
 def _held_out_metrics(
     stage: RewardModelStage, run: StageRun, rows: Sequence[EncodedPreference]
-) -> HeldOut:
+) -> Measure:
     """Loss and accuracy over all held-out rows, in batches of one size."""
     share = process_batch_slice(run.layouts.training)
     size, count = stage.rows_per_step, stage.rows_per_step // share.count
     of_process = slice(share.index * count, (share.index + 1) * count)
     longest = max(len(text) for row in rows for text in row.texts)
     row_tokens = -(-longest // stage.length_bucket) * stage.length_bucket
-    sums_of = jax.jit(partial(weighted_loss, model=run.models.of(stage.name).decoder))
+    sums_of = jax.jit(partial(_weighted_loss, model=run.models.of(stage.name).decoder))
 
     def measure(loop: TrainLoop) -> dict[str, float]:
         totals: dict[str, float] = {}
@@ -110,7 +110,7 @@ def _held_out_metrics(
                 totals[f"held_out/{name}"] = totals.get(f"held_out/{name}", 0.0) + float(value)
         return totals
 
-    return HeldOut(stage.held_out_every, measure)
+    return measure
 
 
 def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
@@ -128,7 +128,7 @@ def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
     training = train_programs(make_update(stage, model, optimizer), optimizer, model, batch)
     if stage.held_out is None:
         return training
-    loss = jax.jit(partial(weighted_loss, model=model))
+    loss = jax.jit(partial(_weighted_loss, model=model))
     weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
     forward = forward_flops(model.config, texts, stage.max_tokens)
     return with_held_out_loss(training, loss, (arrays, weights), forward)
@@ -142,7 +142,7 @@ def make_update(
     def loss_fn(
         params: Params, rows: tuple[Mapping[str, jax.Array], Float[Array, " rows"]]
     ) -> LossOutput:
-        return LossOutput(*weighted_loss(params, *rows, model=model))
+        return LossOutput(*_weighted_loss(params, *rows, model=model))
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         rows = batch, row_weights(jnp.ones(batch["ends"].shape[0]))
@@ -151,7 +151,7 @@ def make_update(
     return step
 
 
-def weighted_loss(
+def _weighted_loss(
     params: Params,
     batch: Mapping[str, jax.Array],
     weights: Float[Array, " rows"],

@@ -8,26 +8,20 @@ from functools import partial
 import jax
 
 from r1jax.data import packed_once
-from r1jax.models.balance import check_experts
 from r1jax.processes import process_batch_slice
-from r1jax.programs import Planning, StagePrograms
-from r1jax.programs.program import forward_flops, with_held_out_loss
-from r1jax.run.resolve import ResolvedRun, StageRun
+from r1jax.run.resolve import StageRun
 from r1jax.run.train_loop import TrainLoop
-from r1jax.stages import supervised
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.stages.supervised import (
-    HeldOut,
+    Measure,
+    check,
     loss_sums,
-    packed_arrays,
     packed_rows,
+    programs,
     train_on_packed_rows,
 )
 
-
-def check(stage: SFTStage, run: ResolvedRun) -> None:
-    """Settings about experts fit the model."""
-    check_experts(stage.name, stage.balance, run.models.of(stage.name).decoder.config)
+__all__ = ["check", "programs", "run"]
 
 
 def run(stage: SFTStage, run: StageRun) -> None:
@@ -39,7 +33,7 @@ def run(stage: SFTStage, run: StageRun) -> None:
     train_on_packed_rows(stage, run, rows, steps, _held_out_loss(stage, run))
 
 
-def _held_out_loss(stage: SFTStage, run: StageRun) -> HeldOut | None:
+def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
     """The mean over all tokens of the held-out dataset."""
     if stage.held_out is None:
         return None
@@ -63,15 +57,4 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> HeldOut | None:
             counts.append(float(count))
         return {"held_out/loss": math.fsum(losses) / max(math.fsum(counts), 1.0)}
 
-    return HeldOut(stage.held_out_every, measure)
-
-
-def programs(stage: SFTStage, planning: Planning) -> StagePrograms:
-    training = supervised.programs(stage, planning)
-    if stage.held_out is None:
-        return training
-    model = planning.decoder_of(stage.name)
-    loss = jax.jit(partial(loss_sums, model=model))
-    rows = packed_arrays(stage, model)
-    forward = forward_flops(model.config, stage.rows_per_step, stage.row_tokens)
-    return with_held_out_loss(training, loss, (rows,), forward)
+    return measure
