@@ -329,7 +329,7 @@ def evaluate(
     """
     from r1jax.bucket import locate
     from r1jax.config.load import ConfigError, load_config, parse_config
-    from r1jax.stages.evaluate.benchmarks import evaluation_of
+    from r1jax.stages.evaluate.settings import evaluation_of
 
     recorded = locate(model) / "config.yaml"
     trained = load_config(recorded) if recorded.is_file() else None
@@ -406,7 +406,7 @@ def sample(
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
 
-    from r1jax.rollouts.one_prompt import stream_completions
+    from r1jax.pretrained import stream_completions
     from r1jax.settings.sampling import SamplingSection
 
     sampling = SamplingSection(

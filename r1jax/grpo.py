@@ -132,7 +132,7 @@ class PolicyOutputs(NamedTuple):
     counts: PyTree = None
 
 
-class LogProbFn(Protocol):
+class _LogProbFn(Protocol):
     """The policy: log-probs of a batch's tokens, differentiated with respect to params."""
 
     def __call__(
@@ -151,7 +151,7 @@ _DEFAULT = GRPOConfig()
 
 
 def make_grpo_step(
-    log_prob_fn: LogProbFn,
+    log_prob_fn: _LogProbFn,
     optimizer: optax.GradientTransformation,
     config: GRPOConfig = _DEFAULT,
     *,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from r1jax.models import Decoder, TokenRows, token_log_probs
+from r1jax.models.parameters import abstract_weights
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.programs import Planning, Program, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.program import abstract_weights, batch_array
+from r1jax.programs.program import batch_array
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.train_loop import train_loop
 from r1jax.settings.stage import Divided, EpochStage, StageDescription, WeightsUse

@@ -304,7 +304,7 @@ def test_eval_names_an_unknown_stage(config: Path) -> None:
 
 @pytest.fixture
 def stream(replace: Replace) -> MagicMock:
-    from r1jax.rollouts import one_prompt as sample
+    from r1jax import pretrained as sample
 
     def pieces(*_: Any, **__: Any) -> Iterator[tuple[int, str]]:
         yield from [(0, "one "), (1, "[red]second"), (0, "more"), (1, " too")]

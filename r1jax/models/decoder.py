@@ -154,7 +154,7 @@ def right_padded(tokens: Int[Array, "batch time"], lengths: Int[Array, " batch"]
     return TokenRows(tokens, steps, (steps < lengths[:, None]).astype(jnp.int32))
 
 
-class RowsOutput(NamedTuple):
+class _RowsOutput(NamedTuple):
     """What layers give for whole rows.
 
     routings: of the routers; empty without experts.
@@ -173,7 +173,7 @@ def forward(
     *,
     balance: bool = False,
     keep_cache: bool = False,
-) -> RowsOutput:
+) -> _RowsOutput:
     """Run the decoder on whole rows.
 
     Args:
@@ -199,7 +199,7 @@ def run_rows(
     *,
     balance: bool = False,
     keep_cache: bool = False,
-) -> RowsOutput:
+) -> _RowsOutput:
     """Run these stacks of layers on activations of whole rows; no final norm."""
     config, execution, layout = model.config, model.execution, model.layout
     params = unstack_layers(params, model)
@@ -251,7 +251,7 @@ def run_rows(
                 outputs.append(output)
             caches[name] = tuple(cache for cache, _ in outputs)
             routings[name] = _stacked([routing for _, routing in outputs])
-    return RowsOutput(x, _without_dense(routings), caches)
+    return _RowsOutput(x, _without_dense(routings), caches)
 
 
 def prefill(

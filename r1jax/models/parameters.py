@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from r1jax.models.config import ModelConfig
+from r1jax.models.config import Decoder, ModelConfig
 from r1jax.sharding import Axes, Layout
 
 if TYPE_CHECKING:
@@ -302,6 +302,11 @@ def _product(sizes: tuple[int, ...]) -> int:
 def abstract_params(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Params:
     """The weights as `jax.ShapeDtypeStruct`s with shardings; refuses what does not divide."""
     return _abstract(declare(config), layout, dtype)
+
+
+def abstract_weights(model: Decoder) -> Params:
+    """As `abstract_params`, in the dtype that the model keeps its weights in."""
+    return abstract_params(model.config, model.layout, model.execution.param_dtype)
 
 
 def _abstract(declared: ParamSpecs, layout: Layout, dtype: DTypeLike) -> Params:

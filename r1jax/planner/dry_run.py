@@ -9,7 +9,7 @@ import jax
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
 from r1jax.models import Decoder, declare
-from r1jax.models.parameters import is_spec
+from r1jax.models.parameters import abstract_weights, is_spec
 from r1jax.programs import Planning
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
 from r1jax.rollouts.scoring import directory_section
@@ -60,7 +60,7 @@ def _shape(layout: Layout) -> str:
 
 
 def _weights(model: LanguageModel, prefix: str) -> list[JsonObject]:
-    named = jax.tree.leaves_with_path(model.abstract_params())
+    named = jax.tree.leaves_with_path(abstract_weights(model.decoder))
     specs = jax.tree.leaves(declare(model.decoder.config), is_leaf=is_spec)
     return [
         {

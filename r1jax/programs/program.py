@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,8 +25,8 @@ from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from r1jax.config.run_config import RunConfig
-from r1jax.models import Decoder, ModelConfig, abstract_params, declare
-from r1jax.models.parameters import ParamSpec, is_spec
+from r1jax.models import Decoder, ModelConfig, declare
+from r1jax.models.parameters import ParamSpec, abstract_weights, is_spec
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 
     # Its leaves are `jax.ShapeDtypeStruct`s with shardings.
     AbstractTree: TypeAlias = PyTree
-
-
-def abstract_weights(model: Decoder) -> AbstractTree:
-    return abstract_params(model.config, model.layout, model.execution.param_dtype)
 
 
 def batch_array(model: Decoder, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -228,10 +224,31 @@ def train_programs(
     batch: TrainBatch,
     *,
     with_module: bool = False,
+    held_out: tuple[Wrapped, tuple[AbstractTree, ...]] | None = None,
 ) -> StagePrograms:
-    """The programs of a stage whose step is one update, and nothing else."""
+    """The programs of a stage whose step is one update.
+
+    Args:
+      with_module: as of `update_program`.
+      held_out: the compiled loss on held-out rows, and its arguments beside the weights; the number
+        of its batches depends on the data.
+    """
     program = update_program(update, optimizer, model, batch, with_module=with_module)
-    return StagePrograms((program,), batch.rows * batch.time)
+    programs = [program]
+    if held_out is not None:
+        (loss, arrays), weights = held_out, program.arguments["weights"]
+        programs += [
+            Program(
+                "held-out loss",
+                program.mesh,
+                partial(loss.lower, weights, *arrays),
+                {"weights": weights, "batch": arrays},
+                {"optimizer": program.arguments["optimizer"]},
+                calls=0,
+                useful_flops=forward_flops(model.config, batch.rows, batch.time),
+            )
+        ]
+    return StagePrograms(tuple(programs), batch.rows * batch.time)
 
 
 def update_program(
@@ -262,30 +279,6 @@ def update_program(
         useful_flops=3 * forward,
         temporaries=_temporaries(model, batch),
     )
-
-
-def with_held_out_loss(
-    training: StagePrograms, loss: Wrapped, arrays: tuple[AbstractTree, ...], forward: float
-) -> StagePrograms:
-    """Adds the loss on held-out rows, whose number of batches depends on the data.
-
-    Args:
-      training: of `train_programs`.
-      loss: the compiled function of the weights and the arrays.
-      forward: FLOPs of its forward pass.
-    """
-    (update,) = training.programs
-    weights = update.arguments["weights"]
-    program = Program(
-        "held-out loss",
-        update.mesh,
-        partial(loss.lower, weights, *arrays),
-        {"weights": weights, "batch": arrays},
-        {"optimizer": update.arguments["optimizer"]},
-        calls=0,
-        useful_flops=forward,
-    )
-    return replace(training, programs=(update, program))
 
 
 def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:

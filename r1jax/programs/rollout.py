@@ -17,12 +17,12 @@ from jax.typing import DTypeLike
 from r1jax.data.preferences import pad_texts
 from r1jax.models import Decoder
 from r1jax.models.kv_cache import cache_arrays, prompt_cache_arrays
+from r1jax.models.parameters import abstract_weights
 from r1jax.programs.program import (
     NotPlanned,
     Planning,
     Program,
     StagePrograms,
-    abstract_weights,
     batch_array,
     batch_arrays_like,
     expert_choices,
@@ -49,32 +49,32 @@ if TYPE_CHECKING:
     from r1jax.programs.program import AbstractTree
 
 
-class RewardModel(NamedTuple):
+class _RewardModel(NamedTuple):
     """A reward's model; as_probability: its output becomes the probability of a safe response."""
 
     decoder: Decoder
     as_probability: bool
 
 
-def reward_models(stage: Stage, planning: Planning) -> dict[str, RewardModel]:
+def reward_models(stage: Stage, planning: Planning) -> dict[str, _RewardModel]:
     """Reward -> its model, of the stage's rewards that have one."""
     formats = {each.name: each.reward_model_format() for each in planning.config.stages}
-    models: dict[str, RewardModel] = {}
+    models: dict[str, _RewardModel] = {}
     for name, reward in planning.config.rewards_of(stage).items():
         if reward.model is not None:
             trained = formats.get(reward.model)
             labelled = trained is not None and trained.labelled
-            models[name] = RewardModel(planning.decoder_of(reward.model), labelled)
+            models[name] = _RewardModel(planning.decoder_of(reward.model), labelled)
     return models
 
 
-def reward_model_weights(models: Mapping[str, RewardModel]) -> dict[str, AbstractTree]:
+def reward_model_weights(models: Mapping[str, _RewardModel]) -> dict[str, AbstractTree]:
     """What they keep in memory, for `Program.resident`."""
     return {"reward models": [abstract_weights(model.decoder) for model in models.values()]}
 
 
 def reward_programs(
-    models: Mapping[str, RewardModel],
+    models: Mapping[str, _RewardModel],
     tokens: int,
     samples: int,
     resident: Mapping[str, AbstractTree],

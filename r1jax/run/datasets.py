@@ -19,8 +19,8 @@ from r1jax.data import (
 )
 from r1jax.data.mixing import mixed_id, mixture_counts
 from r1jax.data.preferences import encode_preferences, load_labelled, load_pairs
-from r1jax.run.files import RunFiles
 from r1jax.run.models import LanguageModel
+from r1jax.run.record import RunFiles
 from r1jax.settings.data import DataSection
 from r1jax.settings.stage import RewardModelFormat
 

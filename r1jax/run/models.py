@@ -18,12 +18,11 @@ from r1jax.models import (
     Decoder,
     Execution,
     ModelConfig,
-    abstract_params,
     choose_attention,
     init_params,
 )
 from r1jax.models.parameters import Params
-from r1jax.run.files import RunFiles
+from r1jax.run.record import RunFiles
 from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
 from r1jax.settings.mesh import MeshSection
@@ -128,11 +127,6 @@ class LanguageModel:
             )
         eos_ids = stop_token_ids(tokenizer, generation)
         return LanguageModel(section, decoder, tokenizer, eos_ids, generation)
-
-    def abstract_params(self) -> Params:
-        """The weights as `jax.ShapeDtypeStruct`s with shardings."""
-        decoder = self.decoder
-        return abstract_params(decoder.config, decoder.layout, decoder.execution.param_dtype)
 
     def load(self, directory: Path, *, new_head: int | None = None) -> Params:
         """The weights of a Hugging Face directory, on the mesh; with `new_head`, a seed, all but

@@ -15,12 +15,12 @@ from r1jax.bucket import check_access
 from r1jax.config.run_config import RunConfig
 from r1jax.data.chat_template import check_template
 from r1jax.metrics import ProfiledSteps
+from r1jax.models.parameters import abstract_weights
 from r1jax.processes import agree, process_batch_slice
 from r1jax.rewards.registry import check_reward
 from r1jax.run.datasets import Datasets
-from r1jax.run.files import RunFiles
 from r1jax.run.models import Layouts, Models, make_layouts
-from r1jax.run.record import Record
+from r1jax.run.record import Record, RunFiles
 from r1jax.run.stop import StopSignal
 from r1jax.settings.stage import DividedBy, Stage
 from r1jax.sharding import split_cpu
@@ -99,7 +99,7 @@ def check(run: ResolvedRun) -> None:
         load_functions(stage).check(stage, run)
     _check_examples(run)
     for model in run.models.by_name.values():
-        model.abstract_params()
+        abstract_weights(model.decoder)
     check_divided(config, run.layouts)
     _check_multiples(config, "processes", process_batch_slice(run.layouts.rollout).count)
 

@@ -25,7 +25,7 @@ from r1jax.metrics import (
     memory,
     span,
 )
-from r1jax.models.parameters import Params
+from r1jax.models.parameters import Params, abstract_weights
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted, RunError
@@ -215,7 +215,9 @@ def train_loop(
     """
     clock, process = Clock(), jax.process_index()
     model = run.models.of(stage.name)
-    abstract = abstract_train_state(model.abstract_params(), optimizer, run.layouts.training)
+    abstract = abstract_train_state(
+        abstract_weights(model.decoder), optimizer, run.layouts.training
+    )
     with ExitStack() as stack:
         recorder = Recorder(
             run.directory,

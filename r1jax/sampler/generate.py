@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @struct.dataclass
-class SampleState:
+class _SampleState:
     """Between two steps; `hidden` are the activations that the next token is drawn from."""
 
     step: Int[Array, ""]
@@ -67,7 +67,7 @@ class SampleState:
 @partial(jax.jit, static_argnames=("model", "shape"))
 def start(
     params: Params, prompts: Prompts, draws: Draws, *, model: Decoder, shape: SampleShape
-) -> tuple[SampleState, PromptCache]:
+) -> tuple[_SampleState, PromptCache]:
     """Prefill: each prompt once. Gives the state of its samples, and the prompts' cache."""
     batch, count = prompts.tokens.shape[0], shape.samples
     hidden, prompt_cache = prefill(
@@ -75,7 +75,7 @@ def start(
     )
     hidden = last_token(hidden, prompts.lengths)
     samples = no_samples(batch, count, shape.max_new_tokens, model.layout)
-    state = SampleState(
+    state = _SampleState(
         step=jnp.int32(0),
         hidden=jnp.broadcast_to(hidden[:, None], (batch, count, hidden.shape[-1])),
         keys=keys_of(prompts, draws.seed, draws.step, count),
@@ -89,20 +89,20 @@ def start(
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def decode_until(
     params: Params,
-    state: SampleState,
+    state: _SampleState,
     prompts: PromptCache,
     until: Int[Array, ""],
     draws: Draws,
     *,
     model: Decoder,
-) -> SampleState:
+) -> _SampleState:
     """Decode until step `until`, or until every sample has ended."""
     layers = unstack_layers(params, model)
 
-    def unfinished(state: SampleState) -> jax.Array:
+    def unfinished(state: _SampleState) -> jax.Array:
         return (state.step < until) & jnp.any(state.running)
 
-    def advance(state: SampleState) -> SampleState:
+    def advance(state: _SampleState) -> _SampleState:
         old, step, running = state.samples, state.step, state.running
         next_logits = logits(layers, state.hidden, model)
         tokens, policy, drawn = draw(next_logits, state.keys, step, draws.sampling)
@@ -123,7 +123,7 @@ def decode_until(
         )
         new = next_tokens(tokens, step, prompts, state.cache, model)
         hidden, cache = decode(layers, new, prompts, state.cache, model)
-        return SampleState(step + 1, hidden[:, :, 0], state.keys, running & ~ended, samples, cache)
+        return _SampleState(step + 1, hidden[:, :, 0], state.keys, running & ~ended, samples, cache)
 
     return jax.lax.while_loop(unfinished, advance, state)
 
@@ -148,7 +148,7 @@ def generate_chunks(
     prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
     draws, capacities = options.draws(), options.capacities()
     begin = start_speculatively if options.speculative else start
-    state: SampleState | SpeculativeState
+    state: _SampleState | SpeculativeState
     state, prompt_cache = begin(
         params, prompts, draws, model=model, shape=options.shape(capacities[0])
     )

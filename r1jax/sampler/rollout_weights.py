@@ -9,7 +9,7 @@ import jax
 from jax.stages import Wrapped
 
 from r1jax.models.config import Decoder
-from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare
+from r1jax.models.parameters import Params, ParamSpec, abstract_weights, declare
 from r1jax.sharding import Axes, Layout
 
 
@@ -22,12 +22,10 @@ def to_sample(policy: Decoder, layout: Layout) -> Decoder:
 
 def reads_as_is(policy: Decoder, sampler: Decoder) -> bool:
     """Whether the sampler's weights are the policy's arrays."""
-    trained, wanted = (
-        abstract_params(model.config, model.layout, model.execution.param_dtype)
-        for model in (policy, sampler)
-    )
     same = jax.tree.map(
-        lambda a, b: a.dtype == b.dtype and a.sharding == b.sharding, trained, wanted
+        lambda a, b: a.dtype == b.dtype and a.sharding == b.sharding,
+        abstract_weights(policy),
+        abstract_weights(sampler),
     )
     return all(jax.tree.leaves(same))
 
@@ -52,7 +50,7 @@ def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
     """The compiled program of `make_rollout_weights`."""
     dtype = sampler.execution.param_dtype
     specs = declare(sampler.config)
-    wanted = abstract_params(sampler.config, sampler.layout, dtype)
+    wanted = abstract_weights(sampler)
 
     def move(leaf: jax.Array, spec: ParamSpec, axes: Axes) -> jax.Array:
         leaf = leaf.astype(spec.dtype(dtype))

@@ -19,7 +19,7 @@ from r1jax.models.parameters import Params
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.program import batch_array, forward_flops, token_arrays, with_held_out_loss
+from r1jax.programs.program import batch_array, token_arrays
 from r1jax.run.datasets import Encode, RowKey
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
@@ -150,11 +150,12 @@ def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StageProgra
         TrainBatch(rows, *shape, stage.micro_batches),
     )
     with_module = bool(stage.mtp_weight)
-    training = train_programs(update, optimizer, model, batch, with_module=with_module)
-    if not isinstance(stage, SFTStage) or stage.held_out is None:
-        return training
-    loss = jax.jit(partial(loss_sums, model=model))
-    return with_held_out_loss(training, loss, (rows,), forward_flops(model.config, *shape))
+    held_out = None
+    if isinstance(stage, SFTStage) and stage.held_out is not None:
+        held_out = jax.jit(partial(loss_sums, model=model)), (rows,)
+    return train_programs(
+        update, optimizer, model, batch, with_module=with_module, held_out=held_out
+    )
 
 
 def packed_arrays(

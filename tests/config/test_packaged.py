@@ -13,7 +13,7 @@ from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.data.tasks.bilingual import LANGUAGES, REPLACEMENTS
 from r1jax.planner.dry_run import describe
-from r1jax.rollouts.one_prompt import stream_completions
+from r1jax.pretrained import stream_completions
 from r1jax.run.resolve import check, resolve
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
 

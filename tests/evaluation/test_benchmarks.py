@@ -28,8 +28,7 @@ from r1jax.sampler import Finish
 from r1jax.settings.benchmarks import BENCHMARKS
 from r1jax.settings.data import DataSection
 from r1jax.settings.rewards import RewardSection
-from r1jax.stages.evaluate.benchmarks import evaluation_of
-from r1jax.stages.evaluate.settings import EvaluateStage
+from r1jax.stages.evaluate.settings import EvaluateStage, evaluation_of
 
 try:
     strongest(Isolation.NAMESPACES)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from r1jax.config.load import load_config
 from r1jax.metrics import ProfiledSteps, StepProfiler
 from r1jax.recipe import Selection, profiled_steps, run
-from r1jax.run.files import RunFiles
-from r1jax.run.record import open_record
+from r1jax.run.record import RunFiles, open_record
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 

@@ -19,8 +19,7 @@ from r1jax.data import Prompt, load_tokenizer
 from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
 from r1jax.rollouts.sampling import Completion, pad_prompts, stop_search
-from r1jax.run.files import RunFiles
-from r1jax.run.record import Record, open_record
+from r1jax.run.record import Record, RunFiles, open_record
 from r1jax.run.resolve import StageRun, check, resolve
 from r1jax.run.stop import RunError, StopSignal
 from r1jax.run.train_loop import train_loop

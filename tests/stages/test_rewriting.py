@@ -19,8 +19,7 @@ import yaml
 from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.data.rewriting import Draft
-from r1jax.run.files import RunFiles
-from r1jax.run.record import Record
+from r1jax.run.record import Record, RunFiles
 from r1jax.run.resolve import StageRun, resolve
 from r1jax.run.stop import Preempted, RunError, StopSignal
 from r1jax.stages.rejection_sampling import rewriting

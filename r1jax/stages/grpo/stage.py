@@ -20,11 +20,10 @@ from r1jax.files import JsonObject
 from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_step
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
-from r1jax.models.parameters import Params
+from r1jax.models.parameters import Params, abstract_weights
 from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
 from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
-    abstract_weights,
     batch_array,
     expert_choices,
     forward_flops,

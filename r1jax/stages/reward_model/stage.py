@@ -22,9 +22,7 @@ from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.program import (
     batch_array,
     batch_arrays_like,
-    forward_flops,
     round_up,
-    with_held_out_loss,
 )
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
@@ -125,13 +123,12 @@ def programs(stage: RewardModelStage, planning: Planning) -> StagePrograms:
     batch = TrainBatch(arrays, texts, stage.max_tokens, stage.micro_batches)
     # The number of steps only shapes the learning rate.
     optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
-    training = train_programs(make_update(stage, model, optimizer), optimizer, model, batch)
-    if stage.held_out is None:
-        return training
-    loss = jax.jit(partial(_weighted_loss, model=model))
-    weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
-    forward = forward_flops(model.config, texts, stage.max_tokens)
-    return with_held_out_loss(training, loss, (arrays, weights), forward)
+    held_out = None
+    if stage.held_out is not None:
+        weights = batch_array(model, (stage.rows_per_step,), jnp.float32)
+        held_out = jax.jit(partial(_weighted_loss, model=model)), (arrays, weights)
+    update = make_update(stage, model, optimizer)
+    return train_programs(update, optimizer, model, batch, held_out=held_out)
 
 
 def make_update(
