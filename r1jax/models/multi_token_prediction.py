@@ -70,11 +70,11 @@ def ahead_log_probs(
       balance: as of `forward`.
     """
     decoder = forward(params, rows, model, balance=balance)
-    x = join(params, decoder.hidden, jnp.roll(rows.tokens, -1, axis=1), model)
+    x = _join(params, decoder.hidden, jnp.roll(rows.tokens, -1, axis=1), model)
     # After the last token of a segment comes one of another segment: the module's prediction there
     # is about no token of the segment, and nothing in the segment attends to it.
     module = run_rows(params, x, rows, model, _STACK, balance=balance)
-    x = output_norm(params, module.hidden, model)
+    x = _output_norm(params, module.hidden, model)
     following = log_probs_ahead(params, decoder.hidden, rows, model, most_likely=True)
     ahead = log_probs_ahead(params, x, rows, model, ahead=2, most_likely=True)
     agrees = follows(rows.segment_ids, 2) & (following.most_likely == ahead.most_likely)
@@ -94,7 +94,7 @@ def prefill_with_module(
     """
     hidden, cache = prefill(params, tokens, lengths, model)
     rows = right_padded(tokens, lengths - 1)
-    x = join(params, hidden, jnp.roll(tokens, -1, axis=1), model)
+    x = _join(params, hidden, jnp.roll(tokens, -1, axis=1), model)
     module = run_rows(params, x, rows, model, _STACK, keep_cache=True)
     return hidden, replace(cache, stacks=cache.stacks | module.stacks)
 
@@ -117,13 +117,13 @@ def draft(
     Returns:
       Activations that the head reads, and the cache.
     """
-    x = join(params, hidden, new.tokens, model, gather_table=False)
+    x = _join(params, hidden, new.tokens, model, gather_table=False)
     prompts = replace(prompts, lengths=prompts.lengths - 1)
     x, cache = run_new_tokens(params, x, new, prompts, cache, model, _STACK)
-    return output_norm(params, x, model), cache
+    return _output_norm(params, x, model), cache
 
 
-def join(
+def _join(
     params: Params,
     hidden: Float[Array, "*shape hidden"],
     following: Int[Array, "*shape"],
@@ -146,7 +146,7 @@ def join(
     return project(jnp.concatenate(parts, axis=-1), matrix, model.layout)
 
 
-def output_norm(
+def _output_norm(
     params: Params, x: Float[Array, "*shape hidden"], model: Decoder
 ) -> Float[Array, "*shape hidden"]:
     """The norm between the module's layer and the shared head."""

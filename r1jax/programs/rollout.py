@@ -39,7 +39,7 @@ from r1jax.sampler.speculative import (
     grow_speculation,
     start_speculatively,
 )
-from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.sampling import DatasetSampling, SamplingSection
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Axes
 
@@ -279,18 +279,12 @@ class Rollout:
         return [*leaves, expert_choices(self.model, tokens)] if self.record_experts else leaves
 
 
-def sampling_programs(
-    stage: Stage,
-    planning: Planning,
-    *,
-    prompts: int,
-    samples: int,
-    new_tokens: int,
-    sampling: SamplingSection,
-) -> StagePrograms:
+def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling) -> StagePrograms:
     """The programs of a stage that samples and scores; a step is a batch of prompts."""
     model, prompt = planning.sampler_of(stage.name), longest_prompt(stage, planning.config)
-    rollout = Rollout(model, prompts, samples, prompt, new_tokens, sampling, planning.output_specs)
+    prompts, samples, new_tokens = wanted.batch, wanted.samples_at_once, wanted.max_new_tokens
+    specs = planning.output_specs
+    rollout = Rollout(model, prompts, samples, prompt, new_tokens, wanted.sampling, specs)
     scorers = reward_models(stage, planning)
     resident = reward_model_weights(scorers)
     scoring = {**resident, "weights": abstract_weights(model)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted
 from r1jax.sampler import GenerateOptions
-from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.sampling import DatasetSampling
 from r1jax.settings.stage import Stage
 
 SAMPLES = "samples.jsonl"
@@ -32,26 +31,8 @@ T = TypeVar("T")
 PromptPart = tuple[Prompt, int]
 
 
-@dataclass(frozen=True)
-class DatasetSampling:
-    """Which samples to draw of a dataset or mixture: of the first `limit` prompts, or of all.
-
-    samples: completions per prompt; `samples_at_once` divides it.
-    batch: parts of prompts at once, over all processes.
-    """
-
-    data: str
-    limit: int | None
-    samples: int
-    samples_at_once: int
-    batch: int
-    max_new_tokens: int
-    sampling: SamplingSection
-    seed: int
-
-
 def store_scored_samples(
-    stage: Stage, run: StageRun, wanted: DatasetSampling, share_name: str
+    stage: Stage, run: StageRun, wanted: DatasetSampling, seed: int, share_name: str
 ) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
@@ -85,7 +66,7 @@ def store_scored_samples(
             wanted.sampling,
             samples=count,
             max_new_tokens=wanted.max_new_tokens,
-            seed=wanted.seed,
+            seed=seed,
         )
         for rows in scored_batches(params, parts[done:], sampler, scorer, options, batch):
             recorder.log_samples(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from r1jax.settings.section import Section
@@ -27,3 +29,20 @@ class EvaluationSampling(SamplingSection):
 
     temperature: float = Field(0.6, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class DatasetSampling:
+    """Which samples to draw of a dataset or mixture: of the first `limit` prompts, or of all.
+
+    samples: completions per prompt; `samples_at_once` divides it.
+    batch: parts of prompts at once, over all processes.
+    """
+
+    data: str
+    limit: int | None
+    samples: int
+    samples_at_once: int
+    batch: int
+    max_new_tokens: int
+    sampling: SamplingSection

@@ -1,7 +1,11 @@
-"""Supervised training: the update on packed rows, and the loop of all stages that have labels."""
+"""Pretraining and supervised fine-tuning: one update on packed rows, of texts or conversations.
+
+`run_updates` is the loop of all stages that learn from given rows.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data import PackedRows
+from r1jax.data import PackedRows, packed_once
 from r1jax.models import Decoder, TokenRows, ahead_log_probs, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.log_probs import follows
@@ -113,16 +117,19 @@ def packed_rows(
     )
 
 
-def train_on_packed_rows(
-    stage: PretrainStage | SFTStage,
-    run: StageRun,
-    rows: PackedRows[RowKey],
-    steps: int,
-    held_out: Measure | None = None,
-) -> None:
-    """Train the stage's model, resuming where a former process stopped."""
+def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
+    """Train on the dataset's texts, or conversations, resuming where a former process stopped."""
+    model, held_out = run.models.of(stage.name), None
+    if isinstance(stage, SFTStage):
+        rows = packed_rows(stage, run, run.datasets.conversations(stage.data, model))
+        # Counting rows means encoding all of the data: only where the epochs ask for it.
+        steps = stage.steps or stage.steps_for(rows.rows_per_epoch())
+        held_out = _held_out_loss(stage, run)
+    else:
+        rows = packed_rows(stage, run, run.datasets.texts(stage.data, model))
+        steps = stage.steps
     optimizer = make_optimizer(stage.optimizer, steps)
-    update = make_update(stage, run.models.of(stage.name).decoder, optimizer)
+    update = make_update(stage, model.decoder, optimizer)
     tokens = stage.rows_per_step * stage.row_tokens
     with train_loop(stage, run, optimizer, update, rows, steps=steps) as loop:
         run_updates(loop, stage, rows, tokens_in=lambda _: tokens, held_out=held_out)
@@ -132,6 +139,33 @@ def train_on_packed_rows(
                 f"{stage.row_tokens} and left out"
             )
         loop.finish()
+
+
+def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
+    """The mean over all tokens of the held-out dataset."""
+    if stage.held_out is None:
+        return None
+    model, share = run.models.of(stage.name), process_batch_slice(run.layouts.training)
+    documents = run.datasets.conversations(stage.held_out, model)
+    sums_of = jax.jit(partial(_loss_sums, model=model.decoder))
+
+    def measure(loop: TrainLoop) -> dict[str, float]:
+        batches = packed_once(
+            *documents,
+            model.tokenizer,
+            row_tokens=stage.row_tokens,
+            rows_per_batch=stage.rows_per_step,
+            process_index=share.index,
+            process_count=share.count,
+        )
+        losses, counts = [], []
+        for batch in batches:
+            loss, count = sums_of(loop.state.params, loop.to_devices(batch))
+            losses.append(float(loss))
+            counts.append(float(count))
+        return {"held_out/loss": math.fsum(losses) / max(math.fsum(counts), 1.0)}
+
+    return measure
 
 
 def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
@@ -152,7 +186,7 @@ def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StageProgra
     with_module = bool(stage.mtp_weight)
     held_out = None
     if isinstance(stage, SFTStage) and stage.held_out is not None:
-        held_out = jax.jit(partial(loss_sums, model=model)), (rows,)
+        held_out = jax.jit(partial(_loss_sums, model=model)), (rows,)
     return train_programs(
         update, optimizer, model, batch, with_module=with_module, held_out=held_out
     )
@@ -252,7 +286,7 @@ def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
     return weights[jnp.searchsorted(starts, step, side="right") - 1]
 
 
-def loss_sums(
+def _loss_sums(
     params: Params, batch: Mapping[str, jax.Array], *, model: Decoder
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the trained tokens' negative log-likelihoods, and their number.

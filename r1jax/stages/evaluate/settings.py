@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import BENCHMARKS, MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
-from r1jax.settings.sampling import EvaluationSampling
+from r1jax.settings.sampling import DatasetSampling, EvaluationSampling
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription, check_multiple
 
 
@@ -87,6 +87,17 @@ class EvaluateStage(Stage):
     def samples_at_once(self) -> int:
         """Samples of a problem that are drawn together."""
         return self.samples_per_batch or self.samples_per_problem
+
+    def dataset_sampling(self) -> DatasetSampling:
+        return DatasetSampling(
+            self.data,
+            self.problems,
+            self.samples_per_problem,
+            self.samples_at_once,
+            self.problems_per_batch,
+            self.max_new_tokens,
+            self.sampling,
+        )
 
     def datasets(self) -> list[tuple[str, str]]:
         return [("data", self.data)]

@@ -10,7 +10,7 @@ from r1jax.evaluation.metrics import summarise
 from r1jax.files import read_rows, write_text
 from r1jax.programs import Planning, StagePrograms, sampling_programs
 from r1jax.rewards.maths import equivalent_key
-from r1jax.rollouts.scored_samples import SAMPLES, DatasetSampling, store_scored_samples
+from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
@@ -24,18 +24,9 @@ def check(stage: EvaluateStage, run: ResolvedRun) -> None:
 
 def run(stage: EvaluateStage, run: StageRun) -> None:
     """Sample, score and store, resuming behind the last whole batch; then summarise."""
-    wanted = DatasetSampling(
-        stage.data,
-        limit=stage.problems,
-        samples=stage.samples_per_problem,
-        samples_at_once=stage.samples_at_once,
-        batch=stage.problems_per_batch,
-        max_new_tokens=stage.max_new_tokens,
-        sampling=stage.sampling,
-        # The same noise before and after training: differences are the model's.
-        seed=seed_of(run.config.seed, "evaluate", stage.data),
-    )
-    clock, _ = store_scored_samples(stage, run, wanted, "accuracy")
+    # The same noise before and after training: differences are the model's.
+    seed = seed_of(run.config.seed, "evaluate", stage.data)
+    clock, _ = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "accuracy")
     if jax.process_index() == 0:
         summary = summarise(read_rows(run.directory / SAMPLES), same_answer=equivalent_key)
         write_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -43,11 +34,5 @@ def run(stage: EvaluateStage, run: StageRun) -> None:
 
 
 def programs(stage: EvaluateStage, planning: Planning) -> StagePrograms:
-    return sampling_programs(
-        stage,
-        planning,
-        prompts=stage.problems_per_batch,
-        samples=stage.samples_at_once,
-        new_tokens=stage.max_new_tokens,
-        sampling=stage.sampling,
-    )
+    """The sampler, and the scoring of reward models."""
+    return sampling_programs(stage, planning, stage.dataset_sampling())

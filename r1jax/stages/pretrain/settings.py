@@ -19,7 +19,7 @@ from r1jax.settings.stage import (
 class PretrainStage(TrainStage):
     """Next-token prediction on packed rows of a dataset's `text`."""
 
-    FUNCTIONS: ClassVar[str] = "r1jax.stages.pretrain.stage"
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.supervised"
     DESCRIPTION: ClassVar[StageDescription] = StageDescription(
         title="pretraining",
         leaves="weights",

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from r1jax.files import JsonObject
-from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.sampling import DatasetSampling, SamplingSection
 from r1jax.settings.section import Section
 from r1jax.settings.stage import (
     Divided,
@@ -100,6 +100,17 @@ class RejectionSamplingStage(Stage):
     def model_rewrite(self) -> ModelRewrite | None:
         """The rewriting by a model of this run, where that is what is asked for."""
         return self.rewrite if isinstance(self.rewrite, ModelRewrite) else None
+
+    def dataset_sampling(self) -> DatasetSampling:
+        return DatasetSampling(
+            self.data,
+            self.prompts,
+            self.samples_per_prompt,
+            self.samples_per_prompt,
+            self.prompts_per_batch,
+            self.max_new_tokens,
+            self.sampling,
+        )
 
     def datasets(self) -> list[tuple[str, str]]:
         return [("data", self.data), *(("decontaminate", data) for data in self.decontaminate)]

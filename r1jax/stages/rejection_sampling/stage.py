@@ -30,7 +30,7 @@ from r1jax.files import JsonObject, read_rows, write_text
 from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
 from r1jax.programs.program import longest_prompt
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
-from r1jax.rollouts.scored_samples import SAMPLES, DatasetSampling, store_scored_samples
+from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
@@ -58,18 +58,8 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
 
     `summary.json` says how many samples each reason removed, and rows and tokens by domain.
     """
-    wanted = DatasetSampling(
-        stage.data,
-        limit=stage.prompts,
-        samples=stage.samples_per_prompt,
-        samples_at_once=stage.samples_per_prompt,
-        batch=stage.prompts_per_batch,
-        max_new_tokens=stage.max_new_tokens,
-        sampling=stage.sampling,
-        seed=seed_of(run.config.seed, stage.name),
-    )
-    filters = load_filters(stage.filters)
-    clock, prompts = store_scored_samples(stage, run, wanted, "right")
+    filters, seed = load_filters(stage.filters), seed_of(run.config.seed, stage.name)
+    clock, prompts = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "right")
     by_id = {prompt.id: prompt for prompt in prompts}
     counts: Counter[str] = Counter()
     kept: list[JsonObject] = []
@@ -218,14 +208,8 @@ def _dataset_row(
 
 
 def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms:
-    sampling = sampling_programs(
-        stage,
-        planning,
-        prompts=stage.prompts_per_batch,
-        samples=stage.samples_per_prompt,
-        new_tokens=stage.max_new_tokens,
-        sampling=stage.sampling,
-    )
+    """The sampler, reward models, and the sampler of a rewriter."""
+    sampling = sampling_programs(stage, planning, stage.dataset_sampling())
     rewrite = stage.model_rewrite
     if rewrite is None:
         return sampling

@@ -16,7 +16,7 @@ class SFTStage(EpochStage):
     `rows_per_step` counts packed rows, each of several conversations.
     """
 
-    FUNCTIONS: ClassVar[str] = "r1jax.stages.sft.stage"
+    FUNCTIONS: ClassVar[str] = "r1jax.stages.supervised"
     DESCRIPTION: ClassVar[StageDescription] = StageDescription(
         title="supervised fine-tuning",
         leaves="weights",
