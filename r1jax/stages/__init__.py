@@ -14,6 +14,6 @@ A kind is a subclass of `r1jax.settings.stage.Stage` and a module with three fun
                                       `dataset.jsonl` in `run.directory`, an evaluation
                                       `summary.json`.
 
-The built-in kinds are folders of settings.py (no JAX), programs.py and stage.py, and a line in
+The built-in kinds are folders of settings.py (no JAX) and stage.py, and a line in
 `r1jax.settings.kinds`. Any other one may be a single file: `kind: my_package.my_module:MyStage`.
 """
