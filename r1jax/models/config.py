@@ -258,11 +258,6 @@ class ModelConfig:
         return ((1, self.latent.kv_lora_rank + self.latent.qk_rope_head_dim),)
 
     @property
-    def cache_values(self) -> int:
-        """Values per token in the KV cache of all layers."""
-        return self.num_hidden_layers * sum(heads * width for heads, width in self.cache_shapes)
-
-    @property
     def qkv_bias(self) -> bool:
         """Qwen2 and 2.5 have biases on q, k and v (never on the output projection)."""
         return self.architecture == "qwen2"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ def store_scored_samples(
     ):
         progress.print(f"{stage.name}: {report}")
         count, batch = wanted.samples_at_once, wanted.batch
-        parts = split_samples(prompts, wanted.samples, count)
+        parts = [(prompt, at) for prompt in prompts for at in range(0, wanted.samples, count)]
         done, offset = _whole_batches(run.directory / SAMPLES, len(parts), count, batch)
         source = run.config.weights_of(stage.name)
         params = run.models.weights(source, sampler) if done < len(parts) else None
@@ -89,11 +89,6 @@ def store_scored_samples(
     # Process 0 has written the last rows when any process goes on to read them.
     run.files.wait_for_files(stage.name)
     return clock, prompts
-
-
-def split_samples(prompts: Iterable[Prompt], samples: int, at_once: int) -> list[PromptPart]:
-    """Every prompt's samples, `at_once` of them together; it divides `samples`."""
-    return [(prompt, at) for prompt in prompts for at in range(0, samples, at_once)]
 
 
 def scored_batches(

@@ -1,6 +1,6 @@
 """Rollouts: a compiled sampler over any decoder of `r1jax.models`."""
 
-from r1jax.sampler.distribution import Sampling, draw, filter_logits, sample_keys
+from r1jax.sampler.distribution import Sampling, filter_logits
 from r1jax.sampler.generate import generate, generate_chunks
 from r1jax.sampler.rollout_weights import make_rollout_weights, reads_as_is, to_sample
 from r1jax.sampler.samples import Finish, GenerateOptions, Prompts, Samples, StopSearch
@@ -12,12 +12,10 @@ __all__ = [
     "Samples",
     "Sampling",
     "StopSearch",
-    "draw",
     "filter_logits",
     "generate",
     "generate_chunks",
     "make_rollout_weights",
     "reads_as_is",
-    "sample_keys",
     "to_sample",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+    from jaxtyping import Array, Bool, Float, Int, Key
 
     Real = Float[Array, "*batch"] | float
     Whole = Int[Array, "*batch"] | int
@@ -29,26 +29,6 @@ class Sampling:
     top_p: Real = 1.0
     top_k: Whole = 0
     min_p: Real = 0.0
-
-
-def sample_keys(
-    seed: UInt32[Array, ""] | int,
-    step: UInt32[Array, ""] | int,
-    prompt_ids: UInt32[Array, " batch"],
-    samples: Int[Array, "batch samples"],
-) -> Key[Array, "batch samples"]:
-    """One key per (prompt, sample), a function of (seed, step, prompt id, sample index) alone.
-
-    So sample i of a prompt is the same in any batch and on any mesh.
-
-    Args:
-      samples: the samples' indices.
-    """
-    run = jax.random.fold_in(jax.random.key(seed), step)
-    prompts = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompt_ids)
-    return jax.vmap(lambda k, row: jax.vmap(lambda i: jax.random.fold_in(k, i))(row))(
-        prompts, samples
-    )
 
 
 def filter_logits(

@@ -37,8 +37,8 @@ from r1jax.sampler.samples import (
     SampleShape,
     StopSearch,
     cut,
-    keys_of,
     no_samples,
+    sample_keys,
 )
 from r1jax.sampler.speculative import (
     SpeculativeState,
@@ -78,7 +78,7 @@ def start(
     state = _SampleState(
         step=jnp.int32(0),
         hidden=jnp.broadcast_to(hidden[:, None], (batch, count, hidden.shape[-1])),
-        keys=keys_of(prompts, draws.seed, draws.step, count),
+        keys=sample_keys(prompts, draws, count),
         running=model.layout.constrain(jnp.ones((batch, count), bool), ("batch", "sample")),
         samples=samples,
         cache=empty_cache(batch, count, shape.capacity, model, record_experts=shape.record_experts),

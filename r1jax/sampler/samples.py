@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from r1jax.models.kv_cache import FIRST_CAPACITY, capacities
-from r1jax.sampler.distribution import Sampling, sample_keys
+from r1jax.sampler.distribution import Sampling
 from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
@@ -105,13 +105,16 @@ def no_samples(batch: int, count: int, max_new_tokens: int, layout: Layout) -> S
     )
 
 
-def keys_of(
-    prompts: Prompts, seed: UInt32[Array, ""], step: UInt32[Array, ""], count: int
-) -> Key[Array, "batch samples"]:
-    """Keys of the samples, from `sample_keys`."""
+def sample_keys(prompts: Prompts, draws: Draws, samples: int) -> Key[Array, "batch samples"]:
+    """One key per (prompt, sample), a function of (seed, step, prompt id, sample index) alone.
+
+    So sample i of a prompt is the same in any batch and on any mesh.
+    """
     firsts = jnp.broadcast_to(prompts.first_samples, (prompts.tokens.shape[0],))
-    indices = firsts[:, None] + jnp.arange(count, dtype=jnp.int32)
-    return sample_keys(seed, step, prompts.ids, indices)
+    indices = firsts[:, None] + jnp.arange(samples, dtype=jnp.int32)
+    run = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
+    keys = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompts.ids)
+    return jax.vmap(lambda k, row: jax.vmap(lambda i: jax.random.fold_in(k, i))(row))(keys, indices)
 
 
 # Given the tokens so far [N, t] and their lengths [N], the lengths at which stop strings end

@@ -38,7 +38,15 @@ from r1jax.sampler.distribution import (
     filter_logits,
     verify,
 )
-from r1jax.sampler.samples import Draws, Finish, Prompts, Samples, SampleShape, keys_of, no_samples
+from r1jax.sampler.samples import (
+    Draws,
+    Finish,
+    Prompts,
+    Samples,
+    SampleShape,
+    no_samples,
+    sample_keys,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key
@@ -78,7 +86,7 @@ def start_speculatively(
     batch, count, layout = len(prompts.tokens), shape.samples, model.layout
     hidden, prompt_cache = prefill_with_module(params, prompts.tokens, prompts.lengths, model)
     hidden = last_token(hidden, prompts.lengths)
-    keys = keys_of(prompts, draws.seed, draws.step, count)
+    keys = sample_keys(prompts, draws, count)
     hidden = jnp.broadcast_to(hidden[:, None], (batch, count, hidden.shape[-1]))
     first_logits = logits(params, hidden, model)
     tokens, policy, drawn = draw(first_logits, keys, jnp.int32(0), draws.sampling)

@@ -100,7 +100,7 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
     # 12 + 4 values per token and layer, whatever the number of heads.
     width = 16 if cache_of_platform == "cpu" else 128  # a TPU fills its tiles
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 2 * 2 * 4 * 3 * width
-    assert model.config.cache_values == 3 * 16
+    assert model.config.cache_shapes == ((1, 16),)
     run = jax.jit(decode_one, static_argnums=5)
     for step in range(3):
         following = np.stack([TOKENS[row, length + step] for row, length in enumerate(lengths)])
@@ -237,7 +237,7 @@ def test_the_published_model_has_its_published_sizes() -> None:
     assert ModelConfig.from_hugging_face(config.to_hugging_face()) == config
     specs = jax.tree.leaves(declare(config), is_leaf=is_spec)
     assert round(sum(math.prod(spec.shape) for spec in specs) / 1e9) == 671
-    assert config.cache_values == 61 * 576
+    assert config.cache_shapes == ((1, 576),) and config.num_hidden_layers == 61
     # 37 billion weights are activated by a token, of which looking it up is no product.
     assert round(forward_flops(config, 1, 1) / 2e9 + 129280 * 7168 / 1e9) in (37, 38)
     # The released index has 91,991 tensors: these; the prediction module, which is another layer

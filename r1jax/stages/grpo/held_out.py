@@ -18,7 +18,7 @@ from r1jax.models.parameters import Params
 from r1jax.processes import process_batch_slice
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.sampling import generate_options
-from r1jax.rollouts.scored_samples import PromptPart, scored_batches, split_samples
+from r1jax.rollouts.scored_samples import PromptPart, scored_batches
 from r1jax.rollouts.scoring import RewardScorer, check_domains
 from r1jax.run.resolve import ResolvedRun
 from r1jax.run.seeds import seed_of
@@ -50,7 +50,8 @@ class HeldOutEvaluation:
         self.reports.append(f"held out: {report}")
         # A divisor of both: samples are drawn in equal parts, none of them larger than a group.
         self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)
-        self._parts = split_samples(prompts, stage.held_out_samples, self._samples)
+        starts = range(0, stage.held_out_samples, self._samples)
+        self._parts = [(prompt, start) for prompt in prompts for start in starts]
         # Of few problems one smaller batch: a rollout's would be padded with copies of the last.
         count = process_batch_slice(run.layouts.rollout).count
         self._batch = min(batch, -(-len(self._parts) // count) * count)

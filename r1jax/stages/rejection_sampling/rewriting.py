@@ -56,15 +56,10 @@ def rewrite(
     if section is None:
         return [each.completion for each in drafts]
     if isinstance(section, RuleRewrite):
-        return rule_rewriter(section).rewrite(drafts)
+        return RuleRewriter(**section.model_dump(exclude={"kind"})).rewrite(drafts)
     if isinstance(section, EndpointRewrite):
         return _rewrite_with_endpoint(section, stage, run, drafts)
     return _rewrite_with_model(section, stage, run, drafts)
-
-
-def rule_rewriter(section: RuleRewrite) -> RuleRewriter:
-    """Raises ValueError for a rule that cannot be used."""
-    return RuleRewriter(**section.model_dump(exclude={"kind"}))
 
 
 def _rewrite_with_endpoint(

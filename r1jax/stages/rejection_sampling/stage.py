@@ -24,7 +24,7 @@ from r1jax.data.dataset_files import (
     write_tfds,
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
-from r1jax.data.rewriting import Draft
+from r1jax.data.rewriting import Draft, RuleRewriter
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
 from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
@@ -35,7 +35,7 @@ from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
-from r1jax.stages.rejection_sampling.rewriting import rewrite, rule_rewriter
+from r1jax.stages.rejection_sampling.rewriting import rewrite
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
 
 DATASET = "dataset.jsonl"
@@ -47,7 +47,7 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
     try:
         load_filters(stage.filters)
         if isinstance(stage.rewrite, RuleRewrite):
-            rule_rewriter(stage.rewrite)
+            RuleRewriter(**stage.rewrite.model_dump(exclude={"kind"}))
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
     check_example_domains(stage, run, stage.prompts)
@@ -79,7 +79,10 @@ def run(stage: RejectionSamplingStage, run: StageRun) -> None:
         if reason is None:
             kept.append(row)
     clock.lap("choose")
-    drafts = [_draft(row, by_id[row["problem_id"]]) for row in kept]
+    drafts = [
+        Draft(prompt.question, prompt.prefill + row["completion"], row["extracted"] or "")
+        for row, prompt in ((row, by_id[row["problem_id"]]) for row in kept)
+    ]
     try:
         texts = rewrite(stage, run, drafts)
     finally:  # a rewriting that is stopped took its time, too
@@ -169,11 +172,6 @@ def summary_line(counts: Mapping[str, int]) -> str:
     reasons = sorted(removed.items(), key=lambda item: (-item[1], item[0]))
     text = f"{counts.get(KEPT, 0)} kept of {sum(counts.values())}"
     return f"{text}: {', '.join(f'{count} {reason}' for reason, count in reasons)}".rstrip(": ")
-
-
-def _draft(row: JsonObject, prompt: Prompt) -> Draft:
-    """A kept sample as a rewriter sees it."""
-    return Draft(prompt.question, prompt.prefill + row["completion"], row["extracted"] or "")
 
 
 def _dataset_row(
