@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -49,32 +49,29 @@ if TYPE_CHECKING:
     from r1jax.programs.program import AbstractTree
 
 
-class _RewardModel(NamedTuple):
-    """A reward's model; as_probability: its output becomes the probability of a safe response."""
-
-    decoder: Decoder
-    as_probability: bool
+# A reward's model, and whether its output becomes the probability of a safe response.
+RewardModel = tuple[Decoder, bool]
 
 
-def reward_models(stage: Stage, planning: Planning) -> dict[str, _RewardModel]:
+def reward_models(stage: Stage, planning: Planning) -> dict[str, RewardModel]:
     """Reward -> its model, of the stage's rewards that have one."""
     formats = {each.name: each.reward_model_format() for each in planning.config.stages}
-    models: dict[str, _RewardModel] = {}
+    models: dict[str, RewardModel] = {}
     for name, reward in planning.config.rewards_of(stage).items():
         if reward.model is not None:
             trained = formats.get(reward.model)
             labelled = trained is not None and trained.labelled
-            models[name] = _RewardModel(planning.decoder_of(reward.model), labelled)
+            models[name] = planning.decoder_of(reward.model), labelled
     return models
 
 
-def reward_model_weights(models: Mapping[str, _RewardModel]) -> dict[str, AbstractTree]:
+def reward_model_weights(models: Mapping[str, RewardModel]) -> dict[str, AbstractTree]:
     """What they keep in memory, for `Program.resident`."""
-    return {"reward models": [abstract_weights(model.decoder) for model in models.values()]}
+    return {"reward models": [abstract_weights(decoder) for decoder, _ in models.values()]}
 
 
 def reward_programs(
-    models: Mapping[str, _RewardModel],
+    models: Mapping[str, RewardModel],
     tokens: int,
     samples: int,
     resident: Mapping[str, AbstractTree],
