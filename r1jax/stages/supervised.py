@@ -68,7 +68,7 @@ def run_updates(
     held_out: Measure | None = None,
     shown: tuple[str, ...] = ("loss",),
 ) -> None:
-    """Take the loop to its last step, and export the weights.
+    """Take the loop to its last step.
 
     Args:
       tokens_in: tokens of a batch over all processes, for the rate.
