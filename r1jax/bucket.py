@@ -1,20 +1,18 @@
 """Runs whose outputs are on Google Cloud Storage: `output=gs://BUCKET/FOLDER`.
 
-A run appends to files, cuts them, and renames complete ones; an object store can do none of this:
-it replaces whole objects. So the files of a run are of two kinds:
+A run appends to files, cuts them, and renames complete ones; an object store can only replace whole
+objects. So the files of a run are of two kinds:
 
 - **Large ones are written to the bucket.** Checkpoints, by Orbax and TensorStore, whose last object
   says that they are complete; and Hugging Face directories, tensor by tensor, `config.json` last
   (`r1jax.weights`). No host needs disk space for them.
-- **All others are written to a local `WorkingCopy`**: the code that writes and reads them, the
-  trackers and TFDS included, needs local files only. The copy is uploaded, object by object and
+- **All others are written to a local `WorkingCopy`**, which is uploaded, object by object and
   `run.json` last, before each checkpoint and whenever the run's record changes. So a checkpoint
   never refers to lines that the bucket does not have, and a stage that `run.json` calls done has
   its results there.
 
-A process may therefore be killed between any two writes. It leaves a checkpoint, and files at least
-as long as that says, which a resumed run cuts, as on a disk. The working copy is always made anew
-from the bucket.
+A process may therefore be killed between any two writes: it leaves files at least as long as its
+checkpoint says, which a resumed run cuts. The working copy is always made anew from the bucket.
 
 gcsfs is imported only where a path begins with `gs://`.
 """
@@ -43,9 +41,7 @@ _PART_BYTES = 32 << 20  # of a request; several of them are under way at once
 def locate(path: str | os.PathLike[str]) -> Path:
     """A local path as `Path`, and one on a bucket as `etils.epath.Path`, which has its methods.
 
-    Raises:
-      ValueError: another scheme than gs://.
-      ImportError: gcsfs is not installed.
+    Raises ValueError for another scheme than gs://, ImportError without gcsfs.
     """
     text = os.fspath(path)
     scheme, separator, _ = text.partition("://")
@@ -75,8 +71,7 @@ def on_bucket(path: str | os.PathLike[str]) -> bool:
 def check_access(folder: str) -> None:
     """Looks at the bucket, and writes, lists, reads and deletes an object in this folder.
 
-    Raises:
-      ValueError: one of these operations fails; names it and the bucket.
+    Raises ValueError if one of these fails; names it and the bucket.
     """
     from google.cloud import storage
 
@@ -132,10 +127,7 @@ def copy_folder(source: Path, target: Path, last: str) -> None:
 
 @contextmanager
 def local_copy(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A local directory of a run: itself, or a working copy that is uploaded at the end.
-
-    A working copy has no weights.
-    """
+    """A local directory of a run: itself, or a working copy (no weights), uploaded at the end."""
     if not on_bucket(directory):
         yield Path(directory)
         return
@@ -146,12 +138,10 @@ def local_copy(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class WorkingCopy:
-    """The smaller files of a run on a bucket, as local files.
+    """The smaller files of a run on a bucket (`home`), as local files (`directory`).
 
-    Attributes:
-      home: the run's directory on the bucket.
-      directory: the copy, empty at first; removed when this process ends or, if that is killed,
-        by the next one.
+    The copy is empty at first, and removed when this process ends or, if that is killed, by the
+    next one.
     """
 
     def __init__(self, home: str) -> None:
@@ -173,11 +163,8 @@ class WorkingCopy:
             for path, entry in self._files.find(f"{_SCHEME}{prefix}", detail=True).items()
             if not path.endswith("/")  # some tools make an object for a folder
         }
-        newer = {
-            name: generation
-            for name, generation in generations.items()
-            if self._pulled.get(name) != generation and not set(name.split("/")) & set(_LARGE)
-        }
+        small = {n: g for n, g in generations.items() if not {*n.split("/")} & {*_LARGE}}
+        newer = {name: g for name, g in small.items() if self._pulled.get(name) != g}
         targets = [self.directory / name for name in newer]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,10 @@ optimizer, keys) and a JSON mapping (data cursor, metrics cursor). Both are writ
     DIRECTORY/STEP.orbax-checkpoint-tmp/...   while it is written
     DIRECTORY/STEP/{arrays,metadata}/...      after one rename(2), which is the commit
 
-(A bucket, `gs://...`, has no rename: there Orbax writes under the last name, and an object
-`commit_success.txt` is the commit.)
-
-A directory is renamed when all of its files are closed, so a name without the suffix is a finished
-checkpoint, whenever a process is killed. Older checkpoints are removed after the commit, oldest
-first, so the newest finished one is never at risk. What a killed process left under the temporary
-suffix is never read, and is removed when the directory is opened again. (Not every file is synced
-before the rename, so surviving a power cut is up to the file system.)
+(A bucket, `gs://...`, has no rename: there an object `commit_success.txt` is the commit.) A name
+without the suffix is a finished checkpoint, whenever a process is killed. Older ones are removed
+after the commit, oldest first, and what a killed process left when the directory is opened again.
+Not every file is synced before the rename: surviving a power cut is up to the file system.
 
 Every process of a `jax.distributed` run makes the same calls in the same order: Orbax writes each
 process's shards, synchronises, and commits from process 0.
@@ -48,10 +44,8 @@ class Checkpoints:
 
     Args:
       directory: made if it is missing; shared by all processes of a run; local or on a bucket.
+        Opening it removes what a killed process left, so only one run may write to it at a time.
       keep: how many finished checkpoints stay, at least 1.
-
-    Opening a directory removes what a killed process left unfinished, so only one run may write to
-    it at a time.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int) -> None:
@@ -87,13 +81,11 @@ class Checkpoints:
         """Writes arrays and metadata as one atomic item and removes checkpoints beyond `keep`.
 
         Args:
-          step: larger than that of every checkpoint in the directory.
+          step: larger than that of every checkpoint in the directory, or ValueError.
           arrays: pytree of jax or numpy arrays, sharded in any way; None leaves are kept.
           metadata: JSON mapping with string keys.
 
-        Raises:
-          ValueError: the step is not newer than the newest checkpoint.
-          TypeError: a leaf is not a plain array (it is named), or metadata is not JSON.
+        Raises TypeError for a leaf that is not a plain array (named), or metadata that is not JSON.
         """
         newest = self.latest_step
         if newest is not None and step <= newest:
@@ -128,12 +120,8 @@ class Checkpoints:
           abstract: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was
             saved. The devices may differ from those that saved.
 
-        Returns:
-          (step, arrays with the requested shardings, metadata), or None when there is none.
-
-        Raises:
-          ValueError: a leaf is missing, unexpected, of another shape or dtype (each is named), or
-            has no sharding.
+        Returns (step, arrays with the requested shardings, metadata), or None when there is none.
+        Raises ValueError for leaves that are missing, unexpected, or of another shape or dtype.
         """
         step = self.latest_step
         if step is None:

@@ -15,25 +15,21 @@ AUTO = "auto"
 def use_compilation_cache(
     setting: str | None, output: str, environment: Mapping[str, str] = os.environ
 ) -> str | None:
-    """Switches the cache on or off for all later compilations.
+    """Switches the cache on or off for all later compilations; returns its directory, if any.
 
     Call it in every process of a run, before anything is compiled; it needs the devices. Only
     process 0 writes, and only programs that took `jax_persistent_cache_min_compile_time_secs` (1 s)
     or more to compile.
 
     Args:
-      setting: a directory, None for no cache, or `auto`, see `cache_directory`.
+      setting: a directory, None for no cache, or `auto`, see `_cache_directory`.
       output: of the run's config.
-
-    Returns:
-      The directory in use; None: there is no cache.
     """
     known = cache_in_use()
     directory = setting
     if setting == AUTO:
-        directory = cache_directory(
-            known, jax.default_backend(), jax.process_count(), output, environment
-        )
+        backend, processes = jax.default_backend(), jax.process_count()
+        directory = _cache_directory(known, backend, processes, output, environment)
     if directory != known:
         jax.config.update("jax_compilation_cache_dir", directory)
         compilation_cache.reset_cache()  # JAX reads the setting only once
@@ -46,12 +42,8 @@ def cache_in_use() -> str | None:
     return directory
 
 
-def cache_directory(
-    known: str | None,
-    backend: str,
-    processes: int,
-    output: str,
-    environment: Mapping[str, str],
+def _cache_directory(
+    known: str | None, backend: str, processes: int, output: str, environment: Mapping[str, str]
 ) -> str | None:
     """The directory that the setting `auto` means.
 

@@ -63,10 +63,7 @@ def encode_line(row: Mapping[str, object]) -> bytes:
 def read_rows(path: str | os.PathLike[str]) -> Iterator[JsonObject]:
     """The rows of a JSON-lines file, in order; an unfinished last line is left out.
 
-    Non-finite numbers stay the strings they were written as; `float()` reads them.
-
-    Raises:
-      ValueError: as `numbered_rows`.
+    Non-finite numbers stay the strings they were written as. Raises as `numbered_rows`.
     """
     return (row for _, row in numbered_rows(Path(path), finished=True))
 
@@ -74,11 +71,8 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[JsonObject]:
 def numbered_rows(path: Path, *, finished: bool = False) -> Iterator[tuple[int, JsonObject]]:
     """(line number from 1, object) for each line of a UTF-8 file that is not blank.
 
-    Args:
-      finished: leave a last line without its newline out: it may still be written.
-
-    Raises:
-      ValueError: a line is not a JSON object, as `file:line: what is wrong`.
+    finished: leave a last line without its newline out: it may still be written. Raises ValueError
+    for a line that is not a JSON object, as `file:line: what is wrong`.
     """
     with path.open("rb") as file:  # bytes: only "\n" ends a line, and bad UTF-8 has a line number
         for number, line in enumerate(file, start=1):
@@ -95,10 +89,7 @@ def numbered_rows(path: Path, *, finished: bool = False) -> Iterator[tuple[int, 
 
 
 def end_of_last_line(path: Path) -> int:
-    """Offset in bytes after the last newline; what follows is a line that was never finished.
-
-    Searches from the end, as sample files can be large.
-    """
+    """Offset in bytes after the last newline; what follows is a line that was never finished."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:

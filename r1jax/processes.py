@@ -1,8 +1,8 @@
 """Several processes, one program: which rows each has, and what all of them agree on.
 
 Plain multi-controller JAX (`jax.distributed`): every process runs the same loop, holds its slice of
-each batch on the host, and takes part in every collective, in the same order. What decides a shape
-or a branch must therefore be agreed on first. With one process all of this is free.
+each batch, and takes part in every collective, in the same order. What decides a shape or a branch
+must therefore be agreed on first. With one process all of this is free.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     - `R1JAX_MULTI_HOST=1`: JAX detects the cluster, on Cloud TPU VMs (whose environment has no
       other sign; tpu_scripts/ sets it) and under Slurm or MPI. One host alone is fine, too.
 
-    Returns once all processes have joined, which may take five minutes.
-
-    Raises:
-      ValueError: a variable is not a number in range, or JAX knows of no other processes.
+    Returns once all processes have joined, which may take five minutes. Raises ValueError for a
+    variable that is not a number in range, or where JAX knows of no other processes.
     """
     if jax.distributed.is_initialized() or not (sign := _sign_of_others(environment)):
         return
@@ -87,7 +85,7 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int | None
     return int(text)
 
 
-class KeyValueStore(Protocol):
+class _KeyValueStore(Protocol):
     """What is used of JAX's `DistributedRuntimeClient`; it needs no device."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
@@ -98,15 +96,12 @@ class KeyValueStore(Protocol):
 
 @dataclass(frozen=True)
 class DistributedProcess:
-    """This process among those of the run, and the key-value store of `jax.distributed`.
-
-    The store is in process 0, at `address` (HOST:PORT).
-    """
+    """This process among those of the run, and the store of process 0, at `address` (HOST:PORT)."""
 
     index: int
     count: int
     address: str
-    store: KeyValueStore
+    store: _KeyValueStore
 
 
 def distributed_process() -> DistributedProcess | None:
@@ -127,14 +122,10 @@ _rounds = itertools.count()
 
 
 def agree(facts: Mapping[str, object], remedy: str) -> None:
-    """Returns if all processes have the same facts; all have to call it. Touches no device.
+    """Returns if all processes have the same facts (JSON); all have to call it. Touches no device.
 
-    Args:
-      facts: JSON; mappings may be nested.
-      remedy: what to do where they differ, as a sentence.
-
-    Raises:
-      DisagreementError: in every process: what differs, its values and which processes have them.
+    Raises DisagreementError in every process: what differs, its values and which processes have
+    them; then `remedy`, a sentence.
     """
     me = distributed_process()
     if me is None:
@@ -144,10 +135,8 @@ def agree(facts: Mapping[str, object], remedy: str) -> None:
     message = {"host": socket.gethostname(), "facts": facts}
     me.store.key_value_set(f"{keys}/{me.index}", json.dumps(message))
     if me.index == 0:
-        messages = [
-            json.loads(me.store.blocking_key_value_get(f"{keys}/{index}", wait))
-            for index in range(me.count)
-        ]
+        texts = (me.store.blocking_key_value_get(f"{keys}/{i}", wait) for i in range(me.count))
+        messages = [json.loads(text) for text in texts]
         lines = differences([m["facts"] for m in messages], [m["host"] for m in messages])
         me.store.key_value_set(f"{keys}/differences", json.dumps(lines))
     lines = json.loads(me.store.blocking_key_value_get(f"{keys}/differences", 2 * wait))
@@ -160,8 +149,7 @@ def agree(facts: Mapping[str, object], remedy: str) -> None:
 def differences(facts: Sequence[Mapping[str, object]], hosts: Sequence[str]) -> list[str]:
     """Facts that are not the same in all processes: `key.path: value in process 1 (host); ...`.
 
-    Args:
-      facts, hosts: of each process; the rarest value comes first.
+    The rarest value comes first.
     """
     leaves = [dict(_leaves(each)) for each in facts]
     lines = []
@@ -204,10 +192,7 @@ def process_batch_slice(layout: Layout) -> BatchSlice:
     """The slice of the batch that this process's devices hold.
 
     Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same slice,
-    and read and score the same rows.
-
-    Raises:
-      ValueError: two processes hold some, but not all of their rows in common.
+    and read and score the same rows. Raises ValueError if two hold some, but not all, in common.
     """
     processes = sorted({device.process_index for device in layout.mesh.devices.flat})
     held = {process: tuple(process_batch_parts(layout, process)) for process in processes}

@@ -19,6 +19,7 @@ from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
 from r1jax.evaluation.run_directory import language_models
+from r1jax.files import JsonObject
 from r1jax.metrics import HEARTBEAT, CompilationCounter, ProfiledSteps, Watchdog, memory
 from r1jax.peers import watched_peers
 from r1jax.processes import agree, distributed_process, wait_for_all
@@ -36,20 +37,12 @@ EXIT_PREEMPTED = 143
 
 
 def run(
-    config: RunConfig,
-    selection: Selection = EVERYTHING,
-    profile: ProfiledSteps | None = None,
+    config: RunConfig, selection: Selection = EVERYTHING, profile: ProfiledSteps | None = None
 ) -> int:
     """Run or resume the selected stages and write results.json and report.html.
 
-    Args:
-      profile: optimizer steps of train stages to trace.
-
-    Returns:
-      0, or `EXIT_PREEMPTED`.
-
-    Raises:
-      ValueError, RunError: with a message for the user; everything finished stays on disk.
+    Returns 0 or `EXIT_PREEMPTED`. Raises ValueError or RunError, with a message for the user;
+    everything finished stays on disk. `profile`: optimizer steps of train stages to trace.
     """
     with watched_peers():
         _agree_to_start(config, selection)
@@ -102,11 +95,8 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
         _check_needs(record, selected)
         if profile is not None:
             _check_profile(record, selected, profile)
-        left = [
-            stage
-            for stage in config.stages
-            if stage.name in selected and record.status(stage.name) != "done"
-        ]
+        chosen = [stage for stage in config.stages if stage.name in selected]
+        left = [stage for stage in chosen if record.status(stage.name) != "done"]
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
@@ -140,11 +130,7 @@ def _watchdog(run: ResolvedRun) -> AbstractContextManager[object]:
 
 
 def _run_stage(
-    stage: Stage,
-    run: ResolvedRun,
-    record: Record,
-    stop: StopSignal,
-    profile: ProfiledSteps | None,
+    stage: Stage, run: ResolvedRun, record: Record, stop: StopSignal, profile: ProfiledSteps | None
 ) -> None:
     HEARTBEAT.begin_stage(stage.name)
     directory = run.files.stage_directory(stage.name)
@@ -215,9 +201,7 @@ def export_run(
 ) -> Path:
     """Copy the Hugging Face directory of a stage; default: the last that left a language model.
 
-    Args:
-      dtype: of the copy's weights, as numpy names it, or `fp8` (`hugging_face.convert`); default:
-        the same.
+    dtype: as numpy names it, or `fp8` (`hugging_face.convert`); default: the same.
     """
     if stage is None:
         directories = language_models(run_dir)
@@ -245,17 +229,8 @@ def evaluation_config(config: RunConfig, model_path: str, stage_name: str | None
         raise ValueError(
             f"the config has no evaluate stage{f' named {stage_name!r}' if stage_name else ''}"
         )
-    model = config.model.model_copy(
-        update={"path": model_path, "config": None, "tokenizer": model_path}
-    )
-    stage = stages[-1].model_copy(update={"weights": None})
-    name = f"{config.name}-eval"
-    return config.model_copy(
-        update={
-            "model": model,
-            "models": {},
-            "stages": [stage],
-            "comparisons": [],
-            "name": name,
-        }
-    )
+    origin = {"path": model_path, "config": None, "tokenizer": model_path}
+    changes: JsonObject = {"name": f"{config.name}-eval", "models": {}, "comparisons": []}
+    changes["model"] = config.model.model_copy(update=origin)
+    changes["stages"] = [stages[-1].model_copy(update={"weights": None})]
+    return config.model_copy(update=changes)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from r1jax.compilation_cache import cache_directory, cache_in_use, use_compilation_cache
+from r1jax.compilation_cache import _cache_directory, cache_in_use, use_compilation_cache
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_where_auto_keeps_them(
     environment: dict[str, str],
     expected: str | None,
 ) -> None:
-    found = cache_directory(known, backend, processes, "gs://bucket/runs/", environment)
+    found = _cache_directory(known, backend, processes, "gs://bucket/runs/", environment)
     assert found == expected
 
 

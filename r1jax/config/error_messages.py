@@ -32,11 +32,7 @@ def name_of(data: JsonObject, path: KeyPath) -> str:
 def messages(
     data: JsonObject, error: ValidationError, unknown_keys_only: bool = False
 ) -> list[tuple[KeyPath, str]]:
-    """The errors as (key path, message), one for each value that is wrong; unknown keys first.
-
-    Args:
-      data: what was validated.
-    """
+    """The errors of `data` as (key path, message), one for each wrong value; unknown keys first."""
     found: dict[KeyPath, ErrorDetails] = {}
     errors = error.errors(include_url=False)
     for details in sorted(errors, key=lambda each: each["type"] not in _UNKNOWN_KEY):
@@ -83,16 +79,8 @@ def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
         value = value.get(path[-1]) if isinstance(value, dict) else None
     missing = kind in ("missing", "union_tag_not_found") or (kind == "kind" and value is None)
     given = f"{name} is missing" if missing else f"{name} = {show(value)}"
-    if (
-        kind.endswith("_type")
-        or kind.startswith("union_tag")
-        or kind
-        in (
-            "missing",
-            "int_from_float",
-            "literal_error",
-        )
-    ):
+    named = ("missing", "int_from_float", "literal_error")
+    if kind.endswith("_type") or kind.startswith("union_tag") or kind in named:
         expected = expected_at(data, path)
         near = difflib.get_close_matches(str(value), named_values(expected), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

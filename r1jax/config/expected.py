@@ -107,13 +107,8 @@ def describe(field: FieldInfo, above: Sequence[object] = ()) -> str:
     return " ".join([_TYPES.get(field.annotation, "a value"), " and ".join(limits)]).rstrip()
 
 
-_TYPES: dict[object, str] = {
-    str: "text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
+_TYPES: dict[object, str] = {str: "text", int: "an integer", float: "a number"}
+_TYPES |= {bool: "true or false", type(None): "null"}
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

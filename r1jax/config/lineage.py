@@ -1,8 +1,7 @@
 """What each stage's result depends on: the schedule as a graph, read off the config.
 
 A stage depends on its own settings, its model, the datasets and rewards that it names, and on the
-stages that its weights and datasets come from. Where a run looks on, what it prints and how it is
-laid out on devices changes no result.
+stages that its weights and datasets come from; not on what it prints or its layout on devices.
 """
 
 from __future__ import annotations
@@ -17,10 +16,7 @@ from r1jax.settings.model import MODEL
 
 @dataclass(frozen=True)
 class Edge:
-    """What `source` (a stage or a model) gives the stage `target`.
-
-    gives: `weights`, `data`, `rewriter` or `reward`.
-    """
+    """What `source` (a stage or a model) gives: `weights`, `data`, `rewriter` or `reward`."""
 
     source: str
     target: str

@@ -1,10 +1,8 @@
 """Reads a YAML file and `key.path=value` overrides into a `RunConfig`, or says what is wrong.
 
 All mistakes of a file and its command line are reported at once, each with its place, its value and
-what belongs there.
-
-Relative paths in a config (`jsonl:PATH`, `model.path`, `model.tokenizer`, `output`) are relative to
-the working directory, not to the config's folder: a packaged config must work from anywhere.
+what belongs there. Relative paths in a config are relative to the working directory: a packaged
+config must work from anywhere.
 """
 
 from __future__ import annotations
@@ -20,18 +18,10 @@ from r1jax.config.expected import stage_kinds
 from r1jax.config.packaged import find_config
 from r1jax.config.run_config import RunConfig
 from r1jax.config.settings_on_top import put_overrides, put_slice, read_document, read_text
-from r1jax.config.yaml_file import ConfigError, KeyPath, show, write_yaml
+from r1jax.config.yaml_file import ConfigError as ConfigError
+from r1jax.config.yaml_file import KeyPath, show, write_yaml
 from r1jax.files import JsonObject
 from r1jax.settings.data import DataSection
-
-__all__ = [
-    "ConfigError",
-    "dump_config",
-    "find_config",
-    "load_config",
-    "parse_config",
-    "slices_of",
-]
 
 
 def load_config(
@@ -46,8 +36,7 @@ def load_config(
         A section that the file leaves out keeps its other defaults.
       slice_name: an entry of the config's `slices`, whose settings come before the overrides.
 
-    Raises:
-      ConfigError: with every problem of the file and of the overrides.
+    Raises ConfigError with every problem of the file and of the overrides.
     """
     path = find_config(name_or_path)
     return parse_config(read_text(path), str(path), overrides, slice_name)
@@ -90,16 +79,13 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _fill_in(config: JsonObject) -> list[tuple[KeyPath, str]]:
-    """Puts into a config what its settings imply, such as `benchmark`.
-
-    Returns:
-      (key path, message) of values that are wrong.
-    """
+    """Puts into a config what its settings imply, such as `benchmark`; (key path, problem)."""
     given = config.get("data", {})
     datasets = given if isinstance(given, dict) else {}
-    filled: list[tuple[KeyPath, JsonObject, dict[str, str]]] = []
-    for index, stage, kind in stage_kinds(config):
-        filled.append((("stages", index), stage, kind.fill_in(stage, datasets)))
+    filled: list[tuple[KeyPath, JsonObject, dict[str, str]]] = [
+        (("stages", index), stage, kind.fill_in(stage, datasets))
+        for index, stage, kind in stage_kinds(config)
+    ]
     for name, section in datasets.items():
         if isinstance(section, dict):
             filled.append((("data", name), section, DataSection.fill_in(section)))

@@ -23,20 +23,14 @@ def packaged_configs() -> dict[str, Path]:
 
 def packaged_meshes() -> dict[str, Path]:
     """Name, such as `fsdp`, to file of configs/mesh."""
-    return {
-        name.removeprefix(_MESHES): path
-        for name, path in _packaged().items()
-        if name.startswith(_MESHES)
-    }
+    meshes = ((name, path) for name, path in _packaged().items() if name.startswith(_MESHES))
+    return {name.removeprefix(_MESHES): path for name, path in meshes}
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file meant by `name_or_path`: an existing file, or else the name of a packaged config.
+    """The file meant by `name_or_path`: an existing file (on a bucket, too), or a packaged config.
 
-    The file may be on a bucket (`gs://...`).
-
-    Raises:
-      ConfigError: there is neither; the message names the nearest packaged configs.
+    Raises ConfigError, which names the nearest packaged configs.
     """
     path = locate(name_or_path)
     if path.is_file():
@@ -53,11 +47,7 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def read_mesh(name: str) -> JsonObject:
-    """The mesh of this name, as from YAML.
-
-    Raises:
-      ValueError: there is none; the message names those that there are.
-    """
+    """The mesh of this name, as from YAML; ValueError, which names those that there are."""
     known = packaged_meshes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -68,20 +58,17 @@ def read_mesh(name: str) -> JsonObject:
 
 def packaged_shape(model: str) -> Path | None:
     """The `config.json` of a model on the hub, as published; None where it is not one of ours."""
-    folder = _folder()
-    path = None if folder is None else folder / "models" / f"{model}.json"
-    return path if path is not None and path.is_file() else None
+    path = _folder() / "models" / f"{model}.json"
+    return path if path.is_file() else None
 
 
 def _packaged() -> dict[str, Path]:
     folder = _folder()
-    if folder is None:
-        return {}
     files = sorted(folder.rglob("*.yaml"))
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
-def _folder() -> Path | None:
+def _folder() -> Path:
     # A wheel carries them inside the package; in a checkout they lie beside it.
-    folders = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-    return next((folder for folder in folders if folder.is_dir()), None)
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"

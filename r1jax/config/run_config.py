@@ -1,8 +1,7 @@
 """A whole run: one frozen, typed, validated tree read from one YAML file.
 
-Every class refuses unknown keys. Cross-field rules are checked here, before any compute; checks
-that need the model or the data (is the vocabulary large enough, does the file exist) happen when
-the run is resolved, still before any compute.
+Every class refuses unknown keys. Rules between fields are checked here; checks that need the model
+or the data happen when the run is resolved, still before any compute.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ def _of_its_kind(stage: object) -> object:
 
 
 class _ComparisonSection(Section):
-    """Checkpoints that the report puts side by side, such as a run with a reward and one without.
-
-    Each row is an evaluation, with what its weights took to train since what all rows share.
-    """
+    """Checkpoints that the report puts side by side, as of a run with a reward and one without."""
 
     title: str
     evaluations: list[str] = Field(min_length=2, description="Names of evaluate stages.")
@@ -48,10 +44,7 @@ class _ComparisonSection(Section):
 
 
 class _WatchdogSection(Section):
-    """What a process says when it stands still: what it was doing, and the stacks of its threads.
-
-    The time is longer than the first compilation of a large model takes.
-    """
+    """What a process says when it stands still: what it was doing, and its threads' stacks."""
 
     seconds: float = Field(1800.0, gt=0, description="Without any progress, after which it speaks.")
     abort: bool = Field(
@@ -182,9 +175,8 @@ class RunConfig(Section):
         """The stages that wrote a dataset."""
         section = self.data[data]
         if section.mixture:
-            return [
-                s for part in section.mixture if part in self.data for s in self.source_stages(part)
-            ]
+            parts = [part for part in section.mixture if part in self.data]
+            return [source for part in parts for source in self.source_stages(part)]
         kind, _, name = str(section.source).partition(":")
         return [name] if kind == "stage" else []
 

@@ -22,12 +22,7 @@ from pydantic import JsonValue
 
 from r1jax.config.expected import default_at
 from r1jax.config.packaged import find_config, read_mesh
-from r1jax.config.yaml_file import (
-    ConfigError,
-    KeyPath,
-    read_yaml,
-    show,
-)
+from r1jax.config.yaml_file import ConfigError, KeyPath, read_yaml, show
 from r1jax.files import JsonObject
 
 _COMMAND_LINE = "command line"
@@ -62,11 +57,8 @@ class Document:
         # A rule between keys may be broken by a setting of one of them. At the root that says
         # nothing about which.
         below = [each for at, each in self.on_top.items() if at[: len(path)] == path != at]
-        hints = [
-            f"with {each.text} from {each.place.replace(_COMMAND_LINE, 'the command line')}"
-            for each in below
-            if path
-        ]
+        named = [(e.text, e.place.replace(_COMMAND_LINE, "the command line")) for e in below]
+        hints = [f"with {text} from {place}" for text, place in named if path]
         self.problems.append(f"{place}: {message}" + (f" ({', '.join(hints)})" if hints else ""))
 
     def put(self, setting: _Setting) -> None:
@@ -131,12 +123,8 @@ def _step(node: JsonValue, parts: Sequence[str], path: KeyPath) -> tuple[str | i
 def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> Document:
     """The data of a file, or that of its base with the file's settings on top.
 
-    Args:
-      source: what messages call the file.
-      above: the files that are based on this one.
-
-    Raises:
-      ConfigError: it has no data with which to go on.
+    source: what messages call the file. above: the files that are based on this one. Raises
+    ConfigError if it has no data with which to go on.
     """
     file = read_yaml(text)
     places = {path: f"{source}:{line}" for path, line in file.lines.items()}

@@ -20,13 +20,8 @@ _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 class CompilationCounter:
     """Counts the XLA compilations of this process while it is open.
 
-    Every new program counts once, also one that comes from the persistent compilation cache. A
-    train loop whose count still grows after its first steps recompiles for changing shapes.
-
-    Attributes:
-      count, seconds: programs, and the time spent waiting for them.
-      cache_hits, cache_misses: programs found and not found in the persistent cache; both are 0
-        without one.
+    Every new program counts once, also one that comes from the persistent compilation cache, whose
+    hits and misses are counted too (0 without one). `seconds`: spent waiting for programs.
     """
 
     def __init__(self) -> None:

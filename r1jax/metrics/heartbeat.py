@@ -14,13 +14,9 @@ import jax
 class Heartbeat:
     """The progress of this process. A process runs one run, so there is one: `HEARTBEAT`.
 
-    Attributes:
-      stage: the stage that runs; empty before the first one.
-      step: finished work of the stage: optimizer steps, or prompts.
-      spans: names of the open spans, the outermost first.
-      last_span: the span that was closed last.
-      beats: number of beats so far.
-      last_beat: its time, in seconds of `time.monotonic`.
+    stage: that runs; empty before the first one. step: finished work of it: optimizer steps, or
+    prompts. spans: names of the open spans, the outermost first; last_span: closed last. beats:
+    so far; last_beat: its time, in seconds of `time.monotonic`.
     """
 
     stage: str = ""

@@ -13,7 +13,7 @@ OPTION = "--profile-steps"
 
 @dataclass(frozen=True)
 class ProfiledSteps:
-    """The optimizer steps `first` to `last`, both included, counted as metrics.jsonl does: from 1.
+    """The optimizer steps `first` to `last`, both included, counted from 1 as in metrics.jsonl.
 
     stage: of this train stage; None: of every train stage that has these steps.
     """
@@ -24,11 +24,7 @@ class ProfiledSteps:
 
     @staticmethod
     def parse(text: str) -> ProfiledSteps:
-        """Reads `[STAGE:]FIRST:LAST`.
-
-        Raises:
-          ValueError: it is something else.
-        """
+        """Reads `[STAGE:]FIRST:LAST`; raises ValueError for something else."""
         match = re.fullmatch(r"(?:([a-z0-9][a-z0-9_\-]*):)?(\d+):(\d+)", text, re.ASCII)
         if match is None:
             raise ValueError(
@@ -48,15 +44,11 @@ class ProfiledSteps:
 
 
 class StepProfiler:
-    """Traces some steps of one train loop.
+    """Traces some steps of one train loop (None: nothing) into a directory.
 
     A round of the loop takes data or samples, then makes one or more updates. The trace begins with
     the round of the first step, so that it holds the rollout which that step learns from, and ends
     after the last step.
-
-    Args:
-      steps: None: nothing is traced.
-      directory: of the trace.
     """
 
     def __init__(self, steps: ProfiledSteps | None, directory: Path) -> None:
@@ -72,11 +64,8 @@ class StepProfiler:
         self._end_of_round = done + updates
         if self._steps is None or self.wrote:
             return
-        if (
-            not self._tracing
-            and done < self._steps.last
-            and self._end_of_round >= self._steps.first
-        ):
+        due = done < self._steps.last and self._end_of_round >= self._steps.first
+        if due and not self._tracing:
             options = jax.profiler.ProfileOptions()
             # A span for every call of a Python function would be most of the file, and of the time.
             options.python_tracer_level = 0

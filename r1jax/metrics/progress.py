@@ -16,19 +16,10 @@ class Progress:
 
     On a terminal it is a live bar. Elsewhere (a log file, CI) it is one plain line every
     `every_seconds`, and one for the last step. In a process other than 0 it is silent.
+    `start`: steps already done, when resumed. `clock`: seconds, monotonic.
 
-    Args:
-      stage: its name.
-      total: steps of the stage.
-      start: steps already done, when resumed.
-      process_index: of this process.
-      console: where to write; default: standard output.
-      every_seconds: least time between two plain lines.
-      clock: seconds, monotonic.
-
-    Example:
-      with Progress("zero", total=200) as progress:
-          progress.update(1, {"reward": 0.4, "length": 120.0, "tokens_per_second": 5300.0})
+        with Progress("zero", total=200) as progress:
+            progress.update(1, {"reward": 0.4, "length": 120.0, "tokens_per_second": 5300.0})
     """
 
     def __init__(

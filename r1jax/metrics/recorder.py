@@ -1,9 +1,8 @@
 """The metric files of a stage, which a resumed run continues to the byte.
 
 `metrics.jsonl`, `samples.jsonl` and `held_out.jsonl` depend on the seed only, so two runs of one
-config write equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte
-offset per file) is saved in the checkpoint; a resumed run cuts the files there and writes on.
-Trackers show metrics and timings elsewhere and are never read back.
+config write equal bytes; wall-clock figures go to `timings.jsonl`. The cursor (a byte offset per
+file) is saved in the checkpoint. Trackers show metrics and timings and are never read back.
 """
 
 from __future__ import annotations
@@ -29,18 +28,14 @@ FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "held_out.jsonl")
 class Recorder:
     """Writes the metric files of one stage, and shows them in the trackers.
 
-    Args:
-      directory: of the stage; made if it is missing.
-      trackers: any of "tensorboard", "wandb".
-      run_name: name of the whole run, for trackers.
-      config: the resolved config as a JSON mapping, for trackers.
-      process_index: a process other than 0 writes nothing, and its cursor is empty.
-
-    Raises:
-      ModuleNotFoundError: a tracker's package is not installed; the message says how to install it.
-
     Opening a directory keeps what is in it, except for a last line that a killed process left
     unfinished. Call `rewind` next: with the checkpoint's cursor, or with {} when there is none.
+
+    Args:
+      directory: of the stage; made if it is missing.
+      trackers: any of "tensorboard", "wandb"; ModuleNotFoundError where one is not installed.
+      run_name, config: of the whole run, for trackers.
+      process_index: a process other than 0 writes nothing, and its cursor is empty.
     """
 
     def __init__(
@@ -71,9 +66,8 @@ class Recorder:
 
         Args:
           step: of the stage, counted in optimizer updates.
-          metrics: numbers, numpy scalars or zero-dimensional jax arrays. Device values are fetched
-            together. nan and infinities become the strings "nan", "inf" and "-inf", as JSON has no
-            such numbers.
+          metrics: numbers, numpy scalars or zero-dimensional jax arrays, fetched together. nan and
+            infinities become the strings "nan", "inf" and "-inf", as JSON has no such numbers.
 
         Raises:
           TypeError: a value has not exactly one element, or is no number (the metric is named).
@@ -105,13 +99,9 @@ class Recorder:
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def rewind(self, cursor: Mapping[str, int]) -> None:
-        """Cuts the files to `cursor`, so that the run continues from there.
+        """Cuts the files to `cursor` (see `cursor()`), so that the run continues from there.
 
-        Args:
-          cursor: from `cursor()`; a file that it does not name is emptied, so {} starts over.
-
-        Raises:
-          ValueError: a file is shorter than the cursor says.
+        A file that it does not name is emptied. Raises ValueError for a file that is shorter.
         """
         if not self._active:
             return

@@ -37,18 +37,17 @@ def open_tracker(
 ) -> Tracker:
     """Opens the tracker `name` for a stage whose metric files are in `directory`."""
     if name == "tensorboard":
-        return TensorBoard(directory)
+        return _TensorBoard(directory)
     if name == "wandb":
         return _WeightsAndBiases(directory, run_name, config)
     raise ValueError(f"tracker = {name!r}: not one of {', '.join(TRACKERS)}")
 
 
-class TensorBoard:
+class _TensorBoard:
     """An event file in DIRECTORY/tensorboard, made anew from the metric files when opened.
 
     The event files of a killed run end in a torn record and hold steps that the resumed run
-    repeats; readers treat both differently. So the JSON lines, already cut, are written once more,
-    and every step is there once.
+    repeats; readers treat both differently. So the JSON lines, already cut, are written once more.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -94,9 +93,8 @@ class TensorBoard:
         timings = self._directory / "timings.jsonl"
         if timings.exists():
             for row in read_rows(timings):
-                step, wall_time = row.pop("step"), row.pop("time")
-                wall_times[step] = wall_time
-                self.write(step, row, wall_time)
+                step, wall_times[step] = row.pop("step"), row.pop("time")
+                self.write(step, row, wall_times[step])
         metrics = self._directory / "metrics.jsonl"
         if metrics.exists():
             written = metrics.stat().st_mtime
@@ -106,10 +104,9 @@ class TensorBoard:
 
 
 class _WeightsAndBiases:
-    """One W&B run per stage; a resumed stage goes on in the same W&B run.
+    """One W&B run per stage, whose id is kept in DIRECTORY/wandb_id; a resumed stage goes on in it.
 
-    The run's id is drawn once and kept in DIRECTORY/wandb_id. W&B ignores steps that it already
-    has, and a resumed run repeats those with the same numbers.
+    W&B ignores steps that it already has, and a resumed run repeats those with the same numbers.
     """
 
     def __init__(self, directory: Path, run_name: str, config: Mapping[str, object]) -> None:

@@ -33,14 +33,8 @@ class Watchdog:
 
     After `seconds` without a beat, the stacks of all threads go to standard error and to a new file
     in `directory`; again after twice as long, and so on. That the process makes progress again is
-    reported, too. The process is ended only with `abort`.
-
-    Args:
-      seconds: without a beat.
-      directory: for the files; made when there is one to write.
-      abort: end the process with `EXIT_HUNG` after the first report.
-      process_index: of this process, which the report names.
-      end: ends the process. The main thread cannot do it: it hangs.
+    reported, too. With `abort` the process is ended with `EXIT_HUNG` after the first report, by
+    `end`: the main thread cannot do it, as it hangs.
     """
 
     def __init__(

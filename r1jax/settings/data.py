@@ -63,11 +63,7 @@ class DataSection(Section):
 
     @classmethod
     def fill_in(cls, section: JsonObject) -> dict[str, str]:
-        """Put what `benchmark` implies into a section as read from YAML.
-
-        Returns:
-          Key -> problem, for values that are wrong.
-        """
+        """Put what `benchmark` implies into a section as read from YAML; key -> problem."""
         if section.get("benchmark") is None:
             return {}
         try:
@@ -83,12 +79,9 @@ class DataSection(Section):
     def _source_or_mixture(self) -> DataSection:
         if (self.source is None) == (not self.mixture):
             raise ValueError("give exactly one of source and mixture")
-        plain = DataSection.model_construct()
-        given = [
-            name
-            for name in type(self).model_fields
-            if name != "mixture" and getattr(self, name) != getattr(plain, name)
-        ]
+        plain = DataSection.model_construct(mixture=self.mixture)
+        fields = type(self).model_fields
+        given = [name for name in fields if getattr(self, name) != getattr(plain, name)]
         if self.mixture and given:
             raise ValueError(
                 f"{given[0]} has no effect on a mixture; set it in the datasets that it names"

@@ -38,9 +38,8 @@ class WeightChange(Section):
 class BalanceSection(Section):
     """How the experts of a mixture are kept evenly used. Both are off at 0.
 
-    DeepSeek-V3 was pre-trained with 0.001 and 0.0001, and with a bias_speed of 0 in the end; it
-    does not say what fine-tuning and RL did. In RL biases that move choose other experts than those
-    that sampled.
+    DeepSeek-V3 was pre-trained with 0.001 and 0.0001, in the end with a bias_speed of 0. In RL
+    biases that move choose other experts than those that sampled.
     """
 
     bias_speed: float = Field(
@@ -55,10 +54,7 @@ class BalanceSection(Section):
 
 
 def check_changes(value: T) -> T:
-    """Raises ValueError unless the steps at which a setting changes start at 0 and increase.
-
-    A value that does not change passes.
-    """
+    """Raises ValueError unless the steps at which a setting changes start at 0 and increase."""
     if isinstance(value, list):
         steps = [change.step for change in value]
         if not steps or steps[0] != 0 or steps != sorted(set(steps)):

@@ -38,9 +38,7 @@ RewardSelection = list[str] | dict[str, RewardSection] | None
 class StageDescription:
     """What others need to know of a kind of stage, so that none of them knows it by name.
 
-    title: the kind in words, for the report.
-    leaves: its result: `weights` of a language model, weights of a `reward_model`, a `dataset`, or
-        an `evaluation`. The first two are train loops with checkpoints.
+    title: the kind in words. leaves: its result; the first two are train loops with checkpoints.
     makes_base: its weights are the base model that later stages are compared with.
     loss_note: what the report says below the curve of the loss.
     leading_panels: the report's panels to draw first: `loss`, `reward`, `preferences`, or a metric.
@@ -79,9 +77,8 @@ class Divided:
 
 @dataclass(frozen=True)
 class WeightsUse:
-    """Weights that a stage reads beside those that it starts from.
-
-    key: of the setting that names them. gives: what they are to the stage, for the schedule.
+    """Weights that a stage reads beside those that it starts from: the setting that names them, and
+    what they are to the stage.
     """
 
     key: str
@@ -93,10 +90,9 @@ class WeightsUse:
 class RewardModelFormat:
     """What the reward model that a stage leaves was trained on, and reads.
 
-    data: the dataset whose template renders a prompt with its response.
-    labelled: its rows say whether a response is safe, and the reward is the probability of that;
-        else its rows are pairs, and the reward is the model's output.
-    reads: of a response. max_tokens: of a text to train on.
+    data: the dataset whose template renders a prompt with its response. labelled: its rows say
+    whether a response is safe, and the reward is the probability of that; else they are pairs, and
+    it is the model's output. reads: of a response. max_tokens: of a text to train on.
     """
 
     data: str
@@ -108,10 +104,9 @@ class RewardModelFormat:
 class Stage(Section):
     """Settings of one stage of a run. A kind of stage is a subclass with its functions.
 
-    `FUNCTIONS` is the module with the kind's `check`, `programs` and `run` (`r1jax.stages`
-    describes them); empty for the module that defines the class. The built-in kinds keep them apart
-    so that reading a config imports no JAX. A kind overrides the methods below where it has
-    something to say; the defaults say that it has not.
+    `FUNCTIONS` is the module with the kind's `check`, `programs` and `run` (see `r1jax.stages`);
+    empty for the module that defines the class. The built-in kinds keep them apart so that reading
+    a config imports no JAX. A kind overrides those methods below where it has something to say.
     """
 
     FUNCTIONS: ClassVar[str] = ""
@@ -169,8 +164,7 @@ class Stage(Section):
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
         """Put what a setting implies into a stage and the config's `data`, as read from YAML.
 
-        Returns:
-          Key -> problem, for values that are wrong.
+        Returns key -> problem, for values that are wrong.
         """
         return {}
 

@@ -19,21 +19,18 @@ _OTHER_FORMATS = ["*/*", "consolidated*"]
 def resolve(path_or_name: str) -> Path:
     """The directory (local, or on a bucket) of this name; else the hub's repository, downloaded.
 
-    Raises:
-      ValueError: neither a directory nor a repository that can be reached.
+    Raises ValueError for neither a directory nor a repository that can be reached.
     """
-    path = _directory(path_or_name)
-    if path is not None:
+    if (path := _directory(path_or_name)) is not None:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
-                path_or_name, allow_patterns=_PATTERNS, ignore_patterns=_OTHER_FORMATS
-            )
+        folder = snapshot_download(
+            path_or_name, allow_patterns=_PATTERNS, ignore_patterns=_OTHER_FORMATS
         )
+        return Path(folder)
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise ValueError(
             f"model {path_or_name!r}: not a directory here, and the hub does not give it "
@@ -47,15 +44,10 @@ def find_config(path_or_name: str) -> JsonObject:
 
     The published shapes that come with r1jax need no network and give the same plan on every
     machine; a run reads the model's file, and `differences_from_published` compares the two.
-
-    Raises:
-      ValueError: neither a directory nor a repository that can be reached.
     """
-    path = _directory(path_or_name)
-    if path is not None:
+    if (path := _directory(path_or_name)) is not None:
         return read_config(path)
-    packaged = packaged_shape(path_or_name)
-    if packaged is not None:
+    if (packaged := packaged_shape(path_or_name)) is not None:
         return read_mapping(packaged)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -103,9 +95,7 @@ def read_config(directory: Path) -> JsonObject:
 def read_generation_config(directory: Path) -> JsonObject | None:
     """`generation_config.json` of a directory, or None; it names all EOS ids of a chat model."""
     path = locate(directory) / "generation_config.json"
-    if not path.is_file():
-        return None
-    return read_mapping(path)
+    return read_mapping(path) if path.is_file() else None
 
 
 def read_mapping(path: Path) -> JsonObject:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARD_BYTES = 2 << 30
+_ValuesIn = Callable[[np.dtype], np.ndarray]
 
 
 def export(
@@ -65,14 +66,11 @@ def export(
 
     Args:
       directory: written under a temporary name beside it and renamed, so that a killed export
-        leaves nothing half-written under this name. On a bucket (`gs://...`), which has no rename,
-        each file is there when it is complete, and `config.json`, without which there is no model,
-        is removed first and written last.
+        leaves nothing half-written. On a bucket (`gs://...`), which has no rename, `config.json`,
+        without which there is no model, is removed first and written last.
       params: the tree of `declare(model)`.
-      tokenizer: saved beside the weights.
       generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
-        are the tokenizer's. A model without logits generates nothing: only its `config.json` has
-        the ids.
+        are the tokenizer's. A model without logits has them in its `config.json` only.
       dtype: of the stored weights; default: that of each array. `fp8`: the matrices that DeepSeek
         releases in fp8 (`quantise`), and the others in bfloat16.
       max_shard_bytes: the largest safetensors file, unless one tensor is larger.
@@ -115,14 +113,8 @@ def convert(
 ) -> None:
     """Writes the model of a directory in another dtype; the other files beside it are copied.
 
-    One tensor is in memory at a time, and none is on a device.
-
-    Args:
-      source, directory: local, or on a bucket; `directory` as in `export`.
-      dtype, max_shard_bytes: as in `export`.
-
-    Raises:
-      ValueError: as `load_params` and `export` say.
+    One tensor is in memory at a time, and none is on a device. Both directories are local, or on a
+    bucket. Raises ValueError as `load_params` and `export`.
     """
     source = locate(source)
     raw = read_config(source)
@@ -140,10 +132,9 @@ def convert(
     weights = []
     for spec in jax.tree.leaves(declared, is_leaf=is_spec):
         names = stored_names(spec)
-        for name, original in [
-            *zip(names, names, strict=True),
-            *((c, names[0]) for c in spec.stored.copies),
-        ]:
+        originals = dict(zip(names, names, strict=True))
+        originals |= dict.fromkeys(spec.stored.copies, names[0])
+        for name, original in originals.items():
             values = partial(read, original, spec.stored.file_shape)
             weights.append(_stored(spec, name, spec.dtype(kind), fp8, values))
     former = {key: value for key, value in raw.items() if key != "quantization_config"}
@@ -186,10 +177,7 @@ def check_padding(
 
     A sequence classification there has no lengths: it reads a text's score at the last token that
     is not `pad_token_id`. Without one it takes no batches, and where EOS is the padding it would
-    read the token before EOS. Call it before training: `export` refuses, too, but after it.
-
-    Raises:
-      ValueError: there is no padding token, or it is the EOS that ends every text.
+    read the token before EOS; both raise ValueError. Call it before training: `export` is after it.
     """
     ids = _special_ids(tokenizer, generation_config)
     pad, eos = ids.get("pad_token_id"), getattr(tokenizer, "eos_token_id", None)
@@ -215,28 +203,17 @@ def _special_ids(
     ids = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = (generation_config or {}).get(key)
-        if value is None:
-            value = getattr(tokenizer, key, None)
-        if value is not None:
-            ids[key] = value
-    return ids
+        ids[key] = getattr(tokenizer, key, None) if value is None else value
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _format(weights: list[StoredWeight], model: ModelConfig, dtype: DTypeLike | None) -> JsonObject:
     """The dtypes in `config.json`."""
-    exact = {
-        name
-        for spec in jax.tree.leaves(declare(model), is_leaf=is_spec)
-        if spec.exact
-        for name in stored_names(spec)
-    }
-    kinds = {
-        DTYPES[tensor.code].name
-        for weight in weights
-        if len(weight.tensors) == 1  # not quantised
-        for name, tensor in weight.tensors.items()
-        if name not in exact
-    }
+    specs = jax.tree.leaves(declare(model), is_leaf=is_spec)
+    exact = {name for spec in specs if spec.exact for name in stored_names(spec)}
+    plain = (weight.tensors for weight in weights if len(weight.tensors) == 1)  # not quantised
+    named = (tensor for tensors in plain for tensor in tensors.items())
+    kinds = {DTYPES[tensor.code].name for name, tensor in named if name not in exact}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
     # transformers 5 reads `dtype`, earlier releases `torch_dtype`.
     quantisation = {"quantization_config": QUANTIZATION_CONFIG} if _is_fp8(dtype) else {}
@@ -244,14 +221,11 @@ def _format(weights: list[StoredWeight], model: ModelConfig, dtype: DTypeLike | 
 
 
 def _write(
-    target: Path,
-    weights: list[StoredWeight],
-    write_others: Callable[[Path], None],
-    max_shard_bytes: int,
+    target: Path, weights: list[StoredWeight], write_others: Callable[[Path], None], max_bytes: int
 ) -> None:
     """Writes a directory; `write_others(folder)` writes all but the weights."""
     if not on_bucket(target):
-        _write_and_rename(target, weights, write_others, max_shard_bytes)
+        _write_and_rename(target, weights, write_others, max_bytes)
         return
     config = target / "config.json"
     config.unlink(missing_ok=True)
@@ -259,32 +233,27 @@ def _write(
         stale.unlink()
     with TemporaryDirectory(prefix="r1jax-") as scratch:
         write_others(Path(scratch))
-        write_weights(target, weights, max_shard_bytes)
+        write_weights(target, weights, max_bytes)
         for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == config.name):
             if path.is_file():
                 (target / path.relative_to(scratch)).write_bytes(path.read_bytes())
 
 
 def _write_and_rename(
-    target: Path,
-    weights: list[StoredWeight],
-    write_others: Callable[[Path], None],
-    max_shard_bytes: int,
+    target: Path, weights: list[StoredWeight], write_others: Callable[[Path], None], max_bytes: int
 ) -> None:
     partial_dir = target.with_name(target.name + ".partial")
     shutil.rmtree(partial_dir, ignore_errors=True)
     partial_dir.mkdir(parents=True)
     write_others(partial_dir)
-    write_weights(partial_dir, weights, max_shard_bytes)
+    write_weights(partial_dir, weights, max_bytes)
+    # Moved aside first: removing takes longer than a rename and can fail half-way.
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        # Moved aside first: removing takes longer than a rename and can fail half-way.
-        replaced = target.with_name(target.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-        partial_dir.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        partial_dir.rename(target)
+    partial_dir.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @jax.jit
@@ -320,11 +289,7 @@ def stored_weights(
 
 
 def _stored(
-    spec: ParamSpec,
-    name: str,
-    dtype: DTypeLike,
-    fp8: bool,
-    values: Callable[[np.dtype], np.ndarray],
+    spec: ParamSpec, name: str, dtype: DTypeLike, fp8: bool, values: _ValuesIn
 ) -> StoredWeight:
     """One tensor of a weight, or the two of a quantised one; `values` gives it in a dtype."""
     shape, kind = spec.stored.file_shape, jnp.dtype(dtype)
@@ -334,12 +299,9 @@ def _stored(
             f"{', '.join(DTYPES[code].name for code in PLAIN)}"
         )
     if fp8 and is_quantised_matrix(name):
-        codes = TensorType(shape, CODES[FLOAT8])
-        scales = TensorType(scale_shape(shape), "F32")
-        exact = jnp.dtype(jnp.float32)
-        return StoredWeight(
-            {name: codes, scale_name(name): scales}, lambda: quantise(values(exact))
-        )
+        codes, scales = TensorType(shape, CODES[FLOAT8]), TensorType(scale_shape(shape), "F32")
+        parts, exact = {name: codes, scale_name(name): scales}, jnp.dtype(jnp.float32)
+        return StoredWeight(parts, lambda: quantise(values(exact)))
     return StoredWeight({name: TensorType(shape, CODES[kind])}, lambda: (values(kind),))
 
 

@@ -2,8 +2,7 @@
 
 A matrix `X.weight` [out, in] is stored as codes in float8_e4m3fn, and beside it
 `X.weight_scale_inv` [ceil(out / 128), ceil(in / 128)] in float32: a weight is its code times the
-scale of its block. Blocks at the edges are partial. (README_WEIGHTS.md of DeepSeek-V3, and its
-inference code, `weight_dequant`.)
+scale of its block (README_WEIGHTS.md of DeepSeek-V3, and `weight_dequant` of its inference code).
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ _VALUES = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 def is_quantised(config: JsonObject) -> bool:
     """Whether a `config.json` says that weights are in fp8, block by block.
 
-    Raises:
-      ValueError: they are quantised in another way.
+    Raises ValueError if they are quantised in another way.
     """
     given = config.get("quantization_config")
     if given is None:
@@ -95,12 +93,10 @@ def dequantise(
 def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of a matrix [rows, columns] of float32.
 
-    The largest of a block gets the largest code, 448: scale = max |w| / 448, code = w / scale,
-    rounded to the nearest. (DeepSeek-V3's inference code quantises so, `act_quant`; how the
-    released weights were made is not reported.)
-
-    So `dequantise` and this give the same codes again, even with a rounding to bfloat16 between
-    them; the scales then differ by a rounding, unless the product of scale and 448 is exact.
+    The largest of a block gets the largest code: scale = max |w| / 448, code = w / scale, rounded
+    to the nearest (`act_quant` of DeepSeek-V3's inference code; how the released weights were made
+    is not reported). So `dequantise` and this give the same codes again, even with a rounding to
+    bfloat16 between them; scales differ by a rounding, unless scale times 448 is exact.
     """
     rows, columns = values.shape
     codes = np.empty(values.shape, FLOAT8)

@@ -52,8 +52,7 @@ def load_params(
         `declare_head(model)`, these alone, are drawn from the key.
 
     Raises:
-      ValueError: tensors that are missing, not known or misshapen; all are named. Or weights that
-        are quantised in another way (`is_quantised`), or the head that would be drawn is there.
+      ValueError: as `check` and `is_quantised`, or the head that would be drawn is there.
     """
     directory = resolve(str(path))
     quantised = is_quantised(read_config(directory))
@@ -158,11 +157,7 @@ def _in_file(spec: ParamSpec, bounds: Bounds) -> list[tuple[int, int]]:
 
 
 def _read_part(
-    tensors: Tensors,
-    name: str,
-    spec: ParamSpec,
-    bounds: Bounds,
-    dtype: DTypeLike,
+    tensors: Tensors, name: str, spec: ParamSpec, bounds: Bounds, dtype: DTypeLike
 ) -> np.ndarray:
     """The part `bounds` of a weight.
 

@@ -26,10 +26,7 @@ _DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 def stored_names(spec: ParamSpec) -> list[str]:
-    """The checkpoint tensors of a weight: one, or one per layer, or per layer and expert.
-
-    Copies that a prediction module has of it are not among them.
-    """
+    """The checkpoint tensors of a weight, without copies: one, or one per layer (and expert)."""
     return [name for name, _ in entries(spec)]
 
 
@@ -47,9 +44,7 @@ def stored_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors of a checkpoint, copies and scales too.
 
-    Args:
-      declared: as `declare` gives it.
-      in_fp8: whether the matrix of this name is stored in fp8, and so has scales.
+    in_fp8: whether the matrix of this name is stored in fp8, and so has scales.
     """
     shapes = {
         name: spec.stored.file_shape
@@ -78,12 +73,8 @@ def check(
 ) -> None:
     """Checks that a directory holds these weights.
 
-    Args:
-      quantised: whether matrices may be in fp8.
-      ignored: tensors that may be there, too.
-
-    Raises:
-      ValueError: tensors that are missing, not known or misshapen; all are named.
+    quantised: whether matrices may be in fp8. ignored: tensors that may be there, too. Raises
+    ValueError, which names all tensors that are missing, not known or misshapen.
     """
     shapes = {name: type.shape for name, type in tensors.types.items()}
     codes = {name: type.code for name, type in tensors.types.items()}

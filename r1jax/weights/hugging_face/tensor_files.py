@@ -1,8 +1,7 @@
 """Tensors in safetensors files, local or on a bucket: read box by box, written one by one.
 
 The format (huggingface.co/docs/safetensors): the header's length in 8 bytes, the JSON header padded
-to a multiple of 8, then the data without gaps. It is read here and not by its library, which has no
-float8 for numpy and reads no buckets.
+to a multiple of 8, then the data. Its library has no float8 for numpy and reads no buckets.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ class TensorType:
 
 
 class Tensors:
-    """The tensors of a directory, by name; `read` reads the data, box by box.
-
-    types: name -> type, from the files' headers.
-    """
+    """The tensors of a directory, by name, with their `types` from the files' headers."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ValueError for files that are missing, cut off or of another format."""
@@ -100,10 +96,7 @@ class Tensors:
 
 
 class _File:
-    """A file whose header is read.
-
-    starts: offset in bytes of each tensor's data.
-    """
+    """A file whose header is read; `starts`: offset in bytes of each tensor's data."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -145,8 +138,7 @@ class _File:
 class StoredWeight:
     """A weight as files hold it: one tensor, or codes and their scales, which lie in one file.
 
-    tensors: name -> type.
-    values: brings the tensors to the host, in this order.
+    tensors: name -> type. values: brings the tensors to the host, in this order.
     """
 
     tensors: Mapping[str, TensorType]
