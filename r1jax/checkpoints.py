@@ -116,9 +116,8 @@ class Checkpoints:
     ) -> tuple[int, PyTree[Array], JsonObject] | None:
         """Reads the newest finished checkpoint onto the devices of the shardings in `abstract`.
 
-        Args:
-          abstract: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was
-            saved. The devices may differ from those that saved.
+        `abstract`: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was
+        saved. The devices may differ from those that saved.
 
         Returns (step, arrays with the requested shardings, metadata), or None when there is none.
         Raises ValueError for leaves that are missing, unexpected, or of another shape or dtype.

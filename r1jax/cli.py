@@ -132,7 +132,7 @@ def run(
     settings = load_config(config, overrides or (), slice_name)
 
     from r1jax import recipe
-    from r1jax.metrics import ProfiledSteps
+    from r1jax.metrics.profiling import ProfiledSteps
     from r1jax.processes import join_processes
     from r1jax.run.selection import Selection
 
@@ -342,12 +342,8 @@ def evaluate(
     elif config is not None or trained is not None:
         settings = load_config(config or recorded, overrides or ())
     else:
-        raise ConfigError(
-            [
-                f"{model} is not a run's directory: say how to evaluate it with --benchmark NAME "
-                "or --config FILE"
-            ]
-        )
+        needed = "say how to evaluate it with --benchmark NAME or --config FILE"
+        raise ConfigError([f"{model} is not a run's directory: {needed}"])
 
     from r1jax import recipe
     from r1jax.processes import join_processes
@@ -495,13 +491,10 @@ def report(
     for directory in run_directories:
         _require_run(locate(directory))
     if out is None and len(run_directories) > 1:
-        raise ConfigError(
-            [
-                f"{len(run_directories)} runs: say with --out DIR where their common report goes; "
-                "or give one run, for the report inside it"
-            ]
-        )
-    from r1jax.report import write_report, write_seeds_report
+        needed = "say with --out DIR where their common report goes; or give one run, for the"
+        raise ConfigError([f"{len(run_directories)} runs: {needed} report inside it"])
+    from r1jax.report.page import write_report
+    from r1jax.report.seeds import write_seeds_report
 
     with ExitStack() as copies:
         directories = [copies.enter_context(local_copy(each)) for each in run_directories]
@@ -579,8 +572,7 @@ def _final_weights(run_directory: str, config: RunConfig) -> str:
     """The weights that a run's last train stage left, or those that it only evaluated."""
     from r1jax.evaluation.run_directory import language_models
 
-    trained = language_models(run_directory)
-    if trained:
+    if trained := language_models(run_directory):
         return str(trained[-1])
     if config.model.path is None:
         raise ValueError(f"{run_directory} has no finished train stage to evaluate")

@@ -1,10 +1,9 @@
 """The other processes of a run: when one is lost, all stop, and each says which it was.
 
-JAX notices a lost process as well, but only after 100 s, and does not name it; and a process that
-fails alone would wait 300 s at JAX's exit for others that wait for it. So every process of a run
-writes a heartbeat to the key-value store of `jax.distributed` (which is in process 0) every two
-seconds. Process 0 checks those of all others, the others check its. Nothing here is a collective:
-it works while the devices hang.
+JAX notices a lost process only after 100 s, and does not name it; and a process that fails alone
+would wait 300 s at JAX's exit for others. So every process writes a heartbeat to the key-value
+store of `jax.distributed` (in process 0) every two seconds. Process 0 checks those of all others,
+the others check its. Nothing here is a collective: it works while the devices hang.
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ def watched_peers() -> Iterator[None]:
     A process whose body raises waits a moment for the others to fail alike: most errors are
     everybody's, and end in the usual way. Where the others go on without it, they end with
     `EXIT_PEER_LOST` and a line with its error, and it ends with status 1 without waiting for them.
-
-    With one process it does nothing.
     """
     me = distributed_process()
     if me is None:
@@ -67,7 +64,7 @@ def watched_peers() -> Iterator[None]:
     watch.leave()
 
 
-class Heartbeats:
+class _Heartbeats:
     """When each peer's heartbeat last changed. Times are seconds of one clock."""
 
     def __init__(self, peers: Iterable[int], now: float) -> None:
@@ -104,7 +101,7 @@ class _Watch:
     def __init__(self, me: DistributedProcess) -> None:
         self._store, self._index, self._count = me.store, me.index, me.count
         peers = range(1, me.count) if me.index == 0 else [0]
-        self._heartbeats = Heartbeats(peers, time.monotonic())
+        self._heartbeats = _Heartbeats(peers, time.monotonic())
         self._over = threading.Event()
         self._ending = threading.Lock()
         self._witness = None if me.index == 0 else _Witness(me)
@@ -126,10 +123,11 @@ class _Watch:
     def await_heartbeats(self) -> None:
         """Returns once all others have a new heartbeat; without one, the threads end it."""
         before = [each["heartbeat"] for each in self._read().values() if "heartbeat" in each]
-        self._wait_until(
-            lambda status: "end" in status or status.get("heartbeat") not in before,
-            seconds=TIMEOUT + GRACE,
-        )
+
+        def renewed(status: Status) -> bool:
+            return "end" in status or status.get("heartbeat") not in before
+
+        self._wait_until(renewed, seconds=TIMEOUT + GRACE)
 
     def fail(self, error: BaseException) -> None:
         """Publishes it and waits for the others to end; if they do not, skips JAX's exit."""

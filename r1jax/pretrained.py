@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.data import Example, encode_prompt
+from r1jax.data.example import Example
+from r1jax.data.prompts import encode_prompt
 from r1jax.evaluation.run_directory import language_models
 from r1jax.models import Decoder, right_padded, token_log_probs
 from r1jax.models.parameters import Params

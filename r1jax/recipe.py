@@ -20,10 +20,13 @@ from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
 from r1jax.evaluation.run_directory import language_models
 from r1jax.files import JsonObject
-from r1jax.metrics import HEARTBEAT, CompilationCounter, ProfiledSteps, Watchdog, memory
+from r1jax.metrics.compilations import CompilationCounter, memory
+from r1jax.metrics.heartbeat import HEARTBEAT
+from r1jax.metrics.profiling import ProfiledSteps
+from r1jax.metrics.watchdog import Watchdog
 from r1jax.peers import watched_peers
 from r1jax.processes import agree, distributed_process, wait_for_all
-from r1jax.report import write_report
+from r1jax.report.page import write_report
 from r1jax.run.record import Record, open_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
@@ -137,7 +140,7 @@ def _run_stage(
     directory.mkdir(parents=True, exist_ok=True)
     record.mark(stage, "running", record.seconds(stage.name))
     with CompilationCounter() as compilations:
-        traced = profiled_steps(profile, stage)
+        traced = _profiled_steps(profile, stage)
         stage_run = StageRun(
             **vars(run), directory=directory, record=record, stop=stop, profile=traced
         )
@@ -145,7 +148,7 @@ def _run_stage(
     record.note_machine(stage, {**compilations.figures(), **memory()})
 
 
-def profiled_steps(profile: ProfiledSteps | None, stage: Stage) -> ProfiledSteps | None:
+def _profiled_steps(profile: ProfiledSteps | None, stage: Stage) -> ProfiledSteps | None:
     """What to trace of a stage in this process: process 0 traces, for all are alike."""
     if profile is None or profile.stage not in (None, stage.name) or jax.process_index() > 0:
         return None

@@ -495,7 +495,8 @@ def write_lines(path: Path, rows: Iterable[JsonObject]) -> None:
 
 
 if __name__ == "__main__":
-    from r1jax.report import write_report, write_seeds_report
+    from r1jax.report.page import write_report
+    from r1jax.report.seeds import write_seeds_report
 
     directory, *options = sys.argv[1:]
     make = fabricate_recipe if "recipe" in options else fabricate

@@ -12,7 +12,7 @@ from typing import Any
 from killed_run import ask_to_stop, die_in, kill
 
 from r1jax import cli, recipe
-from r1jax.data import load_examples
+from r1jax.data.examples import load_examples
 from r1jax.rollouts.scoring import RewardScorer
 from r1jax.run import datasets
 from r1jax.sharding import split_cpu

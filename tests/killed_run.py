@@ -16,7 +16,7 @@ from typing import Any
 from r1jax import recipe
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
-from r1jax.metrics import Recorder
+from r1jax.metrics.recorder import Recorder
 from r1jax.rollouts.scoring import RewardScorer
 from r1jax.stages.grpo import stage as grpo
 from r1jax.weights.hugging_face import exporting

@@ -29,10 +29,11 @@ from r1jax.bucket import WorkingCopy, check_access, locate, read_range
 from r1jax.checkpoints import Checkpoints
 from r1jax.cli import app
 from r1jax.config.load import load_config
-from r1jax.data import load_tokenizer
 from r1jax.data.sources import read_jsonl
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.evaluation.run_directory import language_models
-from r1jax.metrics import HEARTBEAT, Watchdog
+from r1jax.metrics.heartbeat import HEARTBEAT
+from r1jax.metrics.watchdog import Watchdog
 from r1jax.models import ModelConfig, abstract_params
 from r1jax.models.parameters import Params
 from r1jax.sharding import Layout, make_layout, single_device

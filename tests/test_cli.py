@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
-from r1jax.metrics import ProfiledSteps
+from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.run.selection import Selection
 from r1jax.run.stop import RunError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from r1jax.peers import GRACE, INTERVAL, JOIN_TIMEOUT, TIMEOUT, Heartbeats, watched_peers
+from r1jax.peers import GRACE, INTERVAL, JOIN_TIMEOUT, TIMEOUT, _Heartbeats, watched_peers
 
 
 def status(host: str, heartbeat: int, end: str | None = None) -> dict[str, str]:
@@ -10,7 +10,7 @@ def status(host: str, heartbeat: int, end: str | None = None) -> dict[str, str]:
 
 
 def test_a_process_is_lost_a_while_after_its_last_sign_of_life() -> None:
-    heartbeats = Heartbeats([1, 2], now=100.0)
+    heartbeats = _Heartbeats([1, 2], now=100.0)
     heartbeats.update({1: status("b", 1), 2: status("c", 1)}, now=102.0)
     heartbeats.update({1: status("b", 1), 2: status("c", 2)}, now=120.0)
     # Process 1 was last seen at 102, process 2 at 120.
@@ -28,7 +28,7 @@ def test_a_lost_process_is_reported_within_a_minute() -> None:
 
 
 def test_processes_may_come_late_but_not_never() -> None:
-    heartbeats = Heartbeats([1], now=0.0)
+    heartbeats = _Heartbeats([1], now=0.0)
     assert heartbeats.verdict(JOIN_TIMEOUT) is None
     assert "process 1 (which never came) is lost" in str(heartbeats.verdict(JOIN_TIMEOUT + 1))
     heartbeats.update({1: status("b", 1)}, now=200.0)
@@ -36,13 +36,13 @@ def test_processes_may_come_late_but_not_never() -> None:
 
 
 def test_a_process_that_left_is_not_lost() -> None:
-    heartbeats = Heartbeats([1], now=0.0)
+    heartbeats = _Heartbeats([1], now=0.0)
     heartbeats.update({1: status("b", 7, "left")}, now=10.0)
     assert heartbeats.verdict(10_000.0) is None
 
 
 def test_a_failure_may_be_that_of_all_processes_at_first() -> None:
-    heartbeats = Heartbeats([1, 2], now=0.0)
+    heartbeats = _Heartbeats([1, 2], now=0.0)
     failed = status("c", 3, "failed OSError: the disk is full")
     heartbeats.update({1: status("b", 3), 2: failed}, now=10.0)
     assert heartbeats.verdict(10.0 + GRACE) is None
@@ -53,7 +53,7 @@ def test_a_failure_may_be_that_of_all_processes_at_first() -> None:
 
 
 def test_a_process_that_was_stopped_does_not_blame_the_others() -> None:
-    heartbeats = Heartbeats([1], now=0.0)
+    heartbeats = _Heartbeats([1], now=0.0)
     heartbeats.update({1: status("b", 1)}, now=1.0)
     heartbeats.excuse(500.0)
     assert heartbeats.verdict(501.0 + TIMEOUT) is None

@@ -39,7 +39,7 @@ class _Setting:
 
 
 @dataclass
-class Document:
+class _Document:
     """Plain data, where (`file:line` or the command line) each part of it is from, and what is
     wrong with it so far. `on_top` has the settings that gave values, by key path."""
 
@@ -120,7 +120,7 @@ def _step(node: JsonValue, parts: Sequence[str], path: KeyPath) -> tuple[str | i
     raise LookupError(f"{where} has {len(node)} entries and none is {parts[0]!r}{hint}")
 
 
-def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> Document:
+def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> _Document:
     """The data of a file, or that of its base with the file's settings on top.
 
     source: what messages call the file. above: the files that are based on this one. Raises
@@ -149,7 +149,7 @@ def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> Docume
         for setting in _settings(data, (), places):
             document.put(setting)
         return document
-    document = Document(source, data, places, slices, problems=problems)
+    document = _Document(source, data, places, slices, problems=problems)
     try:
         if "mesh" in data:
             data["mesh"] = _mesh(("mesh",), data["mesh"])
@@ -159,7 +159,7 @@ def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> Docume
     return document
 
 
-def _read_base(base: str, place: str, above: tuple[str, ...]) -> Document:
+def _read_base(base: str, place: str, above: tuple[str, ...]) -> _Document:
     try:
         path = find_config(base)
     except ConfigError as error:
@@ -186,7 +186,7 @@ def read_text(path: Path) -> str:
         raise ConfigError([f"{path}: not a text file in UTF-8"]) from None
 
 
-def put_slice(document: Document, name: str) -> None:
+def put_slice(document: _Document, name: str) -> None:
     """Puts the settings of a slice on top."""
     if name not in document.slices:
         known = ", ".join(document.slices)
@@ -196,7 +196,7 @@ def put_slice(document: Document, name: str) -> None:
         document.put(setting)
 
 
-def put_overrides(document: Document, overrides: Sequence[str]) -> None:
+def put_overrides(document: _Document, overrides: Sequence[str]) -> None:
     """Puts settings of the command line on top: `key.path=value`, where the value is YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")

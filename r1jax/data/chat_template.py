@@ -123,9 +123,8 @@ def turn_end(
 ) -> _TurnEnd:
     """How the section's template ends the assistant's turns; `stop_ids`: see `stop_token_ids`.
 
-    Raises:
-        ValueError: the tokenizer's chat template is missing, leaves the assistant's message out or
-            writes markers that are no tokens; or a turn does not end in a stop token.
+    Raises ValueError: the tokenizer's chat template is missing, leaves the assistant's message out
+    or writes markers that are no tokens; or a turn does not end in a stop token.
     """
     stops = tuple(stop for stop in (str(tokenizer.decode([i])) for i in stop_ids) if stop)
     end = tokenizer.eos_token
@@ -167,12 +166,10 @@ def render_conversation(
 
     The last turn is trained. An earlier one is trained only where the conversation up to its end,
     as the sampler would have met it, is a beginning of the last turn's prompt. Templates of
-    reasoning models break that on purpose: they drop the thoughts of past turns, so that the text
-    no longer holds what the assistant wrote, and training on the rest would teach it to answer
-    without a thought.
+    reasoning models drop the thoughts of past turns, so that training on the rest would teach it to
+    answer without a thought.
 
-    Raises:
-        ValueError: the template cannot hold the messages, or an assistant's message is empty.
+    Raises ValueError: the template cannot hold the messages, or an assistant's message is empty.
     """
     *before, last = messages
     if section.template == "chat":

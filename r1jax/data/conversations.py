@@ -34,13 +34,11 @@ def encode_conversations(
     user message). A prompt is encoded apart from the turn after it, as sampled ids follow a
     prompt's ids. `max_prompt_tokens` has no effect: the row length bounds whole documents.
 
-    Args:
-        stop_ids: Every id that ends a completion (`stop_token_ids`).
+    `stop_ids`: Every id that ends a completion (`stop_token_ids`).
 
-    Raises:
-        ValueError: the template is unknown, lacks or refuses something, or has markers that are no
-            tokens; an example has no response, or one that is empty or goes on after a stop token
-            (names the row).
+    Raises ValueError: the template is unknown, lacks or refuses something, or has markers that are
+    no tokens; an example has no response, or one that is empty or goes on after a stop token (names
+    the row).
     """
     check_template(section)
     end = turn_end(section, tokenizer, stop_ids)

@@ -1,8 +1,7 @@
 """Evaluation questions and duplicates, which must not be trained on.
 
 DeepSeek-R1 (arXiv 2501.12948v2) drops training data that shares a 10-gram with an evaluation set.
-How it cuts texts into words is not reported; here they are those of `r1jax.rewards.words`, in
-lower case, so that spacing and punctuation make no difference.
+How it cuts texts into words is not reported; here they are those of `r1jax.rewards.words`.
 """
 
 from __future__ import annotations
@@ -23,12 +22,7 @@ _AROUND_SIGNS = re.compile(r"\s+(?=[^\w\s])|(?<=[^\w\s])\s+")
 
 @dataclass(frozen=True, slots=True)
 class EvaluationNgrams:
-    """Every run of `n` words in a collection of evaluation questions.
-
-    Attributes:
-        n: Words in a run; a Chinese character counts as a word.
-        keys: The runs, and the whole of each question that has fewer words.
-    """
+    """Every run of `n` words in a collection of evaluation questions, and all of shorter questions."""
 
     n: int
     keys: frozenset[str]
@@ -37,10 +31,7 @@ class EvaluationNgrams:
     def of(cls, questions: Iterable[str], *, n: int = 10) -> Self:
         """Collects the n-grams of bare questions: no template, no `put your answer in a box`.
 
-        Any sentence that is common to questions and training texts makes all of them overlap.
-
-        Raises:
-            ValueError: n < 1, or a question has nothing but punctuation.
+        Raises ValueError: n < 1, or a question has nothing but punctuation.
         """
         if n < 1:
             raise ValueError(f"n = {n}: an n-gram has at least one word")

@@ -103,9 +103,8 @@ class PackedRows(Generic[Item]):
             (from 0 in each), int32 [n_rows / processes, T]; `trained`, bool of the same shape: the
             token is a target of the loss (`Document.trained`).
 
-        Raises:
-            ValueError: `n_rows` is not a positive multiple of the process count, or no document
-                of a whole epoch fits into a row.
+        Raises ValueError: `n_rows` is not a positive multiple of the process count, or no document
+        of a whole epoch fits into a row.
         """
         local = local_slice(n_rows, self._process_index, self._process_count)
         rows: list[list[Document]] = []
@@ -193,9 +192,8 @@ def packed_once(
     Packed window by window as in `PackedRows`, but not shuffled. Documents longer than a row are
     left out; `segment_ids.max(axis=1).sum()` is the number of those that a batch holds.
 
-    Args:
-        rows_per_batch: N, of all processes together. The last batch is filled up with empty rows
-            (segment id 0, nothing trained), so all have the same shape, on every process.
+    `rows_per_batch`: N, of all processes together. The last batch is filled up with empty rows
+    (segment id 0, nothing trained), so all have the same shape, on every process.
 
     Yields:
         This process's slice of each batch, with the arrays of `PackedRows.take`.

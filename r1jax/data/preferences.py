@@ -13,7 +13,7 @@ from r1jax.data.example import Split
 from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
 from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
-from r1jax.data.tasks import PreferenceTask, Task
+from r1jax.data.tasks.task import PreferenceTask, Task
 from r1jax.data.tokenizers import encode_texts
 from r1jax.rewards.extraction import after_thinking
 
@@ -66,9 +66,8 @@ def load_pairs(section: DataSection) -> Sequence[PreferencePair]:
 
     With `held_out_fraction` rows are split by their prompt, as examples are.
 
-    Raises:
-        ValueError: the source has no preferences, or a row lacks a field or has an empty one.
-            Other errors are those of `load_examples`.
+    Raises ValueError: the source has no preferences, or a row lacks a field or has an empty one.
+    Other errors are those of `load_examples`.
     """
 
     def to_pair(row: _Fields, index: int) -> PreferencePair:
@@ -194,9 +193,8 @@ def encode_responses(
         prompts: Questions without template, one for each response; each is encoded once.
         responses: Without or with the EOS that ends them.
 
-    Raises:
-        ValueError: the template does not apply, the tokenizer has no EOS token, or it cannot encode
-            a text.
+    Raises ValueError: the template does not apply, the tokenizer has no EOS token, or it cannot
+    encode a text.
     """
     check_template(section)
     if tokenizer.eos_token_id is None:
@@ -240,12 +238,10 @@ def encode_preferences(
 
     A pair is kept or dropped as a whole, never cut: a reward model reads how a text ends.
 
-    Args:
-        max_tokens: The most that a text (prompt, what is read of the response, EOS) may have;
-            8192 in the R1 paper.
+    `max_tokens`: The most that a text (prompt, what is read of the response, EOS) may have; 8192 in
+    the R1 paper.
 
-    Raises:
-        ValueError: no row is left (with the count of each reason), or as `encode_responses`.
+    Raises ValueError: no row is left (with the count of each reason), or as `encode_responses`.
     """
     kept: list[EncodedPreference] = []
     dropped = {"without a summary after the thought": 0, "too long": 0, "with equal sides": 0}

@@ -67,8 +67,7 @@ def encode_prompts(
         The prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens;
         and a sentence that counts them.
 
-    Raises:
-        ValueError: all prompts are too long, one has no tokens, or a template does not apply.
+    Raises ValueError: all prompts are too long, one has no tokens, or a template does not apply.
     """
     check_template(section)
     prompts: list[Prompt] = []

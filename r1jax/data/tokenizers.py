@@ -32,8 +32,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a directory (local or on a bucket), a hub name, or `characters:NAME`.
 
-    Raises:
-        ValueError: there is no task NAME, or nothing can be loaded from the directory or hub.
+    Raises ValueError: there is no task NAME, or nothing can be loaded from the directory or hub.
     """
     if name_or_path.startswith(CHARACTERS):
         name = name_or_path.removeprefix(CHARACTERS)
@@ -83,8 +82,7 @@ def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
     a byte-level BPE with Qwen2's pre-tokenizer. Wherever a pre-tokenizer cuts, the bytes between
     the cuts stay single tokens, so the ids are the same with every family's.
 
-    Raises:
-        ValueError: a character occurs twice, or is not ASCII (and so more than one byte).
+    Raises ValueError: a character occurs twice, or is not ASCII (and so more than one byte).
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -125,8 +123,7 @@ def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of each text exactly as it stands: no special token is added.
 
-    Raises:
-        ValueError: the tokenizer has no token for a part of a text; names that text.
+    Raises ValueError: the tokenizer has no token for a part of a text; names that text.
     """
     if not texts:
         return []
@@ -239,8 +236,7 @@ def stop_token_ids(
 ) -> tuple[int, ...]:
     """Every id that ends a completion: the generation config's, then the tokenizer's own EOS.
 
-    Raises:
-        ValueError: neither names one; a completion could then never end.
+    Raises ValueError: neither names one; a completion could then never end.
     """
     declared = (generation_config or {}).get("eos_token_id")
     ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]

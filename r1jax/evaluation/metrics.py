@@ -277,8 +277,7 @@ def summarise(
       every sample, figures of correctness are null. Where the rows are of several domains,
       `by_domain` has all of this for each of them.
 
-    Raises:
-      ValueError: no samples, a sample twice, or problems with different numbers of samples.
+    Raises ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
     problems: dict[int, dict[int, _Sample]] = {}
     domains: dict[int, str] = {}

@@ -92,7 +92,7 @@ def mean_over_seeds(values: Sequence[float], *, is_share: bool) -> Estimate:
     return Estimate(mean, low, high)
 
 
-def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
+def _summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
     """The figures of one evaluation over seeds; a single seed's summary is returned as it is.
 
     Each `{"value", "low", "high"}` is over seeds, by domain and by reward too. A figure that one
@@ -109,7 +109,7 @@ def summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
             figures = [math.nan if (v := t.get("value")) is None else float(v) for t in tables]
             merged[name] = mean_over_seeds(figures, is_share=is_share).to_json()
         elif any(any(isinstance(inner, Mapping) for inner in table.values()) for table in tables):
-            merged[name] = summary_over_seeds(tables)
+            merged[name] = _summary_over_seeds(tables)
         elif all(value == values[0] for value in values):
             merged[name] = values[0]
     return merged
@@ -125,7 +125,7 @@ def mean_run(runs: Sequence[Run]) -> Run:
         phases = dict.fromkeys(phase for stage in stages for phase in stage.seconds)
         seconds = {p: sum(s.seconds.get(p, 0.0) for s in stages) / len(stages) for p in phases}
         summaries = [stage.summary or {} for stage in stages]
-        summary = summary_over_seeds(summaries) if stages[0].is_evaluation else None
+        summary = _summary_over_seeds(summaries) if stages[0].is_evaluation else None
         return replace(stages[0], directory=None, seconds=seconds, summary=summary)
 
     records = zip(*(run.stages for run in runs), strict=True)
@@ -205,18 +205,13 @@ def results_over_seeds(runs: Sequence[Run]) -> JsonObject:
         "name": mean.config.get("name"),
         "seeds": [seed_of(run) for run in runs],
         "evaluations": [
-            {
-                **(evaluation(mean, stage) or {}),
-                "by_seed": {seed: r.summary for seed, r in zip(seeds, records, strict=True)},
-            }
+            (evaluation(mean, stage) or {})
+            | {"by_seed": {seed: r.summary for seed, r in zip(seeds, records, strict=True)}}
             for stage, records in zip(mean.stages, stages, strict=True)
             if stage.is_evaluation
         ],
         "wall_seconds": spread([wall_seconds(run)["total"] for run in runs]),
-        "stage_seconds": {
-            records[0].name: spread([record.total_seconds for record in records])
-            for records in stages
-        },
+        "stage_seconds": {each[0].name: spread([r.total_seconds for r in each]) for each in stages},
         "curves": [
             {
                 "stage": each.stage,

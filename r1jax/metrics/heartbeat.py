@@ -11,7 +11,7 @@ import jax
 
 
 @dataclass
-class Heartbeat:
+class _Heartbeat:
     """The progress of this process. A process runs one run, so there is one: `HEARTBEAT`.
 
     stage: that runs; empty before the first one. step: finished work of it: optimizer steps, or
@@ -52,7 +52,7 @@ class Heartbeat:
         return f"{position}, after {self.last_span}" if self.last_span else position
 
 
-HEARTBEAT = Heartbeat()
+HEARTBEAT = _Heartbeat()
 
 
 @contextmanager

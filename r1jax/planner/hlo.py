@@ -18,7 +18,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 @dataclass(frozen=True)
-class Shape:
+class _Shape:
     """An array. `in_hbm` is false for what the compiler keeps in a chip's faster memory."""
 
     dtype: str
@@ -41,7 +41,7 @@ class _Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[_Shape, ...]
     operands: tuple[str, ...]
     arguments: str
     rest: str
@@ -94,7 +94,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Operation:
+class _Operation:
     """Work of one device: what it computes and moves at a time, and how often."""
 
     flops: float
@@ -125,7 +125,7 @@ class Cost:
     unknown: kernels whose products could not be counted.
     """
 
-    operations: tuple[Operation, ...]
+    operations: tuple[_Operation, ...]
     collectives: tuple[Collective, ...]
     unknown: tuple[str, ...] = ()
 
@@ -209,12 +209,12 @@ def _closing(line: str, opening: int) -> int:
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
+def _shapes(text: str) -> tuple[_Shape, ...]:
     leaves = []
     for dtype, sizes, layout in _LEAF.findall(text):
         numbers = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
         # S(1) and up: vector, scalar and semaphore memory of a TPU.
-        leaves.append(Shape(dtype, numbers, re.search(r"S\([1-9]", layout) is None))
+        leaves.append(_Shape(dtype, numbers, re.search(r"S\([1-9]", layout) is None))
     return tuple(leaves)
 
 
@@ -246,7 +246,7 @@ class _Counter:
     def __init__(self, module: Module, unknown_trips: float, largest_branch: bool) -> None:
         self._module = module
         self._trips, self._largest = unknown_trips, largest_branch
-        self._operations: list[Operation] = []
+        self._operations: list[_Operation] = []
         self._collectives: list[Collective] = []
         self._unknown: dict[str, None] = {}
 
@@ -278,14 +278,14 @@ class _Counter:
             if len(group) > 1:
                 self._collectives.append(Collective(kind, sent, group, times))
             moved = 2 * sum(shape.bytes for shape in operands if shape.in_hbm)
-            self._operations.append(Operation(0.0, moved, times))
+            self._operations.append(_Operation(0.0, moved, times))
         elif each.opcode == "send" and "megascale_transfer_type" in each.rest:
             self._between_slices(each, computation, times)
         else:
             flops = self._flops(each, computation)
             moved = _bytes(each, computation, computations)
             if flops or moved:
-                self._operations.append(Operation(flops, moved, times))
+                self._operations.append(_Operation(flops, moved, times))
             if each.opcode == "fusion":  # collectives that were fused with the products beside them
                 for name in each.called:
                     self._fused_collectives(computations[name], times)
@@ -351,7 +351,7 @@ class _Counter:
             return flops or 0.0
         return 0.0
 
-    def _operands(self, each: _Instruction, computation: _Computation) -> list[Shape]:
+    def _operands(self, each: _Instruction, computation: _Computation) -> list[_Shape]:
         operands = (computation.instructions.get(name) for name in each.operands)
         return [shape for operand in operands if operand is not None for shape in operand.shapes]
 
@@ -436,7 +436,7 @@ def _step(body: _Computation, index: int) -> int:
 # --- Products ------------------------------------------------------------------------------------
 
 
-def _convolution_flops(each: _Instruction, image: Shape, kernel: Shape) -> float:
+def _convolution_flops(each: _Instruction, image: _Shape, kernel: _Shape) -> float:
     """Two for each product of an output, padding and the holes of dilations left out.
 
     On TPU every matrix product is a convolution; the dimensions of a batch are spatial ones, padded
@@ -508,7 +508,7 @@ _NO_PRODUCTS = ("ragged-dot-metadata",)
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
-def _kernel_flops(name: str, operands: Sequence[Shape]) -> float | None:
+def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     """Products of a kernel that XLA cannot look into; None where it is not known.
 
     Of causal splash attention: whole blocks on and below the diagonal. Of grouped products: all
@@ -569,11 +569,11 @@ def _bytes(
     return sum(_hbm(operand.shapes) for operand in operands) + _hbm(each.shapes)
 
 
-def _hbm(shapes: Sequence[Shape]) -> float:
+def _hbm(shapes: Sequence[_Shape]) -> float:
     return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
 
-def _in_hbm(shapes: Sequence[Shape]) -> bool:
+def _in_hbm(shapes: Sequence[_Shape]) -> bool:
     return all(shape.in_hbm for shape in shapes)
 
 

@@ -135,9 +135,8 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
 
     Needs no weights, data or tokenizer: lengths are the largest that the config allows.
 
-    Raises:
-      ValueError: the mesh does not fit the slice, the config or the models, or a model's shape is
-        unknown.
+    Raises ValueError: the mesh does not fit the slice, the config or the models, or a model's shape
+    is unknown.
     """
     config, mesh = case.config, case.mesh
     chosen = [Selection(only=name).stages(config)[0] for name in options.stages or ()]

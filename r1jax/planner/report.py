@@ -14,17 +14,14 @@ from r1jax.planner.plan import Plan, StagePlan, advice
 
 def as_json(config: str, plans: Sequence[Plan]) -> JsonObject:
     """Everything, in bytes, FLOPs, seconds and bytes sent, of one device unless said otherwise."""
-    return {"config": config, "plans": [_plan_json(plan) for plan in plans]}
-
-
-def _plan_json(plan: Plan) -> JsonObject:
-    content = asdict(plan) | {"fits": plan.fits}
-    for stage, planned in zip(content["stages"], plan.stages, strict=True):
-        for program, each in zip(stage["programs"], planned.programs, strict=True):
-            program["total"] = each.total
-            if each.times is not None:
-                program["times"]["bound"] = each.times.bound
-    return content
+    content = [asdict(plan) | {"fits": plan.fits} for plan in plans]
+    written = [each for plan in content for stage in plan["stages"] for each in stage["programs"]]
+    programs = [program for each in plans for stage in each.stages for program in stage.programs]
+    for program, planned in zip(written, programs, strict=True):
+        program["total"] = planned.total
+        if planned.times is not None:
+            program["times"]["bound"] = planned.times.bound
+    return {"config": config, "plans": content}
 
 
 def print_plans(plans: Sequence[Plan], console: Console) -> None:
@@ -44,7 +41,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
         console.print(_comparison(plans), markup=False)
         for plan in plans:
             if plan.refused:
-                line = f"{_mesh(plan)} on {plan.target}: {plan.refused}"
+                line = f"{_mesh(plan.mesh)} on {plan.target}: {plan.refused}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     programs = [each for plan in plans for stage in plan.stages for each in stage.programs]
     kernels = dict.fromkeys(name for program in programs for name in program.unknown_kernels)
@@ -71,7 +68,8 @@ def as_markdown(planned: Sequence[tuple[str, Plan]], waiting: Sequence[tuple[str
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     notes = []
     for name, plan in planned:
-        cells = [name, plan.target, _meshes(plan)]
+        sampling = "" if plan.sampling_mesh is None else f"; sampling: {_mesh(plan.sampling_mesh)}"
+        cells = [name, plan.target, _mesh(plan.mesh) + sampling]
         if plan.refused:
             lines.append(f"| {' | '.join([*cells, '', 'refused', *[''] * (len(head) - 5)])} |")
             notes.append(f"- {name} on {plan.target}: {plan.refused}")
@@ -128,7 +126,7 @@ def _free(plan: Plan, stage: StagePlan) -> float:
 
 
 def _memory(plan: Plan, stage: StagePlan) -> Table:
-    title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan)}"
+    title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan.mesh)}"
     kinds = list(dict.fromkeys(k for program in stage.programs for k in program.memory))
     table = Table("HBM of a device", title=title, title_justify="left", box=None)
     for name in (*kinds, "all", "fits"):
@@ -227,45 +225,35 @@ def _comparison(plans: Sequence[Plan]) -> Table:
         table.add_column("MFU", justify="right")
     for plan in plans:
         if plan.refused:
-            table.add_row(plan.target, _mesh(plan), "refused")
+            table.add_row(plan.target, _mesh(plan.mesh), "refused")
             continue
         stage = max(plan.stages, key=lambda each: each.fullest.total)
         cells = [f"{stage.name}: {stage.fullest.name}", _bytes(stage.fullest.total)]
         for each in plan.stages:
             cells += [_seconds(each.seconds), _rate(each), _share(each.utilisation)]
         verdict = "no" if not plan.fits else "yes" if plan.hbm is not None else ""
-        table.add_row(plan.target, _mesh(plan), verdict, *cells)
+        table.add_row(plan.target, _mesh(plan.mesh), verdict, *cells)
     return table
 
 
-def _mesh(plan: Plan) -> str:
-    return _axes(plan.mesh)
-
-
-def _meshes(plan: Plan) -> str:
-    """Of training, and of sampling where that is another one."""
-    sampling = "" if plan.sampling_mesh is None else f"; sampling: {_axes(plan.sampling_mesh)}"
-    return _mesh(plan) + sampling
-
-
-def _axes(mesh: Mapping[str, int]) -> str:
+def _mesh(mesh: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n != 1) or "one device"
 
 
 def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
+    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
 def _number(value: float) -> str:
-    for unit in ("", " K", " M", " G", " T", " P"):
-        if value < 1000:
+    return _scaled(value, 1000, ("", " K", " M", " G", " T", " P", " E"))
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if value < base:
             return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} E"
+        value /= base
+    return f"{value:.3g}{units[-1]}"
 
 
 def _seconds(value: float | None) -> str:

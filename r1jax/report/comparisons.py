@@ -24,7 +24,7 @@ class _Comparison(NamedTuple):
     note: list[str]
 
 
-class Cost(NamedTuple):
+class _Cost(NamedTuple):
     """The stages that a row's weights took, without those of all rows."""
 
     training: list[str]
@@ -38,7 +38,7 @@ def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[_Comparison]:
         names = [str(name) for name in section["evaluations"]]
         rows = _rows(run, names)
         whole, by_domain = _split(measures(rows))
-        spent = costs(run, names)
+        spent = _costs(run, names)
         columns = _columns(whole, rows) + _cost_columns(spent, run, seeds)
         columns += _columns(by_domain, rows)
         lines = [
@@ -75,7 +75,7 @@ def _columns(columns: Measures, rows: Sequence[Checkpoint]) -> list[Column]:
     return [(heading, [each.cell(row) for row in rows]) for heading, each in labelled]
 
 
-def _cost_columns(spent: Sequence[Cost], run: Run, seeds: Sequence[Run]) -> list[Column]:
+def _cost_columns(spent: Sequence[_Cost], run: Run, seeds: Sequence[Run]) -> list[Column]:
     """Wall times, as far as there are any; those of sampling under the titles of its stages."""
     sampled = {name for cost in spent for name in cost.sampling}
     titles = (stage.description.title for stage in run.stages if stage.name in sampled)
@@ -97,7 +97,7 @@ def _rows(run: Run, names: Sequence[str]) -> list[Checkpoint]:
     return [Checkpoint(*row) for row in zip(weights, names, figures, strict=True)]
 
 
-def costs(run: Run, names: Sequence[str]) -> list[Cost]:
+def _costs(run: Run, names: Sequence[str]) -> list[_Cost]:
     """The stages that each evaluation's weights took, without those that all of them share.
 
     Training is the stages on the path of the weights back to the last shared one, or to the model.
@@ -113,15 +113,15 @@ def costs(run: Run, names: Sequence[str]) -> list[Cost]:
             weights = run.weights_of(weights)
         paths.append(path)
     shared = set.intersection(*(set(path) for path in paths))
-    costs = []
+    spent = []
     for path in paths:
         training = [name for name in path if name not in shared]
         sources = (e.source for e in run.edges if e.gives == "data" and e.target in training)
-        costs.append(Cost(training, list(dict.fromkeys(sources))))
-    return costs
+        spent.append(_Cost(training, list(dict.fromkeys(sources))))
+    return spent
 
 
-def _counted(rows: Sequence[Checkpoint], spent: Sequence[Cost]) -> str:
+def _counted(rows: Sequence[Checkpoint], spent: Sequence[_Cost]) -> str:
     parts = []
     for row, cost in zip(rows, spent, strict=True):
         stages = ", ".join(cost.training)

@@ -24,7 +24,7 @@ _NEEDED = {"problem_id", "sample", "prompt", "answer", "completion", "outcome"}
 
 
 @dataclass(frozen=True)
-class Answer:
+class _Answer:
     """One completion as the page shows it; `thought` ends with `</think>`."""
 
     thought: str
@@ -35,14 +35,14 @@ class Answer:
 
 
 @dataclass
-class Problem:
+class _Problem:
     """What is kept of a file of samples, which may be larger than the memory."""
 
     sample: int
     domain: str
     prompt: str
     answer: str
-    first: Answer
+    first: _Answer
     right: int = 0
     scored: int = 0
 
@@ -52,7 +52,7 @@ class _Side(NamedTuple):
 
     label: str
     note: str
-    problems: Mapping[int, Problem]
+    problems: Mapping[int, _Problem]
 
 
 class _Compared(NamedTuple):
@@ -60,7 +60,7 @@ class _Compared(NamedTuple):
 
     prompt: str
     answer: str
-    sides: list[tuple[_Side, Problem | None]]
+    sides: list[tuple[_Side, _Problem | None]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _SamplesByStep:
     same: bool
     prompt: str
     answer: str
-    steps: list[tuple[str, Answer]]
+    steps: list[tuple[str, _Answer]]
 
 
 def side_by_side(
@@ -96,14 +96,14 @@ def side_by_side(
                 domains.setdefault(problem.domain, set()).add(key)
         limit = _PROBLEMS_SHOWN if len(domains) == 1 else _PROBLEMS_OF_A_DOMAIN
         for domain in sorted(domains):
-            chosen = choose_problems(old.problems, new.problems, domains[domain], limit)
+            chosen = _choose_problems(old.problems, new.problems, domains[domain], limit)
             title = data if len(domains) == 1 else f"{domain or 'no domain'} ({data})"
             groups.append((title, [_compared(key, sides) for key in chosen]))
     return groups
 
 
-def choose_problems(
-    old: Mapping[int, Problem], new: Mapping[int, Problem], candidates: set[int], limit: int
+def _choose_problems(
+    old: Mapping[int, _Problem], new: Mapping[int, _Problem], candidates: set[int], limit: int
 ) -> list[int]:
     """Which problems to show: by rule, not by eye.
 
@@ -149,13 +149,13 @@ def _samples(stage: StageRecord) -> Iterator[JsonObject]:
     return (row for row in stage.rows("samples.jsonl") if row.keys() >= _NEEDED)
 
 
-def _problems(stage: StageRecord) -> dict[int, Problem]:
-    problems: dict[int, Problem] = {}
+def _problems(stage: StageRecord) -> dict[int, _Problem]:
+    problems: dict[int, _Problem] = {}
     for row in _samples(stage):
         key, sample = row["problem_id"], row["sample"]
         problem = problems.get(key)
         if problem is None:
-            problem = problems[key] = Problem(
+            problem = problems[key] = _Problem(
                 sample,
                 str(row.get("domain") or ""),
                 shortened(str(row["prompt"])),
@@ -169,9 +169,9 @@ def _problems(stage: StageRecord) -> dict[int, Problem]:
     return problems
 
 
-def _answer(row: JsonObject) -> Answer:
+def _answer(row: JsonObject) -> _Answer:
     thought, rest = _split_thought(shortened(str(row["completion"])))
-    return Answer(thought, rest, str(row["outcome"]), row.get("length"), row.get("step"))
+    return _Answer(thought, rest, str(row["outcome"]), row.get("length"), row.get("step"))
 
 
 def _split_thought(text: str) -> tuple[str, str]:

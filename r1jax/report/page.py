@@ -54,10 +54,10 @@ def write_report(run_dir: str | Path) -> Path:
     Raises FileNotFoundError and ValueError as `read_run`.
     """
     run = read_run(run_dir)
-    return write_text(run.directory / "report.html", render(run))
+    return write_text(run.directory / "report.html", _render(run))
 
 
-def render(run: Run) -> str:
+def _render(run: Run) -> str:
     """The page as text."""
     before, after = before_and_after(run)
     compared = after or before

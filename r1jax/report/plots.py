@@ -92,7 +92,7 @@ class Dots:
     seeds: Sequence[Marker] = ()
 
 
-def smooth(values: Sequence[float] | Floats) -> Floats:
+def _smooth(values: Sequence[float] | Floats) -> Floats:
     """Centred moving average over about a twentieth of the curve; at the ends over half of that."""
     # Windows that shrink to one point at the ends would turn the last step's noise into a trend.
     x = np.asarray(values, dtype=np.float64)
@@ -134,7 +134,7 @@ def line_plot(
                 )
             if smoothed:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.28)
-            _line(axes, curve.steps, smooth(curve.values) if smoothed else curve.values, colour)
+            _line(axes, curve.steps, _smooth(curve.values) if smoothed else curve.values, colour)
         look: Look = {"color": _SERIES[0], "marker": "D", "markersize": 5, "clip_on": False}
         for m in markers:
             axes.errorbar([m.step], [m.value], yerr=_arms(m), capsize=3, linewidth=1.2, **look)
@@ -205,7 +205,7 @@ def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: boo
     seeds: [seeds, steps]; where there are many steps, each seed is smoothed first.
     """
     smoothed = len(steps) >= _SMOOTH_FROM
-    lines = np.array([smooth(line) for line in seeds]) if smoothed else np.asarray(seeds)
+    lines = np.array([_smooth(line) for line in seeds]) if smoothed else np.asarray(seeds)
     with _figure(title, _SIZE) as (figure, axes, out):
         low, high = lines.min(axis=0), lines.max(axis=0)
         axes.fill_between(steps, low, high, color=_SERIES[0], alpha=0.22, linewidth=0)

@@ -25,7 +25,7 @@ _COLOURS = 4  # of the page's series, for the lines that bend; the fifth is a gr
 LANE, _PORT, _PITCH, _MARK = 13, 17, 8, 10
 
 
-class Rail(NamedTuple):
+class _Rail(NamedTuple):
     """One line from a row to one or more rows below it; lane 0 runs from mark to mark."""
 
     source: int
@@ -38,7 +38,7 @@ class Rail(NamedTuple):
         return range(self.source, self.targets[-1] + 1)
 
 
-def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
+def _rails(order: Sequence[str], edges: Sequence[Edge]) -> list[_Rail]:
     """Lines for all edges between the rows `order`, such that no two share a lane of a row.
 
     An edge to the next row is a straight line between the two marks. A source's other edges share
@@ -49,15 +49,15 @@ def rails(order: Sequence[str], edges: Sequence[Edge]) -> list[Rail]:
     for edge in edges:
         if edge.source in row and edge.target in row:
             wanted.setdefault((row[edge.source], edge.gives), []).append(row[edge.target])
-    straight: dict[int, Rail] = {}
-    bent: list[Rail] = []
+    straight: dict[int, _Rail] = {}
+    bent: list[_Rail] = []
     # Short lines first: they lie nearest to the marks.
     for source, gives in sorted(wanted, key=lambda key: (max(wanted[key]) - key[0], key)):
         targets = sorted(set(wanted[source, gives]))
         if targets[0] == source + 1 and source not in straight:
-            straight[source] = Rail(source, (targets.pop(0),), 0, gives)
+            straight[source] = _Rail(source, (targets.pop(0),), 0, gives)
         if targets:
-            rail = Rail(source, tuple(targets), 0, gives)
+            rail = _Rail(source, tuple(targets), 0, gives)
             taken = {other.lane for other in bent if {*rail.rows} & {*other.rows}}
             bent.append(rail._replace(lane=min({*range(1, len(bent) + 2)} - taken)))
     return [*straight.values(), *bent]
@@ -85,7 +85,7 @@ class _Drawing(NamedTuple):
     mark: int
 
 
-def draw(count: int, lines: Sequence[Rail]) -> tuple[list[_Drawing], int]:
+def _draw(count: int, lines: Sequence[_Rail]) -> tuple[list[_Drawing], int]:
     """What to draw beside each of `count` rows, and the marks' distance from the left (pixels)."""
     lanes = max((rail.lane for rail in lines), default=0)
     centre = lanes * LANE + _MARK // 2
@@ -161,8 +161,8 @@ class _Schedule:
 
 def schedule(run: Run) -> _Schedule:
     nodes = _nodes(run)
-    lines = rails(list(nodes), run.edges)
-    drawings, centre = draw(len(nodes), lines)
+    lines = _rails(list(nodes), run.edges)
+    drawings, centre = _draw(len(nodes), lines)
     for node, drawing in zip(nodes.values(), drawings, strict=True):
         node.drawing = drawing
     phases = _phases(run.stages)

@@ -46,8 +46,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
       run_dirs: finished runs of one config, each of another seed.
       out: a directory that is not of a run; made if it does not exist.
 
-    Raises:
-      ConfigError: `out` is a run's directory; or as in `read_seeds`.
+    Raises ConfigError: `out` is a run's directory; or as in `read_seeds`.
     """
     directory = Path(out)
     if (directory / "config.yaml").exists():
@@ -55,7 +54,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
             [f"--out {directory} is a run's directory, with a report of its own: name another"]
         )
     runs = read_seeds(run_dirs)
-    page, text, content = render(runs), _markdown_tables(runs), results_over_seeds(runs)
+    page, text, content = _render(runs), _markdown_tables(runs), results_over_seeds(runs)
     directory.mkdir(parents=True, exist_ok=True)
     return [
         write_text(directory / "report.html", page),
@@ -64,7 +63,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
     ]
 
 
-def render(runs: Sequence[Run]) -> str:
+def _render(runs: Sequence[Run]) -> str:
     """The page as text."""
     mean = mean_run(runs)
     several = len(runs) > 1

@@ -18,7 +18,7 @@ from r1jax.report.wording import Figure, Heading, Plot, Table, figure, value_of
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class _Benchmark:
     """A dataset, or one domain of it; `turn`: 1 for a checkpoint's second evaluation on it, ..."""
 
     data: str
@@ -38,14 +38,14 @@ class Checkpoint:
 
     name: str
     kind: str
-    summaries: Mapping[Benchmark, Summary]
+    summaries: Mapping[_Benchmark, Summary]
 
 
 @dataclass(frozen=True)
 class Measure:
     """A column of a table: one figure of one benchmark; `part`: the mean of the reward `name`."""
 
-    benchmark: Benchmark
+    benchmark: _Benchmark
     name: str
     label: str
     note: str
@@ -81,7 +81,7 @@ def checkpoints(run: Run) -> list[Checkpoint]:
     Evaluations of the same weights belong together; one of unknown weights stands for itself.
     """
     titles = {stage.name: stage.description.title for stage in run.stages}
-    evaluated: dict[str, dict[Benchmark, Summary]] = {}
+    evaluated: dict[str, dict[_Benchmark, Summary]] = {}
     for stage in run.evaluations():
         summaries = evaluated.setdefault(run.weights_of(stage.name) or stage.name, {})
         data = run.benchmark(stage.data)
@@ -94,11 +94,11 @@ def checkpoints(run: Run) -> list[Checkpoint]:
     ]
 
 
-def by_benchmark(data: str, turn: int, summary: Summary) -> dict[Benchmark, Summary]:
+def by_benchmark(data: str, turn: int, summary: Summary) -> dict[_Benchmark, Summary]:
     """One evaluation's figures: of all problems, and of each domain."""
     domains = (summary.get("by_domain") or {}).items()
-    parts = {Benchmark(data, turn, domain): figures for domain, figures in domains}
-    return {Benchmark(data, turn): summary, **parts}
+    parts = {_Benchmark(data, turn, domain): figures for domain, figures in domains}
+    return {_Benchmark(data, turn): summary, **parts}
 
 
 def stage_tables(
@@ -130,7 +130,7 @@ def measures(rows: Sequence[Checkpoint]) -> Measures:
     several = len({(each.data, each.turn) for each in benchmarks}) > 1
     right, vote, rest = [], [], []
     for benchmark in benchmarks:
-        whole = Benchmark(benchmark.data, benchmark.turn)
+        whole = _Benchmark(benchmark.data, benchmark.turn)
         parted = any(replace(each, domain=None) == whole != each for each in benchmarks)
         note = "all" if parted and benchmark == whole else whole.label if several and parted else ""
         right.append(Measure(benchmark, "pass_at_1", benchmark.label, note))
@@ -182,7 +182,7 @@ def plots(
     return [plot for plot in drawn if plot is not None]
 
 
-def _benchmarks(rows: Sequence[Checkpoint]) -> list[Benchmark]:
+def _benchmarks(rows: Sequence[Checkpoint]) -> list[_Benchmark]:
     """Datasets in the order of their first evaluations, each before its domains."""
     every = dict.fromkeys(each for row in rows for each in row.summaries)
     datasets = list(dict.fromkeys((each.data, each.turn) for each in every))

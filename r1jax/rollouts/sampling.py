@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from r1jax.data import Prompt
+from r1jax.data.prompts import Prompt
 from r1jax.files import JsonObject
-from r1jax.metrics import span
+from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.processes import max_over_processes, process_batch_slice

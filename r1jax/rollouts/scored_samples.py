@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import jax
 
-from r1jax.data import Prompt
+from r1jax.data.prompts import Prompt
 from r1jax.files import JsonObject
-from r1jax.metrics import HEARTBEAT, Progress, Recorder
+from r1jax.metrics.heartbeat import HEARTBEAT
+from r1jax.metrics.progress import Progress
+from r1jax.metrics.recorder import Recorder
 from r1jax.models.parameters import Params
 from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.rollouts.sampling import generate_options, sample_batch

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
-from r1jax.metrics import span
+from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores

@@ -7,18 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from r1jax.config.run_config import RunConfig
-from r1jax.data import (
-    Document,
-    EncodedPreference,
-    Example,
-    Prompt,
-    encode_conversations,
-    encode_documents,
-    encode_prompts,
-    load_examples,
-)
+from r1jax.data.conversations import encode_conversations
+from r1jax.data.documents import Document, encode_documents
+from r1jax.data.example import Example
+from r1jax.data.examples import load_examples
 from r1jax.data.mixing import mixed_id, mixture_counts
-from r1jax.data.preferences import encode_preferences, load_labelled, load_pairs
+from r1jax.data.preferences import EncodedPreference, encode_preferences, load_labelled, load_pairs
+from r1jax.data.prompts import Prompt, encode_prompts
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import RunFiles
 from r1jax.settings.data import DataSection

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.config.run_config import RunConfig
-from r1jax.data import load_tokenizer, stop_token_ids
+from r1jax.data.tokenizers import load_tokenizer, stop_token_ids
 from r1jax.files import JsonObject
 from r1jax.models import (
     Decoder,

@@ -14,7 +14,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from r1jax.bucket import check_access
 from r1jax.config.run_config import RunConfig
 from r1jax.data.chat_template import check_template
-from r1jax.metrics import ProfiledSteps
+from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.models.parameters import abstract_weights
 from r1jax.processes import agree, process_batch_slice
 from r1jax.rewards.registry import check_reward

@@ -16,15 +16,11 @@ import optax
 from r1jax.checkpoints import Checkpoints
 from r1jax.data.order import DataCursor
 from r1jax.files import JsonObject
-from r1jax.metrics import (
-    HEARTBEAT,
-    CompilationCounter,
-    Progress,
-    Recorder,
-    StepProfiler,
-    memory,
-    span,
-)
+from r1jax.metrics.compilations import CompilationCounter, memory
+from r1jax.metrics.heartbeat import HEARTBEAT, span
+from r1jax.metrics.profiling import StepProfiler
+from r1jax.metrics.progress import Progress
+from r1jax.metrics.recorder import Recorder
 from r1jax.models.parameters import Params, abstract_weights
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun

@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class _Benchmark:
     """A dataset, and how a model is evaluated on it.
 
     data: settings of the dataset, as in a config.
@@ -54,10 +54,10 @@ class Benchmark:
     reward_options: JsonObject = field(default_factory=dict)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
+BENCHMARKS: Mapping[str, _Benchmark] = MappingProxyType(
     {
         # 30 problems.
-        "aime_2024": Benchmark(
+        "aime_2024": _Benchmark(
             {
                 "source": "hf:HuggingFaceH4/aime_2024",
                 "split": "train",
@@ -68,7 +68,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             samples=64,
         ),
         # 30 problems, of February 2025: after R1.
-        "aime_2025": Benchmark(
+        "aime_2025": _Benchmark(
             {
                 "source": "hf:yentinglin/aime_2025",
                 "split": "train",
@@ -79,7 +79,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             reward="accuracy",
             samples=64,
         ),
-        "math_500": Benchmark(
+        "math_500": _Benchmark(
             {
                 "source": "hf:HuggingFaceH4/MATH-500",
                 "split": "test",
@@ -91,7 +91,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             samples=16,
         ),
         # 198 questions; the hub asks to accept its terms, and for a login (`hf auth login`).
-        "gpqa_diamond": Benchmark(
+        "gpqa_diamond": _Benchmark(
             {
                 "source": "hf:Idavidrein/gpqa",
                 "split": "train",
@@ -106,7 +106,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         ),
         # 1,319 problems. The paper: "k (typically between 4 and 64, depending on the test set
         # size)"; 4 is a choice.
-        "gsm8k": Benchmark(
+        "gsm8k": _Benchmark(
             {
                 "source": "hf:openai/gsm8k",
                 "split": "test",
@@ -122,7 +122,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         # 2024 to January 2025. A copy of livecodebench/code_generation_lite, which itself can no
         # longer be loaded: it is a script. Each test has the six seconds of LiveCodeBench's own
         # judge; the other limits are choices.
-        "livecodebench": Benchmark(
+        "livecodebench": _Benchmark(
             {
                 "source": "hf:lighteval/code_generation_lite",
                 "split": "test",
@@ -144,7 +144,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
 )
 
 
-def find_benchmark(name: object) -> Benchmark:
+def find_benchmark(name: object) -> _Benchmark:
     """The benchmark of this name; raises ValueError where there is none."""
     if isinstance(name, str) and name in BENCHMARKS:
         return BENCHMARKS[name]

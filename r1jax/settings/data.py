@@ -12,7 +12,7 @@ from r1jax.settings.section import Section
 
 
 class DataSection(Section):
-    """One named dataset, mapped to `r1jax.data.Example`: a source, or a mixture of others."""
+    """One named dataset, mapped to `r1jax.data.example.Example`: a source, or a mixture."""
 
     source: str | None = Field(
         None,

@@ -22,9 +22,8 @@ KINDS = {
 def load_kind(kind: str) -> type[Stage]:
     """The settings of a kind: of `KINDS`, or imported from `package.module:Class`.
 
-    Raises:
-      ValueError: there is no such kind, or it is no `Stage` with a description. The message is
-        meant to stand behind the value.
+    Raises ValueError: there is no such kind, or it is no `Stage` with a description. The message is
+    meant to stand behind the value.
     """
     module_name, colon, class_name = KINDS.get(kind, kind).partition(":")
     if not colon:

@@ -28,7 +28,7 @@ class OptimizerSection(Section):
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class WeightChange(Section):
+class _WeightChange(Section):
     """From optimizer step `step` on, a term of the loss has the weight `weight`."""
 
     step: int = Field(ge=0)
@@ -63,7 +63,7 @@ def check_changes(value: T) -> T:
 
 
 MTPWeight: TypeAlias = Annotated[
-    Annotated[float, Field(ge=0)] | list[WeightChange],
+    Annotated[float, Field(ge=0)] | list[_WeightChange],
     AfterValidator(check_changes),
     Field(
         description="Weight of the loss of multi-token prediction, which trains the module and, "

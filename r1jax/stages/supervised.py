@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data import PackedRows, packed_once
+from r1jax.data.packing import PackedRows, packed_once
 from r1jax.models import Decoder, TokenRows, ahead_log_probs, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.log_probs import follows

@@ -5,7 +5,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data import Example, encode_prompt, load_tokenizer
+from r1jax.data.example import Example
+from r1jax.data.prompts import encode_prompt
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
 
 EXAMPLE = Example(id=7, prompt="What is 1+1?", answer="2", domain="maths")

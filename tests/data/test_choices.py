@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.data import Example, load_examples
 from r1jax.data.choices import lettered
+from r1jax.data.example import Example
+from r1jax.data.examples import load_examples
 from r1jax.settings.data import DataSection
 
 texts = st.text("abcxyz 019\\", min_size=1).filter(lambda text: text.strip())

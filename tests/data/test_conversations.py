@@ -11,15 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data import (
-    Document,
-    Example,
-    Message,
-    PackedRows,
-    encode_conversations,
-    encode_prompt,
-    load_tokenizer,
-)
+from r1jax.data.conversations import encode_conversations
+from r1jax.data.documents import Document
+from r1jax.data.example import Example, Message
+from r1jax.data.packing import PackedRows
+from r1jax.data.prompts import encode_prompt
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
 
 SPECIAL = ("<bos>", "<eos>", "<|end|>", "<|say|>")

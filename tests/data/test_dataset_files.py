@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.data import load_examples
 from r1jax.data.dataset_files import (
     DatasetRow,
     Provenance,
@@ -23,6 +22,7 @@ from r1jax.data.dataset_files import (
     write_dataset,
     write_tfds,
 )
+from r1jax.data.examples import load_examples
 from r1jax.settings.data import DataSection
 
 PROVENANCE = Provenance(

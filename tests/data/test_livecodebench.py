@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from livecodebench_rows import METHOD, PROGRAM, cases, compressed
 
-from r1jax.data import Example, load_examples
+from r1jax.data.example import Example
+from r1jax.data.examples import load_examples
 from r1jax.data.livecodebench import PRELUDE
 from r1jax.rewards.code import Case, program_of, read_reference
 from r1jax.settings.data import DataSection

@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1jax.data import (
-    Document,
-    Example,
-    PackedRows,
-    encode_documents,
-    load_tokenizer,
-    packed_once,
-)
-from r1jax.data.packing import _best_fit_decreasing
+from r1jax.data.documents import Document, encode_documents
+from r1jax.data.example import Example
+from r1jax.data.packing import PackedRows, _best_fit_decreasing, packed_once
+from r1jax.data.tokenizers import load_tokenizer
 
 EOS = 1
 

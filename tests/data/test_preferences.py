@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data import (
+from r1jax.data.preferences import (
     EncodedPreference,
     LabelledResponse,
     PreferenceIterator,

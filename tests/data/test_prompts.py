@@ -6,16 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from r1jax.data import (
-    Example,
-    Prompt,
-    PromptBatch,
-    PromptIterator,
-    encode_prompt,
-    encode_prompts,
-    load_tokenizer,
-)
+from r1jax.data.example import Example
 from r1jax.data.order import permutation
+from r1jax.data.prompts import Prompt, PromptBatch, PromptIterator, encode_prompt, encode_prompts
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1jax.data import Example, Message, encode_prompts, load_examples, load_tokenizer
+from r1jax.data.example import Example, Message
+from r1jax.data.examples import load_examples
+from r1jax.data.prompts import encode_prompts
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
 
 GSM8K = [

@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 
 from r1jax.data.example import split_of
-from r1jax.data.tasks import HELD_OUT_SHARE, TASKS, RunningTotal, task_options
+from r1jax.data.tasks import TASKS, task_options
+from r1jax.data.tasks.running_total import RunningTotal
+from r1jax.data.tasks.task import HELD_OUT_SHARE
 
 STEP = re.compile(r"(\d+)([+-]\d+)=(\d+)")
 

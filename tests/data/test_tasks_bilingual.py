@@ -7,10 +7,11 @@ import re
 
 import pytest
 
-from r1jax.data.tasks import PreferenceTask, RunningTotal
 from r1jax.data.tasks.bilingual import LANGUAGES, REPLACEMENTS, Bilingual, harmless, helpful
 from r1jax.data.tasks.bilingual.conversation import KIND, UNKIND, Request
 from r1jax.data.tasks.bilingual.task import SUBJECTS
+from r1jax.data.tasks.running_total import RunningTotal
+from r1jax.data.tasks.task import PreferenceTask
 from r1jax.rewards.code import program_of, read_reference
 from r1jax.rewards.language import language_share
 from r1jax.rewards.registry import Answered

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from r1jax.data import load_examples
-from r1jax.data.tasks import RunningTotal
+from r1jax.data.examples import load_examples
+from r1jax.data.tasks.running_total import RunningTotal
 from r1jax.data.tfds.r1jax_tasks import Builder
 from r1jax.settings.data import DataSection
 

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from r1jax.data import tokenizers
-from r1jax.data.tasks import RunningTotal
+from r1jax.data.tasks.running_total import RunningTotal
 from r1jax.data.tokenizers import (
     EOS,
     PAD,
@@ -397,7 +397,7 @@ def test_nothing_advises_to_install_pytorch() -> None:
         ")\n"
         "sys.modules['torch'] = None\n"
         "import r1jax.recipe\n"
-        "from r1jax.data import load_tokenizer\n"
+        "from r1jax.data.tokenizers import load_tokenizer\n"
         "load_tokenizer('characters:running_total')\n"
         "import transformers\n"
         "print(transformers.is_torch_available())\n"

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from r1jax.cli import app
 from r1jax.config.load import ConfigError, dump_config, parse_config
 from r1jax.config.run_config import RunConfig
-from r1jax.data import Prompt, load_examples
+from r1jax.data.examples import load_examples
+from r1jax.data.prompts import Prompt
 from r1jax.rewards import REWARDS, Answered, Outcome, RowScore, check_reward
 from r1jax.rewards.choice import chosen
 from r1jax.rewards.code import read_reference

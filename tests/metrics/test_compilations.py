@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax.metrics import CompilationCounter, memory
+from r1jax.metrics.compilations import CompilationCounter, memory
 
 
 def test_counts_new_programs_only() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.config.load import load_config
-from r1jax.metrics import ProfiledSteps, StepProfiler
-from r1jax.recipe import Selection, profiled_steps, run
+from r1jax.metrics.profiling import ProfiledSteps, StepProfiler
+from r1jax.recipe import Selection, _profiled_steps, run
 from r1jax.run.record import RunFiles, open_record
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -137,9 +137,9 @@ def test_only_the_named_stage_and_only_process_0_is_traced(monkeypatch: pytest.M
     config = load_config(str(TINY))
     base, zero = config.stage("base"), config.stage("zero")
     every, one = ProfiledSteps(1, 2), ProfiledSteps(1, 2, "zero")
-    assert profiled_steps(None, zero) is None
-    assert profiled_steps(every, zero) == profiled_steps(every, base) == every
-    assert profiled_steps(one, base) is None
-    assert profiled_steps(one, zero) == one
+    assert _profiled_steps(None, zero) is None
+    assert _profiled_steps(every, zero) == _profiled_steps(every, base) == every
+    assert _profiled_steps(one, base) is None
+    assert _profiled_steps(one, zero) == one
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert profiled_steps(one, zero) is None
+    assert _profiled_steps(one, zero) is None

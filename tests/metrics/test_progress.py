@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from r1jax.metrics import Progress
+from r1jax.metrics.progress import Progress
 
 
 class Clock:

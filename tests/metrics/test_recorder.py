@@ -16,8 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from r1jax.files import read_rows
-from r1jax.metrics import Recorder
-from r1jax.metrics.recorder import FILES
+from r1jax.metrics.recorder import FILES, Recorder
 
 
 def log_step(recorder: Recorder, step: int) -> None:

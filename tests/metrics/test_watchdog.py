@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from r1jax.metrics import EXIT_HUNG, HEARTBEAT, Watchdog, span
-from r1jax.metrics.heartbeat import Heartbeat
+from r1jax.metrics.heartbeat import HEARTBEAT, _Heartbeat, span
+from r1jax.metrics.watchdog import EXIT_HUNG, Watchdog
 
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def heartbeat() -> Iterator[Heartbeat]:
+def heartbeat() -> Iterator[_Heartbeat]:
     """The process's record, at step 12 of a stage; as it was before, afterwards."""
     HEARTBEAT.begin_stage("zero")
     HEARTBEAT.set_step(12)
@@ -44,7 +44,7 @@ def parked() -> Iterator[None]:
 
 
 def test_it_tells_what_stands_still_since_when_and_where(
-    tmp_path: Path, heartbeat: Heartbeat, parked: None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: _Heartbeat, parked: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[int] = []
     watchdog = Watchdog(60, tmp_path / "hangs", process_index=3, end=ended.append)
@@ -68,7 +68,7 @@ def test_it_tells_what_stands_still_since_when_and_where(
 
 
 def test_it_speaks_more_and_more_rarely_and_of_the_end(
-    tmp_path: Path, heartbeat: Heartbeat, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: _Heartbeat, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watchdog = Watchdog(10, tmp_path)
     since = heartbeat.last_beat
@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_written_is_no_obstacle(
     assert ended == [EXIT_HUNG]
 
 
-def test_spans_are_beats_and_end_whatever_happens(heartbeat: Heartbeat) -> None:
+def test_spans_are_beats_and_end_whatever_happens(heartbeat: _Heartbeat) -> None:
     before = heartbeat.beats
     with pytest.raises(KeyError), span("rollout"):
         assert heartbeat.spans == ["rollout"] and heartbeat.beats == before + 1
@@ -125,11 +125,11 @@ def test_spans_are_beats_and_end_whatever_happens(heartbeat: Heartbeat) -> None:
     assert heartbeat.last_span == "update"
     heartbeat.begin_stage("next")
     assert str(heartbeat) == "stage next, step 0"
-    assert str(Heartbeat()) == "before the first stage"
+    assert str(_Heartbeat()) == "before the first stage"
 
 
 def test_its_thread_sees_a_hang_and_nothing_else(
-    tmp_path: Path, heartbeat: Heartbeat, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, heartbeat: _Heartbeat, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with Watchdog(600, tmp_path / "lively"):
         pass

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from tiny_models import jit, random_params
 
-from r1jax.data import Document, load_tokenizer, packed_once
+from r1jax.data.documents import Document
+from r1jax.data.packing import packed_once
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.models import (
     Decoder,
     Execution,

@@ -163,7 +163,7 @@ def test_groups_of_devices_in_every_notation(
 
 def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     # 2 rows, 4 heads, 1,024 tokens of 128 in two blocks: three of the four squares are computed.
-    arrays = [hlo.Shape("s8", (1, 2, 2)), *[hlo.Shape("bf16", (2, 4, 1024, 128))] * 3]
+    arrays = [hlo._Shape("s8", (1, 2, 2)), *[hlo._Shape("bf16", (2, 4, 1024, 128))] * 3]
     square = 2 * (2 * 4) * 1024 * 1024 * 128
     assert hlo._kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
     assert hlo._kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
@@ -172,11 +172,11 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
 
 def test_grouped_products_count_all_rows() -> None:
     # What XLA makes of a ragged product on TPU: 4,096 rows by four matrices. And its gradient.
-    tiles = [hlo.Shape("s32", (5,)), hlo.Shape("s32", (35,))]
-    rows, matrices = hlo.Shape("bf16", (4096, 64)), hlo.Shape("bf16", (4, 64, 32))
+    tiles = [hlo._Shape("s32", (5,)), hlo._Shape("s32", (35,))]
+    rows, matrices = hlo._Shape("bf16", (4096, 64)), hlo._Shape("bf16", (4, 64, 32))
     product = 2 * 4096 * 64 * 32
     assert hlo._kernel_flops("ragged-dot-none.3", [*tiles, rows, matrices]) == product
-    gradient = hlo.Shape("f32", (4096, 32))
+    gradient = hlo._Shape("f32", (4096, 32))
     assert hlo._kernel_flops("tgmm.1", [*tiles, rows, gradient]) == product
     assert hlo._kernel_flops("ragged-dot-metadata", tiles[:1]) == 0
 

@@ -166,7 +166,7 @@ def test_links_of_rings_lines_and_planes() -> None:
 def test_a_roofline_by_hand() -> None:
     chip = Chip(hbm=1, flops=100, hbm_bandwidth=10, link_bandwidth=2, dimensions=1, wraps=4)
     four = cube((4,), chip)
-    operations = (hlo.Operation(200, 10, 3), hlo.Operation(0, 50, 1))
+    operations = (hlo._Operation(200, 10, 3), hlo._Operation(0, 50, 1))
     gather = hlo.Collective("all-gather", 8, (0, 1, 2, 3), 5)
     found = estimate.times(hlo.Cost(operations, (gather,)), four)
     assert found is not None

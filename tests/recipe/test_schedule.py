@@ -156,7 +156,7 @@ def test_what_rejection_sampling_writes(finished: tuple[Path, str]) -> None:
         assert (origin["checkpoint"], origin["stage"]) == ("base", "sampled")
         assert sample["finish_reason"] == "eos"
     # The same rows are a TFDS dataset.
-    from r1jax.data import load_examples
+    from r1jax.data.examples import load_examples
     from r1jax.settings.data import DataSection
 
     (info,) = (directory / "tfds").glob("*/*/dataset_info.json")

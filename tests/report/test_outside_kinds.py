@@ -15,7 +15,8 @@ from html_page import Page
 from r1jax.evaluation.results import results
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import JsonObject
-from r1jax.report import write_report, write_seeds_report
+from r1jax.report.page import write_report
+from r1jax.report.seeds import write_seeds_report
 from r1jax.settings.stage import Stage, StageDescription, TrainStage
 
 

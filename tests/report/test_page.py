@@ -27,20 +27,20 @@ from hypothesis import strategies as st
 from r1jax.config.lineage import Edge
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import JsonObject
-from r1jax.report import write_report
-from r1jax.report.completions import Answer, Problem, choose_problems
+from r1jax.report.completions import _Answer, _choose_problems, _Problem
+from r1jax.report.page import write_report
 from r1jax.report.plots import (
     SERIES,
     Curve,
     Dots,
     Marker,
+    _smooth,
     dot_plot,
     endpoints,
     line_plot,
     short,
-    smooth,
 )
-from r1jax.report.schedule import LANE, Rail, draw, rails, schedule
+from r1jax.report.schedule import LANE, _draw, _Rail, _rails, schedule
 from r1jax.report.stage_table import rewards_beyond
 from r1jax.report.wording import duration, figure
 
@@ -341,18 +341,18 @@ def test_a_comparison(recipe: Page) -> None:
 
 
 def test_which_problems_are_shown() -> None:
-    def problems(outcomes: str) -> dict[int, Problem]:
+    def problems(outcomes: str) -> dict[int, _Problem]:
         named = {"r": "right", "w": "wrong"}
         return {
-            key: Problem(0, "", "", "", Answer("", "", named[letter], 1, 0))
+            key: _Problem(0, "", "", "", _Answer("", "", named[letter], 1, 0))
             for key, letter in enumerate(outcomes)
         }
 
     old, new = problems("rwwwrwwr"), problems("rrwrwrrw")
-    assert choose_problems(old, new, set(range(8)), 6) == [1, 3, 5, 2, 4, 0]
-    assert choose_problems(old, new, {0, 2, 7}, 6) == [2, 7, 0]
-    assert choose_problems(old, new, set(range(8)), 2) == [1, 2]
-    assert choose_problems(old, {}, {0, 2}, 6) == [2, 0]  # the other side is still to come
+    assert _choose_problems(old, new, set(range(8)), 6) == [1, 3, 5, 2, 4, 0]
+    assert _choose_problems(old, new, {0, 2, 7}, 6) == [2, 7, 0]
+    assert _choose_problems(old, new, set(range(8)), 2) == [1, 2]
+    assert _choose_problems(old, {}, {0, 2}, 6) == [2, 0]  # the other side is still to come
 
 
 def test_a_reward_that_repeats_pass_at_1_is_left_out() -> None:
@@ -383,7 +383,7 @@ def test_lines_of_the_graph_are_the_edges_and_never_share_a_lane(
 ) -> None:
     rows, wanted = graph
     order = [f"s{i}" for i in range(rows)]
-    found = rails(order, [Edge(order[a], order[b], gives) for a, b, gives in wanted])
+    found = _rails(order, [Edge(order[a], order[b], gives) for a, b, gives in wanted])
     drawn = [(rail.source, target, rail.gives) for rail in found for target in rail.targets]
     assert sorted(drawn) == sorted(set(wanted))
     for rail in found:
@@ -392,7 +392,7 @@ def test_lines_of_the_graph_are_the_edges_and_never_share_a_lane(
     for row in range(rows):
         lanes = [rail.lane for rail in found if row in rail.rows and rail.lane]
         assert len(lanes) == len(set(lanes))
-    drawings, centre = draw(rows, found)
+    drawings, centre = _draw(rows, found)
     for row, drawing in enumerate(drawings):
         ports = [p for p in drawing.pieces if p.shape in ("arrives", "leaves")]
         bent = [rail for rail in found if rail.lane and row in (rail.source, *rail.targets)]
@@ -409,10 +409,10 @@ def test_lines_of_the_graph_are_the_edges_and_never_share_a_lane(
 def test_a_graph_by_hand() -> None:
     # base -> zero -> tuned, which starts from base and learns from zero's answers.
     edges = [Edge("a", "b", "weights"), Edge("a", "c", "weights"), Edge("b", "c", "data")]
-    assert set(rails(["a", "b", "c"], edges)) == {
-        Rail(0, (1,), 0, "weights"),
-        Rail(1, (2,), 0, "data"),
-        Rail(0, (2,), 1, "weights"),
+    assert set(_rails(["a", "b", "c"], edges)) == {
+        _Rail(0, (1,), 0, "weights"),
+        _Rail(1, (2,), 0, "data"),
+        _Rail(0, (2,), 1, "weights"),
     }
 
 
@@ -506,7 +506,7 @@ def test_plots_bear_odd_curves() -> None:
 
 
 def test_numbers() -> None:
-    np.testing.assert_allclose(smooth([0, 3, 0, 3]), [1.5, 1, 2, 1.5])
+    np.testing.assert_allclose(_smooth([0, 3, 0, 3]), [1.5, 1, 2, 1.5])
     assert endpoints([1.0, *[0.0] * 38, 5.0]) == (0.5, 2.5)
     assert [short(v) for v in (0, 0.35, 21_900, 2.8e-5, 4.1e8, -1.5)] == [
         "0",

@@ -29,10 +29,11 @@ from r1jax.cli import app
 from r1jax.config.load import ConfigError
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.run_directory import read_run
-from r1jax.evaluation.seeds import mean_over_seeds, read_seeds, seed_curves, summary_over_seeds
-from r1jax.report import write_report, write_seeds_report
-from r1jax.report.comparisons import Cost, comparisons, costs
+from r1jax.evaluation.seeds import _summary_over_seeds, mean_over_seeds, read_seeds, seed_curves
+from r1jax.report.comparisons import _Cost, _costs, comparisons
+from r1jax.report.page import write_report
 from r1jax.report.plots import band_plot
+from r1jax.report.seeds import write_seeds_report
 from r1jax.report.wording import Figure, Heading, Table, markdown
 
 CHECKPOINTS = ["base", "zero", "dev1", "dev2", "dev3", "r1", "student", "distilled"]
@@ -125,7 +126,7 @@ def test_a_summary_over_seeds() -> None:
         }
 
     first, second = summary(0.9, 10.0, 1), summary(1.0, 30.0, 2)
-    merged = summary_over_seeds([first, second])
+    merged = _summary_over_seeds([first, second])
     assert merged["pass_at_1"]["value"] == pytest.approx(0.95)
     assert merged["pass_at_1"]["low"] == pytest.approx(0.95 - 12.7062047 * 0.05)
     assert merged["pass_at_1"]["high"] == 1.0  # a share
@@ -134,9 +135,9 @@ def test_a_summary_over_seeds() -> None:
     assert merged["by_domain"]["maths"]["pass_at_1"] == merged["pass_at_1"]
     # Counts of one seed are not those of both.
     assert merged["problems"] == 8 and not {"outcomes", "unscored_samples"} & set(merged)
-    assert summary_over_seeds([first]) == first
+    assert _summary_over_seeds([first]) == first
     # A mean of the other seeds would be one of other runs than its neighbours are.
-    missing = summary_over_seeds([first, summary(None, 1.0, 1), {}])
+    missing = _summary_over_seeds([first, summary(None, 1.0, 1), {}])
     assert missing["pass_at_1"] == missing["by_domain"]["maths"]["pass_at_1"] == estimate(None)
 
 
@@ -397,17 +398,17 @@ def test_comparisons_name_evaluate_stages(recipes: list[Path]) -> None:
 def test_costs_count_from_what_all_share(recipes: list[Path]) -> None:
     run = read_run(recipes[0])
     # dev2 came from base by dev1, which learned from cold-start; a student shares nothing.
-    assert costs(run, ["dev2-eval", "distilled-eval"]) == [
-        Cost(["base", "dev1", "dev2"], ["cold-start"]),
-        Cost(["distilled"], ["harvested"]),
+    assert _costs(run, ["dev2-eval", "distilled-eval"]) == [
+        _Cost(["base", "dev1", "dev2"], ["cold-start"]),
+        _Cost(["distilled"], ["harvested"]),
     ]
-    assert costs(run, ["base-eval", "zero-eval", "dev1-eval"]) == [
-        Cost([], []),
-        Cost(["zero"], []),
-        Cost(["dev1"], ["cold-start"]),
+    assert _costs(run, ["base-eval", "zero-eval", "dev1-eval"]) == [
+        _Cost([], []),
+        _Cost(["zero"], []),
+        _Cost(["dev1"], ["cold-start"]),
     ]
-    assert costs(run, ["dev3-eval", "r1-eval"]) == [Cost([], []), Cost(["r1"], [])]
-    assert costs(run, ["student-eval", "distilled-eval"])[0] == Cost([], [])
+    assert _costs(run, ["dev3-eval", "r1-eval"]) == [_Cost([], []), _Cost(["r1"], [])]
+    assert _costs(run, ["student-eval", "distilled-eval"])[0] == _Cost([], [])
 
 
 def test_a_comparison_over_seeds(written: Path, page: Page) -> None:

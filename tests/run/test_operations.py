@@ -18,8 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from r1jax.config.load import load_config
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import read_rows
-from r1jax.metrics import HEARTBEAT, ProfiledSteps
-from r1jax.metrics.heartbeat import Heartbeat
+from r1jax.metrics.heartbeat import HEARTBEAT, _Heartbeat
+from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.recipe import EVERYTHING, run
 
 TESTS = Path(__file__).parents[1]
@@ -49,9 +49,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     limit = "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", limit)}
     beats = []
-    beat = Heartbeat.beat
+    beat = _Heartbeat.beat
 
-    def noted(self: Heartbeat) -> None:
+    def noted(self: _Heartbeat) -> None:
         beats.append((self.stage, self.step, tuple(self.spans)))
         beat(self)
 
@@ -59,7 +59,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     changes.append("rewards={accuracy: {options: {symbolic: false}}}")
     config = load_config(str(TESTS / "tiny.yaml"), changes)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(Heartbeat, "beat", noted)
+        patch.setattr(_Heartbeat, "beat", noted)
         jax.config.update(limit, 0)
         jax.clear_caches()  # of other tests in this process: each stage compiles something
         assert run(config, EVERYTHING, ProfiledSteps(4, 4)) == 0

@@ -15,7 +15,8 @@ import optax
 import pytest
 
 from r1jax.config.load import load_config
-from r1jax.data import Prompt, load_tokenizer
+from r1jax.data.prompts import Prompt
+from r1jax.data.tokenizers import load_tokenizer
 from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
 from r1jax.rollouts.sampling import Completion, pad_prompts, stop_search

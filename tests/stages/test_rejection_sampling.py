@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1jax.data import Prompt
 from r1jax.data.decontamination import EvaluationNgrams
 from r1jax.data.mixing import mixed_id, mixture_counts
+from r1jax.data.prompts import Prompt
 from r1jax.rewards.filters import load_filters
 from r1jax.stages.rejection_sampling.stage import choose, summary_line
 

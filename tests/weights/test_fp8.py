@@ -43,7 +43,7 @@ from r1jax.weights.hugging_face import (
     read_config,
     stored_shapes,
 )
-from r1jax.weights.hugging_face.exporting import stored_weights
+from r1jax.weights.hugging_face.exporting import _stored_weights
 from r1jax.weights.hugging_face.fp8 import (
     QUANTIZATION_CONFIG,
     is_quantised_matrix,
@@ -150,7 +150,7 @@ def test_the_released_checkpoint_is_what_is_read_and_written() -> None:
     expected = stored_shapes(declare(model), lambda name: types[name].code == "F8_E4M3")
     assert expected == {name: type.shape for name, type in types.items()}
     params = abstract_params(model, single_device(), jnp.bfloat16)
-    written = stored_weights(params, model, "fp8")
+    written = _stored_weights(params, model, "fp8")
     assert {name: type for weight in written for name, type in weight.tensors.items()} == types
 
 

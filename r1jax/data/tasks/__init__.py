@@ -5,7 +5,8 @@ from types import MappingProxyType
 
 from r1jax.data.tasks.bilingual import Bilingual
 from r1jax.data.tasks.running_total import RunningTotal
-from r1jax.data.tasks.task import HELD_OUT_SHARE, PreferenceTask, Task, task_options
+from r1jax.data.tasks.task import Task as Task
+from r1jax.data.tasks.task import task_options as task_options
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {"running_total": RunningTotal, "bilingual": Bilingual}
@@ -13,13 +14,3 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
 """Name in `task:NAME` and `characters:NAME` -> the task.
 
 TFDS takes the first where none is named."""
-
-__all__ = [
-    "HELD_OUT_SHARE",
-    "TASKS",
-    "Bilingual",
-    "PreferenceTask",
-    "RunningTotal",
-    "Task",
-    "task_options",
-]

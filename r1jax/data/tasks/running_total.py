@@ -6,10 +6,9 @@ forward pass, which a tiny model cannot; writing it out takes one small sum per 
     7+5-3+9=<think>7+5=12 12-3=9 9+9=18</think><answer>18</answer>
 
 The pretraining text stands for the web: some of it worked and right, some worked with a slip, much
-of it a bare guess near the answer, some of it without the tags. A model of that mixture is right
-about as often as the mixture is, but it has learned a solution that nearly always works, which
-reinforcement learning can find. Wrong answers are spread out while right ones agree, so a vote over
-samples is better than one sample from the start.
+of it a guess near the answer, some of it without the tags. A model of that mixture has learned a
+solution that nearly always works, which reinforcement learning can find. Wrong answers are spread
+out while right ones agree, so a vote over samples is better than one sample from the start.
 """
 
 from __future__ import annotations
@@ -83,9 +82,8 @@ class RunningTotal:
     def example(self, index: int, split: Split) -> Example:
         """The index-th example of `split`, by drawing problems until one belongs to the split.
 
-        `random.Random` and only its `random()`, because Python promises that stream for an integer
-        seed in every version, and because it is several times faster than a NumPy generator for
-        the few scalars that an example needs.
+        By `random.Random` and only its `random()`: Python promises that stream for an integer seed
+        in every version, and it is faster than a NumPy generator for few scalars.
         """
         # The split is part of the seed so that the splits do not even share problem sizes.
         seed = (_TASK_KEY << 64) | (index << 1) | (split == "held_out")
@@ -136,12 +134,8 @@ class RunningTotal:
                 guess = self._near(guess, self.guess_spread, draw)
             return f"<think></think><answer>{guess}</answer>"
         answer, steps = totals[-1], _steps(terms, totals)
-        forms = (
-            f"<think>{steps}</think>{answer}",
-            f"<think>{steps}<answer>{answer}</answer>",
-            f"{steps}",
-            f"{answer}",
-        )
+        half = f"<think>{steps}</think>{answer}", f"<think>{steps}<answer>{answer}</answer>"
+        forms = (*half, steps, str(answer))
         return forms[int(draw() * len(forms))]
 
     def _with_slip(self, terms: list[int], totals: list[int], draw: _Draw) -> list[int]:

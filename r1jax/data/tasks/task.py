@@ -42,11 +42,7 @@ class PreferenceTask(Protocol):
 
 
 def task_options(kind: type[Task], options: JsonObject, where: str) -> Task:
-    """Builds a task from the `options` of a config.
-
-    Raises:
-        ValueError: an option is unknown (the message has the nearest one) or has a bad value.
-    """
+    """Builds a task from a config's `options`; ValueError for an unknown option or a bad value."""
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:

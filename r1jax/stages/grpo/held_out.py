@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from r1jax.data.order import DataCursor
 from r1jax.evaluation.metrics import summarise
 from r1jax.files import JsonObject
-from r1jax.metrics import span
+from r1jax.metrics.heartbeat import span
 from r1jax.models.parameters import Params
 from r1jax.processes import process_batch_slice
 from r1jax.rewards.maths import equivalent_key

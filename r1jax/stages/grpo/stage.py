@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data import PromptBatch, PromptIterator
 from r1jax.data.order import DataCursor
+from r1jax.data.prompts import PromptBatch, PromptIterator
 from r1jax.files import JsonObject
 from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_step
 from r1jax.models import Decoder, TokenRows, token_log_probs

@@ -10,7 +10,8 @@ from dataclasses import astuple
 
 import jax
 
-from r1jax.data import Example, encode_prompt
+from r1jax.data.example import Example
+from r1jax.data.prompts import encode_prompt
 from r1jax.data.rewriting import (
     INSTRUCTION,
     Draft,
@@ -22,7 +23,7 @@ from r1jax.data.rewriting import (
     Stopped,
     instruction_prompt,
 )
-from r1jax.metrics import HEARTBEAT, span
+from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
 from r1jax.rollouts.sampling import generate_options, sample_batch
 from r1jax.rollouts.scored_samples import slice_of_process

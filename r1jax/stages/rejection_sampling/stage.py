@@ -15,7 +15,6 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
-from r1jax.data import Prompt
 from r1jax.data.dataset_files import (
     DatasetRow,
     Provenance,

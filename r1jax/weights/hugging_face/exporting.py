@@ -75,14 +75,13 @@ def export(
         releases in fp8 (`quantise`), and the others in bfloat16.
       max_shard_bytes: the largest safetensors file, unless one tensor is larger.
 
-    Raises:
-      ValueError: `directory` holds something else than a model, a weight does not fit `model`, a
-        dtype cannot be stored, or a model with a scalar head has no suitable padding token.
+    Raises ValueError: `directory` holds something else than a model, a weight does not fit `model`,
+    a dtype cannot be stored, or a model with a scalar head has no suitable padding token.
     """
     if model.head == "scalar":
         check_padding(tokenizer, generation_config)
     _refuse_what_is_no_model(target := _target(directory))
-    weights = stored_weights(params, model, dtype)
+    weights = _stored_weights(params, model, dtype)
     if jax.process_index() == 0:
         ids = _special_ids(tokenizer, generation_config)
         configs = {"config.json": model.to_hugging_face() | _format(weights, model, dtype) | ids}
@@ -263,7 +262,7 @@ def _entry_of(stack: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     return stack
 
 
-def stored_weights(
+def _stored_weights(
     params: Params, model: ModelConfig, dtype: DTypeLike | None
 ) -> list[StoredWeight]:
     """The weights that `export` writes, with the same arguments."""

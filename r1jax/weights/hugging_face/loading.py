@@ -51,8 +51,7 @@ def load_params(
         model starts from a language model): that head is passed over, and the weights of
         `declare_head(model)`, these alone, are drawn from the key.
 
-    Raises:
-      ValueError: as `check` and `is_quantised`, or the head that would be drawn is there.
+    Raises ValueError: as `check` and `is_quantised`, or the head that would be drawn is there.
     """
     directory = resolve(str(path))
     quantised = is_quantised(read_config(directory))

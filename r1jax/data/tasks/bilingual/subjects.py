@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -13,25 +14,18 @@ Draw = Callable[[], float]
 """The next number of a stream, in [0, 1)."""
 
 Slips = Callable[[str], bool]
-"""Begins a step of the kind that it is given; answers whether the step goes wrong.
-
-The caller decides which language the step is in, and a step goes wrong more often in the language
-that its kind is hard in, so that the two choices belong together.
-"""
+"""Begins a step of the kind that it is given, in a language that the caller chooses; answers
+whether it goes wrong, which depends on both."""
 
 
 class Problem(Protocol):
-    """One problem of a subject."""
+    """One problem of a subject: the question, and the reference answer of its reward."""
 
     @property
-    def prompt(self) -> str:
-        """The question."""
-        ...
+    def prompt(self) -> str: ...
 
     @property
-    def reference(self) -> str:
-        """The reference answer of the subject's reward."""
-        ...
+    def reference(self) -> str: ...
 
     def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:
         """The steps of a solution, one for each call of `slips`, and the answer they lead to."""
@@ -101,7 +95,7 @@ class _Sum:
         return str(right if draw() < 0.1 else _near(right, 12, draw))
 
 
-def draw_sum(draw: Draw) -> _Sum:
+def _draw_sum(draw: Draw) -> _Sum:
     """Three or four terms of one digit."""
     count = 3 + below(2, draw)
     total = 1 + below(_LARGEST, draw)
@@ -151,9 +145,7 @@ class _Program:
         return x
 
     def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:
-        steps = []
-        for operation in self.operations:
-            steps.append(_other(operation, draw) if slips("statement") else operation)
+        steps = [_other(each, draw) if slips("statement") else each for each in self.operations]
         return steps, _source(steps)
 
     def guess(self, draw: Draw) -> str:
@@ -169,7 +161,7 @@ class _Program:
         return _source(operations)
 
 
-def draw_program(draw: Draw) -> _Program:
+def _draw_program(draw: Draw) -> _Program:
     """Two or three operations; a factor is 2 or 3."""
     return _Program(tuple(_operation(draw) for _ in range(2 + below(2, draw))))
 
@@ -198,12 +190,10 @@ _LETTERS = "FGH"
 
 @dataclass(frozen=True)
 class _Motion:
-    """Two quantities are given; the third is the question.
+    """Two quantities (speed and time 2 .. 7; the way is their product) are given; the third is the
+    question.
 
-    Attributes:
-        speed, time: 2 .. 7; the way is their product.
-        unknown: `s` (way), `v` (speed) or `t` (time).
-        options: The values offered, the right one among them.
+    unknown: `s` (way), `v` (speed) or `t` (time). options: values, the right one among them.
     """
 
     speed: int
@@ -213,17 +203,15 @@ class _Motion:
 
     @property
     def prompt(self) -> str:
-        values = {"s": self.speed * self.time, "v": self.speed, "t": self.time}
-        given = " ".join(
-            f"{name}={value}" for name, value in values.items() if name != self.unknown
-        )
+        values = _quantities(self.speed, self.time).items()
+        given = " ".join(f"{name}={value}" for name, value in values if name != self.unknown)
         offered = " ".join(f"{x}{letter}" for letter, x in zip(_LETTERS, self.options, strict=True))
         return f"{given} {self.unknown}? {offered}"
 
     @property
     def value(self) -> int:
         """The right value."""
-        return {"s": self.speed * self.time, "v": self.speed, "t": self.time}[self.unknown]
+        return _quantities(self.speed, self.time)[self.unknown]
 
     @property
     def reference(self) -> str:
@@ -246,11 +234,15 @@ class _Motion:
         return _LETTERS[below(len(_LETTERS), draw)]
 
 
-def draw_motion(draw: Draw) -> _Motion:
+def _quantities(speed: int, time: int) -> dict[str, int]:
+    return {"s": speed * time, "v": speed, "t": time}
+
+
+def _draw_motion(draw: Draw) -> _Motion:
     """Wrong options are near the right value, and differ."""
     speed, time = 2 + below(6, draw), 2 + below(6, draw)
     unknown = "svt"[below(3, draw)]
-    value = {"s": speed * time, "v": speed, "t": time}[unknown]
+    value = _quantities(speed, time)[unknown]
     options = [value]
     while len(options) < len(_LETTERS):
         other = _another(value, max(value - 6, 1), value + 6, draw)
@@ -271,16 +263,13 @@ class _Order:
 
     @property
     def prompt(self) -> str:
-        facts = self._facts()
+        pairs = zip(self.digits, self.digits[1:], strict=False)
+        facts = [f"{first}>{second}" for first, second in pairs]
         return " ".join(facts[i] for i in self.fact_order) + " order?"
 
     @property
     def reference(self) -> str:
         return _listed(self.digits)
-
-    def _facts(self) -> list[str]:
-        pairs = zip(self.digits, self.digits[1:], strict=False)
-        return [f"{first}>{second}" for first, second in pairs]
 
     def worked(self, slips: Slips, draw: Draw) -> tuple[list[str], str]:
         order, steps = [self.digits[0]], []
@@ -295,7 +284,7 @@ class _Order:
         return _listed(_shuffled(list(self.digits), draw))
 
 
-def draw_order(draw: Draw) -> _Order:
+def _draw_order(draw: Draw) -> _Order:
     """Three or four different digits, their facts in any order."""
     count = 3 + below(2, draw)
     digits = _shuffled(list(range(10)), draw)[:count]
@@ -304,3 +293,9 @@ def draw_order(draw: Draw) -> _Order:
 
 def _listed(digits: list[int] | tuple[int, ...]) -> str:
     return json.dumps(list(digits), separators=(",", ":"))
+
+
+PROBLEMS: Mapping[str, Callable[[Draw], Problem]] = MappingProxyType(
+    {"maths": _draw_sum, "code": _draw_program, "stem": _draw_motion, "logic": _draw_order}
+)
+"""Subject -> a function that draws one of its problems."""

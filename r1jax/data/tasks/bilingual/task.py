@@ -4,9 +4,8 @@
 
 English is written in small letters, German in capitals. Each step of a thought begins with a word,
 `so` and `then` or `ALSO` and `DANN`. Many texts change the language as they go, and each language
-was taught some steps better than the other: sums go wrong less often in English, differences less
-often in German. So a model that is rewarded for right answers alone has a reason to mix, as
-DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4), whatever the cause there.
+was taught some steps better than the other. So a model that is rewarded for right answers alone has
+a reason to mix, as DeepSeek-R1-Zero did (arXiv 2501.12948, section 2.2.4; the cause there is open).
 
 The pretraining text stands for the web, as in `running_total`: some of it worked, with slips, much
 of it a guess, some of it without the tags.
@@ -15,28 +14,14 @@ of it a guess, some of it without the tags.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
 from r1jax.data.example import Example, Split, split_of
-from r1jax.data.tasks.bilingual.conversation import (
-    KIND,
-    UNKIND,
-    Request,
-    draw_labelled,
-    draw_pair,
-    draw_request,
-)
-from r1jax.data.tasks.bilingual.subjects import (
-    Draw,
-    Problem,
-    draw_motion,
-    draw_order,
-    draw_program,
-    draw_sum,
-)
+from r1jax.data.tasks.bilingual.conversation import KIND, UNKIND, Request
+from r1jax.data.tasks.bilingual.subjects import PROBLEMS, Draw, Problem
 from r1jax.data.tasks.task import HELD_OUT_SHARE
 
 _TASK_KEY = 0x62696C67  # Keeps this task's random streams apart from any other task's.
@@ -64,11 +49,8 @@ _EASIER: Mapping[str, str] = MappingProxyType(
 
 _OTHER = {"english": "german", "german": "english"}
 
-_DRAWN: Mapping[str, Callable[[Draw], Problem]] = MappingProxyType(
-    {"maths": draw_sum, "code": draw_program, "stem": draw_motion, "logic": draw_order}
-)
 _VERBS = {"general": KIND, "harmless": UNKIND}
-SUBJECTS = (*_DRAWN, *_VERBS)
+SUBJECTS = (*PROBLEMS, *_VERBS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +108,7 @@ class Bilingual:
             )
         draw = self._stream(index, split)
         while True:
-            problem = _DRAWN[self.subject](draw)
+            problem = PROBLEMS[self.subject](draw)
             if split_of(problem.prompt, HELD_OUT_SHARE) == split:
                 break
         return Example(
@@ -142,7 +124,7 @@ class Bilingual:
         if self.subject != "general":
             raise ValueError(f"options.subject = {self.subject!r}: only general has pairs")
         request, draw = self._request(index, split)
-        return (request.prompt, *draw_pair(request, draw))
+        return (request.prompt, *request.pair(draw))
 
     def labelled(self, index: int, split: Split) -> tuple[str, str, bool]:
         """The index-th prompt with a response and whether that is safe; harmless only.
@@ -153,7 +135,7 @@ class Bilingual:
         if self.subject != "harmless":
             raise ValueError(f"options.subject = {self.subject!r}: only harmless has labels")
         request, draw = self._request(index, split, verbs=(*UNKIND, *UNKIND, *KIND))
-        return (request.prompt, *draw_labelled(request, draw))
+        return (request.prompt, *request.labelled(draw))
 
     def _stream(self, index: int, split: Split) -> Draw:
         """As in `running_total`: only `random()` is promised to stay the same."""
@@ -166,7 +148,7 @@ class Bilingual:
     ) -> tuple[Request, Draw]:
         draw = self._stream(index, split)
         while True:
-            request = draw_request(draw, verbs or _VERBS[self.subject])
+            request = Request.draw(verbs or _VERBS[self.subject], draw)
             if split_of(request.prompt, HELD_OUT_SHARE) == split:
                 return request, draw
 

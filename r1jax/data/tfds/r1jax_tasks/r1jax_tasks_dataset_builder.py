@@ -14,6 +14,8 @@ import tensorflow_datasets as tfds
 from r1jax.data.example import Split
 from r1jax.data.tasks import TASKS
 
+_COLUMNS = ("prompt", "answer", "text", "domain")
+
 
 @dataclasses.dataclass(eq=False)
 class _TaskConfig(tfds.core.BuilderConfig):
@@ -43,14 +45,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "prompt": tfds.features.Text(),
-                    "answer": tfds.features.Text(),
-                    "text": tfds.features.Text(),
-                    "domain": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in _COLUMNS}),
             supervised_keys=None,
             # Shuffling would need the keys hashed into shards; the order is the index.
             disable_shuffling=True,
@@ -69,12 +64,4 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         task = TASKS[self.builder_config.name]()
         for index in range(count):
             example = task.example(index, split)
-            yield (
-                index,
-                {
-                    "prompt": example.prompt,
-                    "answer": example.answer,
-                    "text": example.text or "",
-                    "domain": example.domain,
-                },
-            )
+            yield index, {name: getattr(example, name) or "" for name in _COLUMNS}
