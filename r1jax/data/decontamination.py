@@ -22,7 +22,7 @@ _AROUND_SIGNS = re.compile(r"\s+(?=[^\w\s])|(?<=[^\w\s])\s+")
 
 @dataclass(frozen=True, slots=True)
 class EvaluationNgrams:
-    """Every run of `n` words in a collection of evaluation questions, and all of shorter questions."""
+    """Every run of `n` words in a collection of evaluation questions; shorter questions whole."""
 
     n: int
     keys: frozenset[str]

@@ -26,8 +26,7 @@ class Example:
         id: Position in the source, before any split or limit. It is part of the key of every
             sample drawn for this problem, so it must not depend on the split or the limit.
         prompt: The question, without template. Of a conversation without a `prompt` column, its
-            first user message: conversations that begin with the same question belong to the same
-            side of a split.
+            first user message, which then decides the side of a split.
         answer: The reference answer that rewards compare with; empty when there is none.
         text: A whole document (question and solution) for pretraining, or None.
         domain: Free label, passed on to rewards and metrics.
@@ -45,11 +44,10 @@ class Example:
 
 
 def split_of(problem: str, held_out_fraction: float) -> Split:
-    """The split that a problem belongs to, from a hash of its text alone.
+    """The split that a problem belongs to, from a hash of its text (white space collapsed) alone.
 
     It depends on neither position nor seed, so a problem that occurs twice, or is generated again
     from another index, falls on the same side both times: the splits are disjoint by construction.
-    White space is collapsed first, so copies that differ in it stay together.
     """
     digest = hashlib.blake2b(" ".join(problem.split()).encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "little") / 2.0**64

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from r1jax.bucket import download, locate, on_bucket
 from r1jax.data.tasks import TASKS
@@ -165,20 +165,12 @@ def _no_token(text: str, characters: set[str], detail: str = "") -> ValueError:
     )
 
 
-_without_token: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[str]] = WeakKeyDictionary()
-
-
+@functools.lru_cache(maxsize=8)
 def _symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The byte symbols that a byte-level BPE drops silently, because it has no token for them.
 
-    Computed once per tokenizer. Empty for those of released models, which have all 256 bytes.
+    Empty for those of released models, which have all 256 bytes.
     """
-    if tokenizer not in _without_token:
-        _without_token[tokenizer] = _find_symbols_without_token(tokenizer)
-    return _without_token[tokenizer]
-
-
-def _find_symbols_without_token(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     from tokenizers import models, pre_tokenizers
 
     core = getattr(tokenizer, "backend_tokenizer", None)

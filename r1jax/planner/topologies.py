@@ -82,7 +82,7 @@ class Slice:
     @property
     def shape(self) -> tuple[int, ...]:
         """Chips along each axis of the torus."""
-        positions = [_position(device) for device in self.devices]
+        positions = [device.coords for device in self.devices]
         return tuple(1 + max(row) - min(row) for row in zip(*positions, strict=True))
 
     def bandwidth(self, group: Sequence[int]) -> float:
@@ -91,7 +91,7 @@ class Slice:
         A group that crosses slices waits for the network between them.
         """
         assert self.chip is not None
-        if len({_slice_of(self.devices[i]) for i in group}) > 1:
+        if len({getattr(self.devices[i], "slice_index", 0) for i in group}) > 1:
             assert self.chip.between_slices is not None
             return self.chip.between_slices / self.chip.devices
         return self.links(group) * self.chip.link_bandwidth
@@ -103,7 +103,7 @@ class Slice:
         the group all of it, else one. What lies in between is assumed to be free.
         """
         assert self.chip is not None
-        positions = [_position(self.devices[i]) for i in group]
+        positions = [self.devices[i].coords for i in group]
         links = 0.0
         for size, row in zip(self.shape, zip(*positions, strict=True), strict=True):
             extent = len(set(row))
@@ -113,14 +113,6 @@ class Slice:
         # The two halves of a TPU7x share its links; between them it is six times as fast as a link
         # (cloud.google.com/tpu/docs/tpu7x, "Dual-chiplet architecture").
         return links / self.chip.devices if links else 6.0
-
-
-def _position(device: jax.Device) -> tuple[int, ...]:
-    return tuple(device.coords)
-
-
-def _slice_of(device: jax.Device) -> int:
-    return getattr(device, "slice_index", 0)
 
 
 def tpu_slice(name: str) -> Slice:

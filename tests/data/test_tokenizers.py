@@ -297,18 +297,12 @@ def test_a_bpe_of_other_symbols_than_bytes_is_taken_as_it_is() -> None:
     assert encode_texts(["ab b"], PreTrainedTokenizerFast(tokenizer_object=core)) == [[0, 1, 1]]
 
 
-def test_the_vocabulary_is_searched_once_per_tokenizer(characters, monkeypatch) -> None:
-    find, searched = tokenizers._find_symbols_without_token, []
-
-    def count(tokenizer):
-        searched.append(tokenizer)
-        return find(tokenizer)
-
-    monkeypatch.setattr(tokenizers, "_find_symbols_without_token", count)
+def test_the_vocabulary_is_searched_once_per_tokenizer() -> None:
+    tokenizers._symbols_without_token.cache_clear()
     for tokenizer in (whole := byte_level(), partial := byte_level({*b"x"}), whole, partial):
         encode_texts(["1", "2"], tokenizer)
         encode_texts(["3"], tokenizer)
-    assert [id(tokenizer) for tokenizer in searched] == [id(whole), id(partial)]
+    assert tokenizers._symbols_without_token.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(
