@@ -1,11 +1,9 @@
 """Runs whose outputs are on Google Cloud Storage: `output=gs://BUCKET/FOLDER`.
 
-A run appends to files, cuts them, and renames complete ones; an object store can only replace whole
-objects. So the files of a run are of two kinds:
+An object store can only replace whole objects, so the files of a run are of two kinds:
 
 - **Large ones are written to the bucket.** Checkpoints, by Orbax and TensorStore, whose last object
-  says that they are complete; and Hugging Face directories, tensor by tensor, `config.json` last
-  (`r1jax.weights`). No host needs disk space for them.
+  says that they are complete; and Hugging Face directories, tensor by tensor, `config.json` last.
 - **All others are written to a local `WorkingCopy`**, which is uploaded, object by object and
   `run.json` last, before each checkpoint and whenever the run's record changes. So a checkpoint
   never refers to lines that the bucket does not have, and a stage that `run.json` calls done has
@@ -13,8 +11,6 @@ objects. So the files of a run are of two kinds:
 
 A process may therefore be killed between any two writes: it leaves files at least as long as its
 checkpoint says, which a resumed run cuts. The working copy is always made anew from the bucket.
-
-gcsfs is imported only where a path begins with `gs://`.
 """
 
 from __future__ import annotations

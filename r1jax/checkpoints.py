@@ -80,12 +80,9 @@ class Checkpoints:
     def save(self, step: int, arrays: PyTree[Array], metadata: JsonObject) -> None:
         """Writes arrays and metadata as one atomic item and removes checkpoints beyond `keep`.
 
-        Args:
-          step: larger than that of every checkpoint in the directory, or ValueError.
-          arrays: pytree of jax or numpy arrays, sharded in any way; None leaves are kept.
-          metadata: JSON mapping with string keys.
-
-        Raises TypeError for a leaf that is not a plain array (named), or metadata that is not JSON.
+        `step` is larger than that of every checkpoint in the directory (else ValueError); `arrays`
+        a pytree of jax or numpy arrays, sharded in any way, or None; `metadata` JSON. Raises
+        TypeError for a leaf that is not a plain array (it is named), or metadata that is not JSON.
         """
         newest = self.latest_step
         if newest is not None and step <= newest:
@@ -116,11 +113,9 @@ class Checkpoints:
     ) -> tuple[int, PyTree[Array], JsonObject] | None:
         """Reads the newest finished checkpoint onto the devices of the shardings in `abstract`.
 
-        `abstract`: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was
-        saved. The devices may differ from those that saved.
-
-        Returns (step, arrays with the requested shardings, metadata), or None when there is none.
-        Raises ValueError for leaves that are missing, unexpected, or of another shape or dtype.
+        The devices may differ from those that saved. Returns (step, arrays, metadata), or None when
+        there is none. Raises ValueError for leaves that are missing, unexpected, of another shape
+        or dtype, or without a sharding (each is named).
         """
         step = self.latest_step
         if step is None:

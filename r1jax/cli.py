@@ -1,8 +1,6 @@
 """The command line: `r1jax run tiny/r1_zero seed=1`.
 
-Each command reads its arguments, calls one function of the package and prints what that returns.
 Imports are inside the functions, so that `--help` and a mistake in a config do not wait for JAX.
-
 Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
 message and exit status 2; a run that gives up with advice is one with status 1. R1JAX_DEBUG=1 shows
 the traceback instead. After 143 (SIGTERM: saved) and 134 (another process of the run is lost) the

@@ -19,11 +19,7 @@ def use_compilation_cache(
 
     Call it in every process of a run, before anything is compiled; it needs the devices. Only
     process 0 writes, and only programs that took `jax_persistent_cache_min_compile_time_secs` (1 s)
-    or more to compile.
-
-    Args:
-      setting: a directory, None for no cache, or `auto`, see `_cache_directory`.
-      output: of the run's config.
+    or more. `setting`: a directory, None for no cache, or `auto`, see `_cache_directory`.
     """
     known = cache_in_use()
     directory = setting

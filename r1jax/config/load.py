@@ -29,12 +29,10 @@ def load_config(
 ) -> RunConfig:
     """Reads, overrides and checks one config. Touches no device.
 
-    Args:
-      name_or_path: as for `find_config`.
-      overrides: `key.path=value` each, the later winning. The value is YAML. A path steps into a
-        list by index or by the `name` of the entry: `stages.rl.optimizer.learning_rate=1e-6`.
-        A section that the file leaves out keeps its other defaults.
-      slice_name: an entry of the config's `slices`, whose settings come before the overrides.
+    Overrides are `key.path=value`, the later winning. The value is YAML. A path steps into a list
+    by index or by the `name` of the entry: `stages.rl.optimizer.learning_rate=1e-6`. A section that
+    the file leaves out keeps its other defaults. The settings of `slice_name`, an entry of the
+    config's `slices`, come before the overrides.
 
     Raises ConfigError with every problem of the file and of the overrides.
     """

@@ -32,13 +32,10 @@ def encode_conversations(
     An example is its `messages` up to the assistant's last one, or `prompt` and `response`; with
     the section's `system_prompt` (where the messages have none) and its `prompt_suffix` (after each
     user message). A prompt is encoded apart from the turn after it, as sampled ids follow a
-    prompt's ids. `max_prompt_tokens` has no effect: the row length bounds whole documents.
-
-    `stop_ids`: Every id that ends a completion (`stop_token_ids`).
+    prompt's ids. `max_prompt_tokens` has no effect. `stop_ids`: as `stop_token_ids` gives them.
 
     Raises ValueError: the template is unknown, lacks or refuses something, or has markers that are
-    no tokens; an example has no response, or one that is empty or goes on after a stop token (names
-    the row).
+    no tokens; an example has no response, or one that is empty or goes on after a stop token.
     """
     check_template(section)
     end = turn_end(section, tokenizer, stop_ids)

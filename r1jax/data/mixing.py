@@ -8,19 +8,13 @@ from collections.abc import Mapping
 def mixture_counts(
     rows: Mapping[str, int], shares: Mapping[str, float], limit: int | None = None
 ) -> dict[str, int]:
-    """Rows of each part in the largest mixture of these shares, or in one of `limit` rows.
+    """Rows of each part in the largest mixture of these shares, or in one of exactly `limit` rows.
 
     The part that runs out first sets the size; of the others the first rows are taken. 600,000
-    and 200,000 rows at 3 : 1 are all used.
+    and 200,000 rows at 3 : 1 are all used. With a limit shares are rounded down, and the parts that
+    lose most by it get one row more. `rows`: of each part; `shares`: in any unit.
 
-    Args:
-      rows: part -> number of its rows.
-      shares: part -> share, in any unit.
-      limit: exact number of rows. Shares are rounded down, and the parts that lose most by it get
-        one row more.
-
-    Raises:
-      ValueError: a part would have no row in the mixture, or there are fewer rows than `limit`.
+    Raises ValueError: a part would have no row in it, or there are fewer rows than `limit`.
     """
     if limit is not None:
         exact = {part: limit * share / sum(shares.values()) for part, share in shares.items()}

@@ -27,12 +27,8 @@ class IndexStream:
 
     Each epoch has every index once, in an order that depends on (seed, epoch) alone. A batch may
     span two epochs, so nothing is dropped. The global order is the same for any number of
-    processes, so a run may be resumed on another number of machines.
-
-    Args:
-        size: At least 1, and the same on every process.
-        fingerprint: Of the data; a state with another one is refused.
-        process_index, process_count: Which contiguous slice of each batch is this process's.
+    processes, of which each gets a contiguous slice of each batch: a run may be resumed on another
+    number. `size` and `fingerprint` are of the data; a state with another one is refused.
     """
 
     def __init__(

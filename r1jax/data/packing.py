@@ -98,13 +98,10 @@ class PackedRows(Generic[Item]):
     def take(self, n_rows: int) -> dict[str, np.ndarray]:
         """The next `n_rows` rows of the global order; returns this process's slice of them.
 
-        Returns:
-            `tokens`, `segment_ids` (of documents in a row, from 1; 0 is padding) and `positions`
-            (from 0 in each), int32 [n_rows / processes, T]; `trained`, bool of the same shape: the
-            token is a target of the loss (`Document.trained`).
-
-        Raises ValueError: `n_rows` is not a positive multiple of the process count, or no document
-        of a whole epoch fits into a row.
+        Those are `tokens`, `segment_ids` (of documents in a row, from 1; 0 is padding), `positions`
+        (from 0 in each), int32 [n_rows / processes, T], and `trained`, bool of the same shape: the
+        token is a target of the loss (`Document.trained`). Raises ValueError: `n_rows` is not a
+        positive multiple of the process count, or no document of a whole epoch fits into a row.
         """
         local = local_slice(n_rows, self._process_index, self._process_count)
         rows: list[list[Document]] = []
@@ -190,13 +187,10 @@ def packed_once(
     """Every document exactly once, in the order of `examples`: for a loss over a whole dataset.
 
     Packed window by window as in `PackedRows`, but not shuffled. Documents longer than a row are
-    left out; `segment_ids.max(axis=1).sum()` is the number of those that a batch holds.
-
-    `rows_per_batch`: N, of all processes together. The last batch is filled up with empty rows
-    (segment id 0, nothing trained), so all have the same shape, on every process.
-
-    Yields:
-        This process's slice of each batch, with the arrays of `PackedRows.take`.
+    left out; `segment_ids.max(axis=1).sum()` is the number of those that a batch holds. Yields this
+    process's slice of each batch of `rows_per_batch` (of all processes) as `PackedRows.take`. The
+    last one is filled up with empty rows (segment id 0, nothing trained), so that all have the same
+    shape, on every process.
     """
     _check_any(examples)
     check_process(process_index, process_count)

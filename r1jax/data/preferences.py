@@ -184,14 +184,10 @@ def encode_responses(
 ) -> list[np.ndarray | None]:
     """Token ids of the text that a reward model scores: prompt, `scored_text`, EOS; int32 [tokens].
 
-    The prompt is rendered by the section's template, less a prefilled `<think>`: a whole response
-    brings its own, and a summary follows no open thought. Prompt and response are encoded apart,
-    as sampled ids follow a prompt's ids. `max_prompt_tokens` has no effect. None where
-    `scored_text` is None.
-
-    Args:
-        prompts: Questions without template, one for each response; each is encoded once.
-        responses: Without or with the EOS that ends them.
+    The prompt (a question for each response) is rendered by the section's template, less a
+    prefilled `<think>`: a whole response brings its own, and a summary follows no open thought.
+    Prompt and response (without or with its EOS) are encoded apart, as sampled ids follow a
+    prompt's ids. `max_prompt_tokens` has no effect. None where `scored_text` is None.
 
     Raises ValueError: the template does not apply, the tokenizer has no EOS token, or it cannot
     encode a text.

@@ -26,13 +26,10 @@ _BATCH = 4096  # Texts per tokenizer call: large enough to be fast, small enough
 class Prompt:
     """A question as the model gets it.
 
-    Attributes:
-        id: The example's id, part of the sampling key.
-        text: Exactly what is encoded, BOS included when there is one.
-        prefill: The end of `text` that belongs to the completion, such as `<think>\\n`, or "".
-            Rewards get prefill + completion, or a format reward never finds the opening tag.
-        token_ids: int32 [tokens], the ids of `text`.
-        question: The example's prompt without any template.
+    id: the example's, part of the sampling key. text: exactly what is encoded, with any BOS.
+    prefill: its end that belongs to the completion, such as `<think>\\n`, or "": rewards get
+    prefill + completion, or a format reward never finds the opening tag.
+    token_ids: int32 [tokens], of `text`. question: the example's prompt without any template.
     """
 
     id: int
@@ -63,11 +60,9 @@ def encode_prompts(
 ) -> tuple[list[Prompt], str]:
     """Renders and encodes every example; drops those that are too long.
 
-    Returns:
-        The prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens;
-        and a sentence that counts them.
-
-    Raises ValueError: all prompts are too long, one has no tokens, or a template does not apply.
+    Returns the prompts in the order of `examples`, each of 1 .. `section.max_prompt_tokens` tokens,
+    and a sentence that counts them. Raises ValueError: all prompts are too long, one has no tokens,
+    or a template does not apply.
     """
     check_template(section)
     prompts: list[Prompt] = []

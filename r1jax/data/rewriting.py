@@ -173,7 +173,7 @@ _PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 class RuleRewriter:
     r"""Puts thought and answer of a draft into a template.
 
-    The summary replaces everything but the thought. The thought loses outer white space, so that a
+    The summary replaces everything but the thought, which loses outer white space, so that a
     prefilled `<think>\n` and a bare `<think>` give the same text. The result is None for a draft
     without a closed thought, with a blank one, or with neither answer nor program, and where
     `accept` refuses the text.
@@ -368,7 +368,6 @@ class EndpointRewriter:
         url: Up to the version, such as `http://localhost:8000/v1`.
         log: Stores the replies. A draft is not requested again with the same model, instruction,
             max_new_tokens and temperature; the url may change.
-        max_new_tokens: Of an answer; one that is cut off there is not used.
         api_key_env: Environment variable with the key; unset or empty for a server without keys.
         retries: Repetitions of a request after a failure that may be temporary: status 408, 429 or
             5xx, no connection, a time-out, an answer that is not JSON of the right shape.
@@ -376,7 +375,6 @@ class EndpointRewriter:
         backoff_seconds: Wait before the first retry. It doubles with each, up to a minute, with
             jitter; a longer Retry-After of the server is respected.
         concurrency: Requests at a time.
-        style: The shape that a text must have; see `accept`.
         stop_requested: Called before each request, from several threads. Once it returns true, no
             more requests are sent; replies to open ones are waited for, and stored.
     """

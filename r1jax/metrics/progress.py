@@ -61,9 +61,10 @@ class Progress:
             return
         now = self._clock()
         text = _figures(figures)
-        left = self._seconds_left(step, now)
-        if left is not None and step < self.total:
-            text = f"{text}  {_duration(left)} left" if text else f"{_duration(left)} left"
+        done = step - self.start
+        if done > 0 and step < self.total:
+            left = f"{_duration((now - self._began) / done * (self.total - step))} left"
+            text = f"{text}  {left}" if text else left
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
             return
@@ -88,12 +89,6 @@ class Progress:
     def _line(self, text: str) -> None:
         # Literal text: a completion in a message must not be taken for rich's markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _seconds_left(self, step: int, now: float) -> float | None:
-        done = step - self.start
-        if done <= 0:
-            return None
-        return (now - self._began) / done * (self.total - step)
 
 
 def _figures(figures: Mapping[str, float | None]) -> str:

@@ -62,15 +62,11 @@ class Recorder:
             ]
 
     def log(self, step: int, metrics: Row) -> None:
-        """Appends {"step": step, **metrics} to metrics.jsonl.
+        """Appends {"step": step, **metrics} to metrics.jsonl; `step` counts optimizer updates.
 
-        Args:
-          step: of the stage, counted in optimizer updates.
-          metrics: numbers, numpy scalars or zero-dimensional jax arrays, fetched together. nan and
-            infinities become the strings "nan", "inf" and "-inf", as JSON has no such numbers.
-
-        Raises:
-          TypeError: a value has not exactly one element, or is no number (the metric is named).
+        Metrics are numbers, numpy scalars or zero-dimensional jax arrays, fetched together. nan and
+        infinities become the strings "nan", "inf" and "-inf", as JSON has no such numbers. Raises
+        TypeError for a value that has not exactly one element, or is no number (it is named).
         """
         self._log("metrics.jsonl", step, metrics, time.time())
 

@@ -72,9 +72,8 @@ class _TensorBoard:
         if self._writer is None:
             raise ValueError(f"the event file in {self._directory} is closed")
         values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in numbers.items()]
-        self._writer.write_event(
-            Event(step=step, wall_time=wall_time, summary=Summary(value=values))
-        )
+        event = Event(step=step, wall_time=wall_time, summary=Summary(value=values))
+        self._writer.write_event(event)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 

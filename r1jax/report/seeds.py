@@ -42,11 +42,8 @@ _CURVES = {"pass_at_1": "pass@1", "mean_length": "tokens per completion"}
 def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Writes `report.html`, `tables.md` and `results.json` of several runs; returns their paths.
 
-    Args:
-      run_dirs: finished runs of one config, each of another seed.
-      out: a directory that is not of a run; made if it does not exist.
-
-    Raises ConfigError: `out` is a run's directory; or as in `read_seeds`.
+    The runs are finished, of one config, each of another seed; `out` is a directory that is not of
+    a run, made if it does not exist. Raises ConfigError if not.
     """
     directory = Path(out)
     if (directory / "config.yaml").exists():

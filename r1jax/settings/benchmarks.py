@@ -5,17 +5,15 @@
 
 That stage reads the dataset `aime_2024`, is scored by the benchmark's reward and has its number of
 samples. What the config sets itself comes first, in the stage as in `data.aime_2024`. With a
-`source` of your own neither `split` nor `options` are filled in, and the columns are the hub's
-unless `fields` says otherwise.
+`source` of your own neither `split` nor `options` are filled in.
 
 DeepSeek-R1 (arXiv 2501.12948v2): temperature 0.6, top-p 0.95, at most 32,768 tokens, zero-shot, no
 system prompt; pass@1 is the mean over k samples: 64 for AIME and GPQA Diamond, 16 for MATH-500, 8
 for LiveCodeBench. GSM8K is not among its benchmarks.
 
-"No system prompt" is what we add: a tokenizer's chat template may bring one of its own, as
-Qwen2.5-Instruct's does. A base model has no chat template: give `data.NAME.template=plain`.
-
-Not here: Codeforces (needs its judge and contestants), AlpacaEval 2 and ArenaHard (need GPT-4).
+A tokenizer's chat template may bring a system prompt of its own, as Qwen2.5-Instruct's does. A base
+model has no chat template: give `data.NAME.template=plain`. Not here: Codeforces (needs its judge
+and contestants), AlpacaEval 2 and ArenaHard (need GPT-4).
 """
 
 from __future__ import annotations

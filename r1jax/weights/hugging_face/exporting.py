@@ -62,13 +62,12 @@ def export(
 ) -> None:
     """Writes a directory that transformers loads; a model that is there is replaced at the end.
 
-    Every process of a `jax.distributed` run calls this; process 0 writes.
+    Every process of a `jax.distributed` run calls this; process 0 writes. A local directory is
+    written under a temporary name and renamed, so that a killed export leaves nothing half-written.
+    On a bucket (`gs://...`) `config.json`, without which there is no model, is removed first and
+    written last.
 
     Args:
-      directory: written under a temporary name beside it and renamed, so that a killed export
-        leaves nothing half-written. On a bucket (`gs://...`), which has no rename, `config.json`,
-        without which there is no model, is removed first and written last.
-      params: the tree of `declare(model)`.
       generation_config: content of `generation_config.json` (EOS ids); ids that it does not give
         are the tokenizer's. A model without logits has them in its `config.json` only.
       dtype: of the stored weights; default: that of each array. `fp8`: the matrices that DeepSeek

@@ -45,11 +45,9 @@ def load_params(
     a layer is read, transferred and written into the stacked array, which only devices hold. Of
     experts, one of each device is in memory, and no expert of other hosts is read.
 
-    Args:
-      model: what the directory holds.
-      new_head: a key. The directory holds the decoder of `model` under another head (a reward
-        model starts from a language model): that head is passed over, and the weights of
-        `declare_head(model)`, these alone, are drawn from the key.
+    `new_head`: a key. The directory then holds the decoder of `model` under another head (a reward
+    model starts from a language model): that head is passed over, and the weights of
+    `declare_head(model)`, these alone, are drawn from the key.
 
     Raises ValueError: as `check` and `is_quantised`, or the head that would be drawn is there.
     """
