@@ -23,6 +23,7 @@ from r1jax.data.dataset_files import (
     write_tfds,
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
+from r1jax.data.prompts import Prompt
 from r1jax.data.rewriting import Draft, RuleRewriter
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
