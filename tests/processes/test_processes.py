@@ -22,8 +22,7 @@ from safetensors.numpy import load_file
 
 from r1jax.config.load import load_config
 from r1jax.processes import BatchSlice, agree, differences
-from r1jax.run import checks
-from r1jax.run.resolve import resolve
+from r1jax.run.resolve import check, resolve
 
 TESTS = Path(__file__).parents[1]
 RUN = "tiny-processes-s0"
@@ -124,10 +123,10 @@ def test_batches_that_processes_cannot_share_are_refused(
 ) -> None:
     """Or the rows that are left over would be nobody's."""
     monkeypatch.chdir(TESTS)
-    monkeypatch.setattr(checks, "process_batch_slice", lambda layout: BatchSlice(0, 2))
+    monkeypatch.setattr("r1jax.run.resolve.process_batch_slice", lambda _: BatchSlice(0, 2))
     config = load_config("tiny_processes.yaml", [change])
     with pytest.raises(ValueError, match=f"stages.*{message} is not a multiple of 2, the proc"):
-        checks.check(resolve(config))
+        check(resolve(config))
 
 
 def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
