@@ -1,8 +1,8 @@
 """Rewriting of kept completions into texts to train on, for the cold start.
 
 DeepSeek-R1 (arXiv 2501.12948, section 2.3.1) rewrites what R1-Zero got right into one language, the
-first person, and its output format: the reasoning process, then a summary. `RuleRewriter` does so
-by rules, for toy texts; `EndpointRewriter` by a model behind an OpenAI-compatible server.
+first person, and its output format: the reasoning process, then a summary. `rewrite_by_rules` does
+so for toy texts, `EndpointRewriter` by a model behind an OpenAI-compatible server.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from r1jax.files import JsonValue, encode_line, end_of_last_line
 from r1jax.rewards.code import program_of
 from r1jax.rewards.extraction import after_thinking, final_answer, thought
-from r1jax.rewards.format import STYLES, well_formed
+from r1jax.rewards.format import well_formed
 from r1jax.rewards.maths import equivalent_key
 from r1jax.rewards.words import words
 from r1jax.settings.names import nearest
+from r1jax.settings.rewriting import EndpointRewrite, RuleRewrite
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,93 +169,69 @@ def _replace_words(text: str, replacements: Mapping[str, str]) -> str:
 _PLACEHOLDER = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuleRewriter:
-    r"""Puts thought and answer of a draft into a template.
+def rewrite_by_rules(rules: RuleRewrite, drafts: Sequence[Draft]) -> list[str | None]:
+    r"""The text to train on for each draft, in order.
 
     The summary replaces everything but the thought, which loses outer white space, so that a
-    prefilled `<think>\n` and a bare `<think>` give the same text. The result is None for a draft
-    without a closed thought, with a blank one, or with neither answer nor program, and where
-    `accept` refuses the text.
-
-    Attributes:
-        template: The text: `{thought}`, `{summary}`, `{question}`, `{answer}`. Other braces stay
-            as they are, so a boxed answer is `\boxed{{answer}}`.
-        summary: The text of `{summary}`, with the other placeholders.
-        program_summary: That text if the answer is a program: `{question}` and `{program}`, which
-            ends with a newline.
-        replacements: Words of the thought -> their replacements, as in `_replace_words`.
+    prefilled `<think>\n` and a bare `<think>` give the same text. None for a draft without a closed
+    thought, with a blank one, or with neither answer nor program, and where `accept` refuses it.
     """
-
-    template: str = "<think>{thought}</think>\n\n{summary}"
-    summary: str = r"The final answer is \boxed{{answer}}."
-    program_summary: str = "```\n{program}```"
-    replacements: Mapping[str, str] = field(default_factory=dict)
-    style: str = "think"
-
-    def __post_init__(self) -> None:
-        """ValueErrors begin with the name of the field."""
-        _check_style(self.style)
-        used = _placeholders(
-            "template", self.template, ("thought", "summary", "question", "answer")
-        )
-        custom_program_summary = self.program_summary != type(self).program_summary
-        if "summary" not in used:
-            if self.summary != type(self).summary or custom_program_summary:
-                raise ValueError(
-                    f"template = {self.template!r}: has no {{summary}}, but one is set"
-                )
-        else:
-            used |= _placeholders("summary", self.summary, ("thought", "question", "answer"))
-        where = f"template = {self.template!r}, summary = {self.summary!r}"
-        for needed in ("thought", "answer"):
-            if needed not in used:
-                raise ValueError(f"{where}: {{{needed}}} is missing")
-        if "program" not in _placeholders(
-            "program_summary", self.program_summary, ("question", "program")
-        ):
-            raise ValueError(f"program_summary = {self.program_summary!r}: {{program}} is missing")
-        for word, other in self.replacements.items():
-            if not word or not isinstance(word, str) or not isinstance(other, str):
-                raise ValueError(f"replacements: {word!r}: {other!r}: needs words with their words")
-        sample = self._text(Draft("1+6=", "<think>So 7.</think>7", "7"), "So 7.")
-        if accept(Draft("1+6=", "", "7"), sample, self.style) is None:
-            raise ValueError(
-                f"{where}: the result, such as {sample!r}, is not of style {self.style!r} or has "
-                "no answer that can be read"
-            )
-        # Not every template can hold the default, and most runs have no programs.
-        program = Draft("Write 7.", "<think>So 7.</think>```\nprint(7)\n```", "")
-        sample = self._text(program, "So 7.")
-        if custom_program_summary and accept(program, sample, self.style) is None:
-            raise ValueError(
-                f"template = {self.template!r}, program_summary = {self.program_summary!r}: the "
-                f"result, such as {sample!r}, is not of style {self.style!r} or has no program "
-                "that can be read; fences need lines of their own"
-            )
-
-    def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
-        """The text to train on for each draft, in order; None for one that has none."""
-        return [self._rewrite_one(draft) for draft in drafts]
-
-    def _rewrite_one(self, draft: Draft) -> str | None:
+    texts: list[str | None] = []
+    for draft in drafts:
         inner = (thought(draft.completion) or "").strip()
-        if not inner or (not draft.answer.strip() and _program(draft) is None):
-            return None
-        return accept(draft, self._text(draft, inner), self.style)
+        usable = inner and (draft.answer.strip() or _program(draft) is not None)
+        texts.append(accept(draft, _text(rules, draft, inner), rules.style) if usable else None)
+    return texts
 
-    def _text(self, draft: Draft, inner: str) -> str:
-        values = {
-            "thought": _replace_words(inner, self.replacements),
-            "question": draft.question.strip(),
-            "answer": draft.answer.strip(),
-        }
-        program = _program(draft)
-        if program is None:
-            values["summary"] = _filled(self.summary, values)
-        else:
-            values["summary"] = _filled(self.program_summary, {**values, "program": program})
-        return _filled(self.template, values)
+
+def check_rules(rules: RuleRewrite) -> None:
+    """Raises ValueError, beginning with the key, for rules that no text could come out of."""
+    template, style = rules.template, rules.style
+    defaults = {key: field.default for key, field in RuleRewrite.model_fields.items()}
+    custom_program_summary = rules.program_summary != defaults["program_summary"]
+    used = _placeholders("template", template, ("thought", "summary", "question", "answer"))
+    if "summary" in used:
+        used |= _placeholders("summary", rules.summary, ("thought", "question", "answer"))
+    elif rules.summary != defaults["summary"] or custom_program_summary:
+        raise ValueError(f"template = {template!r}: has no {{summary}}, but one is set")
+    where = f"template = {template!r}, summary = {rules.summary!r}"
+    for needed in ("thought", "answer"):
+        if needed not in used:
+            raise ValueError(f"{where}: {{{needed}}} is missing")
+    known = ("question", "program")
+    if "program" not in _placeholders("program_summary", rules.program_summary, known):
+        raise ValueError(f"program_summary = {rules.program_summary!r}: {{program}} is missing")
+    if "" in rules.replacements:
+        raise ValueError("replacements: '': needs words with their words")
+    sample = _text(rules, Draft("1+6=", "<think>So 7.</think>7", "7"), "So 7.")
+    if accept(Draft("1+6=", "", "7"), sample, style) is None:
+        raise ValueError(
+            f"{where}: the result, such as {sample!r}, is not of style {style!r} or has "
+            "no answer that can be read"
+        )
+    # Not every template can hold the default, and most runs have no programs.
+    program = Draft("Write 7.", "<think>So 7.</think>```\nprint(7)\n```", "")
+    sample = _text(rules, program, "So 7.")
+    if custom_program_summary and accept(program, sample, style) is None:
+        raise ValueError(
+            f"template = {template!r}, program_summary = {rules.program_summary!r}: the "
+            f"result, such as {sample!r}, is not of style {style!r} or has no program "
+            "that can be read; fences need lines of their own"
+        )
+
+
+def _text(rules: RuleRewrite, draft: Draft, inner: str) -> str:
+    values = {
+        "thought": _replace_words(inner, rules.replacements),
+        "question": draft.question.strip(),
+        "answer": draft.answer.strip(),
+    }
+    program = _program(draft)
+    if program is None:
+        values["summary"] = _filled(rules.summary, values)
+    else:
+        values["summary"] = _filled(rules.program_summary, {**values, "program": program})
+    return _filled(rules.template, values)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
@@ -362,64 +338,18 @@ _LONGEST_BODY = 200  # characters of a server's message in an error
 class EndpointRewriter:
     """Asks a model behind an OpenAI-compatible server, one request for each draft.
 
-    The answer must contain its thought: turn a "reasoning parser" off, which removes `<think>`.
-
-    Attributes:
-        url: Up to the version, such as `http://localhost:8000/v1`.
-        log: Stores the replies. A draft is not requested again with the same model, instruction,
-            max_new_tokens and temperature; the url may change.
-        api_key_env: Environment variable with the key; unset or empty for a server without keys.
-        retries: Repetitions of a request after a failure that may be temporary: status 408, 429 or
-            5xx, no connection, a time-out, an answer that is not JSON of the right shape.
-        timeout_seconds: Without a byte from the server.
-        backoff_seconds: Wait before the first retry. It doubles with each, up to a minute, with
-            jitter; a longer Retry-After of the server is respected.
-        concurrency: Requests at a time.
-        stop_requested: Called before each request, from several threads. Once it returns true, no
-            more requests are sent; replies to open ones are waited for, and stored.
+    log: Stores the replies. A draft is not requested again with the same model, instruction,
+        max_new_tokens and temperature; the url may change.
+    backoff_seconds: Wait before the first retry. It doubles with each, up to a minute, with jitter;
+        a longer Retry-After of the server is respected.
+    stop_requested: Called before each request, from several threads. Once it returns true, no more
+        requests are sent; replies to open ones are waited for, and stored.
     """
 
-    url: str
-    model: str
+    settings: EndpointRewrite
     log: RewriteLog
-    instruction: str = INSTRUCTION
-    max_new_tokens: int = 8192
-    temperature: float = 0.6
-    api_key_env: str = "OPENAI_API_KEY"
-    retries: int = 6
-    timeout_seconds: float = 600.0
     backoff_seconds: float = 1.0
-    concurrency: int = 8
-    style: str = "think"
     stop_requested: Callable[[], bool] = lambda: False
-
-    def __post_init__(self) -> None:
-        """ValueErrors begin with the name of the field."""
-        parts = urlsplit(self.url)
-        known = parts.scheme in ("http", "https") and parts.hostname
-        if not known or re.search(r"\s", self.url):
-            raise ValueError(f"url = {self.url!r}: needs http://HOST/v1 or https://HOST/v1")
-        if parts.username is not None:
-            raise ValueError(
-                f"url: names a user for {parts.hostname}; put a key into the environment variable "
-                f"{self.api_key_env} instead"
-            )
-        if parts.query or parts.fragment or self.url.rstrip("/").endswith("/chat/completions"):
-            raise ValueError(
-                f"url = {self.url!r}: give it up to the version, such as http://HOST/v1; "
-                "/chat/completions is added"
-            )
-        if not self.model:
-            raise ValueError("model is empty; name the model that the server serves")
-        for name, least in (("max_new_tokens", 1), ("retries", 0), ("concurrency", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        for name in ("timeout_seconds", "backoff_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
-        if not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature = {self.temperature}: must be in 0 .. 2")
-        _check_style(self.style)
 
     def rewrite(self, drafts: Sequence[Draft]) -> list[str | None]:
         """The text to train on for each draft, or None, in order. Equal drafts are requested once.
@@ -427,13 +357,10 @@ class EndpointRewriter:
         Raises EndpointError: a request failed; Stopped: `stop_requested` returned true. Open
         requests are waited for, and every reply is in the log: the next call requests the rest.
         """
-        settings: dict[str, JsonValue] = {
-            "model": self.model,
-            "instruction": self.instruction,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-        }
-        keys = [self.log.key(draft, settings) for draft in drafts]
+        settings = self.settings
+        decides = settings.model_dump(include={"model", "max_new_tokens", "temperature"})
+        decides["instruction"] = settings.instruction or INSTRUCTION
+        keys = [self.log.key(draft, decides) for draft in drafts]
         distinct = dict(zip(keys, drafts, strict=True))
         missing = {key: draft for key, draft in distinct.items() if key not in self.log}
         try:
@@ -441,18 +368,19 @@ class EndpointRewriter:
         except _Failure as failure:
             known = sum(key in self.log for key in distinct)
             raise EndpointError(
-                f"{self.url}: model {self.model!r}: {failure}. {failure.remedy}. {known} of "
-                f"{len(distinct)} replies are in {self.log.path}; run again to request the rest"
+                f"{settings.url}: model {settings.model!r}: {failure}. {failure.remedy}. "
+                f"{known} of {len(distinct)} replies are in {self.log.path}; run again to request "
+                "the rest"
             ) from failure
         known = sum(key in self.log for key in distinct)
         if known < len(distinct):
             raise Stopped(f"{known} of {len(distinct)} replies are in {self.log.path}")
         replies = [self.log[key] for key in keys]
-        return [r.accepted(draft, self.style) for r, draft in zip(replies, drafts, strict=True)]
+        return [r.accepted(draft, settings.style) for r, draft in zip(replies, drafts, strict=True)]
 
     def _request_all(self, missing: Mapping[str, Draft]) -> None:
         stop = threading.Event()
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
             try:
                 futures = [
                     pool.submit(self._request_and_log, key, draft, stop)
@@ -472,7 +400,7 @@ class EndpointRewriter:
             raise
 
     def _request_until_answered(self, key: str, draft: Draft, stop: threading.Event) -> None:
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.settings.retries + 1):
             if self._stopped(stop):
                 return
             try:
@@ -481,7 +409,7 @@ class EndpointRewriter:
             except _Failure as failure:
                 if not failure.temporary:
                     raise
-                if attempt == self.retries:
+                if attempt == self.settings.retries:
                     failure.add(f"{attempt + 1} attempts")
                     raise
                 wait = _wait_seconds(attempt, self.backoff_seconds, failure.retry_after)
@@ -496,19 +424,21 @@ class EndpointRewriter:
         return stop.is_set() or self.stop_requested()
 
     def _request(self, draft: Draft) -> Reply:
+        settings = self.settings
+        content = instruction_prompt(draft, settings.instruction or INSTRUCTION)
         body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": instruction_prompt(draft, self.instruction)}],
-            "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
+            "model": settings.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
         }
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(self.api_key_env, "").strip():
+        if key := os.environ.get(settings.api_key_env, "").strip():
             headers["Authorization"] = f"Bearer {key}"
-        url = self.url.rstrip("/") + "/chat/completions"
+        url = settings.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with _OPENER.open(request, timeout=self.timeout_seconds) as response:
+            with _OPENER.open(request, timeout=settings.timeout_seconds) as response:
                 answer = response.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -532,7 +462,7 @@ class EndpointRewriter:
         except ValueError:
             phrase = ""
         if status in (401, 403):
-            remedy = f"Put a valid key into the environment variable {self.api_key_env}"
+            remedy = f"Put a valid key into the environment variable {self.settings.api_key_env}"
         elif status == 404:
             remedy = "See that url ends in the version (often /v1), and that the model is served"
         elif status in (408, 429):
@@ -620,8 +550,3 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def _check_style(style: str) -> None:
-    if style not in STYLES:
-        raise ValueError(f"style = {style!r}: not one of {list(STYLES)}")

@@ -15,7 +15,8 @@ from r1jax.data.tasks.bilingual import LANGUAGES, REPLACEMENTS
 from r1jax.planner.dry_run import describe
 from r1jax.pretrained import stream_completions
 from r1jax.run.resolve import check, resolve
-from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
+from r1jax.settings.rewriting import RuleRewrite
+from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
 
 SWAPPED = {
     "qwen2.5-1.5b/r1_zero_gsm8k": {"question": "What is 40 + 2?", "answer": "So 42.\n#### 42"},

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from r1jax.data.rewriting import (
     INSTRUCTION,
@@ -26,15 +27,16 @@ from r1jax.data.rewriting import (
     EndpointRewriter,
     Reply,
     RewriteLog,
-    RuleRewriter,
     Stopped,
     _replace_words,
     _wait_seconds,
     accept,
+    check_rules,
     instruction_prompt,
+    rewrite_by_rules,
 )
 from r1jax.rewards.code import program_of
-from r1jax.stages.rejection_sampling.settings import RuleRewrite
+from r1jax.settings.rewriting import EndpointRewrite, RuleRewrite
 
 BOXED = Draft("What is 6 + 6?", "<think>6 and 6, so 12.</think>It is \\boxed{12}.", "12")
 PLAIN = Draft("Where is the Louvre?", "<think>In France.</think>In Paris.", "Paris")
@@ -130,7 +132,7 @@ def test_a_block_beside_the_answer_is_no_answer() -> None:
     assert accept(draft, "<think>t</think>It is \\boxed{12}.") is not None
     assert accept(draft, f"<think>t</think>{FENCED}\nso \\boxed{{13}}") is None
     assert accept(draft, f"<think>t</think>{FENCED}") is None
-    (text,) = RuleRewriter().rewrite([draft])
+    (text,) = rewrite_by_rules(RuleRewrite(), [draft])
     assert text == "<think>t</think>\n\nThe final answer is \\boxed{12}."
 
 
@@ -203,19 +205,20 @@ def test_replacing_single_words_is_a_map_over_the_words(parts, replacements) -> 
 
 
 def test_rules_put_thought_and_answer_into_the_template() -> None:
-    rewriter = RuleRewriter(replacements={"und": "and", "sind": "make", "Es": "It"})
+    rules = RuleRewrite(replacements={"und": "and", "sind": "make", "Es": "It"})
     draft = Draft(
         "6+6=", "<think>\n 6 und 6 sind 12. \n</think>\n Es: <answer> 12 </answer>", "12 "
     )
-    assert rewriter.rewrite([draft]) == [
+    assert rewrite_by_rules(rules, [draft]) == [
         "<think>6 and 6 make 12.</think>\n\nThe final answer is \\boxed{12}."
     ]
 
 
 def test_a_prefilled_tag_makes_no_difference() -> None:
     """The prompt may end in `<think>`, `<think>\\n` or no tag; the completion begins with it."""
-    texts = RuleRewriter().rewrite(
-        [Draft("q", f"{prefill}so 3</think>\\boxed{{3}}", "3") for prefill in PREFILLS]
+    texts = rewrite_by_rules(
+        RuleRewrite(),
+        [Draft("q", f"{prefill}so 3</think>\\boxed{{3}}", "3") for prefill in PREFILLS],
     )
     assert texts == ["<think>so 3</think>\n\nThe final answer is \\boxed{3}."] * len(PREFILLS)
 
@@ -224,10 +227,10 @@ PREFILLS = ("<think>", "<think>\n", " <think> ", "")
 
 
 def test_replacements_stay_inside_of_the_thought() -> None:
-    rewriter = RuleRewriter(
+    rules = RuleRewrite(
         summary="{question} {answer}: \\boxed{{answer}}", replacements={"zwei": "two", "q": "Q"}
     )
-    (text,) = rewriter.rewrite([Draft("q zwei", "<think>zwei</think>\\boxed{zwei}", "zwei")])
+    (text,) = rewrite_by_rules(rules, [Draft("q zwei", "<think>zwei</think>\\boxed{zwei}", "zwei")])
     assert text == "<think>two</think>\n\nq zwei zwei: \\boxed{zwei}"
 
 
@@ -235,7 +238,9 @@ def test_braces_of_texts_are_no_placeholders() -> None:
     draft = Draft(
         "{answer}", "<think>{summary} \\frac{1}{2} {x}</think>\\boxed{\\frac{1}{2}}", "0.5"
     )
-    (text,) = RuleRewriter(summary="{question} \\frac{1}{2} \\boxed{{answer}}").rewrite([draft])
+    (text,) = rewrite_by_rules(
+        RuleRewrite(summary="{question} \\frac{1}{2} \\boxed{{answer}}"), [draft]
+    )
     assert text == (
         "<think>{summary} \\frac{1}{2} {x}</think>\n\n{answer} \\frac{1}{2} \\boxed{0.5}"
     )
@@ -256,19 +261,13 @@ def test_braces_of_texts_are_no_placeholders() -> None:
 )
 def test_drafts_without_a_text_are_none_and_the_others_keep_their_place(completion, answer) -> None:
     good = Draft("q", "<think>so 3</think>\\boxed{3}", "3")
-    texts = RuleRewriter().rewrite([good, Draft("q", completion, answer), good])
+    texts = rewrite_by_rules(RuleRewrite(), [good, Draft("q", completion, answer), good])
     assert texts[1] is None and texts[0] == texts[2] is not None
 
 
-def test_the_config_has_the_same_defaults() -> None:
-    assert RuleRewriter(**RuleRewrite().model_dump(exclude={"kind"})) == RuleRewriter()
-
-
 def test_rules_in_another_style() -> None:
-    rewriter = RuleRewriter(
-        template="<think>{thought}</think><answer>{answer}</answer>", style="tags"
-    )
-    assert rewriter.rewrite([BOXED]) == ["<think>6 and 6, so 12.</think><answer>12</answer>"]
+    rules = RuleRewrite(template="<think>{thought}</think><answer>{answer}</answer>", style="tags")
+    assert rewrite_by_rules(rules, [BOXED]) == ["<think>6 and 6, so 12.</think><answer>12</answer>"]
 
 
 def test_a_program_has_a_summary_of_its_own() -> None:
@@ -279,28 +278,30 @@ def test_a_program_has_a_summary_of_its_own() -> None:
         Draft("q", f"<think>t</think>~~~ python\n{inner}~~~", ""),
         Draft("q", f"<think>t</think>```{inner}", ""),  # no block, and so nothing
     ]
-    assert RuleRewriter().rewrite(drafts) == [
+    assert rewrite_by_rules(RuleRewrite(), drafts) == [
         f"<think>3 and 4.</think>\n\n{FENCED}",
         "<think>6 and 6, so 12.</think>\n\nThe final answer is \\boxed{12}.",
         f"<think>t</think>\n\n```\n{inner}```",
         None,
     ]
-    told = RuleRewriter(program_summary="{question} Run this:\n```python\n{program}```\nDone.")
-    assert told.rewrite([PROGRAM]) == [
+    rules = RuleRewrite(program_summary="{question} Run this:\n```python\n{program}```\nDone.")
+    assert rewrite_by_rules(rules, [PROGRAM]) == [
         "<think>3 and 4.</think>\n\nWrite 12. Run this:\n```python\nprint(3 * 4)\n```\nDone."
     ]
-    tags = RuleRewriter(
+    tags = RuleRewrite(
         template="<think>{thought}</think><answer>{summary}</answer>",
         summary="{answer}",
         style="tags",
     )
-    assert tags.rewrite([PROGRAM]) == [f"<think>3 and 4.</think><answer>{FENCED}</answer>"]
+    assert rewrite_by_rules(tags, [PROGRAM]) == [
+        f"<think>3 and 4.</think><answer>{FENCED}</answer>"
+    ]
 
 
 def test_a_program_that_the_fences_would_cut_off_has_no_text() -> None:
     draft = Draft("q", "<think>t</think>~~~\nx = '''\n```\n'''\n~~~", "")
-    assert RuleRewriter().rewrite([draft]) == [None]
-    (text,) = RuleRewriter(program_summary="~~~\n{program}~~~").rewrite([draft])
+    assert rewrite_by_rules(RuleRewrite(), [draft]) == [None]
+    (text,) = rewrite_by_rules(RuleRewrite(program_summary="~~~\n{program}~~~"), [draft])
     assert text is not None and text.endswith("\n```\n'''\n~~~")
 
 
@@ -311,7 +312,7 @@ def test_where_a_program_has_no_place_it_has_no_text() -> None:
         {"style": "boxed"},
         {"template": "<think>{thought}</think>So: {summary}"},
     ):
-        texts = RuleRewriter(**settings).rewrite([PROGRAM, BOXED])
+        texts = rewrite_by_rules(RuleRewrite(**settings), [PROGRAM, BOXED])
         assert texts[0] is None and texts[1] is not None
 
 
@@ -322,7 +323,7 @@ def test_where_a_program_has_no_place_it_has_no_text() -> None:
 )
 def test_no_text_has_another_program_than_its_draft(program, before, fence) -> None:
     draft = Draft("q", f"<think>t</think>{before}\n{fence}\n{program}\n{fence}", "")
-    (text,) = RuleRewriter().rewrite([draft])
+    (text,) = rewrite_by_rules(RuleRewrite(), [draft])
     assert text is None or program_of(text) == program_of(draft.completion)
     if "```" not in program:
         assert (text is None) == (program_of(draft.completion) is None)
@@ -358,14 +359,12 @@ def test_no_text_has_another_program_than_its_draft(program, before, fence) -> N
             },
             "no {summary}",
         ),
-        ({"style": "r1"}, "style = 'r1': not one of ['tags', 'boxed', 'think']"),
-        ({"replacements": {"": "x"}}, "replacements: '': 'x'"),
-        ({"replacements": {"x": 3}}, "replacements: 'x': 3"),
+        ({"replacements": {"": "x"}}, "replacements: ''"),
     ],
 )
 def test_bad_rules_are_refused_when_built(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        RuleRewriter(**settings)
+        check_rules(RuleRewrite(**settings))
 
 
 # A server.
@@ -458,8 +457,14 @@ GOOD = [good(draft.question) for draft in DRAFTS]
 
 
 def rewriter(server: Server, log: Path, **settings: Any) -> EndpointRewriter:
-    quick = {"model": "m", "retries": 3, "backoff_seconds": 0.001, "timeout_seconds": 20.0}
-    return EndpointRewriter(**{"url": server.url, "log": RewriteLog(log), **quick, **settings})
+    quick = {"model": "m", "retries": 3, "timeout_seconds": 20.0}
+    stop = {
+        key: settings.pop(key) for key in ("stop_requested", "backoff_seconds") if key in settings
+    }
+    section = EndpointRewrite(**{"url": server.url, **quick, **settings})
+    return EndpointRewriter(
+        settings=section, log=RewriteLog(log), **{"backoff_seconds": 0.001, **stop}
+    )
 
 
 def test_answers_come_in_order_from_well_formed_requests(serve, tmp_path: Path) -> None:
@@ -701,7 +706,8 @@ def test_what_does_not_pass_is_an_error_in_the_end(serve, tmp_path: Path, failur
 def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     log = RewriteLog(tmp_path / "log.jsonl")
-    asks = EndpointRewriter(url="http://127.0.0.1:1/v1", model="m", log=log, retries=0)
+    section = EndpointRewrite(url="http://127.0.0.1:1/v1", model="m", retries=0)
+    asks = EndpointRewriter(settings=section, log=log)
     message = r"http://127.0.0.1:1/v1: model 'm': no answer: ConnectionRefusedError.*0 of 8 replies"
     with pytest.raises(EndpointError, match=message):
         asks.rewrite(DRAFTS)
@@ -791,21 +797,12 @@ def test_another_style_is_applied_to_what_is_in_the_log(serve, tmp_path: Path) -
         ({"url": "http://me:pw@host/v1"}, "url: names a user for host"),
         ({"url": "http://h/v1/chat/completions/"}, "/chat/completions is added"),
         ({"url": "http://h/v1?key=3"}, "up to the version"),
-        ({"model": ""}, "model is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
-        ({"retries": -1}, "retries = -1: must be at least 0"),
-        ({"concurrency": 0}, "concurrency = 0: must be at least 1"),
-        ({"timeout_seconds": 0.0}, "timeout_seconds = 0.0: must be above 0"),
-        ({"backoff_seconds": float("nan")}, "backoff_seconds = nan: must be above 0"),
-        ({"temperature": -0.1}, "temperature = -0.1: must be in 0 .. 2"),
-        ({"style": "r1"}, "style = 'r1'"),
     ],
 )
-def test_bad_settings_are_refused_when_built(tmp_path: Path, settings, message: str) -> None:
-    log = RewriteLog(tmp_path / "log.jsonl")
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        EndpointRewriter(**{"url": "http://h/v1", "model": "m", "log": log, **settings})
-    assert "pw" not in str(error.value)
+def test_bad_addresses_are_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)) as error:
+        EndpointRewrite(**{"url": "http://h/v1", "model": "m", **settings})
+    assert "pw" not in error.value.errors()[0]["msg"]
 
 
 def test_waits_double_up_to_a_minute_and_never_undercut_the_server() -> None:
@@ -858,7 +855,7 @@ def test_keys_tell_drafts_and_settings_apart() -> None:
 def test_rewriting_loads_nothing_heavy() -> None:
     code = (
         "import sys, r1jax.data.rewriting as r\n"
-        "r.RuleRewriter().rewrite([r.Draft('q', '<think>a</think>\\\\boxed{3}', '3')])\n"
+        "r.rewrite_by_rules(r.RuleRewrite(), [r.Draft('q', '<think>a</think>\\\\boxed{3}', '3')])\n"
         "print({'jax', 'sympy', 'math_verify', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

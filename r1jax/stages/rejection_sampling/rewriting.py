@@ -19,9 +19,9 @@ from r1jax.data.rewriting import (
     EndpointRewriter,
     Reply,
     RewriteLog,
-    RuleRewriter,
     Stopped,
     instruction_prompt,
+    rewrite_by_rules,
 )
 from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
@@ -32,12 +32,8 @@ from r1jax.run.seeds import seed_of
 from r1jax.run.stop import Preempted, RunError
 from r1jax.sampler import Finish
 from r1jax.settings.data import DataSection
-from r1jax.stages.rejection_sampling.settings import (
-    EndpointRewrite,
-    ModelRewrite,
-    RejectionSamplingStage,
-    RuleRewrite,
-)
+from r1jax.settings.rewriting import EndpointRewrite, ModelRewrite, RuleRewrite
+from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
 
 REWRITTEN = "rewritten.jsonl"
 
@@ -57,7 +53,7 @@ def rewrite(
     if section is None:
         return [each.completion for each in drafts]
     if isinstance(section, RuleRewrite):
-        return RuleRewriter(**section.model_dump(exclude={"kind"})).rewrite(drafts)
+        return rewrite_by_rules(section, drafts)
     if isinstance(section, EndpointRewrite):
         return _rewrite_with_endpoint(section, stage, run, drafts)
     return _rewrite_with_model(section, stage, run, drafts)
@@ -76,12 +72,10 @@ def _rewrite_with_endpoint(
         replies: Future[list[str | None]] | None = None
         try:
             if jax.process_index() == 0:
-                given = section.model_dump(exclude={"kind"})
-                options = {name: value for name, value in given.items() if value is not None}
                 rewriter = EndpointRewriter(
+                    settings=section,
                     log=RewriteLog(run.directory / REWRITTEN),
                     stop_requested=lambda: run.stop.requested or stop.is_set(),
-                    **options,
                 )
                 replies = thread.submit(rewriter.rewrite, drafts)
             while any_process(replies is not None and bool(wait([replies], _LOOK_EVERY).not_done)):

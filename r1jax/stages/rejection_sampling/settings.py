@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from r1jax.files import JsonObject
+from r1jax.settings.rewriting import ModelRewrite, Rewrite
 from r1jax.settings.sampling import DatasetSampling, SamplingSection
-from r1jax.settings.section import Section
 from r1jax.settings.stage import (
     Divided,
     RewardSelection,
@@ -16,53 +16,6 @@ from r1jax.settings.stage import (
     StageDescription,
     WeightsUse,
 )
-
-
-class RuleRewrite(Section):
-    """Rewriting by rule: thought and answer put into a template (`r1jax.data.rewriting`)."""
-
-    kind: Literal["rule"] = "rule"
-    template: str = "<think>{thought}</think>\n\n{summary}"
-    summary: str = r"The final answer is \boxed{{answer}}."
-    program_summary: str = Field(
-        "```\n{program}```", description="The summary where the answer is a program."
-    )
-    replacements: dict[str, str] = Field(
-        default_factory=dict, description="Words of the thought -> what to say instead."
-    )
-    style: Literal["think", "tags", "boxed"] = Field("think", description="Shape of the result.")
-
-
-class EndpointRewrite(Section):
-    """Rewriting by a model behind an OpenAI-compatible server."""
-
-    kind: Literal["endpoint"] = "endpoint"
-    url: str = Field(description="Up to the version, such as http://localhost:8000/v1.")
-    model: str = Field(description="Its name on the server.")
-    instruction: str | None = Field(None, description="What to do; default: the built-in one.")
-    max_new_tokens: int = Field(8192, ge=1)
-    temperature: float = Field(0.6, ge=0, le=2)
-    api_key_env: str = "OPENAI_API_KEY"
-    retries: int = Field(6, ge=0)
-    timeout_seconds: float = Field(600.0, gt=0)
-    concurrency: int = Field(8, ge=1)
-    style: Literal["think", "tags", "boxed"] = "think"
-
-
-class ModelRewrite(Section):
-    """Rewriting by a model of this run: an earlier train stage, or a name in `models`."""
-
-    kind: Literal["model"] = "model"
-    weights: str
-    instruction: str | None = Field(None, description="What to do; default: the built-in one.")
-    template: Literal["chat", "r1_zero", "plain"] = "chat"
-    max_new_tokens: int = Field(8192, ge=1)
-    drafts_per_batch: int = Field(32, ge=1)
-    sampling: SamplingSection = SamplingSection(temperature=0.6)
-    style: Literal["think", "tags", "boxed"] = "think"
-
-
-Rewrite = Annotated[RuleRewrite | EndpointRewrite | ModelRewrite, Field(discriminator="kind")]
 
 
 class RejectionSamplingStage(Stage):

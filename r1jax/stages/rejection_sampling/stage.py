@@ -24,7 +24,7 @@ from r1jax.data.dataset_files import (
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
 from r1jax.data.prompts import Prompt
-from r1jax.data.rewriting import Draft, RuleRewriter
+from r1jax.data.rewriting import Draft, check_rules
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
 from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
@@ -35,8 +35,9 @@ from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
+from r1jax.settings.rewriting import RuleRewrite
 from r1jax.stages.rejection_sampling.rewriting import rewrite
-from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage, RuleRewrite
+from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
 
 DATASET = "dataset.jsonl"
 KEPT = "kept"
@@ -47,7 +48,7 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
     try:
         load_filters(stage.filters)
         if isinstance(stage.rewrite, RuleRewrite):
-            RuleRewriter(**stage.rewrite.model_dump(exclude={"kind"}))
+            check_rules(stage.rewrite)
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
     check_example_domains(stage, run, stage.prompts)
