@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from r1jax.files import JsonObject
+from r1jax.files import JsonObject, JsonValue
 from r1jax.settings.names import nearest
 
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -52,42 +52,20 @@ class _Benchmark:
     reward_options: JsonObject = field(default_factory=dict)
 
 
+def _maths(source: str, split: str, samples: int, **data: JsonValue) -> _Benchmark:
+    """A benchmark whose answer is in a box, with settings of its dataset beside the usual ones."""
+    fields: JsonObject = {"prompt": "problem", "answer": "answer"}
+    usual = {"source": source, "split": split, "fields": fields, "prompt_suffix": MATHS_SUFFIX}
+    return _Benchmark({**usual, **data}, "accuracy", samples)
+
+
 BENCHMARKS: Mapping[str, _Benchmark] = MappingProxyType(
     {
         # 30 problems.
-        "aime_2024": _Benchmark(
-            {
-                "source": "hf:HuggingFaceH4/aime_2024",
-                "split": "train",
-                "fields": {"prompt": "problem", "answer": "answer"},
-                "prompt_suffix": MATHS_SUFFIX,
-            },
-            reward="accuracy",
-            samples=64,
-        ),
+        "aime_2024": _maths("hf:HuggingFaceH4/aime_2024", "train", 64),
         # 30 problems, of February 2025: after R1.
-        "aime_2025": _Benchmark(
-            {
-                "source": "hf:yentinglin/aime_2025",
-                "split": "train",
-                "options": {"config": "default"},
-                "fields": {"prompt": "problem", "answer": "answer"},
-                "prompt_suffix": MATHS_SUFFIX,
-            },
-            reward="accuracy",
-            samples=64,
-        ),
-        "math_500": _Benchmark(
-            {
-                "source": "hf:HuggingFaceH4/MATH-500",
-                "split": "test",
-                "fields": {"prompt": "problem", "answer": "answer"},
-                "prompt_suffix": MATHS_SUFFIX,
-                "max_prompt_tokens": 2048,
-            },
-            reward="accuracy",
-            samples=16,
-        ),
+        "aime_2025": _maths("hf:yentinglin/aime_2025", "train", 64, options={"config": "default"}),
+        "math_500": _maths("hf:HuggingFaceH4/MATH-500", "test", 16, max_prompt_tokens=2048),
         # 198 questions; the hub asks to accept its terms, and for a login (`hf auth login`).
         "gpqa_diamond": _Benchmark(
             {
@@ -99,22 +77,18 @@ BENCHMARKS: Mapping[str, _Benchmark] = MappingProxyType(
                 "prompt_suffix": CHOICE_SUFFIX,
                 "max_prompt_tokens": 4096,
             },
-            reward="choice",
+            "choice",
             samples=64,
         ),
         # 1,319 problems. The paper: "k (typically between 4 and 64, depending on the test set
         # size)"; 4 is a choice.
-        "gsm8k": _Benchmark(
-            {
-                "source": "hf:openai/gsm8k",
-                "split": "test",
-                "options": {"config": "main"},
-                "fields": {"prompt": "question", "answer": "answer"},
-                "answer_pattern": r"####\s*(.+)",
-                "prompt_suffix": MATHS_SUFFIX,
-            },
-            reward="accuracy",
-            samples=4,
+        "gsm8k": _maths(
+            "hf:openai/gsm8k",
+            "test",
+            4,
+            options={"config": "main"},
+            fields={"prompt": "question", "answer": "answer"},
+            answer_pattern=r"####\s*(.+)",
         ),
         # The 268 problems that versions 4 and 5 brought; the paper's are of the same months, August
         # 2024 to January 2025. A copy of livecodebench/code_generation_lite, which itself can no
@@ -128,7 +102,7 @@ BENCHMARKS: Mapping[str, _Benchmark] = MappingProxyType(
                 "row_format": "livecodebench",
                 "max_prompt_tokens": 8192,
             },
-            reward="code",
+            "code",
             samples=8,
             reward_options={
                 "stop_at_first_failure": True,
