@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -30,83 +30,53 @@ _BATCH = 2048  # Rows per tokenizer call: large enough to be fast, small enough 
 
 
 @dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """Two responses to one prompt; `id`: the row's position in the source, before any split."""
+class Preference:
+    """The chosen and the rejected response to a prompt, or one response with the label `safe`.
+
+    id: the row's position in the source, before any split.
+    """
 
     id: int
     prompt: str
-    chosen: str
-    rejected: str
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        """The texts that are scored, in the order of an array's second dimension."""
-        return self.chosen, self.rejected
+    responses: tuple[str, ...]
+    safe: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledResponse:
-    """A response with the label safe or unsafe; id as in `PreferencePair`."""
+def load_preferences(section: DataSection, *, labelled: bool) -> Sequence[Preference]:
+    """Rows with the fields prompt, chosen and rejected, or prompt, response and safe (true, false).
 
-    id: int
-    prompt: str
-    response: str
-    safe: bool
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.response,)
-
-
-_Row = TypeVar("_Row", PreferencePair, LabelledResponse)
-
-
-def load_pairs(section: DataSection) -> Sequence[PreferencePair]:
-    """Rows with the fields prompt, chosen and rejected, mapped to columns by `section.fields`.
-
-    With `held_out_fraction` rows are split by their prompt, as examples are.
+    `section.fields` maps fields to columns. With `held_out_fraction` rows are split by their
+    prompt, as examples are.
 
     Raises ValueError: the source has no preferences, or a row lacks a field or has an empty one.
     Other errors are those of `load_examples`.
     """
 
-    def to_pair(row: _Fields, index: int) -> PreferencePair:
-        return PreferencePair(index, row.text("prompt"), row.text("chosen"), row.text("rejected"))
+    def to_row(row: _Fields, index: int) -> Preference:
+        safe = row.flag("safe") if labelled else None
+        return Preference(index, row.text("prompt"), tuple(map(row.text, responses)), safe)
 
     if str(section.source).startswith("task:"):
-        return load_task_rows(section, _pairs_of)
-    return _load(section, ("prompt", "chosen", "rejected"), to_pair)
+        return load_task_rows(section, lambda task: _rows_of(task, labelled))
+    responses = ("response",) if labelled else ("chosen", "rejected")
+    return _load(section, ("prompt", *responses, *(["safe"] if labelled else [])), to_row)
 
 
-def load_labelled(section: DataSection) -> Sequence[LabelledResponse]:
-    """Rows with the fields prompt, response and safe (true or false); else as `load_pairs`."""
-
-    def to_labelled(row: _Fields, index: int) -> LabelledResponse:
-        safe = row.flag("safe")
-        return LabelledResponse(index, row.text("prompt"), row.text("response"), safe)
-
-    if str(section.source).startswith("task:"):
-        return load_task_rows(section, _labelled_of)
-    return _load(section, ("prompt", "response", "safe"), to_labelled)
-
-
-def _pairs_of(task: Task) -> Callable[[int, Split], PreferencePair]:
-    pair = _preferences_of(task).pair
-    return lambda index, split: PreferencePair(index, *pair(index, split))
-
-
-def _labelled_of(task: Task) -> Callable[[int, Split], LabelledResponse]:
-    labelled = _preferences_of(task).labelled
-    return lambda index, split: LabelledResponse(index, *labelled(index, split))
-
-
-def _preferences_of(task: Task) -> PreferenceTask:
+def _rows_of(task: Task, labelled: bool) -> Callable[[int, Split], Preference]:
     if not isinstance(task, PreferenceTask):
         raise ValueError(
             f"source: the task {type(task).__name__} has no preferences; use another task, "
             "jsonl:PATH, tfds:NAME or hf:NAME"
         )
-    return task
+
+    def row(index: int, split: Split) -> Preference:
+        if labelled:
+            prompt, response, safe = task.labelled(index, split)
+            return Preference(index, prompt, (response,), safe)
+        prompt, *responses = task.pair(index, split)
+        return Preference(index, prompt, tuple(responses))
+
+    return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +114,8 @@ class _Fields:
 
 
 def _load(
-    section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], _Row]
-) -> Sequence[_Row]:
+    section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], Preference]
+) -> Sequence[Preference]:
     where = f"source = {section.source!r}"
     for setting in ("answer_pattern", "wrong_answers", "row_format"):
         if getattr(section, setting):
@@ -154,7 +124,7 @@ def _load(
                 "which have no answer; remove it"
             )
 
-    def mapping(section: DataSection, rows: Rows) -> Callable[[int], _Row]:
+    def mapping(section: DataSection, rows: Rows) -> Callable[[int], Preference]:
         columns = columns_of(section, fields)
         return lambda index: to_row(
             _Fields(rows.rows[index], columns, f"{where}: {rows.label(index)}"), index
@@ -223,7 +193,7 @@ class EncodedPreference:
 
 
 def encode_preferences(
-    rows: Sequence[PreferencePair] | Sequence[LabelledResponse],
+    rows: Sequence[Preference],
     section: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -258,8 +228,7 @@ def encode_preferences(
             elif len(texts) == 2 and np.array_equal(*texts):
                 dropped["with equal sides"] += 1
             else:
-                safe = row.safe if isinstance(row, LabelledResponse) else None
-                kept.append(EncodedPreference(row.id, texts, safe))
+                kept.append(EncodedPreference(row.id, texts, row.safe))
     reasons = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)
     report = f"{len(kept)} of {len(rows)} preference rows, the longest text has {longest} tokens"
     report += f"; dropped: {reasons}" if reasons else ""

@@ -12,7 +12,7 @@ from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example
 from r1jax.data.examples import load_examples
 from r1jax.data.mixing import mixed_id, mixture_counts
-from r1jax.data.preferences import EncodedPreference, encode_preferences, load_labelled, load_pairs
+from r1jax.data.preferences import EncodedPreference, encode_preferences, load_preferences
 from r1jax.data.prompts import Prompt, encode_prompts
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import RunFiles
@@ -128,7 +128,7 @@ class Datasets:
         key = (data, form, tokenizer)
         if key not in self._preferences:
             section = self.config.data[data]
-            rows = load_labelled(section) if form.labelled else load_pairs(section)
+            rows = load_preferences(section, labelled=form.labelled)
             self._preferences[key] = encode_preferences(
                 rows, section, tokenizer, reads=form.reads, max_tokens=form.max_tokens
             )

@@ -12,13 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from r1jax.data.preferences import (
     EncodedPreference,
-    LabelledResponse,
+    Preference,
     PreferenceIterator,
-    PreferencePair,
     encode_preferences,
     encode_responses,
-    load_labelled,
-    load_pairs,
+    load_preferences,
     pad_texts,
     preference_arrays,
     scored_text,
@@ -64,14 +62,16 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def test_rows_are_read_by_config_alone(tmp_path: Path) -> None:
     rows = [{**PAIR, "margin": 2.5}, {**PAIR, "rejected": 7}]
-    assert load_pairs(section(write(tmp_path / "p.jsonl", rows))) == [
-        PreferencePair(0, "How?", "<think>a</think>Well.", "No."),
-        PreferencePair(1, "How?", "<think>a</think>Well.", "7"),
+    assert load_preferences(section(write(tmp_path / "p.jsonl", rows)), labelled=False) == [
+        Preference(0, "How?", ("<think>a</think>Well.", "No.")),
+        Preference(1, "How?", ("<think>a</think>Well.", "7")),
     ]
     rows = [{"q": "a", "r": "b", "ok": ok} for ok in (True, False, 1, 0)]
     fields = {"prompt": "q", "response": "r", "safe": "ok"}
-    labelled = load_labelled(section(write(tmp_path / "s.jsonl", rows), fields=fields))
-    assert labelled[1] == LabelledResponse(1, "a", "b", False)
+    labelled = load_preferences(
+        section(write(tmp_path / "s.jsonl", rows), fields=fields), labelled=True
+    )
+    assert labelled[1] == Preference(1, "a", ("b",), False)
     assert [row.safe for row in labelled] == [True, False, True, False]
 
 
@@ -79,13 +79,15 @@ def test_one_prompt_falls_on_one_side_of_the_split(tmp_path: Path) -> None:
     rows = [{**PAIR, "prompt": f"q{i % 50}", "rejected": f"r{i}"} for i in range(200)]
     source = write(tmp_path / "p.jsonl", rows)
     train, held_out = (
-        load_pairs(section(source, split=split, held_out_fraction=0.3))
+        load_preferences(section(source, split=split, held_out_fraction=0.3), labelled=False)
         for split in ("train", "held_out")
     )
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert {row.id for row in train} | {row.id for row in held_out} == set(range(200))
     assert len(train) > len(held_out) > 20
-    limited = load_pairs(section(source, split="held_out", held_out_fraction=0.3, limit=5))
+    limited = load_preferences(
+        section(source, split="held_out", held_out_fraction=0.3, limit=5), labelled=False
+    )
     assert limited == list(held_out[:5])
 
 
@@ -109,14 +111,14 @@ def test_a_pair_without_both_sides_is_an_error_that_names_the_line(
     bad = {key: value for key, value in {**PAIR, **change}.items() if value is not ...}
     source = write(tmp_path / "rows.jsonl", [PAIR, bad])
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_pairs(section(source))
+        load_preferences(section(source), labelled=False)
 
 
 @pytest.mark.parametrize("label", ["false", "safe", 2, 0.5, [True], None])
 def test_a_label_is_true_or_false_and_nothing_else(label: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [LABELLED, {**LABELLED, "safe": label}])
     with pytest.raises(ValueError, match=r"rows.jsonl:2: column 'safe' \(for safe\)"):
-        load_labelled(section(source))
+        load_preferences(section(source), labelled=True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_label_is_true_or_false_and_nothing_else(label: Any, tmp_path: Path) -
 def test_config_mistakes(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     settings = {"source": write(tmp_path / "rows.jsonl", [PAIR]), **settings}
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_pairs(section(**settings))
+        load_preferences(section(**settings), labelled=False)
 
 
 # What is scored
@@ -213,7 +215,7 @@ def test_rows_that_teach_nothing_are_dropped_and_each_is_counted_once(
         ("fine", "<think>a</think> "),
         ("better", "worse"),
     ]
-    pairs = [PreferencePair(10 + i, "q", *pair) for i, pair in enumerate(sides)]
+    pairs = [Preference(10 + i, "q", pair) for i, pair in enumerate(sides)]
     kept, report = encode(pairs, tokenizer, max_tokens=10)
     assert [pair.id for pair in kept] == [10, 13, 17]
     assert [tokenizer.decode(text) for text in kept[0].texts] == ["qgood<eos>", "qbad<eos>"]
@@ -228,8 +230,8 @@ def test_rows_that_teach_nothing_are_dropped_and_each_is_counted_once(
 
 def test_labelled_responses_are_encoded_with_their_label(tokenizer) -> None:
     rows = [
-        LabelledResponse(0, "q", "<think>", True),
-        LabelledResponse(1, "q", "<think>bomb</think>No.", False),
+        Preference(0, "q", ("<think>",), True),
+        Preference(1, "q", ("<think>bomb</think>No.",), False),
     ]
     kept, report = encode(rows, tokenizer, reads="response")
     assert [(row.id, row.safe, tokenizer.decode(row.texts[0])) for row in kept] == [
@@ -240,7 +242,7 @@ def test_labelled_responses_are_encoded_with_their_label(tokenizer) -> None:
 
 
 def test_nothing_left_is_an_error_with_the_count_of_each_reason(tokenizer) -> None:
-    pairs = [PreferencePair(0, "q", "a", "a"), PreferencePair(1, "q", "longer", "b")]
+    pairs = [Preference(0, "q", ("a", "a")), Preference(1, "q", ("longer", "b"))]
     message = r"rows.jsonl: nothing is left .* max_tokens = 4 .* 1 too long, 1 with equal sides"
     with pytest.raises(ValueError, match=message):
         encode(pairs, tokenizer, max_tokens=4)
