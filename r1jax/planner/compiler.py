@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -127,10 +128,9 @@ class Compiler:
 
 
 def _libtpu() -> str:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return ""
 
 
 def _compile(lowered: Lowered, options: JsonObject) -> JsonObject:
@@ -152,11 +152,9 @@ def _compile(lowered: Lowered, options: JsonObject) -> JsonObject:
     seconds = time.process_time() - began
     memory = compiled.memory_analysis()
     assert memory is not None  # of backends that compile for real
-    try:
-        with quiet():
-            text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        text = None
+    text = None
+    with contextlib.suppress(jax.errors.JaxRuntimeError), quiet():
+        text = compiled.as_text()
     return {
         "text": text,
         "specs": [_spec(each) for each in jax.tree.leaves(compiled.output_shardings)],

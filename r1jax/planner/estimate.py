@@ -25,9 +25,7 @@ class Times:
 
     @property
     def bound(self) -> str:
-        """What limits the program."""
-        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
-        return max(parts, key=lambda name: parts[name])
+        return max(("compute", "memory", "network"), key=lambda name: float(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,17 @@ def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]
     rows = []
     for (kind, axes), group in groups.items():
         count, sent = sum(e.times for e in group), sum(e.times * e.bytes for e in group)
-        known = target.chip is not None
-        seconds = sum(e.times * _seconds(e, target) for e in group) if known else None
+        seconds = sum(e.times * _seconds(e, target) for e in group) if target.chip else None
         rows.append(Traffic(kind, axes, count, sent, seconds))
     return sorted(rows, key=lambda row: -row.bytes)
 
 
 def _seconds(each: Collective, target: Slice) -> float:
     assert target.chip is not None
-    bandwidth = target.bandwidth(each.group)
     sent = each.bytes
     if each.kind == "all-to-all":
         # What goes to a far device passes through those between: n / 4 links on average in a ring
         # that is used both ways.
         size = len(each.group)
         sent *= max(1.0, size / 4 * size / (size - 1))
-    return sent / bandwidth
+    return sent / target.bandwidth(each.group)

@@ -61,7 +61,6 @@ class _Instruction:
 class _Computation:
     """Instructions by name, in order; `root` is the last word."""
 
-    name: str
     instructions: dict[str, _Instruction] = field(default_factory=dict)
     root: str = ""
 
@@ -73,15 +72,16 @@ class _Computation:
             if each.opcode == "parameter"
         }
 
+    def operands(self, each: _Instruction) -> list[_Instruction]:
+        return [self.instructions[name] for name in each.operands if name in self.instructions]
+
     def source(self, name: str) -> _Instruction | None:
         """What a value is, behind copies, conversions and bitcasts."""
         each = self.instructions.get(name)
-        while each is not None and each.opcode in _SAME and each.operands:
+        same = ("bitcast", "copy", "copy-start", "copy-done", "convert", "reshape")
+        while each is not None and each.opcode in same and each.operands:
             each = self.instructions.get(each.operands[0])
         return each
-
-
-_SAME = ("bitcast", "copy", "copy-start", "copy-done", "convert", "reshape")
 
 
 @dataclass(frozen=True)
@@ -148,18 +148,15 @@ def parse(text: str) -> Module:
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            match = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-            if match:
-                current = _Computation(match[2])
-                computations[current.name] = current
-                entry = current.name if match[1] else entry
+            if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+                current = computations[match[2]] = _Computation()
+                entry = match[2] if match[1] else entry
         elif _END.match(line):
             current = None
-        else:
-            instruction, root = _instruction(line)
-            if instruction is not None:
-                current.instructions[instruction.name] = instruction
-                current.root = instruction.name if root else current.root
+        elif (instruction := _instruction(line)) is not None:
+            current.instructions[instruction.name] = instruction
+            if line.lstrip().startswith("ROOT "):
+                current.root = instruction.name
     if not entry:
         raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return Module(entry, computations, int(header[1]) if header else 1)
@@ -167,55 +164,40 @@ def parse(text: str) -> Module:
 
 # Some computations run on another unit of the chip. A kernel's metadata may begin a line with "}}".
 _END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
-_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
+_LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+_BRACKET = re.compile(r'"[^"]*"|[()]')
 
 
-def _instruction(line: str) -> tuple[_Instruction | None, bool]:
+def _instruction(line: str) -> _Instruction | None:
     line = _COMMENT.sub("", line)
     match = _LINE.match(line)
     if not match:
-        return None, False
+        return None
     start = match.end()
     end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
-    shapes = _shapes(line[start:end])
     opening = line.index("(", end)
     closing = _closing(line, opening)
     arguments = line[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    opcode = line[end:opening].strip()
-    return (
-        _Instruction(match[2], opcode, shapes, operands, arguments, line[closing + 1 :]),
-        match[1] is not None,
-    )
+    shapes = []
+    for dtype, sizes, layout in _LEAF.findall(line[start:end]):
+        numbers = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        # S(1) and up: vector, scalar and semaphore memory of a TPU.
+        shapes.append(_Shape(dtype, numbers, re.search(r"S\([1-9]", layout) is None))
+    opcode, rest = line[end:opening].strip(), line[closing + 1 :]
+    return _Instruction(match[1], opcode, tuple(shapes), operands, arguments, rest)
 
 
 def _closing(line: str, opening: int) -> int:
     """The index of the bracket that closes the one at `opening`; quoted text does not count."""
-    depth, quoted = 0, False
-    for index in range(opening, len(line)):
-        letter = line[index]
-        if letter == '"':
-            quoted = not quoted
-        elif not quoted and letter == "(":
-            depth += 1
-        elif not quoted and letter == ")":
-            depth -= 1
-            if depth == 0:
-                return index
+    depth = 0
+    for match in _BRACKET.finditer(line, opening):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
     raise ValueError(f"unbalanced brackets in an HLO instruction: {line[:200]}")
-
-
-_LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
-
-
-def _shapes(text: str) -> tuple[_Shape, ...]:
-    leaves = []
-    for dtype, sizes, layout in _LEAF.findall(text):
-        numbers = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
-        # S(1) and up: vector, scalar and semaphore memory of a TPU.
-        leaves.append(_Shape(dtype, numbers, re.search(r"S\([1-9]", layout) is None))
-    return tuple(leaves)
 
 
 # --- Counting ------------------------------------------------------------------------------------
@@ -272,13 +254,12 @@ class _Counter:
             for name in each.called:
                 self.visit(computations[name], times)
         elif kind in COLLECTIVES:
-            operands = self._operands(each, computation)
+            operands = _operands(each, computation)
             group = _first_group(each.rest, self._module.devices)
-            sent = sum(shape.bytes for shape in operands) * _sent(kind, len(group))
+            sent = _size(operands) * _sent(kind, len(group))
             if len(group) > 1:
                 self._collectives.append(Collective(kind, sent, group, times))
-            moved = 2 * sum(shape.bytes for shape in operands if shape.in_hbm)
-            self._operations.append(_Operation(0.0, moved, times))
+            self._operations.append(_Operation(0.0, 2 * _hbm(operands), times))
         elif each.opcode == "send" and "megascale_transfer_type" in each.rest:
             self._between_slices(each, computation, times)
         else:
@@ -299,8 +280,8 @@ class _Counter:
             return
         count, of_slice = len(slices[1].split(",")), int(slices[2]) + 1
         first = tuple(index * of_slice for index in range(count))
-        sent = sum(shape.bytes for shape in self._operands(each, computation))
-        self._collectives.append(Collective(kind, sent * _sent(kind, count), first, times))
+        sent = _size(_operands(each, computation)) * _sent(kind, count)
+        self._collectives.append(Collective(kind, sent, first, times))
 
     def _fused_collectives(self, computation: _Computation, times: float) -> None:
         for each in computation.instructions.values():
@@ -316,10 +297,9 @@ class _Counter:
         names = re.findall(r"%?([\w.\-]+)", listed[1] if listed else "") or [
             each.attribute(f"{truth}_computation") for truth in ("true", "false")
         ]
+        computations = self._module.computations
         branches = [
-            _Counter(self._module, self._trips, self._largest).visit(
-                self._module.computations[name], times
-            )
+            _Counter(self._module, self._trips, self._largest).visit(computations[name], times)
             for name in names
         ]
         choose = max if self._largest else min
@@ -329,7 +309,7 @@ class _Counter:
         self._unknown |= dict.fromkeys(chosen.unknown)
 
     def _flops(self, each: _Instruction, computation: _Computation) -> float:
-        operands = self._operands(each, computation)
+        operands = _operands(each, computation)
         if each.opcode == "dot":
             contracted = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", each.rest)
             axes = contracted[1].split(",") if contracted and contracted[1] else []
@@ -351,9 +331,9 @@ class _Counter:
             return flops or 0.0
         return 0.0
 
-    def _operands(self, each: _Instruction, computation: _Computation) -> list[_Shape]:
-        operands = (computation.instructions.get(name) for name in each.operands)
-        return [shape for operand in operands if operand is not None for shape in operand.shapes]
+
+def _operands(each: _Instruction, computation: _Computation) -> list[_Shape]:
+    return [shape for operand in computation.operands(each) for shape in operand.shapes]
 
 
 def _sent(kind: str, n: int) -> float:
@@ -374,12 +354,9 @@ def _trip_count(each: _Instruction, computation: _Computation, module: Module) -
     compares a counter with a constant. Tokens travel to their experts as often as the busiest of
     them needs (`r1jax.models.experts`): as often as if all were equally busy.
     """
-    even = re.search(r'turns_if_even_(\d+)/while"', each.rest)
-    if even:
-        return int(even[1])
-    match = re.search(r'known_trip_count\D*?"n":"?(\d+)', each.rest)
-    if match:
-        return int(match[1])
+    for pattern in (r'turns_if_even_(\d+)/while"', r'known_trip_count\D*?"n":"?(\d+)'):
+        if match := re.search(pattern, each.rest):
+            return int(match[1])
     bound = _bound(module.computations[each.attribute("condition")], module)
     if bound is None:
         return None
@@ -394,19 +371,13 @@ def _trip_count(each: _Instruction, computation: _Computation, module: Module) -
 
 def _bound(condition: _Computation, module: Module) -> tuple[int, int] | None:
     """(index of the counter in the loop's state, limit), where the condition is counter < limit."""
-    root = condition.instructions[condition.root]
-    if root.opcode == "fusion":  # compared inside: follow the fusion's parameters outwards
-        inner = module.computations[root.called[0]]
+    compare = condition.instructions[condition.root]
+    values = [condition.source(name) for name in compare.operands]
+    if compare.opcode == "fusion":  # compared inside: follow the fusion's parameters outwards
+        inner = module.computations[compare.called[0]]
+        outside = {name: values[i] for i, name in inner.parameters().items()}
         compare = inner.instructions[inner.root]
-        names = inner.parameters()
-        outside = {names[i]: operand for i, operand in enumerate(root.operands) if i in names}
-        values = [
-            condition.source(outside[name]) if name in outside else inner.source(name)
-            for name in compare.operands
-        ]
-    else:
-        compare = root
-        values = [condition.source(name) for name in compare.operands]
+        values = [outside.get(name) or inner.source(name) for name in compare.operands]
     if compare.opcode != "compare" or compare.attribute("direction") != "LT" or len(values) != 2:
         return None
     counter, limit = values[0], _constant(values[1])
@@ -424,9 +395,8 @@ def _constant(each: _Instruction | None) -> int | None:
 def _step(body: _Computation, index: int) -> int:
     """What a turn adds to the counter; 1 where that cannot be seen."""
     root = body.instructions[body.root]
-    if root.opcode != "tuple" or index >= len(root.operands):
-        return 1
-    added = body.source(root.operands[index])
+    tupled = root.opcode == "tuple" and index < len(root.operands)
+    added = body.source(root.operands[index]) if tupled else None
     if added is None or added.opcode != "add":
         return 1
     steps = [_constant(body.source(name)) for name in added.operands]
@@ -444,8 +414,7 @@ def _convolution_flops(each: _Instruction, image: _Shape, kernel: _Shape) -> flo
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
     assert labels is not None, each.rest
-    left, right, out = labels[1], labels[2], labels[3]
-    window = _window(each.rest)
+    left, right, out = labels.groups()
     groups = int(each.attribute("batch_group_count") or 1)
     batch = image.sizes[left.index("b")] // groups
     flops = 2.0 * batch * kernel.sizes[right.index("i")] * kernel.sizes[right.index("o")]
@@ -455,22 +424,18 @@ def _convolution_flops(each: _Instruction, image: _Shape, kernel: _Shape) -> flo
             inputs=image.sizes[left.index(axis)],
             taps=kernel.sizes[right.index(axis)],
             outputs=each.shapes[0].sizes[out.index(axis)],
-            stride=window.get("stride", {}).get(number, 1),
-            low=window.get("pad", {}).get(number, 0),
-            left_dilation=window.get("lhs_dilate", {}).get(number, 1),
-            right_dilation=window.get("rhs_dilate", {}).get(number, 1),
+            stride=_window(each.rest, "stride", number, 1),
+            low=_window(each.rest, "pad", number, 0),
+            left_dilation=_window(each.rest, "lhs_dilate", number, 1),
+            right_dilation=_window(each.rest, "rhs_dilate", number, 1),
         )
     return flops
 
 
-def _window(rest: str) -> dict[str, dict[int, int]]:
-    """`window={size=2x3 pad=0_1x0_0}` as property -> dimension -> value (of pads the low one)."""
-    match = re.search(r"window=\{([^}]*)\}", rest)
-    parts = [part.split("=") for part in match[1].split()] if match else []
-    return {
-        name: {i: int(value.split("_")[0]) for i, value in enumerate(values.split("x"))}
-        for name, values in parts
-    }
+def _window(rest: str, name: str, dimension: int, default: int) -> int:
+    """One value of `window={size=2x3 pad=0_1x0_0}`, of pads the low one."""
+    match = re.search(rf"window=\{{[^}}]*\b{name}=([^\s}}]+)", rest)
+    return int(match[1].split("x")[dimension].split("_")[0]) if match else default
 
 
 def _valid_products(
@@ -501,7 +466,6 @@ def _valid_products(
 # A grouped product, and the sum of each group's outer products: rows by group, in order, times the
 # group's matrix or another array of the rows. The first is XLA's.
 _GROUPED = ("ragged-dot-none", "tgmm")
-_NO_PRODUCTS = ("ragged-dot-metadata",)
 
 # The products of a Pallas attention kernel for each query and key: scores and values forward;
 # scores, the gradient of the weights, and of the queries; and those with keys and values.
@@ -514,16 +478,16 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     Of causal splash attention: whole blocks on and below the diagonal. Of grouped products: all
     rows, though those that belong to no group are passed over.
     """
-    if name.startswith(_NO_PRODUCTS):
+    if name.startswith("ragged-dot-metadata"):
         return 0.0
+    arrays = [shape for shape in operands if shape.dtype in ("bf16", "f32") and shape.sizes]
     if name.startswith(_GROUPED):
-        rows, other = (shape for shape in operands if shape.dtype in ("bf16", "f32"))
+        rows, other = arrays
         return 2.0 * rows.elements * other.sizes[-1]
     matrices = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
     if matrices is None:
         return None
-    arrays = [shape for shape in operands if shape.dtype in ("bf16", "f32") and shape.sizes]
-    queries, keys = arrays[0], arrays[1]
+    queries, keys = arrays[:2]
     # The first operand says which block of keys each block of queries goes to next.
     blocks = max(operands[0].sizes[-2:], default=1)
     square = 2.0 * queries.elements * keys.sizes[-2]
@@ -542,31 +506,31 @@ def _bytes(
     """Bytes of HBM that an instruction reads and writes."""
     if each.opcode == "custom-call" and any(f'"{name}"' in each.rest for name in _WHOLE):
         return 0.0
-    operands = [
-        operand
-        for name in each.operands
-        if (operand := computation.instructions.get(name)) is not None
-    ]
+    operands = computation.operands(each)
     if each.opcode == "fusion":
         inner = computations[each.called[0]]
-        names = inner.parameters()
         read = sum(
-            _read(inner, names[i], _hbm(operand.shapes), computations)
-            for i, operand in enumerate(operands)
-            if i in names and _in_hbm(operand.shapes)
+            _read(inner, parameter, _hbm(operands[i].shapes), computations)
+            for i, parameter in inner.parameters().items()
+            if _in_hbm(operands[i].shapes)
         )
         return read + _written(each, computations)
     if each.opcode == "copy-start":
         # Its value is (target, source, flag).
-        return sum(shape.bytes for shape in each.shapes[:2] if shape.in_hbm)
+        return _hbm(each.shapes[:2])
     if each.opcode in _SLICES and operands:
-        taken = sum(shape.bytes for shape in each.shapes)
-        return taken * sum(_in_hbm(shapes) for shapes in (operands[0].shapes, each.shapes))
+        return _size(each.shapes) * sum(
+            _in_hbm(shapes) for shapes in (operands[0].shapes, each.shapes)
+        )
     if each.opcode == "dynamic-update-slice":
         return 2 * _hbm(operands[1].shapes)
     if each.opcode == "scatter":
         return 3 * _hbm(operands[-1].shapes)
     return sum(_hbm(operand.shapes) for operand in operands) + _hbm(each.shapes)
+
+
+def _size(shapes: Sequence[_Shape]) -> float:
+    return sum(shape.bytes for shape in shapes)
 
 
 def _hbm(shapes: Sequence[_Shape]) -> float:
@@ -585,15 +549,14 @@ def _read(
     for user, used in _real_users(inner, name, computations):
         is_first = user.operands[0] == used
         if user.opcode in _SLICES and is_first:
-            taken += sum(shape.bytes for shape in user.shapes)
+            taken += _size(user.shapes)
         elif user.opcode == "dynamic-update-slice" and is_first:
             continue  # updated in place
         elif user.opcode == "fusion":
             nested = computations[user.called[0]]
-            names = nested.parameters()
-            for i, operand in enumerate(user.operands):
-                if operand == used:
-                    taken += _read(nested, names[i], whole, computations)
+            for i, parameter in nested.parameters().items():
+                if user.operands[i] == used:
+                    taken += _read(nested, parameter, whole, computations)
         else:
             return whole
     return min(taken, whole)
@@ -631,8 +594,7 @@ def _written(each: _Instruction, computations: Mapping[str, _Computation]) -> fl
             continue
         value = inner.source(name)
         if value is not None and value.opcode == "dynamic-update-slice":
-            update = inner.instructions[value.operands[1]]
-            total += sum(leaf.bytes for leaf in update.shapes)
+            total += _size(inner.instructions[value.operands[1]].shapes)
         elif value is not None and value.opcode == "fusion" and len(value.shapes) == 1:
             total += _written(value, computations)
         else:
@@ -649,20 +611,16 @@ def _first_group(rest: str, devices: int) -> tuple[int, ...]:
     Understands the four notations: lists, `[groups,size]<=[dims]T(permutation)`, `mesh[...] {axes}`
     and pairs of source and target, of which the first two that differ are given.
     """
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
-    if pairs:
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         moving = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if a != b]
         return moving[0] if moving else ()
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    if listed:
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return tuple(int(x) for x in listed[1].split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if iota:
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         ids = _iota(iota[3], iota[4])
         return tuple(int(x) for x in ids.reshape(int(iota[1]), int(iota[2]))[0])
-    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\](.*?)\s*\{([^}]*)\}", rest)
-    if named:
-        return _named_group(named[1], named[2], named[3])
+    if named := re.search(r"replica_groups=@?mesh\[([^\]]*)\](.*?)\s*\{([^}]*)\}", rest):
+        return _named_group(*named.groups())
     return tuple(range(devices))
 
 
@@ -682,14 +640,10 @@ def _named_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
     index: list[np.ndarray] = [np.zeros(1, int) for _ in sizes]
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         axis, size = list(sizes).index(name), sizes[name]
-        if part:
-            inner = size // (int(before) * int(part))
-            chosen = np.arange(int(part)) * inner
-        else:
-            chosen = np.arange(size)
+        step = size // (int(before) * int(part)) if part else 1
+        chosen = np.arange(int(part or size)) * step
         index[axis] = np.unique(np.add.outer(index[axis], chosen))
-    group = ids[np.ix_(*index)]
-    return tuple(int(x) for x in group.ravel())
+    return tuple(int(x) for x in ids[np.ix_(*index)].ravel())
 
 
 def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
-from r1jax.planner.compiler import Binary, Compiler, DoesNotFit
+from r1jax.planner.compiler import Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program
@@ -140,24 +140,22 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     """
     config, mesh = case.config, case.mesh
     chosen = [Selection(only=name).stages(config)[0] for name in options.stages or ()]
-    layouts = make_layouts(mesh, case.target.devices)
+    layout, rollout_layout = layouts = make_layouts(mesh, case.target.devices)
     check_divided(config, layouts)
-    layout, rollout_layout = layouts
     # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)
     planning = Planning(config, _decoders(config, layout), rollout_layout, compiler.output_specs)
-    planned = [
-        _plan_stage(stage, planning, compiler, target, options)
-        for stage in config.stages
-        if not chosen or stage.name in chosen
-    ]
     return Plan(
         target=target.name,
         mesh=dict(layout.mesh.shape),
         devices=layout.mesh.size,
         hbm=target.hbm,
-        stages=tuple(planned),
+        stages=tuple(
+            _plan_stage(stage, planning, compiler, target, options)
+            for stage in config.stages
+            if not chosen or stage.name in chosen
+        ),
         sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
     )
 
@@ -180,12 +178,11 @@ def distinct_stages(config: RunConfig) -> list[str]:
 
 def plan_case(case: Case, options: PlanOptions = _ALL) -> Plan:
     """The plan of a case; one that cannot be says why (`refused`)."""
-    target = case.target
     try:
         return plan(case, options)
     except ValueError as error:
-        refused = Plan(target.name, dict(case.mesh.axes), len(target.devices), target.hbm)
-        return replace(refused, refused=str(error))
+        target, mesh = case.target, dict(case.mesh.axes)
+        return Plan(target.name, mesh, len(target.devices), target.hbm, refused=str(error))
 
 
 def parse_mesh(text: str, config: MeshSection) -> MeshSection:
@@ -284,16 +281,13 @@ def _step_seconds(
     programs: Sequence[ProgramPlan], seconds: Callable[[ProgramPlan], float | None]
 ) -> float | None:
     """Of all calls of a step; None where the seconds of a program are unknown."""
-    total = 0.0
-    for each in programs:
-        if (known := seconds(each)) is None:
-            return None
-        total += each.calls * known
-    return total
+    known = [each.calls * taken for each in programs if (taken := seconds(each)) is not None]
+    return sum(known, start=0.0) if len(known) == len(programs) else None
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:
     unknown = ProgramPlan(program.name, program.calls, {}, None)
+    held = bytes_by_kind(program.resident, program.arguments)
     try:
         binary = compiler(program.lower())
     except DoesNotFit as error:
@@ -301,9 +295,12 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
         needed: dict[str, float] = {**bytes_by_kind(program.resident), "activations": error.needed}
         return replace(unknown, memory=needed, fits=False, problem="too large to compile")
     except NotPlanned as error:
-        held = bytes_by_kind(program.resident, program.arguments)
         return replace(unknown, memory={**held}, problem=str(error))
-    memory = _memory(program, binary)
+    held["activations"] += binary.temporary_bytes
+    held[program.makes] += max(0, binary.output_bytes - binary.alias_bytes)
+    arguments = bytes_by_kind(program.arguments).total()
+    held["padding"] += max(0, binary.argument_bytes - arguments)
+    memory = {name: float(size) for name, size in held.items() if size}
     planned = replace(
         unknown,
         memory=memory,
@@ -329,16 +326,6 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
     )
 
 
-def _memory(program: Program, binary: Binary) -> dict[str, float]:
-    """Bytes on a device while the program runs, by what they are."""
-    memory = bytes_by_kind(program.resident, program.arguments)
-    memory["activations"] += binary.temporary_bytes
-    memory[program.makes] += max(0, binary.output_bytes - binary.alias_bytes)
-    arguments = bytes_by_kind(program.arguments).total()
-    memory["padding"] += max(0, binary.argument_bytes - arguments)
-    return {name: float(size) for name, size in memory.items() if size}
-
-
 def _utilisation(useful: float, seconds: float | None, target: Slice) -> float | None:
     if not seconds or target.chip is None:
         return None
@@ -348,11 +335,8 @@ def _utilisation(useful: float, seconds: float | None, target: Slice) -> float |
 
 def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> str:
     """By how much a program is too large, and what would help, the largest part first."""
-    large = [
-        name
-        for name in sorted(program.memory, key=lambda name: -program.memory[name])
-        if program.memory[name] > 0.1 * program.total
-    ]
+    largest_first = sorted(program.memory.items(), key=lambda item: -item[1])
+    large = [name for name, size in largest_first if size > 0.1 * program.total]
     hints = [_HINTS[name] for name in large if name in _HINTS]
     if "activations" in large or "cache" in large:
         hints.insert(0, describe_kind(stage.kind).less_memory)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from r1jax.files import JsonObject
 from r1jax.planner.plan import Plan, StagePlan, advice
@@ -27,14 +27,14 @@ def as_json(config: str, plans: Sequence[Plan]) -> JsonObject:
 def print_plans(plans: Sequence[Plan], console: Console) -> None:
     """Each plan's programs, exchange and steps; then, of several, one table of all."""
     for plan in plans:
-        if plan.refused:
-            continue
         for stage in plan.stages:
             for table in (_memory(plan, stage), _work(stage), _exchange(stage)):
                 if table.row_count:
                     console.print(table, markup=False)
             console.print(_step(stage), markup=False, highlight=False)
-            for line in [*_problems(stage), *_advice(plan, stage)]:
+            named = {program.name: program.problem for program in stage.programs}
+            problems = [f"{stage.name}: {name}: {why}" for name, why in named.items() if why]
+            for line in [*problems, *_advice(plan, stage)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print()
     if len(plans) > 1:
@@ -102,10 +102,10 @@ Compiled with the least effort (`--quick`), in seconds of one core.
 def _row(plan: Plan, stage: StagePlan, kinds: Sequence[str]) -> list[str]:
     fullest, free = stage.fullest, _free(plan, stage)
     other = sum(size for kind, size in fullest.memory.items() if kind not in kinds)
-    parts = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-    for program in stage.programs:
-        for part in parts if program.times is not None else ():
-            parts[part] += program.calls * getattr(program.times, part)
+    parts = {
+        part: sum(each.calls * getattr(each.times, part) for each in stage.programs if each.times)
+        for part in ("compute", "memory", "network")
+    }
     compiled = sum(program.compile_seconds for program in stage.programs)
     return [
         "yes" if free >= MARGIN else "tight" if free >= 0 else "**no**",
@@ -128,9 +128,8 @@ def _free(plan: Plan, stage: StagePlan) -> float:
 def _memory(plan: Plan, stage: StagePlan) -> Table:
     title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan.mesh)}"
     kinds = list(dict.fromkeys(k for program in stage.programs for k in program.memory))
-    table = Table("HBM of a device", title=title, title_justify="left", box=None)
-    for name in (*kinds, "all", "fits"):
-        table.add_column(name, justify="right")
+    columns = ("HBM of a device", *_numbers(*kinds, "all", "fits"))
+    table = Table(*columns, title=title, title_justify="left", box=None)
     for program in stage.programs:
         table.add_row(
             program.name,
@@ -142,14 +141,10 @@ def _memory(plan: Plan, stage: StagePlan) -> Table:
 
 
 def _work(stage: StagePlan) -> Table:
-    table = Table("work of a device", box=None)
     names = ("FLOPs", "HBM bytes", "bytes sent", "compute", "memory", "network", "time", "MFU")
-    for name in (f"calls a {stage.unit}", *names):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
+    columns = ("work of a device", *_numbers(f"calls a {stage.unit}", *names), "bound by")
     measured = any(program.measured is not None for program in stage.programs)
-    if measured:
-        table.add_column("measured", justify="right")
+    table = Table(*columns, *(_numbers("measured") if measured else ()), box=None)
     for program in stage.programs:
         if program.problem:
             continue
@@ -158,7 +153,7 @@ def _work(stage: StagePlan) -> Table:
         table.add_row(
             program.name,
             f"{program.calls:.3g}",
-            _number(program.flops),
+            _scaled(program.flops, 1000, ("", " K", " M", " G", " T", " P", " E")),
             _bytes(program.bytes),
             _bytes(sum(row.bytes for row in program.exchange)),
             *([_seconds(part) for part in parts] or [""] * 4),
@@ -170,42 +165,32 @@ def _work(stage: StagePlan) -> Table:
 
 
 def _exchange(stage: StagePlan) -> Table:
-    table = Table("exchange", "kind", "mesh axes", box=None)
-    for name in ("times", "bytes sent", "time"):
-        table.add_column(name, justify="right")
+    numbers = _numbers("times", "bytes sent", "time")
+    table = Table("exchange", "kind", "mesh axes", *numbers, box=None)
     for program in stage.programs:
-        shown = ""
-        for row in program.exchange[:6]:
+        for i, row in enumerate(program.exchange[:6]):
             table.add_row(
-                "" if shown == program.name else program.name,
+                "" if i else program.name,
                 row.kind,
                 " + ".join(row.axes),
                 f"{row.count:,.0f}",
                 _bytes(row.bytes),
                 _seconds(row.seconds),
             )
-            shown = program.name
     return table
 
 
 def _step(stage: StagePlan) -> str:
-    head = f"A {stage.unit} of {stage.name}"
-    if not stage.seconds:
-        line = f"{head}: {stage.tokens:,} tokens; no time to tell"
+    line = f"A {stage.unit} of {stage.name}"
+    if stage.seconds:
+        line += f", at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
+        line += f"{_rate(stage)} tokens/s, MFU {_share(stage.utilisation)}"
     else:
-        line = (
-            f"{head}, at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
-            f"{_rate(stage)} tokens/s, MFU {_share(stage.utilisation)}"
-        )
+        line += f": {stage.tokens:,} tokens; no time to tell"
     if stage.measured:
         rate = stage.tokens / stage.measured
         line += f"; measured: {_seconds(stage.measured)}, {rate:,.0f} tokens/s"
     return line
-
-
-def _problems(stage: StagePlan) -> list[str]:
-    problems = {program.name: program.problem for program in stage.programs}
-    return [f"{stage.name}: {name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def _advice(plan: Plan, stage: StagePlan) -> list[str]:
@@ -215,14 +200,10 @@ def _advice(plan: Plan, stage: StagePlan) -> list[str]:
 
 def _comparison(plans: Sequence[Plan]) -> Table:
     """One row a plan; a time for each stage."""
-    stages = next(plan.stages for plan in plans if plan.stages)
-    table = Table("slice", "mesh", box=None)
-    for name in ("fits", "fullest", "HBM"):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        table.add_column(f"{stage.name}: {stage.unit}", justify="right")
-        table.add_column("tokens/s", justify="right")
-        table.add_column("MFU", justify="right")
+    names = ["fits", "fullest", "HBM"]
+    for stage in next(plan.stages for plan in plans if plan.stages):
+        names += [f"{stage.name}: {stage.unit}", "tokens/s", "MFU"]
+    table = Table("slice", "mesh", *_numbers(*names), box=None)
     for plan in plans:
         if plan.refused:
             table.add_row(plan.target, _mesh(plan.mesh), "refused")
@@ -236,16 +217,16 @@ def _comparison(plans: Sequence[Plan]) -> Table:
     return table
 
 
+def _numbers(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
 def _mesh(mesh: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n != 1) or "one device"
 
 
 def _bytes(size: float) -> str:
     return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _number(value: float) -> str:
-    return _scaled(value, 1000, ("", " K", " M", " G", " T", " P", " E"))
 
 
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:

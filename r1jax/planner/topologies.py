@@ -103,13 +103,11 @@ class Slice:
         the group all of it, else one. What lies in between is assumed to be free.
         """
         assert self.chip is not None
-        positions = [self.devices[i].coords for i in group]
+        positions = zip(*(self.devices[i].coords for i in group), strict=True)
         links = 0.0
-        for size, row in zip(self.shape, zip(*positions, strict=True), strict=True):
-            extent = len(set(row))
-            if extent > 1:
-                ring = extent == size and size % self.chip.wraps == 0
-                links += 2 if ring else 1
+        for size, row in zip(self.shape, positions, strict=True):
+            if (extent := len(set(row))) > 1:
+                links += 2 if extent == size and size % self.chip.wraps == 0 else 1
         # The two halves of a TPU7x share its links; between them it is six times as fast as a link
         # (cloud.google.com/tpu/docs/tpu7x, "Dual-chiplet architecture").
         return links / self.chip.devices if links else 6.0
@@ -186,11 +184,9 @@ def fake_devices(count: int) -> Slice:
 
 
 def attached() -> Slice:
-    """The devices of this machine."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    chip = CHIPS.get(_KINDS.get(kind, ""))
-    return Slice(f"{len(devices)} x {kind}", tuple(devices), chip)
+    return Slice(f"{len(devices)} x {kind}", tuple(devices), CHIPS.get(_KINDS.get(kind, "")))
 
 
 def _use_cpu() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from r1jax.evaluation.run_directory import Run
-from r1jax.report.stage_table import Checkpoint, Measure, Measures, by_benchmark, measures, plots
+from r1jax.report.stage_table import Checkpoint, Measures, by_benchmark, measures, plots
 from r1jax.report.wording import UNKNOWN, Figure, Heading, Plot, Table, duration, paragraphs
 
 Column = tuple[Heading, list[Figure]]
@@ -36,9 +36,11 @@ def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[_Comparison]:
     made = []
     for section in run.config.get("comparisons") or []:
         names = [str(name) for name in section["evaluations"]]
-        rows = _rows(run, names)
-        whole, by_domain = _split(measures(rows))
-        spent = _costs(run, names)
+        rows, spent = _rows(run, names), _costs(run, names)
+        every = measures(rows)
+        whole = Measures(*([m for m in part if m.benchmark.domain is None] for part in every))
+        # Votes by domain are in the stage table only; here they would make a table too wide.
+        by_domain = Measures([m for m in every.right if m.benchmark.domain is not None], [], [])
         columns = _columns(whole, rows) + _cost_columns(spent, run, seeds)
         columns += _columns(by_domain, rows)
         lines = [
@@ -50,20 +52,6 @@ def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[_Comparison]:
         note = paragraphs(section.get("note") or "")
         made.append(_Comparison(table, pictures, _counted(rows, spent), note))
     return made
-
-
-def _split(columns: Measures) -> tuple[Measures, Measures]:
-    """The figures of all problems, and pass@1 by domain.
-
-    Votes by domain are in the stage table only: with them this one would be wider than a screen.
-    """
-
-    def whole(columns: Sequence[Measure]) -> list[Measure]:
-        return [each for each in columns if each.benchmark.domain is None]
-
-    by_domain = [each for each in columns.right if each.benchmark.domain is not None]
-    all_problems = Measures(whole(columns.right), whole(columns.vote), whole(columns.rest))
-    return all_problems, Measures(by_domain, [], [])
 
 
 def _columns(columns: Measures, rows: Sequence[Checkpoint]) -> list[Column]:
@@ -124,10 +112,9 @@ def _costs(run: Run, names: Sequence[str]) -> list[_Cost]:
 def _counted(rows: Sequence[Checkpoint], spent: Sequence[_Cost]) -> str:
     parts = []
     for row, cost in zip(rows, spent, strict=True):
-        stages = ", ".join(cost.training)
-        if cost.sampling:
-            stages += f" (samples of {', '.join(cost.sampling)})"
-        parts.append(f"of {row.name}: {stages or 'nothing of its own'}")
+        stages = ", ".join(cost.training) or "nothing of its own"
+        samples = f" (samples of {', '.join(cost.sampling)})" if cost.sampling else ""
+        parts.append(f"of {row.name}: {stages}{samples}")
     return f"Wall times {'; '.join(parts)}."
 
 

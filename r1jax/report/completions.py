@@ -23,8 +23,7 @@ _ROWS_READ = 10_000  # a set of real size is not read to its end for a few texts
 _NEEDED = {"problem_id", "sample", "prompt", "answer", "completion", "outcome"}
 
 
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     """One completion as the page shows it; `thought` ends with `</think>`."""
 
     thought: str
@@ -63,8 +62,7 @@ class _Compared(NamedTuple):
     sides: list[tuple[_Side, _Problem | None]]
 
 
-@dataclass(frozen=True)
-class _SamplesByStep:
+class _SamplesByStep(NamedTuple):
     """First samples of training steps; `same`: all of one question, which has `answer`."""
 
     stage: str
@@ -138,10 +136,9 @@ def _side(
 
 
 def _compared(key: int, sides: Sequence[_Side]) -> _Compared:
-    # The shortest prompt has the least of a template around the question.
-    problems = (side.problems[key] for side in sides if key in side.problems)
-    problem = min(problems, key=lambda each: len(each.prompt))
     answers = [(side, side.problems.get(key)) for side in sides]
+    # The shortest prompt has the least of a template around the question.
+    problem = min((each for _, each in answers if each), key=lambda each: len(each.prompt))
     return _Compared(problem.prompt, problem.answer, answers)
 
 
@@ -170,8 +167,8 @@ def _problems(stage: StageRecord) -> dict[int, _Problem]:
 
 
 def _answer(row: JsonObject) -> _Answer:
-    thought, rest = _split_thought(shortened(str(row["completion"])))
-    return _Answer(thought, rest, str(row["outcome"]), row.get("length"), row.get("step"))
+    parts = _split_thought(shortened(str(row["completion"])))
+    return _Answer(*parts, str(row["outcome"]), row.get("length"), row.get("step"))
 
 
 def _split_thought(text: str) -> tuple[str, str]:
@@ -202,8 +199,7 @@ def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
     return _SamplesByStep(stage.name, same, prompt, answer, steps)
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     domain: str
     prompt: str
     answer: str
@@ -212,8 +208,7 @@ class _Text:
     tokens: str
 
 
-@dataclass(frozen=True)
-class _WrittenDataset:
+class _WrittenDataset(NamedTuple):
     """A stage's dataset for the template.
 
     bars: of the kept samples, then of those removed for each reason: name, count, share, and width
@@ -232,29 +227,29 @@ def written_dataset(stage: StageRecord) -> _WrittenDataset | None:
         return None
     samples = stage.summary.get("samples")
     counts: dict[str, int] = {"kept": 0, **samples} if isinstance(samples, Mapping) else {}
-    total = sum(counts.values())
-    bars = sorted(counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0]))
-    largest = max(counts.values(), default=0)
-
-    def bar(name: str, count: int) -> tuple[str, str, str, float]:
-        share = f"{100 * count / total:.1f} %" if total else "–"
-        width = 100 * count / largest if largest else 0.0
-        return name.replace("_", " "), f"{count:,}", share, width
-
-    shown, domains = [bar(name, count) for name, count in bars], _domains(stage.summary)
-    return _WrittenDataset(f"{total:,}", shown, domains, _texts(stage, stage.summary))
+    total, largest = sum(counts.values()), max(counts.values(), default=0)
+    bars = []
+    for name in sorted(counts, key=lambda name: (name != "kept", -counts[name], name)):
+        share = f"{100 * counts[name] / total:.1f} %" if total else "–"
+        width = 100 * counts[name] / largest if largest else 0.0
+        bars.append((name.replace("_", " "), f"{counts[name]:,}", share, width))
+    domains = _domains(stage.summary)
+    return _WrittenDataset(f"{total:,}", bars, domains, _texts(stage, stage.summary))
 
 
 def _domains(summary: Summary) -> list[tuple[str, str, str]]:
     """Rows and mean tokens by domain and in all, as in DeepSeek-R1's table of its 800K set."""
-    domains = dict(summary.get("domains") or {})
+    domains = summary.get("domains") or {}
     parts = [(name or "no domain", part) for name, part in domains.items()]
     if len(parts) != 1 and "rows" in summary:
         parts.append(("all", summary))
-    means = (part.get("mean_tokens") for _, part in parts)
     return [
-        (name, f"{part.get('rows', 0):,}", "–" if mean is None else short(mean))
-        for (name, part), mean in zip(parts, means, strict=True)
+        (
+            name,
+            f"{part.get('rows', 0):,}",
+            "–" if (mean := part.get("mean_tokens")) is None else short(mean),
+        )
+        for name, part in parts
     ]
 
 
@@ -272,16 +267,13 @@ def _texts(stage: StageRecord, summary: Summary) -> list[_Text]:
         if len(firsts) >= min(_TEXTS_SHOWN, domains):
             break
     rest = [row for row in rows(_TEXTS_SHOWN) if row not in firsts.values()]
-    return [_text(row) for row in [*firsts.values(), *rest][:_TEXTS_SHOWN]]
-
-
-def _text(row: JsonObject) -> _Text:
-    thought, rest = _split_thought(shortened(str(row["response"])))
-    return _Text(
-        domain=str(row.get("domain") or ""),
-        prompt=shortened(str(row["prompt"])),
-        answer=shortened(str(row.get("answer") or "")),
-        thought=thought,
-        rest=rest,
-        tokens=str(row.get("tokens", "")),
-    )
+    return [
+        _Text(
+            str(row.get("domain") or ""),
+            shortened(str(row["prompt"])),
+            shortened(str(row.get("answer") or "")),
+            *_split_thought(shortened(str(row["response"]))),
+            str(row.get("tokens", "")),
+        )
+        for row in [*firsts.values(), *rest][:_TEXTS_SHOWN]
+    ]

@@ -6,8 +6,8 @@ escapes all text of the run; only the plots, in which matplotlib escapes it, are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -25,8 +25,7 @@ from r1jax.report.training import training
 from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     """One of the two big figures; `share` in per cent, None where there is only a `state`."""
 
     label: str
@@ -36,8 +35,7 @@ class _Side:
     state: str
 
 
-@dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """A row of the table of before and after."""
 
     label: str
@@ -58,7 +56,6 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _render(run: Run) -> str:
-    """The page as text."""
     before, after = before_and_after(run)
     compared = after or before
     benchmark = run.benchmark(compared.data) if compared is not None else None
@@ -170,14 +167,8 @@ def _change(
         unit = "points" if percent else ""
         if name == "mean_length" and old > 0:
             unit = f"×{new / old:.2f}"
-    return _Change(
-        label,
-        meaning,
-        figure(before.get(name), percent=percent, digits=digits or 1),
-        figure(after.get(name), percent=percent, digits=digits or 1),
-        change.replace("-", "−") or "–",
-        unit,
-    )
+    b, a = (figure(s.get(name), percent=percent, digits=digits or 1) for s in (before, after))
+    return _Change(label, meaning, b, a, change.replace("-", "−") or "–", unit)
 
 
 def _count(summary: Summary, name: str) -> Figure:
@@ -192,15 +183,10 @@ def _protocol(stage: StageRecord | None) -> str:
     if stage is None or not summary:
         return ""
     sampling = stage.config.get("sampling") or {}
-    drawn = ", ".join(
-        f"{name.replace('_', '-')} {sampling[name]:g}"
-        for name in ("temperature", "top_p")
-        if name in sampling
-    )
-    return (
-        f"{summary.get('problems')} problems of the data {stage.data!r}, "
-        f"{summary.get('samples')} samples each" + (f", {drawn}" if drawn else "") + "."
-    )
+    names = [name for name in ("temperature", "top_p") if name in sampling]
+    drawn = [f"{name.replace('_', '-')} {sampling[name]:g}" for name in names]
+    samples = ", ".join([f"{summary.get('samples')} samples each", *drawn])
+    return f"{summary.get('problems')} problems of the data {stage.data!r}, {samples}."
 
 
 def _votes(before: StageRecord | None, after: StageRecord | None) -> Plot | None:

@@ -11,8 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -38,8 +37,7 @@ _SIZE = (3.4, 1.95)
 _SMOOTH_FROM = 40  # points from which on a curve is drawn smoothed, over its raw values
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """One line: name, steps and finite values; low, high: its band at each step, if any."""
 
     name: str
@@ -56,8 +54,7 @@ class Curve:
         return cls(name, steps, values, *ends)
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(NamedTuple):
     """A measured figure with its interval, drawn at a step."""
 
     step: float
@@ -80,8 +77,7 @@ class Marker:
         return [m for step, estimate in figures if (m := cls.of(step, estimate)) is not None]
 
 
-@dataclass(frozen=True)
-class Dots:
+class Dots(NamedTuple):
     """Figures of one kind: a marker's `step` is the index of its row.
 
     seeds: of single seeds, of which `markers` are the means; drawn pale and without intervals.

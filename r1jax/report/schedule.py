@@ -139,8 +139,7 @@ class _Node:
     drawing: _Drawing = _Drawing([], _MARK)
 
 
-@dataclass(frozen=True)
-class _Schedule:
+class _Schedule(NamedTuple):
     """The graph of a run for the template, with a table of seconds by stage and phase.
 
     centre, gutter: of the marks, and the gutter's width, in pixels from the left. gives: what edges

@@ -61,7 +61,6 @@ def write_seeds_report(run_dirs: Sequence[str | Path], out: str | Path) -> list[
 
 
 def _render(runs: Sequence[Run]) -> str:
-    """The page as text."""
     mean = mean_run(runs)
     several = len(runs) > 1
     rows = checkpoints(mean)
@@ -95,7 +94,6 @@ def _render(runs: Sequence[Run]) -> str:
 
 
 def _markdown_tables(runs: Sequence[Run]) -> str:
-    """All tables as Markdown."""
     mean = mean_run(runs)
     rows = checkpoints(mean)
     parts = [f"# {plain(mean.title)}\n", f"{plain(_seeds(runs).capitalize())}. {_meaning(runs)}\n"]

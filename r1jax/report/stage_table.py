@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -17,8 +17,7 @@ from r1jax.report.plots import Dots, Marker, dot_plot
 from r1jax.report.wording import Figure, Heading, Plot, Table, figure, value_of
 
 
-@dataclass(frozen=True)
-class _Benchmark:
+class _Benchmark(NamedTuple):
     """A dataset, or one domain of it; `turn`: 1 for a checkpoint's second evaluation on it, ..."""
 
     data: str
@@ -32,8 +31,7 @@ class _Benchmark:
         return f"{self.data} ({self.turn + 1})" if self.turn else self.data
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Evaluated weights: their name, what made them, and the summary on each benchmark."""
 
     name: str
@@ -41,8 +39,7 @@ class Checkpoint:
     summaries: Mapping[_Benchmark, Summary]
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """A column of a table: one figure of one benchmark; `part`: the mean of the reward `name`."""
 
     benchmark: _Benchmark
@@ -62,12 +59,10 @@ class Measure:
         return self.name.startswith(("pass_at_", "cons_at_")) and not self.part
 
     def cell(self, checkpoint: Checkpoint) -> Figure:
-        digits = 2 if self.part else 1
-        return figure(self.estimate(checkpoint), percent=self.percent, digits=digits)
+        return figure(self.estimate(checkpoint), percent=self.percent, digits=2 if self.part else 1)
 
 
-@dataclass(frozen=True)
-class Measures:
+class Measures(NamedTuple):
     """The columns of the stage table: right answers and votes by benchmark, then the rest."""
 
     right: list[Measure]
@@ -125,13 +120,12 @@ def stage_by_stage(
 
 
 def measures(rows: Sequence[Checkpoint]) -> Measures:
-    """The columns of some checkpoints."""
     benchmarks = _benchmarks(rows)
     several = len({(each.data, each.turn) for each in benchmarks}) > 1
     right, vote, rest = [], [], []
     for benchmark in benchmarks:
         whole = _Benchmark(benchmark.data, benchmark.turn)
-        parted = any(replace(each, domain=None) == whole != each for each in benchmarks)
+        parted = any(each._replace(domain=None) == whole != each for each in benchmarks)
         note = "all" if parted and benchmark == whole else whole.label if several and parted else ""
         right.append(Measure(benchmark, "pass_at_1", benchmark.label, note))
         k = max(votes(row.summaries.get(benchmark) or {}) for row in rows)

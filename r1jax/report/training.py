@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -14,8 +14,7 @@ from r1jax.report.plots import SERIES, Curve, Marker, endpoints, line_plot, shor
 Columns = Mapping[str, tuple[list[float], list[float]]]
 
 
-@dataclass(frozen=True)
-class _Panel:
+class _Panel(NamedTuple):
     """One plot: `keys` maps columns of the metrics to names of lines."""
 
     title: str
@@ -85,8 +84,7 @@ _PREFERENCES = _Panel(
 _BAND = "95 % interval over problems"
 
 
-@dataclass(frozen=True)
-class _DrawnPanel:
+class _DrawnPanel(NamedTuple):
     """A finished panel for the template; `first` and `last` are the ends of its first curve."""
 
     title: str
@@ -113,7 +111,15 @@ def training(
     panels = _panels(stage, metrics)
     known = {key for panel in panels for key in panel.keys}
     last_step = max(steps[-1] for steps, _ in metrics.values())
-    evaluations = _evaluations(run, stage, benchmark, last_step)
+    step_of = {run.weights_of(stage.name): 0.0, stage.name: last_step}
+    evaluations = [
+        (step_of[weights], other.summary)
+        for other in run.evaluations()
+        if other.summary is not None
+        and run.benchmark(other.data) == benchmark
+        and (weights := run.weights_of(other.name)) is not None
+        and weights in step_of
+    ]
     held_out = _held_out(list(stage.rows("held_out.jsonl")))
     drawn = [_draw(panel, curves) for panel, curves in held_out]
     for panel in panels:
@@ -156,8 +162,7 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
 
     def line(name: str, figure: str, domain: str | None = None, *, band: bool = False) -> Curve:
         summaries = [row if domain is None else row["by_domain"].get(domain, {}) for row in rows]
-        steps = [row["step"] for row in rows]
-        named = zip(steps, (each.get(figure) for each in summaries), strict=True)
+        named = [(row["step"], s.get(figure)) for row, s in zip(rows, summaries, strict=True)]
         return Curve.of(name, Marker.all_of(named), band=band)
 
     problems, samples = rows[0]["problems"], rows[0]["samples"]
@@ -177,21 +182,6 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
         (_Panel(f"Held-out {title}", {}, note, percent=percent), known)
         for title, note, percent, curves in panels
         if (known := [curve for curve in curves if curve.values])
-    ]
-
-
-def _evaluations(
-    run: Run, stage: StageRecord, benchmark: str | None, last_step: float
-) -> list[tuple[float, Summary]]:
-    # (step, summary) of the evaluations before and after a stage.
-    step_of = {run.weights_of(stage.name): 0.0, stage.name: last_step}
-    return [
-        (step_of[weights], other.summary)
-        for other in run.evaluations()
-        if other.summary is not None
-        and run.benchmark(other.data) == benchmark
-        and (weights := run.weights_of(other.name)) is not None
-        and weights in step_of
     ]
 
 

@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -15,24 +15,21 @@ from r1jax.evaluation.metrics import JsonEstimate, Summary
 _SHOWN_CHARACTERS = 3000
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A figure and its interval, as text."""
 
     value: str
     interval: str = ""
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """Of a row or a column: a label, and its small print."""
 
     label: str
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of figures; `folded`: hidden until the reader opens it."""
 
     title: str
@@ -42,8 +39,7 @@ class Table:
     folded: bool = False
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A finished plot, with the names of its colours where it has more than one."""
 
     title: str
