@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from r1jax.rewards.exact import plain, read_choice
+from r1jax.rewards.answers.text import plain, read_choice
 from r1jax.rewards.extraction import final_answer, unboxed
 from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableReference

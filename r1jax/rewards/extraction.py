@@ -39,21 +39,25 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
     Braces nest; escaped ones (`\{`) do not count. A box cut off before its end is left out.
     """
-    complete: list[tuple[int, int, str]] = []
-    closing = _closing_braces(text)
-    position = 0
-    while True:
-        match = _BOX.search(text, position)
-        if match is None:
-            return complete
+    spans = _boxes(text, _closing_braces(text), 0, len(text))
+    return [(start, end + 1, text[opening + 1 : end]) for start, opening, end in spans]
+
+
+def _boxes(
+    text: str, closing: dict[int, int], position: int, stop: int
+) -> list[tuple[int, int, int]]:
+    """(start, opening brace, closing brace) of the outermost complete boxes in a part of a text."""
+    complete: list[tuple[int, int, int]] = []
+    while (match := _BOX.search(text, position, stop)) is not None:
         start, opening = match.start(), match.end() - 1
         end = closing.get(opening)
-        if end is None:
+        if end is None or end >= stop:
             # The rest is inside of a box without an end; a complete one may still be in there.
             position = opening + 1
             continue
-        complete.append((start, end + 1, text[opening + 1 : end]))
+        complete.append((start, opening, end))
         position = end + 1
+    return complete
 
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character is skipped as a pair
@@ -76,25 +80,50 @@ def closing_brace(text: str, opening: int) -> int | None:
     return _closing_braces(text).get(opening)
 
 
+_JOINT = re.compile(
+    r"(?:\s|\$|\\[,;:!()\[\] ]|\\q?quad|(?P<joint>[,;&\u3001\uff0c\uff1b]|\\\\|\band\b|\bor\b|\u548c|\u6216"
+    r"|\\text\s*\{[\s,]*(?:and|or)\s*\}))*+"
+)
+_LONGEST_JOINT = 60
+
+
 def unboxed(text: str) -> str:
-    """The contents of the last box of `text`, boxes in boxes opened; `text` itself without any."""
-    while found := boxes(text):
-        text = found[-1][2]
-    return text
+    """The contents of the last boxes of `text`, boxes in boxes opened; `text` without any.
+
+    Boxes that only commas, `and` or `or` part are one answer, whose parts are joined by commas.
+    """
+    closing = _closing_braces(text)
+    start, stop = 0, len(text)
+    while found := _boxes(text, closing, start, stop):
+        group = [found[-1]]
+        while len(group) < len(found):
+            before, after = found[-len(group) - 1], group[0]
+            between = text[before[2] + 1 : after[0]]
+            joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
+            if joint is None or joint["joint"] is None:
+                break
+            group.insert(0, before)
+        if len(group) > 1:
+            contents = [text[opening + 1 : end] for _, opening, end in group]
+            distinct = dict.fromkeys(part.strip() for part in contents)
+            return ", ".join(part if r"\boxed" not in part else unboxed(part) for part in distinct)
+        start, stop = group[0][1] + 1, group[0][2]
+    return text[start:stop]
 
 
 def final_answer(completion: str) -> str | None:
     r"""The text of the final answer, or None where there is none to read.
 
     Looks only after the last `</think>`, for the last `\boxed{...}` or `<answer>...</answer>`,
-    whichever ends later; a box inside of an answer tag is the answer. An empty one is none.
+    whichever ends later; boxes inside of an answer tag are the answer. Several boxes that only
+    commas, `and` or `or` part are one answer. An empty one is none.
     """
     tail = after_thinking(completion)
     if tail is None:
         return None
-    found = boxes(tail)
-    box_end = found[-1][1] if found else -1
-    answer = unboxed(found[-1][2]) if found else None
+    last = _boxes(tail, _closing_braces(tail), 0, len(tail))[-1:]
+    box_end = last[0][2] + 1 if last else -1
+    answer = unboxed(tail) if last else None
     tag_end = tail.rfind(END_ANSWER)
     if tag_end >= box_end:
         tag = tail.rfind(ANSWER, 0, tag_end) if tag_end >= 0 else -1

@@ -1,11 +1,13 @@
-"""Accuracy reward for maths: is the final answer the reference answer?"""
+"""Accuracy reward for maths: is the final answer the reference answer? See docs/answers.md."""
 
 from __future__ import annotations
 
 import re
 
 from r1jax.rewards import symbolic
-from r1jax.rewards.exact import numbers_equal, plain, read_choice, read_number, split, tidy
+from r1jax.rewards.answers.compare import key, same
+from r1jax.rewards.answers.reader import read
+from r1jax.rewards.answers.text import TooLarge, Unreadable, plain, read_choice, tidy
 from r1jax.rewards.extraction import final_answer, unboxed
 from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableAnswer, UnreadableReference
@@ -16,141 +18,89 @@ __all__ = [
     "accuracy",
     "equivalent_key",
     "final_answer",
+    "readable_reference",
     "same_answer",
 ]
 
 _SPACE_THAT_PARTS_NOTHING = re.compile(r"(?<![A-Za-z0-9.])\s+|\s+(?![A-Za-z0-9.])")
-_RELATIONS = ("<", ">", r"\le", r"\ge", r"\in", "\u2264", "\u2265")
 
 
 def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
     r"""Whether two final answers (not completions) mean the same.
 
-    Text and exact forms first: integers, decimals, fractions, percentages, choices A-E. Answers of
-    several parts are compared part by part, so that a subset is never enough: `1, 2`, `1 or 2` and
-    `\{1, 2\}` in any order, `(1, 2)` and intervals in theirs. What is left goes to sympy.
+    Both are read into values, which are compared by their kind; docs/answers.md has the rules.
+    A reference that is not read has math-verify as its last opinion, unless the answer is a number.
 
     Raises:
       UnreadableAnswer, UnreadableReference: no way to read one of the two.
     """
-    reference, answer = tidy(unboxed(reference)), tidy(unboxed(answer))
-    if not reference:
+    reference, answer = unboxed(reference), unboxed(answer)
+    if not tidy(reference):
         raise UnreadableReference("the reference answer is empty")
-    if not answer:
+    if not tidy(answer):
         raise UnreadableAnswer("the answer is empty")
-    if reference == answer or _text_key(reference) == _text_key(answer):
+    if _text_key(reference) == _text_key(answer):
         return True
-
     choice = read_choice(reference)
     if choice is not None:
         given = read_choice(answer, with_text=True)
         return choice == (given or plain(answer).upper())
-
-    number, given_number = read_number(reference), read_number(answer)
-    if number is not None and given_number is not None:
-        if numbers_equal(number, given_number):
-            return True
-        if not ("," in reference and "," in answer):  # 100,200 may be a list after all
-            return False
-
-    brackets, parts = split(reference)
-    given_brackets, given_parts = split(answer)
-    if len(parts) > 1 or len(given_parts) > 1 or brackets or given_brackets:
-        if not _interval_and_relation(reference, answer, len(parts), len(given_parts)):
-            return _same_parts(brackets, parts, given_brackets, given_parts, use_sympy)
-    return use_sympy and symbolic.equal(reference, answer)
-
-
-def _interval_and_relation(reference: str, answer: str, parts: int, given_parts: int) -> bool:
-    r"""`(3, \infty)` and `x > 3` have not the same number of parts, but may be the same."""
-    if parts == given_parts:
-        return False
-    one = reference if parts == 1 else answer
-    other = answer if parts == 1 else reference
-    return (
-        min(parts, given_parts) == 1
-        and any(sign in one for sign in _RELATIONS)
-        and other[:1] in ("(", "[")
-        and not any(sign in other for sign in _RELATIONS if sign != r"\in")
-    )
+    unreadable: Unreadable | None = None
+    try:
+        gold = read(reference, trusted=True)
+    except Unreadable as error:
+        unreadable = error
+    try:
+        value = read(answer)
+    except Unreadable as error:
+        if unreadable is None or isinstance(error, TooLarge):
+            raise UnreadableAnswer(f"answer {answer[:200]!r}: {error}") from None
+    else:
+        if unreadable is None:
+            return same(gold, value)
+    if not use_sympy or isinstance(unreadable, TooLarge):
+        raise UnreadableReference(f"reference answer {reference[:200]!r}: {unreadable}")
+    return symbolic.equal(tidy(reference), tidy(answer))
 
 
-def _same_parts(
-    brackets: str,
-    parts: list[str],
-    given_brackets: str,
-    given_parts: list[str],
-    use_sympy: bool,
-) -> bool:
-    ordered = {"()", "[]", "(]", "[)"}
-    kinds = {brackets, given_brackets}
-    if "{}" in kinds:
-        if kinds & ordered:
-            return False
-        parts = list({equivalent_key(part): part for part in parts}.values())
-        given_parts = list({equivalent_key(part): part for part in given_parts}.values())
-    elif brackets != given_brackets and not ("" in kinds and kinds & {"()", "[]"}):
-        return False
-    if len(parts) != len(given_parts):
-        return False
-    # `1, 2` for `x = 1, y = 2` leaves it to the order which is which.
-    named = any("=" in part for part in parts) and not any("=" in part for part in given_parts)
-    if kinds & ordered or named:
-        return all(
-            same_answer(part, given, use_sympy=use_sympy)
-            for part, given in zip(parts, given_parts, strict=True)
-        )
-    # Equal text first, so that sympy sees only what is left.
-    left = list(given_parts)
-    unmatched = []
-    for part in parts:
-        key = equivalent_key(part)
-        twin = next((given for given in left if equivalent_key(given) == key), None)
-        if twin is None:
-            unmatched.append(part)
-        else:
-            left.remove(twin)
-    for part in unmatched:
-        twin = next((each for each in left if same_answer(part, each, use_sympy=use_sympy)), None)
-        if twin is None:
-            return False
-        left.remove(twin)
-    return True
+def readable_reference(text: str) -> str | None:
+    """None if a reference answer can be read, else why not. Cheap: no sympy."""
+    text = unboxed(text)
+    if not tidy(text):
+        return "it is empty"
+    if read_choice(text) is not None:
+        return None
+    try:
+        read(text, trusted=True)
+    except Unreadable as error:
+        return str(error)
+    return None
 
 
-def _text_key(tidied: str) -> str:
-    """Words in lower case; else the text without its spaces, but for those inside of `7 2`."""
-    text = plain(tidied)
-    if len(text) > 1 and all(part.isalpha() for part in text.split()):
+def _text_key(text: str) -> str:
+    """The text without the spaces that part nothing; words in lower case."""
+    text = plain(text)
+    if len(text) > 3 and " " not in text and text.isalpha() and not text.isupper():
         return text.casefold()
     return _SPACE_THAT_PARTS_NOTHING.sub("", text)
 
 
-def equivalent_key(extracted: str, *, depth: int = 8) -> str:
-    r"""A key that is equal for answers of equal exact meaning, for votes: `0.5` and `\frac12`.
+def equivalent_key(extracted: str) -> str:
+    r"""A key that is equal for answers of equal meaning, for votes: `0.5`, `\frac12`, `x = 0.5`.
 
-    Numbers as reduced fractions (a percent sign, currency or unit dropped), choices as their
-    letter, lists and sets sorted, tuples and intervals in order with their brackets, the rest as
-    text without spaces. Never calls sympy, so it is safe in the trainer's process; lists in lists
-    are text below `depth`.
+    Numbers as reduced fractions (a currency or unit dropped), other expressions by their value at
+    a fixed point, choices as their letter, lists and sets sorted, tuples and intervals in order
+    with their brackets, the rest as text. No sympy and bounded, so it is safe in the trainer's
+    process.
     """
-    text = tidy(unboxed(extracted))
+    text = unboxed(extracted)
     choice = read_choice(text, with_text=True)
     if choice is not None:
         return choice
-    number = read_number(text)
-    if number is not None:
-        return str(number.value)
-    brackets, parts = split(text)
-    if len(parts) > 1 and depth > 0:
-        keys = [equivalent_key(part, depth=depth - 1) for part in parts]
-        if brackets == "{}":
-            keys = sorted(set(keys))
-        elif not brackets:
-            keys = sorted(keys)
-        pair = brackets or "{}"
-        return f"{pair[0]}{','.join(keys)}{pair[1]}"
-    return _text_key(text)
+    try:
+        return key(read(text))
+    except Unreadable:
+        return _text_key(text)
 
 
 def _check(options: RewardOptions) -> None:

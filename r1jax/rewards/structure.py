@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from r1jax.rewards.exact import plain, without_word_commands
+from r1jax.rewards.answers.text import plain, without_word_commands
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
 from r1jax.rewards.symbolic import UnreadableReference

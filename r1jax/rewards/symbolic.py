@@ -1,4 +1,4 @@
-"""Comparison by computer algebra (math-verify over sympy). Worker processes only.
+"""The last opinion on forms that we do not read: math-verify over sympy. Worker processes only.
 
 sympy can run for ever, fill the memory and recurse without end on a short answer; the caller has to
 survive that (`r1jax.rewards.verifier`). math-verify's own timeouts are switched off: they
@@ -46,14 +46,15 @@ def _parse(text: str) -> list[Any]:
 
 
 def equal(reference: str, answer: str) -> bool:
-    """Whether `answer` is the same expression as `reference`. Not symmetric.
+    """Whether `answer` is the same expression as `reference`. Not symmetric; never for numbers.
 
     Raises:
-      UnreadableAnswer, UnreadableReference: one of the texts is no expression.
+      UnreadableAnswer, UnreadableReference: one of the texts is no expression, or a number, on
+        which math-verify's rounding has no say.
       Exception: whatever sympy raises on the way.
     """
     gold = _parse(reference)
-    if not gold:
+    if not gold or _is_number(gold[0]):
         raise UnreadableReference(f"reference answer {reference[:200]!r} is not readable")
     given = _parse(answer)
     if not given:
@@ -66,19 +67,10 @@ def equal(reference: str, answer: str) -> bool:
         timeout_seconds=None,
         raise_on_error=True,
     )
-    return same and not _rounded_away(gold[0], given[0])
+    return same
 
 
-def _rounded_away(gold: Any, given: Any) -> bool:
-    """math-verify rounds floats at 6 places, so that 0.0 equals any tiny number: undo that."""
+def _is_number(value: Any) -> bool:
     import sympy
 
-    for value in (gold, given):
-        if not isinstance(value, sympy.Expr) or value.free_symbols or not value.is_number:
-            return False
-    if not (gold.has(sympy.Float) or given.has(sympy.Float)):
-        return False
-    if gold.has(sympy.UnevaluatedExpr) or given.has(sympy.UnevaluatedExpr):  # a percent sign
-        return False
-    left, right = complex(gold.doit()), complex(given.doit())
-    return abs(left - right) > 1e-6 * max(abs(left), abs(right))
+    return isinstance(value, sympy.Expr) and not value.free_symbols

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.rewards import Answered, Outcome, equivalent_key, final_answer, same_answer
-from r1jax.rewards.exact import read_number, split, tidy
 from r1jax.rewards.maths import UnreadableAnswer, UnreadableReference, accuracy
 
 
@@ -229,23 +228,6 @@ def test_sympy_can_be_left_out() -> None:
 )
 def test_equivalent_key(one: str, other: str, same: bool) -> None:
     assert (equivalent_key(one) == equivalent_key(other)) is same
-
-
-@pytest.mark.parametrize(
-    ("text", "brackets", "parts"),
-    [
-        ("1, 2", "", ["1", "2"]),
-        ("(1, f(2, 3)]", "(]", ["1", "f(2, 3)"]),
-        ("(1,2) \\cup (3,4)", "", ["(1,2) \\cup (3,4)"]),
-        ("\\{1; 2\\}", "{}", ["1", "2"]),
-        ("\\frac{1,2}{3}", "", ["\\frac{1,2}{3}"]),
-        ("(1, 2), (3, 4)", "", ["(1, 2)", "(3, 4)"]),
-        ("1)", "", ["1)"]),
-        ("\\pm 3", "", ["3", "-3"]),
-    ],
-)
-def test_split(text: str, brackets: str, parts: list[str]) -> None:
-    assert split(text) == (brackets, parts)
 
 
 fractions = st.fractions(max_denominator=10_000).filter(lambda f: abs(f) < 10**12)

@@ -1,0 +1,1 @@
+"""Final answers as values, and whether two of them are equal. See docs/answers.md."""

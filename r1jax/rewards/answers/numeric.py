@@ -1,0 +1,394 @@
+"""Values of expressions with a bound of their error, at any precision, by mpmath."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+from r1jax.rewards.answers.expressions import MAX_BITS, Expr
+from r1jax.rewards.answers.text import TooLarge
+
+Number: TypeAlias = Any  # mpmath's mpf or mpc, which have no types
+Point: TypeAlias = Mapping[str, Fraction]
+
+_DIGITS = 30
+_MAX_DIGITS = 6000
+_LARGEST = 1e6  # argument of exp and gamma, size of exponents
+
+
+class Undefined(ValueError):
+    """The expression has no value at the point."""
+
+
+class Ball(NamedTuple):
+    """A value and a bound of its error, to first order."""
+
+    value: Number
+    error: Number
+
+
+@cache
+def _context() -> Any:
+    import mpmath
+
+    return mpmath.mp.clone()
+
+
+def _finite(value: Number) -> Number:
+    if not _context().isfinite(value):
+        raise Undefined
+    return value
+
+
+def _call(name: str, args: list[Number], log_base: int) -> Number:
+    mp = _context()
+    x = args[0]
+    if name in ("^", "gamma", "!", "binomial", "exp", "!!") and any(
+        abs(each) > 1e300 for each in args[1:] or args
+    ):
+        raise TooLarge("a value is too large")
+    if name == "^":
+        return _power(x, args[1])
+    if name in ("!", "!!", "binomial"):
+        if any(abs(each) > _LARGEST for each in args):
+            raise TooLarge("a factorial is too large")
+        if name == "binomial":
+            return mp.binomial(*args)
+        return mp.factorial(x) if name == "!" else mp.fac2(x)
+    if name == "log":
+        if len(args) == 2:
+            return mp.log(x) / mp.log(args[1])
+        return mp.log(x) if log_base == 0 else mp.log10(x)
+    if name in ("sin", "cos", "tan", "cot", "sec", "csc") and abs(x) > 1e60:
+        raise TooLarge("an angle is too large")
+    if name in ("sinh", "cosh", "tanh") and abs(x) > _LARGEST:
+        raise TooLarge("a value is too large")
+    if name == "abs":
+        return abs(x)
+    if name in ("floor", "ceil"):
+        near = mp.nint(x)
+        if abs(x - near) < mp.mpf(10) ** (-mp.dps // 2):
+            return near
+        return mp.floor(x) if name == "floor" else mp.ceil(x)
+    if name in ("max", "min"):
+        return max(args) if name == "max" else min(args)
+    if name in _FUNCTIONS:
+        return getattr(mp, _FUNCTIONS[name])(x)
+    raise Undefined
+
+
+_FUNCTIONS = {
+    **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
+    **{"arcsin": "asin", "arccos": "acos", "arctan": "atan", "coth": "coth", "conj": "conj"},
+    **{"re": "re", "im": "im", "arg": "arg", "sign": "sign", "arccot": "acot"},
+}
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    mp = _context()
+    if base == 0:
+        if mp.im(exponent) or exponent <= 0:
+            raise Undefined
+        return base
+    if abs(exponent) * max(1, abs(mp.log(abs(base)))) > _LARGEST:
+        raise TooLarge("a power is too large")
+    return mp.power(base, exponent)
+
+
+def evaluate(expr: Expr, point: Point, digits: int, log_base: int = 0) -> Ball:
+    """The value at a point.
+
+    Args:
+      log_base: base of `\\log` without one: 0 for the natural logarithm, or 10.
+
+    Raises:
+      Undefined: there is none.
+      TooLarge: it is out of bounds.
+    """
+    mp = _context()
+    mp.dps = digits + 10
+    try:
+        return _evaluate(expr, point, mp.mpf(10) ** (-digits), log_base)
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError, ArithmeticError) as error:
+        if isinstance(error, Undefined | TooLarge):
+            raise
+        raise Undefined from None
+
+
+def _evaluate(expr: Expr, point: Point, epsilon: Number, log_base: int) -> Ball:
+    mp = _context()
+    op = expr.op
+    if op == "number":
+        value = mp.mpf(expr.value.numerator) / expr.value.denominator
+        return Ball(value, abs(value) * epsilon)
+    if op == "symbol":
+        if expr.key not in point:
+            raise Undefined
+        value = mp.mpf(point[expr.key].numerator) / point[expr.key].denominator
+        return Ball(value, abs(value) * epsilon)
+    if op in ("pi", "e"):
+        value = +mp.pi if op == "pi" else +mp.e
+        return Ball(value, value * epsilon)
+    if op == "i":
+        return Ball(mp.mpc(0, 1), mp.mpf(0))
+    if op == "infinity":
+        raise Undefined
+    args = [_evaluate(each, point, epsilon, log_base) for each in expr.args]
+    if op == "+":
+        value, error = mp.mpf(0), mp.mpf(0)
+        for each in args:
+            value += each.value
+            error += each.error
+        return Ball(value, error + abs(value) * epsilon)
+    if op == "*":
+        value, error = mp.mpf(1), mp.mpf(0)
+        for each in args:
+            error = error * (abs(each.value) + each.error) + abs(value) * each.error
+            value *= each.value
+        return Ball(value, error + abs(value) * epsilon)
+    values = [each.value for each in args]
+    if op == "^" and expr.args[1].op == "number" and expr.args[1].value.denominator % 2:
+        exponent = expr.args[1].value
+        if exponent.denominator > 1 and not mp.im(values[0]) and mp.re(values[0]) < 0:
+            # The real root of an odd degree.
+            root = _power(-mp.re(values[0]), values[1]) * (-1 if exponent.numerator % 2 else 1)
+            spread = abs(root * values[1] / values[0]) * args[0].error
+            return Ball(root, spread * 2 + abs(root) * epsilon)
+    value = _finite(_call(op, values, log_base))
+    error = abs(value) * epsilon
+    for index, each in enumerate(args):
+        if each.error and op not in ("floor", "ceil"):
+            moved = list(values)
+            moved[index] = each.value + each.error
+            if op == "^" and index == 1 and values[1] == mp.nint(mp.re(values[1])):
+                continue  # a whole exponent is exact
+            error += 2 * abs(_call(op, moved, log_base) - value)
+    return Ball(value, error)
+
+
+def _size(expr: Expr, point: Point) -> float:
+    """Decimal digits that the parts of an expression span: where its terms may cancel."""
+    total = 0.0
+    stack = [expr]
+    while stack:
+        each = stack.pop()
+        stack.extend(each.args)
+        if each.op == "number":
+            total += abs(each.value.numerator.bit_length() - each.value.denominator.bit_length()) * 0.3
+        elif each.op in ("^", "!", "binomial", "!!", "sinh", "cosh"):
+            try:
+                value = abs(evaluate(each, point, 15).value)
+                total += abs(float(_context().log10(value))) if value else 0.0
+            except Undefined:
+                pass
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _has(expr: Expr, op: str) -> bool:
+    return expr.op == op or any(_has(each, op) for each in expr.args)
+
+
+def _log_bases(one: Expr, other: Expr) -> tuple[int, ...]:
+    return (0, 10) if _has(one, "log") or _has(other, "log") else (0,)
+
+
+def apart(one: Ball, other: Ball) -> bool:
+    """Whether two values differ by more than their errors."""
+    return bool(abs(one.value - other.value) > one.error + other.error)
+
+
+def closed_equal(one: Expr, other: Expr) -> bool:
+    """Whether two expressions without symbols have the same value.
+
+    Rationals are compared exactly. Others differ as soon as their enclosures at 30 digits, or at
+    the final precision, are apart. That precision is 60 digits beyond all that the sizes of
+    their parts could hide (`1 + e^{-1000}` and 1 need 434); what is not apart then is equal.
+    """
+    if one.key == other.key:
+        return True
+    if one.op == other.op == "number" or one.huge or other.huge:
+        return False
+    if any(_has(each, "infinity") for each in (one, other)):
+        return False
+    for base in _log_bases(one, other):
+        try:
+            if apart(evaluate(one, {}, _DIGITS, base), evaluate(other, {}, _DIGITS, base)):
+                continue
+            digits = 60 + int(2 * (_size(one, {}) + _size(other, {})))
+            if digits <= _MAX_DIGITS and not apart(
+                evaluate(one, {}, digits, base), evaluate(other, {}, digits, base)
+            ):
+                return True
+        except (Undefined, TooLarge):
+            continue
+    return False
+
+
+def exact(expr: Expr, point: Point) -> Fraction | None:
+    """The rational value of a rational function at a point, None for any other expression.
+
+    Raises:
+      Undefined: a division by 0.
+    """
+    if expr.op == "number":
+        return expr.value
+    if expr.op == "symbol":
+        return point.get(expr.key)
+    if expr.op not in ("+", "*", "^"):
+        return None
+    args = []
+    for each in expr.args:
+        value = exact(each, point)
+        if value is None:
+            return None
+        args.append(value)
+    if expr.op == "^":
+        base, exponent = args
+        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if exponent.denominator != 1 or abs(exponent) * bits > MAX_BITS:
+            return None
+        if not base and exponent <= 0:
+            raise Undefined
+        return base**exponent.numerator
+    result = Fraction(op_start := int(expr.op == "*"))
+    for value in args:
+        result = result * value if op_start else result + value
+    return result
+
+
+def points(symbols: frozenset[str]) -> Iterator[Point]:
+    """Rational points: positive ones of several sizes, then with mixed signs. Always the same."""
+    names = sorted(symbols)
+    draw = random.Random(",".join(names))
+    for size, mixed in ((3, 0), (1, 0), (12, 0), (2, 1), (1, 1), (7, 1), (1, 1), (3, 1)):
+        yield {
+            name: Fraction(draw.randrange(1, size << 20), (1 << 20) - 3)
+            * (-1 if mixed and draw.random() < 0.6 else 1)
+            for name in names
+        }
+
+
+def _real(ball: Ball) -> bool:
+    return bool(abs(_context().im(ball.value)) <= ball.error)
+
+
+def symbolic_equal(one: Expr, other: Expr) -> bool:
+    """Whether two expressions agree wherever both are defined and real.
+
+    By their values at fixed points of 20 random bits per symbol (Schwartz, 1980; Zippel, 1979):
+    exactly for rational functions, to 30 digits for others. Two different ones agree at all points
+    with a chance below 1e-20; where neither is ever real, complex values are compared.
+    """
+    if one.key == other.key:
+        return True
+    if one.huge or other.huge:
+        return False
+    return any(_agree(one, other, base) for base in _log_bases(one, other))
+
+
+def _agree(one: Expr, other: Expr, log_base: int) -> bool:
+    agreed = complex_agreed = 0
+    complex_apart = False
+    for point in points(one.symbols | other.symbols):
+        try:
+            left, right = exact(one, point), exact(other, point)
+            if left is not None and right is not None:
+                if left != right:
+                    return False
+                agreed += 1
+                continue
+            balls = [evaluate(each, point, _DIGITS, log_base) for each in (one, other)]
+        except (Undefined, TooLarge):
+            continue
+        real = [_real(each) for each in balls]
+        differ = apart(*balls)
+        if all(real):
+            if differ:
+                return False
+            agreed += 1
+        elif not any(real):
+            complex_agreed += not differ
+            complex_apart |= differ
+    return agreed >= 2 or (not agreed and complex_agreed >= 2 and not complex_apart)
+
+
+def equal(one: Expr, other: Expr) -> bool:
+    """Whether two expressions are equal."""
+    if one.symbols or other.symbols:
+        return symbolic_equal(one, other)
+    return closed_equal(one, other)
+
+
+def ratio_sign(one: Expr, other: Expr) -> int:
+    """The sign of the constant c with `one = c * other`, 0 if there is none."""
+    if one.huge or other.huge:
+        return int(one.key == other.key)
+    first: tuple[Number, Number, Number] | None = None
+    count, sign = 0, 0
+    for point in points(one.symbols | other.symbols):
+        try:
+            left, right = (evaluate(each, point, _DIGITS) for each in (one, other))
+        except (Undefined, TooLarge):
+            continue
+        zero = [abs(each.value) <= each.error for each in (left, right)]
+        if any(zero):
+            if not all(zero):
+                return 0
+            continue
+        ratio = left.value / right.value
+        error = abs(ratio) * (left.error / abs(left.value) + right.error / abs(right.value)) * 2
+        if first is None:
+            first = (ratio, error, None)
+            sign = 1 if _context().re(ratio) > 0 else -1
+        elif abs(ratio - first[0]) > error + first[1]:
+            return 0
+        count += 1
+    return sign if count >= 2 else 0
+
+
+def real_value(expr: Expr) -> Number:
+    """A real closed value at 30 digits, infinities included.
+
+    Raises:
+      Undefined, TooLarge: it is not real, or not to be evaluated.
+    """
+    mp = _context()
+    if expr.op == "infinity":
+        return mp.inf
+    if expr.key.endswith("infinity)") and expr.op == "*" and expr.args[0].key == "-1":
+        return -mp.inf
+    if expr.symbols or expr.huge:
+        raise Undefined
+    ball = evaluate(expr, {}, _DIGITS)
+    if not _real(ball):
+        raise Undefined
+    return mp.re(ball.value)
+
+
+def signature(expr: Expr) -> str:
+    """A text that is equal for equal expressions: exact, or the value at a fixed point."""
+    if expr.op == "number":
+        return expr.key
+    if expr.huge:
+        return expr.key
+    mp = _context()
+    for point in [dict(each) for each in points(expr.symbols)][: 8 if expr.symbols else 1]:
+        try:
+            value = exact(expr, point)
+            if value is not None:
+                return f"{','.join(sorted(expr.symbols))}:{value}"
+            ball = evaluate(expr, point, 60)
+        except (Undefined, TooLarge):
+            continue
+        if ball.error > abs(ball.value) * mp.mpf(10) ** -40:
+            return "0" if abs(ball.value) <= ball.error else expr.key
+        real, imaginary = (
+            mp.nstr(part, 25) if abs(part) > ball.error else "0"
+            for part in (mp.re(ball.value), mp.im(ball.value))
+        )
+        return f"{','.join(sorted(expr.symbols))}:{real},{imaginary}"
+    return expr.key

@@ -1,0 +1,1344 @@
+r"""Reads an answer (LaTeX, plain text or Unicode) into one value: a recursive descent, no eval.
+
+From the outside in: a listing of parts; a part is a chain of sides with relations between them; a
+side is a set operation on sums; then products, powers and what a number or bracket starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import TypeAlias, TypeGuard
+
+from r1jax.rewards.answers import expressions as ex
+from r1jax.rewards.answers import sets, units
+from r1jax.rewards.answers.expressions import Expr
+from r1jax.rewards.answers.numeric import Undefined, closed_equal, evaluate
+from r1jax.rewards.answers.text import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
+from r1jax.rewards.answers.values import (
+    Based,
+    Colon,
+    Either,
+    Group,
+    Labelled,
+    Listing,
+    Matrix,
+    Operation,
+    Region,
+    Relation,
+    Residue,
+    Scalar,
+    Value,
+    Words,
+)
+
+MAX_DEPTH = 40
+
+_Node: TypeAlias = Expr | Value
+_RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in"}
+_RELATIONS |= {"approx": "~", "sim": "~", "equiv": "mod", "notin": "notin", "subset": "subset"}
+_RELATIONS |= {"cong": "cong", "parallel": "parallel", "perp": "perp", "to": "to", "iff": "iff"}
+_RELATIONS |= {"implies": "implies", "Rightarrow": "implies", "propto": "propto"}
+_FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp abs "
+    "floor ceil max min gcd lcm arg sign det deg dim re im".split()
+)
+_ACCENTS = set(
+    "overline bar vec hat tilde widehat overrightarrow overleftrightarrow underline dot overset "
+    "widetilde".split()
+)
+_WRAPPERS = set(
+    "mathbf boldsymbol bm mathcal mathscr mathfrak pmb displaystyle boxed emph mathop ensuremath "
+    "fbox underbrace".split()
+)
+_CURRENCIES = {"$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
+_MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Vmatrix", "Bmatrix", "smallmatrix", "array"}
+_ROWS = {"cases", "aligned", "align", "gathered", "split", "gather", "dcases", "rcases", "alignedat"}
+_CLOSERS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": "}", "langle": ("rangle",)}
+_TRUTH = {"t", "f", "true", "false", "yes", "no", "y", "n"}
+
+
+@lru_cache(maxsize=512)
+def read(text: str, trusted: bool = False) -> Value:
+    """The value that a text is.
+
+    Args:
+      trusted: the text is a reference: any words behind a number are taken for its unit.
+
+    Raises:
+      Unreadable: it is none, and no words either.
+      TooLarge: it is beyond the bounds.
+    """
+    text = tidy(text)
+    if not text:
+        raise Unreadable("it is empty")
+    found = tokens(text)
+    if not found:
+        raise Unreadable("it is empty")
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
+        found = tokens(text.replace(" ", ""))
+    try:
+        return _Reader(found, trusted).whole()
+    except TooLarge:
+        raise
+    except (Unreadable, ZeroDivisionError, Undefined) as error:
+        words = _as_words(found)
+        if words is None:
+            message = str(error) or "it has no value"
+            raise Unreadable(message) from None
+        return words
+
+
+def _as_words(found: Sequence[Token]) -> Words | None:
+    """The text of tokens some of which are words."""
+    if not any(
+        each.kind == "text" or (each.kind == "letters" and len(each.text) > 2) for each in found
+    ) and not all(each.kind == "number" for each in found):
+        return None
+    joined = "".join(" " * each.space + each.text for each in found)
+    return Words(" ".join(re.sub(r"[^\w.+\-*/=<>]+", " ", joined).split()))
+
+
+class _Reader:
+    """One pass over the tokens; `position` is the next one."""
+
+    def __init__(self, found: Sequence[Token], trusted: bool) -> None:
+        self.tokens = list(found)
+        self.position = 0
+        self.trusted = trusted
+        self.depth = 0
+        self.bars = 0  # open |
+        self.in_function = 0
+        self.brackets = 0
+        self.groups_digits = self._groups_digits()
+
+    # -- tokens
+
+    def peek(self, ahead: int = 0) -> Token | None:
+        index = self.position + ahead
+        return self.tokens[index] if index < len(self.tokens) else None
+
+    def next_is(self, *names: str, ahead: int = 0) -> bool:
+        token = self.peek(ahead)
+        return token is not None and token.text in names and token.kind in ("sign", "command", "and", "or")
+
+    def take(self, *names: str) -> bool:
+        if self.next_is(*names):
+            self.position += 1
+            return True
+        return False
+
+    def expect(self, *names: str) -> None:
+        if not self.take(*names):
+            raise Unreadable(f"{names[0]} is missing")
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooLarge("it is nested too deep")
+        yield
+        self.depth -= 1
+
+    def _groups_digits(self) -> dict[int, bool]:
+        """Index of each bracket (-1: none) -> whether its commas may part thousands.
+
+        `1,234, 5` groups digits, since the commas of the list have a space; `1,2,345` does not.
+        Within brackets, `(100,101)` is a pair.
+        """
+        open_now, spaced, bad = [-1], {-1: False}, {-1: False}
+        self._bracket_of: list[int] = []
+        for index, token in enumerate(self.tokens):
+            self._bracket_of.append(open_now[-1])
+            if token.kind == "sign" and token.text in ("(", "[", "\\{", "{"):
+                open_now.append(index)
+                spaced[index] = bad[index] = False
+            elif token.kind == "sign" and token.text in (")", "]", "\\}", "}") and len(open_now) > 1:
+                open_now.pop()
+            elif token.text == "," and 0 < index < len(self.tokens) - 1:
+                before, after = self.tokens[index - 1], self.tokens[index + 1]
+                if after.space:
+                    spaced[open_now[-1]] = True
+                elif not (before.kind == "number" and re.match(r"[0-9]{3}(?![0-9])", after.text)):
+                    bad[open_now[-1]] = True
+        return {
+            index: not bad[index]
+            and (spaced[index] or index < 0 or self.tokens[index].text == "{")
+            for index in spaced
+        }
+
+    # -- listings
+
+    def whole(self) -> Value:
+        if self.next_is("="):
+            raise Unreadable("it starts with =")
+        items, joints = self.items(())
+        if self.position < len(self.tokens):
+            raise Unreadable(f"{self.tokens[self.position].text!r} is not understood")
+        value = _listing(items, joints)
+        return _loose_reading(self.tokens, value)
+
+    def items(self, closers: Sequence[str]) -> tuple[list[Value], list[str]]:
+        """Parts up to a closing sign, and what stands between them."""
+        items: list[Value] = []
+        joints: list[str] = []
+        while self.peek() is not None and not self.next_is(*closers):
+            if self.next_is(*_JOINTS):
+                joint = self.tokens[self.position].text
+                self.position += 1
+                if len(joints) == len(items):  # `2, and 3`
+                    if not items and joint not in ("and", "or"):
+                        raise Unreadable(f"{joint} without an answer before it")
+                    if joints:
+                        joints[-1] = joint if joint in ("and", "or") else joints[-1]
+                else:
+                    joints.append(joint)
+                continue
+            if items and len(joints) < len(items):
+                raise Unreadable(f"{self.tokens[self.position].text!r} is not understood")
+            for each in self.part():
+                if items and len(joints) < len(items):
+                    joints.append("or")
+                items.append(each)
+        if not items and not closers:
+            raise Unreadable("it is empty")
+        return items, joints
+
+    # -- parts
+
+    def part(self) -> list[Value]:
+        """A chain of sides; two values where it has a plus-minus sign."""
+        start = self.position
+        self.take("approx")
+        if self.next_is("neg"):
+            raise Unreadable("a negation")
+        sides = [self.side()]
+        spans = [(start, self.position)]
+        signs: list[str] = []
+        while (token := self.peek()) is not None and token.kind in ("sign", "command"):
+            sign = _RELATIONS.get(token.text)
+            if sign is None:
+                break
+            self.position += 1
+            if sign in ("<", ">") and self.take("="):
+                sign += "="
+            at = self.position
+            signs.append(sign)
+            sides.append(self.side())
+            spans.append((at, self.position))
+        modulus = self.modulus()
+        if modulus is not None:
+            if not signs or len(sides) == 1:
+                return [Residue(sides[0], modulus)]
+            sides = [sides[0], Residue(sides[-1], modulus)]
+            signs, spans = ["="], [spans[0], spans[-1]]
+        if not signs:
+            return _both_signs(sides[0])
+        names = [self.name(*span) for span in spans]
+        return [
+            _chain(each, signs, names) for each in _both_signs_of_all(sides)
+        ]
+
+    def modulus(self) -> Expr | None:
+        if self.take("pmod"):
+            return _expr(self.argument())
+        bracket = self.next_is("(") and self.next_is("mod", ahead=1)
+        if bracket:
+            self.position += 1
+        if self.take("mod"):
+            modulus = _expr(self.sum())
+            if bracket:
+                self.expect(")")
+            return modulus
+        return None
+
+    def name(self, start: int, end: int) -> tuple[str, bool] | None:
+        """(label, droppable in a reference) if the tokens are a name rather than an expression."""
+        span = [each for each in self.tokens[start:end] if each.text not in ("{", "}")]
+        spelling = "".join(each.text for each in span)
+        if not span or re.search(r"(?<![_0-9])[0-9](?!\w*_)", re.sub(r"_[0-9]+", "", spelling)):
+            return None
+        if re.fullmatch(r"[A-Za-z]'*\([A-Za-z](,[A-Za-z])*\)", spelling) and not spelling[2:-1].isupper():
+            return re.split(r"\(", spelling)[0] + "()", True
+        letters = [each for each in span if each.kind in ("letters", "rest")]
+        if any(each.kind == "text" for each in span):
+            return spelling.casefold(), True
+        if any(each.text in ("+", "-", "^", "cdot", "*", "times") for each in span):
+            single = all(len(each.text) == 1 for each in letters)
+            return (spelling, False) if single and len({each.text for each in letters}) > 1 else None
+        if any(each.text in _FUNCTIONS or each.text in ("sqrt", "infty") for each in span):
+            return (spelling, True) if span[0].text == "det" else None
+        body = re.sub(r"_(\{?\w+\}?)", "", spelling)
+        if re.fullmatch(r"(?:[A-Za-z]|[a-z]{3,})'*", body) or spelling.startswith("("):
+            return spelling, True
+        if body.isalpha() and body.islower() and len(letters) == len(span):
+            return spelling, False  # `xy = 6` is an equation
+        return spelling, True  # `AB`, `P(A)`, `|AB|`, `\angle ABC`
+
+    # -- sides
+
+    def side(self) -> Value:
+        value = self.words()
+        if value is not None:
+            return value
+        value = self.based()
+        if value is not None:
+            return value
+        value = self.set_term()
+        while (token := self.peek()) is not None and token.kind in ("command", "letters"):
+            if token.text in ("cup", "cap", "setminus") or (
+                token.text == "U" and _is_set(value) and token.space
+            ):
+                self.position += 1
+                value = _set_operation(
+                    "cup" if token.text == "U" else token.text, value, self.set_term()
+                )
+            else:
+                break
+        if not self.next_is(":"):
+            return value
+        items = [value]
+        while self.take(":"):
+            items.append(self.set_term())
+        suffix = self.tail_text()
+        last = items[-1]
+        if not suffix and isinstance(last, Scalar) and last.unit in ((("pm", 1),), (("am", 1),)):
+            suffix = last.unit[0][0]
+            items[-1] = replace(last, unit=())
+        return Colon(tuple(items), re.sub("[^a-z]", "", suffix.casefold()))
+
+    def words(self) -> Value | None:
+        """A side of letters and words only: words, or two or more bare letters."""
+        end = self.position
+        while end < len(self.tokens):
+            token = self.tokens[end]
+            plain = token.text in "'-.!?" or (token.text == "(" and end == self.position)
+            if token.kind not in ("letters", "text", "rest") and not (plain and end > self.position):
+                break
+            end += 1
+        span = self.tokens[self.position : end]
+        if not span or not (end == len(self.tokens) or self._ends(end)):
+            return None
+        if span[-1].text == "!" and len(span) == 2:
+            return None
+        texts = [each.text for each in span]
+        joined = "".join(" " * (each.space and index > 0) + each.text for index, each in enumerate(span))
+        bare = "".join(texts)
+        known = joined.casefold() in _KNOWN_WORDS
+        wordy = any(
+            each.kind == "text" or (len(each.text) > 3 and units.is_word(each.text)) for each in span
+        )
+        if known or wordy:
+            self.position = end
+            if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?real(?: numbers?|s)", joined.casefold()):
+                return sets.REALS
+            return Words(joined)
+        if len(bare) > 1 and bare.isalpha():
+            self.position = end
+            product = ex.multiply(*(_letter(each) for each in bare))
+            return Scalar(product, letters=bare)
+        return None
+
+    def _ends(self, index: int) -> bool:
+        """Whether a side ends before this token."""
+        token = self.tokens[index]
+        return token.kind in ("end", "and", "or") or token.text in _ENDS or token.text in _RELATIONS
+
+    def based(self) -> Value | None:
+        r"""`213_5`, `-37_8`, `(213)_5`, `\text{A5}_{11}`."""
+        index = self.position
+        sign = ""
+        if self.next_is("-"):
+            sign = "-"
+            index += 1
+        digits = ""
+        bracket = index < len(self.tokens) and self.tokens[index].text in ("(", "{")
+        index += bracket
+        while index < len(self.tokens) and self.tokens[index].kind in ("number", "letters", "text"):
+            digits += self.tokens[index].text
+            index += 1
+        index += bracket
+        rest = [each.text for each in self.tokens[index : index + 4]]
+        if not re.fullmatch("[0-9A-Za-z]+", digits) or rest[:1] != ["_"]:
+            return None
+        if not any(each.isdigit() for each in digits) or digits[0].islower():
+            return None
+        base, length = (rest[2], 4) if rest[1:2] == ["{"] and rest[3:] == ["}"] else (rest[1:2] or [""], 2)
+        base = base if isinstance(base, str) else base[0]
+        end = index + length
+        if not base.isdigit() or len(base) > 2 or not (end >= len(self.tokens) or self._ends(end)):
+            return None
+        self.position = end
+        digits = digits.lstrip("0").upper() or "0"
+        if int(base) == 10 and digits.isdigit():
+            return Scalar(ex.number(int(sign + digits)))
+        return Based(sign + digits, int(base))
+
+    def set_term(self) -> Value:
+        """A sum with its currency, percent sign or unit."""
+        start = self.position
+        money = ""
+        for at in (0, 1):
+            token = self.peek(at)
+            if token is not None and token.text in _CURRENCIES and (at == 0 or self.next_is("-")):
+                money = token.text
+                del self.tokens[self.position + at]
+                del self._bracket_of[self.position + at]
+                break
+        node = self.sum()
+        value = node if not isinstance(node, Expr) else Scalar(node)
+        if not isinstance(value, Scalar):
+            return value
+        places, digits = self._precision(start, self.position)
+        value = replace(value, places=places, digits=digits)
+        if money:
+            value = replace(value, unit=((money, 1),))
+        tail_at = self.position
+        text = self.tail_text()
+        if text:
+            tail = units.read_tail(text, trusted=self.trusted, one=value.expr.key == "1")
+            if tail is None:
+                self.position = tail_at
+                raise Unreadable(f"{text!r} is no unit")
+            if money and tail.unit not in ((), value.unit):
+                raise Unreadable("two units")
+            unit = tail.unit or value.unit
+            expr = ex.multiply(value.expr, ex.number(tail.factor))
+            value = Scalar(expr, value.places, value.digits, tail.percent, unit)
+        return value
+
+    def _precision(self, start: int, end: int) -> tuple[int | None, int]:
+        span = [each for each in self.tokens[start:end] if each.text not in ("-", "+", "approx")]
+        if len(span) != 1 or "." not in span[0].text or not span[0].text[-1].isdigit():
+            return None, 0
+        spelling = span[0].text
+        if "e" in spelling.casefold():
+            return None, 0
+        return len(spelling.partition(".")[2]), len(spelling.replace(".", "").lstrip("0"))
+
+    def tail_text(self) -> str:
+        """The words and signs behind a number up to the end of the side."""
+        token = self.peek()
+        if token is None or not (
+            token.kind == "text"
+            or (token.kind == "letters" and len(token.text) > 1 and units.is_word(token.text))
+            or token.text in ("%", "€", "£", "¥", "₹", "$", "°", "percent")
+            or self._degree()
+            or (token.text == "(" and (inner := self.peek(1)) is not None and inner.kind == "text")
+        ):
+            return ""
+        if token.kind == "letters" and not token.space and units.unit_name(token.text) is None:
+            return ""
+        pieces: list[str] = []
+        while (token := self.peek()) is not None and not self._ends_tail(token):
+            if self._degree():
+                self._skip_degree()
+                pieces.append(" deg")
+                continue
+            pieces.append(" " * (token.space or token.kind == "text") + token.text)
+            self.position += 1
+        return "".join(pieces).strip()
+
+    def _ends_tail(self, token: Token) -> bool:
+        if token.kind in ("and", "or", "end"):
+            return True
+        if token.text in (")",) and not self.brackets:
+            return False
+        return token.text in _ENDS or token.text in _RELATIONS and token.text != "in"
+
+    def _degree(self) -> bool:
+        return self.next_is("^") and (
+            self.next_is("circ", ahead=1) or (self.next_is("{", ahead=1) and self.next_is("circ", ahead=2))
+        )
+
+    # -- arithmetic
+
+    def sum(self) -> _Node:
+        with self.nested():
+            total: _Node | None = None
+            while total is None or self.next_is("+", "-", "pm", "mp"):
+                sign = ""
+                while self.next_is("+", "-", "pm", "mp"):
+                    new = self.tokens[self.position].text
+                    self.position += 1
+                    sign = new if new in ("pm", "mp") or not sign else "" if sign == new else "-"
+                term = self.product()
+                if sign == "-" and total is not None and _is_set(total):
+                    total = _set_operation("setminus", total, term)
+                    continue
+                if sign == "-":
+                    term = _negated(term)
+                elif sign in ("pm", "mp"):
+                    # A factor that is 1 and -1 in turn at the end of the part.
+                    term = ex.multiply(_PLUS_MINUS[sign], _expr(term))
+                total = term if total is None else _added(total, term)
+            return total
+
+    def product(self) -> _Node:
+        node = self.factor()
+        while (token := self.peek()) is not None:
+            if token.text in ("*", "cdot", "times") and token.kind in ("sign", "command"):
+                self.position += 1
+                node = _multiplied(node, self.signed_factor())
+            elif token.text == "/" and token.kind == "sign":
+                self.position += 1
+                divisor = _expr(self.signed_factor())
+                node = _multiplied(node, ex.power(divisor, ex.MINUS_ONE))
+            elif token.text == "%" and not self._percent_ends():
+                self.position += 1
+                node = _multiplied(node, ex.number(Fraction(1, 100)))
+            elif self._starts_factor(token):
+                node = self._implicit(node)
+            else:
+                return node
+        return node
+
+    def _percent_ends(self) -> bool:
+        return self.position + 1 >= len(self.tokens) or self._ends(self.position + 1)
+
+    def _implicit(self, node: _Node) -> _Node:
+        before = self.tokens[self.position - 1]
+        token = self.tokens[self.position]
+        if token.kind == "number" and before.kind == "number":
+            if not self._mixed_follows():
+                raise Unreadable("two numbers without a sign between them")
+            whole = self._integer(before)
+            fraction = _expr(self.factor())
+            self.expect("/")
+            fraction = ex.divide(fraction, _expr(self.factor()))
+            return ex.add(_expr(node), fraction) if whole is not None else node
+        mixed = (
+            before.kind == "number"
+            and token.text == "frac"
+            and self._integer(before) is not None
+            and isinstance(node, Expr)
+            and node.op == "number"
+            and not self.next_is("^", ahead=-2)
+        )
+        following = self.factor()
+        if mixed and isinstance(following, Expr) and following.op == "number" and following.value > 0:
+            if following.value < 1 and isinstance(node, Expr):
+                return ex.add(node, following)
+        if isinstance(following, Group) and isinstance(node, Expr) and node.op == "symbol":
+            return ex.function(f"{node.key}()", *(_expr(each) for each in following.items))
+        return _multiplied(node, following)
+
+    def _integer(self, token: Token) -> int | None:
+        return int(token.text) if token.kind == "number" and token.text.isdigit() else None
+
+    def _mixed_follows(self) -> bool:
+        """`1 1/2`: a whole number, then a fraction of whole numbers."""
+        spelled = [self.peek(ahead) for ahead in (0, 1, 2)]
+        return (
+            self.tokens[self.position].space
+            and all(each is not None for each in spelled)
+            and spelled[1].text == "/"  # type: ignore[union-attr]
+            and spelled[0].text.isdigit()  # type: ignore[union-attr]
+            and spelled[2].text.isdigit()  # type: ignore[union-attr]
+            and int(spelled[0].text) < int(spelled[2].text)  # type: ignore[union-attr]
+        )
+
+    def _starts_factor(self, token: Token) -> bool:
+        if token.kind == "number" or token.kind in ("begin", "rest"):
+            return True
+        if token.kind == "letters":
+            if token.text == "U" and token.space:
+                return False
+            before = self.tokens[self.position - 1]
+            wordy = len(token.text) > 1 and units.is_word(token.text)
+            return not (wordy and (token.space or before.kind == "number" or before.text == "}"))
+        if token.kind == "command":
+            return token.text not in _NO_FACTORS and token.text not in _RELATIONS
+        if token.kind == "sign":
+            if token.text == "|":
+                return not self.bars
+            if token.text == "(":
+                inner = self.peek(1)
+                return not (inner is not None and (inner.text == "mod" or inner.kind == "text"))
+            return token.text in ("{", "[", "\\{")
+        return False
+
+    def signed_factor(self) -> _Node:
+        sign = 1
+        while self.next_is("+", "-"):
+            sign = -sign if self.tokens[self.position].text == "-" else sign
+            self.position += 1
+        factor = self.factor()
+        return factor if sign > 0 else _negated(factor)
+
+    def factor(self) -> _Node:
+        """What a number, name or bracket starts, with powers, factorials and subscripts."""
+        with self.nested():
+            node = self.primary()
+            while True:
+                if self.next_is("!"):
+                    count = 0
+                    while self.take("!"):
+                        count += 1
+                    if count > 2:
+                        raise TooLarge("a factorial of a factorial")
+                    node = ex.factorial(_expr(node), count)
+                elif self._degree():
+                    at = self.position
+                    self._skip_degree()
+                    if self.in_function:
+                        node = ex.multiply(_expr(node), ex.PI, ex.number(Fraction(1, 180)))
+                    elif self.peek() is None or self._ends(self.position):
+                        self.position = at
+                        return node
+                elif self.take("^"):
+                    node = self._raised(node)
+                elif self.next_is("'") and isinstance(node, Expr) and node.op == "symbol":
+                    self.position += 1
+                    node = ex.symbol(node.key + "'")
+                elif self.next_is("_"):
+                    node = self._subscripted(node)
+                else:
+                    return node
+
+    def _skip_degree(self) -> None:
+        self.position += 1
+        braces = self.take("{")
+        self.expect("circ")
+        if braces:
+            self.expect("}")
+
+    def _raised(self, node: _Node) -> _Node:
+        token = self.peek()
+        if token is not None and token.text in ("'", "prime"):
+            self.position += 1
+            return ex.symbol(_expr(node).key + "'")
+        if isinstance(node, Matrix):
+            return _matrix_power(node, self.argument(sign=True))
+        exponent = self.argument(sign=True)
+        if isinstance(exponent, Expr) and exponent.key in ("T", "c", "C") and not isinstance(node, Expr):
+            return Operation("^", (node, Scalar(exponent)))
+        return ex.power(_expr(node), _expr(exponent))
+
+    def _subscripted(self, node: _Node) -> _Node:
+        self.expect("_")
+        start = self.position
+        if self.take("{"):
+            depth = 1
+            while depth:
+                token = self.peek()
+                if token is None:
+                    raise Unreadable("a brace is not closed")
+                depth += (token.text == "{") - (token.text == "}")
+                self.position += 1
+        else:
+            token = self.peek()
+            if token is None:
+                raise Unreadable("a subscript is missing")
+            if token.kind == "letters" and len(token.text) > 1:
+                self._split(token)
+            self.position += 1
+        inner = "".join(each.text for each in self.tokens[start : self.position])
+        expr = _expr(node)
+        if expr.op == "number" or expr.op not in ("symbol", "i", "e"):
+            raise Unreadable("a subscript of a number")
+        return ex.symbol(f"{expr.key}_{inner.strip('{}')}")
+
+    def _split(self, token: Token) -> None:
+        """Takes a run of letters apart: its first one, and the rest as a token of its own."""
+        self.tokens[self.position] = Token("rest", token.text[0], token.space)
+        self.tokens.insert(self.position + 1, Token("rest", token.text[1:]))
+        self._bracket_of.insert(self.position, self._bracket_of[self.position])
+
+    def argument(self, *, sign: bool = False, digit: bool = False) -> _Node:
+        r"""The argument of a command: a group, or one token; `\frac12` has one digit each."""
+        with self.nested():
+            token = self.peek()
+            if token is None:
+                raise Unreadable("an argument is missing")
+            if sign and token.text in ("-", "+"):
+                self.position += 1
+                node = self.argument()
+                return _negated(node) if token.text == "-" else node
+            if token.text == "{" and token.kind == "sign":
+                return self.primary()
+            if token.kind == "number" and digit and len(token.text) > 1:
+                self.tokens[self.position] = Token("number", token.text[1:])
+                return ex.number(int(token.text[0])) if token.text[0] != "." else self._bad_digit()
+            return self.primary()
+
+    def _bad_digit(self) -> Expr:
+        raise Unreadable("a fraction with a bare point")
+
+    # -- primaries
+
+    def primary(self) -> _Node:
+        token = self.peek()
+        if token is None:
+            raise Unreadable("it ends too early")
+        self.position += 1
+        if token.kind == "number":
+            return self._number(token)
+        if token.kind in ("letters", "rest"):
+            return self._letters(token)
+        if token.kind == "begin":
+            return self._environment(token.text)
+        if token.kind == "command":
+            return self._command(token.text)
+        if token.kind == "sign":
+            if token.text in _CLOSERS:
+                return self._group(token.text)
+            if token.text == "|":
+                return self._absolute()
+        raise Unreadable(f"{token.text!r} is not understood")
+
+    def _number(self, token: Token) -> Expr:
+        spelling = token.text
+        index = self.position - 1
+        if spelling.isdigit() and len(spelling) <= 3 and spelling[0] != "0":
+            while (
+                self.groups_digits.get(self._bracket_of[index] if index < len(self._bracket_of) else -1, False)
+                and self.next_is(",")
+                and (after := self.peek(1)) is not None
+                and after.kind == "number"
+                and not after.space
+                and re.fullmatch(r"[0-9]{3}(?:\.[0-9]*)?", after.text)
+            ):
+                spelling += after.text
+                self.position += 2
+        if len(spelling) > MAX_DIGITS:
+            raise TooLarge(f"a number has over {MAX_DIGITS} digits")
+        if "." in spelling:
+            recurring = self._recurring(spelling)
+            if recurring is not None:
+                return ex.number(recurring)
+        return ex.number(Fraction(spelling.rstrip(".") if spelling[-1] == "." else spelling))
+
+    def _recurring(self, spelling: str) -> Fraction | None:
+        r"""`0.\overline{3}`, `0.\dot{3}`, `0.(3)`, `0.333...`."""
+        block = ""
+        if self.next_is("overline", "dot", "bar"):
+            self.position += 1
+            texts = []
+            braces = self.take("{")
+            while (token := self.peek()) is not None and token.kind == "number":
+                texts.append(token.text)
+                self.position += 1
+            if braces:
+                self.expect("}")
+            block = "".join(texts)
+        elif self.next_is("(") and not self.tokens[self.position].space:
+            inner, close = self.peek(1), self.peek(2)
+            if inner is None or inner.kind != "number" or close is None or close.text != ")":
+                return None
+            block = inner.text
+            self.position += 3
+        elif self.next_is("ldots"):
+            match = re.search(r"\.[0-9]*?([0-9]{1,6}?)\1{2,}$|\.([0-9]{2,6})\2$", spelling)
+            self.position += 1
+            if match is None:
+                raise Unreadable("a decimal without an end")
+            block = match[1] or match[2]
+        else:
+            return None
+        if not block.isdigit():
+            raise Unreadable("a recurring decimal without digits")
+        whole, _, decimals = spelling.partition(".")
+        period = Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(decimals))
+        return Fraction(f"{whole or '0'}.{decimals or '0'}") + period
+
+    def _letters(self, token: Token) -> Expr:
+        if len(token.text) > 1:
+            self.position -= 1
+            self._split(token)
+            self.position += 1
+        letter = token.text[0]
+        follower = self.peek()
+        if (
+            len(token.text) == 1
+            and follower is not None
+            and follower.kind == "number"
+            and not follower.space
+            and follower.text.isdigit()
+            and letter not in "ei"
+        ):
+            self.position += 1
+            return ex.symbol(f"{letter}_{follower.text}")
+        return _letter(letter)
+
+    def _group(self, opening: str) -> _Node:
+        with self.nested():
+            bars, self.bars = self.bars, 0
+            inside, self.in_function = self.in_function, self.in_function if opening in "({[" else 0
+            self.brackets += opening != "{"
+            if opening == "\\{":
+                self._mark_condition()
+            items, joints = self.items(tuple(_CLOSERS[opening]))
+            token = self.peek()
+            self.expect(*_CLOSERS[opening])
+            self.bars, self.in_function = bars, inside
+            self.brackets -= opening != "{"
+            closing = token.text if token is not None else ""
+            if opening == "\\{":
+                return _set(items, joints)
+            if opening == "langle":
+                return Group("()", tuple(items))
+            if opening == "{" and len(items) != 1:
+                return Group("{}", tuple(items))
+            if len(items) == 1:
+                item = items[0]
+                if isinstance(item, Scalar) and not (item.unit or item.percent):
+                    return item.expr
+                if isinstance(item, Scalar) and item.percent:
+                    return ex.multiply(item.expr, ex.number(Fraction(1, 100)))
+                return item
+            if not items:
+                raise Unreadable("empty brackets")
+            return Group(opening + closing, tuple(items))
+
+    def _mark_condition(self) -> None:
+        r"""The sign between element and condition of `\{x | x > 0\}` gets a name of its own."""
+        depth, bars, index = 0, [], self.position
+        while index < len(self.tokens) and depth >= 0:
+            text = self.tokens[index].text
+            depth += (text in _OPENINGS) - (text in _CLOSINGS)
+            if depth == 0 and text in ("|", ":"):
+                bars.append(index)
+            index += 1
+        if len(bars) % 2:
+            self.tokens[bars[0]] = Token("sign", "suchthat")
+
+    def _absolute(self) -> Expr:
+        with self.nested():
+            self.bars += 1
+            node = self.sum()
+            self.expect("|")
+            self.bars -= 1
+            if isinstance(node, Matrix):
+                return _determinant(node)
+            return ex.function("abs", _expr(node))
+
+    def _command(self, name: str) -> _Node:
+        with self.nested():
+            if name == "frac":
+                top = self.argument(sign=False, digit=True)
+                bottom = self.argument(digit=True)
+                return _multiplied(top, ex.power(_expr(bottom), ex.MINUS_ONE))
+            if name in ("sqrt", "cbrt"):
+                degree = ex.number(3 if name == "cbrt" else 2)
+                if self.take("["):
+                    degree = _expr(self.sum())
+                    self.expect("]")
+                radicand = _expr(self.argument() if not self.next_is("(") else self.primary())
+                return ex.power(radicand, ex.power(degree, ex.MINUS_ONE))
+            if name == "binom":
+                return ex.binomial(_expr(self.argument(digit=True)), _expr(self.argument(digit=True)))
+            if name in _CONSTANTS:
+                return _CONSTANTS[name]
+            if name in _FUNCTIONS:
+                return self._function(name)
+            if name in ("lfloor", "lceil"):
+                inner = _expr(self.sum())
+                self.expect("rfloor" if name == "lfloor" else "rceil")
+                return _rounded("floor" if name == "lfloor" else "ceil", inner)
+            if name == "langle":
+                return self._group("langle")
+            if name == "mathbb":
+                inner = self.argument()
+                letter = inner.key if isinstance(inner, Expr) else ""
+                return sets.REALS if letter == "R" else ex.symbol(f"set {letter}")
+            if name == "emptyset":
+                return sets.EMPTY
+            if name in _WRAPPERS:
+                return self.argument()
+            if name in _ACCENTS:
+                return ex.symbol(f"{name} {_expr(self.argument()).key}")
+            if name in ("angle", "triangle"):
+                letters = []
+                while (token := self.peek()) is not None and token.kind in ("letters", "rest"):
+                    letters.append(token.text)
+                    self.position += 1
+                return ex.symbol(f"{name} {''.join(letters)}")
+            if name in _NO_FACTORS or name in _RELATIONS:
+                raise Unreadable(f"\\{name} is out of place")
+            return ex.symbol(f"\\{name}")
+
+    def _function(self, name: str) -> Expr:
+        with self.nested():
+            exponent: Expr | None = None
+            base: Expr | None = None
+            for _ in range(2):
+                if self.take("^"):
+                    exponent = _expr(self.argument(sign=True))
+                elif self.take("_"):
+                    base = _expr(self.argument())
+            self.in_function += name not in ("ln", "log", "exp")
+            args = self._arguments()
+            self.in_function -= name not in ("ln", "log", "exp")
+            if exponent is not None and exponent.key == "-1" and f"arc{name}" in _FUNCTIONS:
+                return ex.function(f"arc{name}", *args)
+            value = _apply(name, args, base)
+            return value if exponent is None else ex.power(value, exponent)
+
+    def _arguments(self) -> list[Expr]:
+        r"""`(x)`, `{x}`, or the product that follows: `\sin 5x \cos x` is `\sin(5x) \cos(x)`."""
+        if self.next_is("(", "{"):
+            node = self.primary()
+            if isinstance(node, Group):
+                return [_expr(each) for each in node.items]
+            if not self._degree():
+                return [_expr(node)]
+            self._skip_degree()
+            return [ex.multiply(_expr(node), ex.PI, ex.number(Fraction(1, 180)))]
+        negative = self.take("-")
+        node = self.factor()
+        while (token := self.peek()) is not None and (
+            (self._starts_factor(token) and token.text not in _FUNCTIONS and token.text != "(")
+            or token.text == "/"
+        ):
+            if self.take("/"):
+                node = ex.divide(_expr(node), _expr(self.factor()))
+            else:
+                node = self._implicit(node)
+        return [ex.negative(_expr(node)) if negative else _expr(node)]
+
+    def _environment(self, name: str) -> _Node:
+        with self.nested():
+            if name.rstrip("*") not in _MATRICES | _ROWS:
+                raise Unreadable(f"an environment {name}")
+            if name in ("array", "alignedat"):
+                self._skip_columns()
+            rows: list[list[Value]] = [[]]
+            bars, self.bars = self.bars, 0
+            while not self.next_is_end(name):
+                if self.take(r"\\"):
+                    rows.append([])
+                elif self.take("&"):
+                    if not rows[-1]:
+                        rows[-1].append(Scalar(ex.symbol("")))
+                elif self.take(",", ";", "or", "and", "listsep") and name.rstrip("*") in _ROWS:
+                    continue
+                else:
+                    rows[-1].extend(self.part())
+            self.position += 1
+            self.bars = bars
+            kept = [tuple(row) for row in rows if row]
+            if not kept:
+                raise Unreadable("an empty environment")
+            if name.rstrip("*") in _ROWS:
+                cells = [row[0] if len(row) == 1 else Operation("case", row) for row in kept]
+                return _listing(cells, ["and"] * (len(cells) - 1))
+            if len({len(row) for row in kept}) > 1:
+                raise Unreadable("a matrix with rows of several lengths")
+            matrix = Matrix(tuple(kept))
+            return _determinant(matrix) if name == "vmatrix" else matrix
+
+    def next_is_end(self, name: str) -> bool:
+        token = self.peek()
+        if token is None:
+            raise Unreadable(f"an environment {name} without an end")
+        return token.kind == "end" and token.text == name
+
+    def _skip_columns(self) -> None:
+        if self.take("["):
+            while self.peek() is not None and not self.take("]"):
+                self.position += 1
+        if self.take("{"):
+            while self.peek() is not None and not self.take("}"):
+                self.position += 1
+
+
+_JOINTS = (",", ";", "listsep", "and", "or", r"\\", "suchthat")
+_OPENINGS = ("(", "[", "{", "\\{")
+_CLOSINGS = (")", "]", "}", "\\}")
+_ENDS = {",", ";", "listsep", r"\\", "&", ":", "suchthat", *_CLOSINGS, "rangle", "cup", "cap"}
+_ENDS |= {"setminus", "pmod"}
+_NO_FACTORS = {"cup", "cap", "setminus", "listsep", "rangle", "rfloor", "rceil", "pm", "mp", "pmod"}
+_NO_FACTORS |= {"mod", "cdot", "times", "neg", "circ", "end", "ldotp", "quad", "because", "therefore"}
+_CONSTANTS = {"pi": ex.PI, "infty": ex.INFINITY, "imath": ex.I, "ldots": ex.symbol("...")}
+_PLUS_MINUS = {"pm": ex.symbol("\\pm"), "mp": ex.multiply(ex.MINUS_ONE, ex.symbol("\\pm"))}
+_KNOWN_WORDS = set(
+    "yes no none odd even true false undefined infinite empty never always not neither both "
+    "dne impossible zero one two three four five six seven eight nine ten divergent".split()
+)
+
+
+def _letter(letter: str) -> Expr:
+    return {"e": ex.E, "i": ex.I}.get(letter) or ex.symbol(letter)
+
+
+def _expr(node: _Node) -> Expr:
+    """The expression of a node.
+
+    Raises:
+      Unreadable: it is another kind of value.
+    """
+    if isinstance(node, Expr):
+        return node
+    if isinstance(node, Scalar):
+        return ex.multiply(node.expr, ex.number(Fraction(1, 100))) if node.percent else node.expr
+    raise Unreadable(f"arithmetic with a {type(node).__name__}")
+
+
+def _negated(node: _Node) -> _Node:
+    return _multiplied(ex.MINUS_ONE, node)
+
+
+def _entrywise(matrix: Matrix, change: Callable[[Expr], Expr]) -> Matrix:
+    return Matrix(
+        tuple(tuple(Scalar(change(_expr(each))) for each in row) for row in matrix.rows)
+    )
+
+
+def _multiplied(one: _Node, other: _Node) -> _Node:
+    if isinstance(one, Matrix) and isinstance(other, Matrix):
+        if len(one.rows[0]) != len(other.rows) or len(one.rows) * len(other.rows[0]) > 36:
+            raise Unreadable("a product of matrices that do not fit")
+        columns = list(zip(*other.rows, strict=True))
+        return Matrix(
+            tuple(
+                tuple(
+                    Scalar(
+                        ex.add(
+                            *(
+                                ex.multiply(_expr(a), _expr(b))
+                                for a, b in zip(row, column, strict=True)
+                            )
+                        )
+                    )
+                    for column in columns
+                )
+                for row in one.rows
+            )
+        )
+    if isinstance(other, Matrix):
+        one, other = other, one
+    if isinstance(one, Matrix):
+        factor = _expr(other)
+        return _entrywise(one, lambda each: ex.multiply(factor, each))
+    for group, factor_node in ((one, other), (other, one)):
+        if isinstance(group, Group) and group.brackets == "()" and isinstance(factor_node, Expr):
+            return Group("()", tuple(Scalar(ex.multiply(factor_node, _expr(x))) for x in group.items))
+    return ex.multiply(_expr(one), _expr(other))
+
+
+def _added(one: _Node, other: _Node) -> _Node:
+    if isinstance(one, Matrix) and isinstance(other, Matrix):
+        if [len(row) for row in one.rows] != [len(row) for row in other.rows]:
+            raise Unreadable("a sum of matrices of several shapes")
+        return Matrix(
+            tuple(
+                tuple(
+                    Scalar(ex.add(_expr(a), _expr(b))) for a, b in zip(row, others, strict=True)
+                )
+                for row, others in zip(one.rows, other.rows, strict=True)
+            )
+        )
+    return ex.add(_expr(one), _expr(other))
+
+
+def _matrix_power(matrix: Matrix, exponent: _Node) -> _Node:
+    key = _expr(exponent).key
+    if key in ("T", "\\top", "\\intercal"):
+        return Matrix(tuple(zip(*matrix.rows, strict=True)))
+    if not key.isdigit() or not 1 <= int(key) <= 8:
+        raise Unreadable("a power of a matrix")
+    result: _Node = matrix
+    for _ in range(int(key) - 1):
+        result = _multiplied(result, matrix)
+    return result
+
+
+def _determinant(matrix: Matrix) -> Expr:
+    entries = [[_expr(each) for each in row] for row in matrix.rows]
+    if len(entries) != len(entries[0]) or len(entries) > 5:
+        raise Unreadable("a determinant of a matrix that is not square, or large")
+
+    def minor(rows: list[list[Expr]]) -> Expr:
+        if len(rows) == 1:
+            return rows[0][0]
+        return ex.add(
+            *(
+                ex.multiply(
+                    ex.number((-1) ** column),
+                    each,
+                    minor([row[:column] + row[column + 1 :] for row in rows[1:]]),
+                )
+                for column, each in enumerate(rows[0])
+            )
+        )
+
+    return minor(entries)
+
+
+def _rounded(name: str, inner: Expr) -> Expr:
+    if inner.op == "number":
+        floor = inner.value.numerator // inner.value.denominator
+        return ex.number(floor if name == "floor" else floor + (inner.value != floor))
+    return ex.function(name, inner)
+
+
+def _apply(name: str, args: list[Expr], base: Expr | None) -> Expr:
+    if not args:
+        raise Unreadable(f"{name} of nothing")
+    x = args[0]
+    if name in ("ln", "lg"):
+        return _logarithm(x, ex.E if name == "ln" else ex.number(10))
+    if name == "log":
+        return ex.function("log", x) if base is None else _logarithm(x, base)
+    if name == "exp":
+        return ex.power(ex.E, x)
+    if name in ("floor", "ceil"):
+        return _rounded(name, x)
+    if name == "det":
+        return ex.function("det", x)
+    if name == "abs" and x.op == "number":
+        return ex.number(abs(x.value))
+    if name in ("gcd", "lcm", "max", "min"):
+        whole = [each.value for each in args if each.op == "number"]
+        if len(whole) == len(args) and (
+            name in ("max", "min") or all(each.denominator == 1 for each in whole)
+        ):
+            from math import gcd, lcm
+
+            if name in ("max", "min"):
+                return ex.number(max(whole) if name == "max" else min(whole))
+            return ex.number((gcd if name == "gcd" else lcm)(*(each.numerator for each in whole)))
+    return ex.function(name, *args)
+
+
+def _logarithm(x: Expr, base: Expr) -> Expr:
+    if x.key == "1":
+        return ex.ZERO
+    if x.key == base.key:
+        return ex.ONE
+    return ex.function("log", x, base)
+
+
+def _set(items: list[Value], joints: list[str]) -> Value:
+    if "suchthat" not in joints:
+        return Group("{}", tuple(items))
+    at = joints.index("suchthat") + 1
+    element, conditions = items[0] if at == 1 else Listing(tuple(items[:at])), items[at:]
+    label = element.label if isinstance(element, Labelled) else ""
+    if isinstance(element, Scalar) and element.expr.op == "symbol":
+        label = element.expr.key
+    inner = element.value if isinstance(element, Labelled) else sets.REALS
+    whole = _conjunction(label, conditions) if label else None
+    if isinstance(whole, Region) and isinstance(inner, Region):
+        return sets.intersection(whole, inner)
+    return Operation("suchthat", (element, *conditions))
+
+
+def _conjunction(label: str, conditions: Sequence[Value]) -> Value | None:
+    region = sets.REALS
+    for each in conditions:
+        if not isinstance(each, Labelled) or each.label != label or not isinstance(each.value, Region):
+            return None
+        region = sets.intersection(region, each.value)
+    return region
+
+
+def _is_set(value: _Node) -> TypeGuard[Value]:
+    return isinstance(value, Group | Region) or (isinstance(value, Operation) and value.name != "case")
+
+
+def _set_operation(name: str, one: Value, other: _Node) -> Value:
+    if isinstance(other, Expr):
+        other = Scalar(other)
+    left, right = sets.as_region(one), sets.as_region(other)
+    if left is None or right is None:
+        parts = [one, other]
+        if name != "setminus":
+            parts = [
+                part
+                for each in parts
+                for part in (each.items if isinstance(each, Operation) and each.name == name else (each,))
+            ]
+        return Operation(name, tuple(parts))
+    if name == "cup":
+        return sets.union([*left.pieces, *right.pieces])
+    return (sets.intersection if name == "cap" else sets.difference)(left, right)
+
+
+def _listing(items: list[Value], joints: list[str]) -> Value:
+    """Several parts as one value: solutions of one unknown, conditions on one, or a list."""
+    if len(items) == 1:
+        return items[0]
+    first = items[0]
+    if isinstance(first, Labelled) and all(
+        isinstance(each, Labelled) and each.label == first.label for each in items
+    ):
+        labelled = [each for each in items if isinstance(each, Labelled)]
+        regions = [each.value for each in labelled if isinstance(each.value, Region)]
+        if len(regions) == len(items) and first.relation.signs[0] != "in":
+            value: Value | None
+            if "or" in joints:
+                value = sets.union(piece for each in regions for piece in each.pieces)
+            else:
+                both = _conjunction(first.label, items)
+                value = both
+                if "and" not in joints and isinstance(both, Region) and not both.pieces:
+                    value = sets.union(piece for each in regions for piece in each.pieces)
+            if value is not None:
+                return Labelled(first.label, value, True, Relation((value,), ("listing",)))
+        return Labelled(
+            first.label, Listing(tuple(each.value for each in labelled)), first.droppable,
+            Relation((), ("listing",)),
+        )
+    unnamed = [each for each in items[1:] if not isinstance(each, Labelled | Relation)]
+    if (
+        isinstance(first, Labelled)
+        and len(unnamed) == len(items) - 1
+        and not isinstance(first.value, Region | Listing)
+        and first.droppable
+    ):
+        return Labelled(
+            first.label, Listing((first.value, *unnamed)), True, Relation((), ("listing",))
+        )
+    return Listing(tuple(items))
+
+
+def _loose_reading(found: Sequence[Token], value: Value) -> Value:
+    """The second reading of `100,200` as a list, and of `5 m` as a quantity."""
+    spelled = [each.text for each in found]
+    if not isinstance(value, Scalar):
+        return value
+    numbers = spelled[0::2]
+    if len(spelled) > 2 and set(spelled[1::2]) == {","} and all(each.isdigit() for each in numbers):
+        items = tuple(Scalar(ex.number(int(each))) for each in numbers)
+        return Either(value, Listing(items), loose=False)
+    at = next((index for index, each in enumerate(found) if each.kind in ("letters", "rest")), 0)
+    tail = found[at:]
+    if (
+        at
+        and tail[0].space
+        and all(each.kind in ("number", "sign") or each.text == "frac" for each in found[:at])
+        and all(each.text in _SINGLE_UNITS or each.text in "/^23" for each in tail)
+    ):
+        read = units.read_tail("".join(" " * each.space + each.text for each in tail))
+        try:
+            number = _Reader(found[:at], False).whole()
+        except (Unreadable, ZeroDivisionError):
+            return value
+        if read is not None and isinstance(number, Scalar) and number.expr.op == "number":
+            return Either(value, replace(number, unit=read.unit), loose=True)
+    return value
+
+
+_SINGLE_UNITS = {"m", "s", "g", "h", "L", "N", "J", "W", "V", "A", "K", "C", "F", "T"}
+
+
+def _both_signs(value: Value) -> list[Value]:
+    return [each[0] for each in _both_signs_of_all([value])]
+
+
+def _both_signs_of_all(sides: list[Value]) -> list[list[Value]]:
+    if not any(isinstance(each, Scalar) and "\\pm" in each.expr.symbols for each in sides):
+        return [sides]
+    return [
+        [
+            replace(each, expr=_substituted(each.expr, sign)) if isinstance(each, Scalar) else each
+            for each in sides
+        ]
+        for sign in (ex.ONE, ex.MINUS_ONE)
+    ]
+
+
+def _substituted(expr: Expr, sign: Expr) -> Expr:
+    if expr.key == "\\pm":
+        return sign
+    if "\\pm" not in expr.symbols:
+        return expr
+    args = [_substituted(each, sign) for each in expr.args]
+    if expr.op == "+":
+        return ex.add(*args)
+    if expr.op == "*":
+        return ex.multiply(*args)
+    return ex.power(*args) if expr.op == "^" else ex.function(expr.op, *args)
+
+
+def _is_closed(value: Value) -> bool:
+    return isinstance(value, Scalar) and not value.expr.symbols
+
+
+def _close(one: Value, other: Value) -> bool:
+    """Two closed numbers that are equal, or one of which rounds the other."""
+    if not isinstance(one, Scalar) or not isinstance(other, Scalar):
+        return False
+    left, right = _expr(one), _expr(other)
+    if closed_equal(left, right):
+        return True
+    for rounded, exact in ((one, other), (other, one)):
+        if rounded.expr.op == "number":
+            places = rounded.places or 0
+            if places or rounded.expr.value.denominator == 1:
+                try:
+                    difference = evaluate(ex.add(left, ex.negative(right)), {}, 30).value
+                except (Undefined, TooLarge):
+                    return False
+                unit = Fraction(1, 10**places) / (100 if rounded.percent else 1)
+                if abs(difference) * 2 <= float(unit) * 1.0000001 and exact is not rounded:
+                    return abs(difference) * 10 <= abs(evaluate(left, {}, 30).value)
+    return False
+
+
+def _chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | None]) -> Value:
+    """A chain of relations as a named value, a set of numbers, a value, or a relation."""
+    relation = Relation(tuple(sides), tuple(signs))
+    kinds = set(signs)
+    if kinds <= {"=", "~"}:
+        closed = [each for each in sides if _is_closed(each)]
+        if any(not _close(one, other) for one, other in zip(closed, closed[1:], strict=False)):
+            return relation
+        value = sides[-1]
+        if len(closed) > 1:
+            value = closed[0] if "~" in kinds or any(_is_decimal(each) for each in closed[1:]) else closed[-1]
+            if not closed_equal(_expr(closed[0]), _expr(closed[-1])):
+                value = Either(closed[0], closed[-1], loose=True)
+        if len(closed) == len(sides):
+            return value
+        if names[0] is not None and (not _is_closed(sides[0]) or len(names[0][0]) == 1):
+            simple = Relation((sides[0], sides[-1]), ("=",))
+            return Labelled(names[0][0], value, names[0][1], simple)
+        if len(sides) == 2 and names[1] is not None and _is_closed(sides[0]):
+            return Labelled(names[1][0], sides[0], names[1][1], relation)
+        return relation
+    if kinds == {"in"} and len(signs) == 1 and names[0] is not None:
+        return Labelled(names[0][0], sides[1], True, relation)
+    if kinds <= {"<", ">", "<=", ">=", "!="}:
+        return _inequality(relation, names)
+    return relation
+
+
+def _is_decimal(value: Value) -> bool:
+    return isinstance(value, Scalar) and value.places is not None
+
+
+def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Value:
+    sides, signs = relation.sides, relation.signs
+    middle = [index for index, each in enumerate(sides) if not _is_closed(each)]
+    if len(middle) != 1 or len(sides) > 3 or names[middle[0]] is None:
+        return relation
+    index = middle[0]
+    region = sets.REALS
+    try:
+        for at, sign in enumerate(signs):
+            if index not in (at, at + 1):
+                return relation
+            other = sides[at + 1 if at == index else at]
+            bound = _expr(other)
+            if at + 1 == index:  # the bound is on the left
+                sign = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(sign, sign)
+            low, high = ex.negative(ex.INFINITY), ex.INFINITY
+            if sign == "!=":
+                piece = sets.complement(sets.interval(bound, True, bound, True))
+            elif sign[0] == "<":
+                piece = sets.interval(low, False, bound, sign == "<=")
+            else:
+                piece = sets.interval(bound, sign == ">=", high, False)
+            region = sets.intersection(region, piece)
+    except Unreadable:
+        return relation
+    name = names[index]
+    assert name is not None
+    return Labelled(name[0], region, True, relation)
