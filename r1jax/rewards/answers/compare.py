@@ -356,17 +356,16 @@ def _same_colon(reference: Colon, answer: Colon) -> bool:
         return False
     if _in_order(reference.items, answer.items):
         return True
-    exprs = [
-        [each.expr for each in side.items if isinstance(each, Scalar) and not each.expr.huge]
+    one, other = (
+        [each.expr for each in side.items if isinstance(each, Scalar) and each.expr.key != "0"]
         for side in (reference, answer)
-    ]
-    one, other = exprs
-    if len(one) != len(reference.items) or len(one) != len(other) or len(other) != len(answer.items):
+    )
+    if not len(reference.items) == len(one) == len(other) == len(answer.items):
         return False
     return not reference.suffix and all(
         equal(ex.multiply(a, other[0]), ex.multiply(b, one[0]))
         for a, b in zip(one[1:], other[1:], strict=True)
-    ) and one[0].key != "0" and other[0].key != "0"
+    )
 
 
 def _as_matrix(value: Value) -> Value:

@@ -96,7 +96,10 @@ def read(text: str, trusted: bool = False) -> Value:
 def _as_words(found: Sequence[Token]) -> Words | None:
     """The text of tokens some of which are words."""
     if not any(
-        each.kind == "text" or (each.kind == "letters" and len(each.text) > 2) for each in found
+        each.kind == "text"
+        or (each.kind == "letters" and len(each.text) > 2)
+        or (each.text == "." and index)
+        for index, each in enumerate(found)
     ) and not all(each.kind == "number" for each in found):
         return None
     joined = "".join(" " * each.space + each.text for each in found)
