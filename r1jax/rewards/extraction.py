@@ -80,9 +80,12 @@ def closing_brace(text: str, opening: int) -> int | None:
     return _closing_braces(text).get(opening)
 
 
+_SPACING = r"(?:\s|\$|\\[,;:!()\[\] ]|\\q?quad)*+"
 _JOINT = re.compile(
-    r"(?:\s|\$|\\[,;:!()\[\] ]|\\q?quad|(?P<joint>[,;&\u3001\uff0c\uff1b]|\\\\|\band\b|\bor\b|\u548c|\u6216"
-    r"|\\text\s*\{[\s,]*(?:and|or)\s*\}))*+"
+    rf"{_SPACING}(?:[,;&\u3001\uff0c\uff1b\u548c\u6216]{_SPACING})*+"
+    # Few words that end in `and`: `\boxed{1} apples and \boxed{2}`.
+    rf"(?:(?:\\text\s*\{{)?[^.!?\n\\=0-9]{{0,30}}\b(?:and|or)\b[\s}},]*{_SPACING})?"
+    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*={_SPACING})?"
 )
 _LONGEST_JOINT = 60
 
@@ -99,8 +102,10 @@ def unboxed(text: str) -> str:
         while len(group) < len(found):
             before, after = found[-len(group) - 1], group[0]
             between = text[before[2] + 1 : after[0]]
-            joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
-            if joint is None or joint["joint"] is None:
+            # Boxes on lines of their own are an answer and its repetition.
+            if len(between) > _LONGEST_JOINT or not _JOINT.fullmatch(between):
+                break
+            if "\n" in between and not re.search(r"[,;&\u3001]|\b(?:and|or)\b", between):
                 break
             group.insert(0, before)
         if len(group) > 1:

@@ -45,6 +45,9 @@ def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
     if choice is not None:
         given = read_choice(answer, with_text=True)
         return choice == (given or plain(answer).upper())
+    lettered = read_choice(reference, with_text=True)
+    if lettered is not None and read_choice(answer) is not None:
+        return lettered == read_choice(answer)
     unreadable: Unreadable | None = None
     try:
         gold = read(reference, trusted=True)

@@ -182,8 +182,10 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
     if isinstance(reference, Labelled) and isinstance(answer, Labelled):
         if _same_label(reference.label, answer.label):
             return same(reference.value, answer.value)
-        if reference.label == "" or answer.label == "":
-            return False
+        # `x \\in [0, 1)` has the name of a member, `D = [0, 1)` that of the set.
+        signs = {reference.relation.signs[:1], answer.relation.signs[:1]}
+        if len(signs) > 1 and ("=",) in signs and sets.as_region(reference.value) is not None:
+            return same(reference.value, answer.value)
         return _is_equation(reference.relation) and same_relation(
             reference.relation, answer.relation
         )
@@ -317,7 +319,7 @@ def _same_items(reference: Value, answer: Value) -> bool:
     if "{}" in kinds or (len(kinds) > 1 and not ("" in kinds and kinds & {"()", "[]"})):
         return False
     if kinds == {""}:
-        if _is_ordered(items) or _is_ordered(given):
+        if _is_ordered(items):
             return _in_order(items, given)
         named = [sum(isinstance(each, Labelled) for each in side) for side in (items, given)]
         if named[0] and not named[1]:

@@ -182,7 +182,7 @@ class _Reader:
         items, joints = self.items(())
         if self.position < len(self.tokens):
             raise Unreadable(f"{self.tokens[self.position].text!r} is not understood")
-        value = _listing(items, joints)
+        value = _listing(*_both_signs(items, joints))
         return _loose_reading(self.tokens, value)
 
     def items(self, closers: Sequence[str]) -> tuple[list[Value], list[str]]:
@@ -203,18 +203,15 @@ class _Reader:
                 continue
             if items and len(joints) < len(items):
                 raise Unreadable(f"{self.tokens[self.position].text!r} is not understood")
-            for each in self.part():
-                if items and len(joints) < len(items):
-                    joints.append("or")
-                items.append(each)
+            items.append(self.part())
         if not items and not closers:
             raise Unreadable("it is empty")
         return items, joints
 
     # -- parts
 
-    def part(self) -> list[Value]:
-        """A chain of sides; two values where it has a plus-minus sign."""
+    def part(self) -> Value:
+        """A chain of sides with relations between them."""
         start = self.position
         self.take("approx")
         if self.next_is("neg"):
@@ -235,16 +232,13 @@ class _Reader:
             spans.append((at, self.position))
         modulus = self.modulus()
         if modulus is not None:
-            if not signs or len(sides) == 1:
-                return [Residue(sides[0], modulus)]
+            if not signs:
+                return Residue(sides[0], modulus)
             sides = [sides[0], Residue(sides[-1], modulus)]
             signs, spans = ["="], [spans[0], spans[-1]]
         if not signs:
-            return _both_signs(sides[0])
-        names = [self.name(*span) for span in spans]
-        return [
-            _chain(each, signs, names) for each in _both_signs_of_all(sides)
-        ]
+            return sides[0]
+        return _chain(sides, signs, [self.name(*span) for span in spans])
 
     def modulus(self) -> Expr | None:
         if self.take("pmod"):
@@ -366,7 +360,7 @@ class _Reader:
             index += 1
         index += bracket
         rest = [each.text for each in self.tokens[index : index + 4]]
-        if not re.fullmatch("[0-9A-Za-z]+", digits) or rest[:1] != ["_"]:
+        if not re.fullmatch(r"[0-9A-Za-z]+(\.[0-9]+)?", digits) or rest[:1] != ["_"]:
             return None
         if not any(each.isdigit() for each in digits) or digits[0].islower():
             return None
@@ -437,7 +431,9 @@ class _Reader:
         if token.kind == "letters" and not token.space and units.unit_name(token.text) is None:
             return ""
         pieces: list[str] = []
-        while (token := self.peek()) is not None and not self._ends_tail(token):
+        depth = 0
+        while (token := self.peek()) is not None and (depth or not self._ends_tail(token)):
+            depth += (token.text == "{") - (token.text == "}")
             if self._degree():
                 self._skip_degree()
                 pieces.append(" deg")
@@ -479,6 +475,10 @@ class _Reader:
                     # A factor that is 1 and -1 in turn at the end of the part.
                     term = ex.multiply(_PLUS_MINUS[sign], _expr(term))
                 total = term if total is None else _added(total, term)
+            if self.take("over"):
+                return ex.divide(_expr(total), _expr(self.sum()))
+            if self.take("choose"):
+                return ex.binomial(_expr(total), _expr(self.sum()))
             return total
 
     def product(self) -> _Node:
@@ -522,12 +522,17 @@ class _Reader:
             and node.op == "number"
             and not self.next_is("^", ahead=-2)
         )
+        at = self.position
         following = self.factor()
         if mixed and isinstance(following, Expr) and following.op == "number" and following.value > 0:
             if following.value < 1 and isinstance(node, Expr):
                 return ex.add(node, following)
-        if isinstance(following, Group) and isinstance(node, Expr) and node.op == "symbol":
-            return ex.function(f"{node.key}()", *(_expr(each) for each in following.items))
+        if isinstance(node, Expr) and node.op == "symbol" and token.text == "(":
+            if isinstance(following, Group) and all(isinstance(x, Scalar) for x in following.items):
+                return ex.function(f"{node.key}()", *(_expr(each) for each in following.items))
+            if not isinstance(following, Expr | Scalar | Matrix):  # `P(X = 5)`
+                inner = "".join(each.text for each in self.tokens[at : self.position])
+                return ex.symbol(f"{node.key}{inner}")
         return _multiplied(node, following)
 
     def _integer(self, token: Token) -> int | None:
@@ -595,7 +600,7 @@ class _Reader:
                         return node
                 elif self.take("^"):
                     node = self._raised(node)
-                elif self.next_is("'") and isinstance(node, Expr) and node.op == "symbol":
+                elif self.next_is("'") and isinstance(node, Expr):
                     self.position += 1
                     node = ex.symbol(node.key + "'")
                 elif self.next_is("_"):
@@ -611,10 +616,15 @@ class _Reader:
             self.expect("}")
 
     def _raised(self, node: _Node) -> _Node:
-        token = self.peek()
-        if token is not None and token.text in ("'", "prime"):
-            self.position += 1
-            return ex.symbol(_expr(node).key + "'")
+        braces = self.next_is("{") and self.next_is("'", ahead=1)
+        if braces or self.next_is("'"):
+            self.position += braces
+            primes = 0
+            while self.take("'"):
+                primes += 1
+            if braces:
+                self.expect("}")
+            return ex.symbol(_expr(node).key + "'" * primes)
         if isinstance(node, Matrix):
             return _matrix_power(node, self.argument(sign=True))
         exponent = self.argument(sign=True)
@@ -781,6 +791,8 @@ class _Reader:
             self.bars, self.in_function = bars, inside
             self.brackets -= opening != "{"
             closing = token.text if token is not None else ""
+            if len(items) > 1 or opening == "\\{":
+                items, joints = _both_signs(items, joints)
             if opening == "\\{":
                 return _set(items, joints)
             if opening == "langle":
@@ -921,7 +933,7 @@ class _Reader:
                 elif self.take(",", ";", "or", "and", "listsep") and name.rstrip("*") in _ROWS:
                     continue
                 else:
-                    rows[-1].extend(self.part())
+                    rows[-1].append(self.part())
             self.position += 1
             self.bars = bars
             kept = [tuple(row) for row in rows if row]
@@ -956,7 +968,7 @@ _CLOSINGS = (")", "]", "}", "\\}")
 _ENDS = {",", ";", "listsep", r"\\", "&", ":", "suchthat", *_CLOSINGS, "rangle", "cup", "cap"}
 _ENDS |= {"setminus", "pmod"}
 _NO_FACTORS = {"cup", "cap", "setminus", "listsep", "rangle", "rfloor", "rceil", "pm", "mp", "pmod"}
-_NO_FACTORS |= {"mod", "cdot", "times", "neg", "circ", "end", "ldotp", "quad", "because", "therefore"}
+_NO_FACTORS |= {"over", "choose", "mod", "cdot", "times", "neg", "circ", "end", "ldotp", "quad", "because", "therefore"}
 _CONSTANTS = {"pi": ex.PI, "infty": ex.INFINITY, "imath": ex.I, "ldots": ex.symbol("...")}
 _PLUS_MINUS = {"pm": ex.symbol("\\pm"), "mp": ex.multiply(ex.MINUS_ONE, ex.symbol("\\pm"))}
 _KNOWN_WORDS = set(
@@ -1044,7 +1056,7 @@ def _matrix_power(matrix: Matrix, exponent: _Node) -> _Node:
     if key in ("T", "\\top", "\\intercal"):
         return Matrix(tuple(zip(*matrix.rows, strict=True)))
     if not key.isdigit() or not 1 <= int(key) <= 8:
-        raise Unreadable("a power of a matrix")
+        return Operation("^", (matrix, Scalar(_expr(exponent))))
     result: _Node = matrix
     for _ in range(int(key) - 1):
         result = _multiplied(result, matrix)
@@ -1167,6 +1179,15 @@ def _listing(items: list[Value], joints: list[str]) -> Value:
     """Several parts as one value: solutions of one unknown, conditions on one, or a list."""
     if len(items) == 1:
         return items[0]
+    if ";" in joints and len(set(joints)) > 1:
+        blocks: list[tuple[list[Value], list[str]]] = [([items[0]], [])]
+        for joint, each in zip(joints, items[1:], strict=True):
+            if joint == ";":
+                blocks.append(([each], []))
+            else:
+                blocks[-1][0].append(each)
+                blocks[-1][1].append(joint)
+        return Listing(tuple(_solution(*block) for block in blocks))
     first = items[0]
     if isinstance(first, Labelled) and all(
         isinstance(each, Labelled) and each.label == first.label for each in items
@@ -1201,6 +1222,16 @@ def _listing(items: list[Value], joints: list[str]) -> Value:
     return Listing(tuple(items))
 
 
+def _solution(items: list[Value], joints: list[str]) -> Value:
+    """`p = 5, q = 2` as one solution among several."""
+    named = [each for each in items if isinstance(each, Labelled)]
+    if len(named) < len(items) or len(items) < 2:
+        return _listing(items, joints)
+    group = Group("()", tuple(each.value for each in named))
+    label = f"({','.join(each.label for each in named)})"
+    return Labelled(label, group, True, Relation((), ("listing",)))
+
+
 def _loose_reading(found: Sequence[Token], value: Value) -> Value:
     """The second reading of `100,200` as a list, and of `5 m` as a quantity."""
     spelled = [each.text for each in found]
@@ -1231,20 +1262,33 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
 _SINGLE_UNITS = {"m", "s", "g", "h", "L", "N", "J", "W", "V", "A", "K", "C", "F", "T"}
 
 
-def _both_signs(value: Value) -> list[Value]:
-    return [each[0] for each in _both_signs_of_all([value])]
+def _both_signs(items: list[Value], joints: list[str]) -> tuple[list[Value], list[str]]:
+    """Each value with a plus-minus sign twice."""
+    if not any(map(_has_sign, items)):
+        return items, joints
+    both: list[Value] = []
+    between: list[str] = []
+    for index, each in enumerate(items):
+        between += joints[index - 1 : index] if index else []
+        if _has_sign(each):
+            both += [_with_sign(each, ex.ONE), _with_sign(each, ex.MINUS_ONE)]
+            between.append("or")
+        else:
+            both.append(each)
+    return both, between
 
 
-def _both_signs_of_all(sides: list[Value]) -> list[list[Value]]:
-    if not any(isinstance(each, Scalar) and "\\pm" in each.expr.symbols for each in sides):
-        return [sides]
-    return [
-        [
-            replace(each, expr=_substituted(each.expr, sign)) if isinstance(each, Scalar) else each
-            for each in sides
-        ]
-        for sign in (ex.ONE, ex.MINUS_ONE)
-    ]
+def _has_sign(value: Value) -> bool:
+    if isinstance(value, Labelled):
+        return _has_sign(value.value)
+    return isinstance(value, Scalar) and "\\pm" in value.expr.symbols
+
+
+def _with_sign(value: Value, sign: Expr) -> Value:
+    if isinstance(value, Labelled):
+        changed = _with_sign(value.value, sign)
+        return replace(value, value=changed, relation=replace(value.relation, sides=(value.relation.sides[0], changed)))
+    return replace(value, expr=_substituted(value.expr, sign)) if isinstance(value, Scalar) else value
 
 
 def _substituted(expr: Expr, sign: Expr) -> Expr:

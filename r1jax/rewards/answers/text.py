@@ -87,8 +87,15 @@ _SIZES = re.compile(
 _SPACES = re.compile(
     r"(?<!\\)\\(?:[,;:!>\s]|q?quad|thinspace(?![A-Za-z])|hspace\*?\{[^{}]*\})|~"
 )
-_GROUPS = re.compile(r"(?<=[0-9])(?:,?\s*\\!|\\[, ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
-_DOUBLED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|text|pi|cup|infty|left|right|boxed)(?![a-z]))")
+_GROUPS = re.compile(r"(?<=[0-9])(?:(?:,|\{,\})?\s*\\!|\\[, ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
+_DOUBLED = re.compile(
+    r"\\\\(?=(?:[dt]?frac|sqrt|text|pi|cup|infty|left|right|boxed|leq?|geq?|neq?|pm|cdot|times|in|circ"
+    r"|theta|alpha|mathbb|quad)(?![a-z]))"
+)
+_ANGLE = re.compile(
+    r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*([0-9.]+)\s*(?:\^\s*\{?\s*\\prime\s*\}?|')(?!')"
+    r"(?:\s*([0-9.]+)\s*(?:\^\s*\{?\s*\\prime\s*\\prime\s*\}?|''))?"
+)
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _IN_BASE = re.compile(
     r"([0-9A-Z]+)\s*(?:\\text\s*\{)?\s*\(?(?:in\s+)?base[\s-]*([0-9]{1,2}|" + "|".join(_BASES) + r")"
@@ -110,10 +117,14 @@ def tidy(text: str) -> str:
         if r"\begin" not in text:
             text = _DOUBLED.sub(r"\\", text)
     text = _GROUPS.sub("", text)
+    if "circ" in text:
+        text = _ANGLE.sub(_angle, text)
     lead = _LEAD.match(text.strip())
     if lead is not None:
         text = text.strip()[lead.end() :]
     text = " ".join(text.split())
+    if text.endswith("\\") and not text.endswith("\\\\"):
+        text = text[:-1]
     while text and (text[-1] in " .,;:" or text.endswith((r"\,", r"\ ", "\\!"))):
         text = text[:-1] if text[-1] != " " or not text.endswith("\\ ") else text[:-2]
         if text.endswith("\\") and not text.endswith("\\\\"):
@@ -121,6 +132,11 @@ def tidy(text: str) -> str:
     if "base" in text:
         text = _IN_BASE.sub(lambda found: f"{found[1]}_{{{_base(found[2])}}}", text)
     return _BASE_NAME.sub(lambda found: f"_{{{_base(found[1])}}}", text)
+
+
+def _angle(match: re.Match[str]) -> str:
+    """Degrees, minutes and seconds as degrees."""
+    return rf"(({match[1]})+({match[2]})/60+({match[3] or 0})/3600)^\circ "
 
 
 def _base(name: str) -> str:
@@ -167,7 +183,7 @@ _TOKEN = re.compile(
     r"|\\(?P<env>begin|end)\s*\{(?P<name>[A-Za-z]+\*?)\}"
     r"|\\(?P<command>[A-Za-z]+|[^A-Za-z])|(?P<letters>[A-Za-z]+)"
     r"|(?P<number>(?:[0-9]+(?:\.[0-9]+|\.(?!\.))?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z{^(]))?)"
-    r"|(?P<cjk>[\u3040-\u9fff]+)|(?P<sign>\*\*|<=|>=|!=|==|->|\+-|\.\.\.|.)",
+    r"|(?P<cjk>[\u3040-\u9fff]+)|(?P<sign>\*\*|<=|>=|!=|==|->|:=|\+-|\.\.\.|.)",
     re.DOTALL,
 )
 _SAME = {
@@ -238,7 +254,7 @@ def _token(match: re.Match[str], space: bool, before: Token | None) -> list[Toke
     name = match["command"] or _SIGN_NAMES.get(match["sign"], "")
     if not name:
         sign = match["sign"]
-        return [Token("sign", {"**": "^", "==": "="}.get(sign, sign), space)]
+        return [Token("sign", {"**": "^", "==": "=", ":=": "="}.get(sign, sign), space)]
     name = _SAME.get(name, name)
     if name in ("and", "or"):
         return [Token(name, name, space)]

@@ -18,7 +18,7 @@ L l liter litre 升|mL ml milliliter millilitre 毫升|gal gallon|qt quart|pint|
 $ dollar usd buck 美元|cent ¢|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee inr|角|jiao
 deg degree ° 度|rad radian|K kelvin|C celsius|F fahrenheit|mol mole|N newton|J joule|kJ kilojoule|W watt
 kW kilowatt|V volt|A amp ampere|Hz hertz|Pa pascal|kPa|eV|MeV|GeV|cal calorie|kcal|T tesla|Ohm ohm
-unit 单位|mph|kph|rpm|point pt|pm p.m.|am a.m.|bit|byte|people person 人|child children|man men|woman women
+unit 单位|mph|kph|rpm|point pt|pm p.m. p.m|am a.m. a.m|bit|byte|people person 人|child children|man men|woman women
 """
 UNITS: dict[str, str] = {
     name: line.split()[0] for line in _NAMES.replace("\n", "|").split("|") for name in line.split()
