@@ -194,6 +194,10 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
             return same_relation(reference.relation, answer)
         if isinstance(answer, Listing) and reference.label.startswith("("):
             return _same_listed(reference, answer)
+        if isinstance(answer, Listing) and any(
+            isinstance(each, Labelled) and each.label != reference.label for each in answer.items
+        ):
+            return False
         return reference.droppable and same(reference.value, answer)
     assert isinstance(answer, Labelled)
     if isinstance(reference, Relation):
@@ -314,6 +318,10 @@ def _same_items(reference: Value, answer: Value) -> bool:
     kinds = {brackets, given_brackets}
     if None in kinds:
         return False
+    for one, group in ((reference, answer), (answer, reference)):
+        if isinstance(group, Group) and group.brackets == "{}" and len(group.items) == 1:
+            if not isinstance(one, Group) or one.brackets != "{}":
+                return same(one, group.items[0]) if group is answer else same(group.items[0], one)
     if kinds == {"", "{}"} or kinds == {"{}"}:
         return _any_order(_distinct(items), _distinct(given))
     if "{}" in kinds or (len(kinds) > 1 and not ("" in kinds and kinds & {"()", "[]"})):

@@ -68,6 +68,8 @@ def _call(name: str, args: list[Number], log_base: int) -> Number:
         raise TooLarge("a value is too large")
     if name == "abs":
         return abs(x)
+    if name in ("floor", "ceil", "max", "min") and any(mp.im(each) for each in args):
+        raise Undefined
     if name in ("floor", "ceil"):
         near = mp.nint(x)
         if abs(x - near) < mp.mpf(10) ** (-mp.dps // 2):
@@ -292,7 +294,7 @@ def symbolic_equal(one: Expr, other: Expr) -> bool:
 
 def _agree(one: Expr, other: Expr, log_base: int) -> bool:
     agreed = complex_agreed = 0
-    complex_apart = False
+    complex_apart = one_real = False
     for point in points(one.symbols | other.symbols):
         try:
             left, right = exact(one, point), exact(other, point)
@@ -313,7 +315,11 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
         elif not any(real):
             complex_agreed += not differ
             complex_apart |= differ
-    return agreed >= 2 or (not agreed and complex_agreed >= 2 and not complex_apart)
+        else:
+            one_real = True
+    if agreed or one_real:
+        return agreed >= 2
+    return complex_agreed >= 2 and not complex_apart
 
 
 def equal(one: Expr, other: Expr) -> bool:
