@@ -10,7 +10,6 @@ from r1jax.rewards.answers import sets
 from r1jax.rewards.answers.expressions import Expr
 from r1jax.rewards.answers.numeric import (
     Undefined,
-    apart,
     equal,
     evaluate,
     ratio_sign,
@@ -180,7 +179,9 @@ def _spelling(value: Value) -> str | None:
 
 def _same_labelled(reference: Value, answer: Value) -> bool:
     if isinstance(reference, Labelled) and isinstance(answer, Labelled):
-        if _same_label(reference.label, answer.label):
+        if reference.label == answer.label:
+            if len(reference.relation.sides) == len(answer.relation.sides) > 2:
+                return same_relation(reference.relation, answer.relation)
             return same(reference.value, answer.value)
         # `x \\in [0, 1)` has the name of a member, `D = [0, 1)` that of the set.
         signs = {reference.relation.signs[:1], answer.relation.signs[:1]}
@@ -206,10 +207,6 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
         if _same_listed(answer, reference):
             return True
     return same(reference, answer.value)
-
-
-def _same_label(one: str, other: str) -> bool:
-    return one == other
 
 
 def _same_listed(named: Labelled, listing: Listing) -> bool:
@@ -416,10 +413,12 @@ def key(value: Value) -> str:
         return key(value.first)
     if isinstance(value, Group | Region):
         region = sets.as_region(value)
-        if isinstance(value, Region) or (region is not None and value.brackets not in ("()", "[]", "{}")):
+        if isinstance(value, Region) or (
+            region is not None and value.brackets not in ("()", "[]", "{}")
+        ):
             assert region is not None
             return "|".join(
-                f"{'([' [each.has_low]}{signature(each.low)},{signature(each.high)}{')]'[each.has_high]}"
+                f"{'(['[each.has_low]}{signature(each.low)},{signature(each.high)}{')]'[each.has_high]}"
                 for each in region.pieces
             )
         keys = [key(each) for each in value.items]
@@ -441,4 +440,6 @@ def key(value: Value) -> str:
         return f"{key(value.value)} mod {value.modulus.key}"
     if isinstance(value, Based):
         return f"{value.digits}_{value.base}"
-    return "".join(f"{key(side)}{sign}" for side, sign in zip(value.sides, (*value.signs, ""), strict=True))
+    return "".join(
+        f"{key(side)}{sign}" for side, sign in zip(value.sides, (*value.signs, ""), strict=True)
+    )

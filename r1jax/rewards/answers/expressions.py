@@ -5,7 +5,7 @@ taken apart into primes, rationals exact. Nothing is expanded, so the form is li
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_BITS = 1 << 17  # of an exact integer: some 39,000 digits
@@ -13,7 +13,7 @@ _MAX_FACTORIAL = 5000
 _LARGEST_PRIME = 1000  # of the trial division of radicands
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Expr:
     """An operation on expressions. Two of one `key` are equal.
 
@@ -32,6 +32,12 @@ class Expr:
     symbols: frozenset[str] = frozenset()
     huge: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expr) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
 
 _NO_SYMBOLS: frozenset[str] = frozenset()
 
@@ -40,7 +46,12 @@ def number(value: Fraction | int) -> Expr:
     """An exact rational."""
     value = Fraction(value)
     huge = max(value.numerator.bit_length(), value.denominator.bit_length()) > 12_000
-    return Expr("number", (), value, hex(value.numerator) + "/" + hex(value.denominator) if huge else str(value))
+    return Expr(
+        "number",
+        (),
+        value,
+        hex(value.numerator) + "/" + hex(value.denominator) if huge else str(value),
+    )
 
 
 def symbol(name: str) -> Expr:

@@ -16,6 +16,7 @@ Point: TypeAlias = Mapping[str, Fraction]
 
 _DIGITS = 30
 _MAX_DIGITS = 6000
+_ENOUGH = 1e-12  # error of a value that says something, relative to it or for 0
 _LARGEST = 1e6  # argument of exp and gamma, size of exponents
 
 
@@ -179,7 +180,9 @@ def _size(expr: Expr, point: Point) -> float:
         each = stack.pop()
         stack.extend(each.args)
         if each.op == "number":
-            total += abs(each.value.numerator.bit_length() - each.value.denominator.bit_length()) * 0.3
+            total += (
+                abs(each.value.numerator.bit_length() - each.value.denominator.bit_length()) * 0.3
+            )
         elif each.op in ("^", "!", "binomial", "!!", "sinh", "cosh"):
             try:
                 value = abs(evaluate(each, point, 15).value)
@@ -198,9 +201,15 @@ def _log_bases(one: Expr, other: Expr) -> tuple[int, ...]:
     return (0, 10) if _has(one, "log") or _has(other, "log") else (0,)
 
 
-def apart(one: Ball, other: Ball) -> bool:
-    """Whether two values differ by more than their errors."""
-    return bool(abs(one.value - other.value) > one.error + other.error)
+def _compared(one: Ball, other: Ball) -> bool | None:
+    """Whether two values agree within their errors; None if those are too large to tell."""
+    error = one.error + other.error
+    if abs(one.value - other.value) > error:
+        return False
+    size = max(abs(one.value), abs(other.value))
+    if error <= size * _ENOUGH or (size <= error and error <= _ENOUGH):
+        return True
+    return None
 
 
 def closed_equal(one: Expr, other: Expr) -> bool:
@@ -218,12 +227,13 @@ def closed_equal(one: Expr, other: Expr) -> bool:
         return False
     for base in _log_bases(one, other):
         try:
-            if apart(evaluate(one, {}, _DIGITS, base), evaluate(other, {}, _DIGITS, base)):
+            first = [evaluate(each, {}, _DIGITS, base) for each in (one, other)]
+            if _compared(*first) is False:
                 continue
             digits = 60 + int(2 * (_size(one, {}) + _size(other, {})))
-            if digits <= _MAX_DIGITS and not apart(
-                evaluate(one, {}, digits, base), evaluate(other, {}, digits, base)
-            ):
+            if digits > _MAX_DIGITS:
+                continue
+            if _compared(*(evaluate(each, {}, digits, base) for each in (one, other))):
                 return True
         except (Undefined, TooLarge):
             continue
@@ -307,7 +317,10 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
         except (Undefined, TooLarge):
             continue
         real = [_real(each) for each in balls]
-        differ = apart(*balls)
+        agree = _compared(*balls)
+        if agree is None:
+            continue
+        differ = not agree
         if all(real):
             if differ:
                 return False
@@ -356,6 +369,7 @@ def ratio_sign(one: Expr, other: Expr) -> int:
     return sign if count >= 2 else 0
 
 
+@lru_cache(maxsize=4096)
 def real_value(expr: Expr) -> Number:
     """A real closed value at 30 digits, infinities included.
 

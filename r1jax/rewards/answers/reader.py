@@ -56,8 +56,27 @@ _WRAPPERS = set(
     "fbox underbrace".split()
 )
 _CURRENCIES = {"$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
-_MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Vmatrix", "Bmatrix", "smallmatrix", "array"}
-_ROWS = {"cases", "aligned", "align", "gathered", "split", "gather", "dcases", "rcases", "alignedat"}
+_MATRICES = {
+    "pmatrix",
+    "bmatrix",
+    "matrix",
+    "vmatrix",
+    "Vmatrix",
+    "Bmatrix",
+    "smallmatrix",
+    "array",
+}
+_ROWS = {
+    "cases",
+    "aligned",
+    "align",
+    "gathered",
+    "split",
+    "gather",
+    "dcases",
+    "rcases",
+    "alignedat",
+}
 _CLOSERS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": "}", "langle": ("rangle",)}
 _TRUTH = {"t", "f", "true", "false", "yes", "no", "y", "n"}
 
@@ -127,7 +146,11 @@ class _Reader:
 
     def next_is(self, *names: str, ahead: int = 0) -> bool:
         token = self.peek(ahead)
-        return token is not None and token.text in names and token.kind in ("sign", "command", "and", "or")
+        return (
+            token is not None
+            and token.text in names
+            and token.kind in ("sign", "command", "and", "or")
+        )
 
     def take(self, *names: str) -> bool:
         if self.next_is(*names):
@@ -160,7 +183,9 @@ class _Reader:
             if token.kind == "sign" and token.text in ("(", "[", "\\{", "{"):
                 open_now.append(index)
                 spaced[index] = bad[index] = False
-            elif token.kind == "sign" and token.text in (")", "]", "\\}", "}") and len(open_now) > 1:
+            elif (
+                token.kind == "sign" and token.text in (")", "]", "\\}", "}") and len(open_now) > 1
+            ):
                 open_now.pop()
             elif token.text == "," and 0 < index < len(self.tokens) - 1:
                 before, after = self.tokens[index - 1], self.tokens[index + 1]
@@ -169,8 +194,7 @@ class _Reader:
                 elif not (before.kind == "number" and re.match(r"[0-9]{3}(?![0-9])", after.text)):
                     bad[open_now[-1]] = True
         return {
-            index: not bad[index]
-            and (spaced[index] or index < 0 or self.tokens[index].text == "{")
+            index: not bad[index] and (spaced[index] or index < 0 or self.tokens[index].text == "{")
             for index in spaced
         }
 
@@ -259,14 +283,19 @@ class _Reader:
         spelling = "".join(each.text for each in span)
         if not span or re.search(r"(?<![_0-9])[0-9](?!\w*_)", re.sub(r"_[0-9]+", "", spelling)):
             return None
-        if re.fullmatch(r"[A-Za-z]'*\([A-Za-z](,[A-Za-z])*\)", spelling) and not spelling[2:-1].isupper():
+        if (
+            re.fullmatch(r"[A-Za-z]'*\([A-Za-z](,[A-Za-z])*\)", spelling)
+            and not spelling[2:-1].isupper()
+        ):
             return re.split(r"\(", spelling)[0] + "()", True
         letters = [each for each in span if each.kind in ("letters", "rest")]
         if any(each.kind == "text" for each in span):
             return spelling.casefold(), True
         if any(each.text in ("+", "-", "^", "cdot", "*", "times") for each in span):
             single = all(len(each.text) == 1 for each in letters)
-            return (spelling, False) if single and len({each.text for each in letters}) > 1 else None
+            return (
+                (spelling, False) if single and len({each.text for each in letters}) > 1 else None
+            )
         if any(each.text in _FUNCTIONS or each.text in ("sqrt", "infty") for each in span):
             return (spelling, True) if span[0].text == "det" else None
         body = re.sub(r"_(\{?\w+\}?)", "", spelling)
@@ -287,19 +316,18 @@ class _Reader:
             return value
         value = self.set_term()
         while (token := self.peek()) is not None and token.kind in ("command", "letters"):
-            if token.text in ("cup", "cap", "setminus") or (
-                token.text == "U" and _is_set(value) and token.space
-            ):
-                self.position += 1
-                value = _set_operation(
-                    "cup" if token.text == "U" else token.text, value, self.set_term()
-                )
-            else:
+            name = "cup" if token.text == "U" and _is_set(value) and token.space else token.text
+            if name not in ("cup", "cap", "setminus"):
                 break
-        if not self.next_is(":"):
+            self.position += 1
+            parts = [value, self.set_term()]
+            while self.take(name):  # all at once: each union sorts
+                parts.append(self.set_term())
+            value = _set_operation(name, parts)
+        if not self.next_is(":", "@"):
             return value
         items = [value]
-        while self.take(":"):
+        while self.take(":", "@"):
             items.append(self.set_term())
         suffix = self.tail_text()
         last = items[-1]
@@ -314,7 +342,9 @@ class _Reader:
         while end < len(self.tokens):
             token = self.tokens[end]
             plain = token.text in "'-.!?" or (token.text == "(" and end == self.position)
-            if token.kind not in ("letters", "text", "rest") and not (plain and end > self.position):
+            if token.kind not in ("letters", "text", "rest") and not (
+                plain and end > self.position
+            ):
                 break
             end += 1
         span = self.tokens[self.position : end]
@@ -323,15 +353,20 @@ class _Reader:
         if span[-1].text == "!" and len(span) == 2:
             return None
         texts = [each.text for each in span]
-        joined = "".join(" " * (each.space and index > 0) + each.text for index, each in enumerate(span))
+        joined = "".join(
+            " " * (each.space and index > 0) + each.text for index, each in enumerate(span)
+        )
         bare = "".join(texts)
         known = joined.casefold() in _KNOWN_WORDS
         wordy = any(
-            each.kind == "text" or (len(each.text) > 3 and units.is_word(each.text)) for each in span
+            each.kind == "text" or (len(each.text) > 3 and units.is_word(each.text))
+            for each in span
         )
         if known or wordy:
             self.position = end
-            if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?real(?: numbers?|s)", joined.casefold()):
+            if re.fullmatch(
+                r"(?:the )?(?:set of )?(?:all )?real(?: numbers?|s)", joined.casefold()
+            ):
                 return sets.REALS
             return Words(joined)
         if len(bare) > 1 and bare.isalpha():
@@ -364,7 +399,9 @@ class _Reader:
             return None
         if not any(each.isdigit() for each in digits) or digits[0].islower():
             return None
-        base, length = (rest[2], 4) if rest[1:2] == ["{"] and rest[3:] == ["}"] else (rest[1:2] or [""], 2)
+        base, length = (
+            (rest[2], 4) if rest[1:2] == ["{"] and rest[3:] == ["}"] else (rest[1:2] or [""], 2)
+        )
         base = base if isinstance(base, str) else base[0]
         end = index + length
         if not base.isdigit() or len(base) > 2 or not (end >= len(self.tokens) or self._ends(end)):
@@ -451,7 +488,8 @@ class _Reader:
 
     def _degree(self) -> bool:
         return self.next_is("^") and (
-            self.next_is("circ", ahead=1) or (self.next_is("{", ahead=1) and self.next_is("circ", ahead=2))
+            self.next_is("circ", ahead=1)
+            or (self.next_is("{", ahead=1) and self.next_is("circ", ahead=2))
         )
 
     # -- arithmetic
@@ -464,10 +502,13 @@ class _Reader:
                 while self.next_is("+", "-", "pm", "mp"):
                     new = self.tokens[self.position].text
                     self.position += 1
+                    if new == "+" and sign:
+                        raise Unreadable("a plus behind a sign")
                     sign = new if new in ("pm", "mp") or not sign else "" if sign == new else "-"
                 term = self.product()
                 if sign == "-" and total is not None and _is_set(total):
-                    total = _set_operation("setminus", total, term)
+                    other = Scalar(term) if isinstance(term, Expr) else term
+                    total = _set_operation("setminus", [total, other])
                     continue
                 if sign == "-":
                     term = _negated(term)
@@ -524,12 +565,19 @@ class _Reader:
         )
         at = self.position
         following = self.factor()
-        if mixed and isinstance(following, Expr) and following.op == "number" and following.value > 0:
-            if following.value < 1 and isinstance(node, Expr):
-                return ex.add(node, following)
-        if isinstance(node, Expr) and node.op == "symbol" and token.text == "(":
-            if isinstance(following, Group) and all(isinstance(x, Scalar) for x in following.items):
-                return ex.function(f"{node.key}()", *(_expr(each) for each in following.items))
+        if (
+            mixed
+            and isinstance(following, Expr)
+            and following.op == "number"
+            and following.value > 0
+        ):
+            return ex.add(_expr(node), following)
+        if isinstance(node, Expr) and token.text == "(" and before.kind in ("letters", "rest"):
+            applied = _applied(before.text, following)
+            if applied:
+                factors = node.args if node.op == "*" else (node,)
+                others = [each for each in factors if each.key != before.text]
+                return ex.multiply(*others, ex.symbol(applied))
             if not isinstance(following, Expr | Scalar | Matrix):  # `P(X = 5)`
                 inner = "".join(each.text for each in self.tokens[at : self.position])
                 return ex.symbol(f"{node.key}{inner}")
@@ -628,7 +676,11 @@ class _Reader:
         if isinstance(node, Matrix):
             return _matrix_power(node, self.argument(sign=True))
         exponent = self.argument(sign=True)
-        if isinstance(exponent, Expr) and exponent.key in ("T", "c", "C") and not isinstance(node, Expr):
+        if (
+            isinstance(exponent, Expr)
+            and exponent.key in ("T", "c", "C")
+            and not isinstance(node, Expr)
+        ):
             return Operation("^", (node, Scalar(exponent)))
         return ex.power(_expr(node), _expr(exponent))
 
@@ -709,7 +761,9 @@ class _Reader:
         index = self.position - 1
         if spelling.isdigit() and len(spelling) <= 3 and spelling[0] != "0":
             while (
-                self.groups_digits.get(self._bracket_of[index] if index < len(self._bracket_of) else -1, False)
+                self.groups_digits.get(
+                    self._bracket_of[index] if index < len(self._bracket_of) else -1, False
+                )
                 and self.next_is(",")
                 and (after := self.peek(1)) is not None
                 and after.kind == "number"
@@ -846,7 +900,9 @@ class _Reader:
                 radicand = _expr(self.argument() if not self.next_is("(") else self.primary())
                 return ex.power(radicand, ex.power(degree, ex.MINUS_ONE))
             if name == "binom":
-                return ex.binomial(_expr(self.argument(digit=True)), _expr(self.argument(digit=True)))
+                return ex.binomial(
+                    _expr(self.argument(digit=True)), _expr(self.argument(digit=True))
+                )
             if name in _CONSTANTS:
                 return _CONSTANTS[name]
             if name in _FUNCTIONS:
@@ -965,10 +1021,23 @@ class _Reader:
 _JOINTS = (",", ";", "listsep", "and", "or", r"\\", "suchthat")
 _OPENINGS = ("(", "[", "{", "\\{")
 _CLOSINGS = (")", "]", "}", "\\}")
-_ENDS = {",", ";", "listsep", r"\\", "&", ":", "suchthat", *_CLOSINGS, "rangle", "cup", "cap"}
+_ENDS = {",", ";", "listsep", r"\\", "&", ":", "@", "suchthat", *_CLOSINGS, "rangle", "cup", "cap"}
 _ENDS |= {"setminus", "pmod"}
 _NO_FACTORS = {"cup", "cap", "setminus", "listsep", "rangle", "rfloor", "rceil", "pm", "mp", "pmod"}
-_NO_FACTORS |= {"over", "choose", "mod", "cdot", "times", "neg", "circ", "end", "ldotp", "quad", "because", "therefore"}
+_NO_FACTORS |= {
+    "over",
+    "choose",
+    "mod",
+    "cdot",
+    "times",
+    "neg",
+    "circ",
+    "end",
+    "ldotp",
+    "quad",
+    "because",
+    "therefore",
+}
 _CONSTANTS = {"pi": ex.PI, "infty": ex.INFINITY, "imath": ex.I, "ldots": ex.symbol("...")}
 _PLUS_MINUS = {"pm": ex.symbol("\\pm"), "mp": ex.multiply(ex.MINUS_ONE, ex.symbol("\\pm"))}
 _KNOWN_WORDS = set(
@@ -994,20 +1063,27 @@ def _expr(node: _Node) -> Expr:
     raise Unreadable(f"arithmetic with a {type(node).__name__}")
 
 
+def _applied(name: str, argument: _Node) -> str:
+    """The symbol that stands for `f(x)`, `g(1, 2)` or `I(0)`; empty if it is a product."""
+    if isinstance(argument, Group) and all(isinstance(each, Scalar) for each in argument.items):
+        return f"{name}({','.join(_expr(each).key for each in argument.items)})"
+    if isinstance(argument, Expr) and (name in ("f", "g", "h") or argument.key == "0"):
+        return f"{name}({argument.key})"
+    return ""
+
+
 def _negated(node: _Node) -> _Node:
     return _multiplied(ex.MINUS_ONE, node)
 
 
 def _entrywise(matrix: Matrix, change: Callable[[Expr], Expr]) -> Matrix:
-    return Matrix(
-        tuple(tuple(Scalar(change(_expr(each))) for each in row) for row in matrix.rows)
-    )
+    return Matrix(tuple(tuple(Scalar(change(_expr(each))) for each in row) for row in matrix.rows))
 
 
 def _multiplied(one: _Node, other: _Node) -> _Node:
     if isinstance(one, Matrix) and isinstance(other, Matrix):
         if len(one.rows[0]) != len(other.rows) or len(one.rows) * len(other.rows[0]) > 36:
-            raise Unreadable("a product of matrices that do not fit")
+            return Operation("*", (one, other))
         columns = list(zip(*other.rows, strict=True))
         return Matrix(
             tuple(
@@ -1028,11 +1104,17 @@ def _multiplied(one: _Node, other: _Node) -> _Node:
     if isinstance(other, Matrix):
         one, other = other, one
     if isinstance(one, Matrix):
+        if not isinstance(other, Expr | Scalar):
+            return Operation("*", (one, other))
         factor = _expr(other)
         return _entrywise(one, lambda each: ex.multiply(factor, each))
     for group, factor_node in ((one, other), (other, one)):
         if isinstance(group, Group) and group.brackets == "()" and isinstance(factor_node, Expr):
-            return Group("()", tuple(Scalar(ex.multiply(factor_node, _expr(x))) for x in group.items))
+            return Group(
+                "()", tuple(Scalar(ex.multiply(factor_node, _expr(x))) for x in group.items)
+            )
+    if isinstance(one, Expr) and one.op == "symbol" and isinstance(other, Group | Region):
+        return Operation("*", (Scalar(one), other))  # such as a union over an index
     return ex.multiply(_expr(one), _expr(other))
 
 
@@ -1042,9 +1124,7 @@ def _added(one: _Node, other: _Node) -> _Node:
             raise Unreadable("a sum of matrices of several shapes")
         return Matrix(
             tuple(
-                tuple(
-                    Scalar(ex.add(_expr(a), _expr(b))) for a, b in zip(row, others, strict=True)
-                )
+                tuple(Scalar(ex.add(_expr(a), _expr(b))) for a, b in zip(row, others, strict=True))
                 for row, others in zip(one.rows, other.rows, strict=True)
             )
         )
@@ -1147,32 +1227,42 @@ def _set(items: list[Value], joints: list[str]) -> Value:
 def _conjunction(label: str, conditions: Sequence[Value]) -> Value | None:
     region = sets.REALS
     for each in conditions:
-        if not isinstance(each, Labelled) or each.label != label or not isinstance(each.value, Region):
+        if (
+            not isinstance(each, Labelled)
+            or each.label != label
+            or not isinstance(each.value, Region)
+        ):
             return None
         region = sets.intersection(region, each.value)
     return region
 
 
 def _is_set(value: _Node) -> TypeGuard[Value]:
-    return isinstance(value, Group | Region) or (isinstance(value, Operation) and value.name != "case")
+    return isinstance(value, Group | Region) or (
+        isinstance(value, Operation) and value.name != "case"
+    )
 
 
-def _set_operation(name: str, one: Value, other: _Node) -> Value:
-    if isinstance(other, Expr):
-        other = Scalar(other)
-    left, right = sets.as_region(one), sets.as_region(other)
-    if left is None or right is None:
-        parts = [one, other]
-        if name != "setminus":
-            parts = [
-                part
-                for each in parts
-                for part in (each.items if isinstance(each, Operation) and each.name == name else (each,))
-            ]
-        return Operation(name, tuple(parts))
+def _set_operation(name: str, parts: list[Value]) -> Value:
+    regions = [sets.as_region(each) for each in parts]
+    known = [each for each in regions if each is not None]
+    if len(known) < len(parts):
+        if name == "setminus":
+            return Operation(name, tuple(parts))
+        flat = [
+            part
+            for each in parts
+            for part in (
+                each.items if isinstance(each, Operation) and each.name == name else [each]
+            )
+        ]
+        return Operation(name, tuple(flat))
     if name == "cup":
-        return sets.union([*left.pieces, *right.pieces])
-    return (sets.intersection if name == "cap" else sets.difference)(left, right)
+        return sets.union(piece for each in known for piece in each.pieces)
+    region = known[0]
+    for each in known[1:]:
+        region = (sets.intersection if name == "cap" else sets.difference)(region, each)
+    return region
 
 
 def _listing(items: list[Value], joints: list[str]) -> Value:
@@ -1206,7 +1296,9 @@ def _listing(items: list[Value], joints: list[str]) -> Value:
             if value is not None:
                 return Labelled(first.label, value, True, Relation((value,), ("listing",)))
         return Labelled(
-            first.label, Listing(tuple(each.value for each in labelled)), first.droppable,
+            first.label,
+            Listing(tuple(each.value for each in labelled)),
+            first.droppable,
             Relation((), ("listing",)),
         )
     unnamed = [each for each in items[1:] if not isinstance(each, Labelled | Relation)]
@@ -1246,7 +1338,7 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
     if (
         at
         and tail[0].space
-        and all(each.kind in ("number", "sign") or each.text == "frac" for each in found[:at])
+        and all(each.kind == "number" or each.text in "+-./" for each in found[:at])
         and all(each.text in _SINGLE_UNITS or each.text in "/^23" for each in tail)
     ):
         read = units.read_tail("".join(" " * each.space + each.text for each in tail))
@@ -1287,8 +1379,14 @@ def _has_sign(value: Value) -> bool:
 def _with_sign(value: Value, sign: Expr) -> Value:
     if isinstance(value, Labelled):
         changed = _with_sign(value.value, sign)
-        return replace(value, value=changed, relation=replace(value.relation, sides=(value.relation.sides[0], changed)))
-    return replace(value, expr=_substituted(value.expr, sign)) if isinstance(value, Scalar) else value
+        return replace(
+            value,
+            value=changed,
+            relation=replace(value.relation, sides=(value.relation.sides[0], changed)),
+        )
+    return (
+        replace(value, expr=_substituted(value.expr, sign)) if isinstance(value, Scalar) else value
+    )
 
 
 def _substituted(expr: Expr, sign: Expr) -> Expr:
@@ -1339,14 +1437,17 @@ def _chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | 
             return relation
         value = sides[-1]
         if len(closed) > 1:
-            value = closed[0] if "~" in kinds or any(_is_decimal(each) for each in closed[1:]) else closed[-1]
+            value = (
+                closed[0]
+                if "~" in kinds or any(_is_decimal(each) for each in closed[1:])
+                else closed[-1]
+            )
             if not closed_equal(_expr(closed[0]), _expr(closed[-1])):
                 value = Either(closed[0], closed[-1], loose=True)
         if len(closed) == len(sides):
             return value
         if names[0] is not None and (not _is_closed(sides[0]) or len(names[0][0]) == 1):
-            simple = Relation((sides[0], sides[-1]), ("=",))
-            return Labelled(names[0][0], value, names[0][1], simple)
+            return Labelled(names[0][0], value, names[0][1], relation)
         if len(sides) == 2 and names[1] is not None and _is_closed(sides[0]):
             return Labelled(names[1][0], sides[0], names[1][1], relation)
         return relation

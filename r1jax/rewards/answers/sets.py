@@ -11,6 +11,7 @@ from r1jax.rewards.answers.values import Group, Interval, Region, Scalar, Value
 
 REALS = Region((Interval(negative(INFINITY), INFINITY, False, False),))
 EMPTY = Region(())
+_MAX_PIECES = 100
 
 
 def as_region(value: Value) -> Region | None:
@@ -60,8 +61,10 @@ def union(pieces: Iterable[Interval]) -> Region:
     """
     from functools import cmp_to_key
 
-    kept = []
+    kept: list[Interval] = []
     for each in pieces:
+        if len(kept) >= _MAX_PIECES:
+            raise TooLarge(f"a union of over {_MAX_PIECES} sets")
         order = _below(each.low, each.high)
         if order < 0 or (order == 0 and each.has_low and each.has_high):
             kept.append(each)

@@ -68,9 +68,7 @@ def _ascii(text: str) -> str:
     text = _RAISED.sub(lambda found: f"^{{{found[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _LOWERED.sub(lambda found: f"_{{{found[0].translate(_SUBSCRIPTS)}}}", text)
     text = _VULGAR.sub(_fraction, text)
-    text = _ROOT.sub(
-        lambda found: _ROOTS[found[1]] + (f"{{{found[2]}}}" if found[2] else ""), text
-    )
+    text = _ROOT.sub(lambda found: _ROOTS[found[1]] + (f"{{{found[2]}}}" if found[2] else ""), text)
     return unicodedata.normalize("NFKC", text.translate(_TABLE))
 
 
@@ -84,9 +82,7 @@ _SIZES = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|phantom(?:\{[^{}]*\})?"
     r"|nolimits|hline|rm|bf|it)(?![A-Za-z])\.?"
 )
-_SPACES = re.compile(
-    r"(?<!\\)\\(?:[,;:!>\s]|q?quad|thinspace(?![A-Za-z])|hspace\*?\{[^{}]*\})|~"
-)
+_SPACES = re.compile(r"(?<!\\)\\(?:[,;:!>\s]|q?quad|thinspace(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
 _GROUPS = re.compile(r"(?<=[0-9])(?:(?:,|\{,\})?\s*\\!|\\[, ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
 _DOUBLED = re.compile(
     r"\\\\(?=(?:[dt]?frac|sqrt|text|pi|cup|infty|left|right|boxed|leq?|geq?|neq?|pm|cdot|times|in|circ"
@@ -98,7 +94,9 @@ _ANGLE = re.compile(
 )
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _IN_BASE = re.compile(
-    r"([0-9A-Z]+)\s*(?:\\text\s*\{)?\s*\(?(?:in\s+)?base[\s-]*([0-9]{1,2}|" + "|".join(_BASES) + r")"
+    r"([0-9A-Z]+)\s*(?:\\text\s*\{)?\s*\(?(?:in\s+)?base[\s-]*([0-9]{1,2}|"
+    + "|".join(_BASES)
+    + r")"
     r"\s*\)?\s*\}?$"
 )
 _BASE_NAME = re.compile(r"_\{?\s*\\?(?:text|mathrm)?\{?(" + "|".join(_BASES) + r")\}*$")
@@ -109,6 +107,7 @@ def tidy(text: str) -> str:
     text = _ascii(text).strip()
     if len(text) > 1 and text.startswith("$") and text[1] in "0123456789" and text.count("$") == 1:
         text = "\\" + text
+    text = re.sub(r"(?<![\\$])\$\s*\n\s*\$(?!\$)", ", ", text)  # formulae on lines of their own
     text = re.sub(r"(?<!\\)\$", " ", text).strip()
     bold = re.fullmatch(r"\*\*([^*]+)\*\*[ .,;:]*", text)
     text = bold[1] if bold else text
@@ -191,11 +190,32 @@ _SAME = {
     **{"leqslant": "le", "geqslant": "ge", "gt": ">", "neq": "ne", "lbrace": "{", "rbrace": "}"},
     **{"varnothing": "emptyset", "tbinom": "binom", "dbinom": "binom", "operatorname": "text"},
     **{"cdots": "ldots", "dots": "ldots", "varphi": "phi", "varepsilon": "epsilon", "lvert": "|"},
-    **{"rvert": "|", "vert": "|", "lbrack": "[", "rbrack": "]", "degree": "circ", "simeq": "approx"},
+    **{
+        "rvert": "|",
+        "vert": "|",
+        "lbrack": "[",
+        "rbrack": "]",
+        "degree": "circ",
+        "simeq": "approx",
+    },
     **{"thickapprox": "approx", "backslash": "setminus", "smallsetminus": "setminus", "tg": "tan"},
-    **{"ctg": "cot", "cosec": "csc", "arctg": "arctan", "bmod": "mod", "star": "cdot", "ast": "cdot"},
+    **{
+        "ctg": "cot",
+        "cosec": "csc",
+        "arctg": "arctan",
+        "bmod": "mod",
+        "star": "cdot",
+        "ast": "cdot",
+    },
     **{"colon": ":", "lor": "or", "land": "and", "vee": "or", "wedge": "and", "div": "/"},
-    **{"land": "and", "mid": "|", "prime": "'", "infin": "infty", "lang": "langle", "rang": "rangle"},
+    **{
+        "land": "and",
+        "mid": "|",
+        "prime": "'",
+        "infin": "infty",
+        "lang": "langle",
+        "rang": "rangle",
+    },
 }
 _SIGN_NAMES = {"<=": "le", ">=": "ge", "!=": "ne", "+-": "pm", "...": "ldots", "->": "to"}
 MAX_TOKENS = 1500
@@ -289,7 +309,10 @@ def _text_tokens(inner: str, space: bool) -> list[Token]:
     if not clock and words != "min" and all(len(run) == 1 or run in WORDS for run in runs):
         # `\text{13}`, `\mathrm{e}`, `\text{(E)}`, `\operatorname{arcsin}`
         inside = tokens(inner)
-        return [Token(each.kind, each.text, each.space or (space and not index)) for index, each in enumerate(inside)]
+        return [
+            Token(each.kind, each.text, each.space or (space and not index))
+            for index, each in enumerate(inside)
+        ]
     if "," in words and re.fullmatch(r"[A-Za-z](?:\s*,\s*(?:and\s+)?[A-Za-z])+", words):
         return tokens(inner)
     parts = re.split(r"\s*([,;])\s*(?:and\s+|or\s+)?|\s+(and|or)\s+", words)

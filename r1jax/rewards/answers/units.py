@@ -32,7 +32,9 @@ _PARTS = dict(
     zip(_ORDINALS.split(), (2, 3, 4, 4, 5, 6, 7, 8, 9, 10, 100, 1000), strict=True), halve=2
 )
 # Counters of Chinese and Japanese: they say nothing but that things are counted.
-_COUNTERS = set("个個只本张條条名位件块塊颗朵辆辆种種组組次双把棵头套箱页題题道份場场班台袋瓶筐桶盒支枝盏座间家户")
+_COUNTERS = set(
+    "个個只本张條条名位件块塊颗朵辆辆种種组組次双把棵头套箱页題题道份場场班台袋瓶筐桶盒支枝盏座间家户"
+)
 # No things: a number with one of these is another value, or no value.
 _NO_NOUNS = set(
     "less plus minus times negatives factorials wrongs is as its was has this yes does others "
