@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from r1jax.rewards import symbolic
-from r1jax.rewards.answers.compare import key, same
+from r1jax.rewards.answers.compare import key, same_value
 from r1jax.rewards.answers.reader import read
 from r1jax.rewards.answers.text import TooLarge, Unreadable, plain, read_choice, tidy
 from r1jax.rewards.extraction import final_answer, unboxed
@@ -22,7 +22,7 @@ __all__ = [
     "same_answer",
 ]
 
-_SPACE_THAT_PARTS_NOTHING = re.compile(r"(?<![A-Za-z0-9.])\s+|\s+(?![A-Za-z0-9.])")
+_SPACE_THAT_PARTS_NOTHING = re.compile(r"(?<![A-Za-z0-9.,])\s+|\s+(?![A-Za-z0-9.])")
 
 
 def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
@@ -60,7 +60,7 @@ def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
             raise UnreadableAnswer(f"answer {answer[:200]!r}: {error}") from None
     else:
         if unreadable is None:
-            return same(gold, value)
+            return same_value(gold, value)
     if not use_sympy or isinstance(unreadable, TooLarge):
         raise UnreadableReference(f"reference answer {reference[:200]!r}: {unreadable}")
     return symbolic.equal(tidy(reference), tidy(answer))

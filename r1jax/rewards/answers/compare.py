@@ -37,12 +37,27 @@ from r1jax.rewards.answers.values import (
 _TRUTH = {"t": "t", "f": "f", "true": "t", "false": "f", "yes": "t", "no": "f", "y": "t", "n": "f"}
 _NOTHING = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set"}
 _NOTHING |= {"none", "empty", "the empty set", "null set"}
+_REVERSED = {"yx", "ba", "zyx", "cba", "nm", "qp", "vu", "ts"}
 _DIGITS_THAT_ROUND = 6
 _MAX_MATCHES = 200  # items of lists that are compared without an order
 
 
+def same_value(reference: Value, answer: Value) -> bool:
+    """Whether the answer has the reference's value. A set of one is its element."""
+    one, other = _only_element(reference), _only_element(answer)
+    if (one is None) != (other is None):
+        return same(one or reference, other or answer)
+    return same(reference, answer)
+
+
+def _only_element(value: Value) -> Value | None:
+    if isinstance(value, Group) and value.brackets == "{}" and len(value.items) == 1:
+        return value.items[0]
+    return None
+
+
 def same(reference: Value, answer: Value) -> bool:
-    """Whether the answer has the reference's value. Kinds that differ are not equal."""
+    """Whether two values, or parts of them, are equal. Kinds that differ are not."""
     if isinstance(reference, Either) or isinstance(answer, Either):
         return _same_reading(reference, answer)
     if isinstance(reference, Labelled) or isinstance(answer, Labelled):
@@ -68,7 +83,7 @@ def same(reference: Value, answer: Value) -> bool:
     if isinstance(reference, Residue) and isinstance(answer, Residue):
         return _same_residue(reference, answer)
     if isinstance(reference, Region) or isinstance(answer, Region):
-        left, right = sets.as_region(reference), sets.as_region(answer)
+        left, right = _region(reference), _region(answer)
         return left is not None and right is not None and _same_region(left, right)
     if isinstance(reference, Operation) and isinstance(answer, Operation):
         if reference.name != answer.name:
@@ -77,6 +92,15 @@ def same(reference: Value, answer: Value) -> bool:
             return _any_order(reference.items, answer.items)
         return _in_order(reference.items, answer.items)
     return _same_items(reference, answer)
+
+
+def _region(value: Value) -> Region | None:
+    """Intervals that `or` or commas part are their union."""
+    if not isinstance(value, Listing):
+        return sets.as_region(value)
+    regions = [sets.as_region(each) for each in value.items]
+    pieces = [piece for each in regions if each is not None for piece in each.pieces]
+    return None if None in regions else sets.union(pieces)
 
 
 def _same_reading(reference: Value, answer: Value) -> bool:
@@ -101,6 +125,8 @@ def _same_scalar(reference: Scalar, answer: Scalar) -> bool:
         return _same_letters(reference.letters, answer.letters)
     one, other = reference.expr, answer.expr
     if reference.percent != answer.percent:
+        if reference.unit or answer.unit:
+            return False
         # `10%` is both 10 and 0.1 where the other side has no percent sign.
         percent, plain = (one, other) if reference.percent else (other, one)
         return equal(plain, percent) or equal(
@@ -201,6 +227,9 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
             return False
         return reference.droppable and same(reference.value, answer)
     assert isinstance(answer, Labelled)
+    names = answer.label.strip("()")
+    if names != answer.label and names.replace(",", "") in _REVERSED:
+        return False  # `(y,x) = (1,2)` is not `(1,2)`
     if isinstance(reference, Relation):
         return same_relation(reference, answer.relation)
     if isinstance(reference, Listing) and answer.label.startswith("("):
@@ -315,10 +344,8 @@ def _same_items(reference: Value, answer: Value) -> bool:
     kinds = {brackets, given_brackets}
     if None in kinds:
         return False
-    for one, group in ((reference, answer), (answer, reference)):
-        if isinstance(group, Group) and group.brackets == "{}" and len(group.items) == 1:
-            if not isinstance(one, Group) or one.brackets != "{}":
-                return same(one, group.items[0]) if group is answer else same(group.items[0], one)
+    if kinds == {"", "{}"} and (isinstance(reference, Scalar) or isinstance(answer, Scalar)):
+        return False
     if kinds == {"", "{}"} or kinds == {"{}"}:
         return _any_order(_distinct(items), _distinct(given))
     if "{}" in kinds or (len(kinds) > 1 and not ("" in kinds and kinds & {"()", "[]"})):

@@ -302,7 +302,20 @@ def symbolic_equal(one: Expr, other: Expr) -> bool:
     return any(_agree(one, other, base) for base in _log_bases(one, other))
 
 
+def _digits(*exprs: Expr) -> int:
+    """Digits at which no number in the expressions is too small to be seen beside the others."""
+    size, stack = 0.0, list(exprs)
+    while stack:
+        each = stack.pop()
+        stack.extend(each.args)
+        if each.op == "number":
+            bits = each.value.numerator.bit_length() - each.value.denominator.bit_length()
+            size += abs(bits) * 0.3
+    return min(_DIGITS + int(size), _MAX_DIGITS)
+
+
 def _agree(one: Expr, other: Expr, log_base: int) -> bool:
+    digits = _digits(one, other)
     agreed = complex_agreed = 0
     complex_apart = one_real = False
     for point in points(one.symbols | other.symbols):
@@ -313,7 +326,7 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
                     return False
                 agreed += 1
                 continue
-            balls = [evaluate(each, point, _DIGITS, log_base) for each in (one, other)]
+            balls = [evaluate(each, point, digits, log_base) for each in (one, other)]
         except (Undefined, TooLarge):
             continue
         real = [_real(each) for each in balls]

@@ -281,6 +281,8 @@ class _Reader:
         """(label, droppable in a reference) if the tokens are a name rather than an expression."""
         span = [each for each in self.tokens[start:end] if each.text not in ("{", "}")]
         spelling = "".join(each.text for each in span)
+        if re.fullmatch(r"[A-Za-z]'*\([0-9.,-]+\)", spelling):
+            return spelling, True  # `f(2)`
         if not span or re.search(r"(?<![_0-9])[0-9](?!\w*_)", re.sub(r"_[0-9]+", "", spelling)):
             return None
         if (
@@ -573,6 +575,9 @@ class _Reader:
         ):
             return ex.add(_expr(node), following)
         if isinstance(node, Expr) and token.text == "(" and before.kind in ("letters", "rest"):
+            if before.text.isupper() and isinstance(following, Group) and node.op == "symbol":
+                if self.peek() is None or self._ends(self.position):  # a point `P(1, 2)`
+                    return Labelled(before.text, following, True, Relation((), ("listing",)))
             applied = _applied(before.text, following)
             if applied:
                 factors = node.args if node.op == "*" else (node,)
@@ -854,6 +859,8 @@ class _Reader:
             if opening == "{" and len(items) != 1:
                 return Group("{}", tuple(items))
             if len(items) == 1:
+                if (opening, closing) in (("(", "]"), ("[", ")")):
+                    raise Unreadable("brackets of two kinds round one value")
                 item = items[0]
                 if isinstance(item, Scalar) and not (item.unit or item.percent):
                     return item.expr
@@ -922,7 +929,10 @@ class _Reader:
             if name in _WRAPPERS:
                 return self.argument()
             if name in _ACCENTS:
-                return ex.symbol(f"{name} {_expr(self.argument()).key}")
+                inner = _expr(self.argument())
+                if name == "underline" and inner.op == "number":
+                    return inner
+                return ex.symbol(f"{name} {inner.key}")
             if name in ("angle", "triangle"):
                 letters = []
                 while (token := self.peek()) is not None and token.kind in ("letters", "rest"):
@@ -952,7 +962,7 @@ class _Reader:
 
     def _arguments(self) -> list[Expr]:
         r"""`(x)`, `{x}`, or the product that follows: `\sin 5x \cos x` is `\sin(5x) \cos(x)`."""
-        if self.next_is("(", "{"):
+        if self.next_is("(", "{", "["):
             node = self.primary()
             if isinstance(node, Group):
                 return [_expr(each) for each in node.items]
@@ -1339,7 +1349,7 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
         at
         and tail[0].space
         and all(each.kind == "number" or each.text in "+-./" for each in found[:at])
-        and all(each.text in _SINGLE_UNITS or each.text in "/^23" for each in tail)
+        and all(each.text in _SINGLE_UNITS or each.text in _UNIT_SIGNS for each in tail)
     ):
         read = units.read_tail("".join(" " * each.space + each.text for each in tail))
         try:
@@ -1351,6 +1361,7 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
     return value
 
 
+_UNIT_SIGNS = {"/", "^", "1", "2", "3", "-", "{", "}", "cdot"}
 _SINGLE_UNITS = {"m", "s", "g", "h", "L", "N", "J", "W", "V", "A", "K", "C", "F", "T"}
 
 
@@ -1489,4 +1500,9 @@ def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Val
         return relation
     name = names[index]
     assert name is not None
+    inside = sides[index]
+    if isinstance(inside, Scalar) and inside.expr.op == "abs" and inside.expr.args[0].op == "symbol":
+        half = sets.intersection(region, sets.interval(ex.ZERO, True, ex.INFINITY, False))
+        region = sets.union([*half.pieces, *map(sets.mirrored, half.pieces)])
+        name = (inside.expr.args[0].key, True)
     return Labelled(name[0], region, True, relation)

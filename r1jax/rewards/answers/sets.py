@@ -113,3 +113,8 @@ def intersection(one: Region, other: Region) -> Region:
 def difference(one: Region, other: Region) -> Region:
     """What is in the first only."""
     return intersection(one, complement(other))
+
+
+def mirrored(piece: Interval) -> Interval:
+    """The interval of the negative numbers."""
+    return Interval(negative(piece.high), negative(piece.low), piece.has_high, piece.has_low)

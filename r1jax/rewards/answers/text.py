@@ -77,10 +77,11 @@ _LEAD = re.compile(
     r"|(?:所以|因此|故)?\s*(?:最终|最后)?的?答案\s*(?:是|为|:|=)?\s*:?|(?:解|答)\s*:",
     re.IGNORECASE,
 )
+_STOPS = " .,;:"
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
 _SIZES = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|phantom(?:\{[^{}]*\})?"
-    r"|nolimits|hline|rm|bf|it)(?![A-Za-z])\.?"
+    r"|nolimits|hline|rm|bf|it|(?:text)?color\s*\{[^{}]*\})(?![A-Za-z])\.?"
 )
 _SPACES = re.compile(r"(?<!\\)\\(?:[,;:!>\s]|q?quad|thinspace(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
 _GROUPS = re.compile(r"(?<=[0-9])(?:(?:,|\{,\})?\s*\\!|\\[, ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
@@ -118,14 +119,19 @@ def tidy(text: str) -> str:
     text = _GROUPS.sub("", text)
     if "circ" in text:
         text = _ANGLE.sub(_angle, text)
+    wrapped = re.match(r"\\text\s*\{([^{}]*)\}", text)
+    if wrapped is not None and _LEAD.fullmatch(wrapped[1].strip()):
+        text = text[wrapped.end() :]
+    if ".m" in text or ". m" in text:
+        text = re.sub(r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2", text)
     lead = _LEAD.match(text.strip())
     if lead is not None:
         text = text.strip()[lead.end() :]
     text = " ".join(text.split())
     if text.endswith("\\") and not text.endswith("\\\\"):
         text = text[:-1]
-    while text and (text[-1] in " .,;:" or text.endswith((r"\,", r"\ ", "\\!"))):
-        text = text[:-1] if text[-1] != " " or not text.endswith("\\ ") else text[:-2]
+    while text[-1:] in _STOPS and text and not text.endswith("..."):
+        text = text[:-1].rstrip()
         if text.endswith("\\") and not text.endswith("\\\\"):
             text = text[:-1]
     if "base" in text:
@@ -186,7 +192,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _SAME = {
-    **{"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "geq": "ge", "lt": "<"},
+    **{"dfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "geq": "ge", "lt": "<"},
     **{"leqslant": "le", "geqslant": "ge", "gt": ">", "neq": "ne", "lbrace": "{", "rbrace": "}"},
     **{"varnothing": "emptyset", "tbinom": "binom", "dbinom": "binom", "operatorname": "text"},
     **{"cdots": "ldots", "dots": "ldots", "varphi": "phi", "varepsilon": "epsilon", "lvert": "|"},
@@ -291,6 +297,8 @@ def _letter_tokens(run: str, space: bool, before: Token | None) -> list[Token]:
         if run == word or (after_value and not space and run.startswith(word)):
             rest = run[len(word) :]
             return [Token(word, word, space), *([Token("letters", rest)] if rest else [])]
+    if run == "min" and before is not None and before.kind == "number":
+        return [Token("letters", run, space)]
     if run in WORDS:
         return [Token("command", WORDS[run], space)]
     for name in ("arcsin", "arccos", "arctan", "sqrt", "sin", "cos", "tan", "ln", "log", "pi"):
@@ -304,6 +312,8 @@ def _text_tokens(inner: str, space: bool) -> list[Token]:
     if words.strip(" ,;.").casefold() in ("and", "or"):
         word = words.strip(" ,;.").casefold()
         return [Token(word, word, space)]
+    if words == "to":
+        return [Token("sign", ":", space)]
     runs = re.findall("[A-Za-z]+", words)
     clock = re.fullmatch(r"[AaPp]\.?\s?[Mm]\.?", words)
     if not clock and words != "min" and all(len(run) == 1 or run in WORDS for run in runs):

@@ -40,7 +40,7 @@ _NO_NOUNS = set(
     "less plus minus times negatives factorials wrongs is as its was has this yes does others "
     "squares cubes percents roots modulus radius focus logs sins cos tans bases powers guess".split()
 )
-_MONEY = {"$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
+_HARMLESS = {"total", "each", "old", "altogether", "away", "apart", "tall", "long", "wide"}
 
 
 class Tail(NamedTuple):
@@ -95,7 +95,7 @@ def read_tail(text: str, *, trusted: bool = False, one: bool = False) -> Tail | 
     unit: dict[str, int] = {}
     nouns: list[str] = []
     position, sign = 0, 1
-    text = text.strip(" .,;:()").replace("\\", "")
+    text = text.strip(" .,;:()").replace("\\", "").replace("cdot", " ")
     if not text:
         return None
     while position < len(text):
@@ -123,6 +123,8 @@ def read_tail(text: str, *, trusted: bool = False, one: bool = False) -> Tail | 
             factor /= _PARTS[singular]
         elif name is not None:
             unit[name] = unit.get(name, 0) + sign * exponent
+        elif folded in _HARMLESS and (unit or nouns or trusted or folded != "old"):
+            continue
         elif not word.isascii():
             rest = _cjk(word, unit, sign)
             if rest is None:
