@@ -87,7 +87,7 @@ _JOINT = re.compile(
     rf"(?:(?:\\text\s*\{{)?[^.!?\n\\=0-9]{{0,30}}\b(?:and|or)\b[\s}},]*{_SPACING})?"
     rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*={_SPACING})?"
 )
-_LONGEST_JOINT = 60
+_LONGEST_JOINT, _MOST_BOXES = 60, 100
 
 
 def unboxed(text: str) -> str:
@@ -99,19 +99,18 @@ def unboxed(text: str) -> str:
     start, stop = 0, len(text)
     while found := _boxes(text, closing, start, stop):
         group = [found[-1]]
-        while len(group) < len(found):
-            before, after = found[-len(group) - 1], group[0]
+        while len(group) < min(len(found), _MOST_BOXES):
+            before, after = found[-len(group) - 1], group[-1]
             between = text[before[2] + 1 : after[0]]
-            # Boxes on lines of their own are an answer and its repetition.
             if len(between) > _LONGEST_JOINT or not _JOINT.fullmatch(between):
                 break
+            # Boxes on lines of their own are an answer and its repetition.
             if "\n" in between and not re.search(r"[,;&\u3001]|\b(?:and|or)\b", between):
                 break
-            group.insert(0, before)
+            group.append(before)
         if len(group) > 1:
-            contents = [text[opening + 1 : end] for _, opening, end in group]
-            distinct = dict.fromkeys(part.strip() for part in contents)
-            return ", ".join(part if r"\boxed" not in part else unboxed(part) for part in distinct)
+            contents = [text[opening + 1 : end].strip() for _, opening, end in reversed(group)]
+            return ", ".join(dict.fromkeys(contents))
         start, stop = group[0][1] + 1, group[0][2]
     return text[start:stop]
 

@@ -22,6 +22,7 @@ __all__ = [
     "same_answer",
 ]
 
+_LONGEST = 8000  # characters of an answer that is read
 _SPACE_THAT_PARTS_NOTHING = re.compile(r"(?<![A-Za-z0-9.,])\s+|\s+(?![A-Za-z0-9.])")
 
 
@@ -35,6 +36,8 @@ def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
       UnreadableAnswer, UnreadableReference: no way to read one of the two.
     """
     reference, answer = unboxed(reference), unboxed(answer)
+    if len(answer) > max(_LONGEST, 2 * len(reference)):
+        raise UnreadableAnswer(f"the answer has {len(answer)} characters")
     if not tidy(reference):
         raise UnreadableReference("the reference answer is empty")
     if not tidy(answer):
@@ -97,13 +100,15 @@ def equivalent_key(extracted: str) -> str:
     process.
     """
     text = unboxed(extracted)
+    if len(text) > _LONGEST:
+        return "".join(text.replace("$", "").split())
     choice = read_choice(text, with_text=True)
     if choice is not None:
         return choice
     try:
         return key(read(text))
     except Unreadable:
-        return _text_key(text)
+        return _text_key(text).replace("\\$", "")
 
 
 def _check(options: RewardOptions) -> None:

@@ -219,7 +219,7 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
     if isinstance(reference, Labelled):
         if isinstance(answer, Relation):
             return same_relation(reference.relation, answer)
-        if isinstance(answer, Listing) and reference.label.startswith("("):
+        if isinstance(answer, Listing) and isinstance(reference.value, Group):
             return _same_listed(reference, answer)
         if isinstance(answer, Listing) and any(
             isinstance(each, Labelled) and each.label != reference.label for each in answer.items
@@ -242,7 +242,7 @@ def _same_listed(named: Labelled, listing: Listing) -> bool:
     """`(a,b) = (2,5)` and `a = 2, b = 5`."""
     names = named.label.strip("()").split(",")
     if not isinstance(named.value, Group) or len(names) != len(named.value.items):
-        return False
+        return named.droppable and same(named.value, listing)
     given = {each.label: each.value for each in listing.items if isinstance(each, Labelled)}
     if sorted(given) != sorted(names):
         return named.droppable and same(named.value, listing)

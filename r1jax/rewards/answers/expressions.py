@@ -60,7 +60,7 @@ def symbol(name: str) -> Expr:
 
 
 ZERO, ONE, MINUS_ONE = number(0), number(1), number(-1)
-PI, E, I = (Expr(name, key=name) for name in ("pi", "e", "i"))
+PI, E, IMAGINARY = (Expr(name, key=name) for name in ("pi", "e", "i"))
 INFINITY = Expr("infinity", key="infinity")
 
 
@@ -174,7 +174,7 @@ def power(base: Expr, exponent: Expr) -> Expr:
         if base.op == "number":
             return _rational_power(base.value, n)
         if base.op == "i" and n.denominator == 1:
-            return (ONE, I, MINUS_ONE, negative(I))[n.numerator % 4]
+            return (ONE, IMAGINARY, MINUS_ONE, negative(IMAGINARY))[n.numerator % 4]
         if base.op == "^" and base.args[1].op == "number" and n.denominator == 1:
             return power(base.args[0], number(base.args[1].value * n))
         if base.op == "*" and n.denominator == 1 and not base.huge:
@@ -204,7 +204,7 @@ def _rational_power(base: Fraction, n: Fraction) -> Expr:
         if n.denominator % 2:
             return multiply(MINUS_ONE if n.numerator % 2 else ONE, _rational_power(-base, n))
         if n.denominator == 2:
-            return multiply(power(I, number(n.numerator)), _rational_power(-base, n))
+            return multiply(power(IMAGINARY, number(n.numerator)), _rational_power(-base, n))
         return function("^", number(base), number(n))
     coefficient = Fraction(1)
     parts: list[Expr] = []

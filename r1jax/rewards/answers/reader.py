@@ -56,29 +56,9 @@ _WRAPPERS = set(
     "fbox underbrace".split()
 )
 _CURRENCIES = {"$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
-_MATRICES = {
-    "pmatrix",
-    "bmatrix",
-    "matrix",
-    "vmatrix",
-    "Vmatrix",
-    "Bmatrix",
-    "smallmatrix",
-    "array",
-}
-_ROWS = {
-    "cases",
-    "aligned",
-    "align",
-    "gathered",
-    "split",
-    "gather",
-    "dcases",
-    "rcases",
-    "alignedat",
-}
+_MATRICES = set("pmatrix bmatrix matrix vmatrix Vmatrix Bmatrix smallmatrix array".split())
+_ROWS = set("cases aligned align gathered split gather dcases rcases alignedat".split())
 _CLOSERS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": "}", "langle": ("rangle",)}
-_TRUTH = {"t", "f", "true", "false", "yes", "no", "y", "n"}
 
 
 @lru_cache(maxsize=512)
@@ -727,10 +707,15 @@ class _Reader:
                 raise Unreadable("an argument is missing")
             if sign and token.text in ("-", "+"):
                 self.position += 1
-                node = self.argument()
-                return _negated(node) if token.text == "-" else node
+                signed = self.argument()
+                return _negated(signed) if token.text == "-" else signed
             if token.text == "{" and token.kind == "sign":
                 return self.primary()
+            if token.kind in ("letters", "rest"):
+                if len(token.text) > 1:
+                    self._split(token)
+                self.position += 1
+                return _letter(token.text[0])
             if token.kind == "number" and digit and len(token.text) > 1:
                 self.tokens[self.position] = Token("number", token.text[1:])
                 return ex.number(int(token.text[0])) if token.text[0] != "." else self._bad_digit()
@@ -921,8 +906,7 @@ class _Reader:
             if name == "langle":
                 return self._group("langle")
             if name == "mathbb":
-                inner = self.argument()
-                letter = inner.key if isinstance(inner, Expr) else ""
+                letter = _expr(self.argument()).key
                 return sets.REALS if letter == "R" else ex.symbol(f"set {letter}")
             if name == "emptyset":
                 return sets.EMPTY
@@ -1048,7 +1032,7 @@ _NO_FACTORS |= {
     "because",
     "therefore",
 }
-_CONSTANTS = {"pi": ex.PI, "infty": ex.INFINITY, "imath": ex.I, "ldots": ex.symbol("...")}
+_CONSTANTS = {"pi": ex.PI, "infty": ex.INFINITY, "imath": ex.IMAGINARY, "ldots": ex.symbol("...")}
 _PLUS_MINUS = {"pm": ex.symbol("\\pm"), "mp": ex.multiply(ex.MINUS_ONE, ex.symbol("\\pm"))}
 _KNOWN_WORDS = set(
     "yes no none odd even true false undefined infinite empty never always not neither both "
@@ -1057,7 +1041,7 @@ _KNOWN_WORDS = set(
 
 
 def _letter(letter: str) -> Expr:
-    return {"e": ex.E, "i": ex.I}.get(letter) or ex.symbol(letter)
+    return {"e": ex.E, "i": ex.IMAGINARY}.get(letter) or ex.symbol(letter)
 
 
 def _expr(node: _Node) -> Expr:
@@ -1287,7 +1271,8 @@ def _listing(items: list[Value], joints: list[str]) -> Value:
             else:
                 blocks[-1][0].append(each)
                 blocks[-1][1].append(joint)
-        return Listing(tuple(_solution(*block) for block in blocks))
+        solutions = [_solution(*block) for block in blocks]
+        return _listing(solutions, ["or"] * (len(solutions) - 1))
     first = items[0]
     if isinstance(first, Labelled) and all(
         isinstance(each, Labelled) and each.label == first.label for each in items
@@ -1316,6 +1301,7 @@ def _listing(items: list[Value], joints: list[str]) -> Value:
         isinstance(first, Labelled)
         and len(unnamed) == len(items) - 1
         and not isinstance(first.value, Region | Listing)
+        and len(first.relation.sides) < 3
         and first.droppable
     ):
         return Labelled(
@@ -1390,11 +1376,8 @@ def _has_sign(value: Value) -> bool:
 def _with_sign(value: Value, sign: Expr) -> Value:
     if isinstance(value, Labelled):
         changed = _with_sign(value.value, sign)
-        return replace(
-            value,
-            value=changed,
-            relation=replace(value.relation, sides=(value.relation.sides[0], changed)),
-        )
+        relation = replace(value.relation, sides=(value.relation.sides[0], changed))
+        return replace(value, value=changed, relation=relation)
     return (
         replace(value, expr=_substituted(value.expr, sign)) if isinstance(value, Scalar) else value
     )
@@ -1501,7 +1484,11 @@ def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Val
     name = names[index]
     assert name is not None
     inside = sides[index]
-    if isinstance(inside, Scalar) and inside.expr.op == "abs" and inside.expr.args[0].op == "symbol":
+    if (
+        isinstance(inside, Scalar)
+        and inside.expr.op == "abs"
+        and inside.expr.args[0].op == "symbol"
+    ):
         half = sets.intersection(region, sets.interval(ex.ZERO, True, ex.INFINITY, False))
         region = sets.union([*half.pieces, *map(sets.mirrored, half.pieces)])
         name = (inside.expr.args[0].key, True)

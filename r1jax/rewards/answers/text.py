@@ -24,27 +24,31 @@ class TooLarge(Unreadable):
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
-_GREEK = (
-    "α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu "
-    "ν nu ξ xi π pi ρ rho σ sigma τ tau φ phi ϕ phi χ chi ψ psi ω omega Γ Gamma Δ Delta "
-    "Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi Ω Omega"
-).split()
-_SIGNS = (
-    "− - – - ‐ - ‑ - × \\times · \\cdot ⋅ \\cdot ∙ \\cdot ∗ * ÷ / ⁄ / ∕ / ± \\pm ∓ \\mp ≤ \\le "
-    "≥ \\ge ⩽ \\le ⩾ \\ge ≦ \\le ≧ \\ge ≠ \\ne ≈ \\approx ≡ \\equiv ∈ \\in ∉ \\notin ∪ \\cup "
-    "∩ \\cap ∖ \\setminus ∅ \\emptyset ∞ \\infty ℝ \\mathbb{R} ℤ \\mathbb{Z} ℕ \\mathbb{N} "
-    "ℚ \\mathbb{Q} ℂ \\mathbb{C} ° ^\\circ ′ ' ’ ' ″ '' ∠ \\angle △ \\triangle ∣ | ⟨ \\langle "
-    "⟩ \\rangle 〈 \\langle 〉 \\rangle ⌊ \\lfloor ⌋ \\rfloor ⌈ \\lceil ⌉ \\rceil … \\ldots ⋯ \\ldots "
-    "→ \\to ¬ \\neg 、 \\listsep 。 . ， , ； ; ： : 【 [ 】 ] ％ % ＄ \\$ ￥ ¥ 或 \\text{or} "
-    "和 \\text{and} 且 \\text{and}"
-).split()
+
+
+def _pairs(text: str) -> dict[str, str]:
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+_GREEK = _pairs(
+    r"α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ "
+    r"lambda μ mu ν nu ξ xi π pi ρ rho σ sigma τ tau φ phi ϕ phi χ chi ψ psi ω omega Γ "
+    r"Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi Ω Omega"
+)
+_SIGNS = _pairs(
+    r"− - – - ‐ - ‑ - × \times · \cdot ⋅ \cdot ∙ \cdot ∗ * ÷ / ⁄ / ∕ / ± \pm ∓ \mp ≤ \le ≥ "
+    r"\ge ⩽ \le ⩾ \ge ≦ \le ≧ \ge ≠ \ne ≈ \approx ≡ \equiv ∈ \in ∉ \notin ∪ \cup ∩ \cap ∖ "
+    r"\setminus ∅ \emptyset ∞ \infty ℝ \mathbb{R} ℤ \mathbb{Z} ℕ \mathbb{N} ℚ \mathbb{Q} ℂ "
+    r"\mathbb{C} ° ^\circ ′ ' ’ ' ″ '' ∠ \angle △ \triangle ∣ | ⟨ \langle ⟩ \rangle 〈 "
+    r"\langle 〉 \rangle ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil … \ldots ⋯ \ldots → \to ¬ "
+    r"\neg 、 \listsep 。 . ， , ； ; ： : 【 [ 】 ] ％ % ＄ \$ ￥ ¥ 或 \text{or} 和 \text{and} 且 "
+    r"\text{and}"
+)
 _TABLE = str.maketrans(
     {
-        **{sign: f"\\{name} " for sign, name in zip(_GREEK[::2], _GREEK[1::2], strict=True)},
-        **{
-            sign: f"{new} " if new[-1:].isalpha() else new
-            for sign, new in zip(_SIGNS[::2], _SIGNS[1::2], strict=True)
-        },
+        **{sign: f"\\{name} " for sign, name in _GREEK.items()},
+        **{sign: f"{new} " if new[-1:].isalpha() else new for sign, new in _SIGNS.items()},
         **dict.fromkeys("\u00a0\u202f\u2009\u3000\t\r", " "),
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad"),
     }
@@ -172,18 +176,17 @@ class Token(NamedTuple):
     space: bool = False  # white space before it
 
 
-WORDS = {
-    **{name: name for name in ("pi", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "lg")},
-    **{name: name for name in ("sqrt", "exp", "infty", "sinh", "cosh", "tanh", "binom", "gcd")},
-    **{name: name for name in ("lcm", "max", "min", "arcsin", "arccos", "arctan", "theta", "mod")},
-    **{name: name for name in ("alpha", "beta", "gamma", "lambda", "omega", "sigma", "phi")},
-    **{"oo": "infty", "inf": "infty", "infinity": "infty", "asin": "arcsin", "acos": "arccos"},
-    **{"atan": "arctan", "cbrt": "cbrt", "abs": "abs", "floor": "floor", "ceil": "ceil"},
-    **{"union": "cup", "cup": "cup", "Infinity": "infty"},
-}
-_NUMBER = r"(?:[0-9]+(?:,[0-9]{3})*(?![0-9])|[0-9]+)?\.?[0-9]*"
+WORDS = _pairs(
+    "pi pi sin sin cos cos tan tan cot cot sec sec csc csc ln ln log log lg lg sqrt sqrt exp exp "
+    "infty infty sinh sinh cosh cosh tanh tanh binom binom gcd gcd lcm lcm max max min min arcsin "
+    "arcsin arccos arccos arctan arctan theta theta mod mod alpha alpha beta beta gamma gamma "
+    "lambda lambda omega omega sigma sigma phi phi oo infty inf infty infinity infty asin arcsin "
+    "acos arccos atan arctan cbrt cbrt abs abs floor floor ceil ceil union cup cup cup Infinity "
+    "infty"
+)
 _TOKEN = re.compile(
-    rf"(?P<space>\s+)|(?P<skip>\\[,;:!>\s]|\\q?quad|\\thinspace(?![A-Za-z])|~)|(?P<row>\\\\(?:\[[^\]]*\])?)"
+    r"(?P<space>\s+)|(?P<skip>\\[,;:!>\s]|\\q?quad|\\thinspace(?![A-Za-z])|~)"
+    r"|(?P<row>\\\\(?:\[[^\]]*\])?)"
     r"|\\(?P<words>text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|it|sf)|[mh]box|operatorname\*?)\s*(?=\{)"
     r"|\\(?P<env>begin|end)\s*\{(?P<name>[A-Za-z]+\*?)\}"
     r"|\\(?P<command>[A-Za-z]+|[^A-Za-z])|(?P<letters>[A-Za-z]+)"
@@ -191,38 +194,15 @@ _TOKEN = re.compile(
     r"|(?P<cjk>[\u3040-\u9fff]+)|(?P<sign>\*\*|<=|>=|!=|==|->|:=|\+-|\.\.\.|.)",
     re.DOTALL,
 )
-_SAME = {
-    **{"dfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "geq": "ge", "lt": "<"},
-    **{"leqslant": "le", "geqslant": "ge", "gt": ">", "neq": "ne", "lbrace": "{", "rbrace": "}"},
-    **{"varnothing": "emptyset", "tbinom": "binom", "dbinom": "binom", "operatorname": "text"},
-    **{"cdots": "ldots", "dots": "ldots", "varphi": "phi", "varepsilon": "epsilon", "lvert": "|"},
-    **{
-        "rvert": "|",
-        "vert": "|",
-        "lbrack": "[",
-        "rbrack": "]",
-        "degree": "circ",
-        "simeq": "approx",
-    },
-    **{"thickapprox": "approx", "backslash": "setminus", "smallsetminus": "setminus", "tg": "tan"},
-    **{
-        "ctg": "cot",
-        "cosec": "csc",
-        "arctg": "arctan",
-        "bmod": "mod",
-        "star": "cdot",
-        "ast": "cdot",
-    },
-    **{"colon": ":", "lor": "or", "land": "and", "vee": "or", "wedge": "and", "div": "/"},
-    **{
-        "land": "and",
-        "mid": "|",
-        "prime": "'",
-        "infin": "infty",
-        "lang": "langle",
-        "rang": "rangle",
-    },
-}
+_SAME = _pairs(
+    "dfrac frac nicefrac frac sfrac frac tfrac frac cfrac frac leq le geq ge lt < leqslant le "
+    "geqslant ge gt > neq ne lbrace { rbrace } varnothing emptyset tbinom binom dbinom binom "
+    "operatorname text cdots ldots dots ldots varphi phi varepsilon epsilon lvert | rvert | vert "
+    "| lbrack [ rbrack ] degree circ simeq approx thickapprox approx backslash setminus "
+    "smallsetminus setminus tg tan ctg cot cosec csc arctg arctan bmod mod star cdot ast cdot "
+    "colon : lor or land and vee or wedge and div / mid | prime ' infin infty lang langle rang "
+    "rangle"
+)
 _SIGN_NAMES = {"<=": "le", ">=": "ge", "!=": "ne", "+-": "pm", "...": "ldots", "->": "to"}
 MAX_TOKENS = 1500
 

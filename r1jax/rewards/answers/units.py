@@ -10,15 +10,17 @@ Unit = tuple[tuple[str, int], ...]
 """(name, power), sorted: `m/s` is (("m", 1), ("s", -1))."""
 
 _NAMES = """
-m meter metre 米|cm centimeter centimetre 厘米|mm millimeter millimetre 毫米|km kilometer kilometre 千米 公里
-dm decimeter 分米|nm nanometer|um micrometer micron|in inch inches|ft foot feet|yd yard|mi mile
-s sec second 秒|min minute mins 分钟|h hr hour 小时|ms millisecond|day 天|week 周|month 个月|yr year 年 岁
-g gram gramme 克|kg kilogram kilo 千克 公斤|mg milligram 毫克|t ton tonne 吨|lb lbs pound|oz ounce
-L l liter litre 升|mL ml milliliter millilitre 毫升|gal gallon|qt quart|pint|cup|acre|hectare
-$ dollar usd buck 美元|cent ¢|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee inr|角|jiao
-deg degree ° 度|rad radian|K kelvin|C celsius|F fahrenheit|mol mole|N newton|J joule|kJ kilojoule|W watt
-kW kilowatt|V volt|A amp ampere|Hz hertz|Pa pascal|kPa|eV|MeV|GeV|cal calorie|kcal|T tesla|Ohm ohm
-unit 单位|mph|kph|rpm|point pt|pm p.m. p.m|am a.m. a.m|bit|byte|people person 人|child children|man men|woman women
+m meter metre 米|cm centimeter centimetre 厘米|mm millimeter millimetre 毫米
+km kilometer kilometre 千米 公里|dm decimeter 分米|nm nanometer|um micrometer micron
+in inch inches|ft foot feet|yd yard|mi mile|s sec second 秒|min minute mins 分钟
+h hr hour 小时|ms millisecond|day 天|week 周|month 个月|yr year 年 岁|g gram gramme 克
+kg kilogram kilo 千克 公斤|mg milligram 毫克|t ton tonne 吨|lb lbs pound|oz ounce
+L l liter litre 升|mL ml milliliter millilitre 毫升|gal gallon|qt quart|pint|cup|acre
+hectare|$ dollar usd buck 美元|cent ¢|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee inr|角
+jiao|deg degree ° 度|rad radian|K kelvin|C celsius|F fahrenheit|mol mole|N newton
+J joule|kJ kilojoule|W watt|kW kilowatt|V volt|A amp ampere|Hz hertz|Pa pascal|kPa|eV
+MeV|GeV|cal calorie|kcal|T tesla|Ohm ohm|unit 单位|mph|kph|rpm|point pt|pm p.m. p.m
+am a.m. a.m|bit|byte|people person 人|child children|man men|woman women
 """
 UNITS: dict[str, str] = {
     name: line.split()[0] for line in _NAMES.replace("\n", "|").split("|") for name in line.split()
@@ -38,7 +40,7 @@ _COUNTERS = set(
 # No things: a number with one of these is another value, or no value.
 _NO_NOUNS = set(
     "less plus minus times negatives factorials wrongs is as its was has this yes does others "
-    "squares cubes percents roots modulus radius focus logs sins cos tans bases powers guess".split()
+    "squares cubes percents roots modulus radius focus logs sins cos tans bases powers".split()
 )
 _HARMLESS = {"total", "each", "old", "altogether", "away", "apart", "tall", "long", "wide"}
 
