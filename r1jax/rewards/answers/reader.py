@@ -7,17 +7,37 @@ side is a set operation on sums; then products, powers and what a number or brac
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import TypeAlias, TypeGuard
 
 from r1jax.rewards.answers import expressions as ex
 from r1jax.rewards.answers import sets, units
+from r1jax.rewards.answers.arithmetic import (
+    Node,
+    added,
+    application,
+    apply,
+    as_expr,
+    determinant,
+    letter_symbol,
+    matrix_power,
+    multiplied,
+    negated,
+    rounded,
+)
 from r1jax.rewards.answers.expressions import Expr
-from r1jax.rewards.answers.numeric import Undefined, closed_equal, evaluate
+from r1jax.rewards.answers.forms import (
+    both_signs,
+    chain,
+    is_set,
+    listing,
+    set_of,
+    set_operation,
+)
+from r1jax.rewards.answers.numeric import Undefined
 from r1jax.rewards.answers.text import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
 from r1jax.rewards.answers.values import (
     Based,
@@ -28,7 +48,6 @@ from r1jax.rewards.answers.values import (
     Listing,
     Matrix,
     Operation,
-    Region,
     Relation,
     Residue,
     Scalar,
@@ -38,7 +57,6 @@ from r1jax.rewards.answers.values import (
 
 MAX_DEPTH = 40
 
-_Node: TypeAlias = Expr | Value
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in"}
 _RELATIONS |= {"approx": "~", "sim": "~", "equiv": "mod", "notin": "notin", "subset": "subset"}
 _RELATIONS |= {"cong": "cong", "parallel": "parallel", "perp": "perp", "to": "to", "iff": "iff"}
@@ -186,7 +204,7 @@ class _Reader:
         items, joints = self.items(())
         if self.position < len(self.tokens):
             raise Unreadable(f"{self.tokens[self.position].text!r} is not understood")
-        value = _listing(*_both_signs(items, joints))
+        value = listing(*both_signs(items, joints))
         return _loose_reading(self.tokens, value)
 
     def items(self, closers: Sequence[str]) -> tuple[list[Value], list[str]]:
@@ -242,16 +260,16 @@ class _Reader:
             signs, spans = ["="], [spans[0], spans[-1]]
         if not signs:
             return sides[0]
-        return _chain(sides, signs, [self.name(*span) for span in spans])
+        return chain(sides, signs, [self.name(*span) for span in spans])
 
     def modulus(self) -> Expr | None:
         if self.take("pmod"):
-            return _expr(self.argument())
+            return as_expr(self.argument())
         bracket = self.next_is("(") and self.next_is("mod", ahead=1)
         if bracket:
             self.position += 1
         if self.take("mod"):
-            modulus = _expr(self.sum())
+            modulus = as_expr(self.sum())
             if bracket:
                 self.expect(")")
             return modulus
@@ -298,14 +316,14 @@ class _Reader:
             return value
         value = self.set_term()
         while (token := self.peek()) is not None and token.kind in ("command", "letters"):
-            name = "cup" if token.text == "U" and _is_set(value) and token.space else token.text
+            name = "cup" if token.text == "U" and is_set(value) and token.space else token.text
             if name not in ("cup", "cap", "setminus"):
                 break
             self.position += 1
             parts = [value, self.set_term()]
             while self.take(name):  # all at once: each union sorts
                 parts.append(self.set_term())
-            value = _set_operation(name, parts)
+            value = set_operation(name, parts)
         if not self.next_is(":", "@"):
             return value
         items = [value]
@@ -353,7 +371,7 @@ class _Reader:
             return Words(joined)
         if len(bare) > 1 and bare.isalpha():
             self.position = end
-            product = ex.multiply(*(_letter(each) for each in bare))
+            product = ex.multiply(*(letter_symbol(each) for each in bare))
             return Scalar(product, letters=bare)
         return None
 
@@ -476,9 +494,9 @@ class _Reader:
 
     # -- arithmetic
 
-    def sum(self) -> _Node:
+    def sum(self) -> Node:
         with self.nested():
-            total: _Node | None = None
+            total: Node | None = None
             while total is None or self.next_is("+", "-", "pm", "mp"):
                 sign = ""
                 while self.next_is("+", "-", "pm", "mp"):
@@ -488,35 +506,35 @@ class _Reader:
                         raise Unreadable("a plus behind a sign")
                     sign = new if new in ("pm", "mp") or not sign else "" if sign == new else "-"
                 term = self.product()
-                if sign == "-" and total is not None and _is_set(total):
+                if sign == "-" and total is not None and is_set(total):
                     other = Scalar(term) if isinstance(term, Expr) else term
-                    total = _set_operation("setminus", [total, other])
+                    total = set_operation("setminus", [total, other])
                     continue
                 if sign == "-":
-                    term = _negated(term)
+                    term = negated(term)
                 elif sign in ("pm", "mp"):
                     # A factor that is 1 and -1 in turn at the end of the part.
-                    term = ex.multiply(_PLUS_MINUS[sign], _expr(term))
-                total = term if total is None else _added(total, term)
+                    term = ex.multiply(_PLUS_MINUS[sign], as_expr(term))
+                total = term if total is None else added(total, term)
             if self.take("over"):
-                return ex.divide(_expr(total), _expr(self.sum()))
+                return ex.divide(as_expr(total), as_expr(self.sum()))
             if self.take("choose"):
-                return ex.binomial(_expr(total), _expr(self.sum()))
+                return ex.binomial(as_expr(total), as_expr(self.sum()))
             return total
 
-    def product(self) -> _Node:
+    def product(self) -> Node:
         node = self.factor()
         while (token := self.peek()) is not None:
             if token.text in ("*", "cdot", "times") and token.kind in ("sign", "command"):
                 self.position += 1
-                node = _multiplied(node, self.signed_factor())
+                node = multiplied(node, self.signed_factor())
             elif token.text == "/" and token.kind == "sign":
                 self.position += 1
-                divisor = _expr(self.signed_factor())
-                node = _multiplied(node, ex.power(divisor, ex.MINUS_ONE))
+                divisor = as_expr(self.signed_factor())
+                node = multiplied(node, ex.power(divisor, ex.MINUS_ONE))
             elif token.text == "%" and not self._percent_ends():
                 self.position += 1
-                node = _multiplied(node, ex.number(Fraction(1, 100)))
+                node = multiplied(node, ex.number(Fraction(1, 100)))
             elif self._starts_factor(token):
                 node = self._implicit(node)
             else:
@@ -526,17 +544,17 @@ class _Reader:
     def _percent_ends(self) -> bool:
         return self.position + 1 >= len(self.tokens) or self._ends(self.position + 1)
 
-    def _implicit(self, node: _Node) -> _Node:
+    def _implicit(self, node: Node) -> Node:
         before = self.tokens[self.position - 1]
         token = self.tokens[self.position]
         if token.kind == "number" and before.kind == "number":
             if not self._mixed_follows():
                 raise Unreadable("two numbers without a sign between them")
             whole = self._integer(before)
-            fraction = _expr(self.factor())
+            fraction = as_expr(self.factor())
             self.expect("/")
-            fraction = ex.divide(fraction, _expr(self.factor()))
-            return ex.add(_expr(node), fraction) if whole is not None else node
+            fraction = ex.divide(fraction, as_expr(self.factor()))
+            return ex.add(as_expr(node), fraction) if whole is not None else node
         mixed = (
             before.kind == "number"
             and token.text == "frac"
@@ -553,20 +571,20 @@ class _Reader:
             and following.op == "number"
             and following.value > 0
         ):
-            return ex.add(_expr(node), following)
+            return ex.add(as_expr(node), following)
         if isinstance(node, Expr) and token.text == "(" and before.kind in ("letters", "rest"):
             if before.text.isupper() and isinstance(following, Group) and node.op == "symbol":
                 if self.peek() is None or self._ends(self.position):  # a point `P(1, 2)`
                     return Labelled(before.text, following, True, Relation((), ("listing",)))
-            applied = _applied(before.text, following)
-            if applied:
+            name = application(before.text, following)
+            if name:
                 factors = node.args if node.op == "*" else (node,)
                 others = [each for each in factors if each.key != before.text]
-                return ex.multiply(*others, ex.symbol(applied))
+                return ex.multiply(*others, ex.symbol(name))
             if not isinstance(following, Expr | Scalar | Matrix):  # `P(X = 5)`
                 inner = "".join(each.text for each in self.tokens[at : self.position])
                 return ex.symbol(f"{node.key}{inner}")
-        return _multiplied(node, following)
+        return multiplied(node, following)
 
     def _integer(self, token: Token) -> int | None:
         return int(token.text) if token.kind == "number" and token.text.isdigit() else None
@@ -603,15 +621,15 @@ class _Reader:
             return token.text in ("{", "[", "\\{")
         return False
 
-    def signed_factor(self) -> _Node:
+    def signed_factor(self) -> Node:
         sign = 1
         while self.next_is("+", "-"):
             sign = -sign if self.tokens[self.position].text == "-" else sign
             self.position += 1
         factor = self.factor()
-        return factor if sign > 0 else _negated(factor)
+        return factor if sign > 0 else negated(factor)
 
-    def factor(self) -> _Node:
+    def factor(self) -> Node:
         """What a number, name or bracket starts, with powers, factorials and subscripts."""
         with self.nested():
             node = self.primary()
@@ -622,12 +640,12 @@ class _Reader:
                         count += 1
                     if count > 2:
                         raise TooLarge("a factorial of a factorial")
-                    node = ex.factorial(_expr(node), count)
+                    node = ex.factorial(as_expr(node), count)
                 elif self._degree():
                     at = self.position
                     self._skip_degree()
                     if self.in_function:
-                        node = ex.multiply(_expr(node), ex.PI, ex.number(Fraction(1, 180)))
+                        node = ex.multiply(as_expr(node), ex.PI, ex.number(Fraction(1, 180)))
                     elif self.peek() is None or self._ends(self.position):
                         self.position = at
                         return node
@@ -648,7 +666,7 @@ class _Reader:
         if braces:
             self.expect("}")
 
-    def _raised(self, node: _Node) -> _Node:
+    def _raised(self, node: Node) -> Node:
         braces = self.next_is("{") and self.next_is("'", ahead=1)
         if braces or self.next_is("'"):
             self.position += braces
@@ -657,9 +675,9 @@ class _Reader:
                 primes += 1
             if braces:
                 self.expect("}")
-            return ex.symbol(_expr(node).key + "'" * primes)
+            return ex.symbol(as_expr(node).key + "'" * primes)
         if isinstance(node, Matrix):
-            return _matrix_power(node, self.argument(sign=True))
+            return matrix_power(node, self.argument(sign=True))
         exponent = self.argument(sign=True)
         if (
             isinstance(exponent, Expr)
@@ -667,9 +685,9 @@ class _Reader:
             and not isinstance(node, Expr)
         ):
             return Operation("^", (node, Scalar(exponent)))
-        return ex.power(_expr(node), _expr(exponent))
+        return ex.power(as_expr(node), as_expr(exponent))
 
-    def _subscripted(self, node: _Node) -> _Node:
+    def _subscripted(self, node: Node) -> Node:
         self.expect("_")
         start = self.position
         if self.take("{"):
@@ -688,7 +706,7 @@ class _Reader:
                 self._split(token)
             self.position += 1
         inner = "".join(each.text for each in self.tokens[start : self.position])
-        expr = _expr(node)
+        expr = as_expr(node)
         if expr.op == "number" or expr.op not in ("symbol", "i", "e"):
             raise Unreadable("a subscript of a number")
         return ex.symbol(f"{expr.key}_{inner.strip('{}')}")
@@ -699,7 +717,7 @@ class _Reader:
         self.tokens.insert(self.position + 1, Token("rest", token.text[1:]))
         self._bracket_of.insert(self.position, self._bracket_of[self.position])
 
-    def argument(self, *, sign: bool = False, digit: bool = False) -> _Node:
+    def argument(self, *, sign: bool = False, digit: bool = False) -> Node:
         r"""The argument of a command: a group, or one token; `\frac12` has one digit each."""
         with self.nested():
             token = self.peek()
@@ -708,14 +726,14 @@ class _Reader:
             if sign and token.text in ("-", "+"):
                 self.position += 1
                 signed = self.argument()
-                return _negated(signed) if token.text == "-" else signed
+                return negated(signed) if token.text == "-" else signed
             if token.text == "{" and token.kind == "sign":
                 return self.primary()
             if token.kind in ("letters", "rest"):
                 if len(token.text) > 1:
                     self._split(token)
                 self.position += 1
-                return _letter(token.text[0])
+                return letter_symbol(token.text[0])
             if token.kind == "number" and digit and len(token.text) > 1:
                 self.tokens[self.position] = Token("number", token.text[1:])
                 return ex.number(int(token.text[0])) if token.text[0] != "." else self._bad_digit()
@@ -726,7 +744,7 @@ class _Reader:
 
     # -- primaries
 
-    def primary(self) -> _Node:
+    def primary(self) -> Node:
         token = self.peek()
         if token is None:
             raise Unreadable("it ends too early")
@@ -820,9 +838,9 @@ class _Reader:
         ):
             self.position += 1
             return ex.symbol(f"{letter}_{follower.text}")
-        return _letter(letter)
+        return letter_symbol(letter)
 
-    def _group(self, opening: str) -> _Node:
+    def _group(self, opening: str) -> Node:
         with self.nested():
             bars, self.bars = self.bars, 0
             inside, self.in_function = self.in_function, self.in_function if opening in "({[" else 0
@@ -836,9 +854,9 @@ class _Reader:
             self.brackets -= opening != "{"
             closing = token.text if token is not None else ""
             if len(items) > 1 or opening == "\\{":
-                items, joints = _both_signs(items, joints)
+                items, joints = both_signs(items, joints)
             if opening == "\\{":
-                return _set(items, joints)
+                return set_of(items, joints)
             if opening == "langle":
                 return Group("()", tuple(items))
             if opening == "{" and len(items) != 1:
@@ -875,45 +893,45 @@ class _Reader:
             self.expect("|")
             self.bars -= 1
             if isinstance(node, Matrix):
-                return _determinant(node)
-            return ex.function("abs", _expr(node))
+                return determinant(node)
+            return ex.function("abs", as_expr(node))
 
-    def _command(self, name: str) -> _Node:
+    def _command(self, name: str) -> Node:
         with self.nested():
             if name == "frac":
                 top = self.argument(sign=False, digit=True)
                 bottom = self.argument(digit=True)
-                return _multiplied(top, ex.power(_expr(bottom), ex.MINUS_ONE))
+                return multiplied(top, ex.power(as_expr(bottom), ex.MINUS_ONE))
             if name in ("sqrt", "cbrt"):
                 degree = ex.number(3 if name == "cbrt" else 2)
                 if self.take("["):
-                    degree = _expr(self.sum())
+                    degree = as_expr(self.sum())
                     self.expect("]")
-                radicand = _expr(self.argument() if not self.next_is("(") else self.primary())
+                radicand = as_expr(self.argument() if not self.next_is("(") else self.primary())
                 return ex.power(radicand, ex.power(degree, ex.MINUS_ONE))
             if name == "binom":
                 return ex.binomial(
-                    _expr(self.argument(digit=True)), _expr(self.argument(digit=True))
+                    as_expr(self.argument(digit=True)), as_expr(self.argument(digit=True))
                 )
             if name in _CONSTANTS:
                 return _CONSTANTS[name]
             if name in _FUNCTIONS:
                 return self._function(name)
             if name in ("lfloor", "lceil"):
-                inner = _expr(self.sum())
+                inner = as_expr(self.sum())
                 self.expect("rfloor" if name == "lfloor" else "rceil")
-                return _rounded("floor" if name == "lfloor" else "ceil", inner)
+                return rounded("floor" if name == "lfloor" else "ceil", inner)
             if name == "langle":
                 return self._group("langle")
             if name == "mathbb":
-                letter = _expr(self.argument()).key
+                letter = as_expr(self.argument()).key
                 return sets.REALS if letter == "R" else ex.symbol(f"set {letter}")
             if name == "emptyset":
                 return sets.EMPTY
             if name in _WRAPPERS:
                 return self.argument()
             if name in _ACCENTS:
-                inner = _expr(self.argument())
+                inner = as_expr(self.argument())
                 if name == "underline" and inner.op == "number":
                     return inner
                 return ex.symbol(f"{name} {inner.key}")
@@ -933,15 +951,15 @@ class _Reader:
             base: Expr | None = None
             for _ in range(2):
                 if self.take("^"):
-                    exponent = _expr(self.argument(sign=True))
+                    exponent = as_expr(self.argument(sign=True))
                 elif self.take("_"):
-                    base = _expr(self.argument())
+                    base = as_expr(self.argument())
             self.in_function += name not in ("ln", "log", "exp")
             args = self._arguments()
             self.in_function -= name not in ("ln", "log", "exp")
             if exponent is not None and exponent.key == "-1" and f"arc{name}" in _FUNCTIONS:
                 return ex.function(f"arc{name}", *args)
-            value = _apply(name, args, base)
+            value = apply(name, args, base)
             return value if exponent is None else ex.power(value, exponent)
 
     def _arguments(self) -> list[Expr]:
@@ -949,11 +967,11 @@ class _Reader:
         if self.next_is("(", "{", "["):
             node = self.primary()
             if isinstance(node, Group):
-                return [_expr(each) for each in node.items]
+                return [as_expr(each) for each in node.items]
             if not self._degree():
-                return [_expr(node)]
+                return [as_expr(node)]
             self._skip_degree()
-            return [ex.multiply(_expr(node), ex.PI, ex.number(Fraction(1, 180)))]
+            return [ex.multiply(as_expr(node), ex.PI, ex.number(Fraction(1, 180)))]
         negative = self.take("-")
         node = self.factor()
         while (token := self.peek()) is not None and (
@@ -961,12 +979,12 @@ class _Reader:
             or token.text == "/"
         ):
             if self.take("/"):
-                node = ex.divide(_expr(node), _expr(self.factor()))
+                node = ex.divide(as_expr(node), as_expr(self.factor()))
             else:
                 node = self._implicit(node)
-        return [ex.negative(_expr(node)) if negative else _expr(node)]
+        return [ex.negative(as_expr(node)) if negative else as_expr(node)]
 
-    def _environment(self, name: str) -> _Node:
+    def _environment(self, name: str) -> Node:
         with self.nested():
             if name.rstrip("*") not in _MATRICES | _ROWS:
                 raise Unreadable(f"an environment {name}")
@@ -991,11 +1009,11 @@ class _Reader:
                 raise Unreadable("an empty environment")
             if name.rstrip("*") in _ROWS:
                 cells = [row[0] if len(row) == 1 else Operation("case", row) for row in kept]
-                return _listing(cells, ["and"] * (len(cells) - 1))
+                return listing(cells, ["and"] * (len(cells) - 1))
             if len({len(row) for row in kept}) > 1:
                 raise Unreadable("a matrix with rows of several lengths")
             matrix = Matrix(tuple(kept))
-            return _determinant(matrix) if name == "vmatrix" else matrix
+            return determinant(matrix) if name == "vmatrix" else matrix
 
     def next_is_end(self, name: str) -> bool:
         token = self.peek()
@@ -1040,286 +1058,6 @@ _KNOWN_WORDS = set(
 )
 
 
-def _letter(letter: str) -> Expr:
-    return {"e": ex.E, "i": ex.IMAGINARY}.get(letter) or ex.symbol(letter)
-
-
-def _expr(node: _Node) -> Expr:
-    """The expression of a node.
-
-    Raises:
-      Unreadable: it is another kind of value.
-    """
-    if isinstance(node, Expr):
-        return node
-    if isinstance(node, Scalar):
-        return ex.multiply(node.expr, ex.number(Fraction(1, 100))) if node.percent else node.expr
-    raise Unreadable(f"arithmetic with a {type(node).__name__}")
-
-
-def _applied(name: str, argument: _Node) -> str:
-    """The symbol that stands for `f(x)`, `g(1, 2)` or `I(0)`; empty if it is a product."""
-    if isinstance(argument, Group) and all(isinstance(each, Scalar) for each in argument.items):
-        return f"{name}({','.join(_expr(each).key for each in argument.items)})"
-    if isinstance(argument, Expr) and (name in ("f", "g", "h") or argument.key == "0"):
-        return f"{name}({argument.key})"
-    return ""
-
-
-def _negated(node: _Node) -> _Node:
-    return _multiplied(ex.MINUS_ONE, node)
-
-
-def _entrywise(matrix: Matrix, change: Callable[[Expr], Expr]) -> Matrix:
-    return Matrix(tuple(tuple(Scalar(change(_expr(each))) for each in row) for row in matrix.rows))
-
-
-def _multiplied(one: _Node, other: _Node) -> _Node:
-    if isinstance(one, Matrix) and isinstance(other, Matrix):
-        if len(one.rows[0]) != len(other.rows) or len(one.rows) * len(other.rows[0]) > 36:
-            return Operation("*", (one, other))
-        columns = list(zip(*other.rows, strict=True))
-        return Matrix(
-            tuple(
-                tuple(
-                    Scalar(
-                        ex.add(
-                            *(
-                                ex.multiply(_expr(a), _expr(b))
-                                for a, b in zip(row, column, strict=True)
-                            )
-                        )
-                    )
-                    for column in columns
-                )
-                for row in one.rows
-            )
-        )
-    if isinstance(other, Matrix):
-        one, other = other, one
-    if isinstance(one, Matrix):
-        if not isinstance(other, Expr | Scalar):
-            return Operation("*", (one, other))
-        factor = _expr(other)
-        return _entrywise(one, lambda each: ex.multiply(factor, each))
-    for group, factor_node in ((one, other), (other, one)):
-        if isinstance(group, Group) and group.brackets == "()" and isinstance(factor_node, Expr):
-            return Group(
-                "()", tuple(Scalar(ex.multiply(factor_node, _expr(x))) for x in group.items)
-            )
-    if isinstance(one, Expr) and one.op == "symbol" and isinstance(other, Group | Region):
-        return Operation("*", (Scalar(one), other))  # such as a union over an index
-    return ex.multiply(_expr(one), _expr(other))
-
-
-def _added(one: _Node, other: _Node) -> _Node:
-    if isinstance(one, Matrix) and isinstance(other, Matrix):
-        if [len(row) for row in one.rows] != [len(row) for row in other.rows]:
-            raise Unreadable("a sum of matrices of several shapes")
-        return Matrix(
-            tuple(
-                tuple(Scalar(ex.add(_expr(a), _expr(b))) for a, b in zip(row, others, strict=True))
-                for row, others in zip(one.rows, other.rows, strict=True)
-            )
-        )
-    return ex.add(_expr(one), _expr(other))
-
-
-def _matrix_power(matrix: Matrix, exponent: _Node) -> _Node:
-    key = _expr(exponent).key
-    if key in ("T", "\\top", "\\intercal"):
-        return Matrix(tuple(zip(*matrix.rows, strict=True)))
-    if not key.isdigit() or not 1 <= int(key) <= 8:
-        return Operation("^", (matrix, Scalar(_expr(exponent))))
-    result: _Node = matrix
-    for _ in range(int(key) - 1):
-        result = _multiplied(result, matrix)
-    return result
-
-
-def _determinant(matrix: Matrix) -> Expr:
-    entries = [[_expr(each) for each in row] for row in matrix.rows]
-    if len(entries) != len(entries[0]) or len(entries) > 5:
-        raise Unreadable("a determinant of a matrix that is not square, or large")
-
-    def minor(rows: list[list[Expr]]) -> Expr:
-        if len(rows) == 1:
-            return rows[0][0]
-        return ex.add(
-            *(
-                ex.multiply(
-                    ex.number((-1) ** column),
-                    each,
-                    minor([row[:column] + row[column + 1 :] for row in rows[1:]]),
-                )
-                for column, each in enumerate(rows[0])
-            )
-        )
-
-    return minor(entries)
-
-
-def _rounded(name: str, inner: Expr) -> Expr:
-    if inner.op == "number":
-        floor = inner.value.numerator // inner.value.denominator
-        return ex.number(floor if name == "floor" else floor + (inner.value != floor))
-    return ex.function(name, inner)
-
-
-def _apply(name: str, args: list[Expr], base: Expr | None) -> Expr:
-    if not args:
-        raise Unreadable(f"{name} of nothing")
-    x = args[0]
-    if name in ("ln", "lg"):
-        return _logarithm(x, ex.E if name == "ln" else ex.number(10))
-    if name == "log":
-        return ex.function("log", x) if base is None else _logarithm(x, base)
-    if name == "exp":
-        return ex.power(ex.E, x)
-    if name in ("floor", "ceil"):
-        return _rounded(name, x)
-    if name == "det":
-        return ex.function("det", x)
-    if name == "abs" and x.op == "number":
-        return ex.number(abs(x.value))
-    if name in ("gcd", "lcm", "max", "min"):
-        whole = [each.value for each in args if each.op == "number"]
-        if len(whole) == len(args) and (
-            name in ("max", "min") or all(each.denominator == 1 for each in whole)
-        ):
-            from math import gcd, lcm
-
-            if name in ("max", "min"):
-                return ex.number(max(whole) if name == "max" else min(whole))
-            return ex.number((gcd if name == "gcd" else lcm)(*(each.numerator for each in whole)))
-    return ex.function(name, *args)
-
-
-def _logarithm(x: Expr, base: Expr) -> Expr:
-    if x.key == "1":
-        return ex.ZERO
-    if x.key == base.key:
-        return ex.ONE
-    return ex.function("log", x, base)
-
-
-def _set(items: list[Value], joints: list[str]) -> Value:
-    if "suchthat" not in joints:
-        return Group("{}", tuple(items))
-    at = joints.index("suchthat") + 1
-    element, conditions = items[0] if at == 1 else Listing(tuple(items[:at])), items[at:]
-    label = element.label if isinstance(element, Labelled) else ""
-    if isinstance(element, Scalar) and element.expr.op == "symbol":
-        label = element.expr.key
-    inner = element.value if isinstance(element, Labelled) else sets.REALS
-    whole = _conjunction(label, conditions) if label else None
-    if isinstance(whole, Region) and isinstance(inner, Region):
-        return sets.intersection(whole, inner)
-    return Operation("suchthat", (element, *conditions))
-
-
-def _conjunction(label: str, conditions: Sequence[Value]) -> Value | None:
-    region = sets.REALS
-    for each in conditions:
-        if (
-            not isinstance(each, Labelled)
-            or each.label != label
-            or not isinstance(each.value, Region)
-        ):
-            return None
-        region = sets.intersection(region, each.value)
-    return region
-
-
-def _is_set(value: _Node) -> TypeGuard[Value]:
-    return isinstance(value, Group | Region) or (
-        isinstance(value, Operation) and value.name != "case"
-    )
-
-
-def _set_operation(name: str, parts: list[Value]) -> Value:
-    regions = [sets.as_region(each) for each in parts]
-    known = [each for each in regions if each is not None]
-    if len(known) < len(parts):
-        if name == "setminus":
-            return Operation(name, tuple(parts))
-        flat = [
-            part
-            for each in parts
-            for part in (
-                each.items if isinstance(each, Operation) and each.name == name else [each]
-            )
-        ]
-        return Operation(name, tuple(flat))
-    if name == "cup":
-        return sets.union(piece for each in known for piece in each.pieces)
-    region = known[0]
-    for each in known[1:]:
-        region = (sets.intersection if name == "cap" else sets.difference)(region, each)
-    return region
-
-
-def _listing(items: list[Value], joints: list[str]) -> Value:
-    """Several parts as one value: solutions of one unknown, conditions on one, or a list."""
-    if len(items) == 1:
-        return items[0]
-    if ";" in joints and len(set(joints)) > 1:
-        blocks: list[tuple[list[Value], list[str]]] = [([items[0]], [])]
-        for joint, each in zip(joints, items[1:], strict=True):
-            if joint == ";":
-                blocks.append(([each], []))
-            else:
-                blocks[-1][0].append(each)
-                blocks[-1][1].append(joint)
-        solutions = [_solution(*block) for block in blocks]
-        return _listing(solutions, ["or"] * (len(solutions) - 1))
-    first = items[0]
-    if isinstance(first, Labelled) and all(
-        isinstance(each, Labelled) and each.label == first.label for each in items
-    ):
-        labelled = [each for each in items if isinstance(each, Labelled)]
-        regions = [each.value for each in labelled if isinstance(each.value, Region)]
-        if len(regions) == len(items) and first.relation.signs[0] != "in":
-            value: Value | None
-            if "or" in joints:
-                value = sets.union(piece for each in regions for piece in each.pieces)
-            else:
-                both = _conjunction(first.label, items)
-                value = both
-                if "and" not in joints and isinstance(both, Region) and not both.pieces:
-                    value = sets.union(piece for each in regions for piece in each.pieces)
-            if value is not None:
-                return Labelled(first.label, value, True, Relation((value,), ("listing",)))
-        return Labelled(
-            first.label,
-            Listing(tuple(each.value for each in labelled)),
-            first.droppable,
-            Relation((), ("listing",)),
-        )
-    unnamed = [each for each in items[1:] if not isinstance(each, Labelled | Relation)]
-    if (
-        isinstance(first, Labelled)
-        and len(unnamed) == len(items) - 1
-        and not isinstance(first.value, Region | Listing)
-        and len(first.relation.sides) < 3
-        and first.droppable
-    ):
-        return Labelled(
-            first.label, Listing((first.value, *unnamed)), True, Relation((), ("listing",))
-        )
-    return Listing(tuple(items))
-
-
-def _solution(items: list[Value], joints: list[str]) -> Value:
-    """`p = 5, q = 2` as one solution among several."""
-    named = [each for each in items if isinstance(each, Labelled)]
-    if len(named) < len(items) or len(items) < 2:
-        return _listing(items, joints)
-    group = Group("()", tuple(each.value for each in named))
-    label = f"({','.join(each.label for each in named)})"
-    return Labelled(label, group, True, Relation((), ("listing",)))
-
-
 def _loose_reading(found: Sequence[Token], value: Value) -> Value:
     """The second reading of `100,200` as a list, and of `5 m` as a quantity."""
     spelled = [each.text for each in found]
@@ -1349,147 +1087,3 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
 
 _UNIT_SIGNS = {"/", "^", "1", "2", "3", "-", "{", "}", "cdot"}
 _SINGLE_UNITS = {"m", "s", "g", "h", "L", "N", "J", "W", "V", "A", "K", "C", "F", "T"}
-
-
-def _both_signs(items: list[Value], joints: list[str]) -> tuple[list[Value], list[str]]:
-    """Each value with a plus-minus sign twice."""
-    if not any(map(_has_sign, items)):
-        return items, joints
-    both: list[Value] = []
-    between: list[str] = []
-    for index, each in enumerate(items):
-        between += joints[index - 1 : index] if index else []
-        if _has_sign(each):
-            both += [_with_sign(each, ex.ONE), _with_sign(each, ex.MINUS_ONE)]
-            between.append("or")
-        else:
-            both.append(each)
-    return both, between
-
-
-def _has_sign(value: Value) -> bool:
-    if isinstance(value, Labelled):
-        return _has_sign(value.value)
-    return isinstance(value, Scalar) and "\\pm" in value.expr.symbols
-
-
-def _with_sign(value: Value, sign: Expr) -> Value:
-    if isinstance(value, Labelled):
-        changed = _with_sign(value.value, sign)
-        relation = replace(value.relation, sides=(value.relation.sides[0], changed))
-        return replace(value, value=changed, relation=relation)
-    return (
-        replace(value, expr=_substituted(value.expr, sign)) if isinstance(value, Scalar) else value
-    )
-
-
-def _substituted(expr: Expr, sign: Expr) -> Expr:
-    if expr.key == "\\pm":
-        return sign
-    if "\\pm" not in expr.symbols:
-        return expr
-    args = [_substituted(each, sign) for each in expr.args]
-    if expr.op == "+":
-        return ex.add(*args)
-    if expr.op == "*":
-        return ex.multiply(*args)
-    return ex.power(*args) if expr.op == "^" else ex.function(expr.op, *args)
-
-
-def _is_closed(value: Value) -> bool:
-    return isinstance(value, Scalar) and not value.expr.symbols
-
-
-def _close(one: Value, other: Value) -> bool:
-    """Two closed numbers that are equal, or one of which rounds the other."""
-    if not isinstance(one, Scalar) or not isinstance(other, Scalar):
-        return False
-    left, right = _expr(one), _expr(other)
-    if closed_equal(left, right):
-        return True
-    for rounded, exact in ((one, other), (other, one)):
-        if rounded.expr.op == "number":
-            places = rounded.places or 0
-            if places or rounded.expr.value.denominator == 1:
-                try:
-                    difference = evaluate(ex.add(left, ex.negative(right)), {}, 30).value
-                except (Undefined, TooLarge):
-                    return False
-                unit = Fraction(1, 10**places) / (100 if rounded.percent else 1)
-                if abs(difference) * 2 <= float(unit) * 1.0000001 and exact is not rounded:
-                    return abs(difference) * 10 <= abs(evaluate(left, {}, 30).value)
-    return False
-
-
-def _chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | None]) -> Value:
-    """A chain of relations as a named value, a set of numbers, a value, or a relation."""
-    relation = Relation(tuple(sides), tuple(signs))
-    kinds = set(signs)
-    if kinds <= {"=", "~"}:
-        closed = [each for each in sides if _is_closed(each)]
-        if any(not _close(one, other) for one, other in zip(closed, closed[1:], strict=False)):
-            return relation
-        value = sides[-1]
-        if len(closed) > 1:
-            value = (
-                closed[0]
-                if "~" in kinds or any(_is_decimal(each) for each in closed[1:])
-                else closed[-1]
-            )
-            if not closed_equal(_expr(closed[0]), _expr(closed[-1])):
-                value = Either(closed[0], closed[-1], loose=True)
-        if len(closed) == len(sides):
-            return value
-        if names[0] is not None and (not _is_closed(sides[0]) or len(names[0][0]) == 1):
-            return Labelled(names[0][0], value, names[0][1], relation)
-        if len(sides) == 2 and names[1] is not None and _is_closed(sides[0]):
-            return Labelled(names[1][0], sides[0], names[1][1], relation)
-        return relation
-    if kinds == {"in"} and len(signs) == 1 and names[0] is not None:
-        return Labelled(names[0][0], sides[1], True, relation)
-    if kinds <= {"<", ">", "<=", ">=", "!="}:
-        return _inequality(relation, names)
-    return relation
-
-
-def _is_decimal(value: Value) -> bool:
-    return isinstance(value, Scalar) and value.places is not None
-
-
-def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Value:
-    sides, signs = relation.sides, relation.signs
-    middle = [index for index, each in enumerate(sides) if not _is_closed(each)]
-    if len(middle) != 1 or len(sides) > 3 or names[middle[0]] is None:
-        return relation
-    index = middle[0]
-    region = sets.REALS
-    try:
-        for at, sign in enumerate(signs):
-            if index not in (at, at + 1):
-                return relation
-            other = sides[at + 1 if at == index else at]
-            bound = _expr(other)
-            if at + 1 == index:  # the bound is on the left
-                sign = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(sign, sign)
-            low, high = ex.negative(ex.INFINITY), ex.INFINITY
-            if sign == "!=":
-                piece = sets.complement(sets.interval(bound, True, bound, True))
-            elif sign[0] == "<":
-                piece = sets.interval(low, False, bound, sign == "<=")
-            else:
-                piece = sets.interval(bound, sign == ">=", high, False)
-            region = sets.intersection(region, piece)
-    except Unreadable:
-        return relation
-    name = names[index]
-    assert name is not None
-    inside = sides[index]
-    if (
-        isinstance(inside, Scalar)
-        and inside.expr.op == "abs"
-        and inside.expr.args[0].op == "symbol"
-    ):
-        half = sets.intersection(region, sets.interval(ex.ZERO, True, ex.INFINITY, False))
-        region = sets.union([*half.pieces, *map(sets.mirrored, half.pieces)])
-        name = (inside.expr.args[0].key, True)
-    return Labelled(name[0], region, True, relation)
