@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -55,9 +55,13 @@ def negated(node: Node) -> Node:
 
 
 def _entrywise(matrix: Matrix, change: Callable[[Expr], Expr]) -> Matrix:
-    return Matrix(
-        tuple(tuple(Scalar(change(as_expr(each))) for each in row) for row in matrix.rows)
-    )
+    rows = [[Scalar(change(as_expr(each))) for each in row] for row in matrix.rows]
+    return Matrix(tuple(map(tuple, rows)))
+
+
+def _dot(row: Sequence[Value], column: Sequence[Value]) -> Scalar:
+    pairs = zip(row, column, strict=True)
+    return Scalar(ex.add(*(ex.multiply(as_expr(a), as_expr(b)) for a, b in pairs)))
 
 
 def multiplied(one: Node, other: Node) -> Node:
@@ -70,22 +74,7 @@ def multiplied(one: Node, other: Node) -> Node:
         if len(one.rows[0]) != len(other.rows) or len(one.rows) * len(other.rows[0]) > 36:
             return Operation("*", (one, other))
         columns = list(zip(*other.rows, strict=True))
-        return Matrix(
-            tuple(
-                tuple(
-                    Scalar(
-                        ex.add(
-                            *(
-                                ex.multiply(as_expr(a), as_expr(b))
-                                for a, b in zip(row, column, strict=True)
-                            )
-                        )
-                    )
-                    for column in columns
-                )
-                for row in one.rows
-            )
-        )
+        return Matrix(tuple(tuple(_dot(row, each) for each in columns) for row in one.rows))
     if isinstance(other, Matrix):
         one, other = other, one
     if isinstance(one, Matrix):
@@ -112,13 +101,9 @@ def added(one: Node, other: Node) -> Node:
     if isinstance(one, Matrix) and isinstance(other, Matrix):
         if [len(row) for row in one.rows] != [len(row) for row in other.rows]:
             raise Unreadable("a sum of matrices of several shapes")
+        pairs = [list(zip(a, b, strict=True)) for a, b in zip(one.rows, other.rows, strict=True)]
         return Matrix(
-            tuple(
-                tuple(
-                    Scalar(ex.add(as_expr(a), as_expr(b))) for a, b in zip(row, others, strict=True)
-                )
-                for row, others in zip(one.rows, other.rows, strict=True)
-            )
+            tuple(tuple(Scalar(ex.add(as_expr(a), as_expr(b))) for a, b in row) for row in pairs)
         )
     return ex.add(as_expr(one), as_expr(other))
 

@@ -348,7 +348,7 @@ def _same_items(reference: Value, answer: Value) -> bool:
         return False
     if kinds == {"", "{}"} or kinds == {"{}"}:
         return _any_order(_distinct(items), _distinct(given))
-    if "{}" in kinds or (len(kinds) > 1 and not ("" in kinds and kinds & {"()", "[]"})):
+    if "{}" in kinds or (len(kinds) > 1 and kinds != {"", "()"}):
         return False
     if kinds == {""}:
         if _is_ordered(items):

@@ -86,7 +86,13 @@ def _parts(expr: Expr, op: str) -> tuple[Fraction, list[Expr]]:
 
 
 def add(*terms: Expr) -> Expr:
-    """The sum; terms that differ in a rational factor are merged."""
+    """The sum; terms that differ in a rational factor are merged.
+
+    Raises:
+      ZeroDivisionError: there are two infinities in it.
+    """
+    if sum(term.op == "infinity" or term.key == "*(-1,infinity)" for term in terms) > 1:
+        raise ZeroDivisionError("a sum of infinities")
     constant = Fraction(0)
     merged: dict[str, tuple[Fraction, Expr]] = {}
     for term in terms:
@@ -103,7 +109,11 @@ def add(*terms: Expr) -> Expr:
 
 
 def multiply(*factors: Expr) -> Expr:
-    """The product; powers of one base with rational exponents are merged."""
+    """The product; powers of one base with rational exponents are merged.
+
+    Raises:
+      ZeroDivisionError: it is 0 times infinity.
+    """
     coefficient = Fraction(1)
     powers: dict[str, tuple[Expr, Fraction]] = {}
     opaque: list[Expr] = []
@@ -125,6 +135,8 @@ def multiply(*factors: Expr) -> Expr:
             else:
                 powers[base.key] = (base, exponent)
     if not coefficient:
+        if any(each.op == "infinity" for each in opaque):
+            raise ZeroDivisionError("0 times infinity")
         return ZERO
     parts = list(opaque)
     for base, exponent in powers.values():

@@ -27,9 +27,12 @@ from r1jax.rewards.answers.values import (
 
 
 def set_of(items: list[Value], joints: list[str]) -> Value:
+    """A set by its elements, or by a condition behind `suchthat`."""
     if "suchthat" not in joints:
         return Group("{}", tuple(items))
     at = joints.index("suchthat") + 1
+    if at >= len(items):
+        raise Unreadable("a set without its condition")
     element, conditions = items[0] if at == 1 else Listing(tuple(items[:at])), items[at:]
     label = element.label if isinstance(element, Labelled) else ""
     if isinstance(element, Scalar) and element.expr.op == "symbol":
@@ -55,12 +58,14 @@ def _conjunction(label: str, conditions: Sequence[Value]) -> Value | None:
 
 
 def is_set(value: Node) -> TypeGuard[Value]:
+    """Whether set operations apply."""
     return isinstance(value, Group | Region) or (
         isinstance(value, Operation) and value.name != "case"
     )
 
 
 def set_operation(name: str, parts: list[Value]) -> Value:
+    """`cup`, `cap` or `setminus`: evaluated for sets of real numbers, else as it stands."""
     regions = [sets.as_region(each) for each in parts]
     known = [each for each in regions if each is not None]
     if len(known) < len(parts):
@@ -238,9 +243,15 @@ def _is_decimal(value: Value) -> bool:
 def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Value:
     sides, signs = relation.sides, relation.signs
     middle = [index for index, each in enumerate(sides) if not _is_closed(each)]
-    if len(middle) != 1 or len(sides) > 3 or names[middle[0]] is None:
+    if len(middle) != 1 or len(sides) > 3:
         return relation
-    index = middle[0]
+    index, inside = middle[0], sides[middle[0]]
+    name = (names[index] or ("", True))[0]
+    absolute = isinstance(inside, Scalar) and inside.expr.op == "abs"
+    if absolute and isinstance(inside, Scalar) and inside.expr.args[0].op == "symbol":
+        name = inside.expr.args[0].key
+    if not name:
+        return relation
     region = sets.REALS
     try:
         for at, sign in enumerate(signs):
@@ -260,15 +271,7 @@ def _inequality(relation: Relation, names: list[tuple[str, bool] | None]) -> Val
             region = sets.intersection(region, piece)
     except Unreadable:
         return relation
-    name = names[index]
-    assert name is not None
-    inside = sides[index]
-    if (
-        isinstance(inside, Scalar)
-        and inside.expr.op == "abs"
-        and inside.expr.args[0].op == "symbol"
-    ):
+    if absolute:
         half = sets.intersection(region, sets.interval(ex.ZERO, True, ex.INFINITY, False))
         region = sets.union([*half.pieces, *map(sets.mirrored, half.pieces)])
-        name = (inside.expr.args[0].key, True)
-    return Labelled(name[0], region, True, relation)
+    return Labelled(name, region, True, relation) if region.pieces else relation

@@ -183,6 +183,11 @@ def _size(expr: Expr, point: Point) -> float:
             total += (
                 abs(each.value.numerator.bit_length() - each.value.denominator.bit_length()) * 0.3
             )
+        elif each.op in ("tanh", "coth"):
+            try:
+                total += float(abs(evaluate(each.args[0], point, 15).value))
+            except Undefined:
+                pass
         elif each.op in ("^", "!", "binomial", "!!", "sinh", "cosh"):
             try:
                 value = abs(evaluate(each, point, 15).value)
@@ -276,7 +281,10 @@ def points(symbols: frozenset[str]) -> Iterator[Point]:
     """Rational points: positive ones of several sizes, then with mixed signs. Always the same."""
     names = sorted(symbols)
     draw = random.Random(",".join(names))
-    for size, mixed in ((3, 0), (1, 0), (12, 0), (2, 1), (1, 1), (7, 1), (1, 1), (3, 1)):
+    for size, mixed in ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (1, 1), (3, 1)):
+        if not size:  # whole numbers, where floors jump
+            yield {name: Fraction(draw.randrange(2, 12)) for name in names}
+            continue
         yield {
             name: Fraction(draw.randrange(1, size << 20), (1 << 20) - 3)
             * (-1 if mixed and draw.random() < 0.6 else 1)

@@ -58,7 +58,7 @@ from r1jax.rewards.answers.values import (
 MAX_DEPTH = 40
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in"}
-_RELATIONS |= {"approx": "~", "sim": "~", "equiv": "mod", "notin": "notin", "subset": "subset"}
+_RELATIONS |= {"approx": "~", "sim": "sim", "equiv": "mod", "notin": "notin", "subset": "subset"}
 _RELATIONS |= {"cong": "cong", "parallel": "parallel", "perp": "perp", "to": "to", "iff": "iff"}
 _RELATIONS |= {"implies": "implies", "Rightarrow": "implies", "propto": "propto"}
 _FUNCTIONS = set(
@@ -291,11 +291,12 @@ class _Reader:
         letters = [each for each in span if each.kind in ("letters", "rest")]
         if any(each.kind == "text" for each in span):
             return spelling.casefold(), True
-        if any(each.text in ("+", "-", "^", "cdot", "*", "times") for each in span):
+        if any(each.text == "^" for each in span) or re.fullmatch(r"\|[a-z]\|", spelling):
+            return None  # an equation that could be solved
+        if any(each.text in ("+", "-", "cdot", "*", "times") for each in span):
             single = all(len(each.text) == 1 for each in letters)
-            return (
-                (spelling, False) if single and len({each.text for each in letters}) > 1 else None
-            )
+            distinct = {each.text for each in letters} - {"e", "i"}
+            return (spelling, False) if single and len(distinct) > 1 else None
         if any(each.text in _FUNCTIONS or each.text in ("sqrt", "infty") for each in span):
             return (spelling, True) if span[0].text == "det" else None
         body = re.sub(r"_(\{?\w+\}?)", "", spelling)

@@ -27,6 +27,8 @@ def as_region(value: Value) -> Region | None:
         if value.brackets == "{}":
             return union(Interval(each, each, True, True) for each in exprs)
         if len(exprs) == 2 and value.brackets in ("()", "[]", "(]", "[)"):
+            if _below(*exprs) >= 0:  # a pair, not an interval without elements
+                return None
             return interval(exprs[0], value.brackets[0] == "[", exprs[1], value.brackets[1] == "]")
     except Unreadable:
         return None

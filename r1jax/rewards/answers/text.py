@@ -138,6 +138,9 @@ def tidy(text: str) -> str:
         text = text[:-1].rstrip()
         if text.endswith("\\") and not text.endswith("\\\\"):
             text = text[:-1]
+    if text.startswith("{") and text.endswith("}") and re.fullmatch(r"\{[^,;]*\}", text):
+        if text.find("}") == len(text) - 1 or _closing(text, 0) == len(text) - 1:
+            return tidy(text[1:-1])  # braces round all of it say nothing
     if "base" in text:
         text = _IN_BASE.sub(lambda found: f"{found[1]}_{{{_base(found[2])}}}", text)
     return _BASE_NAME.sub(lambda found: f"_{{{_base(found[1])}}}", text)
@@ -237,6 +240,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def _closing(text: str, opening: int) -> int:
+    """Index of the brace that closes the one at `opening`."""
     depth = 0
     for position in range(opening, len(text)):
         if text[position] in "{}" and text[position - 1] != "\\":
@@ -332,6 +336,15 @@ def _choice_patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     return re.compile(alone), re.compile(with_text, re.DOTALL)
 
 
+def _has_another(text: str, letter: str, letters: str) -> bool:
+    """Whether another option is labelled in the same way: `A. 12 B. 13`, but not `B. Both (A)`."""
+    if re.match(r"\(?\w[.:)]+\s*(?:both|all|neither|none|either|only)\b", text, re.IGNORECASE):
+        return False
+    label = r"\(\s*(\w)\s*\)" if text.startswith("(") else r"(?<![\w(])(\w)[.)](?=\s)"
+    others = {found.upper() for found in re.findall(label, text)}
+    return bool(others & set(letters) - {letter})
+
+
 def read_choice(text: str, *, letters: str = "ABCDE", with_text: bool = False) -> str | None:
     """The letter if `text` is a choice: `B`, `(b)`, `B.`; `with_text` also `(B) 12`, `B: 12`.
 
@@ -342,4 +355,6 @@ def read_choice(text: str, *, letters: str = "ABCDE", with_text: bool = False) -
     match = alone.fullmatch(text)
     if match is None and with_text:
         match = and_text.fullmatch(text)
+        if match and _has_another(text, (match[1] or match[2]).upper(), letters):
+            return None
     return (match[1] or match[2]).upper() if match else None
