@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 MAX_CHARACTERS = 4000
@@ -107,6 +107,7 @@ _IN_BASE = re.compile(
 _BASE_NAME = re.compile(r"_\{?\s*\\?(?:text|mathrm)?\{?(" + "|".join(_BASES) + r")\}*$")
 
 
+@lru_cache(maxsize=512)
 def tidy(text: str) -> str:
     """LaTeX without what never carries meaning: delimiters, sizes, a lead-in, a full stop."""
     text = _ascii(text).strip()
@@ -140,7 +141,7 @@ def tidy(text: str) -> str:
             text = text[:-1]
     if text.startswith("{") and text.endswith("}") and re.fullmatch(r"\{[^,;]*\}", text):
         if text.find("}") == len(text) - 1 or _closing(text, 0) == len(text) - 1:
-            return tidy(text[1:-1])  # braces round all of it say nothing
+            text = text[1:-1].strip()  # braces round all of it say nothing
     if "base" in text:
         text = _IN_BASE.sub(lambda found: f"{found[1]}_{{{_base(found[2])}}}", text)
     return _BASE_NAME.sub(lambda found: f"_{{{_base(found[1])}}}", text)
