@@ -11,6 +11,7 @@ from r1jax.rewards.answers.expressions import Expr
 from r1jax.rewards.answers.numeric import (
     Undefined,
     equal,
+    equation_signature,
     evaluate,
     ratio_sign,
     signature,
@@ -52,7 +53,9 @@ def same_value(reference: Value, answer: Value) -> bool:
 
 def _only_element(value: Value) -> Value | None:
     if isinstance(value, Group) and value.brackets == "{}" and len(value.items) == 1:
-        return value.items[0]
+        element = value.items[0]
+        if not isinstance(element, Region) and getattr(element, "brackets", "") != "{}":
+            return element
     return None
 
 
@@ -227,14 +230,17 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
             return False
         return reference.droppable and same(reference.value, answer)
     assert isinstance(answer, Labelled)
-    names = answer.label.strip("()")
-    if names != answer.label and names.replace(",", "") in _REVERSED:
-        return False  # `(y,x) = (1,2)` is not `(1,2)`
-    if isinstance(reference, Relation):
-        return same_relation(reference, answer.relation)
     if isinstance(reference, Listing) and answer.label.startswith("("):
         if _same_listed(answer, reference):
             return True
+    if answer.label.startswith("(") and isinstance(answer.value, Group):
+        names = answer.label.strip("()").split(",")
+        if len(set(names)) != len(answer.value.items) or "".join(names) in _REVERSED:
+            return False  # `(y,x) = (1,2)` is not `(1,2)`
+    if isinstance(reference, Group) and isinstance(answer.value, Listing):
+        return False  # several solutions are no tuple
+    if isinstance(reference, Relation):
+        return same_relation(reference, answer.relation)
     return same(reference, answer.value)
 
 
@@ -357,10 +363,18 @@ def _same_items(reference: Value, answer: Value) -> bool:
         if named[0] and not named[1]:
             # `1, 2` for `x = 1, y = 2` leaves it to the order which is which.
             return _in_order(items, given)
-        if named[1] and not named[0] and _in_order(items, given):
+        if named[1] and not named[0] and _in_order(items, _by_name(given)):
             return True
         return _any_order(items, given)
-    return _in_order(items, given)
+    return _in_order(items, _by_name(given))
+
+
+def _by_name(items: Sequence[Value]) -> Sequence[Value]:
+    """`y = 2, x = 1` in the order of a tuple `(x, y)`."""
+    named = [each for each in items if isinstance(each, Labelled)]
+    if len(named) < len(items) or "".join(each.label for each in named) not in _REVERSED:
+        return items
+    return sorted(named, key=lambda each: each.label)
 
 
 def _items(value: Value) -> tuple[str | None, tuple[Value, ...]]:
@@ -396,6 +410,8 @@ def _same_colon(reference: Colon, answer: Colon) -> bool:
     )
     if not len(reference.items) == len(one) == len(other) == len(answer.items):
         return False
+    if any(each.value >= 10 for each in one[1:]):
+        return False  # `1:30` may be a time
     return not reference.suffix and all(
         equal(ex.multiply(a, other[0]), ex.multiply(b, one[0]))
         for a, b in zip(one[1:], other[1:], strict=True)
@@ -433,13 +449,15 @@ def key(value: Value) -> str:
             expr = ex.multiply(expr, ex.number(Fraction(1, 100)))
         return signature(expr)
     if isinstance(value, Words):
-        return _folded(value.text)
+        return value.text if value.text.isupper() else _folded(value.text)
     if isinstance(value, Labelled):
         return key(value.value)
     if isinstance(value, Either):
-        return key(value.first)
+        return key(value.second if value.loose else value.first)
     if isinstance(value, Group | Region):
         region = sets.as_region(value)
+        if region is not None and not region.pieces:
+            return "{}"
         if isinstance(value, Region) or (
             region is not None and value.brackets not in ("()", "[]", "{}")
         ):
@@ -453,8 +471,12 @@ def key(value: Value) -> str:
             keys = sorted(set(keys))
         return f"{value.brackets[0]}{','.join(keys)}{value.brackets[1]}"
     if isinstance(value, Listing):
-        keys = [key(each) for each in value.items]
-        if not _is_ordered(value.items):
+        named = len({each.label for each in value.items if isinstance(each, Labelled)}) > 1
+        keys = [
+            f"{each.label}={key(each)}" if named and isinstance(each, Labelled) else key(each)
+            for each in value.items
+        ]
+        if not all(each.casefold() in _TRUTH for each in keys):
             keys.sort()
         return f"{{{','.join(keys)}}}"
     if isinstance(value, Matrix):
@@ -464,9 +486,15 @@ def key(value: Value) -> str:
     if isinstance(value, Operation):
         return f"{value.name}({','.join(map(key, value.items))})"
     if isinstance(value, Residue):
-        return f"{key(value.value)} mod {value.modulus.key}"
+        inner, modulus = value.value, value.modulus
+        if isinstance(inner, Scalar) and inner.expr.op == modulus.op == "number" and modulus.value:
+            return f"{inner.expr.value % modulus.value} mod {modulus.key}"
+        return f"{key(inner)} mod {modulus.key}"
     if isinstance(value, Based):
         return f"{value.digits}_{value.base}"
+    difference = _difference(value) if value.signs == ("=",) else None
+    if difference is not None and difference.symbols:
+        return equation_signature(difference)
     return "".join(
         f"{key(side)}{sign}" for side, sign in zip(value.sides, (*value.signs, ""), strict=True)
     )

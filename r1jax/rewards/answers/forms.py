@@ -91,10 +91,11 @@ def listing(items: list[Value], joints: list[str]) -> Value:
     """Several parts as one value: solutions of one unknown, conditions on one, or a list."""
     if len(items) == 1:
         return items[0]
-    if ";" in joints and len(set(joints)) > 1:
+    if len(set(joints)) > 1 and (";" in joints or _repeats(items)):
+        ends = (";",) if ";" in joints else ("and", "or")
         blocks: list[tuple[list[Value], list[str]]] = [([items[0]], [])]
         for joint, each in zip(joints, items[1:], strict=True):
-            if joint == ";":
+            if joint in ends:
                 blocks.append(([each], []))
             else:
                 blocks[-1][0].append(each)
@@ -136,6 +137,12 @@ def listing(items: list[Value], joints: list[str]) -> Value:
             first.label, Listing((first.value, *unnamed)), True, Relation((), ("listing",))
         )
     return Listing(tuple(items))
+
+
+def _repeats(items: list[Value]) -> bool:
+    """Whether names come again: `p = 5, q = 2 and p = 7, q = 2`."""
+    names = [each.label for each in items if isinstance(each, Labelled)]
+    return len(names) == len(items) and 1 < len(set(names)) < len(names)
 
 
 def _solution(items: list[Value], joints: list[str]) -> Value:
@@ -230,7 +237,10 @@ def chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | N
             return Labelled(names[1][0], sides[0], names[1][1], relation)
         return relation
     if kinds == {"in"} and len(signs) == 1 and names[0] is not None:
-        return Labelled(names[0][0], sides[1], True, relation)
+        region = sets.as_region(sides[1])
+        discrete = isinstance(sides[1], Group) and sides[1].brackets == "{}"
+        value = sides[1] if region is None or discrete else region
+        return Labelled(names[0][0], value, True, relation)
     if kinds <= {"<", ">", "<=", ">=", "!="}:
         return _inequality(relation, names)
     return relation

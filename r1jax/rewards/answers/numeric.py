@@ -86,7 +86,16 @@ def _call(name: str, args: list[Number], log_base: int) -> Number:
 _FUNCTIONS = {
     **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
     **{"arcsin": "asin", "arccos": "acos", "arctan": "atan", "coth": "coth", "conj": "conj"},
-    **{"re": "re", "im": "im", "arg": "arg", "sign": "sign", "arccot": "acot"},
+    **{"arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh"},
+    **{
+        "re": "re",
+        "im": "im",
+        "arg": "arg",
+        "sign": "sign",
+        "arccot": "acot",
+        "arcsec": "asec",
+        "arccsc": "acsc",
+    },
 }
 
 
@@ -281,7 +290,7 @@ def points(symbols: frozenset[str]) -> Iterator[Point]:
     """Rational points: positive ones of several sizes, then with mixed signs. Always the same."""
     names = sorted(symbols)
     draw = random.Random(",".join(names))
-    for size, mixed in ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (1, 1), (3, 1)):
+    for size, mixed in ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (0, 0), (3, 1)):
         if not size:  # whole numbers, where floors jump
             yield {name: Fraction(draw.randrange(2, 12)) for name in names}
             continue
@@ -351,9 +360,9 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
             complex_apart |= differ
         else:
             one_real = True
-    if agreed or one_real:
+    if agreed >= 2 or one_real:
         return agreed >= 2
-    return complex_agreed >= 2 and not complex_apart
+    return agreed + complex_agreed >= 2 and not complex_apart
 
 
 def equal(one: Expr, other: Expr) -> bool:
@@ -433,3 +442,15 @@ def signature(expr: Expr) -> str:
         )
         return f"{','.join(sorted(expr.symbols))}:{real},{imaginary}"
     return expr.key
+
+
+def equation_signature(difference: Expr) -> str:
+    """A text that is equal for equations whose sides' differences have a constant ratio."""
+    try:
+        first, second, *_ = points(difference.symbols)
+        one, other = (evaluate(difference, each, 60).value for each in (first, second))
+        ratio = one / other
+        mp = _context()
+        return f"equation {mp.nstr(mp.re(ratio), 25)},{mp.nstr(mp.im(ratio), 25)}"
+    except (Undefined, TooLarge, ZeroDivisionError):
+        return difference.key

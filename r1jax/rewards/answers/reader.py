@@ -62,7 +62,8 @@ _RELATIONS |= {"approx": "~", "sim": "sim", "equiv": "mod", "notin": "notin", "s
 _RELATIONS |= {"cong": "cong", "parallel": "parallel", "perp": "perp", "to": "to", "iff": "iff"}
 _RELATIONS |= {"implies": "implies", "Rightarrow": "implies", "propto": "propto"}
 _FUNCTIONS = set(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp abs "
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc arsinh "
+    "arcosh artanh sinh cosh tanh coth ln log lg exp abs "
     "floor ceil max min gcd lcm arg sign det deg dim re im".split()
 )
 _ACCENTS = set(
@@ -120,7 +121,7 @@ def _as_words(found: Sequence[Token]) -> Words | None:
     ) and not all(each.kind == "number" for each in found):
         return None
     joined = "".join(" " * each.space + each.text for each in found)
-    return Words(" ".join(re.sub(r"[^\w.+\-*/=<>]+", " ", joined).split()))
+    return Words(" ".join(joined.split()))
 
 
 class _Reader:
@@ -216,6 +217,8 @@ class _Reader:
                 joint = self.tokens[self.position].text
                 self.position += 1
                 if len(joints) == len(items):  # `2, and 3`
+                    if items and joint in (",", ";") and joints[-1] in (",", ";"):
+                        raise Unreadable("nothing between two commas")
                     if not items and joint not in ("and", "or"):
                         raise Unreadable(f"{joint} without an answer before it")
                     if joints:
@@ -499,23 +502,26 @@ class _Reader:
         with self.nested():
             total: Node | None = None
             while total is None or self.next_is("+", "-", "pm", "mp"):
-                sign = ""
+                sign, both = "", ""
                 while self.next_is("+", "-", "pm", "mp"):
                     new = self.tokens[self.position].text
                     self.position += 1
-                    if new == "+" and sign:
-                        raise Unreadable("a plus behind a sign")
-                    sign = new if new in ("pm", "mp") or not sign else "" if sign == new else "-"
+                    if new == "+" and (sign or both) or new[-1] in "mp" and both:
+                        raise Unreadable("two signs")
+                    if new in ("pm", "mp"):
+                        both = new
+                    elif new == "-":
+                        sign = "" if sign else "-"
                 term = self.product()
-                if sign == "-" and total is not None and is_set(total):
+                if sign and not both and total is not None and is_set(total):
                     other = Scalar(term) if isinstance(term, Expr) else term
                     total = set_operation("setminus", [total, other])
                     continue
-                if sign == "-":
+                if sign:
                     term = negated(term)
-                elif sign in ("pm", "mp"):
+                if both:
                     # A factor that is 1 and -1 in turn at the end of the part.
-                    term = ex.multiply(_PLUS_MINUS[sign], as_expr(term))
+                    term = ex.multiply(_PLUS_MINUS[both], as_expr(term))
                 total = term if total is None else added(total, term)
             if self.take("over"):
                 return ex.divide(as_expr(total), as_expr(self.sum()))
@@ -958,8 +964,9 @@ class _Reader:
             self.in_function += name not in ("ln", "log", "exp")
             args = self._arguments()
             self.in_function -= name not in ("ln", "log", "exp")
-            if exponent is not None and exponent.key == "-1" and f"arc{name}" in _FUNCTIONS:
-                return ex.function(f"arc{name}", *args)
+            inverse = ("ar" if name.endswith("h") else "arc") + name
+            if exponent is not None and exponent.key == "-1" and inverse in _FUNCTIONS:
+                return ex.function(inverse, *args)
             value = apply(name, args, base)
             return value if exponent is None else ex.power(value, exponent)
 

@@ -157,7 +157,7 @@ def _base(name: str) -> str:
 
 
 _WORDS_COMMAND = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf)|[mh]box|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf)|[mh]box|operatorname|boldsymbol|bm)\s*\{([^{}]*)\}"
 )
 
 
@@ -342,6 +342,8 @@ def _has_another(text: str, letter: str, letters: str) -> bool:
     if re.match(r"\(?\w[.:)]+\s*(?:both|all|neither|none|either|only)\b", text, re.IGNORECASE):
         return False
     label = r"\(\s*(\w)\s*\)" if text.startswith("(") else r"(?<![\w(])(\w)[.)](?=\s)"
+    if re.fullmatch(r"\(?\w[.:)]+\s*\(\w\)", text):
+        return True
     others = {found.upper() for found in re.findall(label, text)}
     return bool(others & set(letters) - {letter})
 
