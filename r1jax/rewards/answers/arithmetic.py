@@ -92,20 +92,26 @@ def multiplied(one: Node, other: Node) -> Node:
     return ex.multiply(as_expr(one), as_expr(other))
 
 
-def added(one: Node, other: Node) -> Node:
+def added(terms: Sequence[Node]) -> Node:
     """The sum of expressions or matrices.
 
     Raises:
       Unreadable: there is none.
     """
-    if isinstance(one, Matrix) and isinstance(other, Matrix):
-        if [len(row) for row in one.rows] != [len(row) for row in other.rows]:
-            raise Unreadable("a sum of matrices of several shapes")
-        pairs = [list(zip(a, b, strict=True)) for a, b in zip(one.rows, other.rows, strict=True)]
-        return Matrix(
-            tuple(tuple(Scalar(ex.add(as_expr(a), as_expr(b))) for a, b in row) for row in pairs)
-        )
-    return ex.add(as_expr(one), as_expr(other))
+    matrices = [each for each in terms if isinstance(each, Matrix)]
+    if not matrices:
+        return ex.add(*map(as_expr, terms))
+    if len(matrices) < len(terms) or len({_shape(each) for each in matrices}) > 1:
+        raise Unreadable("a sum of matrices of several shapes")
+    rows = [
+        [Scalar(ex.add(*map(as_expr, entries))) for entries in zip(*row, strict=True)]
+        for row in zip(*(each.rows for each in matrices), strict=True)
+    ]
+    return Matrix(tuple(map(tuple, rows)))
+
+
+def _shape(matrix: Matrix) -> tuple[int, ...]:
+    return tuple(map(len, matrix.rows))
 
 
 def matrix_power(matrix: Matrix, exponent: Node) -> Node:
@@ -178,6 +184,7 @@ def apply(name: str, args: list[Expr], base: Expr | None) -> Expr:
     if name == "abs" and x.op == "number":
         return ex.number(abs(x.value))
     if name in ("gcd", "lcm", "max", "min"):
+        args = sorted(args, key=lambda each: each.key)
         whole = [each.value for each in args if each.op == "number"]
         if len(whole) == len(args) and (
             name in ("max", "min") or all(each.denominator == 1 for each in whole)

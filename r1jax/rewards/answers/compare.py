@@ -63,6 +63,8 @@ def same(reference: Value, answer: Value) -> bool:
     """Whether two values, or parts of them, are equal. Kinds that differ are not."""
     if isinstance(reference, Either) or isinstance(answer, Either):
         return _same_reading(reference, answer)
+    if _has_condition(reference) != _has_condition(answer):
+        return same(_without_condition(reference), _without_condition(answer))
     if isinstance(reference, Labelled) or isinstance(answer, Labelled):
         return _same_labelled(reference, answer)
     if isinstance(reference, Scalar) and isinstance(answer, Scalar):
@@ -104,6 +106,18 @@ def _region(value: Value) -> Region | None:
     regions = [sets.as_region(each) for each in value.items]
     pieces = [piece for each in regions if each is not None for piece in each.pieces]
     return None if None in regions else sets.union(pieces)
+
+
+def _has_condition(value: Value) -> bool:
+    """Whether the last part says which set a parameter is from: `k\\pi, k \\in \\mathbb{Z}`."""
+    if not isinstance(value, Listing) or len(value.items) != 2:
+        return False
+    last = value.items[-1]
+    return isinstance(last, Labelled) and last.relation.signs == ("in",)
+
+
+def _without_condition(value: Value) -> Value:
+    return value.items[0] if isinstance(value, Listing) and _has_condition(value) else value
 
 
 def _same_reading(reference: Value, answer: Value) -> bool:

@@ -231,6 +231,8 @@ def chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | N
                 value = Either(closed[0], closed[-1], loose=True)
         if len(closed) == len(sides):
             return value
+        if any(_mentions(each, sides[0]) for each in sides[1:]):
+            return relation  # `x = 8 x = 7` names nothing
         if names[0] is not None and (not _is_closed(sides[0]) or len(names[0][0]) == 1):
             return Labelled(names[0][0], value, names[0][1], relation)
         if len(sides) == 2 and names[1] is not None and _is_closed(sides[0]):
@@ -244,6 +246,12 @@ def chain(sides: list[Value], signs: list[str], names: list[tuple[str, bool] | N
     if kinds <= {"<", ">", "<=", ">=", "!="}:
         return _inequality(relation, names)
     return relation
+
+
+def _mentions(value: Value, name: Value) -> bool:
+    if not isinstance(name, Scalar) or name.expr.op != "symbol" or not isinstance(value, Scalar):
+        return False
+    return name.expr.key in value.expr.symbols
 
 
 def _is_decimal(value: Value) -> bool:

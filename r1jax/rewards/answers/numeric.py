@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +16,7 @@ Point: TypeAlias = Mapping[str, Fraction]
 
 _DIGITS = 30
 _MAX_DIGITS = 6000
+_MOST_DIGITS_AT_POINTS = 300
 _ENOUGH = 1e-12  # error of a value that says something, relative to it or for 0
 _LARGEST = 1e6  # argument of exp and gamma, size of exponents
 
@@ -286,11 +287,19 @@ def exact(expr: Expr, point: Point) -> Fraction | None:
     return result
 
 
-def points(symbols: frozenset[str]) -> Iterator[Point]:
-    """Rational points: positive ones of several sizes, then with mixed signs. Always the same."""
+_SIZES = ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (0, 0), (3, 1))
+_CORNERS = 40  # points more where a function has corners
+
+
+def points(symbols: frozenset[str], exprs: Sequence[Expr] = ()) -> Iterator[Point]:
+    """Rational points: positive ones of several sizes, then with mixed signs. Always the same.
+
+    Where one of the expressions has corners (absolute values, even roots, maxima, floors), many
+    more follow: of sizes from 1e-3 to 1e9, and about the numbers in the expressions.
+    """
     names = sorted(symbols)
     draw = random.Random(",".join(names))
-    for size, mixed in ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (0, 0), (3, 1)):
+    for size, mixed in _SIZES:
         if not size:  # whole numbers, where floors jump
             yield {name: Fraction(draw.randrange(2, 12)) for name in names}
             continue
@@ -299,6 +308,33 @@ def points(symbols: frozenset[str]) -> Iterator[Point]:
             * (-1 if mixed and draw.random() < 0.6 else 1)
             for name in names
         }
+    parts = list(_all_parts(exprs))
+    if not any(map(_has_corners, parts)):
+        return
+    sizes = [Fraction(1, 1000), *(Fraction(10) ** power for power in range(10))]
+    sizes += [abs(each.value) for each in parts if each.op == "number" and each.value][:20]
+    for _ in range(_CORNERS):
+        yield {
+            name: draw.choice(sizes)
+            * Fraction(draw.randrange(1, 1 << 21), 1 << 20)
+            * draw.choice((-1, 1))
+            for name in names
+        }
+
+
+def _all_parts(exprs: Sequence[Expr]) -> Iterator[Expr]:
+    stack = list(exprs)
+    while stack:
+        each = stack.pop()
+        stack.extend(each.args)
+        yield each
+
+
+def _has_corners(expr: Expr) -> bool:
+    if expr.op == "^":
+        exponent = expr.args[1]
+        return exponent.op == "number" and exponent.value.denominator % 2 == 0
+    return expr.op in ("abs", "max", "min", "floor", "ceil", "sign")
 
 
 def _real(ball: Ball) -> bool:
@@ -321,21 +357,19 @@ def symbolic_equal(one: Expr, other: Expr) -> bool:
 
 def _digits(*exprs: Expr) -> int:
     """Digits at which no number in the expressions is too small to be seen beside the others."""
-    size, stack = 0.0, list(exprs)
-    while stack:
-        each = stack.pop()
-        stack.extend(each.args)
+    size = 0.0
+    for each in _all_parts(exprs):
         if each.op == "number":
             bits = each.value.numerator.bit_length() - each.value.denominator.bit_length()
             size += abs(bits) * 0.3
-    return min(_DIGITS + int(size), _MAX_DIGITS)
+    return min(_DIGITS + int(size), _MOST_DIGITS_AT_POINTS)
 
 
 def _agree(one: Expr, other: Expr, log_base: int) -> bool:
     digits = _digits(one, other)
     agreed = complex_agreed = 0
     complex_apart = one_real = False
-    for point in points(one.symbols | other.symbols):
+    for point in points(one.symbols | other.symbols, (one, other)):
         try:
             left, right = exact(one, point), exact(other, point)
             if left is not None and right is not None:
@@ -343,7 +377,9 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
                     return False
                 agreed += 1
                 continue
-            balls = [evaluate(each, point, digits, log_base) for each in (one, other)]
+            balls = [evaluate(each, point, _DIGITS, log_base) for each in (one, other)]
+            if digits > _DIGITS and _compared(*balls):
+                balls = [evaluate(each, point, digits, log_base) for each in (one, other)]
         except (Undefined, TooLarge):
             continue
         real = [_real(each) for each in balls]

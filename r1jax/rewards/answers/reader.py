@@ -37,7 +37,6 @@ from r1jax.rewards.answers.forms import (
     set_of,
     set_operation,
 )
-from r1jax.rewards.answers.numeric import Undefined
 from r1jax.rewards.answers.text import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
 from r1jax.rewards.answers.values import (
     Based,
@@ -103,7 +102,7 @@ def read(text: str, trusted: bool = False) -> Value:
         return _Reader(found, trusted).whole()
     except TooLarge:
         raise
-    except (Unreadable, ZeroDivisionError, Undefined) as error:
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
         words = _as_words(found)
         if words is None:
             message = str(error) or "it has no value"
@@ -500,8 +499,8 @@ class _Reader:
 
     def sum(self) -> Node:
         with self.nested():
-            total: Node | None = None
-            while total is None or self.next_is("+", "-", "pm", "mp"):
+            terms: list[Node] = []
+            while not terms or self.next_is("+", "-", "pm", "mp"):
                 sign, both = "", ""
                 while self.next_is("+", "-", "pm", "mp"):
                     new = self.tokens[self.position].text
@@ -513,16 +512,17 @@ class _Reader:
                     elif new == "-":
                         sign = "" if sign else "-"
                 term = self.product()
-                if sign and not both and total is not None and is_set(total):
+                if sign and not both and terms and is_set(last := terms[-1]):
                     other = Scalar(term) if isinstance(term, Expr) else term
-                    total = set_operation("setminus", [total, other])
+                    terms[-1] = set_operation("setminus", [last, other])
                     continue
                 if sign:
                     term = negated(term)
                 if both:
                     # A factor that is 1 and -1 in turn at the end of the part.
                     term = ex.multiply(_PLUS_MINUS[both], as_expr(term))
-                total = term if total is None else added(total, term)
+                terms.append(term)
+            total = terms[0] if len(terms) == 1 else added(terms)
             if self.take("over"):
                 return ex.divide(as_expr(total), as_expr(self.sum()))
             if self.take("choose"):
@@ -742,7 +742,10 @@ class _Reader:
                 self.position += 1
                 return letter_symbol(token.text[0])
             if token.kind == "number" and digit and len(token.text) > 1:
-                self.tokens[self.position] = Token("number", token.text[1:])
+                if token.text[1:] == ".":
+                    self.position += 1
+                else:
+                    self.tokens[self.position] = Token("number", token.text[1:])
                 return ex.number(int(token.text[0])) if token.text[0] != "." else self._bad_digit()
             return self.primary()
 

@@ -50,7 +50,9 @@ _TABLE = str.maketrans(
         **{sign: f"\\{name} " for sign, name in _GREEK.items()},
         **{sign: f"{new} " if new[-1:].isalpha() else new for sign, new in _SIGNS.items()},
         **dict.fromkeys("\u00a0\u202f\u2009\u3000\t\r", " "),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad"),
+        **dict.fromkeys(
+            "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\ufe0e\ufe0f\ufeff\u00ad"
+        ),
     }
 )
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
@@ -181,6 +183,7 @@ class Token(NamedTuple):
 
 
 WORDS = _pairs(
+    "arccot arccot arcsec arcsec arccsc arccsc arsinh arsinh arcosh arcosh artanh artanh coth coth "
     "pi pi sin sin cos cos tan tan cot cot sec sec csc csc ln ln log log lg lg sqrt sqrt exp exp "
     "infty infty sinh sinh cosh cosh tanh tanh binom binom gcd gcd lcm lcm max max min min arcsin "
     "arcsin arccos arccos arctan arctan theta theta mod mod alpha alpha beta beta gamma gamma "
@@ -211,12 +214,14 @@ _SIGN_NAMES = {"<=": "le", ">=": "ge", "!=": "ne", "+-": "pm", "...": "ldots", "
 MAX_TOKENS = 1500
 
 
-def tokens(text: str) -> list[Token]:
-    """The tokens of a tidied text.
+def tokens(text: str, nesting: int = 0) -> list[Token]:
+    r"""The tokens of a tidied text; `nesting` is that of `\text` in `\text`.
 
     Raises:
       Unreadable: braces of a `\text` without an end, or too many tokens.
     """
+    if nesting > 5:
+        raise TooLarge("it is nested too deep")
     if len(text) > MAX_CHARACTERS:
         raise TooLarge(f"it has over {MAX_CHARACTERS} characters")
     found: list[Token] = []
@@ -230,7 +235,7 @@ def tokens(text: str) -> list[Token]:
             continue
         if match["words"]:
             end = _closing(text, position)
-            found.extend(_text_tokens(text[position + 1 : end], space))
+            found.extend(_text_tokens(text[position + 1 : end], space, nesting + 1))
             position = end + 1
         else:
             found.extend(_token(match, space, found[-1] if found else None))
@@ -292,30 +297,32 @@ def _letter_tokens(run: str, space: bool, before: Token | None) -> list[Token]:
     return [Token("letters", run, space)]
 
 
-def _text_tokens(inner: str, space: bool) -> list[Token]:
+def _text_tokens(inner: str, space: bool, nesting: int) -> list[Token]:
     words = " ".join(_SPACES.sub(" ", inner).split())
     if words.strip(" ,;.").casefold() in ("and", "or"):
         word = words.strip(" ,;.").casefold()
         return [Token(word, word, space)]
+    if "\\" in words:  # formulae in it
+        return tokens(inner, nesting)
     if words == "to":
         return [Token("sign", ":", space)]
     runs = re.findall("[A-Za-z]+", words)
     clock = re.fullmatch(r"[AaPp]\.?\s?[Mm]\.?", words)
     if not clock and words != "min" and all(len(run) == 1 or run in WORDS for run in runs):
         # `\text{13}`, `\mathrm{e}`, `\text{(E)}`, `\operatorname{arcsin}`
-        inside = tokens(inner)
+        inside = tokens(inner, nesting)
         return [
             Token(each.kind, each.text, each.space or (space and not index))
             for index, each in enumerate(inside)
         ]
     if "," in words and re.fullmatch(r"[A-Za-z](?:\s*,\s*(?:and\s+)?[A-Za-z])+", words):
-        return tokens(inner)
+        return tokens(inner, nesting)
     parts = re.split(r"\s*([,;])\s*(?:and\s+|or\s+)?|\s+(and|or)\s+", words)
     if len(parts) > 1 and all(len(part.split()) <= 3 for part in parts[::3]):
         found: list[Token] = []
         for index, part in enumerate(parts):
             if part and index % 3 == 0:
-                found.extend(_text_tokens(part, space) if part != words else [])
+                found.extend(_text_tokens(part, space, nesting) if part != words else [])
             elif part and index % 3:
                 found.append(Token("sign" if part in ",;" else part, part))
         return found

@@ -27,7 +27,16 @@ UNITS: dict[str, str] = {
 }
 _MAGNITUDES = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
-    **{"dozen": 12, "score": 20, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "亿": 10**8},
+    **{
+        "dozen": 12,
+        "gross": 144,
+        "score": 20,
+        "百": 100,
+        "千": 1000,
+        "万": 10**4,
+        "百万": 10**6,
+        "亿": 10**8,
+    },
 }
 _ORDINALS = "half third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth"
 _PARTS = dict(
