@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-from r1jax.rewards.answers.expressions import MAX_BITS, Expr
+from r1jax.rewards.answers.expressions import MAX_BITS, Expr, number
 from r1jax.rewards.answers.text import TooLarge
 
 Number: TypeAlias = Any  # mpmath's mpf or mpc, which have no types
@@ -125,7 +125,7 @@ def evaluate(expr: Expr, point: Point, digits: int, log_base: int = 0) -> Ball:
     mp.dps = digits + 10
     try:
         return _evaluate(expr, point, mp.mpf(10) ** (-digits), log_base)
-    except (ZeroDivisionError, ValueError, OverflowError, TypeError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, TypeError, LookupError) as error:
         if isinstance(error, Undefined | TooLarge):
             raise
         raise Undefined from None
@@ -466,7 +466,7 @@ def signature(expr: Expr) -> str:
         try:
             value = exact(expr, point)
             if value is not None:
-                return f"{','.join(sorted(expr.symbols))}:{value}"
+                return f"{','.join(sorted(expr.symbols))}:{number(value).key}"
             ball = evaluate(expr, point, 60)
         except (Undefined, TooLarge):
             continue

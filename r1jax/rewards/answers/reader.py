@@ -93,20 +93,18 @@ def read(text: str, trusted: bool = False) -> Value:
     text = tidy(text)
     if not text:
         raise Unreadable("it is empty")
-    found = tokens(text)
-    if not found:
-        raise Unreadable("it is empty")
     if re.fullmatch(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
-        found = tokens(text.replace(" ", ""))
+        text = text.replace(" ", "")
+    found: list[Token] = []
     try:
+        found = tokens(text)
         return _Reader(found, trusted).whole()
     except TooLarge:
         raise
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        words = _as_words(found)
+        words = _as_words(found) if found else None
         if words is None:
-            message = str(error) or "it has no value"
-            raise Unreadable(message) from None
+            raise Unreadable(str(error) or "it has no value") from None
         return words
 
 
@@ -832,6 +830,8 @@ class _Reader:
         return Fraction(f"{whole or '0'}.{decimals or '0'}") + period
 
     def _letters(self, token: Token) -> Expr:
+        if len(token.text) > 4 and len(re.findall("[aeiou]", token.text)) > 1:
+            raise Unreadable(f"the word {token.text}")
         if len(token.text) > 1:
             self.position -= 1
             self._split(token)

@@ -141,9 +141,8 @@ def tidy(text: str) -> str:
         text = text[:-1].rstrip()
         if text.endswith("\\") and not text.endswith("\\\\"):
             text = text[:-1]
-    if text.startswith("{") and text.endswith("}") and re.fullmatch(r"\{[^,;]*\}", text):
-        if text.find("}") == len(text) - 1 or _closing(text, 0) == len(text) - 1:
-            text = text[1:-1].strip()  # braces round all of it say nothing
+    if text.startswith("{") and text.find("}") == len(text) - 1 and not re.search("[,;]", text):
+        text = text[1:-1].strip()  # braces round all of it say nothing
     if "base" in text:
         text = _IN_BASE.sub(lambda found: f"{found[1]}_{{{_base(found[2])}}}", text)
     return _BASE_NAME.sub(lambda found: f"_{{{_base(found[1])}}}", text)
@@ -349,7 +348,7 @@ def _has_another(text: str, letter: str, letters: str) -> bool:
     if re.match(r"\(?\w[.:)]+\s*(?:both|all|neither|none|either|only)\b", text, re.IGNORECASE):
         return False
     label = r"\(\s*(\w)\s*\)" if text.startswith("(") else r"(?<![\w(])(\w)[.)](?=\s)"
-    if re.fullmatch(r"\(?\w[.:)]+\s*\(\w\)", text):
+    if re.match(r"\(?\s*\w\s*[.:)]+(?:\s*\(\w\)$|[\s,]*(?:or|and)\b)", text):
         return True
     others = {found.upper() for found in re.findall(label, text)}
     return bool(others & set(letters) - {letter})
