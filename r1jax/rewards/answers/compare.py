@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -190,7 +191,8 @@ def _terminates(denominator: int) -> bool:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().replace("-", " ").split()).strip(" .!")
+    words = " ".join(text.casefold().replace("-", " ").split()).strip(" .!")
+    return re.sub("^(?:an?|the) ", "", words)
 
 
 def _same_words(reference: Value, answer: Value) -> bool:
@@ -417,16 +419,14 @@ def _same_colon(reference: Colon, answer: Colon) -> bool:
     if reference.suffix and answer.suffix and reference.suffix != answer.suffix:
         return False
     if _in_order(reference.items, answer.items):
-        return True
+        return reference.clock == answer.clock
     one, other = (
         [each.expr for each in side.items if isinstance(each, Scalar) and each.expr.key != "0"]
         for side in (reference, answer)
     )
     if not len(reference.items) == len(one) == len(other) == len(answer.items):
         return False
-    if any(each.value >= 10 for each in one[1:]):
-        return False  # `1:30` may be a time
-    return not reference.suffix and all(
+    return not reference.clock and all(
         equal(ex.multiply(a, other[0]), ex.multiply(b, one[0]))
         for a, b in zip(one[1:], other[1:], strict=True)
     )

@@ -37,7 +37,15 @@ from r1jax.rewards.answers.forms import (
     set_of,
     set_operation,
 )
-from r1jax.rewards.answers.text import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
+from r1jax.rewards.answers.text import (
+    LETTER_UNITS,
+    MAX_DIGITS,
+    Token,
+    TooLarge,
+    Unreadable,
+    tidy,
+    tokens,
+)
 from r1jax.rewards.answers.values import (
     Based,
     Colon,
@@ -101,6 +109,8 @@ def read(text: str, trusted: bool = False) -> Value:
         return _Reader(found, trusted).whole()
     except TooLarge:
         raise
+    except ZeroDivisionError:
+        raise TooLarge("a division by zero") from None
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
         words = _as_words(found) if found else None
         if words is None:
@@ -117,7 +127,7 @@ def _as_words(found: Sequence[Token]) -> Words | None:
         for index, each in enumerate(found)
     ) and not all(each.kind == "number" for each in found):
         return None
-    joined = "".join(" " * each.space + each.text for each in found)
+    joined = "".join(" " * each.space + each.text for each in found).replace("$", "")
     return Words(" ".join(joined.split()))
 
 
@@ -328,14 +338,17 @@ class _Reader:
         if not self.next_is(":", "@"):
             return value
         items = [value]
+        clock = True
         while self.take(":", "@"):
+            field = self.peek()
+            clock &= field is not None and re.fullmatch("[0-5][0-9]", field.text) is not None
             items.append(self.set_term())
         suffix = self.tail_text()
         last = items[-1]
         if not suffix and isinstance(last, Scalar) and last.unit in ((("pm", 1),), (("am", 1),)):
             suffix = last.unit[0][0]
             items[-1] = replace(last, unit=())
-        return Colon(tuple(items), re.sub("[^a-z]", "", suffix.casefold()))
+        return Colon(tuple(items), re.sub("[^a-z]", "", suffix.casefold()), clock)
 
     def words(self) -> Value | None:
         """A side of letters and words only: words, or two or more bare letters."""
@@ -1084,7 +1097,7 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
         at
         and tail[0].space
         and all(each.kind == "number" or each.text in "+-./" for each in found[:at])
-        and all(each.text in _SINGLE_UNITS or each.text in _UNIT_SIGNS for each in tail)
+        and all(each.text in LETTER_UNITS or each.text in _UNIT_SIGNS for each in tail)
     ):
         read = units.read_tail("".join(" " * each.space + each.text for each in tail))
         try:
@@ -1097,4 +1110,3 @@ def _loose_reading(found: Sequence[Token], value: Value) -> Value:
 
 
 _UNIT_SIGNS = {"/", "^", "1", "2", "3", "-", "{", "}", "cdot"}
-_SINGLE_UNITS = {"m", "s", "g", "h", "L", "N", "J", "W", "V", "A", "K", "C", "F", "T"}

@@ -209,6 +209,11 @@ _SAME = _pairs(
     "colon : lor or land and vee or wedge and div / mid | prime ' infin infty lang langle rang "
     "rangle"
 )
+LETTER_UNITS = set("m s g h L N J W V A K C F T".split())
+# In `\\mathrm{}`: a product, unless it is a unit.
+_FEW_LETTERS = re.compile(
+    r"(?!cm|mm|km|kg|mg|ml|mL|ft|in|mi|hr|oz|lb|Hz|Pa|eV|kJ|kW|pm|am)[A-Za-z]{2}"
+)
 _SIGN_NAMES = {"<=": "le", ">=": "ge", "!=": "ne", "+-": "pm", "...": "ldots", "->": "to"}
 MAX_TOKENS = 1500
 
@@ -234,7 +239,11 @@ def tokens(text: str, nesting: int = 0) -> list[Token]:
             continue
         if match["words"]:
             end = _closing(text, position)
-            found.extend(_text_tokens(text[position + 1 : end], space, nesting + 1))
+            inner = text[position + 1 : end]
+            if match["words"].startswith("math") and _FEW_LETTERS.fullmatch(inner):
+                found.append(Token("letters", inner, space))
+            else:
+                found.extend(_text_tokens(inner, space, nesting + 1))
             position = end + 1
         else:
             found.extend(_token(match, space, found[-1] if found else None))
@@ -288,6 +297,8 @@ def _letter_tokens(run: str, space: bool, before: Token | None) -> list[Token]:
             return [Token(word, word, space), *([Token("letters", rest)] if rest else [])]
     if run == "min" and before is not None and before.kind == "number":
         return [Token("letters", run, space)]
+    if run == "to" and before is not None and before.kind == "number":
+        return [Token("sign", ":", space)]
     if run in WORDS:
         return [Token("command", WORDS[run], space)]
     for name in ("arcsin", "arccos", "arctan", "sqrt", "sin", "cos", "tan", "ln", "log", "pi"):
@@ -310,8 +321,9 @@ def _text_tokens(inner: str, space: bool, nesting: int) -> list[Token]:
     if not clock and words != "min" and all(len(run) == 1 or run in WORDS for run in runs):
         # `\text{13}`, `\mathrm{e}`, `\text{(E)}`, `\operatorname{arcsin}`
         inside = tokens(inner, nesting)
+        apart = space or words in LETTER_UNITS
         return [
-            Token(each.kind, each.text, each.space or (space and not index))
+            Token(each.kind, each.text, each.space or (apart and not index))
             for index, each in enumerate(inside)
         ]
     if "," in words and re.fullmatch(r"[A-Za-z](?:\s*,\s*(?:and\s+)?[A-Za-z])+", words):

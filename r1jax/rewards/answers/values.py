@@ -47,10 +47,11 @@ class Based:
 
 @dataclass(frozen=True, slots=True)
 class Colon:
-    """A ratio `3:5` or a time `4:51:06 p.m.`."""
+    """A ratio `3:5` or a time `4:51:06 p.m.`, whose fields have two digits (`clock`)."""
 
     items: tuple[Value, ...]
     suffix: str = ""
+    clock: bool = False
 
 
 @dataclass(frozen=True, slots=True)
