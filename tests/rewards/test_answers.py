@@ -290,6 +290,23 @@ RIGHT = [
     (r"2007+\frac\pi 2", r"2007+\frac{\pi}{2}"),
     (r"\approx 8.24", "8.24"),
     (r"[-5,1]\cup[3,9]", r"-5\le x\le 1 \text{ or } 3\le x\le 9"),
+    (r"\pm 3", r"\pm -3"),
+    ("(1,2)", "b=2,a=1"),
+    ("x=1,y=2", "(y,x)=(2,1)"),
+    ("(-1)^n", "(-1)^{n+2}"),
+    (r"p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2", "p=5,q=2;p=7,q=2"),
+    ("(1,2),(3,4)", r"x=1,y=2 \text{ or } x=3,y=4"),
+    ("A", r"\boldsymbol{A}"),
+    (r"\sinh^{-1}x", r"\ln(x+\sqrt{x^2+1})"),
+    (r"2k, k\in\mathbb{Z}", "2k"),
+    ("2k", r"2k, k \in \mathbb{Z}"),
+    (r"x=k\pi, k\in Z", r"x=k\pi"),
+    (r"(0,\operatorname{arccot} 5]", r"(0,\operatorname{arccot}(5)]"),
+    (r"\operatorname{arccot}(5)", r"\arctan\frac15"),
+    (r"\gcd(m,n)", r"\gcd(n,m)"),
+    (r"\max(a,b)", r"\max(b,a)"),
+    (r"\frac{x+y+|x-y|}{2}", r"\max(x,y)"),
+    ("x=-10,-1,7", r"x_1=7,\ x_2=-1,\ x_3=-10"),
 ]
 
 WRONG = [
@@ -453,6 +470,62 @@ WRONG = [
     (r"x = 10^{-8}\pi", "0.0"),
     (r"\begin{pmatrix}10^{-8}\pi\\1\end{pmatrix}", r"\begin{pmatrix}0.0\\1\end{pmatrix}"),
     (r"x\equiv 1 \pmod{6}", r"x\equiv 5 \pmod{7}"),
+    ("(3,1)", r"\emptyset"),
+    ("(3,1)", r"\text{no solution}"),
+    ("(3,1)", "3<x<1"),
+    (r"\emptyset", "(3,1)"),
+    ("(2,1),(3,1)", r"\emptyset"),
+    ("A", "(A)(B)"),
+    ("A", "(A) $12$ or (B) $13$"),
+    ("A", "A. 12 B. 13"),
+    ("A", "A) 12, B) 13"),
+    (r"\mathbb{R}", r"\{x\mid\}"),
+    ("0", r"\infty-\infty"),
+    ("3", "e^x=3"),
+    ("3", "|x|=3"),
+    ("3", r"x\sim 3"),
+    ("[1,2]", "1,2"),
+    (r"\sin x", r"\sin x+10^{-30}"),
+    (r"\sin x", r"\sin x+\frac{x}{9^{99}}"),
+    (r"\lfloor x\rfloor", r"\lceil x\rceil-1"),
+    ("0", r"0\cdot\infty"),
+    ("1", r"\tanh(10^{5})"),
+    ("-10", r"\pm -10"),
+    ("-10", "±-10"),
+    ("-x", r"\pm -x"),
+    ("(-1,2)", r"(\pm -1,2)"),
+    ("A", "A. (B)"),
+    (r"(0,\operatorname{foo}(5)]", r"[0,\operatorname{foo}(5)]"),
+    ("1,2", r"x\in(1,2)"),
+    ("(1,2)", "b=1,a=2"),
+    ("(1,2)", "(1,,2)"),
+    ("(1,2)", "(a,a)=(1,2)"),
+    ("(1,2)", "(a,b,c)=(1,2)"),
+    ("(1,2)", "x=1,x=2"),
+    (r"\emptyset", r"\{\emptyset\}"),
+    ("1:30", "2:60"),
+    (r"\max(x,y)", "x"),
+    (r"\min(x,y)", "y"),
+    ("|x-y|", "x-y"),
+    (r"\sqrt{x^2+2x+1}", "x+1"),
+    ("|x-100|", "100-x"),
+    ("|x+100|", "x+100"),
+    (r"\max(x,1000)", "1000"),
+    (r"\min(x,1000)", "x"),
+    (r"\max(x,-10^6)", "x"),
+    ("|x-10^6|", "10^6-x"),
+    ("7", r"\frac23.-x"),
+    ("7", "x=8 x=7"),
+    ("7", r"x=8\quad x=7"),
+    ("7", r"7\text{ gross}"),
+    ("7", r"\frac 0."),
+    ("7", r"\frac 1e5"),
+    ("7", r"12345678901234567890 ; b ^{9^9} million \text{and}"),
+    ("7", r"7\sqrt\sin^{-1}{}"),
+    ("7", r"\phantom{ 7"),
+    ("C", "(C) or (13225)"),
+    (r"(\text{E})", r"(\text{E}) \text{ or } -15"),
+    ("0", "10700 ( therefore 0)"),
 ]
 
 
@@ -575,6 +648,12 @@ def test_readable_reference(reference: str, readable: bool) -> None:
         ("x^2", "x^3", False),
         ("ACBD", "ABCD", False),
         ("(1,2)", "(2,1)", False),
+        ("b=-6, a=5", "a=-6, b=5", False),
+        ("5x^2+11=0", "5x^2=-11", True),
+        (r"1 \pmod 6", r"-5 \pmod 6", True),
+        (r"\varnothing", r"\{\}", True),
+        ("2 m", "2", True),
+        ("x^{9999}", "x^{9998}", False),
     ],
 )
 def test_votes(one: str, other: str, same: bool) -> None:
@@ -623,6 +702,20 @@ def test_closed_numbers(a: int, b: int, c: int) -> None:
         assert same_answer(one, other) and equivalent_key(one) == equivalent_key(other)
     assert not same_answer(one, rf"\frac{{{c}}}{{\sqrt{{{a + 1}}}+\sqrt{{{b}}}}}")
     assert not same_answer(f"e^{{-{a}}}", f"e^{{-{a + 1}}}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\frac 0.",
+        r"\frac 1e5",
+        r"1 ; b^{9^9} million \text{and}",
+        r"7\sqrt\sin^{-1}{}",
+        r"\phantom{ 7",
+    ],
+)
+def test_a_broken_answer_is_nobodys_error(answer: str) -> None:
+    assert not rewarded("7", answer)
 
 
 def test_an_unreadable_answer_says_why() -> None:

@@ -241,7 +241,9 @@ def _same_labelled(reference: Value, answer: Value) -> bool:
         if isinstance(answer, Listing) and isinstance(reference.value, Group):
             return _same_listed(reference, answer)
         if isinstance(answer, Listing) and any(
-            isinstance(each, Labelled) and each.label != reference.label for each in answer.items
+            isinstance(each, Labelled)
+            and re.sub(r"_\{?[0-9]+\}?$", "", each.label) != reference.label
+            for each in answer.items
         ):
             return False
         return reference.droppable and same(reference.value, answer)
