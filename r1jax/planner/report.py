@@ -128,8 +128,8 @@ def _free(plan: Plan, stage: StagePlan) -> float:
 def _memory(plan: Plan, stage: StagePlan) -> Table:
     title = f"{stage.name} ({stage.kind}) on {plan.target}, mesh {_mesh(plan.mesh)}"
     kinds = list(dict.fromkeys(k for program in stage.programs for k in program.memory))
-    columns = ("HBM of a device", *_numbers(*kinds, "all", "fits"))
-    table = Table(*columns, title=title, title_justify="left", box=None)
+    numbers = _numbers(*kinds, "all", "fits")
+    table = Table("HBM of a device", *numbers, title=title, title_justify="left", box=None)
     for program in stage.programs:
         table.add_row(
             program.name,
@@ -142,9 +142,10 @@ def _memory(plan: Plan, stage: StagePlan) -> Table:
 
 def _work(stage: StagePlan) -> Table:
     names = ("FLOPs", "HBM bytes", "bytes sent", "compute", "memory", "network", "time", "MFU")
-    columns = ("work of a device", *_numbers(f"calls a {stage.unit}", *names), "bound by")
+    numbers = _numbers(f"calls a {stage.unit}", *names)
     measured = any(program.measured is not None for program in stage.programs)
-    table = Table(*columns, *(_numbers("measured") if measured else ()), box=None)
+    last = _numbers("measured") if measured else []
+    table = Table("work of a device", *numbers, "bound by", *last, box=None)
     for program in stage.programs:
         if program.problem:
             continue
