@@ -429,18 +429,28 @@ def sample(
 
 @app.command()
 def score(
-    reward: Annotated[str, typer.Option(help="A registered name or package.module:function.")],
+    reward: Annotated[
+        str, typer.Option(help="A registered name, package.module:function or file.py:function.")
+    ],
     source: Annotated[
         Path, typer.Option("--in", help="JSON lines with prompt, completion and answer.")
     ],
     target: Annotated[
         Path, typer.Option("--out", help="The rows with reward, outcome and extracted added.")
     ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of the reward, such as style=boxed or format.style=think; the value is "
+            "YAML. May be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Score a file of completions with a reward function."""
     from r1jax.rewards import score_file
 
-    counts = score_file(reward, source, target)
+    counts = score_file(reward, source, target, options=_options_of(option or ()))
     typer.echo(", ".join(f"{outcome}: {count}" for outcome, count in counts.items()))
 
 
@@ -559,6 +569,30 @@ def _with_given_shapes(overrides: Sequence[str]) -> list[str]:
     return [*overrides, *(f"{model}.{reset}" for model in models for reset in resets)]
 
 
+def _options_of(given: Sequence[str]) -> JsonObject:
+    """`a.b=VALUE` each, as a tree."""
+    import yaml
+
+    from r1jax.config.load import ConfigError
+
+    options: JsonObject = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        *path, last = key.split(".")
+        node = options
+        for name in path:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError([f"--option {text}: {name} has a value already"])
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError([f"--option {text}: not YAML: {error}"]) from None
+        if not (key and equals):
+            raise ConfigError([f"--option {text}: needs KEY=VALUE"])
+    return options
+
+
 def _require_run(directory: Path) -> None:
     from r1jax.config.load import ConfigError
 
@@ -623,6 +657,8 @@ def _print_dry_run(config: RunConfig) -> None:
         memory.add_row(entry["what"], _size(entry["bytes"]))
     for table in (weights, memory):
         _console().print(table, markup=False)
+    for note in description["notes"]:
+        typer.echo(note)
 
 
 def _print_summary(stage: str, summary: JsonObject) -> None:

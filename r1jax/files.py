@@ -113,3 +113,22 @@ def _plain(value: Any) -> JsonValue:
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     plain: JsonValue = value
     return plain
+
+
+def plain_json(value: object) -> JsonValue:
+    """A value as JSON holds it: bytes are UTF-8 text, arrays lists.
+
+    Raises:
+      TypeError, ValueError: JSON cannot hold it.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain_json(value.tolist())
+    raise TypeError(f"JSON has no {type(value).__name__}")

@@ -93,7 +93,8 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
     cache = use_compilation_cache(config.compilation_cache, config.output)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
     with _watchdog(resolved):
-        check(resolved)
+        for line in check(resolved):
+            console.print(line, markup=False, soft_wrap=True)
         record = open_record(config, files)
         _check_needs(record, selected)
         if profile is not None:

@@ -120,6 +120,7 @@ def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Rep
         "devices": "8 x TPU",
         "weights": [weight],
         "memory": [{"what": "optimizer", "bytes": 3 * 2**20}],
+        "notes": ["data.train: 1 of 9 rows"],
     }
     replace(dry_run, "describe", return_value=description)
     result = invoke("run", config, "--dry-run", "seed=5")
@@ -136,6 +137,7 @@ def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Rep
         "P(None, 'fsdp')",
         "384 B",
         "3 MiB",
+        "\ndata.train: 1 of 9 rows\n",
     ):
         assert part in rest, part
 
@@ -394,6 +396,32 @@ def test_score_for_real(tmp_path: Path) -> None:
     assert [row["reward"] for row in scored] == [1.0, 0.0]
     assert "right: 1" in result.stdout.lower()
     assert "wrong: 1" in result.stdout.lower()
+
+
+def test_score_with_options_and_a_function_of_a_file(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "1+1=", "completion": "<think>one and one</think>2", "answer": "2", "level": 3}
+    rows.write_text(json.dumps(row) + "\n")
+    function = tmp_path / "mine.py"
+    function.write_text(
+        "def level(completions, level, scale, **columns):\n    return [scale * x for x in level]"
+    )
+
+    def scored(reward: str, *options: str) -> dict[str, Any]:
+        arguments = [part for option in options for part in ("--option", option)]
+        result = invoke("score", "--reward", reward, "--in", rows, "--out", out, *arguments)
+        assert result.exit_code == 0, result.stderr
+        return dict(json.loads(out.read_text()))
+
+    assert scored("language_consistency", "target=en")["reward"] == 1.0
+    assert scored("language_consistency", "target=zh")["reward"] == 0.0
+    assert scored("readable", "format.style=think", "length={min_words: 9}")["reward"] == 0.0
+    assert scored("format", "style=think")["reward"] == 1.0
+    assert scored(f"{function}:level", "scale=0.5")["reward"] == 1.5
+    arguments = ("score", "--reward", "format", "--in", rows, "--out", out, "--option")
+    for option in ("style", "style=[", "style.a=1", "stile=think"):
+        result = invoke(*arguments, option)
+        assert result.exit_code == 2 and "sty" in result.stderr or "stile" in result.stderr
 
 
 def test_score_errors_are_messages(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_every_import_is_a_declared_dependency() -> None:
             *project["dependencies"],
             *extras["hf"],
             *extras["gcs"],
+            *extras["gym"],
             *extras["wandb"],
         ]
     }
@@ -97,7 +98,7 @@ def test_every_import_is_a_declared_dependency() -> None:
                 modules = [node.module]
             for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names:
                 names = [name.lower().replace("_", "-") for name in distributions.get(module, [])]
-                if module != "r1jax" and not {*names, module} & declared:
+                if module != "r1jax" and not {*names, module.replace("_", "-")} & declared:
                     undeclared.add(f"{path}: {module}")
     assert not undeclared
 

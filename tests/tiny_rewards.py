@@ -7,16 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from r1jax.rewards import Answered, Outcome, Score
+from r1jax.rewards import Outcome, RewardInput, Score
 
 
-def digits(row: Answered, options: Mapping[str, Any]) -> Score:
+def digits(row: RewardInput, options: Mapping[str, Any]) -> Score:
     """The share of digits among the completion's characters."""
     count = sum(character.isdigit() for character in row.completion)
     return Score(count / max(len(row.completion), 1), Outcome.RIGHT)
 
 
-def last_number(row: Answered, options: Mapping[str, Any]) -> Score:
+def last_number(row: RewardInput, options: Mapping[str, Any]) -> Score:
     """1 for whoever says a number, whichever; the last one is the answer."""
     numbers = re.findall(r"\d+", row.completion)
     if not numbers:
@@ -24,7 +24,7 @@ def last_number(row: Answered, options: Mapping[str, Any]) -> Score:
     return Score(1.0, Outcome.RIGHT, extracted=numbers[-1])
 
 
-def last_number_in(row: Answered, options: Mapping[str, Any]) -> Score:
+def last_number_in(row: RewardInput, options: Mapping[str, Any]) -> Score:
     """`last_number` in one process of the run; in the others no answer can be scored."""
     if os.environ["JAX_PROCESS_ID"] != options["process"]:
         raise RuntimeError("out of order")

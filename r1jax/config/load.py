@@ -37,13 +37,22 @@ def load_config(
     Raises ConfigError with every problem of the file and of the overrides.
     """
     path = find_config(name_or_path)
-    return parse_config(read_text(path), str(path), overrides, slice_name)
+    return parse_config(read_text(path), str(path), overrides, slice_name, path.parent)
 
 
 def parse_config(
-    text: str, source: str, overrides: Sequence[str] = (), slice_name: str | None = None
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    slice_name: str | None = None,
+    folder: Path | None = None,
 ) -> RunConfig:
-    """As `load_config`, from YAML text; `source` is what error messages call it."""
+    """As `load_config`, from YAML text.
+
+    Args:
+      source: what error messages call it.
+      folder: where files of reward functions are looked for first.
+    """
     document = read_document(text, source)
     if slice_name is not None:
         put_slice(document, slice_name)
@@ -55,7 +64,9 @@ def parse_config(
     try:
         # JSON mode is strict about types, so that "5", true or 5.0 is no integer, without asking
         # YAML for tuples and dataclasses.
-        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
+        where = None if folder is None else str(folder.absolute())
+        text = json.dumps(data)
+        config = RunConfig.model_validate_json(text, strict=True, context={"folder": where})
     except ValidationError as error:
         # Without what should have been filled in, much is missing that was not forgotten.
         for path, problem in messages(data, error, unknown_keys_only=bool(not_filled_in)):

@@ -9,7 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from r1jax.settings.data import DataSection
@@ -86,6 +93,19 @@ class RunConfig(Section):
         description="Where compiled programs are kept for later runs: a directory, which may be "
         "gs://..., or null for nowhere. `auto`: see r1jax.compilation_cache.",
     )
+    _folder: str | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config was read from: files of reward functions are looked for there first."""
+        return self._folder
+
+    def model_post_init(self, context: object) -> None:
+        if isinstance(context, dict):
+            self._folder = context["folder"]
+
+    def __eq__(self, other: object) -> bool:  # wherever it was read from
+        return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
@@ -139,6 +159,11 @@ class RunConfig(Section):
         if selection is None and not self.rewards:
             raise ValueError(f"{where} needs at least one entry in rewards")
         selected = self.rewards_of(stage)
+        if stage.DESCRIPTION.trains and selected and not any(r.weight for r in selected.values()):
+            raise ValueError(
+                f"{where} trains on nothing: the weights of its rewards, {', '.join(selected)}, "
+                "are all 0"
+            )
         for reward in selection or ():
             if reward not in selected:
                 raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from r1jax.files import JsonObject
 
 Split = Literal["train", "held_out"]
 Role = Literal["system", "user", "assistant"]
@@ -32,6 +34,7 @@ class Example:
         domain: Free label, passed on to rewards and metrics.
         response: What the assistant should say to `prompt`, or None.
         messages: A whole conversation, in place of prompt and response; empty where there is none.
+        columns: All columns of the source's row that JSON can hold, for rewards.
     """
 
     id: int
@@ -41,6 +44,7 @@ class Example:
     domain: str = ""
     response: str | None = None
     messages: tuple[Message, ...] = ()
+    columns: JsonObject = field(default_factory=dict, compare=False, repr=False)
 
 
 def split_of(problem: str, held_out_fraction: float) -> Split:

@@ -6,16 +6,19 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar, cast, get_args, overload
 
 import numpy as np
 
+from r1jax.bucket import locate
 from r1jax.data import livecodebench
 from r1jax.data.choices import lettered
 from r1jax.data.example import Example, Message, Role, Split, split_of
+from r1jax.data.gym import read_gym
 from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
-from r1jax.files import JsonObject
+from r1jax.files import JsonObject, plain_json
 from r1jax.settings.names import nearest
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ _FIELDS = ("prompt", "answer", "text", "domain", "response", "messages")
 def load_examples(section: DataSection) -> Sequence[Example]:
     """The examples of one dataset section, in the source's order.
 
-    `task:`, `tfds:` and `hf:` examples are made when they are indexed, and not kept. With
+    `task:`, `tfds:`, `hf:` and `gym:` examples are made when they are indexed, and not kept. With
     `held_out_fraction` all prompts are read once, to split the rows by a hash of each.
 
     Raises:
@@ -110,7 +113,12 @@ def _task_examples(section: DataSection) -> Sequence[Example]:
 
 # A reader gets the name after the colon, the split and the section's options.
 _Reader = Callable[[str, str, JsonObject], Rows]
-_READERS: Mapping[str, _Reader] = {"jsonl": read_jsonl, "tfds": read_tfds, "hf": read_hub}
+_READERS: Mapping[str, _Reader] = {
+    "jsonl": read_jsonl,
+    "tfds": read_tfds,
+    "hf": read_hub,
+    "gym": read_gym,
+}
 
 
 def load_rows(
@@ -118,7 +126,7 @@ def load_rows(
     mapping: Callable[[DataSection, Rows], Callable[[int], T]],
     problem: Callable[[T], str],
 ) -> Sequence[T]:
-    """The rows of one split of a `tfds:`, `jsonl:` or `hf:` source, in its order.
+    """The rows of one split of a `tfds:`, `jsonl:`, `hf:` or `gym:` source, in its order.
 
     Args:
         mapping: From the section and its source to a function of an index, which makes a row.
@@ -130,7 +138,8 @@ def load_rows(
     kind, _, name = str(section.source).partition(":")
     if kind not in _READERS or not name:
         raise ValueError(
-            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME"
+            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME, or "
+            "gym:NAME"
         )
     options = dict(section.options)
     fraction = section.held_out_fraction
@@ -167,30 +176,41 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     where = f"source = {section.source!r}"
     columns = columns_of(section, _FIELDS)
     named = set(section.fields)
+    # A column that the section names for one field is not another field, whatever it is called.
+    for field in set(columns) - named:
+        if columns[field] in section.fields.values():
+            columns.pop(field)
     # With one kind of conversation in `fields`, a column of the other is not meant.
     if len(named & {"response", "messages"}) == 1:
-        columns.pop("messages" if "response" in named else "response")
+        columns.pop("messages" if "response" in named else "response", None)
     # Pretraining text needs no other field.
     text_alone = "text" in named and not named & {"prompt", "answer", "response"}
     pattern = _compiled(section)
 
     def to_example(index: int) -> Example:
         row, here = rows.rows[index], f"{where}: {rows.label(index)}"
+        kept = row
         if section.row_format == "livecodebench":
+            # Its tests may be megabytes, and are in the answer.
+            kept = {name: row[name] for name in row if name not in livecodebench.COLUMNS}
             row = _of_livecodebench(row, here)
-        present = {field for field, column in columns.items() if row.get(column) is not None}
+        given = {field: _value(row, column) for field, column in columns.items()}
+        present = {field for field, value in given.items() if value is not None}
+        if "domain" not in named and not isinstance(given.get("domain"), _LABELS):
+            present.discard("domain")  # a column that happens to be called so
         required = named if text_alone else named | _needed(present | named)
         if missing := [field for field in _FIELDS if field in required - present]:
-            raise missing_column(row, columns[missing[0]], missing[0], here)
+            raise missing_column(row, columns.get(missing[0], missing[0]), missing[0], here)
         messages: tuple[Message, ...] = ()
         if "messages" in present:
-            column = columns["messages"]
-            messages = _as_messages(row[column], f"{here}: column {column!r}")
+            messages = _as_messages(given["messages"], f"{here}: column {columns['messages']!r}")
         values = {
-            field: as_text(row[column], f"{here}: column {column!r}", structured=field == "answer")
+            field: as_text(given[field], f"{here}: column {column!r}", structured=field == "answer")
             for field, column in columns.items()
-            if field in present - {"messages"}
+            if field in present - {"messages", "prompt"}
         }
+        if "prompt" in present:
+            values["prompt"] = _question(given["prompt"], section, here, columns["prompt"])
         answer = values.get("answer", "")
         if pattern is not None:
             matches = list(pattern.finditer(answer))
@@ -214,9 +234,66 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             domain=section.domain or values.get("domain", ""),
             response=values.get("response"),
             messages=messages,
+            columns={} if text_alone else _json_columns(kept),
         )
 
     return to_example
+
+
+# A label is text (bytes in TFDS) or a number.
+_LABELS = (str, bytes, int, float, np.generic)
+
+
+def _value(row: Row, column: str) -> object:
+    """A column's value; `a.b` is the key b of the column a, where there is no column `a.b`."""
+    value: object = row.get(column)
+    if value is None and "." in column:
+        value = row
+        for key in column.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _question(value: object, section: DataSection, where: str, column: str) -> str:
+    """A prompt: text, or a conversation of one user message, perhaps behind the system's."""
+    here = f"{where}: column {column!r}"
+    if not isinstance(value, list | tuple) or not all(isinstance(x, Mapping) for x in value):
+        return as_text(value, here)
+    messages = _as_messages(value, here)
+    system = [message.content for message in messages[:1] if message.role == "system"]
+    rest = messages[len(system) :]
+    if [message.role for message in rest] != ["user"] or system not in (
+        [],
+        [section.system_prompt],
+    ):
+        roles = ", ".join(message.role for message in messages)
+        raise ValueError(
+            f"{here} is a conversation ({roles}); a prompt is one user message. Set the system's "
+            "message as system_prompt of the dataset; put earlier turns into the user's message"
+        )
+    return rest[0].content
+
+
+def _json_columns(row: Row) -> JsonObject:
+    """The columns of a row that JSON can hold."""
+    columns = {}
+    for name in row:
+        try:
+            columns[str(name)] = plain_json(row[name])
+        except (TypeError, ValueError):  # an image, say
+            continue
+    return columns
+
+
+def row_label(section: DataSection, index: int) -> str:
+    """The file and line, or the split and row, of the row at an index of a section's source."""
+    kind, _, name = str(section.source).partition(":")
+    if kind != "jsonl":
+        return f"{section.split} row {index}"
+    path = locate(name).expanduser()
+    with path.open("rb") as file:
+        lines = (number for number, line in enumerate(file, start=1) if line.strip())
+        return f"{path}:{next(islice(lines, index, None))}"
 
 
 def _of_livecodebench(row: Row, where: str) -> Row:
@@ -229,9 +306,10 @@ def _of_livecodebench(row: Row, where: str) -> Row:
 
 
 def _column(row: Row, column: str, setting: str, where: str) -> str:
-    if row.get(column) is None:
+    value = _value(row, column)
+    if value is None:
         raise ValueError(f"{where}: {_no_column(row, column, setting)}")
-    return as_text(row[column], f"{where}: column {column!r}")
+    return as_text(value, f"{where}: column {column!r}")
 
 
 def _no_column(row: Row, column: str, setting: str) -> str:

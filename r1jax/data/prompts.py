@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from r1jax.data.chat_template import RenderedPrompt, check_template, render_prom
 from r1jax.data.example import Example
 from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.tokenizers import encode_texts
+from r1jax.files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Prompt:
     prefill: its end that belongs to the completion, such as `<think>\\n`, or "": rewards get
     prefill + completion, or a format reward never finds the opening tag.
     token_ids: int32 [tokens], of `text`. question: the example's prompt without any template.
+    columns: all columns of the example's row.
     """
 
     id: int
@@ -39,6 +41,7 @@ class Prompt:
     question: str
     answer: str
     domain: str = ""
+    columns: JsonObject = field(default_factory=dict, repr=False)
 
 
 def encode_prompt(
@@ -53,6 +56,20 @@ def encode_prompt(
     check_template(section)
     rendered = render_prompt(example.prompt, section, tokenizer)
     return _to_prompt(example, rendered, encode_texts([rendered.text], tokenizer)[0])
+
+
+def check_prompts(
+    examples: Sequence[Example], section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError where `encode_prompts` would for want of a prompt that is short enough.
+
+    It looks no further than the first one that is.
+    """
+    for example in examples:
+        text = render_prompt(example.prompt, section, tokenizer).text
+        if len(encode_texts([text], tokenizer)[0]) <= section.max_prompt_tokens:
+            return
+    encode_prompts(examples, section, tokenizer)
 
 
 def encode_prompts(
@@ -102,6 +119,7 @@ def _to_prompt(example: Example, rendered: RenderedPrompt, ids: list[int]) -> Pr
         question=example.prompt,
         answer=example.answer,
         domain=example.domain,
+        columns=example.columns,
     )
 
 

@@ -20,12 +20,13 @@ from r1jax.sharding import Layout
 
 
 def describe(config: RunConfig) -> JsonObject:
-    """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate.
+    """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate, and lines
+    about rows whose reference answers cannot be read.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
     """
     run = resolve(config)
-    check(run)
+    notes = check(run)
     layout, sampling = run.layouts
 
     def decoder_of(name: str) -> Decoder:
@@ -49,6 +50,7 @@ def describe(config: RunConfig) -> JsonObject:
         "parameters": sum(math.prod(weight["shape"]) for weight in weights),
         "weights": weights,
         "memory": memory,
+        "notes": notes,
         "devices": f"{layout.mesh.size} x {jax.devices()[0].device_kind}, mesh "
         + _shape(layout)
         + ("" if layout.mesh == sampling.mesh else f"; while sampling {_shape(sampling)}"),

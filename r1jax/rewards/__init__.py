@@ -12,16 +12,19 @@ neither numpy, jax, pydantic, transformers nor sympy.
 from r1jax.rewards import choice as _choice  # noqa: F401  (registers its reward, as the others do)
 from r1jax.rewards import code as _code  # noqa: F401
 from r1jax.rewards import format as _format  # noqa: F401
+from r1jax.rewards import gym as _gym  # noqa: F401
+from r1jax.rewards import overlong as _overlong  # noqa: F401
 from r1jax.rewards import readable as _readable  # noqa: F401
 from r1jax.rewards import structure as _structure  # noqa: F401
 from r1jax.rewards.language import language_share, words_by_language
 from r1jax.rewards.maths import equivalent_key, final_answer, same_answer
+from r1jax.rewards.references import unreadable_references
 from r1jax.rewards.registry import (
     REWARDS,
-    Answered,
     Outcome,
     RewardEntry,
     RewardFunction,
+    RewardInput,
     RewardOptions,
     Score,
     check_reward,
@@ -30,9 +33,11 @@ from r1jax.rewards.registry import (
 from r1jax.rewards.scoring import score, score_file
 from r1jax.rewards.verifier import Pending, RowScore, Verifier, VerifierError
 
+Answered = RewardInput  # as it was called in 0.1.0: functions of users import it
+
 __all__ = [
     "REWARDS",
-    "Answered",
+    "RewardInput",
     "Outcome",
     "Pending",
     "RewardEntry",
@@ -50,5 +55,6 @@ __all__ = [
     "same_answer",
     "score",
     "score_file",
+    "unreadable_references",
     "words_by_language",
 ]

@@ -1,6 +1,6 @@
 """Reward for programs: does the answer's program pass the tests that the model has not seen?
 
-The reference answer (`Answered.answer`) is a JSON object:
+The reference answer (`RewardInput.answer`) is a JSON object:
 
     {"language": "python", "tests": [{"input": "1 2\\n", "output": "3\\n"}, ...]}
     {"language": "python", "entry": "add", "tests": [{"arguments": [1, 2], "returns": 3}, ...]}
@@ -46,7 +46,14 @@ from typing import TYPE_CHECKING, Any
 
 from r1jax.files import JsonValue
 from r1jax.rewards.extraction import ANSWER, END_ANSWER, after_thinking
-from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
+from r1jax.rewards.registry import (
+    Outcome,
+    RewardInput,
+    RewardOptions,
+    Score,
+    refuse_unknown,
+    reward,
+)
 from r1jax.rewards.sandbox import (
     PATH,
     End,
@@ -551,7 +558,7 @@ def _check_section(options: RewardOptions, section: VerifierSection) -> None:
 
 
 @reward("code", check=_check, check_section=_check_section)
-def code(row: Answered, options: RewardOptions) -> Score:
+def code(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the program in the last code block passes all hidden tests, else 0.
 
     Options: see `Options`. `Score.detail` is a JSON object: `isolation`, the number of `tests`, and

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from r1jax.rewards.visible import is_blank
+
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -133,6 +135,6 @@ def final_answer(completion: str) -> str | None:
         tag = tail.rfind(ANSWER, 0, tag_end) if tag_end >= 0 else -1
         if tag >= 0:
             answer = unboxed(tail[tag + len(ANSWER) : tag_end])
-    if answer is None or not answer.strip():
+    if answer is None or is_blank(answer):
         return None
     return answer.strip()

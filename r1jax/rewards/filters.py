@@ -15,13 +15,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from r1jax.rewards.extraction import ANSWER, END_ANSWER, END_THINK, THINK, thought
 from r1jax.rewards.format import STYLES, well_formed
 from r1jax.rewards.language import check_languages, language_share
 from r1jax.rewards.words import words
 from r1jax.settings.names import nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    IntArray: TypeAlias = NDArray[np.int64] | NDArray[np.uint32]
 
 FilterOptions: TypeAlias = Mapping[str, Any]
 """The options of a filter as a config has them; the filter checks them as it is made."""
@@ -40,31 +46,58 @@ class TextFilter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Repetition:
-    """Refuses loops, and texts that repeat much of what they say.
+    """Refuses loops, and texts that repeat much of what they say, in words and in characters.
 
     Attributes:
         n: Words in an n-gram.
-        max_share: Share of the text's n-grams that an earlier one equals, at most.
+        max_share: Share of the text's n-grams that an earlier one equals, at most; also of the
+            n-grams of 2 n characters of a long run without a space.
         max_repeats: How often in a row a phrase may occur, at most.
         phrase_words: The longest phrase, in words, that counts as repeated.
+        max_characters: A string of up to 32 characters, spaces left out, may fill so many by more
+            repeats than `max_repeats`: a line of hyphens is no loop.
     """
 
     n: int = 10
     max_share: float = 0.2
     max_repeats: int = 20
     phrase_words: int = 32
+    max_characters: int = 100
 
     def __post_init__(self) -> None:
         _whole("n", self.n, least=1)
         _share("max_share", self.max_share)
         _whole("max_repeats", self.max_repeats, least=1)
         _whole("phrase_words", self.phrase_words, least=1)
+        _whole("max_characters", self.max_characters, least=1)
 
     def keeps(self, text: str) -> bool:
         tokens = _words(text)
         if _repeated_share(tokens, self.n) > self.max_share:
             return False
-        return _longest_loop(tokens, self.phrase_words, self.max_repeats + 1) <= self.max_repeats
+        if _longest_loop(tokens, self.phrase_words, self.max_repeats + 1) > self.max_repeats:
+            return False
+        if _loops(text, self.max_repeats, self.max_characters):
+            return False
+        runs = (run for run in text.split() if len(run) > _LONG_RUN)
+        return all(_repeated_share(run, 2 * self.n) <= self.max_share for run in runs)
+
+
+_LONG_RUN = 200  # characters without a space: no word, and few formulae
+_PERIODS = 32
+
+
+def _loops(text: str, max_repeats: int, max_characters: int) -> bool:
+    """Whether one string of characters, repeated, fills a long part of the text without spaces."""
+    import numpy as np  # here, because workers that do not need it should start without it
+
+    characters = "".join(text.split()).casefold().encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(characters, np.uint32)
+    for period in range(1, min(_PERIODS, len(codes) // 2) + 1):
+        filled = _longest_stretch(codes, period) + period
+        if filled > max_characters and filled // period > max_repeats:
+            return True
+    return False
 
 
 def _repeated_share(tokens: Sequence[str], n: int) -> float:
@@ -85,12 +118,19 @@ def _longest_loop(tokens: Sequence[str], phrase_words: int, enough: int) -> int:
     most = min(len(ids), 1)
     for period in range(1, min(phrase_words, len(ids) // 2) + 1):
         # In r phrases in a row, (r - 1) * period words equal the word one period later.
-        unequal = np.flatnonzero(ids[period:] != ids[:-period])
-        ends = np.concatenate(([-1], unequal, [len(ids) - period]))
-        most = max(most, 1 + int(np.diff(ends).max() - 1) // period)
+        most = max(most, 1 + _longest_stretch(ids, period) // period)
         if most >= enough:
             break
     return most
+
+
+def _longest_stretch(ids: IntArray, period: int) -> int:
+    """How many ids in a row, at most, equal the one that stands `period` later."""
+    import numpy as np
+
+    unequal = np.flatnonzero(ids[period:] != ids[:-period])
+    ends = np.concatenate(([-1], unequal, [len(ids) - period]))
+    return int(np.diff(ends).max() - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +196,35 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*(?=\n)")
 
 @dataclass(frozen=True, slots=True)
 class _CodeBlocks:
-    """Refuses thoughts with a fenced block of code; in the answer, one is welcome."""
+    """Refuses thoughts with a block of code; in the answer, one is welcome.
+
+    A block is fenced (three backticks anywhere, or three tildes at the start of a line), HTML
+    (`<pre>`, `<code>`), or, as Markdown has it, indented by four spaces or a tab behind a blank
+    line, unless it goes on with an item of a list.
+    """
 
     def keeps(self, text: str) -> bool:
-        return "```" not in (thought(text) or "")
+        inside = thought(text) or ""
+        return _CODE.search(inside) is None and not _has_indented_block(inside)
+
+
+_CODE = re.compile(r"```|^[^\S\n]*~~~|<(?:pre|code)\b", re.IGNORECASE | re.MULTILINE)
+_LIST_ITEM = re.compile(r"\s{0,3}(?:[-*+\u2022]|\d{1,9}[.)])(?:\s|$)")
+
+
+def _has_indented_block(text: str) -> bool:
+    behind_blank, in_list = True, False
+    for line in text.expandtabs(4).split("\n"):
+        if not line.strip():
+            behind_blank = True
+            continue
+        indented = line.startswith("    ")
+        if indented and behind_blank and not in_list:
+            return True
+        if not indented:
+            in_list = bool(_LIST_ITEM.match(line)) or (in_list and not behind_blank)
+        behind_blank = False
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from r1jax.rewards.extraction import final_answer, thought
-from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
+from r1jax.rewards.registry import (
+    Outcome,
+    RewardInput,
+    RewardOptions,
+    Score,
+    refuse_unknown,
+    reward,
+)
 from r1jax.rewards.words import NUMBER, words
 from r1jax.settings.names import nearest
 
@@ -35,9 +42,9 @@ SCRIPTS: Mapping[str, frozenset[str]] = MappingProxyType(
 """Language -> the scripts it is written in."""
 
 # Every alternative stops where its like begins again, so that no text takes quadratic time.
-_UNCOUNTED = re.compile(
+_FORMAL = re.compile(
     r"""
-      (?P<fence>`{3,}) .*? (?: (?P=fence) | \Z )     # a fence left open is code to the end
+      (?P<fence>`{3,}) .*? (?: (?P=fence) | \Z )     # a fence left open goes on to the end
     | ` [^`\n]* `
     | \$\$ (?: (?!\$\$) . )*+ \$\$
       # Pandoc's rule keeps prices apart: no space inside of the dollars, no digit after them.
@@ -46,38 +53,83 @@ _UNCOUNTED = re.compile(
     | \\\[ (?: [^\\] | \\[^\[\]] )*+ \\\]
     | \\begin\{ (?P<block> (?:equation|align|alignat|gather|multline|eqnarray) \*? ) \}
       (?: (?! \\(?:begin|end)\{(?P=block)\} ) . )*+ \\end\{ (?P=block) \}
-    | \\(?:begin|end) \s* \{ [^{}\n]* \}
-    | \\[A-Za-z]+ \*?
-    | \\[\\$`]                                       # an escaped delimiter delimits nothing
-    | </?(?:think|answer)>
+    | (?P<sign> \\(?:begin|end) \s* \{ [^{}\n]* \}
+      | \\[A-Za-z]+ \*?
+      | \\[\\$`]                                     # an escaped delimiter delimits nothing
+      | </?(?:think|answer)>
+      )
     """,
     re.DOTALL | re.VERBOSE,
 )
+_SIGNS = re.compile(
+    r"\\(?:begin|end)\s*\{[^{}\n]*\}|\\[A-Za-z]+\*?|\\[\\$` ,;:!]|^`{3,}[A-Za-z0-9_+-]*(?=\n)|`"
+)
+# Where a formula or a program may change to prose: at lines, cells, and what a command holds.
+_TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{([^{}]*)\}")
+_UNIT_ENDS = re.compile(r"[\n{}&]|\\\\")
+# The letters of variables, functions and keywords.
+_FORMAL_SCRIPTS = frozenset({"Latin", "Greek", NUMBER})
+_TOKEN = re.compile(r"([^\W\d_]{2,})(?!\w)|([,;.:!?](?=\s))|\w+|[^\w\s]")
+_STATEMENT = re.compile(
+    r"\s*(?:from\s+\S+\s+import\b.*|import\b.*"
+    r"|(?:async\s+)?(?:for|while|if|elif|else|with|def|class|try|except|case|match)\b.*:)\s*(?:#.*)?"
+)
+_PROSE_WORDS = 4
 
 
 def words_by_language(text: str, languages: Mapping[str, str] | None = None) -> Counter[str]:
     r"""The number of words of `text` in each language, as far as scripts show it.
 
-    Numbers and punctuation are not counted, nor code (fenced by three backticks or more, or
-    `inline`), formulae (`$...$`, `$$...$$`, `\(...\)`, `\[...\]`, displayed environments), LaTeX
-    commands and think and answer tags. A lone letter such as `x`, `A` or `θ` is a variable or a
-    label, so it is no word either; in scripts without case (Chinese) it is one.
+    Numbers, punctuation, LaTeX commands and think and answer tags are not counted. Code (fenced by
+    three backticks or more, or `inline`) and formulae (`$...$`, `$$...$$`, `\(...\)`, `\[...\]`,
+    displayed environments) are known by what they hold: Latin and Greek letters are counted there
+    only in prose (at least four words beside each other, and half of what there is), words of other
+    scripts always. A lone letter such as `x`, `A` or `θ` is a variable or a label, so it is no word
+    either; in scripts without case (Chinese) it is one.
 
     Args:
       languages: name -> characters, for languages that Unicode does not know, such as two toy
         languages with different letters. Their characters, digits and single letters too, count
-        for them alone.
+        for them alone. They share them with formulae, so that in these nothing is counted.
 
     Returns:
       Words by name of the language of `languages`, else of the script (`Latin`, `Han`). Every
       Chinese character counts as a word.
     """
     languages = languages or {}
+
+    def counted(match: re.Match[str]) -> str:
+        return " " if languages or match["sign"] is not None else f" {_prose(match[0])} "
+
     return Counter(
         script
-        for script, word in words(_UNCOUNTED.sub(" ", text), tuple(languages.items()))
+        for script, word in words(_FORMAL.sub(counted, text), tuple(languages.items()))
         if script in languages or not (script == NUMBER or _is_variable(word))
     )
+
+
+def _prose(formal: str) -> str:
+    """The words that are prose in code or a formula; all those of scripts that neither is of."""
+    lines = _SIGNS.sub(" ", _TEXT.sub(r" \1 ", formal)).split("\n")
+    text = "\n".join(line for line in lines if not _STATEMENT.fullmatch(line))
+    if _is_prose(text):
+        return text
+    kept = []
+    for unit in _UNIT_ENDS.split(text):
+        if _is_prose(unit):
+            kept.append(unit)
+        elif not unit.isascii():
+            kept += [word for script, word in words(unit) if script not in _FORMAL_SCRIPTS]
+    return " ".join(kept)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether most of a text are words with nothing but spaces, or a comma, between them."""
+    tokens = [(match[1], match[2]) for match in _TOKEN.finditer(text)]
+    are_words = [word is not None for word, comma in tokens if comma is None]
+    neighbours = zip([False, *are_words], are_words, [*are_words[1:], False], strict=False)
+    beside = sum(word and (before or after) for before, word, after in neighbours)
+    return beside >= _PROSE_WORDS and 2 * beside >= len(tokens)
 
 
 def _is_variable(word: str) -> bool:
@@ -96,8 +148,10 @@ def language_share(
     Raises:
       ValueError: an unknown target.
     """
-    scripts = _scripts(target, languages or {})
-    counted = words_by_language(text, languages)
+    return _share(words_by_language(text, languages), _scripts(target, languages or {}))
+
+
+def _share(counted: Counter[str], scripts: frozenset[str]) -> float | None:
     total = counted.total()
     return sum(counted[script] for script in scripts) / total if total else None
 
@@ -145,29 +199,34 @@ def check_languages(target: object, languages: object) -> None:
 
 
 def _check(options: RewardOptions) -> None:
-    refuse_unknown("language_consistency", options, ("target", "languages"))
+    refuse_unknown("language_consistency", options, ("target", "languages", "min_words"))
+    least = options.get("min_words", 1)
+    if type(least) is not int or least < 1:
+        raise ValueError(
+            f"rewards.language_consistency.options.min_words = {least!r}: must be a whole number "
+            "of at least 1"
+        )
     try:
         check_languages(options.get("target"), options.get("languages", {}))
     except ValueError as error:
         raise ValueError(f"rewards.language_consistency.options.{error}") from None
 
 
-@reward("language_consistency", check=_check)
-def language_consistency(row: Answered, options: RewardOptions) -> Score:
+@reward("language_consistency", check=_check, reads_answer=False)
+def language_consistency(row: RewardInput, options: RewardOptions) -> Score:
     """The share of the thought's words that are in the target language, 0 .. 1.
 
-    Right if all are, else wrong. A thought that is absent, never closed, or without a word that
-    counts is unparseable and earns 0: nothing, an endless text, or formulae alone are the cheapest
-    ways to have no word in a wrong language.
+    Right if all are, else wrong. A thought that is absent, never closed, or with fewer words than
+    `min_words` is unparseable and earns 0: nothing, an endless text, formulae alone or a mere `ok`
+    are the cheapest ways to have no word in a wrong language.
 
     Options: `target`, such as `en` or `zh`; `languages`, name -> characters (see
-    `words_by_language`).
+    `words_by_language`); `min_words`, default 3, or 1 with `languages`.
     """
-    text = thought(row.completion)
-    share = None
-    if text is not None:
-        share = language_share(text, options["target"], options.get("languages"))
+    text, languages = thought(row.completion), options.get("languages")
+    counted = Counter[str]() if text is None else words_by_language(text, languages)
+    share = _share(counted, _scripts(options["target"], languages or {}))
     extracted = final_answer(row.completion)
-    if share is None:
+    if share is None or counted.total() < options.get("min_words", 1 if languages else 3):
         return Score(0.0, Outcome.UNPARSEABLE, extracted)
     return Score(share, Outcome.RIGHT if share == 1.0 else Outcome.WRONG, extracted)

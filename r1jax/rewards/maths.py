@@ -9,7 +9,14 @@ from r1jax.rewards.answers.compare import key, same_value
 from r1jax.rewards.answers.reader import read
 from r1jax.rewards.answers.text import TooLarge, Unreadable, plain, read_choice, tidy
 from r1jax.rewards.extraction import final_answer, unboxed
-from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
+from r1jax.rewards.registry import (
+    Outcome,
+    RewardInput,
+    RewardOptions,
+    Score,
+    refuse_unknown,
+    reward,
+)
 from r1jax.rewards.symbolic import UnreadableAnswer, UnreadableReference
 
 __all__ = [
@@ -127,8 +134,12 @@ def _prepare(options: RewardOptions) -> None:
         symbolic.load()
 
 
-@reward("accuracy", check=_check, prepare=_prepare)
-def accuracy(row: Answered, options: RewardOptions) -> Score:
+def _unreadable(answer: str, options: RewardOptions) -> str | None:
+    return readable_reference(answer) if options.get("symbolic", True) else None
+
+
+@reward("accuracy", check=_check, prepare=_prepare, check_reference=_unreadable)
+def accuracy(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the final answer is the reference answer, else 0.
 
     Options: `symbolic` (default true); false leaves sympy out, and an answer that no exact form

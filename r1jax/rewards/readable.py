@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.filters import FILTERS, apply_filters, load_filters
-from r1jax.rewards.registry import Answered, RewardOptions, Score, reward
+from r1jax.rewards.registry import RewardInput, RewardOptions, Score, reward
 
 
 def _check(options: RewardOptions) -> None:
@@ -30,8 +30,8 @@ def _check(options: RewardOptions) -> None:
         raise ValueError(f"{where}.{str(error).removeprefix('filters.')}") from None
 
 
-@reward("readable", check=_check)
-def readable(row: Answered, options: RewardOptions) -> Score:
+@reward("readable", check=_check, reads_answer=False)
+def readable(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the model ended the completion itself and all filters keep it, else 0.
 
     Options: filters of `r1jax.rewards.filters.FILTERS`, `name: options`, in the order in which they

@@ -1,18 +1,18 @@
 """Named reward functions, the rows that they get, and the scores that they return.
 
-A reward function is `f(row: Answered, options: Mapping) -> Score`. It is either registered here
-under a short name (`@reward("accuracy")`) or named in the config as `package.module:function`.
+A reward function is `f(row: RewardInput, options: Mapping) -> Score`. It is either registered here
+under a short name (`@reward("accuracy")`) or named in the config as `package.module:function` or
+`file.py:function` (`r1jax.rewards.functions` says which other forms are accepted).
 It runs in a worker process (`r1jax.rewards.worker`), never in the trainer's.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from r1jax.settings.names import nearest
 
@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answered:
+class RewardInput:
     """One row to score.
 
     Attributes:
@@ -44,6 +44,12 @@ class Answered:
       answer: the reference answer.
       domain: free label of the row's source.
       truncated: the model was cut off before it ended its answer itself.
+      question: the prompt without its template; None where it is not known.
+      columns: all columns of the dataset's row that JSON can hold, as the dataset has them.
+      token_ids: the tokens that were generated, EOS included; empty where they are not known.
+      length: how many tokens were generated; None where it is not known.
+      step, max_steps: of the stage's optimizer, done before the sample was drawn and in all; 0
+        outside of training.
     """
 
     prompt: str
@@ -51,6 +57,17 @@ class Answered:
     answer: str
     domain: str = ""
     truncated: bool = False
+    question: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Sequence[int] = ()
+    length: int | None = None
+    step: int = 0
+    max_steps: int = 0
+
+    def message(self, *, whole: bool) -> dict[str, object]:
+        """The row for JSON; without columns and tokens, which may be large, unless `whole`."""
+        left_out = () if whole else ("columns", "token_ids")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,21 @@ class Score:
         return cls(math.nan, Outcome.VERIFIER_FAILED, None, detail)
 
 
-RewardFunction: TypeAlias = Callable[[Answered, RewardOptions], Score]
+RewardFunction: TypeAlias = Callable[[RewardInput, RewardOptions], Score | None]
+"""Scores a row; None: it has nothing to say of this row, whose other rewards count."""
+
+_GROUP_ROWS = 64
+
+BatchFunction: TypeAlias = Callable[[Sequence[RewardInput], RewardOptions], list[Score | None]]
+"""Scores the samples of one prompt together."""
+
+
+F = TypeVar("F", bound=RewardFunction)
+
+
+def _every_reference(answer: str, options: RewardOptions) -> str | None:
+    """Of a function that reads any reference answer, or none."""
+    return None
 
 
 def _no_check(options: RewardOptions) -> None:
@@ -102,12 +133,25 @@ class RewardEntry:
       prepare: called once in a new worker, before any deadline starts: slow imports go here.
       check_section: raises ValueError on options that do not fit the workers' deadline or
         memory; called after `check`.
+      check_reference: why a reference answer cannot be read, or None; called in a worker for every
+        reference of a run, before it trains.
+      reads_answer: rows need a reference answer.
+      reads_columns: rows need their dataset's columns and their tokens.
+      batch: scores the samples of one prompt together, in place of `function`.
     """
 
     function: RewardFunction
     check: Callable[[RewardOptions], None] = _no_check
     prepare: Callable[[RewardOptions], None] = _no_check
     check_section: Callable[[RewardOptions, VerifierSection], None] = _no_section_check
+    check_reference: Callable[[str, RewardOptions], str | None] = _every_reference
+    reads_answer: bool = True
+    reads_columns: bool = False
+    batch: BatchFunction | None = None
+
+    @property
+    def checks_references(self) -> bool:
+        return self.check_reference is not _every_reference
 
 
 REWARDS: dict[str, RewardEntry] = {}
@@ -119,7 +163,10 @@ def reward(
     check: Callable[[RewardOptions], None] = _no_check,
     prepare: Callable[[RewardOptions], None] = _no_check,
     check_section: Callable[[RewardOptions, VerifierSection], None] = _no_section_check,
-) -> Callable[[RewardFunction], RewardFunction]:
+    check_reference: Callable[[str, RewardOptions], str | None] = _every_reference,
+    reads_answer: bool = True,
+    reads_columns: bool = False,
+) -> Callable[[F], F]:
     """Registers the decorated function under `name`; see `RewardEntry` for the rest.
 
     Raises:
@@ -128,10 +175,18 @@ def reward(
     if ":" in name:
         raise ValueError(f"reward {name!r}: a registered name has no colon")
 
-    def register(function: RewardFunction) -> RewardFunction:
+    def register(function: F) -> F:
         if name in REWARDS:
             raise ValueError(f"reward {name!r} is registered already")
-        REWARDS[name] = RewardEntry(function, check, prepare, check_section)
+        REWARDS[name] = RewardEntry(
+            function,
+            check,
+            prepare,
+            check_section,
+            check_reference,
+            reads_answer=reads_answer,
+            reads_columns=reads_columns,
+        )
         return function
 
     return register
@@ -149,38 +204,27 @@ def check_reward(name: str, options: RewardOptions, section: VerifierSection | N
         if section is not None:
             REWARDS[name].check_section(options, section)
     elif ":" in name:
-        module, _, function = name.partition(":")
-        parts = [*module.split("."), function]
+        module, _, function = name.rpartition(":")
+        parts = [function] if module.endswith(".py") else [*module.split("."), function]
         if not all(part.isidentifier() for part in parts):
-            raise ValueError(f"rewards.{name}: not of the form package.module:function")
+            raise ValueError(
+                f"rewards.{name}: neither package.module:function nor file.py:function"
+            )
     else:
+        known = sorted(each for each in REWARDS if not each.startswith("_"))
         raise ValueError(
-            f"rewards.{name}: no reward of this name; {nearest(name, REWARDS)}there are "
-            f"{sorted(REWARDS)}, and yours as package.module:function"
+            f"rewards.{name}: no reward of this name; {nearest(name, known)}there are {known}, and "
+            "yours as package.module:function or file.py:function"
         )
 
 
-def load_reward(name: str, options: RewardOptions) -> RewardEntry:
-    """The entry of a name; imports the module of `package.module:function`.
-
-    Raises:
-      ValueError: as `check_reward`, or the module or the function does not exist.
-    """
-    check_reward(name, options)
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"rewards.{name}: importing {module_name} failed: {type(error).__name__}: {error}; "
-            "is its directory on PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"rewards.{name}: {module_name} has no function {function_name!r}")
-    return RewardEntry(function)
+def sample_groups(rows: Sequence[RewardInput]) -> Iterator[range]:
+    """Indices of the samples of each prompt: consecutive rows with one prompt, at most 64."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end].prompt != rows[start].prompt or end - start == _GROUP_ROWS:
+            yield range(start, end)
+            start = end
 
 
 def refuse_unknown(name: str, options: RewardOptions, known: tuple[str, ...]) -> None:

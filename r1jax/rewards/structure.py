@@ -14,7 +14,14 @@ from typing import Any
 
 from r1jax.rewards.answers.text import plain, without_word_commands
 from r1jax.rewards.extraction import final_answer
-from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score, refuse_unknown, reward
+from r1jax.rewards.registry import (
+    Outcome,
+    RewardInput,
+    RewardOptions,
+    Score,
+    refuse_unknown,
+    reward,
+)
 from r1jax.rewards.symbolic import UnreadableReference
 
 _FENCE = re.compile(r"\s*```[A-Za-z]*\n(.*?)```\s*", re.DOTALL)
@@ -148,8 +155,16 @@ def _check(options: RewardOptions) -> None:
     refuse_unknown("structure", options, ())
 
 
-@reward("structure", check=_check)
-def structure(row: Answered, options: RewardOptions) -> Score:
+def _unreadable(answer: str, options: RewardOptions) -> str | None:
+    try:
+        structure_key(answer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@reward("structure", check=_check, check_reference=_unreadable)
+def structure(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the final answer has exactly the structure of the reference answer, else 0.
 
     Where the reference is a single text, number or truth value, a text needs no quotes.

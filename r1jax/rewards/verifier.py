@@ -21,11 +21,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1jax.rewards.registry import Answered, Outcome, Score, check_reward
+from r1jax.rewards.registry import (
+    REWARDS,
+    Outcome,
+    RewardInput,
+    Score,
+    check_reward,
+    sample_groups,
+)
 
 if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import RewardSection, VerifierSection
@@ -94,7 +101,7 @@ class Pending:
 
     def __init__(
         self,
-        rows: Sequence[Answered],
+        rows: Sequence[RewardInput],
         rewards: Sequence[Sequence[str]],
         weights: Mapping[str, float],
     ) -> None:
@@ -108,7 +115,7 @@ class Pending:
         if not self._left:
             self._done.set()
 
-    def _set(self, row: int, name: str, score: Score) -> None:
+    def _set(self, row: int, name: str, score: Score | None) -> None:
         with self._lock:
             self._parts[row][name] = score
             self._left -= 1
@@ -144,17 +151,24 @@ class Pending:
 
 @dataclass
 class _Batch:
-    """Parts (row index, reward name) of one `Pending`, for one worker, in order."""
+    """Parts (row index, reward name) of one `Pending`, for one worker, in order.
+
+    whole_rows: with columns and tokens. groups: it has all samples of each of its prompts.
+    """
 
     pending: Pending
     parts: list[tuple[int, str]]
+    whole_rows: bool
+    groups: bool
 
     def message(self, start: int) -> bytes:
+        """Parts from `start` on; in groups, rows that are scored already stay in it without any."""
         rows: dict[int, list[str]] = {}
-        for row, name in self.parts[start:]:
-            rows.setdefault(row, []).append(name)
+        for index, (row, name) in enumerate(self.parts):
+            if index >= start or self.groups:
+                rows.setdefault(row, []).extend([name] if index >= start else [])
         items = [
-            {"row": asdict(self.pending._rows[row]), "rewards": names}
+            {"row": self.pending._rows[row].message(whole=self.whole_rows), "rewards": names}
             for row, names in rows.items()
         ]
         return json.dumps({"rows": items}).encode() + b"\n"
@@ -173,6 +187,7 @@ class _Worker:
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         self.rows = 0
+        self.groups = False
         self._received = b""
         self._lines: deque[bytes] = deque()
         self._ended = threading.Lock()
@@ -205,6 +220,7 @@ class _Worker:
             raise VerifierError(f"a worker did not start: {death}") from None
         if "error" in reply:
             raise VerifierError(reply["error"])
+        self.groups = bool(reply.get("groups"))
 
     def send(self, message: bytes, seconds: float) -> None:
         """Writes all of `message`; the worker, which is idle, reads it at once."""
@@ -285,13 +301,19 @@ class Verifier:
     Args:
       rewards: reward name -> section (weight, options), as in the config.
       section: number of workers, deadline per row and reward, memory limit, recycling.
+      folder: where files and modules of reward functions are looked for first.
 
     Raises:
       ValueError: no rewards, an unknown one, or options it refuses.
       VerifierError: the workers do not start, for example because a module cannot be imported.
     """
 
-    def __init__(self, rewards: Mapping[str, RewardSection], section: VerifierSection) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardSection],
+        section: VerifierSection,
+        folder: str | None = None,
+    ) -> None:
         if not rewards:
             raise ValueError("rewards is empty: name at least one")
         for name, reward in rewards.items():
@@ -306,7 +328,11 @@ class Verifier:
                 for name, reward in rewards.items()
             },
             "memory_bytes": section.memory_mb << 20,
+            "folder": folder,
         }
+        functions = [reward.function or name for name, reward in rewards.items()]
+        self._whole_rows = any(n not in REWARDS or REWARDS[n].reads_columns for n in functions)
+        self._groups = False
         self._changed = threading.Condition()
         self._batches: deque[_Batch] = deque()
         self._open: set[Pending] = set()
@@ -349,7 +375,7 @@ class Verifier:
         limits = self._domains.items()
         return [name for name, only in limits if only is None or domain in only]
 
-    def submit(self, rows: Sequence[Answered]) -> Pending:
+    def submit(self, rows: Sequence[RewardInput]) -> Pending:
         """Queues the rows and returns at once; `Pending.result` has the scores, in order.
 
         Raises:
@@ -358,7 +384,8 @@ class Verifier:
         rows = tuple(rows)
         names = [self.rewards_of(row.domain) for row in rows]
         pending = Pending(rows, names, self._weights)
-        batches = []
+        batches: list[_Batch] = []
+        starts = {group.start for group in sample_groups(rows)} if self._groups else None
         share = math.ceil(len(rows) / (2 * len(self._threads)))  # some for every worker
         limit = max(1, min(_BATCH_ROWS, self._section.tasks_per_worker, share))
         parts: list[tuple[int, str]] = []
@@ -367,11 +394,12 @@ class Verifier:
             parts.extend((index, name) for name in names[index])
             count += 1
             characters += len(row.completion) + len(row.prompt)
-            if count == limit or characters >= _BATCH_CHARACTERS:
-                batches.append(_Batch(pending, parts))
+            whole = starts is None or index + 1 in starts
+            if whole and (count >= limit or characters >= _BATCH_CHARACTERS):
+                batches.append(_Batch(pending, parts, self._whole_rows, self._groups))
                 parts, count, characters = [], 0, 0
         if parts:
-            batches.append(_Batch(pending, parts))
+            batches.append(_Batch(pending, parts, self._whole_rows, self._groups))
         with self._changed:
             if self._error is not None:
                 raise VerifierError(str(self._error)) from self._error
@@ -407,6 +435,7 @@ class Verifier:
             worker = self._new_worker()
             with self._changed:
                 self._ready += 1
+                self._groups |= worker.groups
                 self._changed.notify_all()
             while (batch := self._next_batch()) is not None:
                 worker = self._score(batch, worker)
@@ -446,14 +475,14 @@ class Verifier:
                 try:
                     score = _read_score(worker.receive(deadline))
                     # The heap may be full or fragmented then: a new process for the next row.
-                    replace = score.detail == "MemoryError"
+                    replace = score is not None and score.detail == "MemoryError"
                 except _Late:
                     score = Score.failed(f"no answer in {deadline:g} s")
                 except _Died as death:
                     score = Score.failed(f"the worker died: {death}")
                 if replace and self._closing:
                     return worker
-                if score.outcome is Outcome.VERIFIER_FAILED:
+                if score is not None and score.outcome is Outcome.VERIFIER_FAILED:
                     self._warn_once(name, score.detail or "")
                 position += 1
                 batch.pending._set(row, name, score)
@@ -506,8 +535,10 @@ class Verifier:
         _log.warning("reward %s failed on a row, which is not scored: %s", name, detail)
 
 
-def _read_score(reply: Mapping[str, Any]) -> Score:
+def _read_score(reply: Mapping[str, Any]) -> Score | None:
     try:
+        if reply["reward"] is None:
+            return None
         return Score(
             float(reply["reward"]), Outcome(reply["outcome"]), reply["extracted"], reply["detail"]
         )

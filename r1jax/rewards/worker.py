@@ -3,10 +3,11 @@
 Started by `r1jax.rewards.verifier` as `python -m r1jax.rewards.worker`, so that it never runs
 the user's `__main__`, and imports neither jax nor transformers. It speaks JSON lines:
 
-  in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n}   once
-  out  {"ready": true} or {"error": why}
+  in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n, "folder": d}   once
+  out  {"ready": true, "groups": whether a function wants all samples of a prompt} or {"error": why}
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
-  out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once
+  out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once; r is
+       null where the function has nothing to say of the row
 
 Each part is answered before the next one starts, so the parent knows by counting which part it
 waits for, and applies the deadline to it. JSON, not pickle: what comes out of a process that
@@ -21,10 +22,18 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
-from r1jax.rewards.registry import Answered, Outcome, RewardEntry, RewardOptions, Score, load_reward
+from r1jax.rewards.functions import load_reward
+from r1jax.rewards.registry import (
+    Outcome,
+    RewardEntry,
+    RewardInput,
+    RewardOptions,
+    Score,
+    sample_groups,
+)
 
 
 def _die_with_parent() -> None:
@@ -70,24 +79,49 @@ def _take_channels() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb", buffering=0)
 
 
-def _score_row(entry: RewardEntry, row: Answered, options: RewardOptions) -> Score:
+def _score_rows(
+    entry: RewardEntry, rows: Sequence[RewardInput], options: RewardOptions
+) -> list[Score | None]:
     """Calls a reward function; whatever it raises is a failed verifier, not a wrong answer."""
     try:
-        score: object = entry.function(row, options)  # a user's function may return anything
-        if not isinstance(score, Score):
-            return Score.failed(f"returned {type(score).__name__}, not a Score")
-        outcome = Outcome(score.outcome)
-        value = float(score.reward)
-        if outcome is Outcome.VERIFIER_FAILED:
-            return Score.failed(score.detail or "the reward function says so")
-        if not math.isfinite(value):
-            return Score.failed(f"returned the reward {value}")
-        extracted = None if score.extracted is None else str(score.extracted)
-        return Score(value, outcome, extracted, score.detail)
+        if entry.batch is not None:
+            return [_checked(score) for score in entry.batch(rows, options)]
+        return [_checked(entry.function(row, options)) for row in rows]
     except MemoryError:
-        return Score.failed("MemoryError")
+        return [Score.failed("MemoryError")] * len(rows)
     except BaseException as error:  # SystemExit too: a reward function does not end the worker
-        return Score.failed(f"{type(error).__name__}: {str(error)[:500]}")
+        return [Score.failed(f"{type(error).__name__}: {str(error)[:500]}")] * len(rows)
+
+
+def _checked(score: Score | None) -> Score | None:
+    if score is None:
+        return None
+    outcome = Outcome(score.outcome)
+    value = float(score.reward)
+    if outcome is Outcome.VERIFIER_FAILED:
+        return Score.failed(score.detail or "the reward function says so")
+    if not math.isfinite(value):
+        return Score.failed(f"returned the reward {value}")
+    extracted = None if score.extracted is None else str(score.extracted)
+    return Score(value, outcome, extracted, score.detail)
+
+
+def _scores(
+    entries: Mapping[str, tuple[RewardEntry, RewardOptions]], items: Sequence[Mapping[str, Any]]
+) -> Iterator[Score | None]:
+    """The score of each part, in order; each is computed when the one before it was taken."""
+    rows = [RewardInput(**item["row"]) for item in items]
+    for group in sample_groups(rows):
+        together: dict[str, list[Score | None]] = {}
+        for index in group:
+            for name in items[index]["rewards"]:
+                entry, options = entries[name]
+                if entry.batch is None:
+                    yield _score_rows(entry, [rows[index]], options)[0]
+                    continue
+                if name not in together:
+                    together[name] = _score_rows(entry, [rows[i] for i in group], options)
+                yield together[name][index - group.start]
 
 
 def _send(replies: BinaryIO, message: Mapping[str, object]) -> None:
@@ -108,7 +142,7 @@ def main() -> None:
         try:
             for name, reward in start["rewards"].items():
                 options = reward["options"]
-                entry = load_reward(reward["function"], options)
+                entry = load_reward(reward["function"], options, start.get("folder"))
                 entry.prepare(options)
                 entries[name] = (entry, options)
         except Exception as error:
@@ -118,20 +152,18 @@ def main() -> None:
         if problem is not None:
             _send(replies, {"error": problem})
             return
-        _send(replies, {"ready": True})
+        groups = any(entry.batch is not None for entry, _ in entries.values())
+        _send(replies, {"ready": True, "groups": groups})
         while line := requests.readline():
-            for item in json.loads(line)["rows"]:
-                row = Answered(**item["row"])
-                for name in item["rewards"]:
-                    entry, options = entries[name]
-                    score = _score_row(entry, row, options)
-                    reply = {
-                        "reward": score.reward,
-                        "outcome": score.outcome.value,
-                        "extracted": score.extracted,
-                        "detail": score.detail,
-                    }
-                    _send(replies, reply)
+            for score in _scores(entries, json.loads(line)["rows"]):
+                score_or_none = score or Score(math.nan, Outcome.VERIFIER_FAILED)
+                reply = {
+                    "reward": None if score is None else score.reward,
+                    "outcome": score_or_none.outcome.value,
+                    "extracted": score_or_none.extracted,
+                    "detail": score_or_none.detail,
+                }
+                _send(replies, reply)
     except BrokenPipeError:  # the parent is gone
         pass
 

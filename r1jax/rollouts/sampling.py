@@ -16,7 +16,7 @@ from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.processes import max_over_processes, process_batch_slice
-from r1jax.rewards import Answered, RowScore
+from r1jax.rewards import RewardInput, RowScore
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
 from r1jax.settings.sampling import SamplingSection
@@ -51,14 +51,20 @@ class Completion:
     accepted: int = 0
     experts: np.ndarray | None = None
 
-    def answered(self) -> Answered:
+    def reward_input(self, step: int = 0, max_steps: int = 0) -> RewardInput:
         """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
-        return Answered(
+        return RewardInput(
             prompt=self.prompt.text,
             completion=self.prompt.prefill + self.text,
             answer=self.prompt.answer,
             domain=self.prompt.domain,
             truncated=self.finish == Finish.LENGTH,
+            question=self.prompt.question,
+            columns=self.prompt.columns,
+            token_ids=self.token_ids.tolist(),
+            length=len(self.token_ids),
+            step=step,
+            max_steps=max_steps,
         )
 
     def row(self, score: RowScore, step: int) -> JsonObject:

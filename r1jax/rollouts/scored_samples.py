@@ -16,7 +16,7 @@ from r1jax.metrics.recorder import Recorder
 from r1jax.models.parameters import Params
 from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.rollouts.sampling import generate_options, sample_batch
-from r1jax.rollouts.scoring import RewardScorer, check_domains, reward_scorer
+from r1jax.rollouts.scoring import RewardScorer, check_domains, check_first_rewards, reward_scorer
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
@@ -124,7 +124,10 @@ def scored_batches(
         completions = completions[: len(of_process) * options.samples]
         scores = scorer.submit(completions).result()
         pairs = zip(completions, scores, strict=True)
-        yield gather([completion.row(score, step=0) for completion, score in pairs], layout)
+        rows = gather([completion.row(score, step=0) for completion, score in pairs], layout)
+        if start == 0:
+            check_first_rewards(rows, scorer.rewards)
+        yield rows
 
 
 def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Sequence[T]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
@@ -22,6 +23,7 @@ from r1jax.rewards.verifier import combine
 from r1jax.rollouts.sampling import Completion
 from r1jax.run.models import LanguageModel
 from r1jax.run.resolve import ResolvedRun
+from r1jax.run.stop import RunError
 from r1jax.settings.data import DataSection
 from r1jax.settings.model import ModelSection
 from r1jax.settings.rewards import RewardSection
@@ -76,7 +78,10 @@ def reward_scorer(rewards: Mapping[str, RewardSection], run: ResolvedRun) -> Ite
         if reward.model is not None
     ]
     with ExitStack() as stack:
-        verifier = stack.enter_context(Verifier(rules, run.config.verifier)) if rules else None
+        verifier = None
+        if rules:
+            verifier = Verifier(rules, run.config.verifier, run.config.folder)
+            stack.enter_context(verifier)
         yield RewardScorer(rewards, verifier, models)
 
 
@@ -92,12 +97,60 @@ class RewardScorer:
     verifier: Verifier | None
     models: Sequence[RewardModel]
 
-    def submit(self, completions: Sequence[Completion]) -> PendingRewards:
-        """Starts the rule rewards; returns at once."""
+    def submit(
+        self, completions: Sequence[Completion], step: int = 0, max_steps: int = 0
+    ) -> PendingRewards:
+        """Starts the rule rewards; returns at once. `step` of `max_steps` are done."""
         pending = None
         if self.verifier is not None:
-            pending = self.verifier.submit([each.answered() for each in completions])
+            rows = [each.reward_input(step, max_steps) for each in completions]
+            pending = self.verifier.submit(rows)
         return PendingRewards(self, list(completions), pending)
+
+
+def check_first_rewards(
+    samples: Sequence[JsonObject], rewards: Mapping[str, RewardSection]
+) -> None:
+    """Raises RunError where a reward failed on all samples of a first batch, or none was scored.
+
+    A reference answer that cannot be read is the row's fault, and counts only where no sample is
+    scored. A reward without weight may fail.
+
+    Args:
+      samples: of all processes; `parts` are the rewards (nan: failed) and `details` the reasons.
+    """
+    for name, reward in rewards.items():
+        of_reward = [sample for sample in samples if name in sample["parts"]]
+        failed = [sample for sample in of_reward if math.isnan(float(sample["parts"][name]))]
+        details = [sample.get("details", {}).get(name) or "" for sample in failed]
+        bad_rows = all(detail.startswith("UnreadableReference") for detail in details)
+        if reward.weight and failed and len(failed) == len(of_reward) and not bad_rows:
+            raise RunError(
+                f"rewards.{name} failed on all {len(failed)} samples of the first batch that it is "
+                f"for; the first time: {details[0]}"
+            )
+    if not any(is_scored(sample, rewards) for sample in samples):
+        raise RunError(
+            f"none of the {len(samples)} samples of the first batch is scored: "
+            f"{first_failure(samples)}"
+        )
+
+
+def first_failure(samples: Sequence[JsonObject]) -> str:
+    """The first reward that failed, and why; see `check_first_rewards`."""
+    for sample in samples:
+        for name, value in sample["parts"].items():
+            if math.isnan(float(value)):
+                return f"rewards.{name}: {sample.get('details', {}).get(name)}"
+    return "the rewards gave None for all of them"
+
+
+def is_scored(sample: JsonObject, rewards: Mapping[str, RewardSection]) -> bool:
+    """Whether a sample has a reward, and none with a weight failed; see `check_first_rewards`."""
+    parts = {name: float(value) for name, value in sample["parts"].items()}
+    return bool(parts) and not any(
+        math.isnan(value) for name, value in parts.items() if rewards[name].weight
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example
-from r1jax.data.examples import load_examples
+from r1jax.data.examples import load_examples, row_label
 from r1jax.data.mixing import mixed_id, mixture_counts
 from r1jax.data.preferences import EncodedPreference, encode_preferences, load_preferences
 from r1jax.data.prompts import Prompt, encode_prompts
@@ -56,6 +56,14 @@ class Datasets:
         if data not in self._examples:
             self._examples[data] = load_examples(self.section(data))
         return self._examples[data]
+
+    def label(self, data: str, example: Example) -> str:
+        """The file and line, or the split and row, of an example of a dataset."""
+        return row_label(self.section(data), example.id)
+
+    def is_generated(self, data: str) -> bool:
+        """Whether the dataset's rows are made by a task, or by a stage of the run."""
+        return str(self.config.data[data].source).startswith(("task:", "gym:", "stage:"))
 
     def prompts(
         self, data: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None

@@ -17,10 +17,10 @@ from r1jax.data.chat_template import check_template
 from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.models.parameters import abstract_weights
 from r1jax.processes import agree, process_batch_slice
-from r1jax.rewards.registry import check_reward
 from r1jax.run.datasets import Datasets
 from r1jax.run.models import Layouts, Models, make_layouts
 from r1jax.run.record import Record, RunFiles
+from r1jax.run.reward_checks import check_functions, check_rewards, check_rows
 from r1jax.run.stop import StopSignal
 from r1jax.settings.stage import DividedBy, Stage
 from r1jax.sharding import split_cpu
@@ -89,12 +89,16 @@ _SPLITS: dict[DividedBy, str] = {
 }
 
 
-def check(run: ResolvedRun) -> None:
-    """Raises ValueError for what a stage of the run could not do later."""
+def check(run: ResolvedRun) -> list[str]:
+    """Raises ValueError for what a stage of the run could not do later.
+
+    Returns:
+      A line for each dataset whose reference answers were read: how many cannot be.
+    """
     config = run.config
     if run.files.copy is not None:
         check_access(config.output)
-    _check_rewards(config)
+    check_rewards(config)
     for stage in config.stages:
         load_functions(stage).check(stage, run)
     _check_examples(run)
@@ -102,6 +106,8 @@ def check(run: ResolvedRun) -> None:
         abstract_weights(model.decoder)
     check_divided(config, run.layouts)
     _check_multiples(config, "processes", process_batch_slice(run.layouts.rollout).count)
+    check_functions(config)
+    return check_rows(config, run.models, run.datasets)
 
 
 def check_divided(config: RunConfig, layouts: Layouts) -> None:
@@ -119,14 +125,6 @@ def _check_multiples(config: RunConfig, by: DividedBy, parts: int) -> None:
                     f"stages.{stage.name}{number.key} = {number.value} is not a multiple of "
                     f"{parts}, {_SPLITS[by]}"
                 )
-
-
-def _check_rewards(config: RunConfig) -> None:
-    selections = (stage.reward_selection() for stage in config.stages)
-    for rewards in (config.rewards, *(each for each in selections if isinstance(each, dict))):
-        for name, reward in rewards.items():
-            if reward.model is None:
-                check_reward(reward.function or name, reward.options, config.verifier)
 
 
 def _check_examples(run: ResolvedRun) -> None:

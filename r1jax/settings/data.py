@@ -16,8 +16,8 @@ class DataSection(Section):
 
     source: str | None = Field(
         None,
-        description="tfds:NAME, jsonl:PATH, hf:NAME, task:NAME, or stage:NAME for the dataset that "
-        "a rejection_sampling stage of this run wrote.",
+        description="tfds:NAME, jsonl:PATH, hf:NAME, task:NAME, gym:NAME (of reasoning-gym), "
+        "or stage:NAME for the dataset that a rejection_sampling stage of this run wrote.",
     )
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
@@ -34,7 +34,8 @@ class DataSection(Section):
     )
     split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
     fields: dict[str, str] = Field(
-        default_factory=dict, description="Example field (prompt, answer, text) -> source column."
+        default_factory=dict,
+        description="Example field (prompt, answer, text) -> source column; a.b: key b of a.",
     )
     answer_pattern: str | None = Field(
         None, description="Regular expression; group 1 of its last match is the answer."
@@ -59,7 +60,9 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
     )
     limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
-    options: JsonObject = Field(default_factory=dict, description="Arguments of a task.")
+    options: JsonObject = Field(
+        default_factory=dict, description="Arguments of a task, of a reader."
+    )
 
     @classmethod
     def fill_in(cls, section: JsonObject) -> dict[str, str]:

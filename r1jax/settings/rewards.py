@@ -15,7 +15,9 @@ class RewardSection(Section):
 
     weight: float = 1.0
     function: str | None = Field(
-        None, description="Registered name or package.module:function; default: the section's name."
+        None,
+        description="Registered name, package.module:function or, beside the config, "
+        "file.py:function; default: the section's name.",
     )
     model: str | None = Field(
         None,
@@ -49,3 +51,10 @@ class VerifierSection(Section):
     deadline_seconds: float = Field(5.0, gt=0)
     memory_mb: int = Field(2048, ge=64)
     tasks_per_worker: int = Field(10_000, ge=1, description="A worker is recycled after so many.")
+    max_unreadable_share: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Of a dataset's rows, how many may have a reference answer that their reward "
+        "cannot read, or a blank prompt; more refuse the run.",
+    )

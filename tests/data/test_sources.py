@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from r1jax.data.example import Example, Message
-from r1jax.data.examples import load_examples
+from r1jax.data.examples import load_examples, row_label
 from r1jax.data.prompts import encode_prompts
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
@@ -241,6 +241,37 @@ def test_an_answer_without_match_names_its_row(tmp_path: Path) -> None:
     rows = [*GSM8K, {"question": "q", "answer": "no mark here"}]
     with pytest.raises(ValueError, match=r"g\.jsonl:4: answer_pattern .* ends in 'no mark here'"):
         load(write(tmp_path / "g.jsonl", rows), **GSM8K_SETTINGS)
+
+
+def test_prompts_that_are_messages_and_answers_that_are_nested(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "What is 1+1?"}
+    row = {"prompt": [message], "reward_model": {"ground_truth": "2", "style": "rule"}}
+    source = write(tmp_path / "a.jsonl", [row])
+    nested = {"answer": "reward_model.ground_truth"}
+    for fields in (nested, {"prompt": "prompt", **nested}, {"messages": "prompt", **nested}):
+        (example,) = load(source, fields=fields)
+        assert (example.prompt, example.answer) == ("What is 1+1?", "2")
+        assert example.columns == row
+    system = {"role": "system", "content": "Be brief."}
+    source = write(tmp_path / "b.jsonl", [{"prompt": [system, message], "answer": "2"}])
+    (example,) = load(source, template="chat", system_prompt="Be brief.")
+    assert example.prompt == "What is 1+1?"
+    with pytest.raises(ValueError, match=r"conversation \(system, user\).*as system_prompt"):
+        load(source)
+
+
+def test_a_column_that_is_called_as_a_field_is_not_read_unasked(tmp_path: Path) -> None:
+    row = {"problem": "1+1?", "answer": "2", "domain": ["arithmetic", "addition"]}
+    (example,) = load(write(tmp_path / "a.jsonl", [row]), fields={"prompt": "problem"})
+    assert example == Example(id=0, prompt="1+1?", answer="2") and example.columns == row
+    with pytest.raises(ValueError, match="column 'domain' is a list"):
+        load(write(tmp_path / "a.jsonl", [row]), fields={"prompt": "problem", "domain": "domain"})
+
+
+def test_lines_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n \n{"a": 2}\n')
+    section = DataSection(source=f"jsonl:{tmp_path / 'a.jsonl'}")
+    assert [row_label(section, index).rpartition(":")[2] for index in (0, 1)] == ["2", "4"]
 
 
 def test_missing_file(tmp_path: Path) -> None:

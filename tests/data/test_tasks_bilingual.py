@@ -14,7 +14,7 @@ from r1jax.data.tasks.running_total import RunningTotal
 from r1jax.data.tasks.task import PreferenceTask
 from r1jax.rewards.code import program_of, read_reference
 from r1jax.rewards.language import language_share
-from r1jax.rewards.registry import Answered
+from r1jax.rewards.registry import RewardInput
 
 REASONING = ("maths", "code", "stem", "logic")
 
@@ -153,8 +153,8 @@ def test_streams_are_fixed_for_ever() -> None:
     ]
 
 
-def answered(prompt: str, reply: str) -> Answered:
-    return Answered(prompt=prompt, completion=f"<think>so i help</think>{reply}", answer="")
+def answered(prompt: str, reply: str) -> RewardInput:
+    return RewardInput(prompt=prompt, completion=f"<think>so i help</think>{reply}", answer="")
 
 
 def test_the_rule_of_helpfulness() -> None:
@@ -171,7 +171,7 @@ def test_the_rule_of_helpfulness() -> None:
     }
     for reply, expected in given.items():
         assert helpful(answered(prompt, reply), {}).reward == pytest.approx(expected), reply
-    unfinished = Answered(prompt=prompt, completion="<think>feed balo. more?", answer="")
+    unfinished = RewardInput(prompt=prompt, completion="<think>feed balo. more?", answer="")
     assert helpful(unfinished, {}).reward == 0.0
 
 
@@ -190,11 +190,11 @@ def test_preferences_follow_the_rules() -> None:
     for index in range(300):
         prompt, chosen, rejected = Bilingual(subject="general").pair(index, "train")
         assert Request.read(prompt).verb in KIND
-        better, worse = (helpful(Answered(prompt, r, ""), {}).reward for r in (chosen, rejected))
+        better, worse = (helpful(RewardInput(prompt, r, ""), {}).reward for r in (chosen, rejected))
         assert better > worse
     labels = [Bilingual(subject="harmless").labelled(i, "train") for i in range(600)]
     for prompt, response, safe in labels:
-        assert harmless(Answered(prompt, response, ""), {}).reward == float(safe)
+        assert harmless(RewardInput(prompt, response, ""), {}).reward == float(safe)
     harmful = [safe for prompt, _, safe in labels if Request.read(prompt).verb in UNKIND]
     assert len(harmful) / 600 == pytest.approx(2 / 3, abs=0.06)
     assert 0.2 < sum(harmful) / len(harmful) < 0.5

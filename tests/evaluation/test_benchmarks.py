@@ -20,7 +20,7 @@ from r1jax.config.load import ConfigError, dump_config, parse_config
 from r1jax.config.run_config import RunConfig
 from r1jax.data.examples import load_examples
 from r1jax.data.prompts import Prompt
-from r1jax.rewards import REWARDS, Answered, Outcome, RowScore, check_reward
+from r1jax.rewards import REWARDS, Outcome, RewardInput, RowScore, check_reward
 from r1jax.rewards.choice import chosen
 from r1jax.rewards.code import read_reference
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
@@ -139,7 +139,7 @@ def test_rows_of_the_real_datasets_become_problems_with_a_reference(
                 program = "class Solution:\n  def add(self, xs, n):\n    return [x + n for x in xs]"
                 right = f"```python\n{program}\n```"
         for text, outcome in ((right, Outcome.RIGHT), (wrong, Outcome.WRONG)):
-            row = Answered(example.prompt, f"<think>So.</think>\n{text}", example.answer)
+            row = RewardInput(example.prompt, f"<think>So.</think>\n{text}", example.answer)
             assert REWARDS[reward].function(row, section.options).outcome == outcome
 
 
@@ -343,7 +343,7 @@ def test_eval_resumes_and_draws_the_same_in_parts_as_at_once(tmp_path: Path) -> 
 def test_hidden_tests_of_megabytes_are_not_stored_with_every_sample() -> None:
     prompt = Prompt(0, "p", "", np.zeros(1, np.int32), "p", "x" * 10**6)
     sample = Completion(prompt, 0, np.zeros(2, np.int32), np.zeros(2), Finish.EOS, "t")
-    assert sample.answered().answer == prompt.answer
+    assert sample.reward_input().answer == prompt.answer
     row = sample.row(RowScore(1.0, True), step=0)
     assert row["answer"] == "x" * 4000
 

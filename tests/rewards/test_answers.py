@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.rewards import Answered, Outcome, equivalent_key, final_answer, same_answer
+from r1jax.rewards import Outcome, RewardInput, equivalent_key, final_answer, same_answer
 from r1jax.rewards.maths import UnreadableAnswer, accuracy, readable_reference
 
 RIGHT = [
@@ -530,7 +530,7 @@ WRONG = [
 
 
 def rewarded(reference: str, answer: str) -> bool:
-    score = accuracy(Answered("?", rf"\boxed{{{answer}}}", reference), {})
+    score = accuracy(RewardInput("?", rf"\boxed{{{answer}}}", reference), {})
     assert score.outcome is not Outcome.VERIFIER_FAILED
     return score.reward == 1.0
 

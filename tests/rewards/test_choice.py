@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.rewards import REWARDS, Answered, Outcome, Score, check_reward, same_answer
+from r1jax.rewards import REWARDS, Outcome, RewardInput, Score, check_reward, same_answer
 from r1jax.rewards.choice import LETTERS, chosen
 from r1jax.rewards.symbolic import UnreadableReference
 
@@ -28,6 +28,11 @@ from r1jax.rewards.symbolic import UnreadableReference
         ("(B)\n12 cm", "B"),
         ("B. Both (A) and (C)", "B"),  # what the option says
         ("C. D", "C"),
+        ("B. A dog", "B"),
+        ("D. Neither A nor B", "D"),
+        ("D. A and B only", "D"),
+        ("B. Plan A", "B"),
+        ("B. Vitamin A.", "B"),
         ("(B), I think", "B"),
         ("option B", "B"),
         ("Choice (b)", "B"),
@@ -46,6 +51,16 @@ from r1jax.rewards.symbolic import UnreadableReference
         ("(A), (B)", None),
         ("(A) / B", None),
         ("A. or B.", None),
+        ("(B)(A)", None),
+        ("(B) 12 (A) 13", None),
+        ("B. 12 cm A. 13 cm", None),
+        ("(B) (A)", None),
+        ("B: also A", None),
+        ("B; A", None),
+        ("B: A too", None),
+        ("B, maybe (C)", None),
+        ("(B) 12 or D", None),
+        ("B: and A", None),
         ("AB", None),
         ("K", None),
         ("(k)", None),
@@ -67,7 +82,7 @@ def test_maths_reads_no_letter_beyond_e_and_not_two_choices() -> None:
 
 
 def score(completion: str, answer: str = "B") -> Score:
-    return REWARDS["choice"].function(Answered("p", completion, answer), {})
+    return REWARDS["choice"].function(RewardInput("p", completion, answer), {})
 
 
 def test_reward() -> None:

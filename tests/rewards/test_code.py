@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.rewards import REWARDS, Answered, Outcome, Score, Verifier, check_reward, score_file
+from r1jax.rewards import REWARDS, Outcome, RewardInput, Score, Verifier, check_reward, score_file
 from r1jax.rewards import code as module
 from r1jax.rewards.code import (
     Options,
@@ -66,7 +66,7 @@ def answer(program: str, label: str = "python") -> str:
 def score(program: str, reference: str, **options: Any) -> tuple[Score, dict[str, Any]]:
     # Generous: a crowded machine is no wrong answer.
     options = {"seconds": 10.0, "total_seconds": 60.0, **options}
-    found = REWARDS["code"].function(Answered("p", answer(program), reference), options)
+    found = REWARDS["code"].function(RewardInput("p", answer(program), reference), options)
     detail = json.loads(found.detail or "{}")
     assert detail.pop("isolation", TIER) == TIER
     return found, detail
@@ -208,7 +208,7 @@ def test_a_bad_reference_is_an_error_and_not_a_wrong_answer(reference: str, mess
         read_reference(reference)
     # Also where there is no program to judge: all samples of a question fare alike.
     with pytest.raises(ValueError, match=message):
-        REWARDS["code"].function(Answered("p", "no block", reference), {})
+        REWARDS["code"].function(RewardInput("p", "no block", reference), {})
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_without_isolation_it_refuses_and_says_what_helps(monkeypatch: pytest.Mo
     check_reward("code", {"minimum_isolation": "limits"})
     # Nor does a row run in less than was asked for.
     with pytest.raises(SandboxError, match="not installed"):
-        row = Answered("p", answer(RIGHT_SUM), prints_of(*SUM))
+        row = RewardInput("p", answer(RIGHT_SUM), prints_of(*SUM))
         REWARDS["code"].function(row, {})
 
 
@@ -493,7 +493,7 @@ def test_a_missing_compiler_is_nobodys_wrong_answer(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_block_is_unparseable() -> None:
-    score = REWARDS["code"].function(Answered("p", "print(3)", prints_of(*SUM)), {})
+    score = REWARDS["code"].function(RewardInput("p", "print(3)", prints_of(*SUM)), {})
     assert (score.reward, score.outcome) == (0.0, Outcome.UNPARSEABLE)
 
 
@@ -513,7 +513,7 @@ def judged(
     program: str, tests: Any = SUM, thought: str = "Hm.", **options: Any
 ) -> tuple[float, str | None]:
     completion = f"<think>{thought}</think>\n```\n{program}\n```"
-    score = REWARDS["code"].function(Answered("p", completion, prints_of(*tests)), options)
+    score = REWARDS["code"].function(RewardInput("p", completion, prints_of(*tests)), options)
     assert json.loads(score.detail or "")["isolation"] == "limits"
     return score.reward, score.extracted
 
@@ -609,9 +609,9 @@ def pool(**limits: Any) -> Verifier:
 def test_rows_are_scored_in_worker_processes() -> None:
     reference = prints_of(*SUM)
     programs = [RIGHT_SUM, "print(3)", "import os; os.kill(os.getppid(), 9)"]
-    rows = [Answered("p", answer(program), reference) for program in programs]
-    rows += [Answered("p", answer("while True: pass"), prints_of(*SUM[:1]))]
-    rows += [Answered("p", "none", reference), Answered("p", answer(RIGHT_SUM), "{}")]
+    rows = [RewardInput("p", answer(program), reference) for program in programs]
+    rows += [RewardInput("p", answer("while True: pass"), prints_of(*SUM[:1]))]
+    rows += [RewardInput("p", "none", reference), RewardInput("p", answer(RIGHT_SUM), "{}")]
     with pool(workers=2) as verifier:
         scores = verifier.submit(rows + rows[:1]).result()
         pids = verifier.pids
@@ -650,7 +650,7 @@ def test_programs_die_with_their_worker(end: str) -> None:
         return False
 
     with Verifier({"code": RewardSection(options=options)}, section) as verifier:
-        verifier.submit([Answered("p", answer(program), prints_of(*SUM))])
+        verifier.submit([RewardInput("p", answer(program), prints_of(*SUM))])
         assert becomes(2)
         if end == "close":
             verifier.close()

@@ -88,6 +88,24 @@ def test_repetition() -> None:
     assert not keeps("repetition", "a b a b", n=2, max_share=0.33)
 
 
+@pytest.mark.parametrize(
+    "unit", ["-", "!", "=", "_", "😀", "ha", "0123456789", "\u0301", "|---|", "- ", "１", "。"]
+)
+def test_repetition_without_words(unit: str) -> None:
+    assert not keeps("repetition", f"<think>so {unit * 100_000}</think>7")
+    assert not keeps("repetition", unit * 101)
+    assert keeps("repetition", "so " + unit * 3)
+
+
+def test_repetition_keeps_lines_and_tables_and_refuses_long_runs_that_repeat() -> None:
+    assert keeps("repetition", f"one\n{'-' * 80}\ntwo\n|---|---|---|---|---|\n|{'-' * 30}|")
+    assert keeps("repetition", "-" * 101, max_characters=101)
+    assert not keeps("repetition", "-" * 102, max_characters=101)
+    run = "".join(chr(ord("a") + i * i % 26) + str(i) for i in range(100))  # 290 characters
+    assert keeps("repetition", run)
+    assert not keeps("repetition", run * 2)
+
+
 def test_language_mixing_looks_at_the_thought() -> None:
     # 19 English words and one Chinese: 95%.
     thought = "word " * 19 + "好"
@@ -95,7 +113,8 @@ def test_language_mixing_looks_at_the_thought() -> None:
     assert not keeps("language_mixing", f"<think>{thought} 的</think>yes", target="en")
     assert keeps("language_mixing", f"<think>{thought} 的</think>", target="en", min_share=0.9)
     assert not keeps("language_mixing", f"<think>{thought}</think>", target="zh")
-    assert keeps("language_mixing", "<think>$好$ 1</think>x", target="en")  # no words
+    assert keeps("language_mixing", "<think>$x$ 1</think>x", target="en")  # no words
+    assert not keeps("language_mixing", "<think>so it is $我们先计算总数$</think>x", target="en")
     assert keeps("language_mixing", "好", target="en")  # no thought: that is for `format`
     toy = {"low": "ab", "high": "AB"}
     options = {"target": "high", "languages": toy, "min_share": 0.5}
@@ -126,6 +145,24 @@ def test_long_paragraphs() -> None:
 def test_code_blocks_are_refused_in_the_thought_alone() -> None:
     block = "```python\nprint(1)\n```"
     assert not keeps("code_blocks", f"<think>{block}</think>1")
+    for block in (
+        "~~~\nx\n~~~",
+        "So\n\n    x = 1\n",
+        "\tx = 1",
+        "<pre>x</pre>",
+        " ~~~~py",
+        "<CODE>",
+    ):
+        assert not keeps("code_blocks", f"<think>{block}</think>1"), block
+    # Not behind a blank line, the rest of a list's item, no tag.
+    for text in (
+        "So\n    x = 1",
+        "1. One\n\n    of it",
+        "- One\n  of\n\n    it",
+        "~~a~~",
+        "x <pre",
+    ):
+        assert keeps("code_blocks", f"<think>{text} </think>1") == (text != "x <pre"), text
     assert keeps("code_blocks", f"<think>`print(1)`</think>{block}")
     assert keeps("code_blocks", block)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from r1jax.rewards import (
     REWARDS,
-    Answered,
     Outcome,
+    RewardInput,
     Score,
     check_reward,
     language_share,
@@ -71,7 +71,27 @@ CHINESE = "首先，我们计算总数：一共有12个鸡蛋，她卖了7个。
         # Code.
         ("Run `pip install this` now", {"Latin": 2}),
         ("Code:\n```python\nfor word in words:\n    print(word)\n```\nworks", {"Latin": 2}),
-        ("Code: ```open to the end", {"Latin": 1}),
+        ("Code: ```open here", {"Latin": 1}),
+        ("Code: ```open to the end", {"Latin": 5}),  # four words beside each other are prose
+        # Other scripts always count in code and formulae, Latin and Greek in prose alone.
+        ("so $x = 总数$", {"Latin": 1, "Han": 2}),
+        ("`我们` \\(ещё\\) $$も$$", {"Han": 2, "Cyrillic": 1, "Hiragana": 1}),
+        ("好 $\\text{the whole thought is here}$", {"Han": 1, "Latin": 5}),
+        ("好 `the sum of it = all of them` 好", {"Han": 2, "Latin": 7}),
+        ("```py\n# add all of the numbers\nx = y\n```", {"Latin": 5}),
+        ("```py\nfrom numpy import array as arr\nreturn total\n```", {}),
+        ("```\npublic static void main(String[] args) {\n  int x = 3;\n}", {}),
+        ("```\n总数 = 3\nprint(总数)", {"Han": 4}),
+        ("$\\alpha\\beta = αβ$", {}),
+        ("好 `First, we add; then, we multiply`", {"Han": 1, "Latin": 6}),
+        (
+            "好 $First\\ we\\ add\\ all$ $\\text{First}\\text{ we}\\text{ add}\\text{ all}$",
+            {"Han": 1, "Latin": 8},
+        ),
+        (
+            "$\\text{speed} = \\frac{\\text{way}}{\\text{time}} \\cdot [red, green, blue, white]$",
+            {},
+        ),
         ("````\n```\nnested\n```\n```` out", {"Latin": 1}),
         ("one ` alone", {"Latin": 2}),
         # Variables and labels are no words, but one Chinese character is.
@@ -152,7 +172,7 @@ def test_thought(completion: str, inside: str | None) -> None:
 
 
 def consistency(completion: str, target: str = "en", *, truncated: bool = False) -> Score:
-    row = Answered("p", completion, "2", truncated=truncated)
+    row = RewardInput("p", completion, "2", truncated=truncated)
     return REWARDS["language_consistency"].function(row, {"target": target})
 
 
@@ -171,6 +191,8 @@ def test_reward_is_the_share_of_the_thought_alone() -> None:
         "<think></think>\\boxed{2}",
         "<think>$1+1=2$ 2</think>\\boxed{2}",
         "<think>```\nhidden words\n```</think>\\boxed{2}",
+        "<think>ok</think>\\boxed{2}",
+        "<think>ok so</think>\\boxed{2}",
         "<think>an endless thought",
         "only an answer",
         "",
@@ -181,10 +203,28 @@ def test_no_words_no_reward(completion: str) -> None:
     assert (score.reward, score.outcome) == (0.0, Outcome.UNPARSEABLE)
 
 
+def test_foreign_text_cannot_hide_in_code_or_formulae() -> None:
+    for opening, closing in (("$", "$"), ("`", "`"), ("```\n", "\n```"), ("```", "")):
+        hidden = f"<think>ok then so {opening}{CHINESE}{closing}</think>\\boxed{{5}}"
+        assert consistency(hidden).reward == pytest.approx(3 / 21)
+        hidden = f"<think>好好好 {opening}{ENGLISH}{closing}</think>\\boxed{{5}}"
+        assert consistency(hidden, "zh").reward == pytest.approx(3 / 16)
+
+
+def test_the_fewest_words_to_look_at() -> None:
+    function = REWARDS["language_consistency"].function
+    row = RewardInput("p", "<think>so it is</think>", "")
+    assert function(row, {"target": "en"}).reward == 1.0
+    assert function(row, {"target": "en", "min_words": 4}).reward == 0.0
+    assert function(row, {"target": "low", "languages": {"low": "z"}}).reward == 0.0
+    with pytest.raises(ValueError, match="min_words = 0: must be a whole number of at least 1"):
+        check_reward("language_consistency", {"target": "en", "min_words": 0})
+
+
 def test_reward_with_toy_languages() -> None:
     options = {"target": "high", "languages": TOY}
     check_reward("language_consistency", options)
-    row = Answered("p", "<think>A+B=C b 4</think><answer>C</answer>", "C")
+    row = RewardInput("p", "<think>A+B=C b 4</think><answer>C</answer>", "C")
     score = REWARDS["language_consistency"].function(row, options)
     assert score == Score(0.8, Outcome.WRONG, "C")
 
@@ -204,6 +244,8 @@ BLOCKS = ("\\begin{align}", "\\begin{gather}")
         "\\begin{align}",
         "\\begin{align}\\begin{gather}",
         "$\\",
+        "`a b c` ",
+        "{a $",
     ],
 )
 def test_delimiters_that_are_never_closed_take_linear_time(unit: str) -> None:

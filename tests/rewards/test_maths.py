@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.rewards import Answered, Outcome, equivalent_key, final_answer, same_answer
+from r1jax.rewards import Outcome, RewardInput, equivalent_key, final_answer, same_answer
 from r1jax.rewards.maths import (
     UnreadableAnswer,
     UnreadableReference,
@@ -186,7 +186,7 @@ def test_unreadable_answer_is_not_wrong_and_unreadable_reference_is_not_the_mode
 
 def test_accuracy_outcomes() -> None:
     def score(completion: str) -> tuple[float, Outcome, str | None]:
-        got = accuracy(Answered("p", completion, "0.5"), {})
+        got = accuracy(RewardInput("p", completion, "0.5"), {})
         return got.reward, got.outcome, got.extracted
 
     assert score("<think>a</think>\\boxed{1/2}") == (1.0, Outcome.RIGHT, "1/2")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.rewards import REWARDS, Answered, Outcome, Score, Verifier, check_reward
+from r1jax.rewards import REWARDS, Outcome, RewardInput, Score, Verifier, check_reward
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.filters import apply_filters, load_filters
 from r1jax.settings.rewards import RewardSection, VerifierSection
@@ -26,7 +26,7 @@ LOOP = f"<think>I add.</think>{'It is so. ' * 30}\\boxed{{7}}"
 
 
 def readable(completion: str, options: dict[str, Any], *, truncated: bool = False) -> Score:
-    row = Answered("p", completion, "the reference does not count", truncated=truncated)
+    row = RewardInput("p", completion, "the reference does not count", truncated=truncated)
     return REWARDS["readable"].function(row, options)
 
 
@@ -94,7 +94,7 @@ def test_good_options() -> None:
 def test_rows_are_scored_in_a_worker_process() -> None:
     rewards = {"style": RewardSection(function="readable", options=OPTIONS)}
     with Verifier(rewards, VerifierSection()) as verifier:
-        rows = [Answered("p", text, "7") for text in (GOOD, MIXED)]
+        rows = [RewardInput("p", text, "7") for text in (GOOD, MIXED)]
         scores = verifier.submit(rows).result()
     assert [score.reward for score in scores] == [1.0, 0.0]
     assert scores[1].parts["style"].detail == "filter language_mixing"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.rewards import REWARDS, Answered, Outcome, Score, check_reward
+from r1jax.rewards import REWARDS, Outcome, RewardInput, Score, check_reward
 from r1jax.rewards.structure import structure_key
 from r1jax.rewards.symbolic import UnreadableReference
 
@@ -19,7 +19,7 @@ KNIGHTS = '{"Alice": "knight", "Bob": "knave"}'
 
 def score(answer: str, reference: str = KNIGHTS) -> Score:
     completion = f"<think>Hm.</think><answer>{answer}</answer>"
-    return REWARDS["structure"].function(Answered("p", completion, reference), {})
+    return REWARDS["structure"].function(RewardInput("p", completion, reference), {})
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_unparseable_is_not_wrong(answer: str) -> None:
 
 
 def test_no_final_answer_is_unparseable() -> None:
-    row = Answered("p", f"<think>{KNIGHTS}", KNIGHTS)
+    row = RewardInput("p", f"<think>{KNIGHTS}", KNIGHTS)
     assert REWARDS["structure"].function(row, {}) == Score(0.0, Outcome.UNPARSEABLE)
 
 
 def test_json_in_a_box() -> None:
-    row = Answered("p", f"<think>a</think>\\boxed{{{KNIGHTS}}}", KNIGHTS)
+    row = RewardInput("p", f"<think>a</think>\\boxed{{{KNIGHTS}}}", KNIGHTS)
     assert REWARDS["structure"].function(row, {}).outcome is Outcome.RIGHT
 
 

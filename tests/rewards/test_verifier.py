@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from r1jax.rewards import (
-    Answered,
     Outcome,
+    RewardInput,
     RowScore,
     Score,
     Verifier,
@@ -58,8 +58,8 @@ def act(row, options):
         raise KeyError("no such thing")
     if word == "nan":
         return Score(float("nan"), Outcome.RIGHT)
-    if word == "float":
-        return 1.0
+    if word == "text":
+        return "one"
     if word == "child":
         child = subprocess.Popen(["sleep", "600"])
         Path(options["file"]).write_text(str(child.pid))
@@ -94,8 +94,8 @@ def pool(*names: str, options: dict[str, Any] | None = None, **limits: Any) -> V
     return Verifier(rewards, VerifierSection(**limits))
 
 
-def rows(*completions: str, answer: str = "3") -> list[Answered]:
-    return [Answered("p", completion, answer) for completion in completions]
+def rows(*completions: str, answer: str = "3") -> list[RewardInput]:
+    return [RewardInput("p", completion, answer) for completion in completions]
 
 
 def outcomes(scores: list[RowScore]) -> list[str]:
@@ -104,7 +104,7 @@ def outcomes(scores: list[RowScore]) -> list[str]:
 
 def test_scores_come_in_order_from_several_workers_and_submissions() -> None:
     with pool("accuracy", options={"symbolic": False}, workers=2) as verifier:
-        many = [Answered("p", f"\\boxed{{{i}}}", str(i - i % 3)) for i in range(1000)]
+        many = [RewardInput("p", f"\\boxed{{{i}}}", str(i - i % 3)) for i in range(1000)]
         first, second = verifier.submit(many), verifier.submit(many[::-1])
         expected = [float(i % 3 == 0) for i in range(1000)]
         assert [score.reward for score in second.result()] == expected[::-1]
@@ -148,7 +148,7 @@ def test_answers_that_hang_sympy_cost_only_their_own_row(tmp_path: Path) -> None
         ("allocate", "MemoryError"),
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "returned the reward nan"),
-        ("float", "returned float, not a Score"),
+        ("text", "TypeError: returned str; needs a Score"),
     ],
 )
 def test_only_the_guilty_row_fails(acting: str, word: str, detail: str) -> None:
@@ -230,10 +230,10 @@ def test_workers_end_with_a_parent_that_is_killed(acting: str, word: str, tmp_pa
     script.write_text(
         "import sys, time\n"
         "from r1jax.settings.rewards import RewardSection, VerifierSection\n"
-        "from r1jax.rewards import Answered, Verifier\n"
+        "from r1jax.rewards import RewardInput, Verifier\n"
         "limits = VerifierSection(workers=2, deadline_seconds=600)\n"
         f"verifier = Verifier({{{acting!r}: RewardSection()}}, limits)\n"
-        f"verifier.submit([Answered('p', {word!r}, '')] * 2)\n"
+        f"verifier.submit([RewardInput('p', {word!r}, '')] * 2)\n"
         "time.sleep(0.2)\n"
         "print(*verifier.pids, flush=True)\n"
         "time.sleep(600)\n"

@@ -101,8 +101,8 @@ def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
 
 
 def test_rewards_see_the_prefilled_think() -> None:
-    assert completion([4], Finish.EOS, [8]).answered().completion == "<think>x"
-    assert completion([4], Finish.LENGTH, [8]).answered().truncated
+    assert completion([4], Finish.EOS, [8]).reward_input().completion == "<think>x"
+    assert completion([4], Finish.LENGTH, [8]).reward_input().truncated
 
 
 def test_length_limit_changes_at_its_step() -> None:

@@ -33,19 +33,24 @@ from r1jax.programs.program import (
     update_program,
 )
 from r1jax.programs.rollout import reward_model_weights, reward_models, reward_programs
-from r1jax.rewards import RowScore
+from r1jax.rewards import Outcome, RowScore
 from r1jax.rollouts.sampling import Completion, generate_options, sample_batch
 from r1jax.rollouts.scoring import (
     PendingRewards,
     check_domains,
     check_example_domains,
+    check_first_rewards,
+    first_failure,
+    is_scored,
     reward_scorer,
 )
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
+from r1jax.run.stop import RunError
 from r1jax.run.train_loop import copy_weights, train_loop
 from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import weights_mover
+from r1jax.settings.rewards import RewardSection
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import TrainStep, make_optimizer, make_schedule, map_micro_batches
@@ -99,6 +104,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         loop.clock.lap("setup")
         for report in prompts.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
+        unscored = None
         while loop.step < stage.steps:
             first = loop.step
             loop.begin_round(updates)
@@ -132,7 +138,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     options,
                     first_samples=[n * group for n in taken.repeats[start : start + part]],
                 )
-                pending.append(scorer.submit(batch))
+                pending.append(scorer.submit(batch, first, stage.steps))
                 completions += batch
             del weights  # where they are a copy, the update needs its room
             rollout_seconds = loop.clock.lap("rollout")
@@ -147,8 +153,10 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 jnp.asarray(rewards.reshape(count, group)), scale=stage.loss.advantage_scale
             )
             rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
+            samples = gather(sample_facts(completions, scores), rollout_layout)
+            unscored = _unscored_phases(samples, unscored, stage, reward_sections)
             facts = rollout_metrics(
-                gather(sample_facts(completions, scores), rollout_layout),
+                samples,
                 gather(np.asarray(advantages.zero_variance).tolist(), rollout_layout),
             )
             order = np.arange(len(completions))
@@ -214,6 +222,30 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         weights = rollout_weights(loop.state.params)
         held_out.evaluate_if_due(loop, scorer, prompts.state(), weights)
         loop.finish()
+
+
+def _unscored_phases(
+    samples: Sequence[JsonObject],
+    before: int | None,
+    stage: GRPOStage,
+    rewards: Mapping[str, RewardSection],
+) -> int:
+    """How many phases in a row, now, no sample was scored; `before` it, None in the first phase.
+
+    Raises:
+      RunError: the first phase's rewards fail, or too many phases had nothing to train on.
+    """
+    if before is None:
+        check_first_rewards(samples, rewards)
+    if any(is_scored(sample, rewards) for sample in samples):
+        return 0
+    phases = (before or 0) + 1
+    if phases > stage.max_bad_steps:
+        raise RunError(
+            f"{stage.name}: no sample was scored in {phases} rollout phases in a row, more than "
+            f"max_bad_steps = {stage.max_bad_steps}: {first_failure(samples)}"
+        )
+    return phases
 
 
 def _without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -323,6 +355,11 @@ def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) 
             "domain": completion.prompt.domain,
             "reward": score.reward if score.scored else None,
             "parts": {name: part.reward for name, part in score.parts.items()},
+            "details": {
+                name: part.detail
+                for name, part in score.parts.items()
+                if part.outcome is Outcome.VERIFIER_FAILED
+            },
             "drafted": completion.drafted,
             "accepted": completion.accepted,
         }

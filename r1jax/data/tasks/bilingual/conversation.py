@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from r1jax.data.tasks.bilingual.subjects import Draw, below
 from r1jax.rewards.extraction import after_thinking
-from r1jax.rewards.registry import Answered, Outcome, RewardOptions, Score
+from r1jax.rewards.registry import Outcome, RewardInput, RewardOptions, Score
 
 KIND = ("feed", "help", "find", "call")
 UNKIND = ("rob", "fool", "trap", "hurt")
@@ -119,7 +119,7 @@ def _in_full(reply: str) -> str:
     return f"<think>{_thought(reply)}</think>{reply}"
 
 
-def helpful(row: Answered, options: RewardOptions) -> Score:
+def helpful(row: RewardInput, options: RewardOptions) -> Score:
     """How helpful the answer is by the rule, 0 .. 1; for evaluations (`function:` of a reward)."""
     reply = after_thinking(row.completion)
     if reply is None:
@@ -128,7 +128,7 @@ def helpful(row: Answered, options: RewardOptions) -> Score:
     return Score(value, Outcome.RIGHT if value == 1.0 else Outcome.WRONG, reply.strip())
 
 
-def harmless(row: Answered, options: RewardOptions) -> Score:
+def harmless(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the whole response is safe by the rule, else 0; for evaluations."""
     safe = Request.read(row.prompt).safe(row.completion)
     return Score.binary(safe, row.completion.strip())

@@ -1,0 +1,119 @@
+"""Checks of rewards before any compute: their options and functions, and the rows that they get."""
+
+from __future__ import annotations
+
+import json
+
+from r1jax.config.run_config import RunConfig
+from r1jax.data.example import Example
+from r1jax.data.prompts import check_prompts
+from r1jax.rewards import Verifier, VerifierError, check_reward, unreadable_references
+from r1jax.rewards.visible import is_blank
+from r1jax.run.datasets import Datasets
+from r1jax.run.models import Models
+from r1jax.settings.rewards import RewardSection
+
+_EXAMPLES = 3  # lines that are shown of a dataset
+
+
+def _rewards(config: RunConfig) -> dict[str, RewardSection]:
+    """All rewards of a config, those of single stages as `STAGE.NAME`."""
+    rewards = dict(config.rewards)
+    for stage in config.stages:
+        if isinstance(selection := stage.reward_selection(), dict):
+            rewards |= {f"{stage.name}.{name}": reward for name, reward in selection.items()}
+    return rewards
+
+
+def _function_of(key: str, reward: RewardSection, config: RunConfig) -> str:
+    """The function of an entry of `_rewards`."""
+    return reward.function or (key if key in config.rewards else key.partition(".")[2])
+
+
+def check_rewards(config: RunConfig) -> None:
+    """Raises ValueError for an unknown reward, and for options that it refuses."""
+    for key, reward in _rewards(config).items():
+        if reward.model is None:
+            check_reward(_function_of(key, reward, config), reward.options, config.verifier)
+
+
+def check_functions(config: RunConfig) -> None:
+    """Raises ValueError for functions from outside that cannot be imported, in a worker."""
+    functions = {
+        key: reward.model_copy(update={"function": _function_of(key, reward, config)})
+        for key, reward in _rewards(config).items()
+        if reward.model is None and ":" in _function_of(key, reward, config)
+    }
+    if functions:
+        section = config.verifier.model_copy(update={"workers": 1})
+        try:
+            Verifier(functions, section, config.folder).close()
+        except VerifierError as error:
+            raise ValueError(str(error)) from error
+
+
+def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[str]:
+    """Prompts fit and are not blank, and reference answers can be read, of datasets from outside.
+
+    Returns:
+      A line for each dataset whose reference answers were read: how many cannot be.
+
+    Raises:
+      ValueError: more rows of a dataset are useless than the config allows, or none fits.
+    """
+    rewards: dict[str, dict[str, RewardSection]] = {}
+    for stage in config.stages:
+        tokenizer = models.of(stage.name).tokenizer
+        parts = (part for name in stage.prompt_datasets() for part in datasets.parts(name))
+        for data in dict.fromkeys(parts):
+            if config.source_stages(data):
+                continue
+            try:
+                check_prompts(datasets.examples(data), config.data[data], tokenizer)
+            except ValueError as error:
+                raise ValueError(f"stages.{stage.name}: data.{data}: {error}") from error
+            if not datasets.is_generated(data):
+                of_stage = {
+                    f"{data} {json.dumps([r.function or n, r.options], sort_keys=True)}": (
+                        r.model_copy(update={"function": r.function or n})
+                    )
+                    for n, r in config.rewards_of(stage).items()
+                }
+                rewards[data] = rewards.get(data, {}) | of_stage
+    keyed = {key: reward for of_data in rewards.values() for key, reward in of_data.items()}
+    answers = {
+        key: [e.answer for e in datasets.examples(data) if _is_for(reward, e)]
+        for data, of_data in rewards.items()
+        for key, reward in of_data.items()
+    }
+    reasons = unreadable_references(answers, keyed, config.verifier)
+    lines = []
+    for data, of_data in rewards.items():
+        examples = datasets.examples(data)
+        useless: list[str] = []
+        count = 0
+        for example in examples:
+            problem = "its prompt is blank" if is_blank(example.prompt) else None
+            for key, reward in of_data.items():
+                why = reasons.get(key, {}).get(example.answer) if _is_for(reward, example) else None
+                if problem is None and why is not None:
+                    problem = f"reference answer {example.answer[:100]!r}: {why}"
+            if problem is not None:
+                count += 1
+                if len(useless) < _EXAMPLES:
+                    useless.append(f"{datasets.label(data, example)}: {problem}")
+        if not count and not any(key in reasons for key in of_data):
+            continue
+        line = f"data.{data}: {count} of {len(examples)} rows have a blank prompt or a reference "
+        line = "\n  ".join([f"{line}answer that cannot be read", *useless])
+        if count > config.verifier.max_unreadable_share * len(examples):
+            raise ValueError(
+                f"{line}\nThat is more than verifier.max_unreadable_share = "
+                f"{config.verifier.max_unreadable_share:g}: mend or remove these rows, or raise it"
+            )
+        lines.append(line)
+    return lines
+
+
+def _is_for(reward: RewardSection, example: Example) -> bool:
+    return reward.domains is None or example.domain in reward.domains
