@@ -240,6 +240,8 @@ def tokens(text: str, nesting: int = 0) -> list[Token]:
         if match["words"]:
             end = _closing(text, position)
             inner = text[position + 1 : end]
+            if found and found[-1].kind == "number" and "\\" in _SPACES.sub("", inner):
+                raise Unreadable("a formula in the words behind a number")
             if match["words"].startswith("math") and _FEW_LETTERS.fullmatch(inner):
                 found.append(Token("letters", inner, space))
             else:
@@ -321,7 +323,7 @@ def _text_tokens(inner: str, space: bool, nesting: int) -> list[Token]:
     if not clock and words != "min" and all(len(run) == 1 or run in WORDS for run in runs):
         # `\text{13}`, `\mathrm{e}`, `\text{(E)}`, `\operatorname{arcsin}`
         inside = tokens(inner, nesting)
-        apart = space or words in LETTER_UNITS
+        apart = space or inner[:1].isspace() or (words in LETTER_UNITS and words != "K")
         return [
             Token(each.kind, each.text, each.space or (apart and not index))
             for index, each in enumerate(inside)

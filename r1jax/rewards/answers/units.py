@@ -109,6 +109,8 @@ def read_tail(text: str, *, trusted: bool = False, one: bool = False) -> Tail | 
     text = text.strip(" .,;:()").replace("\\", "").replace("cdot", " ")
     if not text:
         return None
+    if re.match(r"for (?:all|any|every|each)\b", text):
+        return Tail()
     while position < len(text):
         match = _TERM.match(text, position)
         if match is None or match.end() == position:
