@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from r1jax.rewards.registry import Answered, Outcome
+from r1jax.rewards.registry import RewardInput, Outcome
 from r1jax.rewards.verifier import Verifier
 from r1jax.settings.rewards import RewardSection, VerifierSection
 
@@ -265,7 +265,7 @@ class Result:
 
 def verdicts(pairs: list[Pair], section: VerifierSection) -> list[tuple[Outcome, str | None]]:
     """The outcome of each pair and why there is none, from worker processes."""
-    rows = [Answered("?", rf"\boxed{{{pair.answer}}}", pair.reference) for pair in pairs]
+    rows = [RewardInput("?", rf"\boxed{{{pair.answer}}}", pair.reference) for pair in pairs]
     with Verifier({"accuracy": RewardSection()}, section) as verifier:
         scores = [each.parts["accuracy"] for each in verifier.submit(rows).result()]
     return [(each.outcome, each.detail) for each in scores]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from r1jax.rewards.maths import accuracy
-from r1jax.rewards.registry import Answered, Outcome, load_reward
+from r1jax.rewards.registry import RewardInput, Outcome, load_reward
 
 Spelled = tuple[str, str, str]
 """A reference, another spelling of it, and a wrong answer."""
@@ -101,14 +101,14 @@ _MATH = [whole_number] * 6 + [fraction] * 3 + [root, surd, multiple_of_pi, polyn
 _MATH += [pair, interval, solutions, matrix, line, words]
 
 
-def rows_of(kinds: list[Callable[[random.Random], Spelled]], count: int) -> list[Answered]:
+def rows_of(kinds: list[Callable[[random.Random], Spelled]], count: int) -> list[RewardInput]:
     """The rows: every kind in turn, and of its three answers each in turn."""
     rng = random.Random(0)
     rows = []
     for index in range(count):
         reference, other, wrong = kinds[index // 3 % len(kinds)](rng)
         answer = (reference, other, wrong)[index % 3]
-        rows.append(Answered("?", rf"{_THOUGHT} It is $\boxed{{{answer}}}$.", reference))
+        rows.append(RewardInput("?", rf"{_THOUGHT} It is $\boxed{{{answer}}}$.", reference))
     return rows
 
 

@@ -13,14 +13,14 @@ from answer_templates import TEMPLATES, Case, completion, pairs
 
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.maths import UnreadableAnswer, equivalent_key, same_answer
-from r1jax.rewards.registry import Answered, Outcome, Score
+from r1jax.rewards.registry import RewardInput, Outcome, Score
 from r1jax.rewards.verifier import Verifier
 from r1jax.settings.rewards import RewardSection, VerifierSection
 
 
 def scores(rows: Sequence[tuple[str, str]], deadline: float = 5.0) -> list[Score]:
     """Scores (reference, completion) in a worker process with a deadline for each row."""
-    answered = [Answered("?", text, reference) for reference, text in rows]
+    answered = [RewardInput("?", text, reference) for reference, text in rows]
     section = VerifierSection(workers=1, deadline_seconds=deadline)
     with Verifier({"accuracy": RewardSection()}, section) as verifier:
         return [each.parts["accuracy"] for each in verifier.submit(answered).result()]
