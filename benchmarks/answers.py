@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from r1jax.rewards.registry import RewardInput, Outcome
+from r1jax.rewards.registry import Outcome, RewardInput
 from r1jax.rewards.verifier import Verifier
 from r1jax.settings.rewards import RewardSection, VerifierSection
 

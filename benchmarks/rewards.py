@@ -16,7 +16,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from r1jax.rewards.maths import accuracy
-from r1jax.rewards.registry import RewardInput, Outcome, load_reward
+from r1jax.rewards.registry import Outcome, RewardInput, load_reward
 
 Spelled = tuple[str, str, str]
 """A reference, another spelling of it, and a wrong answer."""

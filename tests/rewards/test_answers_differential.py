@@ -13,7 +13,7 @@ from answer_templates import TEMPLATES, Case, completion, pairs
 
 from r1jax.rewards.extraction import final_answer
 from r1jax.rewards.maths import UnreadableAnswer, equivalent_key, same_answer
-from r1jax.rewards.registry import RewardInput, Outcome, Score
+from r1jax.rewards.registry import Outcome, RewardInput, Score
 from r1jax.rewards.verifier import Verifier
 from r1jax.settings.rewards import RewardSection, VerifierSection
 
