@@ -53,13 +53,13 @@ def config(
 
 
 def test_references_that_cannot_be_read_are_counted_with_their_lines(tmp_path: Path) -> None:
-    data = [*rows(*["2"] * 38), *rows("\\begin{cases", ""), *rows("4", prompt=" \u200b ")]
+    data = [*rows(*["2"] * 38), *rows("\\frac{1}{", ""), *rows("4", prompt=" \u200b ")]
     few = config(tmp_path, data, {"accuracy": {}})
     with pytest.raises(ValueError) as refused:
         check(resolve(few))
     for text in (
         "data.rows: 3 of 41 rows have a blank prompt or a reference answer that cannot be read",
-        f"{tmp_path}/rows.jsonl:39: reference answer '\\\\begin{{cases': ",
+        f"{tmp_path}/rows.jsonl:39: reference answer '\\\\frac{{1}}{{': ",
         f"{tmp_path}/rows.jsonl:40: reference answer '': it is empty",
         f"{tmp_path}/rows.jsonl:41: its prompt is blank",
         "more than verifier.max_unreadable_share = 0.05",
