@@ -74,7 +74,9 @@ def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
                 return same_value(gold, value)
             except (ArithmeticError, RecursionError):  # what cannot be computed is not equal
                 return False
-    if not use_sympy or isinstance(unreadable, TooLarge):
+    if not use_sympy:
+        return False
+    if isinstance(unreadable, TooLarge):
         raise UnreadableReference(f"reference answer {reference[:200]!r}: {unreadable}")
     return symbolic.equal(tidy(reference), tidy(answer))
 
@@ -142,8 +144,8 @@ def _unreadable(answer: str, options: RewardOptions) -> str | None:
 def accuracy(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the final answer is the reference answer, else 0.
 
-    Options: `symbolic` (default true); false leaves sympy out, and an answer that no exact form
-    covers is then right only if its text is the reference's.
+    Options: `symbolic` (default true); false leaves sympy out, and an answer to a reference that
+    is not read is then right only if its text is the same.
     """
     extracted = final_answer(row.completion)
     if extracted is None:
