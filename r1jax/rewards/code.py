@@ -7,8 +7,11 @@ The reference answer (`RewardInput.answer`) is a JSON object:
 
 In the first form a program reads standard input and writes standard output; in the second (Python)
 one of its functions is called, or with `"entry": "Solution.add"` a method of a fresh object of one
-of its classes. `prelude`, optional, is source text put before every program. Tests of many
-megabytes may be packed (`pack_tests`), and are then one text.
+of its classes. `prelude`, optional, is source text put before every program (in Python, behind its
+`__future__` imports). Tests of many megabytes may be packed (`pack_tests`), and are then one text.
+
+Outputs are compared as LiveCodeBench compares them (`_same_output`), values of functions as numbers
+of their kind (`_same_value`).
 
 Every test is a process of its own in `r1jax.rewards.sandbox`;
 expected values never go in there, so that a program can earn a pass only with the right value.
@@ -29,17 +32,22 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import itertools
 import json
 import math
 import re
 import secrets
 import shutil
+import sys
 import time
+import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +89,7 @@ class Language:
       run: the command that runs it.
       compile: a command that must succeed before; it may leave files in `{folder}`.
       call: runs `r1jax.rewards.function_call` on it; empty: functions cannot be called.
+      labels: pattern of the labels that fenced blocks of this language have, in lower case.
       out_of_memory: what its run time says when it gets no more memory.
     """
 
@@ -88,12 +97,16 @@ class Language:
     run: tuple[str, ...]
     compile: tuple[str, ...]
     call: tuple[str, ...] = ()
+    labels: str = ""
     out_of_memory: bytes = b""
 
 
-# -s -P: nothing but the standard library is importable; -B: the folder is read-only.
-_PYTHON = ("{python}", "-B", "-s", "-P")
+# -s -P: nothing but the standard library is importable; -B: the folder is read-only. Integers may
+# have any number of digits.
+_PYTHON = ("{python}", "-B", "-s", "-P", "-X", "int_max_str_digits=0")
 _PYTHON_COMPILE = "import sys; compile(open(sys.argv[1], 'rb').read(), 'main.py', 'exec')"
+# The labels of C and C++ are often mixed up.
+_C_LABELS = r"(c|c\+\+|cpp|cc|cxx|gnu|g\+\+|gnu\+\+)\w*|.*\.(c|cc|cpp)"
 _CALL = Path(__file__).with_name("function_call.py").read_text(encoding="utf-8")
 
 LANGUAGES: dict[str, Language] = {
@@ -101,6 +114,7 @@ LANGUAGES: dict[str, Language] = {
         source="main.py",
         compile=(*_PYTHON, "-c", _PYTHON_COMPILE, "{folder}/main.py"),
         run=(*_PYTHON, "{folder}/main.py"),
+        labels=r"(python|py|pypy)[\d.]*|.*\.py",
         call=(*_PYTHON, "-c", _CALL, "{folder}/main.py"),
         out_of_memory=b"MemoryError",
     ),
@@ -108,11 +122,13 @@ LANGUAGES: dict[str, Language] = {
         source="main.c",
         compile=("gcc", "-O2", "-std=gnu17", "-o", "{folder}/main", "{folder}/main.c", "-lm"),
         run=("{folder}/main",),
+        labels=_C_LABELS,
     ),
     "cpp": Language(
         source="main.cpp",
         compile=("g++", "-O2", "-std=gnu++17", "-o", "{folder}/main", "{folder}/main.cpp"),
         run=("{folder}/main",),
+        labels=_C_LABELS,
         out_of_memory=b"std::bad_alloc",
     ),
 }
@@ -137,6 +153,8 @@ class Options:
 
     Attributes:
       partial: the reward is the share of tests passed, not 1 only if all pass.
+      exact_output: lines of standard output are compared as text, but for white space at their end
+        and empty lines at the end of the output; for a benchmark that wants it so.
       stop_at_first_failure: run no further test then; not with `partial`.
       seconds: of each test, by the clock and of CPU.
       total_seconds: of the compiler and all tests of a row together, by the clock.
@@ -148,6 +166,7 @@ class Options:
     """
 
     partial: bool = False
+    exact_output: bool = False
     stop_at_first_failure: bool = False
     seconds: float = 2.0
     total_seconds: float = 4.0
@@ -197,6 +216,17 @@ def read_options(options: RewardOptions) -> Options:
     return result
 
 
+@contextmanager
+def _any_number_of_digits() -> Iterator[None]:
+    """Integers of JSON may have more digits than Python reads by default (4,300)."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
 @dataclass(frozen=True)
 class Case:
     """One hidden test.
@@ -240,12 +270,9 @@ def _unpack_tests(packed: str) -> JsonValue:
         raise ValueError(f"reference.tests: not what pack_tests makes: {error}") from None
 
 
-def read_reference(answer: str) -> _Reference:
-    """Reads the JSON of a reference answer; the module's docstring has its two forms.
-
-    Raises:
-      ValueError: what is wrong with it: the row cannot be scored.
-    """
+@_any_number_of_digits()
+def _read_outer(answer: str) -> tuple[dict[str, JsonValue], str]:
+    """The object of a reference, with packed tests as they are, and its language."""
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError) as error:
@@ -257,12 +284,23 @@ def read_reference(answer: str) -> _Reference:
             raise ValueError(
                 f"reference.{key}: no such key; there are language, entry, prelude, tests"
             )
-    language, entry, tests = value.get("language"), value.get("entry"), value.get("tests")
-    prelude = value.get("prelude", "")
-    if not isinstance(prelude, str):
-        raise ValueError(f"reference.prelude = {prelude!r}: must be text")
+    language = value.get("language")
     if not isinstance(language, str) or language not in LANGUAGES:
         raise ValueError(f"reference.language = {language!r}: not one of {sorted(LANGUAGES)}")
+    return value, language
+
+
+@_any_number_of_digits()
+def read_reference(answer: str) -> _Reference:
+    """Reads the JSON of a reference answer; the module's docstring has its two forms.
+
+    Raises:
+      ValueError: what is wrong with it: the row cannot be scored.
+    """
+    value, language = _read_outer(answer)
+    entry, tests, prelude = value.get("entry"), value.get("tests"), value.get("prelude", "")
+    if not isinstance(prelude, str):
+        raise ValueError(f"reference.prelude = {prelude!r}: must be text")
     if entry is not None:
         names = entry.split(".") if isinstance(entry, str) else []
         if not 1 <= len(names) <= 2 or not all(name.isidentifier() for name in names):
@@ -296,56 +334,109 @@ def read_reference(answer: str) -> _Reference:
     return _Reference(language, tuple(cases), entry, prelude)
 
 
-_OPENING = re.compile(rf"(?:.*{ANSWER}[ \t]*)? {{0,3}}(`{{3,}}(?=[^`]*$)|~{{3,}}).*")
+_OPENING = re.compile(rf"(?:.*{ANSWER}[ \t]*)? {{0,3}}(`{{3,}}(?=[^`]*$)|~{{3,}})(.*)")
+_LABEL = re.compile(r"[\s{.]*(?:lang(?:uage)?-)?([^\s{}:,;]*)")  # of "python", "{.python}", "py:x"
 _CLOSING = re.compile(rf" {{0,3}}(`{{3,}}|~{{3,}})\s*(?:{END_ANSWER}.*)?")
 
 
-def program_of(completion: str) -> str | None:
-    """The contents of the last complete fenced code block after the last `</think>`, or None.
+def program_of(completion: str, language: str | None = None) -> str | None:
+    """The last complete fenced code block of a language after the last `</think>`, or None.
+
+    It is not a shell command behind the program, nor what it prints: if no block has a label of the
+    language, it is the last one without a label, and only without such, the last one.
 
     Fences are Markdown's: three backticks or tildes or more, closed by as many of the same at
     least; an answer tag may stand around them on their line. A block without its end was cut off.
+
+    Args:
+      language: a key of `LANGUAGES`; None: any of them.
     """
     tail = after_thinking(completion)
     if tail is None:
         return None
-    program = None
-    fence = ""
+    known = [each.labels for name, each in LANGUAGES.items() if language in (None, name)]
+    labels = re.compile("|".join(known))
+    labelled = unlabelled = program = None
+    fence = label = ""
     lines: list[str] = []
     for line in tail.split("\n"):
         if not fence:
             opening = _OPENING.fullmatch(line.rstrip("\r"))
             if opening is not None:
-                fence, lines = opening[1], []
+                found = _LABEL.match(opening[2])
+                fence, label, lines = opening[1], found[1].lower() if found else "", []
             continue
         closing = _CLOSING.fullmatch(line)
-        if closing is not None and closing[1].startswith(fence):
-            program, fence = "".join(each + "\n" for each in lines), ""
-        else:
+        if closing is None or not closing[1].startswith(fence):
             lines.append(line)
-    return program
+            continue
+        program, fence = "".join(each + "\n" for each in lines), ""
+        if labels.fullmatch(label):
+            labelled = program
+        elif not label:
+            unlabelled = program
+    return next((each for each in (labelled, unlabelled) if each is not None), program)
 
 
-def _same_output(expected: bytes, output: bytes) -> bool:
+def _with_prelude(prelude: str, source: str) -> str:
+    """A Python program with the prelude behind its docstring and its `__future__` imports."""
+    end, rest, statement = 0, source, []
+    if prelude and "__future__" in source:
+        starts = [0, *itertools.accumulate(len(line) + 1 for line in source.split("\n"))]
+        try:
+            for token in tokenize.generate_tokens(io.StringIO(source).readline):
+                if token.type in (tokenize.COMMENT, tokenize.NL):
+                    continue
+                if token.type != tokenize.NEWLINE and token.string != ";":
+                    statement.append(token)
+                    continue
+                if [part.string for part in statement[:2]] == ["from", "__future__"]:
+                    end = starts[token.end[0] - 1] + token.end[1]
+                    rest = source[end:]
+                    if token.string == ";":
+                        rest = rest.lstrip(" \t")
+                elif end or [part.type for part in statement] != [tokenize.STRING]:
+                    break
+                statement = []
+        except (tokenize.TokenError, SyntaxError):  # the compiler will say so
+            pass
+    return f"{source[:end]}\n{prelude}{rest}" if end else prelude + source
+
+
+def _same_output(expected: bytes, output: bytes, *, exact: bool = False) -> bool:
     """Whether two outputs are equal, line for line, from the first to the last.
 
-    White space at the end of a line and empty lines at the end of the output do not count.
+    As LiveCodeBench's `grade_stdio` has it: white space around the output and around each line
+    does not count, and two lines of decimal numbers are equal if the numbers are: `1.50  2e3` is
+    `1.5 2000`.
+
+    Args:
+      exact: only white space at the end of a line and of the output does not count.
     """
-    return _lines(expected) == _lines(output)
+    texts = [side.decode(errors="surrogateescape") for side in (expected, output)]
+    if exact:
+        first, second = ([line.rstrip() for line in text.rstrip().split("\n")] for text in texts)
+        return first == second
+    first, second = ([line.strip() for line in text.strip().split("\n")] for text in texts)
+    return len(first) == len(second) and all(map(_same_line, first, second))
 
 
-def _lines(output: bytes) -> list[bytes]:
-    lines = [line.rstrip() for line in output.split(b"\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+def _same_line(expected: str, line: str) -> bool:
+    if expected == line:
+        return True
+    try:
+        numbers = [Decimal(token) for token in line.split()]
+        return [Decimal(token) for token in expected.split()] == numbers
+    except InvalidOperation:  # text; or a signalling nan, which is equal to nothing
+        return False
 
 
 def _same_value(expected: JsonValue, value: JsonValue) -> bool:
     """Whether two JSON values are equal. True is not 1; 2.0 is 2.
 
-    If one side is a float, a relative error of 1e-9 is allowed (a choice): the order of a sum is
-    not part of the question.
+    A whole number wants an equal number. If a float is expected, a relative error of 1e-9 is
+    allowed (a choice): the order of a sum is not part of the question; where it is 0, an absolute
+    one of 1e-12.
     """
     if isinstance(expected, list) and isinstance(value, list):
         return len(expected) == len(value) and all(map(_same_value, expected, value))
@@ -353,16 +444,18 @@ def _same_value(expected: JsonValue, value: JsonValue) -> bool:
         return expected.keys() == value.keys() and all(
             _same_value(expected[key], value[key]) for key in expected
         )
-    if isinstance(expected, float) or isinstance(value, float):
-        if isinstance(expected, bool) or isinstance(value, bool):
-            return False
-        if not isinstance(expected, int | float) or not isinstance(value, int | float):
-            return False
-        try:
-            return expected == value or math.isclose(expected, value, rel_tol=1e-9, abs_tol=1e-12)
-        except OverflowError:  # a whole number beyond all floats
-            return False
-    return type(expected) is type(value) and bool(expected == value)
+    if type(expected) is type(value) and expected == value:
+        return True
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return False
+    if not isinstance(expected, int | float) or not isinstance(value, int | float):
+        return False
+    if isinstance(expected, int):
+        return expected == value
+    try:
+        return math.isclose(expected, value, rel_tol=1e-9, abs_tol=0.0 if expected else 1e-12)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _verdict(ended: Ended, language: Language) -> Verdict | None:
@@ -443,9 +536,11 @@ class _Program:
         verdict = _verdict(ended, self._language)
         if verdict is not None:
             return verdict
-        same = _same_output(str(case.expected).encode(), ended.output)
+        expected, exact = str(case.expected).encode(), self._options.exact_output
+        same = _same_output(expected, ended.output, exact=exact)
         return Verdict.PASSED if same else Verdict.WRONG
 
+    @_any_number_of_digits()
     def _returns(self, case: Case, limits: Limits) -> Verdict:
         mark = secrets.token_hex(16)
         call = {"entry": self._entry, "arguments": case.given, "mark": mark}
@@ -456,8 +551,14 @@ class _Program:
             return verdict
         if not ended.output.startswith(mark.encode()):
             return Verdict.CRASH
+        # Reading an integer takes the square of its length: one that is too long to be right is not
+        # read. A float that is expected may be equal to 309 digits.
+        longest = len(json.dumps(case.expected)) + 310
         try:
-            value = json.loads(ended.output[len(mark) :])
+            value = json.loads(
+                ended.output[len(mark) :],
+                parse_int=lambda digits: int(digits) if len(digits) <= longest else math.nan,
+            )
             same = _same_value(case.expected, value)
         except (ValueError, RecursionError):
             return Verdict.WRONG
@@ -474,7 +575,11 @@ def run_tests(source: str, reference: _Reference, options: Options) -> tuple[lis
     verdicts: list[Verdict] = []
     with Sandbox(isolation) as sandbox:
         program = _Program(sandbox, reference, options)
-        refused = program.compile(reference.prelude + source)
+        if reference.language == "python":
+            source = _with_prelude(reference.prelude, source)
+        else:
+            source = reference.prelude + source
+        refused = program.compile(source)
         if refused is not None:
             return [refused] * len(reference.cases), isolation
         for case in reference.cases:
@@ -559,13 +664,13 @@ def _check_section(options: RewardOptions, section: VerifierSection) -> None:
 
 @reward("code", check=_check, check_section=_check_section)
 def code(row: RewardInput, options: RewardOptions) -> Score:
-    """1 if the program in the last code block passes all hidden tests, else 0.
+    """1 if the program, the last code block of its language, passes all hidden tests, else 0.
 
     Options: see `Options`. `Score.detail` is a JSON object: `isolation`, the number of `tests`, and
     how many had each `Verdict`.
     """
     read = read_options(options)
-    source = program_of(row.completion)
+    source = program_of(row.completion, _read_outer(row.answer)[1])
     if source is None:
         read_reference(row.answer)  # a bad reference is not the model's mistake
         return Score(0.0, Outcome.UNPARSEABLE)

