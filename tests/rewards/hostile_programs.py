@@ -2,8 +2,8 @@
 
     python hostile_programs.py TIER FOLDER
 
-prints `{name: [reward, outcome, detail]}`, then what is left behind. FOLDER is new, with modes that
-let every user read it.
+prints as JSON what became of each (reward, outcome, detail) and what is left behind; or, with
+status 77, why the tier does not work. FOLDER is new, and every user may read it.
 
 Kinds:
   probe  prints ESCAPED only where its attack worked; that is what its test expects.
@@ -679,10 +679,17 @@ def code_in_one_tier(row: object, options: Mapping[str, object]) -> object:
     from r1jax.rewards import code, sandbox
 
     tier = sandbox.Isolation(str(options["minimum_isolation"]))
-    if tier is sandbox.Isolation.LIMITS and os.geteuid() == 0:  # others cannot read root's Python
-        sandbox._python = Path("/usr/bin/python3").resolve  # type: ignore[assignment]
+    _use_readable_python(tier)
     code.strongest = lambda minimum: tier
     return code.code(row, options)  # type: ignore[arg-type]
+
+
+def _use_readable_python(tier: str) -> None:
+    """Root's own may lie where the user that programs run as cannot read it."""
+    from r1jax.rewards import sandbox
+
+    if tier == "limits" and os.geteuid() == 0:
+        sandbox._python = Path("/usr/bin/python3").resolve  # type: ignore[assignment]
 
 
 def _listeners(folder: Path) -> list[socket.socket]:
@@ -719,9 +726,16 @@ def _others() -> dict[int, str]:
 
 
 def main(tier: str, folder: Path) -> None:
-    from r1jax.rewards import Answered, Verifier
+    from r1jax.rewards import Answered, Verifier, sandbox, supervisor
     from r1jax.settings.rewards import RewardSection, VerifierSection
 
+    _use_readable_python(tier)
+    reason = sandbox.why_not(sandbox.Isolation(tier))
+    if reason is None and tier == "limits" and supervisor.landlock_version() < 6:
+        reason = "without Landlock (Linux 6.12), limits is for trusted programs only"
+    if reason is not None:
+        print(reason)
+        sys.exit(77)
     (folder / "drop").mkdir()
     (folder / "drop").chmod(0o777)
     (folder / "secret").write_text("CANARY")
