@@ -22,8 +22,7 @@ kernel kills the others; and that process ends with the worker, however the work
 All tiers: a session of its own, a clean environment, no way to gain privileges, `Limits`, and a
 filter of system calls (`r1jax.rewards.seccomp`): no new namespaces, sockets, tracing, and no memory
 that the limits do not count. Root runs programs as a user id that nobody else has, since no process
-limit holds for root. The memory of all processes of a run together is limited, too, where the
-worker may make a control group (version 2) for it.
+limit holds for root.
 
 Linux only. Nothing here imports more than the standard library.
 """
