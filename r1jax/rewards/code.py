@@ -271,7 +271,7 @@ def _unpack_tests(packed: str) -> JsonValue:
 
 
 @_any_number_of_digits()
-def _read_outer(answer: str) -> tuple[dict[str, JsonValue], str]:
+def _read_outer(answer: str) -> tuple[dict[str, Any], str]:
     """The object of a reference, with packed tests as they are, and its language."""
     try:
         value = json.loads(answer)

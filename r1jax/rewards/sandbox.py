@@ -332,7 +332,7 @@ class Sandbox:
             owner = self._user if keeps_files else 0
             os.chown(self._program, owner, owner)
         settings = self._settings(limits, mark, keeps_files)
-        first = [str(_python()), "-I", "-S", "-c", _SUPERVISOR, marshal.dumps(settings).hex()]
+        first = [str(_python()), "-I", "-S", "-c", _SUPERVISOR, marshal.dumps({**settings}).hex()]
         whole = [*self._around(limits, keeps_files), *first, *command]
         (output, output_end), (errors, errors_end), given = os.pipe(), os.pipe(), _sealed(stdin)
         try:

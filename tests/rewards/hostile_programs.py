@@ -748,7 +748,7 @@ def main(tier: str, folder: Path) -> None:
     section = RewardSection(
         function="hostile_programs:code_in_one_tier", options={"minimum_isolation": tier}
     )
-    with Verifier({"code": section}, VerifierSection()) as verifier:
+    with Verifier({"code": section}, VerifierSection(deadline_seconds=60)) as verifier:
         submitted = verifier.submit([Answered(**row) for row in made])
         results = {
             program.name: [score.reward, score.outcome, score.parts["code"].detail]

@@ -19,6 +19,11 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("hostile_programs.py")
 # A user id that is nobody's, for what root starts as another.
 USER = 60042
+_PROBE = """
+import subprocess, sys
+import psutil, pydantic, r1jax.rewards, sympy
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
 
 
 def start(user: str) -> list[str]:
@@ -29,7 +34,7 @@ def start(user: str) -> list[str]:
         pytest.skip("only root starts programs as another user")
     change = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
     for python in (sys.executable, "/usr/bin/python3"):
-        probe = [*change, python, "-c", "import r1jax.rewards, sympy, yaml, psutil"]
+        probe = [*change, python, "-c", _PROBE]
         if subprocess.run(probe, env=environment(), capture_output=True).returncode == 0:
             return [*change, python]
     pytest.skip("no Python here that other users may run has what r1jax needs")
