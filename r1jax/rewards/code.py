@@ -662,7 +662,15 @@ def _check_section(options: RewardOptions, section: VerifierSection) -> None:
         )
 
 
-@reward("code", check=_check, check_section=_check_section)
+def _unreadable(answer: str, options: RewardOptions) -> str | None:
+    try:
+        read_reference(answer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@reward("code", check=_check, check_section=_check_section, check_reference=_unreadable)
 def code(row: RewardInput, options: RewardOptions) -> Score:
     """1 if the program, the last code block of its language, passes all hidden tests, else 0.
 

@@ -76,7 +76,8 @@ def _call(name: str, *arguments: object) -> int:
 
 def set_undumpable() -> None:
     """From here on, only root reads this process's memory and opens its files through /proc."""
-    _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
+    if sys.platform == "linux":
+        _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _parents() -> dict[int, int]:

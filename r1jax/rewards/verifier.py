@@ -2,7 +2,9 @@
 
 A symbolic verifier on a model's text may hang, fill the memory or crash. So each worker is a
 separate process with a memory limit, and a thread of the parent applies the deadline: a worker
-that is late is killed with SIGKILL, a new one scores the other rows, and only the late part fails.
+that is late is killed with SIGKILL, and a new one scores the other rows. The late part is wrong if
+the reference can be read alone, so that no model learns answers that hang the verifier; else it has
+failed and is masked.
 
 Neither signals nor the main thread are needed, so a `Verifier` works from any thread.
 """
@@ -13,6 +15,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -33,6 +36,7 @@ from r1jax.rewards.registry import (
     check_reward,
     sample_groups,
 )
+from r1jax.rewards.supervisor import set_undumpable
 
 if TYPE_CHECKING:  # workers start sooner without pydantic
     from r1jax.settings.rewards import RewardSection, VerifierSection
@@ -75,6 +79,15 @@ class RowScore:
     def outcome(self) -> Outcome:
         """The outcome of `accuracy`; without it, of the first reward that the row has."""
         return Outcome.VERIFIER_FAILED if self._main is None else self._main.outcome
+
+    @property
+    def deadline(self) -> str | None:
+        """The cause of a deadline: `answer`, `reference` or `unknown`; None: there was none."""
+        for part in self.parts.values():
+            _, found, cause = (part.detail or "").rpartition(" (cause: ")
+            if found:
+                return cause.removesuffix(")")
+        return None
 
     @property
     def extracted(self) -> str | None:
@@ -161,7 +174,7 @@ class _Batch:
     whole_rows: bool
     groups: bool
 
-    def message(self, start: int) -> bytes:
+    def message(self, start: int) -> dict[str, Any]:
         """Parts from `start` on; in groups, rows that are scored already stay in it without any."""
         rows: dict[int, list[str]] = {}
         for index, (row, name) in enumerate(self.parts):
@@ -171,7 +184,7 @@ class _Batch:
             {"row": self.pending._rows[row].message(whole=self.whole_rows), "rewards": names}
             for row, names in rows.items()
         ]
-        return json.dumps({"rows": items}).encode() + b"\n"
+        return {"rows": items}
 
 
 class _Died(Exception):
@@ -207,12 +220,13 @@ class _Worker:
             os.set_blocking(stream.fileno(), False)
         # No reply is read here: the workers of a pool start in parallel, and the pool must be able
         # to kill this one while it starts.
-        self._start = json.dumps(start).encode() + b"\n"
+        self._start = start
+        self._id: tuple[str, int] = ("", 0)
 
     def wait_ready(self) -> None:
         """Sends the start message; raises VerifierError if the worker refuses it."""
         try:
-            self.send(self._start, _START_SECONDS)
+            self.request(self._start, _START_SECONDS)
             reply = self.receive(_START_SECONDS)
         except _Late:
             raise VerifierError(f"a worker did not start in {_START_SECONDS:.0f} s") from None
@@ -222,10 +236,11 @@ class _Worker:
             raise VerifierError(reply["error"])
         self.groups = bool(reply.get("groups"))
 
-    def send(self, message: bytes, seconds: float) -> None:
+    def request(self, message: Mapping[str, Any], seconds: float) -> None:
         """Writes all of `message`; the worker, which is idle, reads it at once."""
+        self._id = (secrets.token_hex(16), 0)
         until = time.monotonic() + seconds
-        left = memoryview(message)
+        left = memoryview(json.dumps({**message, "id": self._id[0]}).encode() + b"\n")
         while left:
             remaining = max(0.0, until - time.monotonic())
             if not select.select([], [self._stdin], [], remaining)[1]:
@@ -238,24 +253,28 @@ class _Worker:
                 raise _Died(self._death()) from None
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next reply. One that has arrived counts, however late this thread reads it."""
+        """The next reply. One that has arrived counts, however late this thread reads it.
+
+        Lines without the id of this reply are not the worker's, and are left out.
+        """
         until = time.monotonic() + seconds
-        while not self._lines:
-            remaining = max(0.0, until - time.monotonic())
-            if not select.select([self._stdout], [], [], remaining)[0]:
-                raise _Late
-            chunk = os.read(self._stdout.fileno(), 1 << 16)
-            if not chunk:
-                raise _Died(self._death())
-            *lines, self._received = (self._received + chunk).split(b"\n")
-            self._lines.extend(lines)
-        try:
-            reply = json.loads(self._lines.popleft())
-        except ValueError:
-            raise _Died("its reply is not JSON") from None
-        if not isinstance(reply, dict):
-            raise _Died("its reply is not an object")
-        return reply
+        while True:
+            while not self._lines:
+                remaining = max(0.0, until - time.monotonic())
+                if not select.select([self._stdout], [], [], remaining)[0]:
+                    raise _Late
+                chunk = os.read(self._stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise _Died(self._death())
+                *lines, self._received = (self._received + chunk).split(b"\n")
+                self._lines.extend(lines)
+            try:
+                reply = json.loads(self._lines.popleft())
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(reply, dict) and reply.get("id") == list(self._id):
+                self._id = (self._id[0], self._id[1] + 1)
+                return reply
 
     def _death(self) -> str:
         try:
@@ -316,6 +335,8 @@ class Verifier:
     ) -> None:
         if not rewards:
             raise ValueError("rewards is empty: name at least one")
+        if any(reward.options.get("minimum_isolation") == "limits" for reward in rewards.values()):
+            set_undumpable()  # programs of this user do not read reference answers here
         for name, reward in rewards.items():
             check_reward(reward.function or name, reward.options, section)
         self._names = list(rewards)
@@ -460,7 +481,7 @@ class Verifier:
         deaths_between = 0
         while position < len(batch.parts):
             try:
-                worker.send(batch.message(position), _START_SECONDS)
+                worker.request(batch.message(position), _START_SECONDS)
             except (_Died, _Late) as death:
                 # It read no row, so none is the cause.
                 deaths_between += 1
@@ -471,25 +492,41 @@ class Verifier:
             worker.rows += len({row for row, _ in batch.parts[position:]})
             while position < len(batch.parts):
                 row, name = batch.parts[position]
-                replace = True
+                replace, late = True, False
                 try:
                     score = _read_score(worker.receive(deadline))
                     # The heap may be full or fragmented then: a new process for the next row.
                     replace = score is not None and score.detail == "MemoryError"
                 except _Late:
-                    score = Score.failed(f"no answer in {deadline:g} s")
+                    worker = self._replace(worker)
+                    worker, score = self._late(worker, batch.pending._rows[row].answer, name)
+                    late = True
                 except _Died as death:
                     score = Score.failed(f"the worker died: {death}")
                 if replace and self._closing:
                     return worker
-                if score is not None and score.outcome is Outcome.VERIFIER_FAILED:
+                if score is not None and (late or score.outcome is Outcome.VERIFIER_FAILED):
                     self._warn_once(name, score.detail or "")
                 position += 1
                 batch.pending._set(row, name, score)
                 if replace:
-                    worker = self._replace(worker)
+                    worker = worker if late else self._replace(worker)
                     break
         return worker
+
+    def _late(self, worker: _Worker, reference: str, name: str) -> tuple[_Worker, Score]:
+        """The score of a part that had none in time; `worker` is a new one."""
+        deadline = self._section.deadline_seconds
+        message = f"no answer in {deadline:g} s (cause: {{}})"
+        try:
+            worker.request({"reference": reference, "reward": name}, _START_SECONDS)
+            readable = worker.receive(deadline)["readable"]
+        except (_Died, _Late):
+            worker, readable = self._replace(worker), False
+        if readable:
+            return worker, Score(0.0, Outcome.WRONG, None, message.format("answer"))
+        cause = "unknown" if readable is None else "reference"
+        return worker, Score.failed(message.format(cause))
 
     def _replace(self, worker: _Worker) -> _Worker:
         self._drop(worker)
@@ -532,7 +569,7 @@ class Verifier:
             if kind in self._warned or len(self._warned) > 50:
                 return
             self._warned.add(kind)
-        _log.warning("reward %s failed on a row, which is not scored: %s", name, detail)
+        _log.warning("reward %s failed on a row: %s", name, detail)
 
 
 def _read_score(reply: Mapping[str, Any]) -> Score | None:

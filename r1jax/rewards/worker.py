@@ -5,12 +5,18 @@ the user's `__main__`, and imports neither jax nor transformers. It speaks JSON 
 
   in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n, "folder": d}   once
   out  {"ready": true, "groups": whether a function wants all samples of a prompt} or {"error": why}
+  in   {"reference": text, "reward": name}   after a deadline: who is the cause?
+  out  {"readable": whether the reference can be read, or null if the function cannot say}
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
   out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once; r is
        null where the function has nothing to say of the row
 
 Each part is answered before the next one starts, so the parent knows by counting which part it
-waits for, and applies the deadline to it. JSON, not pickle: what comes out of a process that
+waits for, and applies the deadline to it. Every message in has an `id`, drawn at random, and every
+reply `"id": [that id, number of the reply]`, so that nobody else can write one; and since the
+process is not dumpable, nobody but root reads the reference answers in it.
+
+JSON, not pickle: what comes out of a process that
 handled a model's text is data, never code.
 """
 
@@ -34,6 +40,7 @@ from r1jax.rewards.registry import (
     Score,
     sample_groups,
 )
+from r1jax.rewards.supervisor import set_undumpable
 
 
 def _die_with_parent() -> None:
@@ -124,8 +131,17 @@ def _scores(
                 yield together[name][index - group.start]
 
 
-def _send(replies: BinaryIO, message: Mapping[str, object]) -> None:
-    data = memoryview(json.dumps(message).encode() + b"\n")
+def _readable(entry: RewardEntry, options: RewardOptions, reference: str) -> bool | None:
+    if not entry.checks_references:
+        return None
+    try:
+        return entry.check_reference(reference, options) is None
+    except Exception:
+        return False
+
+
+def _send(replies: BinaryIO, id: list[object], message: Mapping[str, object]) -> None:
+    data = memoryview(json.dumps({"id": id, **message}).encode() + b"\n")
     while data:
         data = data[replies.write(data) :]
 
@@ -134,6 +150,7 @@ def main() -> None:
     """Serves until the parent closes the pipe."""
     requests, replies = _take_channels()
     _die_with_parent()
+    set_undumpable()
     try:
         start = json.loads(requests.readline() or b"null")
         if start is None:
@@ -146,16 +163,21 @@ def main() -> None:
                 entry.prepare(options)
                 entries[name] = (entry, options)
         except Exception as error:
-            _send(replies, {"error": str(error) or type(error).__name__})
+            _send(replies, [start["id"], 0], {"error": str(error) or type(error).__name__})
             return
         problem = _limit_memory(start["memory_bytes"])
         if problem is not None:
-            _send(replies, {"error": problem})
+            _send(replies, [start["id"], 0], {"error": problem})
             return
         groups = any(entry.batch is not None for entry, _ in entries.values())
-        _send(replies, {"ready": True, "groups": groups})
+        _send(replies, [start["id"], 0], {"ready": True, "groups": groups})
         while line := requests.readline():
-            for score in _scores(entries, json.loads(line)["rows"]):
+            request = json.loads(line)
+            if "reference" in request:
+                readable = _readable(*entries[request["reward"]], request["reference"])
+                _send(replies, [request["id"], 0], {"readable": readable})
+                continue
+            for number, score in enumerate(_scores(entries, request["rows"])):
                 score_or_none = score or Score(math.nan, Outcome.VERIFIER_FAILED)
                 reply = {
                     "reward": None if score is None else score.reward,
@@ -163,7 +185,7 @@ def main() -> None:
                     "extracted": score_or_none.extracted,
                     "detail": score_or_none.detail,
                 }
-                _send(replies, reply)
+                _send(replies, [request["id"], number], reply)
     except BrokenPipeError:  # the parent is gone
         pass
 

@@ -726,7 +726,7 @@ def _others() -> dict[int, str]:
 
 
 def main(tier: str, folder: Path) -> None:
-    from r1jax.rewards import Answered, Verifier, sandbox, supervisor
+    from r1jax.rewards import RewardInput, Verifier, sandbox, supervisor
     from r1jax.settings.rewards import RewardSection, VerifierSection
 
     _use_readable_python(tier)
@@ -749,7 +749,7 @@ def main(tier: str, folder: Path) -> None:
         function="hostile_programs:code_in_one_tier", options={"minimum_isolation": tier}
     )
     with Verifier({"code": section}, VerifierSection(deadline_seconds=60)) as verifier:
-        submitted = verifier.submit([Answered(**row) for row in made])
+        submitted = verifier.submit([RewardInput(**row) for row in made])
         results = {
             program.name: [score.reward, score.outcome, score.parts["code"].detail]
             for program, score in zip(PROGRAMS, submitted.result(), strict=True)

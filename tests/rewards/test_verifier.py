@@ -34,9 +34,28 @@ from r1jax.settings.rewards import RewardSection, VerifierSection
 RIGHT, FAILED = Outcome.RIGHT, Outcome.VERIFIER_FAILED
 
 MODULE = '''
-import os, signal, subprocess, sys, time
+import ctypes, json, os, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
+from r1jax.rewards import registry
 from r1jax.rewards.registry import Outcome, Score
+
+REPLIES = max(d for d in range(3, 20) if os.path.exists(f"/proc/self/fd/{d}")
+              and os.readlink(f"/proc/self/fd/{d}").startswith("pipe:"))
+
+def hangs(row, options):
+    if "hang" in row.completion or "hang" in row.answer:
+        time.sleep(600)
+    return Score(1.0, Outcome.RIGHT)
+
+def check(answer, options):
+    if "hang" in answer:
+        time.sleep(600)
+    return "unreadable" if answer == "?" else None
+
+accuracy = registry.REWARDS["accuracy"]
+if os.environ.get("HANGS"):  # of this worker
+    registry.REWARDS["accuracy"] = replace(accuracy, function=hangs, check_reference=check)
 
 def act(row, options):
     """Does what the completion says."""
@@ -67,6 +86,13 @@ def act(row, options):
     if word == "modules":
         heavy = ("jax", "transformers", "torch", "numpy", "tensorflow", "pydantic")
         return Score(1.0, Outcome.RIGHT, ",".join(m for m in heavy if m in sys.modules))
+    if word == "dumpable":
+        return Score(1.0, Outcome.RIGHT, str(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)))
+    if word == "forge":
+        forged = {"reward": 9.0, "outcome": "right", "extracted": "forged", "detail": None}
+        for line in (forged, {**forged, "id": ["0" * 32, 0]}, []):
+            os.write(REPLIES, json.dumps(line).encode() + b"\\n")
+        os.write(REPLIES, b"no JSON\\n" + b"[" * 99999 + b"\\n")
     if word == "stdin":
         return Score(1.0, Outcome.RIGHT, repr(sys.stdin.read()))
     return Score(1.0, Outcome.RIGHT, str(os.getpid()))
@@ -355,3 +381,34 @@ def test_one_completion_is_scored_in_this_process() -> None:
         score("", "", "choice", options={"x": 1})
     with pytest.raises(UnreadableReference):
         score(r"\boxed{A}", "forty", "choice")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_reply_without_its_id_is_not_the_workers(acting: str) -> None:
+    with pool(acting) as verifier:
+        scores = verifier.submit(rows("forge", "other", "forge", "dumpable")).result()
+        pid = str(verifier.pids[0])
+    assert [score.reward for score in scores] == [1.0] * 4
+    assert [score.extracted for score in scores] == [pid, pid, pid, "0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+def test_a_deadline_is_the_answers_fault_if_the_reference_can_be_read(
+    acting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HANGS", "1")
+    cases = [("hang", "3"), ("4", "hang"), ("hang", "?"), ("4", "3")]
+    given = [RewardInput("p", completion, answer) for completion, answer in cases]
+    # The module is imported before `accuracy` is looked up.
+    with pool(acting, "accuracy", deadline_seconds=1.0) as verifier:
+        scores = [score.parts["accuracy"] for score in verifier.submit(given).result()]
+        causes = [score.deadline for score in verifier.submit(given).result()]
+    assert [score.outcome for score in scores] == ["wrong", FAILED, FAILED, RIGHT]
+    assert scores[0].reward == 0.0 and scores[0].detail == "no answer in 1 s (cause: answer)"
+    assert causes == ["answer", "reference", "reference", None]
+
+
+def test_nothing_is_known_of_a_function_that_checks_no_references(acting: str) -> None:
+    with pool(acting, deadline_seconds=1.0) as verifier:
+        (score,) = verifier.submit(rows("sleep")).result()
+    assert score.outcome is FAILED and score.deadline == "unknown"

@@ -352,6 +352,7 @@ def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) 
             "length": len(completion.token_ids),
             "truncated": completion.finish == Finish.LENGTH,
             "outcome": str(score.outcome),
+            "deadline": score.deadline,
             "domain": completion.prompt.domain,
             "reward": score.reward if score.scored else None,
             "parts": {name: part.reward for name, part in score.parts.items()},
@@ -373,6 +374,7 @@ def rollout_metrics(
     """What a rollout phase looked like; rewards are means over scored samples."""
     lengths = [sample["length"] for sample in samples]
     outcomes = Counter(sample["outcome"] for sample in samples)
+    deadlines = Counter(filter(None, (sample.get("deadline") for sample in samples)))
     scored = [sample for sample in samples if sample["reward"] is not None]
 
     def mean(values: Sequence[float]) -> float:
@@ -388,6 +390,8 @@ def rollout_metrics(
             f"outcome/{name}": outcomes[name] / len(samples)
             for name in ("right", "wrong", "unparseable", "verifier_failed")
         },
+        # By cause, and only where there were some.
+        **{f"deadline/{cause}": count / len(samples) for cause, count in deadlines.items()},
         "length/mean": mean(lengths),
         "length/max": float(max(lengths)),
         "length/truncated": mean([sample["truncated"] for sample in samples]),
