@@ -335,6 +335,7 @@ class Sandbox:
         first = [str(_python()), "-I", "-S", "-c", _SUPERVISOR, marshal.dumps({**settings}).hex()]
         whole = [*self._around(limits, keeps_files), *first, *command]
         (output, output_end), (errors, errors_end), given = os.pipe(), os.pipe(), _sealed(stdin)
+        process = None
         try:
             try:
                 owned: list[int | Path] = [output_end, errors_end]  # it may open /dev/stdout
@@ -359,13 +360,13 @@ class Sandbox:
             finally:
                 for descriptor in (given, output_end, errors_end):
                     os.close(descriptor)
-            try:
-                end, written, said = _read(process, output, errors, mark.encode(), limits)
-            finally:
-                self._stop(process)
+            end, written, said = _read(process, output, errors, mark.encode(), limits)
         finally:
+            # First: the tools, too, would wait for ever to write into a pipe that is full.
             os.close(output)
             os.close(errors)
+            if process is not None:
+                self._stop(process)
             if work is not None:
                 _delete(work)
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode

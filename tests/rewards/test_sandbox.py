@@ -191,6 +191,8 @@ def test_standard_input_need_not_be_read_and_may_be_large(tier: Isolation) -> No
         ("import os, time; os.close(1); os.close(2); time.sleep(600)", End.TIME),
         ("while True: print('x' * 999)", End.OUTPUT),
         ("import sys\nwhile True: print('x' * 999, file=sys.stderr)", End.OUTPUT),
+        # Leaves the pipe full, into which the tools write, too, when they are killed.
+        ("import sys\nwhile True: sys.stderr.write('x' * 65536)", End.OUTPUT),
         (
             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
             "open('f', 'wb').truncate(1 << 30)",
