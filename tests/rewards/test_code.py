@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -268,6 +269,7 @@ def test_a_bad_reference_is_an_error_and_not_a_wrong_answer(reference: str, mess
     # Also where there is no program to judge: all samples of a question fare alike.
     with pytest.raises(ValueError, match=message):
         REWARDS["code"].function(RewardInput("p", "no block", reference), {})
+    assert re.search(message, REWARDS["code"].check_reference(reference, {}) or "")
 
 
 @pytest.mark.parametrize(

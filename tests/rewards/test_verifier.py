@@ -412,3 +412,19 @@ def test_nothing_is_known_of_a_function_that_checks_no_references(acting: str) -
     with pool(acting, deadline_seconds=1.0) as verifier:
         (score,) = verifier.submit(rows("sleep")).result()
     assert score.outcome is FAILED and score.deadline == "unknown"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+def test_where_programs_are_only_limited_the_trainer_is_closed_to_them(acting: str) -> None:
+    script = f"""
+import ctypes
+from r1jax.rewards import Verifier
+from r1jax.settings.rewards import RewardSection, VerifierSection
+for options in ({{}}, {{"minimum_isolation": "limits"}}):
+    with Verifier({{{acting!r}: RewardSection(options=options)}}, VerifierSection()):
+        print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    assert ended.stdout.split() == ["1", "0"]
