@@ -106,7 +106,7 @@ class Language:
 _PYTHON = ("{python}", "-B", "-s", "-P", "-X", "int_max_str_digits=0")
 _PYTHON_COMPILE = "import sys; compile(open(sys.argv[1], 'rb').read(), 'main.py', 'exec')"
 # The labels of C and C++ are often mixed up.
-_C_LABELS = r"(c|c\+\+|cpp|cc|cxx|gnu|g\+\+|gnu\+\+)\w*|.*\.(c|cc|cpp)"
+_C_LABELS = r"(c|cc|cpp|cxx|gnu|[cg]\+\+|gnu\+\+)(\d\w)?|.*\.(c|cc|cpp)"
 _CALL = Path(__file__).with_name("function_call.py").read_text(encoding="utf-8")
 
 LANGUAGES: dict[str, Language] = {

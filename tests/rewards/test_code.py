@@ -122,6 +122,7 @@ def test_a_program_is_found_by_its_language() -> None:
         "two\n",
         "two\n",
     ]
+    assert program_of("```c\nx\n```\n```console\n$ ./main\n```\n```css\ny\n```", "c") == "x\n"
     assert program_of("```C++17\nx\n```", "cpp") == program_of("```GNU++20\nx\n```", "cpp") == "x\n"
 
 
