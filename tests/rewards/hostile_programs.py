@@ -18,7 +18,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,8 +114,6 @@ _probes(
     "works(lambda: read(f'/proc/{p}/{w}{FOLDER}/secret')) "
     "for p in [*others, 'self'] for w in ('root', 'cwd'))",
     dotdot_root="works(lambda: read('/proc/self/root/../../../..' + FOLDER + '/secret'))",
-    mountinfo_names_host_paths="any(p in read('/proc/self/mountinfo').decode() "
-    "for p in (FOLDER, '/home/'))",
     kernel_memory="works(*[lambda f=f: read(f, 1) for f in ('/dev/mem', '/dev/kmem', '/dev/port', "
     "'/proc/kcore', '/dev/kmsg', '/dev/vda', '/dev/sda')])",
     kallsyms_addresses="any(int(t.split()[0], 16) for t in "
@@ -742,7 +739,7 @@ def main(tier: str, folder: Path) -> None:
     made = rows(str(folder))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     os.environ["SECRET_CANARY"] = "yes"
-    tempfile.tempdir = str(folder / "drop")
+    os.environ["TMPDIR"] = str(folder / "drop")  # of the workers' sandboxes
     listeners = _listeners(folder)
     before = _others()
     section = RewardSection(
