@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files with long tests, which begin first, so that no worker is left alone with one.
 LONGEST_FIRST = (
+    "rewards/test_hostile.py",
     "recipe/test_schedule.py",
     "test_bucket.py",
     "processes/test_failure.py",

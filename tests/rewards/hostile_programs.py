@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import textwrap
@@ -661,10 +662,10 @@ def reference(program: Program) -> str:
     return json.dumps({"language": program.language, "tests": listed})
 
 
-def rows(folder: str) -> list[dict[str, str]]:
-    """The rows of the reward `code`, in order."""
+def rows(folder: str, programs: list[Program]) -> list[dict[str, str]]:
+    """Rows for the reward `code`, in order."""
     made = []
-    for program in PROGRAMS:
+    for program in programs:
         text = program.text.replace("@FOLDER@", folder).replace("@PORT@", str(PORT))
         text = f"<think>x</think>\n````{program.language}\n{text}\n````\n"
         made.append({"prompt": program.name, "completion": text, "answer": reference(program)})
@@ -733,10 +734,12 @@ def main(tier: str, folder: Path) -> None:
     if reason is not None:
         print(reason)
         sys.exit(77)
+    compilers = {"c": "gcc", "cpp": "g++"}
+    found = [p for p in PROGRAMS if shutil.which(compilers.get(p.language, "sh"))]
     (folder / "drop").mkdir()
     (folder / "drop").chmod(0o777)
     (folder / "secret").write_text("CANARY")
-    made = rows(str(folder))
+    made = rows(str(folder), found)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     os.environ["SECRET_CANARY"] = "yes"
     os.environ["TMPDIR"] = str(folder / "drop")  # of the workers' sandboxes
@@ -749,7 +752,7 @@ def main(tier: str, folder: Path) -> None:
         submitted = verifier.submit([RewardInput(**row) for row in made])
         results = {
             program.name: [score.reward, score.outcome, score.parts["code"].detail]
-            for program, score in zip(PROGRAMS, submitted.result(), strict=True)
+            for program, score in zip(found, submitted.result(), strict=True)
         }
     for listener in listeners:
         listener.close()

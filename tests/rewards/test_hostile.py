@@ -72,6 +72,6 @@ def attacked(command: list[str], tier: Isolation, user: str, folder: Path) -> No
     masked = {n: detail for n, (_, o, detail) in found["results"].items() if o == "verifier_failed"}
     assert right == set(), f"they got what they wanted: {sorted(right)}"
     assert masked == {}, "they were not judged"
-    assert len(found["results"]) > 160
+    assert len(found["results"]) > 150
     assert (found["processes"], found["files"]) == ({}, []), "they left something behind"
     assert not psutil.Process().children(recursive=True)
