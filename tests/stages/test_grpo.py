@@ -19,6 +19,7 @@ from r1jax.data.prompts import Prompt
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.recipe import Selection, run
 from r1jax.rewards import Outcome, RowScore, Score
+from r1jax.rewards.verifier import combine
 from r1jax.rollouts.sampling import Completion, pad_prompts, stop_search
 from r1jax.run.record import Record, RunFiles, open_record
 from r1jax.run.resolve import StageRun, check, resolve
@@ -98,6 +99,17 @@ def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
     assert facts["outcome/verifier_failed"] == pytest.approx(1 / 3)
     assert (facts["length/mean"], facts["length/max"]) == (3, 6)
     assert facts["groups/zero_variance"] == 0.5
+    assert not any(name.startswith("deadline") for name in facts)
+
+
+def test_deadlines_are_counted_by_their_cause() -> None:
+    completions = [completion([4], Finish.EOS, [8]) for _ in range(4)]
+    late = [Score(0.0, Outcome.WRONG, None, "no answer in 5 s (cause: answer)")] * 2
+    late += [Score.failed("no answer in 5 s (cause: reference)"), Score.binary(True, "(cause: x)")]
+    scores = [combine({"accuracy": score}, {"accuracy": 1.0}) for score in late]
+    facts = rollout_metrics(sample_facts(completions, scores), [False])
+    assert facts["deadline/answer"] == 0.5 and facts["deadline/reference"] == 0.25
+    assert facts["reward/mean"] == pytest.approx(1 / 3) and facts["outcome/wrong"] == 0.5
 
 
 def test_rewards_see_the_prefilled_think() -> None:
