@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 
+from r1jax.rewards.functions import load_reward
 from r1jax.rewards.maths import accuracy
-from r1jax.rewards.registry import Outcome, RewardInput, load_reward
+from r1jax.rewards.registry import Outcome, RewardInput
 
 Spelled = tuple[str, str, str]
 """A reference, another spelling of it, and a wrong answer."""
