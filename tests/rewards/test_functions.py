@@ -172,7 +172,7 @@ def test_a_group_that_hangs_or_raises_spoils_no_other(folder: Path) -> None:
     rows = scored(folder, ["my_rewards:slow_share"], "p:slow p:a q:ab q:a")
     assert [row.scored for row in rows] == [False, False, True, True]
     assert [row.reward for row in rows[2:]] == [1.0, 0.5]
-    assert rows[0].parts["my_rewards:slow_share"].detail == "no answer in 1 s"
+    assert "no answer in 1 s" in str(rows[0].parts["my_rewards:slow_share"].detail)
     (row,) = scored(folder, ["my_rewards:broken"], "p:a")
     assert row.parts["my_rewards:broken"].detail == "KeyError: 'column'"
 
