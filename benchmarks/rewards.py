@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from r1jax.rewards.functions import load_reward
@@ -102,7 +102,7 @@ _MATH = [whole_number] * 6 + [fraction] * 3 + [root, surd, multiple_of_pi, polyn
 _MATH += [pair, interval, solutions, matrix, line, words]
 
 
-def rows_of(kinds: list[Callable[[random.Random], Spelled]], count: int) -> list[RewardInput]:
+def rows_of(kinds: Sequence[Callable[[random.Random], Spelled]], count: int) -> list[RewardInput]:
     """The rows: every kind in turn, and of its three answers each in turn."""
     rng = random.Random(0)
     rows = []
