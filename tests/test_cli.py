@@ -447,9 +447,9 @@ def test_export(run_directory: Path, recipe: Any, replace: Replace, tmp_path: Pa
 
 
 def test_report(run_directory: Path, replace: Replace) -> None:
-    import r1jax.report
+    from r1jax.report import page
 
-    write = replace(r1jax.report, "write_report", return_value=run_directory / "report.html")
+    write = replace(page, "write_report", return_value=run_directory / "report.html")
     result = invoke("report", run_directory)
     assert result.exit_code == 0, result.output
     write.assert_called_once_with(run_directory)
