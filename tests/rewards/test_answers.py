@@ -647,6 +647,8 @@ def test_readable_reference(reference: str, readable: bool) -> None:
         (r"1+e^{-50}", "1", False),
         ("x^2", "x^3", False),
         ("ACBD", "ABCD", False),
+        ("T, F, F, F", "F, F, F, T", False),
+        ("true, false", "false, true", False),
         ("(1,2)", "(2,1)", False),
         ("b=-6, a=5", "a=-6, b=5", False),
         ("5x^2+11=0", "5x^2=-11", True),

@@ -407,14 +407,17 @@ def _items(value: Value) -> tuple[str | None, tuple[Value, ...]]:
 
 def _is_ordered(items: Sequence[Value]) -> bool:
     """Truth values, and letters that are not in the order of the alphabet."""
-    spelled = [_spelling(each) for each in items]
-    letters = [each for each in spelled if each is not None]
+    if _are_truth_values(items):
+        return True
+    letters = [each for each in map(_spelling, items) if each is not None]
     if len(letters) != len(items) or not letters:
         return False
-    if all(each.casefold() in _TRUTH for each in letters):
-        return True
     single = [each for each in letters if len(each) == 1 and each.isupper()]
     return len(single) == len(letters) and single != sorted(single)
+
+
+def _are_truth_values(items: Sequence[Value]) -> bool:
+    return bool(items) and all((_spelling(each) or "").casefold() in _TRUTH for each in items)
 
 
 def _same_colon(reference: Colon, answer: Colon) -> bool:
@@ -492,7 +495,7 @@ def key(value: Value) -> str:
             f"{each.label}={key(each)}" if named and isinstance(each, Labelled) else key(each)
             for each in value.items
         ]
-        if not all(each.casefold() in _TRUTH for each in keys):
+        if not _are_truth_values(value.items):
             keys.sort()
         return f"{{{','.join(keys)}}}"
     if isinstance(value, Matrix):
