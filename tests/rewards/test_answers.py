@@ -526,6 +526,8 @@ WRONG = [
     ("C", "(C) or (13225)"),
     (r"(\text{E})", r"(\text{E}) \text{ or } -15"),
     ("0", "10700 ( therefore 0)"),
+    (r"\lfloor x\rfloor", r"i\lfloor x\rfloor"),
+    (r"\max(x, 0)", r"i\max(x, 0)"),
 ]
 
 

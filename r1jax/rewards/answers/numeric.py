@@ -368,7 +368,7 @@ def _digits(*exprs: Expr) -> int:
 def _agree(one: Expr, other: Expr, log_base: int) -> bool:
     digits = _digits(one, other)
     agreed = complex_agreed = 0
-    complex_apart = one_real = False
+    complex_apart = one_real = nonzero = False
     for point in points(one.symbols | other.symbols, (one, other)):
         try:
             left, right = exact(one, point), exact(other, point)
@@ -376,6 +376,7 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
                 if left != right:
                     return False
                 agreed += 1
+                nonzero |= left != 0
                 continue
             balls = [evaluate(each, point, _DIGITS, log_base) for each in (one, other)]
             if digits > _DIGITS and _compared(*balls):
@@ -391,13 +392,16 @@ def _agree(one: Expr, other: Expr, log_base: int) -> bool:
             if differ:
                 return False
             agreed += 1
+            nonzero |= any(abs(each.value) > each.error for each in balls)
         elif not any(real):
             complex_agreed += not differ
             complex_apart |= differ
         else:
             one_real = True
-    if agreed >= 2 or one_real:
-        return agreed >= 2
+    if one_real:  # where both are 0, `i x` is as real as `x`
+        return agreed >= 2 and nonzero
+    if agreed >= 2:
+        return True
     return agreed + complex_agreed >= 2 and not complex_apart
 
 
