@@ -54,6 +54,8 @@ def read_yaml(text: str) -> _YamlFile:
             # Through JSON and back: what an alias shares must not be shared when one place of it is
             # overridden, and what JSON cannot say (!!binary) has no place in a config.
             file.data = json.loads(json.dumps(loader.construct_document(root)))
+    except (AttributeError, LookupError, OverflowError) as error:  # of PyYAML's constructors
+        file.problems.append((1, f"not valid YAML: a value does not fit its tag ({error})"))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         parts = [getattr(error, name, None) for name in ("context", "problem")]
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
