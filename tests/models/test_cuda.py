@@ -23,7 +23,7 @@ from r1jax.run.models import build_decoder
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
 from r1jax.sharding import make_layout
-from r1jax.stages import supervised_programs as supervised
+from r1jax.stages import supervised
 from r1jax.stages.grpo import stage as grpo
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage

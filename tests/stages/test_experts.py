@@ -32,7 +32,7 @@ from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import single_device
-from r1jax.stages import supervised_programs as supervised
+from r1jax.stages import supervised
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.train_step import init_train_state, make_optimizer
