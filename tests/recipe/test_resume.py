@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 # In this order, on one run: dead in pretraining, in a save, in an export, in the evaluation; asked
 # to stop in the RL stage's first held-out evaluation (in the fourth batch, as the evaluation still
@@ -25,6 +27,8 @@ DEATHS = [
     ("save", 1),
     ("export", 1),
 ]
+# The same, less often: what every change is tried with.
+SOME_DEATHS = [("save", 1), ("samples", 2), ("sigterm_in_rollout", 3), ("save", 1)]
 
 
 def start(output: Path, cache: Path, point: str, number: int) -> int:
@@ -51,10 +55,13 @@ def result(output: Path) -> dict[str, bytes]:
     }
 
 
-def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths", [SOME_DEATHS, pytest.param(DEATHS, marks=pytest.mark.slow)])
+def test_killed_and_resumed_ends_with_the_same_bytes(
+    tmp_path: Path, deaths: list[tuple[str, int]]
+) -> None:
     cache = tmp_path / "cache"
     assert start(tmp_path / "whole", cache, "none", 0) == 0
-    for point, number in DEATHS:
+    for point, number in deaths:
         code = start(tmp_path / "killed", cache, point, number)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
     assert start(tmp_path / "killed", cache, "none", 0) == 0

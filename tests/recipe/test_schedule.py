@@ -124,6 +124,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "tiny-r1-s0", said
 
 
+@pytest.mark.slow
 def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = finished
     record = json.loads((run / "run.json").read_text())["stages"]
@@ -139,6 +140,7 @@ def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_pat
     assert start(run.parent, run.parent / "cache").strip().startswith("Report:")
 
 
+@pytest.mark.slow
 def test_what_rejection_sampling_writes(finished: tuple[Path, str]) -> None:
     run, _ = finished
     (directory,) = run.glob("stages/*-sampled")
@@ -170,6 +172,7 @@ def test_what_rejection_sampling_writes(finished: tuple[Path, str]) -> None:
     assert [(e.prompt, e.response) for e in again] == [(r["prompt"], r["response"]) for r in kept]
 
 
+@pytest.mark.slow
 def test_reward_models_learn_and_are_sequence_classifiers(finished: tuple[Path, str]) -> None:
     run, _ = finished
     (directory,) = run.glob("stages/*-helpful_model")
@@ -186,6 +189,7 @@ def test_reward_models_learn_and_are_sequence_classifiers(finished: tuple[Path, 
     assert rows(safety)[-1]["loss"] < rows(safety)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_what_fine_tuning_and_domains_report(finished: tuple[Path, str]) -> None:
     run, _ = finished
     (tuned,) = run.glob("stages/*-tuned/metrics.jsonl")
