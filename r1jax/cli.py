@@ -571,9 +571,8 @@ def _with_given_shapes(overrides: Sequence[str]) -> list[str]:
 
 def _options_of(given: Sequence[str]) -> JsonObject:
     """`a.b=VALUE` each, as a tree."""
-    import yaml
-
     from r1jax.config.load import ConfigError
+    from r1jax.config.yaml_file import read_yaml
 
     options: JsonObject = {}
     for text in given:
@@ -584,12 +583,12 @@ def _options_of(given: Sequence[str]) -> JsonObject:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ConfigError([f"--option {text}: {name} has a value already"])
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError([f"--option {text}: not YAML: {error}"]) from None
         if not (key and equals):
             raise ConfigError([f"--option {text}: needs KEY=VALUE"])
+        file = read_yaml(value)
+        if file.problems:
+            raise ConfigError([f"--option {text}: {file.problems[0][1]}"])
+        node[last] = file.data
     return options
 
 

@@ -418,10 +418,12 @@ def test_score_with_options_and_a_function_of_a_file(tmp_path: Path) -> None:
     assert scored("readable", "format.style=think", "length={min_words: 9}")["reward"] == 0.0
     assert scored("format", "style=think")["reward"] == 1.0
     assert scored(f"{function}:level", "scale=0.5")["reward"] == 1.5
+    # A number, as in a config; YAML 1.1 takes it for text, which times 3 is an error.
+    assert scored(f"{function}:level", "scale=1e-6")["reward"] == 3e-6
     arguments = ("score", "--reward", "format", "--in", rows, "--out", out, "--option")
     for option in ("style", "style=[", "style.a=1", "stile=think"):
         result = invoke(*arguments, option)
-        assert result.exit_code == 2 and "sty" in result.stderr or "stile" in result.stderr
+        assert result.exit_code == 2 and option[:5] in result.stderr
 
 
 def test_score_errors_are_messages(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from r1jax.planner.topologies import Slice
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, at best: all products at peak speed, all bytes at full bandwidth, ..."""
+    """Seconds of a call, at best: all products at peak speed, every byte at full bandwidth."""
 
     compute: float
     memory: float

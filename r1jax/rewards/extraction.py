@@ -97,10 +97,17 @@ def unboxed(text: str) -> str:
 
     Boxes that only commas, `and` or `or` part are one answer, whose parts are joined by commas.
     """
+    return _unboxed(text)[0]
+
+
+def _unboxed(text: str) -> tuple[str, int]:
+    """As `unboxed`, with the end of the last outermost box; -1 without any."""
     closing = _closing_braces(text)
-    start, stop = 0, len(text)
+    start, stop, last_end = 0, len(text), -1
     while found := _boxes(text, closing, start, stop):
         group = [found[-1]]
+        if last_end < 0:
+            last_end = group[0][2] + 1
         while len(group) < min(len(found), _MOST_BOXES):
             before, after = found[-len(group) - 1], group[-1]
             between = text[before[2] + 1 : after[0]]
@@ -112,9 +119,9 @@ def unboxed(text: str) -> str:
             group.append(before)
         if len(group) > 1:
             contents = [text[opening + 1 : end].strip() for _, opening, end in reversed(group)]
-            return ", ".join(dict.fromkeys(contents))
+            return ", ".join(dict.fromkeys(contents)), last_end
         start, stop = group[0][1] + 1, group[0][2]
-    return text[start:stop]
+    return text[start:stop], last_end
 
 
 def final_answer(completion: str) -> str | None:
@@ -127,9 +134,8 @@ def final_answer(completion: str) -> str | None:
     tail = after_thinking(completion)
     if tail is None:
         return None
-    last = _boxes(tail, _closing_braces(tail), 0, len(tail))[-1:]
-    box_end = last[0][2] + 1 if last else -1
-    answer = unboxed(tail) if last else None
+    contents, box_end = _unboxed(tail)
+    answer = contents if box_end >= 0 else None
     tag_end = tail.rfind(END_ANSWER)
     if tag_end >= box_end:
         tag = tail.rfind(ANSWER, 0, tag_end) if tag_end >= 0 else -1

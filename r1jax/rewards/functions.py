@@ -19,11 +19,10 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 from r1jax.rewards.registry import (
     REWARDS,
@@ -99,11 +98,11 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
     except (TypeError, ValueError):  # of a built-in function
         parameters = []
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in parameters if p.name in names and p.default is p.empty]
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     in_lists = bool(_BATCH_NAMES & set(names))
     if not in_lists and (not names or names[0] not in _ROW_FIELDS or "options" in names[1:2]):
-        needed_places = [p for p in parameters if p.name in names and p.default is p.empty]
-        if len(needed_places) > 2:
+        if len(needed) > 2:
             raise ValueError(
                 f"rewards.{name}: the function's parameters {names} are of no form that is "
                 "accepted: (row, options), (prompts, completions, **columns), or names of fields "
@@ -121,7 +120,6 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
             f"rewards.{name}.options.{unknown[0]}: the function has no such parameter; it has "
             f"{names}"
         )
-    needed = [p.name for p in parameters if p.name in names and p.default is p.empty]
     call = _Call(function, names, needed, any_name)
     if not in_lists:
         return RewardEntry(call.row, reads_answer=False, reads_columns=True)
@@ -211,18 +209,15 @@ def _in_lists(call: _Call, forms: tuple[bool, ...] | None) -> BatchFunction:
                 if first is not None or forms is not None:
                     raise (first or error) from None
                 first = error
-        if not isinstance(values, Sequence) and not hasattr(values, "tolist"):
+        if hasattr(values, "tolist"):  # an array of numpy or torch
+            values = values.tolist()
+        if not isinstance(values, Sequence):
             raise TypeError(f"returned {type(values).__name__}, not a list")
-        each: Sequence[object] = values if isinstance(values, Sequence) else list(_items(values))
-        if len(each) != len(rows):
-            raise ValueError(f"returned {len(each)} rewards for {len(rows)} completions")
-        return [as_score(value) for value in each]
+        if len(values) != len(rows):
+            raise ValueError(f"returned {len(values)} rewards for {len(rows)} completions")
+        return [as_score(value) for value in values]
 
     return batch
-
-
-def _items(values: Any) -> Iterator[object]:
-    yield from values.tolist()
 
 
 def _lists(rows: Sequence[RewardInput], messages: bool) -> dict[str, object]:

@@ -66,8 +66,11 @@ class RewardInput:
 
     def message(self, *, whole: bool) -> dict[str, object]:
         """The row for JSON; without columns and tokens, which may be large, unless `whole`."""
-        left_out = () if whole else ("columns", "token_ids")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        large = ("columns", "token_ids")
+        message = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in large}
+        if whole:
+            message |= {"columns": self.columns, "token_ids": list(self.token_ids)}
+        return message
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ class Score:
       outcome: one of four.
       extracted: the final answer as it was read, for votes and logs.
       detail: the reason when the verifier failed; else more about the result, for logs.
+      deadline: the cause of a deadline that passed: `answer`, `reference` or `unknown`.
     """
 
     reward: float
     outcome: Outcome
     extracted: str | None = None
     detail: str | None = None
+    deadline: str | None = None
 
     @classmethod
     def binary(cls, right: bool, extracted: str | None = None, detail: str | None = None) -> Score:

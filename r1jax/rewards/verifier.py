@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +83,7 @@ class RowScore:
     @property
     def deadline(self) -> str | None:
         """The cause of a deadline: `answer`, `reference` or `unknown`; None: there was none."""
-        for part in self.parts.values():
-            _, found, cause = (part.detail or "").rpartition(" (cause: ")
-            if found:
-                return cause.removesuffix(")")
-        return None
+        return next((each.deadline for each in self.parts.values() if each.deadline), None)
 
     @property
     def extracted(self) -> str | None:
@@ -492,24 +488,24 @@ class Verifier:
             worker.rows += len({row for row, _ in batch.parts[position:]})
             while position < len(batch.parts):
                 row, name = batch.parts[position]
-                replace, late = True, False
+                is_spent, late = True, False
                 try:
                     score = _read_score(worker.receive(deadline))
                     # The heap may be full or fragmented then: a new process for the next row.
-                    replace = score is not None and score.detail == "MemoryError"
+                    is_spent = score is not None and score.detail == "MemoryError"
                 except _Late:
                     worker = self._replace(worker)
                     worker, score = self._late(worker, batch.pending._rows[row].answer, name)
                     late = True
                 except _Died as death:
                     score = Score.failed(f"the worker died: {death}")
-                if replace and self._closing:
+                if is_spent and self._closing:
                     return worker
                 if score is not None and (late or score.outcome is Outcome.VERIFIER_FAILED):
                     self._warn_once(name, score.detail or "")
                 position += 1
                 batch.pending._set(row, name, score)
-                if replace:
+                if is_spent:
                     worker = worker if late else self._replace(worker)
                     break
         return worker
@@ -517,16 +513,15 @@ class Verifier:
     def _late(self, worker: _Worker, reference: str, name: str) -> tuple[_Worker, Score]:
         """The score of a part that had none in time; `worker` is a new one."""
         deadline = self._section.deadline_seconds
-        message = f"no answer in {deadline:g} s (cause: {{}})"
         try:
             worker.request({"reference": reference, "reward": name}, _START_SECONDS)
             readable = worker.receive(deadline)["readable"]
         except (_Died, _Late):
             worker, readable = self._replace(worker), False
-        if readable:
-            return worker, Score(0.0, Outcome.WRONG, None, message.format("answer"))
-        cause = "unknown" if readable is None else "reference"
-        return worker, Score.failed(message.format(cause))
+        score = Score(0.0, Outcome.WRONG) if readable else Score(math.nan, Outcome.VERIFIER_FAILED)
+        cause = {True: "answer", False: "reference", None: "unknown"}[readable]
+        detail = f"no answer in {deadline:g} s (cause: {cause})"
+        return worker, replace(score, detail=detail, deadline=cause)
 
     def _replace(self, worker: _Worker) -> _Worker:
         self._drop(worker)

@@ -8,8 +8,8 @@ the user's `__main__`, and imports neither jax nor transformers. It speaks JSON 
   in   {"reference": text, "reward": name}   after a deadline: who is the cause?
   out  {"readable": whether the reference can be read, or null if the function cannot say}
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
-  out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once; r is
-       null where the function has nothing to say of the row
+  out  {"reward": r, "outcome": o, "extracted": e, "detail": d}  per part, in order, at once; or
+       {"reward": null} where the function has nothing to say of the row
 
 Each part is answered before the next one starts, so the parent knows by counting which part it
 waits for, and applies the deadline to it. Every message in has an `id`, drawn at random, and every
@@ -140,6 +140,15 @@ def _readable(entry: RewardEntry, options: RewardOptions, reference: str) -> boo
         return False
 
 
+def _reply(score: Score) -> dict[str, object]:
+    return {
+        "reward": score.reward,
+        "outcome": score.outcome.value,
+        "extracted": score.extracted,
+        "detail": score.detail,
+    }
+
+
 def _send(replies: BinaryIO, id: list[object], message: Mapping[str, object]) -> None:
     data = memoryview(json.dumps({"id": id, **message}).encode() + b"\n")
     while data:
@@ -178,13 +187,7 @@ def main() -> None:
                 _send(replies, [request["id"], 0], {"readable": readable})
                 continue
             for number, score in enumerate(_scores(entries, request["rows"])):
-                score_or_none = score or Score(math.nan, Outcome.VERIFIER_FAILED)
-                reply = {
-                    "reward": None if score is None else score.reward,
-                    "outcome": score_or_none.outcome.value,
-                    "extracted": score_or_none.extracted,
-                    "detail": score_or_none.detail,
-                }
+                reply = {"reward": None} if score is None else _reply(score)
                 _send(replies, [request["id"], number], reply)
     except BrokenPipeError:  # the parent is gone
         pass

@@ -61,7 +61,7 @@ class Completion:
             truncated=self.finish == Finish.LENGTH,
             question=self.prompt.question,
             columns=self.prompt.columns,
-            token_ids=self.token_ids.tolist(),
+            token_ids=self.token_ids.data,  # a list only where a reward reads it
             length=len(self.token_ids),
             step=step,
             max_steps=max_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from r1jax.config.run_config import RunConfig
 from r1jax.data.example import Example
@@ -17,33 +18,32 @@ _EXAMPLES = 3  # lines that are shown of a dataset
 
 
 def _rewards(config: RunConfig) -> dict[str, RewardSection]:
-    """All rewards of a config, those of single stages as `STAGE.NAME`."""
-    rewards = dict(config.rewards)
+    """The rewards that are functions, with `function` set; those of a stage as `STAGE.NAME`."""
+    rewards = _with_functions(config.rewards)
     for stage in config.stages:
         if isinstance(selection := stage.reward_selection(), dict):
-            rewards |= {f"{stage.name}.{name}": reward for name, reward in selection.items()}
+            of_stage = _with_functions(selection)
+            rewards |= {f"{stage.name}.{name}": reward for name, reward in of_stage.items()}
     return rewards
 
 
-def _function_of(key: str, reward: RewardSection, config: RunConfig) -> str:
-    """The function of an entry of `_rewards`."""
-    return reward.function or (key if key in config.rewards else key.partition(".")[2])
+def _with_functions(rewards: Mapping[str, RewardSection]) -> dict[str, RewardSection]:
+    return {
+        name: reward.model_copy(update={"function": reward.function or name})
+        for name, reward in rewards.items()
+        if reward.model is None
+    }
 
 
 def check_rewards(config: RunConfig) -> None:
     """Raises ValueError for an unknown reward, and for options that it refuses."""
-    for key, reward in _rewards(config).items():
-        if reward.model is None:
-            check_reward(_function_of(key, reward, config), reward.options, config.verifier)
+    for reward in _rewards(config).values():
+        check_reward(str(reward.function), reward.options, config.verifier)
 
 
 def check_functions(config: RunConfig) -> None:
     """Raises ValueError for functions from outside that cannot be imported, in a worker."""
-    functions = {
-        key: reward.model_copy(update={"function": _function_of(key, reward, config)})
-        for key, reward in _rewards(config).items()
-        if reward.model is None and ":" in _function_of(key, reward, config)
-    }
+    functions = {k: reward for k, reward in _rewards(config).items() if ":" in str(reward.function)}
     if functions:
         section = config.verifier.model_copy(update={"workers": 1})
         try:
@@ -74,10 +74,8 @@ def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[st
                 raise ValueError(f"stages.{stage.name}: data.{data}: {error}") from error
             if not datasets.is_generated(data):
                 of_stage = {
-                    f"{data} {json.dumps([r.function or n, r.options], sort_keys=True)}": (
-                        r.model_copy(update={"function": r.function or n})
-                    )
-                    for n, r in config.rewards_of(stage).items()
+                    f"{data} {json.dumps([r.function, r.options], sort_keys=True)}": r
+                    for r in _with_functions(config.rewards_of(stage)).values()
                 }
                 rewards[data] = rewards.get(data, {}) | of_stage
     keyed = {key: reward for of_data in rewards.values() for key, reward in of_data.items()}

@@ -104,8 +104,9 @@ def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
 
 def test_deadlines_are_counted_by_their_cause() -> None:
     completions = [completion([4], Finish.EOS, [8]) for _ in range(4)]
-    late = [Score(0.0, Outcome.WRONG, None, "no answer in 5 s (cause: answer)")] * 2
-    late += [Score.failed("no answer in 5 s (cause: reference)"), Score.binary(True, "(cause: x)")]
+    late = [Score(0.0, Outcome.WRONG, deadline="answer")] * 2
+    late += [Score(math.nan, Outcome.VERIFIER_FAILED, deadline="reference")]
+    late += [Score.binary(True, detail="(cause: answer)")]  # a text of the reward's
     scores = [combine({"accuracy": score}, {"accuracy": 1.0}) for score in late]
     facts = rollout_metrics(sample_facts(completions, scores), [False])
     assert facts["deadline/answer"] == 0.5 and facts["deadline/reference"] == 0.25
@@ -115,6 +116,9 @@ def test_deadlines_are_counted_by_their_cause() -> None:
 def test_rewards_see_the_prefilled_think() -> None:
     assert completion([4], Finish.EOS, [8]).reward_input().completion == "<think>x"
     assert completion([4], Finish.LENGTH, [8]).reward_input().truncated
+    row = completion([4, 5], Finish.EOS, [8]).reward_input()
+    assert json.loads(json.dumps(row.message(whole=True)))["token_ids"] == [4, 5]
+    assert "token_ids" not in row.message(whole=False)
 
 
 def test_length_limit_changes_at_its_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
@@ -179,8 +180,6 @@ def apply(name: str, args: list[Expr], base: Expr | None) -> Expr:
         return ex.power(ex.E, x)
     if name in ("floor", "ceil"):
         return rounded(name, x)
-    if name == "det":
-        return ex.function("det", x)
     if name == "abs" and x.op == "number":
         return ex.number(abs(x.value))
     if name in ("gcd", "lcm", "max", "min"):
@@ -189,11 +188,10 @@ def apply(name: str, args: list[Expr], base: Expr | None) -> Expr:
         if len(whole) == len(args) and (
             name in ("max", "min") or all(each.denominator == 1 for each in whole)
         ):
-            from math import gcd, lcm
-
             if name in ("max", "min"):
                 return ex.number(max(whole) if name == "max" else min(whole))
-            return ex.number((gcd if name == "gcd" else lcm)(*(each.numerator for each in whole)))
+            combined = math.gcd if name == "gcd" else math.lcm
+            return ex.number(combined(*(each.numerator for each in whole)))
     return ex.function(name, *args)
 
 

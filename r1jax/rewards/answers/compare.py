@@ -36,7 +36,7 @@ from r1jax.rewards.answers.values import (
     Words,
 )
 
-_TRUTH = {"t": "t", "f": "f", "true": "t", "false": "f", "yes": "t", "no": "f", "y": "t", "n": "f"}
+_TRUTH_VALUES = {"t", "f", "true", "false", "yes", "no", "y", "n"}
 _NOTHING = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set"}
 _NOTHING |= {"none", "empty", "the empty set", "null set"}
 _REVERSED = {"yx", "ba", "zyx", "cba", "nm", "qp", "vu", "ts"}
@@ -417,7 +417,8 @@ def _is_ordered(items: Sequence[Value]) -> bool:
 
 
 def _are_truth_values(items: Sequence[Value]) -> bool:
-    return bool(items) and all((_spelling(each) or "").casefold() in _TRUTH for each in items)
+    spellings = [(_spelling(each) or "").casefold() for each in items]
+    return bool(spellings) and _TRUTH_VALUES.issuperset(spellings)
 
 
 def _same_colon(reference: Colon, answer: Colon) -> bool:

@@ -4,6 +4,7 @@ taken apart into primes, rationals exact. Nothing is expanded, so the form is li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -256,9 +257,7 @@ def _factors(n: int) -> Iterable[tuple[int, int]]:
 
 
 def _whole_root(n: int) -> int:
-    from math import isqrt
-
-    root = isqrt(n)
+    root = math.isqrt(n)
     return root if n > 1 and root * root == n else 0
 
 
@@ -277,11 +276,9 @@ def factorial(n: Expr, step: int = 1) -> Expr:
 def binomial(n: Expr, k: Expr) -> Expr:
     """The binomial coefficient."""
     if n.op == k.op == "number" and n.value.denominator == k.value.denominator == 1:
-        from math import comb
-
         top, bottom = n.value.numerator, k.value.numerator
         if 0 <= bottom <= top:
             if top > 100_000 and min(bottom, top - bottom) > 1000:
                 return function("binomial", n, k, huge=True)
-            return number(comb(top, bottom))
+            return number(math.comb(top, bottom))
     return function("binomial", n, k)

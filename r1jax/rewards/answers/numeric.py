@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 from r1jax.rewards.answers.expressions import MAX_BITS, Expr, number
@@ -281,10 +283,7 @@ def exact(expr: Expr, point: Point) -> Fraction | None:
         if not base and exponent <= 0:
             raise Undefined
         return base**exponent.numerator
-    result = Fraction(op_start := int(expr.op == "*"))
-    for value in args:
-        result = result * value if op_start else result + value
-    return result
+    return math.prod(args, start=Fraction(1)) if expr.op == "*" else sum(args, Fraction(0))
 
 
 _SIZES = ((3, 0), (1, 0), (12, 0), (0, 0), (2, 1), (1, 1), (7, 1), (0, 0), (3, 1))
@@ -416,7 +415,7 @@ def ratio_sign(one: Expr, other: Expr) -> int:
     """The sign of the constant c with `one = c * other`, 0 if there is none."""
     if one.huge or other.huge:
         return int(one.key == other.key)
-    first: tuple[Number, Number, Number] | None = None
+    first: tuple[Number, Number] | None = None
     count, sign = 0, 0
     for point in points(one.symbols | other.symbols):
         try:
@@ -431,7 +430,7 @@ def ratio_sign(one: Expr, other: Expr) -> int:
         ratio = left.value / right.value
         error = abs(ratio) * (left.error / abs(left.value) + right.error / abs(right.value)) * 2
         if first is None:
-            first = (ratio, error, None)
+            first = (ratio, error)
             sign = 1 if _context().re(ratio) > 0 else -1
         elif abs(ratio - first[0]) > error + first[1]:
             return 0
@@ -466,7 +465,7 @@ def signature(expr: Expr) -> str:
     if expr.huge:
         return expr.key
     mp = _context()
-    for point in [dict(each) for each in points(expr.symbols)][: 8 if expr.symbols else 1]:
+    for point in islice(points(expr.symbols), 8 if expr.symbols else 1):
         try:
             value = exact(expr, point)
             if value is not None:

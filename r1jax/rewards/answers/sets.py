@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cmp_to_key
 
 from r1jax.rewards.answers.expressions import INFINITY, Expr, negative
 from r1jax.rewards.answers.numeric import Undefined, closed_equal, real_value
@@ -61,8 +62,6 @@ def union(pieces: Iterable[Interval]) -> Region:
     Raises:
       Unreadable: an end is not real.
     """
-    from functools import cmp_to_key
-
     kept: list[Interval] = []
     for each in pieces:
         if len(kept) >= _MAX_PIECES:

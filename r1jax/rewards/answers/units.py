@@ -25,19 +25,9 @@ am a.m. a.m|bit|byte|people person 人|child children|man men|woman women
 UNITS: dict[str, str] = {
     name: line.split()[0] for line in _NAMES.replace("\n", "|").split("|") for name in line.split()
 }
-_MAGNITUDES = {
-    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
-    **{
-        "dozen": 12,
-        "gross": 144,
-        "score": 20,
-        "百": 100,
-        "千": 1000,
-        "万": 10**4,
-        "百万": 10**6,
-        "亿": 10**8,
-    },
-}
+_MAGNITUDES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_MAGNITUDES |= {"trillion": 10**12, "dozen": 12, "gross": 144, "score": 20}
+_MAGNITUDES |= {"百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "亿": 10**8}
 _ORDINALS = "half third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth"
 _PARTS = dict(
     zip(_ORDINALS.split(), (2, 3, 4, 4, 5, 6, 7, 8, 9, 10, 100, 1000), strict=True), halve=2
