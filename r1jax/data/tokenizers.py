@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ CHARACTERS = "characters:"
 PAD, EOS = "<pad>", "<eos>"
 # config.json names the model's family, which decides where there is no tokenizer.json.
 _TOKENIZER_FILES = ["tokenizer*", "*.jinja", "vocab*", "merges.txt", "*tokens*.json", "config.json"]
+# Any of which is a tokenizer.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -43,7 +46,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return _character_tokenizer(TASKS[name].alphabet)
     # Imported here because it takes seconds, and not every user of this package needs it.
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path = locate(name_or_path).expanduser()
@@ -59,20 +62,45 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
                 # The file is the tokenizer. AutoTokenizer of transformers 5 instead rebuilds the
                 # pre-tokenizer of the model's family beside it: a Qwen2 directory with any other
                 # tokenizer (DeepSeek-R1's distills) would get other ids, silently.
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+                tokenizer = _read_tokenizer(path / "tokenizer.json")
             else:
+                if not any((path / name).is_file() for name in _VOCABULARIES):
+                    raise ValueError(f"it has none of {', '.join(_VOCABULARIES)}")
                 tokenizer = AutoTokenizer.from_pretrained(source)
             declared = get_tokenizer_config(source)
         except (OSError, ValueError) as error:
+            if path.is_dir():
+                raise ValueError(f"tokenizer {name_or_path!r}: {_first_line(error)}") from error
             raise ValueError(
                 f"tokenizer {name_or_path!r}: neither a directory with tokenizer files nor a hub "
-                f"name that can be reached ({str(error).splitlines()[0]})"
+                f"name that can be reached ({_first_line(error)})"
             ) from error
     if declared.get("add_bos_token") and not begins_with_bos(tokenizer):
         # transformers 5 drops this flag when there is a tokenizer.json. DeepSeek-R1's has no step
         # that adds BOS, yet its models never saw a text without one.
         tokenizer.add_bos_token = True
     return tokenizer
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a `tokenizer.json` and the files beside it; ValueError if it is broken."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, no mapping")
+        return PreTrainedTokenizerFast.from_pretrained(str(path.parent))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # The Rust side raises bare Exception, and its panics.
+        raise ValueError(
+            f"{path} is broken: {_first_line(error)}; copy or download it again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:

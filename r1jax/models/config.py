@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -271,7 +271,7 @@ class ModelConfig:
     def from_hugging_face(config: HuggingFaceConfig) -> ModelConfig:
         """Read a `config.json` mapping; raises ValueError naming what is unsupported."""
         architecture = config.get("model_type")
-        if architecture not in _HF_FAMILY:
+        if architecture not in tuple(_HF_FAMILY):
             raise ValueError(
                 f"model_type = {architecture!r} is not supported; known: {sorted(_HF_FAMILY)}"
             )
@@ -291,6 +291,7 @@ class ModelConfig:
         missing = [key for key in required if key not in config]
         if missing:
             raise ValueError(f"model config lacks {', '.join(missing)}")
+        _check_values(config, required)
         if config.get("use_sliding_window"):
             raise ValueError("use_sliding_window = true is not supported; set it to false")
         if config.get("hidden_act", "silu") != "silu":
@@ -307,8 +308,12 @@ class ModelConfig:
         if latent is not None:
             head_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         # transformers 5 nests the rotary settings, earlier releases keep them flat.
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        section = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        rope = config.get(section) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{section} = {rope!r} of the model config: needs a mapping")
         theta = {"rope_theta": 10_000.0, **config, **rope}["rope_theta"]
+        _check_number(f"{section}.rope_theta" if "rope_theta" in rope else "rope_theta", theta)
         return ModelConfig(
             architecture=architecture,
             vocab_size=config["vocab_size"],
@@ -320,7 +325,7 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
-            rope_scaling=_rope_scaling(rope, yarn=latent is not None),
+            rope_scaling=_rope_scaling(rope, section, yarn=latent is not None),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=config.get("max_position_embeddings", 32_768),
             initializer_range=config.get("initializer_range", 0.02),
@@ -428,7 +433,7 @@ def _refuse_other_deepseeks(config: HuggingFaceConfig) -> None:
 
 
 def _rope_scaling(
-    rope: Mapping[str, Any], *, yarn: bool
+    rope: Mapping[str, Any], section: str, *, yarn: bool
 ) -> Llama3RopeScaling | YarnRopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     known: dict[str, type[Llama3RopeScaling] | type[YarnRopeScaling]] = (
@@ -436,17 +441,86 @@ def _rope_scaling(
     )
     if kind == "default":
         return None
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"rope_type = {kind!r} is not supported; known: default, {', '.join(known)}"
         )
-    scaling = known[kind]
-    values = {
-        field.name: (int if field.type == "int" else float)(rope[field.name])
-        for field in fields(scaling)
-        if field.name in rope or field.default is MISSING
-    }
+    scaling, values = known[kind], {}
+    needed = [field.name for field in fields(scaling) if field.default is MISSING]
+    if missing := [f"{section}.{name}" for name in needed if rope.get(name) is None]:
+        raise ValueError(
+            f"model config lacks {', '.join(missing)}, which rope_type = {kind!r} needs"
+        )
+    for field in fields(scaling):
+        if (value := rope.get(field.name)) is not None:
+            _check_number(f"{section}.{field.name}", value)
+            values[field.name] = (int if field.type == "int" else float)(value)
     return scaling(**values)  # type: ignore[arg-type]
+
+
+_LARGEST = 10**6
+"""Of a size in a model config: beyond those of any model, and soon refused instead of allocated."""
+# What may be larger, and how many names of tensors follow from it.
+_LIMITS = {
+    "vocab_size": 10**8,
+    "intermediate_size": 10**8,
+    "max_position_embeddings": 10**12,
+    "num_hidden_layers": 10**4,
+    "n_routed_experts": 10**5,
+}
+
+
+def _check_values(config: HuggingFaceConfig, required: Sequence[str]) -> None:
+    """Raises ValueError for what is no size or number, or beyond those of any model."""
+    parts = [field for part in (LatentAttention, MixtureOfExperts) for field in fields(part)]
+    others = {field.name for field in parts if "int" not in str(field.type)}
+    optional = {field.name for field in parts if field.default is not MISSING} | {"q_lora_rank"}
+    sizes = [*required, "num_key_value_heads", "head_dim", "max_position_embeddings"]
+    for key in dict.fromkeys([*sizes, "num_nextn_predict_layers"]):
+        value = config.get(key)
+        if key in others or (value is None and (key not in required or key in optional)):
+            continue
+        least, most = int(key in _AT_LEAST_1), _LIMITS.get(key, _LARGEST)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"{key} = {str(value)[:40]} of the model config: needs a whole number from "
+                f"{least} to {most}"
+            )
+    for key in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+        if config.get(key) is not None:
+            _check_number(key, config[key])
+    experts = config.get("n_routed_experts") if "n_routed_experts" in required else None
+    if experts is not None and experts * config["num_hidden_layers"] > _LARGEST:
+        raise ValueError(
+            f"num_hidden_layers = {config['num_hidden_layers']} of n_routed_experts = {experts} "
+            f"are more than {_LARGEST} experts, beyond any model"
+        )
+
+
+_AT_LEAST_1 = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_group",
+    "topk_group",
+)
+
+
+def _check_number(key: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"{key} = {value!r} of the model config: needs a finite number, 0 or more")
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,13 @@ def check(
         )
         if names
     ]
+    head = "lm_head.weight"
+    if missing == [head] and len(problems) == 1:
+        raise ValueError(
+            f"{directory} has no {head}, and its config.json does not say tie_word_embeddings = "
+            "true: set it there if the embedding is the output matrix, too. If the model was saved "
+            "without its head (AutoModel), save it again with AutoModelForCausalLM"
+        )
     if problems:
         raise ValueError(
             f"{directory} does not hold the {model.architecture} model that its config.json "
@@ -131,15 +138,14 @@ def check(
             "together"
         )
     # A different output matrix means that the weights are not tied; transformers would use it.
-    output = "lm_head.weight"
     if (
         model.head == "language"
         and model.tie_word_embeddings
-        and output in shapes
-        and not _equal(tensors, output, "model.embed_tokens.weight")
+        and head in shapes
+        and not _equal(tensors, head, "model.embed_tokens.weight")
     ):
         raise ValueError(
-            f"{directory}: config.json says tie_word_embeddings = true, but {output} differs from "
+            f"{directory}: config.json says tie_word_embeddings = true, but {head} differs from "
             "model.embed_tokens.weight; set tie_word_embeddings to false there"
         )
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,8 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": FLOAT8,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_FILE = re.compile(r"[\w.\-]+\.safetensors")  # no path, which could lead elsewhere
+_HEADS = ("lm_head.", "score.", "model.")
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,23 @@ class TensorType:
 
 
 class Tensors:
-    """The tensors of a directory, by name, with their `types` from the files' headers."""
+    """The tensors of a directory, by name, with their `types` from the files' headers.
+
+    With several files the index says which file a tensor is read from, whatever else they hold.
+    Names without the prefix `model.`, as a decoder is saved without its head, get it.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises ValueError for files that are missing, cut off or of another format."""
         index = directory / INDEX
+        file_of: Mapping[str, str] | None = None
         if index.is_file():
-            names: Mapping[str, str] = read_mapping(index).get("weight_map", {})
-            files = sorted(set(names.values()))
+            file_of = _weight_map(index)
+            files = sorted(set(file_of.values()))
             missing = [file for file in files if not (directory / file).is_file()]
             if missing:
                 raise ValueError(
-                    f"{directory} lacks {', '.join(missing)}, which {INDEX} lists; copy or "
+                    f"{directory} lacks {_listed(missing)}, which {INDEX} lists; copy or "
                     "download the missing files"
                 )
         elif (directory / SINGLE).is_file():
@@ -78,8 +87,19 @@ class Tensors:
                     f"{directory / name} is not a whole safetensors file ({error}); copy or "
                     "download it again"
                 ) from error
-            self.types |= file.types
-            self._locations |= {tensor: (file, start) for tensor, start in file.starts.items()}
+            here = [each for each in file.types if file_of is None or file_of.get(each) == name]
+            self.types |= {tensor: file.types[tensor] for tensor in here}
+            self._locations |= {tensor: (file, file.starts[tensor]) for tensor in here}
+        if file_of is not None and (absent := sorted(file_of.keys() - self.types.keys())):
+            raise ValueError(
+                f"{index} has {_listed(absent)} in {file_of[absent[0]]}, which does not hold "
+                f"{'it' if len(absent) == 1 else 'them'}; download the index and its files again"
+            )
+        if "embed_tokens.weight" in self.types:
+            for table in (self.types, self._locations):
+                renamed = {_with_prefix(name): value for name, value in table.items()}
+                table.clear()
+                table.update(renamed)  # type: ignore[arg-type]
         # Devices with columns of the same rows read these rows one after another, alternating with
         # those of the scales.
         self._rows = lru_cache(maxsize=2)(_File.read)
@@ -110,19 +130,19 @@ class _File:
         data = 8 + int.from_bytes(self._bytes(0, min(8, size)), "little")
         if size < 8 or data > size:
             raise ValueError(f"it has {size} bytes, fewer than its header")
-        entries: JsonObject = json.loads(self._bytes(8, data))
-        entries.pop("__metadata__", None)
-        end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size:
-            raise ValueError(f"it has {size} bytes, and its header says {end}")
-        self.types = {
-            name: TensorType(tuple(e["shape"]), e["dtype"]) for name, e in entries.items()
-        }
-        self.starts = {name: data + entry["data_offsets"][0] for name, entry in entries.items()}
-        for name, tensor in self.types.items():
-            first, last = entries[name]["data_offsets"]
+        self.types, self.starts = {}, {}
+        entries = _header(self._bytes(8, data))
+        begins = 0
+        for name, (tensor, first, last) in sorted(entries.items(), key=lambda e: e[1][1:]):
+            if first != begins:  # nothing lies between two tensors, or in both
+                what = "overlap" if first < begins else "leave a gap"
+                raise ValueError(f"the tensors {what} before {name}: {first}, not {begins}")
+            begins = last
             if tensor.code in DTYPES and tensor.nbytes != last - first:
                 raise ValueError(f"{name} {list(tensor.shape)} has {last - first} bytes")
+            self.types[name], self.starts[name] = tensor, data + first
+        if data + begins != size:
+            raise ValueError(f"it has {size} bytes, and its header says {data + begins}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop), mapped where the file is local."""
@@ -132,6 +152,56 @@ class _File:
 
     def _bytes(self, start: int, stop: int) -> bytes:
         return self.read(start, stop).tobytes() if stop > start else b""
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor -> file in the index's directory; raises ValueError where it says something else."""
+    given = read_mapping(index).get("weight_map")
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"{index}: weight_map has to map tensors to files; download it again")
+    for name, file in given.items():
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise ValueError(
+                f"{index}: weight_map.{name} = {file!r} is not a safetensors file beside it; "
+                "download it again"
+            )
+    return given
+
+
+def _header(text: bytes) -> dict[str, tuple[TensorType, int, int]]:
+    """Tensor -> type, and the first byte of its data and the one behind it."""
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"its header is a {type(entries).__name__}")
+    entries.pop("__metadata__", None)
+    read = {}
+    for name, entry in entries.items():
+        parts = entry if isinstance(entry, dict) else {}
+        shape, code, offsets = (parts.get(key) for key in ("shape", "dtype", "data_offsets"))
+        if not (_counts(shape) and isinstance(code, str) and _counts(offsets)):
+            raise ValueError(f"its header says {json.dumps(entry)[:80]} of {name}")
+        if len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise ValueError(f"data_offsets of {name} = {offsets}")
+        read[name] = TensorType(tuple(shape), code), offsets[0], offsets[1]
+    return read
+
+
+def _counts(value: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers of at least 0."""
+    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+
+
+def _with_prefix(name: str) -> str:
+    return name if name.startswith(_HEADS) else f"model.{name}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Up to eight names, and how many follow."""
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + rest
 
 
 @dataclass(frozen=True)
