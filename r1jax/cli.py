@@ -529,10 +529,6 @@ def configs() -> None:
     _console().print(table)
 
 
-def main() -> None:
-    app()
-
-
 def _process() -> int | None:
     """Which of several processes this is, once they have joined; None: it is the only one."""
     if "r1jax.processes" not in sys.modules:  # a mistake that was found before JAX was needed

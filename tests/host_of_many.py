@@ -43,7 +43,7 @@ def main() -> None:
     elif point == "shorter_data":
         vars(datasets)["load_examples"] = lambda section: load_examples(section)[number:]
     sys.argv[1:] = sys.argv[3:]
-    cli.main()
+    cli.app()
 
 
 if __name__ == "__main__":

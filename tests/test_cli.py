@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from typing import Any
 from unittest.mock import MagicMock, create_autospec
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
+from r1jax.__main__ import _FLAGS as FLAGS
+from r1jax.__main__ import _OPTIONS as OPTIONS
+from r1jax.__main__ import main
 from r1jax.cli import app
 from r1jax.config.load import dump_config, load_config, parse_config
 from r1jax.config.packaged import packaged_configs
@@ -474,25 +479,81 @@ def test_configs_lists_every_name_with_its_title() -> None:
         assert load_config(name).title in line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "unneeded"),
-    [
-        (["--help"], 0, ["jax", "numpy", "transformers", "pydantic"]),
-        (["run", "CONFIG"], 2, ["jax", "numpy", "transformers", "huggingface_hub", "rich"]),
-    ],
-)
-def test_help_and_a_mistake_in_a_config_wait_for_no_heavy_import(
-    config: Path, arguments: list[str], code: int, unneeded: list[str]
-) -> None:
-    config.write_text(CONFIG.replace("kind: evaluate", "kind: evalute"))
-    arguments = [argument.replace("CONFIG", str(config)) for argument in arguments]
+def test_help_waits_for_no_heavy_import() -> None:
     program = (
         "import sys; from r1jax.cli import app\n"
-        f"try: app({arguments!r})\n"
-        f"except SystemExit as error: assert error.code == {code}\n"
-        f"print([m for m in {unneeded!r} if m in sys.modules])"
+        "try: app(['--help'])\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "print(sys.modules.keys() & {'jax', 'numpy', 'transformers', 'pydantic'})"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+    assert run.stdout.splitlines()[-1] == "set()", run.stderr
+
+
+def read_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    """(exit status, standard error) of a command line before the commands are imported."""
+
+    def commands() -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr("r1jax.cli.app", commands)
+    monkeypatch.setattr(sys, "argv", ["r1jax", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert gc.isenabled() == (stopped.value.code == 0)
+    gc.enable()
+    return int(str(stopped.value.code)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "CONFIG", "sead=1"],
+        ["run", "--from", "first", "CONFIG", "--dry-run", "seed=x", "name=..", "--until=last"],
+        ["run", "CONFIG", "--slice", "v5p:2x2x1"],
+        ["run", "CONFIG", "--slice=v5p:2x2x1", "--profile-steps", "1:2"],
+        ["run", "nothing/here", "--only", "first"],
+    ],
+)
+def test_a_mistake_is_the_same_message_before_the_commands_are_imported(
+    config: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [argument.replace("CONFIG", str(config)) for argument in arguments]
+    late = invoke(*arguments)
+    assert late.exit_code == 2 and late.stderr
+    assert read_first(monkeypatch, capsys, *arguments) == (2, late.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "CONFIG", "seed=1", "--slice"],  # is said by the command
+        ["run", "CONFIG", "sead=1", "--dry"],
+        ["run", "CONFIG", "sead=1", "--help"],
+        ["run"],
+        ["plan", "CONFIG", "sead=1"],
+        ["run", "CONFIG", "--from", "first", "seed=1"],
+    ],
+)
+def test_other_command_lines_are_left_to_the_commands(
+    config: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [argument.replace("CONFIG", str(config)) for argument in arguments]
+    assert read_first(monkeypatch, capsys, *arguments) == (0, "")
+
+
+def test_an_option_of_run_is_known_before_the_commands_are_imported() -> None:
+    parameters = typer.main.get_command(app).commands["run"].params  # type: ignore[attr-defined]
+    options = {name: each for each in parameters for name in each.opts if name.startswith("--")}
+    assert {name for name, each in options.items() if each.is_flag} == set(FLAGS)
+    assert {name for name, each in options.items() if not each.is_flag} == set(OPTIONS)

@@ -38,6 +38,12 @@ LIGHT = [
     "r1jax.config.load",
     "r1jax.rewards",
 ]
+# A config is refused with these alone: what reads it, and what they need.
+ENOUGH_FOR_A_CONFIG = {
+    *("r1jax", "pydantic", "pydantic_core", "annotated_types", "typing_extensions"),
+    *("typing_inspection", "yaml", "cython_runtime"),  # the last is part of yaml
+    *("sitecustomize", "usercustomize"),
+}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 
 
@@ -114,3 +120,27 @@ def test_settings_configs_and_rewards_load_no_jax(module: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert HEAVY & set(run.stdout.split()) == set()
     assert run.stderr == ""
+
+
+def test_a_mistake_in_a_config_is_told_before_anything_else_is_imported(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "{name: x, model: {path: x}, data: {d: {source: 'task:running_total'}},"
+        " stages: [{name: e, kind: evaluate, data: d, samplng: {}}]}"
+    )
+    code = (
+        "import atexit, runpy, sys\n"
+        f"sys.argv = ['r1jax', 'run', {str(config)!r}, '--dry-run']\n"
+        "atexit.register(lambda: print(*sys.modules))\n"
+        "runpy.run_module('r1jax', run_name='__main__', alter_sys=True)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2 and "did you mean sampling" in run.stderr
+    loaded = set(run.stdout.split())
+    others = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert "pydantic" in others and "r1jax.settings.data" in loaded
+    assert others <= ENOUGH_FOR_A_CONFIG | {name for name in others if name.startswith("_")}
+    kinds = {name for name in loaded if name.startswith("r1jax.stages.")}
+    assert kinds == {"r1jax.stages.evaluate", "r1jax.stages.evaluate.settings"}
+    own = {name for name in loaded if name.startswith("r1jax.")} - kinds
+    assert {package(name) for name in own} == {"bucket", "config", "files", "settings"}
