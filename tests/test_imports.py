@@ -143,4 +143,4 @@ def test_a_mistake_in_a_config_is_told_before_anything_else_is_imported(tmp_path
     kinds = {name for name in loaded if name.startswith("r1jax.stages.")}
     assert kinds == {"r1jax.stages.evaluate", "r1jax.stages.evaluate.settings"}
     own = {name for name in loaded if name.startswith("r1jax.")} - kinds
-    assert {package(name) for name in own} == {"bucket", "config", "files", "settings"}
+    assert {package(name) for name in own} == {*("bucket", "config", "files", "settings", "stages")}
