@@ -4,13 +4,17 @@ A checkpoint holds all that a resumed run needs to equal one that was never kill
 optimizer, keys) and a JSON mapping (data cursor, metrics cursor). Both are written by one
 `orbax.checkpoint.CheckpointManager` call, into one directory:
 
-    DIRECTORY/STEP.orbax-checkpoint-tmp/...   while it is written
-    DIRECTORY/STEP/{arrays,metadata}/...      after one rename(2), which is the commit
+    DIRECTORY/STEP.orbax-checkpoint-tmp/...            while it is written
+    DIRECTORY/STEP/{arrays,metadata,checksums}/...     after one rename(2), which is the commit
+    DIRECTORY/STEP.damaged/...                         what could not be restored, set aside
 
 (A bucket, `gs://...`, has no rename: there an object `commit_success.txt` is the commit.) A name
 without the suffix is a finished checkpoint, whenever a process is killed. Older ones are removed
 after the commit, oldest first, and what a killed process left when the directory is opened again.
-Not every file is synced before the rename: surviving a power cut is up to the file system.
+Not every file is synced before the rename, so a power cut may damage the newest one. Each array
+has a checksum of its values (`r1jax.checksums`), which a restore compares, and the metadata another
+one; where they differ, or a file cannot be read, the checkpoint before it is restored. Checkpoints
+without checksums were written by an earlier version, and are accepted.
 
 Every process of a `jax.distributed` run makes the same calls in the same order: Orbax writes each
 process's shards, synchronises, and commits from process 0.
@@ -18,9 +22,16 @@ process's shards, synchronises, and commits from process 0.
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +39,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from r1jax.bucket import locate, on_bucket
+from r1jax.checksums import checksums
 from r1jax.files import JsonObject
+from r1jax.processes import any_process, wait_for_all
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
 
 _ARRAYS = "arrays"
 _METADATA = "metadata"
+_CHECKSUMS = "checksums"
+
+
+class MisfitError(ValueError):
+    """A checkpoint that does not have the arrays that are wanted."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or whose values are no longer those that were saved."""
 
 
 class Checkpoints:
@@ -98,39 +121,61 @@ class Checkpoints:
                 )
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 raise TypeError(f"{name} is a typed key: save jax.random.key_data of it")
+        plain = _json_mapping(metadata)
+        sums = {_ARRAYS: _checksums(arrays), _METADATA: _json_checksum(plain)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{
                     _ARRAYS: ocp.args.StandardSave(arrays),
-                    _METADATA: ocp.args.JsonSave(_json_mapping(metadata)),
+                    _METADATA: ocp.args.JsonSave(plain),
+                    _CHECKSUMS: ocp.args.JsonSave(sums),
                 }
             ),
         )
 
     def restore_latest(
-        self, abstract: PyTree[jax.ShapeDtypeStruct]
+        self,
+        abstract: PyTree[jax.ShapeDtypeStruct],
+        report: Callable[[str], None] = warnings.warn,
     ) -> tuple[int, PyTree[Array], JsonObject] | None:
-        """Reads the newest finished checkpoint onto the devices of the shardings in `abstract`.
+        """Reads the newest intact checkpoint onto the devices of the shardings in `abstract`.
 
         The devices may differ from those that saved. Returns (step, arrays, metadata), or None when
-        there is none. Raises ValueError for leaves that are missing, unexpected, of another shape
-        or dtype, or without a sharding (each is named).
+        there is none. Damaged ones that are newer are set aside, with a line to `report`.
+
+        Raises:
+          MisfitError: leaves are missing, unexpected, of another shape or dtype, or without a
+            sharding (each is named).
+          DamagedError: there are checkpoints, and none is intact.
         """
-        step = self.latest_step
-        if step is None:
+        problems: dict[int, ValueError] = {}
+        for step in reversed(self.steps()):
+            try:
+                arrays, metadata = self._restore(step, abstract)
+            except (MisfitError, DamagedError) as error:
+                problems[step] = error
+                continue
+            for damaged, problem in problems.items():
+                kept = self._set_aside(damaged)
+                report(f"{problem}. Going on from {step}; {kept}")
+            return step, arrays, metadata
+        if not problems:
             return None
-        self._check(step, abstract)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _ARRAYS: ocp.args.StandardRestore(abstract),
-                    _METADATA: ocp.args.JsonRestore(),
-                }
-            ),
+        newest = next(iter(problems.values()))
+        if isinstance(newest, MisfitError):
+            raise newest
+        raise DamagedError(
+            "; ".join(map(str, problems.values())) + ". No checkpoint is intact: put one back from "
+            "a copy, or run the stage from its start with --restart"
         )
-        return step, restored[_ARRAYS], restored[_METADATA]
+
+    def restore_part(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+        """Reads some arrays of one checkpoint: those that `abstract` names.
+
+        Raises MisfitError for leaves that it does not have so, DamagedError where it is damaged.
+        """
+        return self._restore(step, abstract, part=True)[0]
 
     def wait(self) -> None:
         """Returns once everything passed to `save` is committed."""
@@ -146,14 +191,75 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check(self, step: int, abstract: PyTree) -> None:
-        """Compares names, shapes and dtypes first: Orbax itself would cast a dtype silently."""
-        saved = _named_leaves(self._manager.item_metadata(step)[_ARRAYS].tree)
+    def _restore(
+        self, step: int, abstract: PyTree[jax.ShapeDtypeStruct], *, part: bool = False
+    ) -> tuple[PyTree[Array], JsonObject]:
+        """The arrays and the metadata of one checkpoint; all processes find it damaged, or none."""
+        path, problem, misfit = self.directory / str(step), "", ""
+        arrays, metadata, sums = None, {}, {}
+        try:
+            metadata, sums = self._read_json(step, _METADATA), self._read_json(step, _CHECKSUMS)
+            with _quiet():
+                misfit = self._misfit(step, abstract, part=part)
+                if not misfit:
+                    arrays = _read_arrays(_path(path / _ARRAYS), abstract, part=part)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the checkpoint is not to blame
+        except Exception as error:  # Orbax and TensorStore raise any kind, Exception itself too
+            text = " ".join(str(error).split()).partition(" See full TensorStore")[0]
+            problem = f"{type(error).__name__}: {text[:160]}"
+        # The files may be unreadable for one process alone.
+        if any_process(bool(problem)):
+            raise DamagedError(f"{path} is damaged ({problem or 'as another process says'})")
+        if misfit:
+            raise MisfitError(misfit)
+        if sums:
+            now = {**_checksums(arrays), _METADATA: _json_checksum(metadata)}
+            saved = {**sums[_ARRAYS], _METADATA: sums[_METADATA]}
+            changed = [name for name, value in now.items() if saved.get(name) != value]
+            if changed:
+                raise DamagedError(
+                    f"{path} is damaged (values of {', '.join(changed[:3])} are not those saved)"
+                )
+        return arrays, metadata
+
+    def _read_json(self, step: int, item: str) -> JsonObject:
+        """A JSON item of a checkpoint; an earlier version wrote no checksums, which gives none."""
+        folder = _path(self.directory / str(step) / item)
+        if item == _CHECKSUMS and not folder.exists():
+            return {}
+        value = json.loads((folder / "metadata").read_text())
+        expected = {_ARRAYS: dict, _METADATA: str} if item == _CHECKSUMS else {}
+        if not isinstance(value, dict) or any(
+            not isinstance(value.get(key), kind) for key, kind in expected.items()
+        ):
+            raise ValueError(f"{item} is not what was saved")
+        return value
+
+    def _set_aside(self, step: int) -> str:
+        """Takes a damaged checkpoint out of the way of the next save; says where it is now."""
+        path = self.directory / str(step)
+        if on_bucket(path):  # which has no rename
+            self._manager.delete(step)
+            return f"{path} was removed"
+        aside = path.with_name(f"{step}.damaged")
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        wait_for_all(f"set aside {step}")
+        self._manager.reload()
+        return f"the damaged one is now {aside}, and can be deleted"
+
+    def _misfit(self, step: int, abstract: PyTree, *, part: bool) -> str:
+        """Names, shapes and dtypes that differ: Orbax itself would cast a dtype silently."""
+        tree = ocp.StandardCheckpointHandler().metadata(_path(self.directory / str(step) / _ARRAYS))
+        saved = _named_leaves(tree.tree)
         # None and empty containers are stored as entries without a shape.
         saved = {name: leaf for name, leaf in saved.items() if hasattr(leaf, "shape")}
         wanted = _named_leaves(abstract)
         problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
-        problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
+        if not part:
+            problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
         for name, leaf in wanted.items():
             if leaf.sharding is None:
                 problems.append(f"{name}: requested without a sharding")
@@ -163,13 +269,58 @@ class Checkpoints:
                 problems.append(f"{name}: saved {tuple(saved[name].shape)}, requested {leaf.shape}")
             if np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
                 problems.append(f"{name}: saved {saved[name].dtype}, requested {leaf.dtype}")
-        if problems:
-            shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-            raise ValueError(
-                f"the checkpoint {self.directory / str(step)} does not fit this run:\n  "
-                + "\n  ".join(shown)
-                + "\nRun it with the config that wrote it, or start in an empty directory."
-            )
+        if not problems:
+            return ""
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        return (
+            f"the checkpoint {self.directory / str(step)} does not fit this run:\n  "
+            + "\n  ".join(shown)
+            + "\nRun it with the config that wrote it, or start in an empty directory."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off the screen what Orbax's other reads say once the first of them has failed: their
+    event loop is closed, or nobody waits for them. The error itself is raised."""
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)
+        gc.collect()
+        raise
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+
+
+def _read_arrays(folder: epath.Path, abstract: PyTree, *, part: bool) -> PyTree[Array]:
+    """By the handler alone: a checkpointer waits for all processes, and one of them may fail."""
+    if not part:
+        return ocp.StandardCheckpointHandler().restore(
+            folder, args=ocp.args.StandardRestore(abstract)
+        )
+    wanted = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    return ocp.PyTreeCheckpointHandler().restore(folder, args=wanted)
+
+
+def _path(path: Path) -> epath.Path:
+    return epath.Path(os.fspath(path))
+
+
+def _checksums(arrays: PyTree[Array]) -> dict[str, str]:
+    """The checksum of each array, by its name."""
+    leaves = _named_leaves(arrays)
+    return dict(zip(leaves, checksums(list(leaves.values())), strict=True))
+
+
+def _json_checksum(value: JsonObject) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
@@ -178,6 +329,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     for item, save, restore in (
         (_ARRAYS, ocp.args.StandardSave, ocp.args.StandardRestore),
         (_METADATA, ocp.args.JsonSave, ocp.args.JsonRestore),
+        (_CHECKSUMS, ocp.args.JsonSave, ocp.args.JsonRestore),
     ):
         registry.add(item, save)
         registry.add(item, restore)

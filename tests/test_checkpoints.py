@@ -16,7 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from r1jax.checkpoints import Checkpoints
+from r1jax.checkpoints import Checkpoints, DamagedError, MisfitError
+from r1jax.checksums import checksums
 
 
 def run_state(value: float) -> Any:
@@ -264,6 +265,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from r1jax.checkpoints import Checkpoints
+from r1jax.checksums import checksums
 
 assert len(jax.devices()) == 8
 values = {"w": np.arange(64.0, dtype=np.float32).reshape(8, 8), "b": np.arange(8, dtype=np.int32)}
@@ -285,6 +287,8 @@ for number, (saved, wanted) in enumerate([(one, four), (four, one), (four, more)
         _, arrays, _ = checkpoints.restore_latest(want)
     for name, array in arrays.items():
         assert array.sharding == wanted[name], (number, name, array.sharding)
+        alone = jax.device_put(values[name], jax.devices()[0])
+        assert checksums([array]) == checksums([alone]), (number, name)
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), values[name][shard.index])
 print("done")
@@ -293,3 +297,116 @@ print("done")
 
 def test_restores_onto_other_devices(tmp_path: Path) -> None:
     assert run_python(RESHARDED, tmp_path).strip() == "done"
+
+
+def saved_twice(directory: Path) -> Any:
+    """Checkpoints 1 and 2, of values 1 and 2; gives what to restore."""
+    with Checkpoints(directory, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, run_state(step) | {"w": values(step)}, {"cursor": step})
+    return abstract(run_state(0) | {"w": values(0)})
+
+
+def values(seed: int) -> Any:
+    return jax.random.normal(jax.random.key(seed), (64, 96))
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "bit":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif how == "directory":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.unlink()
+
+
+FILES = ["arrays/_METADATA", "arrays/manifest.ocdbt", "metadata/metadata", "checksums/metadata"]
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("data", "bit"),  # which Orbax does not see
+        ("data", "cut"),
+        ("data", "gone"),
+        *[(name, how) for name in FILES for how in ("cut", "directory")],
+        ("metadata/metadata", "bit"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_falls_back_in_a_line(
+    tmp_path: Path, file: str, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wanted = saved_twice(tmp_path)
+    newest = tmp_path / "2"
+    data = sorted(newest.glob("arrays/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    damage(data[-1] if file == "data" else newest / file, how)
+    lines: list[str] = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore_latest(wanted, lines.append)
+        assert restored is not None and restored[0] == 1 and restored[2] == {"cursor": 1}
+        np.testing.assert_array_equal(restored[1]["w"], values(1))
+        # It is out of the way of the next save, and not lost.
+        assert checkpoints.steps() == [1] and (tmp_path / "2.damaged").is_dir()
+        checkpoints.save(2, run_state(2) | {"w": values(2)}, {"cursor": 2})
+        assert checkpoints.steps() == [1, 2]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    assert f"{newest} is damaged" in lines[0] and "Going on from 1" in lines[0]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_empty_directory_named_like_a_checkpoint_is_damaged(tmp_path: Path) -> None:
+    wanted = saved_twice(tmp_path)
+    (tmp_path / "999").mkdir()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.warns(UserWarning, match="999 is damaged .* Going on from 2"):
+            restored = checkpoints.restore_latest(wanted)
+    assert restored is not None and restored[0] == 2
+
+
+def test_without_an_intact_one_there_is_one_error(tmp_path: Path) -> None:
+    wanted = saved_twice(tmp_path)
+    for step in (1, 2):
+        damage(tmp_path / str(step) / "metadata" / "metadata", "cut")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(DamagedError) as caught:
+            checkpoints.restore_latest(wanted)
+        assert checkpoints.steps() == [1, 2]  # nothing was moved
+    message = str(caught.value)
+    assert all(str(tmp_path / step) in message for step in ("1", "2")) and "--restart" in message
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path: Path) -> None:
+    wanted = saved_twice(tmp_path)
+    shutil.rmtree(tmp_path / "2" / "checksums")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore_latest(wanted)
+    assert restored is not None and restored[0] == 2
+    np.testing.assert_array_equal(restored[1]["w"], values(2))
+
+
+def test_some_arrays_of_any_kept_checkpoint(tmp_path: Path) -> None:
+    wanted = saved_twice(tmp_path)
+    part = {"params": wanted["params"], "w": wanted["w"]}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        arrays = checkpoints.restore_part(1, part)
+        assert_same(arrays["params"], run_state(1)["params"])
+        np.testing.assert_array_equal(arrays["w"], values(1))
+        with pytest.raises(MisfitError, match="v: not in the checkpoint"):
+            checkpoints.restore_part(1, {"v": wanted["w"]})
+
+
+def test_checksums_know_values_and_order_but_not_the_mesh() -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, jnp.bfloat16, np.int32, np.uint8, np.bool_):
+        array = jnp.asarray(rng.integers(0, 2, (6, 5)), dtype)
+        (whole,) = checksums([array])
+        changed = array.at[2, 3].set(array[2, 3] == 0)
+        assert checksums([array, array[:1]])[0] == whole  # whatever else is saved
+        assert len({whole, *checksums([array[::-1], array.T, changed])}) == 4
+    assert checksums([jnp.zeros(3)]) != checksums([jnp.zeros(3).at[1].set(-0.0)])
+    assert checksums([]) == [] and len(checksums([jnp.zeros((0, 2)), jnp.float32(3)])) == 2

@@ -228,7 +228,8 @@ def train_loop(
         compilations = stack.enter_context(CompilationCounter())
         with span("setup"):
             reference = {"reference": abstract.params} if with_reference else {}
-            saved = checkpoints.restore_latest({"state": abstract, **reference})
+            notes: list[str] = []
+            saved = checkpoints.restore_latest({"state": abstract, **reference}, notes.append)
             arrays: dict[str, PyTree] = {}
             metadata: JsonObject = {"metrics": {}, "bad_in_a_row": 0}
             step = 0
@@ -246,6 +247,8 @@ def train_loop(
             HEARTBEAT.set_step(step)
             progress = Progress(stage.name, steps, start=step, process_index=process)
             stack.enter_context(progress)
+            for note in notes:
+                progress.print(f"{stage.name}: {note}")
             if saved is not None:
                 progress.print(f"{stage.name}: resumed at step {step}")
             profiler = StepProfiler(run.profile, run.directory / "profile")
