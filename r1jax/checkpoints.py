@@ -284,7 +284,8 @@ def _quiet() -> Iterator[None]:
     """Keeps off the screen what Orbax's other reads say once the first of them has failed: their
     event loop is closed, or nobody waits for them. The error itself is raised."""
     hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook = sys.unraisablehook = lambda *_: None
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
     try:
         yield
     except Exception:
