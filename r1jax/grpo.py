@@ -31,7 +31,7 @@ from r1jax.train_step import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Num, PyTree
+    from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 
 __all__ = [
@@ -94,7 +94,7 @@ def group_advantages(
 
 @struct.dataclass
 class GRPOBatch:
-    """What one update reads: N rows of T tokens. The first dimension of every leaf is N.
+    """What one update reads: N rows of T tokens. The first dimension of all but scalars is N.
 
     inputs: whatever `log_prob_fn` needs (tokens, positions, images, ...), any pytree.
     mask: [N, T], above 0 where `log_prob_fn`'s value at (n, t) is a trained token: sampled tokens
@@ -106,6 +106,10 @@ class GRPOBatch:
     lengths: [N, T], for packed rows: how many trained tokens the sequence of a token has. None: a
         row is one sequence.
     sequences: scalar, for packed rows: how many sequences of the batch have a trained token.
+    samples: scalar, for packed rows: how many sequences the batch holds, trained or not; a penalty
+        is a mean over them.
+    used_micro_batches: scalar: only the first micro-batches, this many and 1 at least, hold
+        anything; the others cost nothing. Row n is in micro-batch n % micro_batches. None: all do.
     """
 
     inputs: PyTree
@@ -116,13 +120,16 @@ class GRPOBatch:
     sampler_log_probs: Float[Array, "batch time"] | None = None
     lengths: Num[Array, "batch time"] | None = None
     sequences: Num[Array, ""] | None = None
+    samples: Int[Array, ""] | None = None
+    used_micro_batches: Int[Array, ""] | None = None
 
 
 class PolicyOutputs(NamedTuple):
     """What a `log_prob_fn` returns of a micro-batch.
 
     entropy: shown as a metric.
-    penalty: of each row; its mean over the rows of the batch is added to the loss.
+    penalty: of each row, summed over its sequences; the mean over the sequences of the batch is
+        added to the loss.
     counts: any pytree of arrays, which are summed over the batch for `after_update`.
     """
 
@@ -167,7 +174,7 @@ def make_grpo_step(
 
     Args:
       log_prob_fn: (params, micro-batch) -> log-probs aligned with its mask, alone or as
-        `PolicyOutputs`. (The micro-batch has no `lengths` and `sequences`.)
+        `PolicyOutputs`. (The micro-batch has no `lengths`, and no scalars.)
       optimizer: any optax transformation (put gradient clipping and schedules in it).
       config: the objective.
       micro_batches: parts that the rows are split into, to bound activation memory.
@@ -210,13 +217,19 @@ def make_grpo_step(
             lengths=batch.lengths,
             sequences=batch.sequences,
         )
-        weights = _Weights(tokens, mean_weights(len(batch.mask), len(batch.mask)))
+        rows = len(batch.mask)
+        samples = rows if batch.samples is None else batch.samples
+        weights = _Weights(tokens, mean_weights(rows, samples))
+        per_row = replace(
+            batch, lengths=None, sequences=None, samples=None, used_micro_batches=None
+        )
         return train_step(
             state,
-            (replace(batch, lengths=None, sequences=None), weights),
+            (per_row, weights),
             loss_fn,
             optimizer,
             micro_batches=micro_batches,
+            used=batch.used_micro_batches,
             after_update=after_update,
         )
 

@@ -135,11 +135,14 @@ def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
     """This process's rows [n, ...] as its slice of an array that is split along the batch.
 
     They fill the parts of the batch that its devices hold, in the batch's order; the parts of a
-    process need not be neighbours, since a TPU slice's devices are not arranged host by host.
+    process need not be neighbours, since a TPU slice's devices are not arranged host by host. A
+    scalar, equal on all processes, is replicated.
 
     Raises:
       ValueError: the rows do not divide by the process's parts of the batch.
     """
+    if not np.ndim(rows):
+        return jax.make_array_from_callback((), layout.replicated, lambda _: np.asarray(rows))
     sharding = layout.sharding(("batch", *(None,) * (rows.ndim - 1)))
     parts = process_batch_parts(layout)
     if len(rows) % len(parts):
@@ -160,9 +163,12 @@ def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
 
 
 def move_rows(rows: Tree, layout: Layout) -> Tree:
-    """A pytree of arrays [n, ...] of the same devices, split along the batch as `layout` says."""
+    """A pytree of arrays [n, ...] of the same devices, split along the batch as `layout` says.
+    Scalars are replicated."""
 
     def sharding(leaf: jax.Array) -> NamedSharding:
+        if not leaf.ndim:
+            return layout.replicated
         return layout.sharding(("batch", *(None,) * (leaf.ndim - 1)), shape=leaf.shape, name="rows")
 
     moved: Tree = jax.jit(_same, out_shardings=jax.tree.map(sharding, rows))(rows)
@@ -182,8 +188,8 @@ def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]
 
 
 def to_process_rows(array: jax.Array) -> np.ndarray:
-    """The rows of an array split along the batch that this process's devices hold."""
-    if array.is_fully_addressable:
+    """The rows of an array split along the batch that this process's devices hold; a scalar."""
+    if array.is_fully_addressable or not array.ndim:
         return np.asarray(array)
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

@@ -121,20 +121,42 @@ def _deal(rows: Rows, parts: int) -> Rows:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
 
 
-def map_micro_batches(function: Callable[[Rows], Result], rows: Rows, micro_batches: int) -> Result:
+def map_micro_batches(
+    function: Callable[[Rows], Result],
+    rows: Rows,
+    micro_batches: int,
+    used: Int[Array, ""] | None = None,
+) -> Result:
     """`function` of all rows, a micro-batch at a time, to bound activation memory.
 
     Args:
       function: leaves [n, ...] -> leaves [n, ...], each row for itself.
       rows: leaves [N, ...].
+      used: run only the first micro-batches, this many; default: all.
 
     Returns:
-      What `function` gives for all N rows, in their order.
+      What `function` gives for all N rows, in their order; 0 for those of no used micro-batch.
     """
     if micro_batches == 1:
         return function(rows)
-    parts = jax.lax.map(function, _deal(rows, micro_batches))
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), parts)
+    if used is None:
+        parts = jax.lax.map(function, _deal(rows, micro_batches))
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), parts)
+    part = _picker(rows, micro_batches)
+
+    def write(index: jax.Array, results: Result) -> Result:
+        return jax.tree.map(
+            lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 1),
+            results,
+            function(part(index)),
+        )
+
+    shapes = jax.eval_shape(lambda: function(part(jnp.int32(0))))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], micro_batches, *x.shape[1:]), x.dtype), shapes
+    )
+    results = _repeat(write, zeros, micro_batches, used)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
 
 def accumulate_gradients(
@@ -142,6 +164,7 @@ def accumulate_gradients(
     params: PyTree,
     rows: Rows,
     micro_batches: int,
+    used: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], PyTree, Result]:
     """Sum of losses and gradients over `micro_batches` equal parts of the rows.
 
@@ -149,9 +172,11 @@ def accumulate_gradients(
 
     Args:
       rows: leaves [N, ...]; row n goes to micro-batch n % micro_batches.
+      used: run only the first micro-batches, this many; the others hold nothing. Default: all.
 
     Returns:
-      Loss, gradients, and loss_fn's auxiliary values of each part, stacked [micro_batches, ...].
+      Loss, gradients, and loss_fn's auxiliary values of each part, stacked [micro_batches, ...]; 0
+      for those that are not used.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
@@ -164,8 +189,48 @@ def accumulate_gradients(
         (loss, aux), gradients = value_and_grad(params, part)
         return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
-    (loss, gradients), aux = jax.lax.scan(add, zeros, _deal(rows, micro_batches))
+    if used is None:
+        (loss, gradients), aux = jax.lax.scan(add, zeros, _deal(rows, micro_batches))
+        return loss, gradients, aux
+    part = _picker(rows, micro_batches)
+
+    def one_part(index: jax.Array, carry: tuple[PyTree, Result]) -> tuple[PyTree, Result]:
+        total, stacked = carry
+        total, aux = add(total, part(index))
+        return total, jax.tree.map(lambda whole, x: whole.at[index].set(x), stacked, aux)
+
+    _, shapes = jax.eval_shape(lambda: add(zeros, part(jnp.int32(0))))
+    stacked = jax.tree.map(lambda x: jnp.zeros((micro_batches, *x.shape), x.dtype), shapes)
+    (loss, gradients), aux = _repeat(one_part, (zeros, stacked), micro_batches, used)
     return loss, gradients, aux
+
+
+def _picker(rows: Rows, parts: int) -> Callable[[jax.Array], Rows]:
+    """index -> the rows of that micro-batch; those of `_deal`, and no others are moved."""
+    dealt = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _deal(rows, parts))
+
+    def part(index: jax.Array) -> Rows:
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 1, keepdims=False), dealt
+        )
+
+    return part
+
+
+def _repeat(
+    function: Callable[[jax.Array, Result], Result], start: Result, most: int, used: jax.Array
+) -> Result:
+    """`function(index, value)` for all indices below `used`."""
+
+    def advance(carry: tuple[jax.Array, Result]) -> tuple[jax.Array, Result]:
+        index, value = carry
+        return index + 1, function(index, value)
+
+    # The planner reads there how often to count a loop that ends when the data says so.
+    with jax.named_scope(f"turns_if_even_{most}"):
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < used, advance, (jnp.zeros((), used.dtype), start)
+        )[1]
 
 
 # --- Update --------------------------------------------------------------------------------------
@@ -244,6 +309,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
+    used: Int[Array, ""] | None = None,
     after_update: AfterUpdate | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update; pure, to be jitted with the state donated.
@@ -252,6 +318,8 @@ def train_step(
       rows: a batch with the weights of its rows or tokens, leaves [N, ...].
       loss_fn: (params, micro-batch of those rows) -> loss and metrics.
       micro_batches: equal parts that the rows are split into, to bound activation memory.
+      used: the number of micro-batches that hold anything, at least 1: the first ones. The others
+        cost nothing. Default: all.
       after_update: what else is done to the weights, given `LossOutput.counts` of the whole batch.
 
     Returns:
@@ -264,9 +332,10 @@ def train_step(
         return output.loss, output[1:]
 
     loss, gradients, (sums, means, maxima, counts) = accumulate_gradients(
-        loss_and_rest, state.params, rows, micro_batches
+        loss_and_rest, state.params, rows, micro_batches, used
     )
     counts = jax.tree.map(lambda parts: parts.sum(axis=0), counts)
+    ran = jnp.arange(micro_batches) < (micro_batches if used is None else used)
     state, metrics = apply_if_finite(
         state, loss, gradients, optimizer, counts=counts, after_update=after_update
     )
@@ -277,7 +346,7 @@ def train_step(
             name: totals.sum() / jnp.maximum(parts.sum(), 1)
             for name, (totals, parts) in means.items()
         },
-        **{name: parts.max() for name, parts in maxima.items()},
+        **{name: jnp.where(ran, parts, parts[0]).max() for name, parts in maxima.items()},
     }
 
 

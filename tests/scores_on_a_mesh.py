@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.log_probs import TargetLogProbs, chunked_log_probs
+from r1jax.models.log_probs import TargetLogProbs, chunked_log_probs, wanted_log_probs
 from r1jax.sharding import Layout, make_layout
 
 VOCAB = 13  # which no number of devices divides
@@ -25,13 +25,20 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
     matrix = matrix.at[:, VOCAB - 1].set(matrix[:, 0])
     targets = jnp.asarray(rng.integers(0, VOCAB, (2, 16)), jnp.int32)
 
+    # Of one row most tokens, of the other few: devices have different numbers of chunks.
+    wanted = jnp.asarray(rng.random((2, 16)) < np.asarray([[0.8], [0.1]]))
+
     def value(
         hidden: jax.Array, matrix: jax.Array, layout: Layout | None
-    ) -> tuple[jax.Array, TargetLogProbs]:
+    ) -> tuple[jax.Array, tuple[TargetLogProbs, TargetLogProbs]]:
         scores = chunked_log_probs(
             hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, most_likely=True
         )
-        return jnp.sum(scores.log_probs * weights) + jnp.sum(scores.entropy), scores
+        some = wanted_log_probs(
+            hidden, matrix, targets, wanted, chunk=chunk, temperature=0.7, layout=layout
+        )
+        sums = [jnp.sum(each.log_probs * weights) + jnp.sum(each.entropy) for each in (scores, some)]
+        return sums[0] + 2 * sums[1], (scores, some)
 
     found = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
     one, all_of_them = found(hidden, matrix, None), found(hidden, matrix, layout)

@@ -88,7 +88,7 @@ def test_devices_that_share_a_row_score_it_as_one_does() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for case in json.loads(done.stdout):
-        assert len(case) == 6
+        assert len(case) == 8
         assert max(case.values()) < 1e-4, case
 
 

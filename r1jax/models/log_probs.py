@@ -6,11 +6,13 @@ The logits of a whole batch are the largest array of a language model's train st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec
 
 from r1jax.models.config import Decoder
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
     Temperature = Float[Array, ""] | float
+
+Carry = TypeVar("Carry")
 
 _NO_TOKEN = -1e30  # finite: times a weight of 0 it is 0
 
@@ -56,15 +60,30 @@ def token_log_probs(
     *,
     temperature: Temperature = 1.0,
     balance: bool = False,
+    wanted: Bool[Array, "batch time"] | None = None,
 ) -> TokenLogProbs:
     """The log-prob of each token given the tokens before it in its segment.
 
     Args:
       temperature: the policy is softmax(logits / temperature).
       balance: as of `forward`.
+      wanted: of these tokens alone; the others' values are 0, and cost no logits.
     """
     output = forward(params, rows, model, balance=balance)
-    targets = log_probs_ahead(params, output.hidden, rows, model, temperature=temperature)
+    if wanted is None:
+        targets = log_probs_ahead(params, output.hidden, rows, model, temperature=temperature)
+    else:
+        wanted = wanted & follows(rows.segment_ids)
+        targets = wanted_log_probs(
+            output.hidden,
+            unembedding(params, model),
+            jnp.roll(rows.tokens, -1, axis=1),
+            jnp.roll(wanted, -1, axis=1),
+            chunk=model.execution.log_prob_chunk,
+            temperature=temperature,
+            layout=model.layout,
+        )
+        targets = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
     return TokenLogProbs(targets.log_probs, targets.entropy, output.routings)
 
 
@@ -125,9 +144,40 @@ def chunked_log_probs(
       most_likely: return the most likely tokens, too.
     """
     compute = partial(_device_log_probs, chunk=chunk, most_likely=most_likely)
+    return _over_devices(compute, hidden, matrix, (targets,), temperature, layout)
+
+
+def wanted_log_probs(
+    hidden: Float[Array, "batch time hidden"],
+    matrix: Float[Array, "hidden vocab"],
+    targets: Int[Array, "batch time"],
+    wanted: Bool[Array, "batch time"],
+    *,
+    chunk: int,
+    temperature: Temperature = 1.0,
+    layout: Layout | None = None,
+) -> TargetLogProbs:
+    """As `chunked_log_probs` where `wanted`, else 0: a device's wanted tokens come first, and only
+    the chunks that hold any are computed, with as many tokens as there are in `chunk` time steps.
+
+    The gradient is that of the log-probs by `hidden` and `matrix`.
+    """
+    compute = partial(_device_wanted_log_probs, chunk=chunk)
+    return _over_devices(compute, hidden, matrix, (targets, wanted), temperature, layout)
+
+
+def _over_devices(
+    compute: Callable[..., TargetLogProbs],
+    hidden: jax.Array,
+    matrix: jax.Array,
+    per_token: tuple[jax.Array, ...],
+    temperature: Temperature,
+    layout: Layout | None,
+) -> TargetLogProbs:
+    """`compute(hidden, matrix, *per_token, temperature)` of each device's tokens."""
     temperature = jnp.asarray(temperature, jnp.float32)
     if layout is None or layout.shards("batch") * layout.shards("time") == 1:
-        return compute(hidden, matrix, targets, temperature)
+        return compute(hidden, matrix, *per_token, temperature)
     batch_time, table = layout.spec(("batch", "time")), dict(layout.rules)
     # Each device computes the log-probs of its tokens. Without this, the compiler sums the matrix's
     # gradient over the devices in every chunk; here it leaves a device once. Axes that split the
@@ -136,18 +186,19 @@ def chunked_log_probs(
     # float32, 3.5 GiB each of DeepSeek-V3's.
     vocab, parts = matrix.shape[1], layout.shards("time")
     time_axes = table["time"] if parts > 1 else ()
+    row_axes = (*table["batch"], *table["time"])
     matrix = jnp.pad(matrix, ((0, 0), (0, -vocab % parts)))
     first = jnp.arange(parts, dtype=jnp.int32) * (matrix.shape[1] // parts)
 
     def compute_part(
         hidden: jax.Array,
         matrix: jax.Array,
-        targets: jax.Array,
+        per_token: tuple[jax.Array, ...],
         first: jax.Array,
         temperature: jax.Array,
     ) -> TargetLogProbs:
-        part = _VocabPart(first[0], vocab, time_axes) if time_axes else None
-        return compute(hidden, matrix, targets, temperature, part=part)
+        devices = _Devices(first[0], row_axes, time_axes, vocab)
+        return compute(hidden, matrix, *per_token, temperature, devices=devices)
 
     split_vocab = PartitionSpec(None, time_axes), PartitionSpec(time_axes)
     return jax.shard_map(
@@ -155,21 +206,23 @@ def chunked_log_probs(
         mesh=layout.mesh,
         in_specs=(batch_time, split_vocab[0], batch_time, split_vocab[1], PartitionSpec()),
         out_specs=batch_time,
-        axis_names={*table["batch"], *table["time"]},
+        axis_names={*row_axes},
         check_vma=False,
-    )(hidden, matrix, targets, first, temperature)
+    )(hidden, matrix, per_token, first, temperature)
 
 
-class _VocabPart(NamedTuple):
-    """Of a vocabulary split over devices that have other tokens of the same rows.
+@struct.dataclass
+class _Devices:
+    """Over which a batch is split.
 
-    first: token id that this device's part begins with. vocab: size of the whole.
-    axes: mesh axes of the devices.
+    row_axes: mesh axes of all of them. time_axes: of those that share rows, which split the
+    vocabulary: each has the part that begins with token id `first`. vocab: size of the whole.
     """
 
     first: jax.Array
-    vocab: int
-    axes: tuple[str, ...]
+    row_axes: tuple[str, ...] = struct.field(pytree_node=False)
+    time_axes: tuple[str, ...] = struct.field(pytree_node=False)
+    vocab: int = struct.field(pytree_node=False)
 
 
 def _device_log_probs(
@@ -180,7 +233,7 @@ def _device_log_probs(
     *,
     chunk: int,
     most_likely: bool,
-    part: _VocabPart | None = None,
+    devices: _Devices | None = None,
 ) -> TargetLogProbs:
     batch, time, width = hidden.shape
     chunk = min(chunk, time)
@@ -192,15 +245,7 @@ def _device_log_probs(
     @jax.checkpoint
     def compute(hidden: jax.Array, targets: jax.Array) -> TargetLogProbs:
         narrow = wide.astype(matrix.dtype)
-        if part is not None:
-            # All devices' tokens of the chunk, for this device's part of the vocabulary.
-            hidden, targets = (
-                jax.lax.all_gather(x, part.axes, axis=1, tiled=True) for x in (hidden, targets)
-            )
-        logits = jnp.matmul(hidden, narrow, preferred_element_type=jnp.float32) / temperature
-        if part is None:
-            return _from_logits(logits, targets, most_likely)
-        return _from_partial_logits(logits, targets, part, most_likely)
+        return _chunk_log_probs(hidden, narrow, targets, temperature, most_likely, devices)
 
     if padded == chunk:
         results = compute(hidden, targets)
@@ -210,6 +255,141 @@ def _device_log_probs(
         _, results = jax.lax.scan(lambda _, xs: (None, compute(*xs)), None, (hidden, targets))
         results = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, padded), results)
     return jax.tree.map(lambda x: x[:, :time], results)
+
+
+class _WantedTokens(NamedTuple):
+    """Which tokens of a device to compute, and what is needed beside activations and matrix.
+
+    order: index of each wanted token, then of tokens that do not exist. chunks: how many to run.
+    """
+
+    order: jax.Array
+    chunks: jax.Array
+    targets: jax.Array
+    temperature: jax.Array
+    devices: _Devices | None
+
+
+def _device_wanted_log_probs(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    temperature: jax.Array,
+    *,
+    chunk: int,
+    devices: _Devices | None = None,
+) -> TargetLogProbs:
+    batch, time, width = hidden.shape
+    count, at_once = batch * time, batch * min(chunk, time)
+    size = -(-count // at_once) * at_once
+    (order,) = jnp.nonzero(wanted.reshape(-1), size=size, fill_value=count)
+    chunks = -(-jnp.sum(wanted, dtype=jnp.int32) // at_once)
+    if devices is not None:  # which may work on a chunk together
+        chunks = jax.lax.pmax(chunks, devices.row_axes)
+    tokens = _WantedTokens(order, chunks, targets.reshape(-1), temperature, devices)
+    results = _run_wanted(hidden.reshape(count, width), matrix, tokens, at_once)
+    return jax.tree.map(lambda x: x.reshape(batch, time), results)
+
+
+# A loop that ends when the data says so has no gradient of JAX's: each chunk's logits are computed
+# again, and the matrix's gradients summed in float32, as in `_device_log_probs`.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _run_wanted(
+    hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
+) -> TargetLogProbs:
+    """Of activations [n, hidden], `at_once` wanted tokens at once: [n]."""
+
+    def write(part: jax.Array, results: TargetLogProbs) -> TargetLogProbs:
+        values = _part_log_probs(_rows(hidden, part), matrix, part, tokens)
+        return jax.tree.map(lambda x, y: x.at[part].set(y, mode="drop"), results, values)
+
+    zeros = jnp.zeros(len(hidden), jnp.float32)
+    return _for_wanted(write, TargetLogProbs(zeros, zeros, None), tokens, at_once)
+
+
+def _wanted_forward(
+    hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
+) -> tuple[TargetLogProbs, tuple[jax.Array, jax.Array, _WantedTokens]]:
+    return _run_wanted(hidden, matrix, tokens, at_once), (hidden, matrix, tokens)
+
+
+def _wanted_backward(
+    at_once: int, residuals: tuple[jax.Array, jax.Array, _WantedTokens], gradient: TargetLogProbs
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, matrix, tokens = residuals
+
+    def add(part: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d_hidden, d_matrix = totals
+        _, pull_back = jax.vjp(
+            lambda x, w: _part_log_probs(x, w, part, tokens).log_probs, _rows(hidden, part), matrix
+        )
+        d_rows, d_part = pull_back(_rows(gradient.log_probs, part))
+        d_matrix = d_matrix + d_part.astype(jnp.float32)
+        return d_hidden.at[part].set(d_rows, mode="drop"), d_matrix
+
+    zeros = jnp.zeros_like(hidden), jnp.zeros(matrix.shape, jnp.float32)
+    d_hidden, d_matrix = _for_wanted(add, zeros, tokens, at_once)
+    return d_hidden, d_matrix.astype(matrix.dtype), None
+
+
+_run_wanted.defvjp(_wanted_forward, _wanted_backward)
+
+
+def _for_wanted(
+    function: Callable[[jax.Array, Carry], Carry], start: Carry, tokens: _WantedTokens, at_once: int
+) -> Carry:
+    """`function(indices of wanted tokens, value)` for all chunks that hold any."""
+
+    def advance(carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+        index, value = carry
+        part = jax.lax.dynamic_slice_in_dim(tokens.order, index * at_once, at_once)
+        return index + 1, function(part, value)
+
+    # The planner reads there how often to count a loop that ends when the data says so.
+    with jax.named_scope(f"turns_if_even_{len(tokens.order) // at_once}"):
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < tokens.chunks, advance, (jnp.int32(0), start)
+        )[1]
+
+
+def _part_log_probs(
+    hidden: jax.Array, matrix: jax.Array, part: jax.Array, tokens: _WantedTokens
+) -> TargetLogProbs:
+    """Of wanted tokens [n], by the activations [n, hidden] before them."""
+    results = _chunk_log_probs(
+        hidden[None],
+        matrix,
+        _rows(tokens.targets, part)[None],
+        tokens.temperature,
+        most_likely=False,
+        devices=tokens.devices,
+    )
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def _rows(values: jax.Array, part: jax.Array) -> jax.Array:
+    """values[part], and 0 for what does not exist."""
+    return values.at[part].get(mode="fill", fill_value=0)
+
+
+def _chunk_log_probs(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    most_likely: bool,
+    devices: _Devices | None,
+) -> TargetLogProbs:
+    if devices is None or not devices.time_axes:
+        logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
+        return _from_logits(logits, targets, most_likely)
+    # All devices' tokens of the chunk, for this device's part of the vocabulary.
+    hidden, targets = (
+        jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True) for x in (hidden, targets)
+    )
+    logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
+    return _from_partial_logits(logits, targets, devices, most_likely)
 
 
 def _from_logits(logits: jax.Array, targets: jax.Array, most_likely: bool) -> TargetLogProbs:
@@ -223,7 +403,7 @@ def _from_logits(logits: jax.Array, targets: jax.Array, most_likely: bool) -> Ta
 
 
 def _from_partial_logits(
-    logits: jax.Array, targets: jax.Array, part: _VocabPart, most_likely: bool
+    logits: jax.Array, targets: jax.Array, devices: _Devices, most_likely: bool
 ) -> TargetLogProbs:
     """As `_from_logits` of all parts' logits, for this device's tokens.
 
@@ -231,23 +411,26 @@ def _from_partial_logits(
       logits: [batch, all devices' time, part of vocab].
       targets: int32 [batch, all devices' time].
     """
-    ids = part.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    logits = jnp.where(ids < part.vocab, logits, _NO_TOKEN)
+    ids = devices.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    logits = jnp.where(ids < devices.vocab, logits, _NO_TOKEN)
     frozen = jax.lax.stop_gradient(logits)
-    peaks = jax.lax.pmax(jnp.max(frozen, axis=-1), part.axes)
+    peaks = jax.lax.pmax(jnp.max(frozen, axis=-1), devices.time_axes)
 
     def summed(x: jax.Array) -> jax.Array:
         """The sum over the parts, of this device's tokens."""
-        return jax.lax.psum_scatter(x, part.axes, scatter_dimension=1, tiled=True)
+        return jax.lax.psum_scatter(x, devices.time_axes, scatter_dimension=1, tiled=True)
 
     def local(x: jax.Array) -> jax.Array:
         """Of what is equal on all devices, this device's tokens."""
-        count, index = x.shape[1] // jax.lax.axis_size(part.axes), part.first // logits.shape[-1]
+        count, index = (
+            x.shape[1] // jax.lax.axis_size(devices.time_axes),
+            devices.first // logits.shape[-1],
+        )
         return jax.lax.dynamic_slice_in_dim(x, index * count, count, axis=1)
 
     weights = jnp.exp(logits - peaks[..., None])
     weight, peak = summed(jnp.sum(weights, axis=-1)), local(peaks)
-    index = targets - part.first
+    index = targets - devices.first
     inside = (index >= 0) & (index < logits.shape[-1])
     index = jnp.clip(index, 0, logits.shape[-1] - 1)
     target = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
@@ -259,6 +442,6 @@ def _from_partial_logits(
     if most_likely:
         # The first of the most likely, as argmax has it.
         best = ids[jnp.argmax(frozen, axis=-1)]
-        best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, part.vocab)
-        best = local(jax.lax.pmin(best, part.axes))
+        best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, devices.vocab)
+        best = local(jax.lax.pmin(best, devices.time_axes))
     return TargetLogProbs(target - total, jax.lax.stop_gradient(total) - mean, best)
