@@ -98,7 +98,7 @@ def main(
     )
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     abstract = abstract_train_state(abstract_params(config, layout, jnp.float32), optimizer, layout)
-    step = make_update(stage, model, optimizer)
+    step = make_update(stage, model, optimizer, stage.micro_batches)
     update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), None))
     state = create_train_state(params, optimizer, abstract)
     norms, figures = [], []

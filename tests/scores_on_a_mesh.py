@@ -37,7 +37,9 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
         some = wanted_log_probs(
             hidden, matrix, targets, wanted, chunk=chunk, temperature=0.7, layout=layout
         )
-        sums = [jnp.sum(each.log_probs * weights) + jnp.sum(each.entropy) for each in (scores, some)]
+        sums = [
+            jnp.sum(each.log_probs * weights) + jnp.sum(each.entropy) for each in (scores, some)
+        ]
         return sums[0] + 2 * sums[1], (scores, some)
 
     found = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)

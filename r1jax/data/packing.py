@@ -236,7 +236,7 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _pack(documents: Sequence[Document], row_tokens: int) -> tuple[list[list[Document]], int]:
     """The documents of each row, and how many fit into none."""
     fitting = [document for document in documents if len(document.tokens) <= row_tokens]
-    bins = _best_fit_decreasing([len(document.tokens) for document in fitting], row_tokens)
+    bins = best_fit_decreasing([len(document.tokens) for document in fitting], row_tokens)
     return [[fitting[i] for i in items] for items in bins], len(documents) - len(fitting)
 
 
@@ -261,7 +261,7 @@ def _to_arrays(
     return {**ids, "trained": trained}
 
 
-def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs items into bins: longest first, each into the fullest bin that has room.
 
     Best-fit packing is what DeepSeek-R1's training used (arXiv 2501.12948 v2, infrastructure).

@@ -10,7 +10,7 @@ import pytest
 
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example
-from r1jax.data.packing import PackedRows, _best_fit_decreasing, packed_once
+from r1jax.data.packing import PackedRows, best_fit_decreasing, packed_once
 from r1jax.data.tokenizers import load_tokenizer
 
 EOS = 1
@@ -327,19 +327,19 @@ def test_one_pass_leaves_out_what_does_not_fit(tokenizer) -> None:
     assert sum(int(b["segment_ids"].max(axis=1).sum()) for b in batches) == fitting < 20
 
 
-def test_best_fit_decreasing_by_hand() -> None:
+def testbest_fit_decreasing_by_hand() -> None:
     # 7 and 5 open bins with 3 and 5 free; 4 fits the second only, 3 fills the first, 2 opens a
     # third, and 1 goes where it leaves least: it fills the second.
-    assert _best_fit_decreasing([4, 7, 1, 5, 3, 2], 10) == [[1, 4], [3, 0, 2], [5]]
+    assert best_fit_decreasing([4, 7, 1, 5, 3, 2], 10) == [[1, 4], [3, 0, 2], [5]]
     # 12 leaves 8, 9 + 9 leave 2: first-fit would put the 2 with the 12.
-    assert _best_fit_decreasing([12, 9, 9, 2], 20) == [[0], [1, 2, 3]]
-    assert _best_fit_decreasing([], 10) == []
+    assert best_fit_decreasing([12, 9, 9, 2], 20) == [[0], [1, 2, 3]]
+    assert best_fit_decreasing([], 10) == []
 
 
 def test_packing_is_tight_and_valid_on_random_lengths() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, 2000).tolist()
-    bins = _best_fit_decreasing(lengths, 128)
+    bins = best_fit_decreasing(lengths, 128)
     assert sorted(i for items in bins for i in items) == list(range(2000))
     assert all(sum(lengths[i] for i in items) <= 128 for items in bins)
     assert len(bins) <= 1.01 * sum(lengths) / 128 + 1

@@ -80,7 +80,7 @@ def test_updates_are_lowered_with_the_gpu_kernel(
     state = abstract_train_state(weights, optimizer, model.layout)
     per_token = array(jnp.float32, ROWS, TIME)
     if kind is GRPOStage:
-        update = grpo.make_update(stage, model, optimizer)
+        update = grpo.make_update(stage, model, optimizer, stage.micro_batches)
         batch: Any = GRPOBatch(
             inputs=inputs(),
             mask=per_token,

@@ -59,4 +59,3 @@ def test_wanted_log_probs_and_their_gradients_are_those_of_all_tokens(kind: str)
             np.testing.assert_allclose(getattr(values, name), expected, atol=1e-6)
         for a, b in zip(got_gradients, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-

@@ -29,7 +29,7 @@ from r1jax.sampler import Finish
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.stage import LengthChange
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import rollout_metrics, sample_facts, training_rows
+from r1jax.stages.grpo.stage import rollout_metrics, sample_facts
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -64,31 +64,6 @@ def test_a_stored_sample_says_its_domain_and_rewards() -> None:
     place = {name: row[name] for name in ("step", "problem_id", "sample", "domain")}
     assert place == {"step": 2, "problem_id": 7, "sample": 3, "domain": "maths"}
     assert row["parts"] == {"accuracy": 1.0} and row["length"] == 3
-
-
-def test_training_rows_by_hand() -> None:
-    completions = [
-        completion([4, 5, 1], Finish.EOS, [8, 9]),  # 1 is EOS and is trained
-        completion([4, 4], Finish.LENGTH, [8, 9], 1),
-        completion([6], Finish.EOS, [8, 9], 2),  # nobody knows whether it is right
-    ]
-    scores = [scored(1.0), scored(0.0), scored(math.nan, Outcome.VERIFIER_FAILED)]
-    rows = training_rows(stage(), completions, scores, np.asarray([[0.5, -0.5, 0.0]]))
-    assert rows.inputs["tokens"].tolist() == [
-        [8, 9, 4, 5, 1, 0, 0, 0],
-        [8, 9, 4, 4, 0, 0, 0, 0],
-        [8, 9, 6, 0, 0, 0, 0, 0],
-    ]
-    assert rows.inputs["segment_ids"].sum(1).tolist() == [5, 4, 3]
-    assert rows.mask.tolist() == [
-        [0, 0, 1, 1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0, 0, 0],
-        [0] * 8,
-    ]
-    assert rows.sampler_log_probs[0].tolist() == [0, 0, -1, -2, -3, 0, 0, 0]
-    assert rows.advantages.tolist() == [0.5, -0.5, 0.0]
-    masked = training_rows(stage(mask_truncated=True), completions, scores, np.zeros((1, 3)))
-    assert masked.mask.sum(1).tolist() == [3, 0, 0]
 
 
 def test_rollout_metrics_leave_out_what_nobody_scored() -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,13 @@ from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_ste
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
-from r1jax.processes import BatchSlice, gather, max_over_processes, process_batch_slice
+from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
     batch_array,
     expert_choices,
     forward_flops,
     longest_prompt,
-    round_up,
     token_arrays,
     update_program,
 )
@@ -52,11 +51,17 @@ from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.settings.rewards import RewardSection
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
+from r1jax.stages.grpo.rows import (
+    PackedShape,
+    pack_updates,
+    packed_shape,
+    training_samples,
+)
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import TrainStep, make_optimizer, make_schedule, map_micro_batches
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PyTree
+    from jaxtyping import Array, Float, Int, Num
     from transformers import PreTrainedTokenizerBase
 
     from r1jax.programs.program import AbstractTree
@@ -79,9 +84,10 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     check_domains(stage.name, prompts.domains, reward_sections)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
+    all_steps = packed_shape(stage, prompts.longest, model.layout, rollout_layout, step=None)
     log_probs_of, update = (
-        jax.jit(make_log_probs(stage, model)),
-        make_update(stage, model, optimizer),
+        jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
+        make_update(stage, model, optimizer, all_steps.micro_batches),
     )
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
@@ -152,7 +158,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             advantages = group_advantages(
                 jnp.asarray(rewards.reshape(count, group)), scale=stage.loss.advantage_scale
             )
-            rows = training_rows(stage, completions, scores, np.asarray(advantages.values))
+            to_train = training_samples(stage, completions, scores, np.asarray(advantages.values))
             samples = gather(sample_facts(completions, scores), rollout_layout)
             unscored = _unscored_phases(samples, unscored, stage, reward_sections)
             facts = rollout_metrics(
@@ -163,28 +169,33 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             if updates > 1:  # the phase's samples, split at random into mini-batches
                 generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
                 order = generator.permutation(order)
-            batches = [
-                loop.to_devices(jax.tree.map(lambda x, i=index: x[i], rows), rollout_layout)
-                for index in np.split(order, updates)
-            ]
+            packed = pack_updates(
+                [[to_train[i] for i in index] for index in np.split(order, updates)],
+                packed_shape(stage, prompts.longest, model.layout, rollout_layout, step=first),
+                rollout_layout,
+                keep_untrained=model.config.experts is not None,
+            )
+            batches = [loop.to_devices(batch, rollout_layout) for batch in packed.batches]
 
             # 4. Old log-probs: of the weights that sampled, from which the updates move away.
             if updates > 1:  # else they are the policy's, which the update computes anyway
                 batches = [
-                    each.replace(old_log_probs=log_probs_of(loop.state.params, each.inputs))
+                    replace(
+                        each, old_log_probs=log_probs_of(loop.state.params, log_prob_rows(each))
+                    )
                     for each in batches
                 ]
             if stage.replay_experts and samples_due:
                 gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
-            for batch in batches:
+            for rows in batches:
                 # 5. Log-probs of the reference policy.
                 if loop.reference is not None:
-                    inputs = _without_experts(batch.inputs)
-                    batch = batch.replace(reference_log_probs=log_probs_of(loop.reference, inputs))
+                    inputs = _without_experts(log_prob_rows(rows))
+                    rows = replace(rows, reference_log_probs=log_probs_of(loop.reference, inputs))
 
                 # 6. Update, and log.
-                metrics = loop.update(batch)
+                metrics = loop.update(rows)
                 metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
                 loop.recorder.log(loop.step, {**facts, **metrics})
                 refresh = stage.reference_refresh_every
@@ -207,6 +218,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     "seconds/update": update_seconds,
                     "tokens_per_second/rollout": sampled / rollout_seconds,
                     "tokens_per_second/update": (sampled + read) / update_seconds,
+                    "update/rows_filled": packed.rows_filled,
                 }
             )
             loop.progress.update(
@@ -248,19 +260,13 @@ def _unscored_phases(
     return phases
 
 
-def _without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The same tokens, for a model that chooses their experts itself."""
-    return {name: leaf for name, leaf in inputs.items() if name != "experts"}
-
-
 def _gap_without_replay(
-    log_probs_of: Callable[[Params, Mapping[str, jax.Array]], jax.Array],
-    params: Params,
-    batch: GRPOBatch,
+    log_probs_of: Callable[[Params, LogProbRows], jax.Array], params: Params, batch: GRPOBatch
 ) -> float:
     """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
     assert batch.sampler_log_probs is not None
-    gap = jnp.abs(log_probs_of(params, _without_experts(batch.inputs)) - batch.sampler_log_probs)
+    rows = _without_experts(log_prob_rows(batch))
+    gap = jnp.abs(log_probs_of(params, rows) - batch.sampler_log_probs)
     trained = batch.mask > 0
     return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
 
@@ -269,7 +275,8 @@ class _TrainingPrompts:
     """The prompts of a stage, from the dataset that is in force at a step.
 
     Each dataset has its own order; one that comes back later continues where it was left. `domains`
-    are those of the prompts, each with a dataset that has it.
+    are those of the prompts, each with a dataset that has it; `longest` is the longest prompt's
+    number of tokens.
     """
 
     def __init__(
@@ -282,11 +289,13 @@ class _TrainingPrompts:
         self._stage = stage
         self.reports: list[str] = []
         self.domains: dict[str, str] = {}
+        self.longest = 0
         self._streams: dict[str, PromptIterator] = {}
         for name in dict.fromkeys(data for _, data in stage.training_datasets()):
             prompts, report = run.datasets.prompts(name, tokenizer)
             self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")
             self.domains |= {prompt.domain: name for prompt in prompts}
+            self.longest = max([self.longest, *(len(prompt.token_ids) for prompt in prompts)])
             self._streams[name] = PromptIterator(
                 prompts,
                 seed=seed_of(run.config.seed, stage.name),
@@ -304,45 +313,6 @@ class _TrainingPrompts:
     def restore(self, state: DataCursor) -> None:
         for name, stream in self._streams.items():
             stream.restore(state[name])
-
-
-def training_rows(
-    stage: GRPOStage,
-    completions: Sequence[Completion],
-    scores: Sequence[RowScore],
-    advantages: np.ndarray,
-) -> GRPOBatch:
-    """Prompt and completion of each sample as one right-padded row, host arrays [N, T].
-
-    T is a multiple of `length_bucket`. Ids are those that were sampled, never re-encoded text.
-    Unscored samples, and truncated ones if the stage says so, are masked out.
-    """
-    longest = max_over_processes(
-        max(len(c.prompt.token_ids) + len(c.token_ids) for c in completions)
-    )
-    time = -(-longest // stage.length_bucket) * stage.length_bucket
-    shape = (len(completions), time)
-    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask, sampler = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for i, (completion, score) in enumerate(zip(completions, scores, strict=True)):
-        start = len(completion.prompt.token_ids)
-        end = start + len(completion.token_ids)
-        tokens[i, :start], tokens[i, start:end] = completion.prompt.token_ids, completion.token_ids
-        segment_ids[i, :end] = 1
-        sampler[i, start:end] = completion.sampler_log_probs
-        left_out = stage.mask_truncated and completion.finish == Finish.LENGTH
-        mask[i, start:end] = 0.0 if left_out or not score.scored else 1.0
-    positions = np.broadcast_to(np.arange(time, dtype=np.int32), shape)
-    inputs = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
-    first = completions[0].experts
-    if first is not None:
-        inputs["experts"] = np.zeros((*shape, first.shape[-1]), first.dtype)
-        for row, completion in zip(inputs["experts"], completions, strict=True):
-            assert completion.experts is not None
-            row[: len(completion.experts)] = completion.experts
-    arrays: dict[str, PyTree] = {"mask": mask, "sampler_log_probs": sampler}
-    arrays["advantages"] = advantages.reshape(-1)
-    return GRPOBatch(inputs=inputs, **arrays)
 
 
 def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
@@ -436,21 +406,22 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     others = {"reference": weights} if with_reference else {}
     others |= reward_model_weights(scorers)
 
-    batch = _batch(stage, model, rows, round_up(prompt + new, stage.length_bucket))
+    shape = packed_shape(stage, prompt, model.layout, sampler.layout, step=None)
+    batch = _batch(stage, model, shape)
     waiting = [batch] * (phase - 1)  # mini-batches of the phase that are not trained on yet
     update = update_program(
-        make_update(stage, model, optimizer),
+        make_update(stage, model, optimizer, shape.micro_batches),
         optimizer,
         model,
-        TrainBatch(batch, rows, prompt + new, stage.micro_batches),
+        TrainBatch(batch, rows, prompt + new, rows // shape.rows),
         resident={**others, "batch": waiting},
     )
     resident = {**others, "optimizer": update.arguments["optimizer"]}
-    log_probs = jax.jit(make_log_probs(stage, model))
+    log_probs = jax.jit(make_log_probs(stage, model, shape.micro_batches))
     log_probs_program = Program(
         "log-probs",
         model.layout.mesh.shape,
-        partial(log_probs.lower, weights, batch.inputs),
+        partial(log_probs.lower, weights, log_prob_rows(batch)),
         {"weights": weights, "batch": batch.inputs},
         {**resident, "batch": [replace(batch, inputs=None), *waiting]},
         calls=with_reference + (phase > 1),
@@ -496,44 +467,81 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     return StagePrograms((*sampling, *steps), rows * new)
 
 
-def _batch(stage: GRPOStage, model: Decoder, rows: int, time: int) -> GRPOBatch:
-    """The abstract batch of an update, as `training_rows` makes it."""
-    inputs = token_arrays(model, rows, time)
+def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
+    """The abstract batch of an update, as `pack_updates` makes it."""
+    shape = packed.all_rows, packed.time
+    inputs = token_arrays(model, *shape)
     check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
     if stage.replay_experts:
-        inputs["experts"] = expert_choices(model, (rows, time))
-    per_token = batch_array(model, (rows, time), jnp.float32)
+        inputs["experts"] = expert_choices(model, shape)
+    per_token = batch_array(model, shape, jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=model.layout.replicated)
     arrays: dict[str, AbstractTree] = {
         "inputs": inputs,
         "mask": per_token,
-        "advantages": batch_array(model, (rows,), jnp.float32),
+        "advantages": per_token,
         "old_log_probs": per_token if stage.mini_batches_per_rollout > 1 else None,
         "reference_log_probs": per_token if stage.loss.kl_coefficient > 0 else None,
         "sampler_log_probs": per_token,
+        "lengths": per_token,
+        "sequences": scalar,
+        "samples": scalar,
+        "used_micro_batches": scalar,
     }
     return GRPOBatch(**arrays)
 
 
+class LogProbRows(NamedTuple):
+    """Packed rows whose trained tokens' log-probs are computed.
+
+    inputs: fields of `TokenRows`. used_micro_batches: as of `GRPOBatch`.
+    """
+
+    inputs: Mapping[str, jax.Array]
+    mask: Num[Array, "rows time"]
+    used_micro_batches: Int[Array, ""]
+
+
+def log_prob_rows(batch: GRPOBatch) -> LogProbRows:
+    assert batch.used_micro_batches is not None
+    return LogProbRows(batch.inputs, batch.mask, batch.used_micro_batches)
+
+
+def _without_experts(rows: LogProbRows) -> LogProbRows:
+    """The same tokens, for a model that chooses their experts itself."""
+    inputs = {name: leaf for name, leaf in rows.inputs.items() if name != "experts"}
+    return rows._replace(inputs=inputs)
+
+
 def make_log_probs(
-    stage: GRPOStage, model: Decoder
-) -> Callable[[Params, Mapping[str, jax.Array]], Float[Array, "rows time"]]:
-    """`log_probs(params, inputs)`: old log-probs, and those of the reference policy."""
+    stage: GRPOStage, model: Decoder, micro_batches: int
+) -> Callable[[Params, LogProbRows], Float[Array, "rows time"]]:
+    """`log_probs(params, rows)`: old log-probs, and those of the reference policy."""
 
-    def log_probs(params: Params, inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
-        def part(inputs: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
-            temperature = stage.sampling.temperature
-            rows = TokenRows(**inputs)
-            return token_log_probs(params, rows, model, temperature=temperature).log_probs
+    def log_probs(params: Params, rows: LogProbRows) -> Float[Array, "rows time"]:
+        def part(rows: tuple[Mapping[str, jax.Array], jax.Array]) -> Float[Array, "rows time"]:
+            inputs, mask = rows
+            return token_log_probs(
+                params,
+                TokenRows(**inputs),
+                model,
+                temperature=stage.sampling.temperature,
+                wanted=mask > 0,
+            ).log_probs
 
-        return map_micro_batches(part, inputs, stage.micro_batches)
+        per_row = rows.inputs, rows.mask
+        return map_micro_batches(part, per_row, micro_batches, rows.used_micro_batches)
 
     return log_probs
 
 
 def make_update(
-    stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation
+    stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation, micro_batches: int
 ) -> TrainStep[GRPOBatch]:
     """One GRPO update of the stage's policy.
+
+    Args:
+      micro_batches: that the rows are split into, as of `PackedShape`.
 
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
@@ -548,6 +556,7 @@ def make_update(
             model,
             temperature=stage.sampling.temperature,
             balance=balance > 0,
+            wanted=batch.mask > 0,
         )
         penalty = balance * imbalance_of(tokens.routings) if balance else None
         return PolicyOutputs(tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings))
@@ -556,6 +565,6 @@ def make_update(
         log_prob_fn,
         optimizer,
         stage.loss,
-        micro_batches=stage.micro_batches,
+        micro_batches=micro_batches,
         after_update=make_after_update(stage.balance, model.config),
     )

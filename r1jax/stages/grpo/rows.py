@@ -1,0 +1,242 @@
+"""Samples packed into the rows of an update: fixed shapes, and work for real tokens alone.
+
+R1's samples have long-tailed lengths. Each row holds several samples, one after the other, packed
+best-fit decreasing as in DeepSeek-R1's training (arXiv 2501.12948 v2, infrastructure). The rows are
+as many as the longest samples could need, in small micro-batches, of which only those that hold
+something are run. So one program is compiled for all phases, and its time follows the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from r1jax.data.packing import best_fit_decreasing
+from r1jax.grpo import GRPOBatch
+from r1jax.processes import gather
+from r1jax.rewards import RowScore
+from r1jax.rollouts.sampling import Completion
+from r1jax.sampler import Finish
+from r1jax.sharding import Layout, process_batch_parts
+from r1jax.stages.grpo.settings import GRPOStage
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+# What a device computes at once, at least: fewer tokens do not keep it busy.
+_LEAST_TOKENS = 2048
+# Micro-batches of an update, at least, where samples are as long as they can be: the last one that
+# is run is half empty, on average. With real lengths a quarter of them, or fewer, is run.
+_LEAST_MICRO_BATCHES = 128
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """Of an update's rows, over all devices.
+
+    samples: in an update. rows: of a micro-batch. micro_batches: at most. time: tokens of a row.
+    """
+
+    samples: int
+    rows: int
+    micro_batches: int
+    time: int
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows * self.micro_batches
+
+
+def packed_shape(
+    stage: GRPOStage, longest_prompt: int, training: Layout, rollout: Layout, *, step: int | None
+) -> PackedShape:
+    """The rows of an update; a micro-batch has no more than the samples / stage.micro_batches.
+
+    Args:
+      longest_prompt: tokens that a prompt of the stage may have.
+      step: for the limit of a completion that is in force there; None for the highest of all steps,
+        which decides on the numbers of rows in any case.
+    """
+    samples = stage.questions_per_step * stage.outputs_per_question
+    shards = training.shards("batch")
+
+    def time(new_tokens: int) -> int:
+        return _round_up(longest_prompt + new_tokens, stage.length_bucket)
+
+    longest = time(stage.longest_completion)
+    rows = max(-(-_LEAST_TOKENS // longest) * shards, samples // _LEAST_MICRO_BATCHES)
+    rows = min(_round_up(rows, shards), samples // stage.micro_batches)
+    # All rows divide over the devices that sample, which may be split in another way.
+    multiple = rollout.shards("batch") // math.gcd(rows, rollout.shards("batch"))
+    micro_batches = _round_up(-(-samples // rows), multiple)
+    limit = longest if step is None else time(stage.max_new_tokens_at(step))
+    return PackedShape(samples, rows, micro_batches, limit)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A sample as an update reads it.
+
+    trained: False leaves it out of the loss.
+    """
+
+    completion: Completion
+    advantage: float
+    trained: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.completion.prompt.token_ids) + len(self.completion.token_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.completion.token_ids) if self.trained else 0
+
+
+def training_samples(
+    stage: GRPOStage,
+    completions: Sequence[Completion],
+    scores: Sequence[RowScore],
+    advantages: np.ndarray,
+) -> list[TrainingSample]:
+    """Samples with their advantages [prompts, samples].
+
+    Unscored samples, and truncated ones if the stage says so, are left out of the loss.
+    """
+    return [
+        TrainingSample(
+            completion,
+            float(advantage),
+            score.scored and not (stage.mask_truncated and completion.finish == Finish.LENGTH),
+        )
+        for completion, score, advantage in zip(
+            completions, scores, advantages.reshape(-1), strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class PackedUpdates:
+    """This process's rows of the updates of a phase, host arrays.
+
+    rows_filled: real tokens / positions that are computed, over all updates and processes.
+    """
+
+    batches: list[GRPOBatch]
+    rows_filled: float
+
+
+def pack_updates(
+    updates: Sequence[Sequence[TrainingSample]],
+    shape: PackedShape,
+    layout: Layout,
+    *,
+    keep_untrained: bool = False,
+) -> PackedUpdates:
+    """Pack this process's samples of each update; all processes call it.
+
+    Ids are those that were sampled, never re-encoded text.
+
+    Args:
+      layout: whose slice of the batch the samples are.
+      keep_untrained: pack samples that are left out of the loss, too: the router of a mixture of
+        experts counts their tokens.
+
+    Raises:
+      ValueError: a sample is longer than a row.
+    """
+    row_index, micro_batch = filling_order(shape, layout)
+    kept = [[s for s in samples if s.trained or keep_untrained] for samples in updates]
+    packed = [pack_samples(samples, shape.time) for samples in kept]
+    facts = [
+        {
+            # At least 1: the update is run where there is nothing to train on, too.
+            "used": 1 + int(micro_batch[max(len(rows) - 1, 0)]),
+            "trained": sum(sample.trained_tokens > 0 for sample in samples),
+            "samples": len(samples),
+            "tokens": sum(sample.length for sample in samples),
+        }
+        for rows, samples in zip(packed, kept, strict=True)
+    ]
+    batches, tokens, positions = [], 0, 0
+    for rows, *of_all in zip(packed, *gather([facts], layout), strict=True):
+        used = max(each["used"] for each in of_all)
+        tokens += sum(each["tokens"] for each in of_all)
+        positions += used * shape.rows * shape.time
+        scalars: dict[str, PyTree] = {
+            "sequences": np.int32(sum(each["trained"] for each in of_all)),
+            "samples": np.int32(sum(each["samples"] for each in of_all)),
+            "used_micro_batches": np.int32(used),
+        }
+        batches.append(replace(row_arrays(rows, row_index, shape.time), **scalars))
+    return PackedUpdates(batches, tokens / positions)
+
+
+def pack_samples(samples: Sequence[TrainingSample], time: int) -> list[list[TrainingSample]]:
+    """The samples of each row, the rows with most trained tokens first.
+
+    Raises:
+      ValueError: a sample is longer than `time`.
+    """
+    lengths = [sample.length for sample in samples]
+    if max(lengths, default=0) > time:
+        raise ValueError(f"a sample of {max(lengths)} tokens does not fit into rows of {time}")
+    rows = [[samples[i] for i in items] for items in best_fit_decreasing(lengths, time)]
+    return sorted(rows, key=lambda row: -sum(sample.trained_tokens for sample in row))
+
+
+def filling_order(shape: PackedShape, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which this process's rows are filled, and the micro-batch of each.
+
+    One micro-batch after the other, and in each the devices in turn, there and back: neighbours in
+    a list that is sorted by work, so that no device waits long for another.
+    """
+    size = shape.all_rows // layout.shards("batch")
+    parts = np.asarray(process_batch_parts(layout))
+    index = (parts[:, None] * size + np.arange(size)).reshape(-1)  # of all processes' rows
+    micro_batch, device = index % shape.micro_batches, index // size
+    turn = (index % size) // shape.micro_batches
+    order = np.lexsort((np.where(turn % 2, -device, device), turn, micro_batch))
+    return order, micro_batch[order]
+
+
+def row_arrays(
+    rows: Sequence[Sequence[TrainingSample]], row_index: np.ndarray, time: int
+) -> GRPOBatch:
+    """Rows as arrays [len(row_index), time]; the n-th row is that of index row_index[n]."""
+    shape = (len(row_index), time)
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    mask, sampler, advantages, lengths = (np.zeros(shape, np.float32) for _ in range(4))
+    inputs = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
+    steps = np.arange(time, dtype=np.int32)
+    for samples, r in zip(rows, row_index.tolist(), strict=False):
+        first = 0
+        for segment, sample in enumerate(samples, start=1):
+            completion = sample.completion
+            start = first + len(completion.prompt.token_ids)
+            end = start + len(completion.token_ids)
+            tokens[r, first:start] = completion.prompt.token_ids
+            tokens[r, start:end] = completion.token_ids
+            positions[r, first:end] = steps[: end - first]
+            segment_ids[r, first:end] = segment
+            sampler[r, start:end] = completion.sampler_log_probs
+            mask[r, start:end] = sample.trained
+            advantages[r, start:end] = sample.advantage
+            lengths[r, start:end] = sample.trained_tokens
+            if completion.experts is not None:
+                experts = completion.experts
+                if "experts" not in inputs:
+                    inputs["experts"] = np.zeros((*shape, experts.shape[-1]), experts.dtype)
+                inputs["experts"][r, first : first + len(experts)] = experts
+            first = end
+    arrays: dict[str, PyTree] = {"mask": mask, "sampler_log_probs": sampler}
+    arrays |= {"advantages": advantages, "lengths": lengths}
+    return GRPOBatch(inputs=inputs, **arrays)
