@@ -173,6 +173,8 @@ def long_tail(count: int, seed: int) -> list[TrainingSample]:
 
 def layout_of(parts: int) -> Any:
     class Shards:
+        platform = "cpu"
+
         def shards(self, axis: str) -> int:
             return parts
 

@@ -27,8 +27,9 @@ from r1jax.stages.grpo.settings import GRPOStage
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
-# What a device computes at once, at least: fewer tokens do not keep it busy.
-_LEAST_TOKENS = 2048
+# What a device computes at once, at least: fewer tokens do not keep it busy, and a micro-batch may
+# gather all weights. A CPU's caches hold no more.
+_LEAST_TOKENS, _LEAST_TOKENS_ON_CPU = 8192, 2048
 # Micro-batches of an update, at least, where samples are as long as they can be: the last one that
 # is run is half empty, on average. With real lengths a quarter of them, or fewer, is run.
 _LEAST_MICRO_BATCHES = 128
@@ -68,7 +69,8 @@ def packed_shape(
         return _round_up(longest_prompt + new_tokens, stage.length_bucket)
 
     longest = time(stage.longest_completion)
-    rows = max(-(-_LEAST_TOKENS // longest) * shards, samples // _LEAST_MICRO_BATCHES)
+    tokens = _LEAST_TOKENS_ON_CPU if training.platform == "cpu" else _LEAST_TOKENS
+    rows = max(-(-tokens // longest) * shards, samples // _LEAST_MICRO_BATCHES)
     rows = min(_round_up(rows, shards), samples // stage.micro_batches)
     # All rows divide over the devices that sample, which may be split in another way.
     multiple = rollout.shards("batch") // math.gcd(rows, rollout.shards("batch"))

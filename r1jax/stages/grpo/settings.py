@@ -49,12 +49,19 @@ class GRPOStage(TrainStage):
     questions_per_step: int = Field(32, ge=1)
     outputs_per_question: int = Field(16, ge=2)
     mini_batches_per_rollout: int = Field(1, ge=1)
-    micro_batches: int = Field(1, ge=1)
+    micro_batches: int = Field(
+        1,
+        ge=1,
+        description="No more rows at once than an update's samples divided by this. Packed rows "
+        "are fewer, and come in smaller parts where the devices stay busy.",
+    )
     rollout_batches: int = Field(
         1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
     )
     max_new_tokens: Annotated[int | list[LengthChange], AfterValidator(check_changes)] = 1024
-    length_bucket: int = Field(128, ge=1, description="Rows are padded to a multiple of this.")
+    length_bucket: int = Field(
+        128, ge=1, description="The length of the packed rows is a multiple of this."
+    )
     sampling: SamplingSection = SamplingSection()
     loss: GRPOConfig = GRPOConfig()
     balance: BalanceSection = BalanceSection()
