@@ -630,7 +630,7 @@ def _print_dry_run(config: RunConfig) -> None:
     """The config, devices, each weight, and the memory estimate."""
     from rich.table import Table
 
-    from r1jax.config.load import dump_config
+    from r1jax.config.load import ConfigError, dump_config
     from r1jax.planner.dry_run import describe
 
     description = describe(config)
@@ -654,6 +654,8 @@ def _print_dry_run(config: RunConfig) -> None:
         _console().print(table, markup=False)
     for note in description["notes"]:
         typer.echo(note)
+    if description["too_large"]:
+        raise ConfigError(description["too_large"])
 
 
 def _print_summary(stage: str, summary: JsonObject) -> None:

@@ -71,21 +71,29 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[JsonObject]:
 def numbered_rows(path: Path, *, finished: bool = False) -> Iterator[tuple[int, JsonObject]]:
     """(line number from 1, object) for each line of a UTF-8 file that is not blank.
 
+    Raises ValueError as `numbered_values`, and for a line that is not a JSON object.
+    """
+    for number, row in numbered_values(path, finished=finished):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(f"{path}:{number}: a {kind}; needs one JSON object per line")
+        yield number, row
+
+
+def numbered_values(path: Path, *, finished: bool = False) -> Iterator[tuple[int, JsonValue]]:
+    """(line number from 1, value) for each line of a UTF-8 file that is not blank.
+
     finished: leave a last line without its newline out: it may still be written. Raises ValueError
-    for a line that is not a JSON object, as `file:line: what is wrong`.
+    for a line that is not JSON, as `file:line: what is wrong`.
     """
     with path.open("rb") as file:  # bytes: only "\n" ends a line, and bad UTF-8 has a line number
         for number, line in enumerate(file, start=1):
             if not line.strip() or (finished and not line.endswith(b"\n")):
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a JSON line: {error}") from None
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise ValueError(f"{path}:{number}: a {kind}; needs one JSON object per line")
-            yield number, row
 
 
 def end_of_last_line(path: Path) -> int:

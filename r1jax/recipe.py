@@ -25,6 +25,7 @@ from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.metrics.watchdog import Watchdog
 from r1jax.peers import watched_peers
+from r1jax.planner.memory import check_memory, explained_out_of_memory
 from r1jax.processes import agree, distributed_process, wait_for_all
 from r1jax.report.page import write_report
 from r1jax.run.record import Record, open_record
@@ -101,6 +102,7 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
             _check_profile(record, selected, profile)
         chosen = [stage for stage in config.stages if stage.name in selected]
         left = [stage for stage in chosen if record.status(stage.name) != "done"]
+        check_memory(resolved, left)
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
@@ -145,7 +147,8 @@ def _run_stage(
         stage_run = StageRun(
             **vars(run), directory=directory, record=record, stop=stop, profile=traced
         )
-        load_functions(stage).run(stage, stage_run)
+        with explained_out_of_memory(stage, run):
+            load_functions(stage).run(stage, stage_run)
     record.note_machine(stage, {**compilations.figures(), **memory()})
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from r1jax.config.expected import describe, expected_at, has, keys_at, named_values
+from r1jax.config.other_names import other_name
 from r1jax.config.yaml_file import KeyPath, show
 from r1jax.files import JsonObject
 
@@ -39,12 +41,29 @@ def messages(
         found.setdefault(_key_path(data, details), details)
     wrong = []
     for path, details in found.items():
+        if not path and details["type"] == "value_error":  # a rule between sections names a key
+            path = _named_path(data, details["msg"].removeprefix("Value error, "))
         # Of a union, the alternatives that were not meant complain as well, higher up.
         below = any(other[: len(path)] == path for other in found if other != path)
         of_another = below and details["type"].endswith(("_type", "literal_error"))
         if not of_another and (details["type"] in _UNKNOWN_KEY or not unknown_keys_only):
             wrong.append((path, _message(data, path, details)))
     return wrong
+
+
+def _named_path(data: JsonObject, message: str) -> KeyPath:
+    """The longest path in `data` of the key that a message begins with; stages by name."""
+    path: KeyPath = ()
+    node: Any = data
+    for part in re.split(r"[:,\s]", message, maxsplit=1)[0].split("."):
+        key: str | int = part
+        if isinstance(node, list):
+            names = [each.get("name") if isinstance(each, dict) else None for each in node]
+            key = names.index(part) if part in names else len(node)
+        if not has(node, key):
+            break
+        node, path = node[key], (*path, key)
+    return path
 
 
 def _key_path(data: JsonObject, error: ErrorDetails) -> KeyPath:
@@ -92,6 +111,8 @@ def _message(data: JsonObject, path: KeyPath, error: ErrorDetails) -> str:
 def _meant_key(data: JsonObject, path: KeyPath) -> str:
     """What the writer of an unknown key may have meant."""
     key, section = str(path[-1]), path[:-1]
+    if known := other_name(key, name_of(data, section)):
+        return known
     keys = keys_at(data, section)
     # A right name at the wrong depth: learning_rate instead of optimizer.learning_rate.
     deeper = [f"{name}.{key}" for name in keys if key in keys_at(data, (*section, name))]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
-from r1jax.settings.model import MODEL
+from r1jax.settings.model import MODEL, ModelSection
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,16 @@ def ingredients(config: RunConfig, name: str) -> JsonObject:
     return {
         "seed": config.seed,
         f"stages.{name}": stage.model_dump(mode="json"),
-        "model" if model == MODEL else f"models.{model}": section.model_dump(mode="json"),
+        "model" if model == MODEL else f"models.{model}": _weights_and_numbers(section),
         **{f"data.{data}": config.data[data].model_dump(mode="json") for data in datasets},
         **{f"rewards.{key}": reward.model_dump(mode="json") for key, reward in rewards.items()},
         **{f"({source})": ingredients(config, source) for source in needs(config, name)},
     }
+
+
+def _weights_and_numbers(section: ModelSection) -> JsonObject:
+    """What decides a model's results; how far it may be used does not."""
+    return section.model_dump(mode="json", exclude={"max_position_embeddings"})
 
 
 def differences(before: object, after: object, path: str = "") -> Iterator[str]:

@@ -8,7 +8,7 @@ config must work from anywhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -65,8 +65,8 @@ def parse_config(
         # JSON mode is strict about types, so that "5", true or 5.0 is no integer, without asking
         # YAML for tuples and dataclasses.
         where = None if folder is None else str(folder.absolute())
-        text = json.dumps(data)
-        config = RunConfig.model_validate_json(text, strict=True, context={"folder": where})
+        context = {"folder": where, "places": _by_name(data, document.places)}
+        config = RunConfig.model_validate_json(json.dumps(data), strict=True, context=context)
     except ValidationError as error:
         # Without what should have been filled in, much is missing that was not forgotten.
         for path, problem in messages(data, error, unknown_keys_only=bool(not_filled_in)):
@@ -74,6 +74,22 @@ def parse_config(
     if document.problems:
         raise ConfigError(document.problems)
     return config
+
+
+def _by_name(data: JsonObject, places: Mapping[KeyPath, str]) -> dict[tuple[str, ...], str]:
+    """The places of keys, with stages by their names, which later code knows them by."""
+    stages = data.get("stages")
+    names = {
+        index: str(stage.get("name")) if isinstance(stage, dict) else str(index)
+        for index, stage in enumerate(stages if isinstance(stages, list) else ())
+    }
+    named = {}
+    for path, place in places.items():
+        parts: list[object] = list(path)
+        if len(parts) > 1 and parts[0] == "stages":
+            parts[1] = names.get(parts[1], parts[1])  # type: ignore[call-overload]
+        named[tuple(map(str, parts))] = place
+    return named
 
 
 def slices_of(name_or_path: str | Path) -> list[str]:

@@ -7,6 +7,8 @@ or the data happen when the run is resolved, still before any compute.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -17,14 +19,15 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
 
+from r1jax.config.yaml_file import ConfigError, show
 from r1jax.settings.data import DataSection
 from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.rewards import RewardSection, VerifierSection
-from r1jax.settings.section import Section
+from r1jax.settings.section import Section, SettingError
 from r1jax.settings.stage import Leaves, Stage
 
 
@@ -94,6 +97,7 @@ class RunConfig(Section):
         "gs://..., or null for nowhere. `auto`: see r1jax.compilation_cache.",
     )
     _folder: str | None = PrivateAttr(None)
+    _places: Mapping[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
 
     @property
     def folder(self) -> str | None:
@@ -103,6 +107,51 @@ class RunConfig(Section):
     def model_post_init(self, context: object) -> None:
         if isinstance(context, dict):
             self._folder = context["folder"]
+            self._places = context.get("places", {})
+
+    def place(self, path: Sequence[str]) -> str:
+        """`file:line: ` of a key, or of the section that it is missing in; "" where not known."""
+        ends = [tuple(path[:end]) for end in range(len(path), 0, -1)]
+        place = next((self._places[end] for end in ends if end in self._places), None)
+        return "" if place is None else f"{place}: "
+
+    def refusal(self, key: str | Sequence[str], problem: str) -> ConfigError:
+        """The error of a setting: after its place in the file, and with its value.
+
+        key: dotted, stages by name; or its parts, where a part may have dots itself.
+        """
+        path = tuple(key.split(".") if isinstance(key, str) else key)
+        node: object = self
+        for part in path:
+            if isinstance(node, list):  # of stages
+                node = next((stage for stage in node if stage.name == part), None)
+            else:
+                node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
+        plain = None if isinstance(node, Section) or not node and node != 0 else node
+        value = (
+            ""
+            if plain is None or isinstance(plain, dict)
+            else f" = {show(to_jsonable_python(plain))}"
+        )
+        return ConfigError([f"{self.place(path)}{'.'.join(path)}{value}: {problem}"])
+
+    @contextmanager
+    def blaming(self, *section: str, reader: str = "") -> Iterator[None]:
+        """Errors of the block are those of a section: of the setting that they name, or `source`.
+
+        reader: the stage that the block is for.
+        """
+        for_whom = f" (read by stages.{reader})" if reader else ""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except SettingError as error:
+            raise self.refusal(
+                (*section, *error.key.split(".")), error.problem + for_whom
+            ) from error
+        except (ValueError, ImportError, OSError) as error:
+            raise self.refusal((*section, "source"), f"{error}{for_whom}") from error
 
     def __eq__(self, other: object) -> bool:  # wherever it was read from
         return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
@@ -162,7 +211,7 @@ class RunConfig(Section):
         if stage.DESCRIPTION.trains and selected and not any(r.weight for r in selected.values()):
             raise ValueError(
                 f"{where} trains on nothing: the weights of its rewards, {', '.join(selected)}, "
-                "are all 0"
+                "are all 0; give one another weight"
             )
         for reward in selection or ():
             if reward not in selected:

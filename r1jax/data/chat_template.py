@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from r1jax.data.example import Message
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
 from r1jax.settings.names import nearest
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,39 +60,47 @@ class Piece(NamedTuple):
     trained: bool
 
 
+# What the functions below set themselves, or what would change what they give.
+_RESERVED = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize")
+
+
 def check_template(section: DataSection) -> None:
-    """Raises ValueError when the section's template is unknown or would ignore a setting."""
+    """Raises SettingError when the section's template is unknown or would ignore a setting."""
     if section.template not in TEMPLATES:
         hint = nearest(section.template, TEMPLATES)
-        raise ValueError(
-            f"template = {section.template!r}: {hint}known: {', '.join(sorted(TEMPLATES))}"
-        )
-    if section.system_prompt is not None and section.template != "chat":
-        raise ValueError(
-            f"system_prompt is set, but template = {section.template!r} cannot hold it; use "
-            "template: chat or remove system_prompt"
-        )
+        raise SettingError("template", f"{hint}known: {', '.join(sorted(TEMPLATES))}")
+    for key in ("system_prompt", "chat_template_kwargs"):
+        if getattr(section, key) is not None and section.template != "chat":
+            raise SettingError(
+                key,
+                f"template = {section.template!r} cannot hold it; use template: chat or remove "
+                f"{key}",
+            )
+    for name in section.chat_template_kwargs or ():
+        if name in _RESERVED:
+            raise SettingError(f"chat_template_kwargs.{name}", "r1jax sets it; remove it")
 
 
 def render_prompt(
-    question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase
+    question: str,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    history: Sequence[Message] = (),
 ) -> RenderedPrompt:
-    """The question in the section's template, which `check_template` has checked."""
-    question += section.prompt_suffix
-    return TEMPLATES[section.template](question, section.system_prompt, tokenizer)
+    """The question in the section's template, which `check_template` has checked.
 
-
-def _chat(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
-) -> RenderedPrompt:
-    system = [] if system_prompt is None else [Message("system", system_prompt)]
-    return _chat_prompt([*system, Message("user", question)], tokenizer)
+    history: messages before it; where they begin with the system's, the section's is left out.
+    """
+    messages = [*history, Message("user", question + section.prompt_suffix)]
+    if section.system_prompt is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", section.system_prompt))
+    return TEMPLATES[section.template](messages, section, tokenizer)
 
 
 def _r1_zero(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message], section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedPrompt:
-    del system_prompt
+    question = _only_question(messages, section)
     stop = "" if question.endswith((".", "?", "!", "。", "？", "！")) else "."
     # Not str.format: a question may hold braces.
     text = R1_ZERO.replace("{stop}", stop).replace("{prompt}", question)
@@ -99,10 +108,19 @@ def _r1_zero(
 
 
 def _plain(
-    question: str, system_prompt: str | None, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message], section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedPrompt:
-    del system_prompt
-    return RenderedPrompt(_with_bos(question, tokenizer), "")
+    return RenderedPrompt(_with_bos(_only_question(messages, section), tokenizer), "")
+
+
+def _only_question(messages: Sequence[Message], section: DataSection) -> str:
+    if len(messages) == 1:
+        return messages[0].content
+    raise SettingError(
+        "template",
+        f"{section.template!r} has a place for one question and its answer only, not for "
+        f"{', '.join(message.role for message in messages)}; use template: chat",
+    )
 
 
 def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -112,10 +130,25 @@ def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-TEMPLATES: Mapping[str, Callable[[str, str | None, PreTrainedTokenizerBase], RenderedPrompt]] = (
-    MappingProxyType({"chat": _chat, "r1_zero": _r1_zero, "plain": _plain})
-)
-"""Name -> function of (question, system prompt, tokenizer)."""
+def _chat(
+    messages: Sequence[Message], section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> RenderedPrompt:
+    """The text that the assistant continues after `messages`, by the tokenizer's chat template."""
+    text = _apply_chat_template(messages, section, tokenizer, open_answer=True)
+    turn = _apply_chat_template(messages, section, tokenizer, open_answer=False)
+    # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
+    # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
+    follows = text.startswith(turn) and len(text) > len(turn)
+    question = messages[-1].content
+    opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
+    at = opened.find("<think>")
+    return RenderedPrompt(text, opened[at:] if at >= 0 else "")
+
+
+TEMPLATES: Mapping[
+    str, Callable[[Sequence[Message], DataSection, PreTrainedTokenizerBase], RenderedPrompt]
+] = MappingProxyType({"chat": _chat, "r1_zero": _r1_zero, "plain": _plain})
+"""Name -> function of a conversation that ends with the user, the section, and the tokenizer."""
 
 
 def turn_end(
@@ -130,23 +163,25 @@ def turn_end(
     end = tokenizer.eos_token
     if section.template == "chat":
         question, answer = Message("user", "Is it?"), Message("assistant", "Yes, it is.")
-        rendered = _apply_chat_template([question, answer], tokenizer, open_answer=False)
-        opened = _apply_chat_template([question], tokenizer, open_answer=True)
+        rendered = _apply_chat_template([question, answer], section, tokenizer, open_answer=False)
+        opened = _apply_chat_template([question], section, tokenizer, open_answer=True)
         _check_markers(rendered + opened, tokenizer)
         before, _, behind = rendered.rpartition(answer.content)
         if not before:
-            raise ValueError("the tokenizer's chat template leaves out what the assistant says")
+            raise SettingError("template", "the chat template leaves out what the assistant says")
         ends = [behind.index(stop) + len(stop) for stop in stops if stop in behind]
         end = behind[: min(ends)] if ends else end
     if end is None:
-        raise ValueError(
+        raise SettingError(
+            "template",
             "the tokenizer has no EOS token, and its chat template ends the assistant's turn with "
-            "no stop token: the model would never learn to stop. Set eos_token in the tokenizer."
+            "no stop token: the model would never learn to stop. Set eos_token in the tokenizer.",
         )
     if encode_texts([end], tokenizer)[0][-1:] not in [[i] for i in stop_ids]:
-        raise ValueError(
+        raise SettingError(
+            "template",
             f"the assistant's turn ends in {end!r}, which the tokenizer does not encode as a stop "
-            f"token ({', '.join(map(repr, stops))}); use the tokenizer that belongs to the model"
+            f"token ({', '.join(map(repr, stops))}); use the tokenizer that belongs to the model",
         )
     return _TurnEnd(end, stops)
 
@@ -172,20 +207,14 @@ def render_conversation(
     Raises ValueError: the template cannot hold the messages, or an assistant's message is empty.
     """
     *before, last = messages
-    if section.template == "chat":
-        prompt, prefill = _chat_prompt(before, tokenizer)
-    elif len(before) == 1:
-        prompt, prefill = TEMPLATES[section.template](before[0].content, None, tokenizer)
-    else:
-        raise ValueError(
-            f"template = {section.template!r} has a place for one question and its answer only, "
-            f"not for {', '.join(message.role for message in messages)}; use template: chat"
-        )
+    if section.template != "chat":
+        _only_question(before, section)
+    prompt, prefill = TEMPLATES[section.template](before, section, tokenizer)
     start = 0
     for turn in range(1, len(before)):
         if (before[turn - 1].role, before[turn].role) != ("user", "assistant"):
             continue
-        opening, opened = _chat_prompt(before[:turn], tokenizer)
+        opening, opened = _chat(before[:turn], section, tokenizer)
         completion = _completion(before[turn].content, opened, end)
         if prompt.startswith(opening + completion):
             yield Piece(prompt[start : len(opening)], False)
@@ -195,51 +224,74 @@ def render_conversation(
     yield Piece(_completion(last.content, prefill, end), True)
 
 
+_EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+"""As Qwen3 and DeepSeek-R1 write a turn without a thought."""
+
+
 def _completion(message: str, prefill: str, end: _TurnEnd) -> str:
-    """What the model itself should write for `message`, its end included."""
+    """What the model itself should write for `message`, its end included.
+
+    Where the prompt opens a thought and the message has none, an empty thought is closed.
+    """
     opening = prefill if message.startswith(prefill) else prefill.rstrip()
+    begun = bool(opening) and message.startswith(opening)
     message = message.removeprefix(opening)
     message = message.removesuffix(next((s for s in end.stops if message.endswith(s)), ""))
     if not message:
         raise ValueError("the assistant's message is empty; remove the row")
+    if "</think>" in prefill:
+        if message.lstrip().startswith("<think>"):
+            raise ValueError(
+                "the assistant's message has a thought, and the chat template has closed an empty "
+                "one before it; set what opens it (such as chat_template_kwargs: {enable_thinking: "
+                "true}), or take the thought out of the row"
+            )
+    elif "<think>" in prefill and "</think>" not in message:
+        if begun or message.lstrip().startswith("<think>"):
+            raise ValueError("the assistant's thought has no </think>; close it or remove the row")
+        closed = _EMPTY_THOUGHT.startswith(prefill)
+        message = (_EMPTY_THOUGHT.removeprefix(prefill) if closed else "</think>\n\n") + message
     return message + end.text
 
 
-def _chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> RenderedPrompt:
-    """The text that the assistant continues after `messages`, by the tokenizer's chat template."""
-    text = _apply_chat_template(messages, tokenizer, open_answer=True)
-    turn = _apply_chat_template(messages, tokenizer, open_answer=False)
-    # Only what the generation prompt adds can be a prefill: a question may well say "<think>".
-    # A template that ignores the flag (or rewrites the turn) is read from the question's end on.
-    follows = text.startswith(turn) and len(text) > len(turn)
-    question = messages[-1].content
-    opened = text[len(turn) if follows else text.rfind(question) + len(question) :]
-    at = opened.find("<think>")
-    return RenderedPrompt(text, opened[at:] if at >= 0 else "")
-
-
 def _apply_chat_template(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_answer: bool
+    messages: Sequence[Message],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    open_answer: bool,
 ) -> str:
     """The tokenizer's chat template on `messages`; `open_answer`: with the assistant's header."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            "template: chat, but the tokenizer has no chat template; use template: r1_zero or plain"
+        raise SettingError(
+            "template", "the tokenizer has no chat template; use template: r1_zero or plain"
+        )
+    given = section.chat_template_kwargs or {}
+    names = set(re.findall(r"\w+", str(tokenizer.chat_template)))
+    for name in given.keys() - names:
+        raise SettingError(
+            f"chat_template_kwargs.{name}",
+            f"the tokenizer's chat template does not read it; {nearest(name, names)}remove it",
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer)
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=open_answer, **given
+            )
         )
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+    except (TemplateError, TypeError) as error:
+        raise SettingError(
+            "template", f"the tokenizer's chat template refuses the messages: {error}"
+        ) from error
 
 
 def _check_markers(rendered: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for a marker without a token, which would be cut into letters."""
     for marker in _MARKER.findall(rendered):
         if tokenizer.convert_tokens_to_ids(marker) in (None, tokenizer.unk_token_id):
-            raise ValueError(
+            raise SettingError(
+                "template",
                 f"the chat template writes {marker!r}, which is not a token of the tokenizer; use "
-                "the tokenizer that the template was made for, or template: r1_zero or plain"
+                "the tokenizer that the template was made for, or template: r1_zero or plain",
             )

@@ -12,7 +12,9 @@ import numpy as np
 from r1jax.data.chat_template import Piece, check_template, render_conversation, turn_end
 from r1jax.data.documents import Document
 from r1jax.data.example import Example, Message
+from r1jax.data.examples import row_label
 from r1jax.data.tokenizers import encode_texts
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +36,8 @@ def encode_conversations(
     user message). A prompt is encoded apart from the turn after it, as sampled ids follow a
     prompt's ids. `max_prompt_tokens` has no effect. `stop_ids`: as `stop_token_ids` gives them.
 
-    Raises ValueError: the template is unknown, lacks or refuses something, or has markers that are
-    no tokens; an example has no response, or one that is empty or goes on after a stop token.
+    Raises SettingError: the template is unknown, lacks or refuses something, or has markers that
+    are no tokens; an example has no response, or one that is empty or goes on after a stop token.
     """
     check_template(section)
     end = turn_end(section, tokenizer, stop_ids)
@@ -59,20 +61,24 @@ def _naming(example: Example, section: DataSection) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{section.source}: row {example.id}: {error}") from error
+        key = error.key if isinstance(error, SettingError) else "source"
+        reason = error.problem if isinstance(error, SettingError) else str(error)
+        raise SettingError(key, f"{row_label(section, example.id)}: {reason}") from error
 
 
 def _conversation(example: Example, section: DataSection) -> list[Message]:
     """The messages up to the assistant's last one, with the section's additions."""
     if example.messages and example.response is not None:
-        raise ValueError("it has a response and messages; name the one to train on in data.fields")
+        raise SettingError("fields", "it has a response and messages; name the one to train on")
     messages = list(example.messages)
     if example.response is not None:
-        messages = [Message("user", example.prompt), Message("assistant", example.response)]
+        question = Message("user", example.prompt)
+        messages = [*example.history, question, Message("assistant", example.response)]
     if not messages:
-        raise ValueError(
-            "it has no response to train on; name the column in data.fields.response, or the one "
-            "of whole conversations in data.fields.messages"
+        raise SettingError(
+            "fields",
+            "it has no response to train on; name the column in fields.response, or the one of "
+            "whole conversations in fields.messages",
         )
     while messages and messages[-1].role != "assistant":
         messages.pop()

@@ -10,6 +10,7 @@ import numpy as np
 
 from r1jax.data.example import Example
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,9 +52,8 @@ def encode_documents(
     texts = []
     for example in examples:
         if example.text is None:
-            raise ValueError(
-                f"row {example.id} has no text to train on; name the column in data.fields.text"
-            )
+            problem = f"row {example.id} has no text to train on; name its column: {{text: COLUMN}}"
+            raise SettingError("fields", problem)
         opening = "" if example.text.startswith(bos) else bos
         closing = "" if example.text.endswith(eos) else eos
         texts.append(f"{opening}{example.text}{closing}")

@@ -34,6 +34,8 @@ class Example:
         domain: Free label, passed on to rewards and metrics.
         response: What the assistant should say to `prompt`, or None.
         messages: A whole conversation, in place of prompt and response; empty where there is none.
+        history: The messages before `prompt`, where the row has a conversation as its prompt: the
+            system's, and earlier turns.
         columns: All columns of the source's row that JSON can hold, for rewards.
     """
 
@@ -44,6 +46,7 @@ class Example:
     domain: str = ""
     response: str | None = None
     messages: tuple[Message, ...] = ()
+    history: tuple[Message, ...] = ()
     columns: JsonObject = field(default_factory=dict, compare=False, repr=False)
 
 

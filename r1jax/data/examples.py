@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar, cast, get_args, overload
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast, get_args, overload
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 from r1jax.files import JsonObject, plain_json
 from r1jax.settings.names import nearest
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from r1jax.settings.data import DataSection
@@ -39,10 +40,8 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     `held_out_fraction` all prompts are read once, to split the rows by a hash of each.
 
     Raises:
-        ValueError: the source, the split, a field or an option is unknown, a row cannot be read
-            (the message says which), or no rows are left.
-        FileNotFoundError: `jsonl:PATH` does not exist.
-        ImportError: the source needs a package that is not installed.
+        SettingError: the source, the split, a field or an option is unknown, a package is missing,
+            a row cannot be read (the message says which), or no rows are left.
     """
     kind, _, name = str(section.source).partition(":")
     if kind == "task" and name:
@@ -79,22 +78,19 @@ def load_task_rows(
         mapping: From the task to a function of an index and a split, which makes a row.
 
     Raises:
-        ValueError: the task, the split or an option is unknown, or a setting has no effect.
+        SettingError: the task, the split or an option is unknown, or a setting has no effect.
     """
-    where = f"source = {section.source!r}"
     name = str(section.source).removeprefix("task:")
     if name not in TASKS:
-        raise ValueError(f"{where}: no task {name!r}; known: {', '.join(sorted(TASKS))}")
+        raise SettingError("source", f"no task {name!r}; known: {', '.join(sorted(TASKS))}")
     for setting in ("fields", "answer_pattern", "held_out_fraction", "wrong_answers", "row_format"):
         if getattr(section, setting):
-            raise ValueError(
-                f"{where}: {setting} = {getattr(section, setting)!r} has no effect on a task; "
-                "remove it (a task makes its own fields and splits)"
-            )
+            problem = "has no effect on a task, which makes its own fields and splits; remove it"
+            raise SettingError(setting, problem)
     if section.split not in get_args(Split):
-        raise ValueError(f"{where}: split = {section.split!r}; a task has train and held_out")
+        raise SettingError("split", "a task has train and held_out")
     split = cast(Split, section.split)
-    make = mapping(task_options(TASKS[name], section.options, where))
+    make = mapping(task_options(TASKS[name], section.options))
     rows = _LazyRows(lambda index: make(index, split), range(section.limit or TASK_EXAMPLES))
     rows[0]  # a task without rows of this type raises now, not after the first compilation
     return rows
@@ -133,23 +129,23 @@ def load_rows(
         problem: The text that a row is split by; rows of equal problems fall on the same side.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as `load_examples`.
+        SettingError: as `load_examples`.
     """
     kind, _, name = str(section.source).partition(":")
     if kind not in _READERS or not name:
-        raise ValueError(
-            f"source = {section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME, or "
-            "gym:NAME"
+        raise SettingError(
+            "source",
+            f"{section.source!r}: needs tfds:NAME, jsonl:PATH, hf:NAME or task:NAME, or gym:NAME",
         )
     options = dict(section.options)
     fraction = section.held_out_fraction
     split = section.split
     if fraction > 0:
         if split not in ("train", "held_out"):
-            raise ValueError(
-                f"source = {section.source!r}: split = {split!r} with held_out_fraction = "
-                f"{fraction:g}; the split must be train or held_out (options.from_split names the "
-                "source's own split that is divided)"
+            raise SettingError(
+                "split",
+                f"with held_out_fraction = {fraction:g} it must be train or held_out "
+                "(options.from_split names the source's own split that is divided)",
             )
         split = str(options.pop("from_split", "train"))
     rows = _READERS[kind](name, split, options)
@@ -160,9 +156,10 @@ def load_rows(
         indices = [i for i in indices if split_of(problem(to_row(i)), fraction) == section.split]
     indices = indices[: section.limit]
     if not indices:
-        raise ValueError(
-            f"source = {section.source!r}: split = {section.split!r} has no rows"
-            + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else "")
+        raise SettingError(
+            "source",
+            f"split = {section.split!r} has no rows"
+            + (f" of the {count} with held_out_fraction = {fraction:g}" if fraction else ""),
         )
     lazy = _LazyRows(to_row, indices)
     if rows.in_memory:
@@ -173,9 +170,8 @@ def load_rows(
 
 def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     """A function of a row's index to its example, by `fields` and `answer_pattern`."""
-    where = f"source = {section.source!r}"
     columns = columns_of(section, _FIELDS)
-    named = set(section.fields)
+    named = {field for field, column in section.fields.items() if column is not None}
     # A column that the section names for one field is not another field, whatever it is called.
     for field in set(columns) - named:
         if columns[field] in section.fields.values():
@@ -186,45 +182,56 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
     # Pretraining text needs no other field.
     text_alone = "text" in named and not named & {"prompt", "answer", "response"}
     pattern = _compiled(section)
+    # Where some columns are named, an optional one that cannot be read is only called so.
+    meant = named | {"prompt", "answer"} if named else set(_FIELDS) - {"domain"}
 
     def to_example(index: int) -> Example:
-        row, here = rows.rows[index], f"{where}: {rows.label(index)}"
+        row, here = rows.rows[index], rows.label(index)
         kept = row
         if section.row_format == "livecodebench":
             # Its tests may be megabytes, and are in the answer.
             kept = {name: row[name] for name in row if name not in livecodebench.COLUMNS}
             row = _of_livecodebench(row, here)
-        given = {field: _value(row, column) for field, column in columns.items()}
-        present = {field for field, value in given.items() if value is not None}
-        if "domain" not in named and not isinstance(given.get("domain"), _LABELS):
-            present.discard("domain")  # a column that happens to be called so
+        values: dict[str, str] = {}
+        messages: tuple[Message, ...] = ()
+        history: tuple[Message, ...] = ()
+        for field, column in columns.items():
+            value, where = value_at(row, column), f"{here}: column {column!r}"
+            if value is None:
+                continue
+            try:
+                if field == "messages":
+                    messages = as_messages(value, where)
+                elif field == "prompt":
+                    history, values[field] = as_prompt(value, where)
+                elif field == "response":
+                    values[field] = as_response(value, where)
+                elif field != "domain" or field in named or isinstance(value, _LABELS):
+                    values[field] = as_text(value, where, structured=field == "answer")
+            except ValueError as error:
+                if field in meant:
+                    raise SettingError(_key_of(field, section), str(error)) from error
+        present = set(values) | ({"messages"} if messages else set())
         required = named if text_alone else named | _needed(present | named)
         if missing := [field for field in _FIELDS if field in required - present]:
             raise missing_column(row, columns.get(missing[0], missing[0]), missing[0], here)
-        messages: tuple[Message, ...] = ()
-        if "messages" in present:
-            messages = _as_messages(given["messages"], f"{here}: column {columns['messages']!r}")
-        values = {
-            field: as_text(given[field], f"{here}: column {column!r}", structured=field == "answer")
-            for field, column in columns.items()
-            if field in present - {"messages", "prompt"}
-        }
-        if "prompt" in present:
-            values["prompt"] = _question(given["prompt"], section, here, columns["prompt"])
         answer = values.get("answer", "")
         if pattern is not None:
             matches = list(pattern.finditer(answer))
             if not matches:
-                raise ValueError(
-                    f"{here}: answer_pattern = {pattern.pattern!r} does not occur in the "
-                    f"answer, which ends in {answer[-80:]!r}"
+                raise SettingError(
+                    "answer_pattern",
+                    f"{here}: does not occur in the answer, which ends in {answer[-80:]!r}",
                 )
             answer = (matches[-1].group(1) or "").strip()
         if section.wrong_answers:
             wrong = [
                 _column(row, column, "wrong_answers", here) for column in section.wrong_answers
             ]
-            values["prompt"], answer = lettered(values.get("prompt", ""), answer, wrong)
+            try:
+                values["prompt"], answer = lettered(values.get("prompt", ""), answer, wrong)
+            except ValueError as error:
+                raise SettingError("wrong_answers", f"{here}: {error}") from error
         opening = next((m.content for m in messages if m.role == "user"), "")
         return Example(
             id=index,
@@ -234,17 +241,23 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
             domain=section.domain or values.get("domain", ""),
             response=values.get("response"),
             messages=messages,
+            history=history,
             columns={} if text_alone else _json_columns(kept),
         )
 
     return to_example
 
 
+def _key_of(field: str, section: DataSection) -> str:
+    """The setting that says which column a field is."""
+    return f"fields.{field}" if section.fields.get(field) is not None else "fields"
+
+
 # A label is text (bytes in TFDS) or a number.
 _LABELS = (str, bytes, int, float, np.generic)
 
 
-def _value(row: Row, column: str) -> object:
+def value_at(row: Row, column: str) -> object:
     """A column's value; `a.b` is the key b of the column a, where there is no column `a.b`."""
     value: object = row.get(column)
     if value is None and "." in column:
@@ -254,24 +267,39 @@ def _value(row: Row, column: str) -> object:
     return value
 
 
-def _question(value: object, section: DataSection, where: str, column: str) -> str:
-    """A prompt: text, or a conversation of one user message, perhaps behind the system's."""
-    here = f"{where}: column {column!r}"
-    if not isinstance(value, list | tuple) or not all(isinstance(x, Mapping) for x in value):
-        return as_text(value, here)
-    messages = _as_messages(value, here)
-    system = [message.content for message in messages[:1] if message.role == "system"]
-    rest = messages[len(system) :]
-    if [message.role for message in rest] != ["user"] or system not in (
-        [],
-        [section.system_prompt],
-    ):
-        roles = ", ".join(message.role for message in messages)
+def _is_turns(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
+    return isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def as_prompt(value: object, where: str) -> tuple[tuple[Message, ...], str]:
+    """The messages before a prompt, and the prompt: a text, or the last message of a conversation.
+
+    Raises ValueError: neither, or the conversation does not end with the user.
+    """
+    if not _is_turns(value):
+        return (), as_text(value, where)
+    *history, last = as_messages(value, where)
+    if last.role != "user":
         raise ValueError(
-            f"{here} is a conversation ({roles}); a prompt is one user message. Set the system's "
-            "message as system_prompt of the dataset; put earlier turns into the user's message"
+            f"{where} ends with a message of the {last.role}; a prompt ends with the user's. For "
+            "supervised fine-tuning map it with fields: {messages: COLUMN}"
         )
-    return rest[0].content
+    return tuple(history), last.content
+
+
+def as_response(value: object, where: str, prompt: str | None = None) -> str:
+    """A response: a text, or the assistant's message at the end of a conversation.
+
+    prompt: what the user's message before it has to be, where there is one. Raises ValueError.
+    """
+    if not _is_turns(value) or not value:
+        return as_text(value, where)
+    *before, last = _messages(value, where)
+    if last.role != "assistant":
+        raise ValueError(f"{where} ends with a message of the {last.role}, not of the assistant")
+    if before and prompt is not None and before[-1] != Message("user", prompt):
+        raise ValueError(f"{where} answers another message than the prompt")
+    return last.content
 
 
 def _json_columns(row: Row) -> JsonObject:
@@ -288,9 +316,9 @@ def _json_columns(row: Row) -> JsonObject:
 def row_label(section: DataSection, index: int) -> str:
     """The file and line, or the split and row, of the row at an index of a section's source."""
     kind, _, name = str(section.source).partition(":")
-    if kind != "jsonl":
-        return f"{section.split} row {index}"
     path = locate(name).expanduser()
+    if kind != "jsonl" or not path.is_file():
+        return f"{section.split} row {index}"
     with path.open("rb") as file:
         lines = (number for number, line in enumerate(file, start=1) if line.strip())
         return f"{path}:{next(islice(lines, index, None))}"
@@ -301,14 +329,14 @@ def _of_livecodebench(row: Row, where: str) -> Row:
     try:
         prompt, answer = livecodebench.prompt_and_answer(texts)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise SettingError("row_format", f"{where}: {error}") from error
     return {**row, "prompt": prompt, "answer": answer}
 
 
 def _column(row: Row, column: str, setting: str, where: str) -> str:
-    value = _value(row, column)
+    value = value_at(row, column)
     if value is None:
-        raise ValueError(f"{where}: {_no_column(row, column, setting)}")
+        raise SettingError(setting, f"{where}: {_no_column(row, column, setting)}")
     return as_text(value, f"{where}: column {column!r}")
 
 
@@ -332,20 +360,23 @@ def _needed(fields: set[str]) -> set[str]:
 
 
 def columns_of(section: DataSection, known: Sequence[str]) -> dict[str, str]:
-    """Field -> column, by the section's `fields`; ValueError if they map one that is not known."""
+    """Field -> column, by the section's `fields`; SettingError if they map one that is not known.
+
+    A field that they map to null is left out.
+    """
     for field in section.fields:
         if field not in known:
-            raise ValueError(
-                f"source = {section.source!r}: fields.{field}: {nearest(field, known)}known: "
-                f"{', '.join(known)}"
-            )
-    return {field: section.fields.get(field, field) for field in known}
+            problem = f"{nearest(field, known)}known: {', '.join(known)}"
+            raise SettingError(f"fields.{field}", problem)
+    columns = {field: section.fields.get(field, field) for field in known}
+    return {field: column for field, column in columns.items() if column is not None}
 
 
-def missing_column(row: Row, column: str, field: str, where: str) -> ValueError:
+def missing_column(row: Row, column: str, field: str, where: str) -> SettingError:
     """The error of a row without a value in a column that it needs."""
     missing = _no_column(row, column, field)
-    return ValueError(f"{where}: {missing}. Map it with fields: {{{field}: COLUMN}}.")
+    key = "fields" if column == field else f"fields.{field}"
+    return SettingError(key, f"{where}: {missing}. Map it with fields: {{{field}: COLUMN}}.")
 
 
 def _problem(example: Example) -> str:
@@ -370,8 +401,22 @@ def as_text(value: object, where: str, *, structured: bool = False) -> str:
     raise ValueError(f"{where} is a {type(value).__name__}; needs text or a number")
 
 
-def _as_messages(value: object, where: str) -> tuple[Message, ...]:
-    """A conversation from a list of {role, content}; other keys of a message are ignored."""
+def as_messages(value: object, where: str) -> tuple[Message, ...]:
+    """A conversation from a list of {role, content}; other keys of a message are ignored.
+
+    So is one of {from, value} with the roles human and gpt. Raises ValueError: another form, or no
+    message of a user.
+    """
+    messages = _messages(value, where)
+    if not any(message.role == "user" for message in messages):
+        raise ValueError(f"{where} has no user message; remove the row")
+    return messages
+
+
+_OTHER_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _messages(value: object, where: str) -> tuple[Message, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is a {type(value).__name__}; needs a list of {{role, content}}")
     messages = []
@@ -379,20 +424,22 @@ def _as_messages(value: object, where: str) -> tuple[Message, ...]:
         here = f"{where}, message {number}"
         if not isinstance(entry, Mapping):
             raise ValueError(f"{here} is a {type(entry).__name__}; needs {{role, content}}")
-        for key in ("role", "content"):
+        keys, names = ("role", "content"), dict[str, str]()
+        if "role" not in entry and {"from", "value"} <= entry.keys():
+            keys, names = ("from", "value"), _OTHER_ROLES
+        for key in keys:
             if entry.get(key) is None:
                 state = "null" if key in entry else "no"
                 raise ValueError(f"{here} has {state} {key}; it has {_keys(entry)}")
-        role = as_text(entry["role"], f"{here}: role")
+        role = as_text(entry[keys[0]], f"{here}: {keys[0]}")
+        role = names.get(role, role)
         if role not in get_args(Role):
             raise ValueError(
-                f"{here}: role = {role!r}; known: {', '.join(get_args(Role))}. Rename it, or "
-                "remove the row."
+                f"{here}: {keys[0]} = {role!r}; known: {', '.join((*get_args(Role), *names))}. "
+                "Rename it, or remove the row."
             )
-        content = as_text(entry["content"], f"{here}: content")
+        content = as_text(entry[keys[1]], f"{here}: {keys[1]}")
         messages.append(Message(cast(Role, role), content))
-    if not any(message.role == "user" for message in messages):
-        raise ValueError(f"{where} has no user message; remove the row")
     return tuple(messages)
 
 
@@ -402,9 +449,7 @@ def _compiled(section: DataSection) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(section.answer_pattern)
     except re.error as error:
-        raise ValueError(f"answer_pattern = {section.answer_pattern!r}: {error}") from error
+        raise SettingError("answer_pattern", str(error)) from error
     if pattern.groups < 1:
-        raise ValueError(
-            f"answer_pattern = {section.answer_pattern!r} has no group; put the answer in ( )"
-        )
+        raise SettingError("answer_pattern", "it has no group; put the answer in ( )")
     return pattern

@@ -12,6 +12,7 @@ from typing import overload
 from r1jax.data.sources import Row, Rows
 from r1jax.files import JsonObject
 from r1jax.rewards.gym import GymTask, gym_dataset
+from r1jax.settings.section import SettingError
 
 ENTRIES = 10_000
 """Entries of a task without `options.size`."""
@@ -52,9 +53,10 @@ def read_gym(name: str, split: str, options: JsonObject) -> Rows:
         ValueError: no such task, an option that it refuses, or another split than train.
     """
     if split != "train":
-        raise ValueError(
-            f"source = 'gym:{name}': split = {split!r}; a task is one split, train. For a held out "
-            "share of it set held_out_fraction in both datasets, or another options.seed"
+        raise SettingError(
+            "split",
+            "a task is one split, train. For a held out share of it set held_out_fraction in both "
+            "datasets, or another options.seed",
         )
     task = GymTask(name, {"seed": 0, "size": ENTRIES, **options})
     return Rows(

@@ -10,12 +10,21 @@ import numpy as np
 
 from r1jax.data.chat_template import check_template, render_prompt
 from r1jax.data.example import Split
-from r1jax.data.examples import as_text, columns_of, load_rows, load_task_rows, missing_column
+from r1jax.data.examples import (
+    as_prompt,
+    as_response,
+    columns_of,
+    load_rows,
+    load_task_rows,
+    missing_column,
+    value_at,
+)
 from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.sources import Row, Rows
 from r1jax.data.tasks.task import PreferenceTask, Task
 from r1jax.data.tokenizers import encode_texts
 from r1jax.rewards.extraction import after_thinking
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,9 +73,10 @@ def load_preferences(section: DataSection, *, labelled: bool) -> Sequence[Prefer
 
 def _rows_of(task: Task, labelled: bool) -> Callable[[int, Split], Preference]:
     if not isinstance(task, PreferenceTask):
-        raise ValueError(
-            f"source: the task {type(task).__name__} has no preferences; use another task, "
-            "jsonl:PATH, tfds:NAME or hf:NAME"
+        raise SettingError(
+            "source",
+            f"the task {type(task).__name__} has no preferences; use another task, jsonl:PATH, "
+            "tfds:NAME or hf:NAME",
         )
 
     def row(index: int, split: Split) -> Preference:
@@ -88,12 +98,21 @@ class _Fields:
     where: str
 
     def text(self, field: str) -> str:
-        text = as_text(self._value(field), f"{self.where}: column {self.columns[field]!r}")
+        where = f"{self.where}: column {self.columns[field]!r}"
+        try:
+            if field == "prompt":
+                history, text = as_prompt(self._value(field), where)
+                if history:
+                    raise ValueError(f"{where} has several messages; needs one of the user")
+            else:
+                text = as_response(self._value(field), where, self.text("prompt"))
+        except ValueError as error:
+            if isinstance(error, SettingError):
+                raise
+            raise SettingError(f"fields.{field}", str(error)) from error
         if not text.strip():
-            raise ValueError(
-                f"{self.where}: column {self.columns[field]!r} (for {field}) is empty; fill it or "
-                "remove the row"
-            )
+            problem = f"{where} (for {field}) is empty; fill it or remove the row"
+            raise SettingError(f"fields.{field}", problem)
         return text
 
     def flag(self, field: str) -> bool:
@@ -101,34 +120,30 @@ class _Fields:
         # Truth values, of NumPy too, and 0 and 1; no text, as bool("false") is true.
         if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
             return bool(value)
-        raise ValueError(
+        raise SettingError(
+            f"fields.{field}",
             f"{self.where}: column {self.columns[field]!r} (for {field}) = {value!r}; needs true "
-            "or false"
+            "or false",
         )
 
     def _value(self, field: str) -> object:
         column = self.columns[field]
-        if column not in self.row or self.row[column] is None:
+        if (value := value_at(self.row, column)) is None:
             raise missing_column(self.row, column, field, self.where)
-        return self.row[column]
+        return value
 
 
 def _load(
     section: DataSection, fields: Sequence[str], to_row: Callable[[_Fields, int], Preference]
 ) -> Sequence[Preference]:
-    where = f"source = {section.source!r}"
     for setting in ("answer_pattern", "wrong_answers", "row_format"):
         if getattr(section, setting):
-            raise ValueError(
-                f"{where}: {setting} = {getattr(section, setting)!r} has no effect on preferences, "
-                "which have no answer; remove it"
-            )
+            problem = "has no effect on preferences, which have no answer; remove it"
+            raise SettingError(setting, problem)
 
     def mapping(section: DataSection, rows: Rows) -> Callable[[int], Preference]:
         columns = columns_of(section, fields)
-        return lambda index: to_row(
-            _Fields(rows.rows[index], columns, f"{where}: {rows.label(index)}"), index
-        )
+        return lambda index: to_row(_Fields(rows.rows[index], columns, rows.label(index)), index)
 
     return load_rows(section, mapping, lambda row: row.prompt)
 
@@ -233,9 +248,10 @@ def encode_preferences(
     report = f"{len(kept)} of {len(rows)} preference rows, the longest text has {longest} tokens"
     report += f"; dropped: {reasons}" if reasons else ""
     if not kept:
-        raise ValueError(
-            f"{section.source}: nothing is left to learn from with max_tokens = {max_tokens} and "
-            f"reads = {reads!r}: {report}"
+        raise SettingError(
+            "source",
+            f"nothing is left to learn from with max_tokens = {max_tokens} and reads = {reads!r}: "
+            f"{report}",
         )
     return kept, report
 

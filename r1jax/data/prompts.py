@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ import numpy as np
 
 from r1jax.data.chat_template import RenderedPrompt, check_template, render_prompt
 from r1jax.data.example import Example
+from r1jax.data.examples import row_label
 from r1jax.data.order import IndexStream, fingerprint, id_bytes
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject
+from r1jax.settings.section import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +57,7 @@ def encode_prompt(
     tokenizer cannot encode.
     """
     check_template(section)
-    rendered = render_prompt(example.prompt, section, tokenizer)
+    rendered = render_prompt(example.prompt, section, tokenizer, example.history)
     return _to_prompt(example, rendered, encode_texts([rendered.text], tokenizer)[0])
 
 
@@ -66,7 +69,7 @@ def check_prompts(
     It looks no further than the first one that is.
     """
     for example in examples:
-        text = render_prompt(example.prompt, section, tokenizer).text
+        text = render_prompt(example.prompt, section, tokenizer, example.history).text
         if len(encode_texts([text], tokenizer)[0]) <= section.max_prompt_tokens:
             return
     encode_prompts(examples, section, tokenizer)
@@ -84,25 +87,31 @@ def encode_prompts(
     check_template(section)
     prompts: list[Prompt] = []
     longest = total = 0
+    shortest = sys.maxsize
     for start in range(0, len(examples), _BATCH):
         batch = [examples[i] for i in range(start, min(start + _BATCH, len(examples)))]
-        rendered = [render_prompt(example.prompt, section, tokenizer) for example in batch]
+        rendered = [
+            render_prompt(example.prompt, section, tokenizer, example.history) for example in batch
+        ]
         encoded = encode_texts([each.text for each in rendered], tokenizer)
         for example, each, ids in zip(batch, rendered, encoded, strict=True):
             if not ids:
-                raise ValueError(
-                    f"{section.source}: row {example.id} has an empty prompt; the sampler needs at "
-                    "least one token. Use another template or remove the row."
+                raise SettingError(
+                    "source",
+                    f"{row_label(section, example.id)} has an empty prompt; the sampler needs at "
+                    "least one token. Use another template or remove the row",
                 )
             total, longest = total + 1, max(longest, len(ids))
+            shortest = min(shortest, len(ids))
             if len(ids) <= section.max_prompt_tokens:
                 prompts.append(_to_prompt(example, each, ids))
     if not total:
-        raise ValueError(f"{section.source}: there are no examples to make prompts of")
+        raise SettingError("source", "there are no examples to make prompts of")
     if not prompts:
-        raise ValueError(
-            f"{section.source}: all {total} prompts have more than max_prompt_tokens = "
-            f"{section.max_prompt_tokens} tokens (the longest has {longest})"
+        raise SettingError(
+            "max_prompt_tokens",
+            f"all {total} prompts have more than {section.max_prompt_tokens} tokens (the shortest "
+            f"has {shortest}, the longest {longest}); raise it",
         )
     report, too_long = f"{len(prompts)} of {total} prompts", total - len(prompts)
     if too_long:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from r1jax.bucket import locate
-from r1jax.files import JsonObject, numbered_rows
+from r1jax.files import JsonObject, JsonValue, numbered_values
 from r1jax.settings.names import nearest
+from r1jax.settings.section import SettingError
 
 Row: TypeAlias = Mapping[str, Any]
 """Column -> value, as the source has it."""
@@ -27,40 +28,55 @@ class Rows:
 def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
     """`jsonl:PATH`: one JSON object per line of a UTF-8 file, local or on a bucket (`gs://...`).
 
-    Blank lines are skipped. Raises FileNotFoundError, or ValueError for a line that is not a JSON
-    object or a split that is not train.
+    A line that is a list of turns is a row with these as `messages`. Blank lines are skipped.
+    Raises SettingError: no such file, a line that is neither, or a split that is not train.
     """
     _known_options("jsonl", options, ())
     if split != "train":
-        raise ValueError(
-            f"source = 'jsonl:{name}': split = {split!r}; a file is one split, train. For a held "
-            "out share of it set held_out_fraction in both datasets"
+        raise SettingError(
+            "split",
+            "a file is one split, train. For a held out share of it set held_out_fraction in both "
+            "datasets",
         )
     path = locate(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"source = 'jsonl:{name}': no file {path} (looked in {Path.cwd()})")
-    numbered = list(numbered_rows(path))
-    rows = [row for _, row in numbered]
+        raise SettingError("source", f"no file {path} (looked in {Path.cwd()})")
+    try:
+        numbered = list(numbered_values(path))
+    except ValueError as error:
+        raise SettingError("source", str(error)) from error
+    rows = [_row(value, f"{path}:{line}") for line, value in numbered]
     return Rows(rows, lambda index: f"{path}:{numbered[index][0]}", in_memory=True)
+
+
+def _row(value: JsonValue, where: str) -> Row:
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise SettingError(
+            "source", f"{where}: a {kind}; needs one JSON object per line, or a list of turns"
+        )
+    return value
 
 
 def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
     """`tfds:NAME`, `tfds:NAME/CONFIG` or with `:VERSION`, read by index and without TensorFlow.
 
     Options: `data_dir`, the folder of prepared datasets. A dataset that is not there is downloaded
-    and prepared as ArrayRecord files, the format that can be read by index. Raises ImportError, or
-    ValueError for an unknown dataset or split and a format without random access.
+    and prepared as ArrayRecord files, the format that can be read by index. Raises SettingError: a
+    package is missing, an unknown dataset or split, or a format without random access.
     """
     _known_options("tfds", options, ("data_dir",))
-    where = f"source = 'tfds:{name}'"
     try:
         import array_record  # noqa: F401
         import importlib_resources  # noqa: F401
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"{where}: {error.name} is missing; "
-            "pip install tensorflow-datasets array_record importlib_resources"
+        raise SettingError(
+            "source",
+            f"{error.name} is missing; "
+            "pip install tensorflow-datasets array_record importlib_resources",
         ) from error
     import r1jax.data.tfds.r1jax_tasks  # noqa: F401  (importing a builder registers it)
 
@@ -74,17 +90,16 @@ def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
             builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         # TFDS reports an unknown version by a failed assertion.
-        raise ValueError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+        raise SettingError("source", str(error).strip().splitlines()[0]) from error
     if split not in builder.info.splits:
-        raise ValueError(
-            f"{where}: split = {split!r}; the dataset has {', '.join(sorted(builder.info.splits))}"
-        )
+        raise SettingError("split", f"the dataset has {', '.join(sorted(builder.info.splits))}")
     try:
         rows = builder.as_data_source(split)
     except NotImplementedError as error:
-        raise ValueError(
-            f"{where}: {builder.data_dir} holds {builder.info.file_format}, which cannot be read "
-            "by index; set options.data_dir to another folder to prepare it as array_record"
+        raise SettingError(
+            "source",
+            f"{builder.data_dir} holds {builder.info.file_format}, which cannot be read "
+            "by index; set options.data_dir to another folder to prepare it as array_record",
         ) from error
     return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
 
@@ -92,21 +107,21 @@ def read_tfds(name: str, split: str, options: JsonObject) -> Rows:
 def read_hub(name: str, split: str, options: JsonObject) -> Rows:
     """`hf:NAME` with the package `datasets`. Options: `config`, `revision`, `data_files`.
 
-    Raises ImportError without the package, ValueError for an unknown dataset, config or split.
+    Raises SettingError: the package is missing, or an unknown dataset, config or split.
     """
     _known_options("hf", options, ("config", "revision", "data_files"))
-    where = f"source = 'hf:{name}'"
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"{where}: the package datasets is missing; pip install 'r1jax[hf]' (or datasets)"
+        raise SettingError(
+            "source", "the package datasets is missing; pip install 'r1jax[hf]' (or datasets)"
         ) from error
     try:
         files = {key: options.get(key) for key in ("revision", "data_files")}
         rows = datasets.load_dataset(name, options.get("config"), split=split, **files)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: split = {split!r}: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingError("source", f"split = {split!r}: {reason}") from error
     return Rows(rows=rows, label=lambda index: f"{split} row {index}", in_memory=False)
 
 
@@ -115,7 +130,7 @@ def _known_options(kind: str, options: JsonObject, known: Sequence[str]) -> None
     all_known = (*known, "from_split (with held_out_fraction)")
     for option in options:
         if option not in known:
-            raise ValueError(
-                f"options.{option} is not an option of {kind}: {nearest(option, known)}known: "
-                f"{', '.join(all_known)}"
+            raise SettingError(
+                f"options.{option}",
+                f"no option of {kind}; {nearest(option, known)}known: {', '.join(all_known)}",
             )

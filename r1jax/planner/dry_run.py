@@ -8,12 +8,12 @@ import jax
 
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
-from r1jax.models import Decoder, declare
+from r1jax.models import declare
 from r1jax.models.parameters import abstract_weights, is_spec
+from r1jax.planner.memory import planning_of, too_large
 from r1jax.programs import Planning
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
-from r1jax.rollouts.scoring import directory_section
-from r1jax.run.models import LanguageModel, build_decoder
+from r1jax.run.models import LanguageModel
 from r1jax.run.resolve import check, load_functions, resolve
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -21,20 +21,15 @@ from r1jax.sharding import Layout
 
 def describe(config: RunConfig) -> JsonObject:
     """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate, and lines
-    about rows whose reference answers cannot be read.
+    about rows whose reference answers cannot be read. `too_large` has the stages for which the
+    memory does not suffice.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
     """
     run = resolve(config)
     notes = check(run)
     layout, sampling = run.layouts
-
-    def decoder_of(name: str) -> Decoder:
-        if name in run.models.by_name or any(stage.name == name for stage in config.stages):
-            return run.models.of(name).decoder
-        return build_decoder(directory_section(name, config.model), layout)[0]
-
-    planning = Planning(config, decoder_of, sampling)
+    planning = planning_of(run)
     weights: list[JsonObject] = []
     memory: list[JsonObject] = []
     sizes: dict[str, int] = {}
@@ -51,6 +46,7 @@ def describe(config: RunConfig) -> JsonObject:
         "weights": weights,
         "memory": memory,
         "notes": notes,
+        "too_large": too_large(run, config.stages, planning),
         "devices": f"{layout.mesh.size} x {jax.devices()[0].device_kind}, mesh "
         + _shape(layout)
         + ("" if layout.mesh == sampling.mesh else f"; while sampling {_shape(sampling)}"),

@@ -337,7 +337,7 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
     """By how much a program is too large, and what would help, the largest part first."""
     largest_first = sorted(program.memory.items(), key=lambda item: -item[1])
     large = [name for name, size in largest_first if size > 0.1 * program.total]
-    hints = [_HINTS[name] for name in large if name in _HINTS]
+    hints = [HINTS[name] for name in large if name in HINTS]
     if "activations" in large or "cache" in large:
         hints.insert(0, describe_kind(stage.kind).less_memory)
     wanted = -(-devices * program.total // hbm)
@@ -349,7 +349,7 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
 
 
 # By what takes the memory.
-_HINTS = {
+HINTS = {
     "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",
     "optimizer": "a larger fsdp axis, optimizer.moment_dtype: bfloat16",
     "reference": "loss.kl_coefficient: 0 (then no reference policy is kept)",

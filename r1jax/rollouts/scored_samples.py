@@ -47,7 +47,7 @@ def store_scored_samples(
     sampler = run.models.sampler_of(stage.name)
     prompts, report = run.datasets.prompts(wanted.data, sampler.tokenizer, wanted.limit)
     rewards = run.config.rewards_of(stage)
-    check_domains(stage.name, {prompt.domain: wanted.data for prompt in prompts}, rewards)
+    check_domains(stage, {prompt.domain: wanted.data for prompt in prompts}, run.config)
     clock = Clock(run.record.seconds(stage.name))
     process = jax.process_index()
     with (

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from r1jax.config.run_config import RunConfig
+from r1jax.config.yaml_file import ConfigError
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
@@ -41,16 +43,18 @@ _ROWS = 16  # texts that a reward model reads at once on each part of the batch
 _BUCKET = 64  # their lengths are rounded up to a multiple, so that few programs are compiled
 
 
-def check_domains(
-    stage: str, domains: Mapping[str, str], rewards: Mapping[str, RewardSection]
-) -> None:
-    """Raises ValueError for a domain (given with its dataset) that no reward is for."""
+def check_domains(stage: Stage, domains: Mapping[str, str], config: RunConfig) -> None:
+    """Raises ConfigError for a domain (given with its dataset) that no reward is for."""
+    rewards = config.rewards_of(stage)
     limits = {name: reward.domains for name, reward in rewards.items()}
     for domain, data in domains.items():
         if not any(only is None or domain in only for only in limits.values()):
-            raise ValueError(
-                f"stages.{stage}: no reward is for the domain {domain!r} of data.{data}; add it to "
-                f"the domains of one; there are {limits}"
+            place = config.place(("stages", stage.name))
+            raise ConfigError(
+                [
+                    f"{place}stages.{stage.name}: no reward is for the domain {domain!r} of "
+                    f"data.{data}; add it to the domains of one; there are {limits}"
+                ]
             )
 
 
@@ -65,7 +69,7 @@ def check_example_domains(stage: Stage, run: ResolvedRun, limit: int | None = No
     for data in stage.prompt_datasets():
         if not run.config.source_stages(data):
             domains = run.datasets.domains(data, limit)
-            check_domains(stage.name, dict.fromkeys(domains, data), rewards)
+            check_domains(stage, dict.fromkeys(domains, data), run.config)
 
 
 @contextmanager

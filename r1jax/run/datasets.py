@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from r1jax.config.run_config import RunConfig
+from r1jax.data.chat_template import check_template, turn_end
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
 from r1jax.data.example import Example
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # A row of a dataset: the dataset's name and the row's index in it.
 RowKey = tuple[str, int]
+_CHECKED_ROWS = 256  # of a dataset to train on, before the run
+
 Encode = Callable[[Sequence[RowKey]], list[Document]]
 
 
@@ -54,7 +57,8 @@ class Datasets:
     def examples(self, data: str) -> Sequence[Example]:
         """The examples of a dataset that is no mixture."""
         if data not in self._examples:
-            self._examples[data] = load_examples(self.section(data))
+            with self.config.blaming("data", data):
+                self._examples[data] = load_examples(self.section(data))
         return self._examples[data]
 
     def label(self, data: str, example: Example) -> str:
@@ -75,7 +79,8 @@ class Datasets:
             examples = self.examples(data)
             if limit is not None and limit > len(examples):
                 raise ValueError(f"data.{data} has {len(examples)} examples, fewer than {limit}")
-            return encode_prompts(examples[:limit], section, tokenizer)
+            with self.config.blaming("data", data):
+                return encode_prompts(examples[:limit], section, tokenizer)
         parts = {part: self.prompts(part, tokenizer) for part in section.mixture}
         rows = {part: len(prompts) for part, (prompts, _) in parts.items()}
         counts = mixture_counts(rows, section.mixture, limit)
@@ -101,6 +106,25 @@ class Datasets:
         """The rows of a dataset or mixture of texts, and what reads and encodes some."""
         return self._documents(data, lambda _, rows: encode_documents(rows, model.tokenizer))
 
+    def check_documents(
+        self, data: str, model: LanguageModel, reader: str, *, conversations: bool
+    ) -> None:
+        """Raises ConfigError where the template, or a first row, cannot be what is trained on.
+
+        Of each part of `data` the first `_CHECKED_ROWS` rows are encoded; of those that a stage of
+        the run writes, none. reader: the stage.
+        """
+        for part in self.parts(data):
+            section = self.config.data[part]
+            with self.config.blaming("data", part, reader=reader):
+                if conversations:
+                    check_template(section)
+                    turn_end(section, model.tokenizer, model.eos_ids)
+            if not self.config.source_stages(part):
+                read = self.conversations if conversations else self.texts
+                rows, encode = read(part, model)
+                encode(rows[:_CHECKED_ROWS])
+
     def domains(self, data: str, limit: int | None = None) -> list[str]:
         """The domains of the first `limit` examples of a dataset or mixture, or of all."""
         counts = self._counts(data, limit)
@@ -123,7 +147,8 @@ class Datasets:
             documents: dict[RowKey, Document] = {}
             for part, examples in parts.items():
                 of_part = [row for row in rows if row[0] == part]
-                encoded = encode_part(part, [examples[index] for _, index in of_part])
+                with self.config.blaming("data", part):
+                    encoded = encode_part(part, [examples[index] for _, index in of_part])
                 documents |= dict(zip(of_part, encoded, strict=True))
             return [documents[row] for row in rows]
 
@@ -136,8 +161,9 @@ class Datasets:
         key = (data, form, tokenizer)
         if key not in self._preferences:
             section = self.config.data[data]
-            rows = load_preferences(section, labelled=form.labelled)
-            self._preferences[key] = encode_preferences(
-                rows, section, tokenizer, reads=form.reads, max_tokens=form.max_tokens
-            )
+            with self.config.blaming("data", data):
+                rows = load_preferences(section, labelled=form.labelled)
+                self._preferences[key] = encode_preferences(
+                    rows, section, tokenizer, reads=form.reads, max_tokens=form.max_tokens
+                )
         return self._preferences[key]

@@ -72,6 +72,16 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonO
     return decoder_of(section, config, layout), generation
 
 
+def stated_positions(section: ModelSection) -> int | None:
+    """The most tokens of prompt and completion, by the section or the model's config.json."""
+    if section.max_position_embeddings is not None:
+        return section.max_position_embeddings
+    raw = section.config
+    if section.path is not None:
+        raw = hugging_face.read_config(hugging_face.resolve(section.path))
+    return (raw or {}).get("max_position_embeddings")
+
+
 def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> Decoder:
     """A model of this shape, executed as the section says on the devices of the mesh.
 
@@ -86,6 +96,8 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
             "num_nextn_predict_layers = 0, so no such module; set multi_token_prediction to false "
             "(a model from scratch may have one: num_nextn_predict_layers = 1 in model.config)"
         )
+    if section.max_position_embeddings is not None:
+        config = replace(config, max_position_embeddings=section.max_position_embeddings)
     # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
     backend = layout.mesh.devices.flat[0].platform
     scan = section.scan_layers

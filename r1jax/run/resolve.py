@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -13,15 +16,22 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from r1jax.bucket import check_access
 from r1jax.config.run_config import RunConfig
+from r1jax.config.yaml_file import ConfigError
 from r1jax.data.chat_template import check_template
 from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.models.parameters import abstract_weights
 from r1jax.processes import agree, process_batch_slice
 from r1jax.run.datasets import Datasets
-from r1jax.run.models import Layouts, Models, make_layouts
+from r1jax.run.models import Layouts, Models, make_layouts, stated_positions
 from r1jax.run.record import Record, RunFiles
-from r1jax.run.reward_checks import check_functions, check_rewards, check_rows
+from r1jax.run.reward_checks import (
+    check_functions,
+    check_reward_directories,
+    check_rewards,
+    check_rows,
+)
 from r1jax.run.stop import StopSignal
+from r1jax.settings.model import MODEL
 from r1jax.settings.stage import DividedBy, Stage
 from r1jax.sharding import split_cpu
 
@@ -98,6 +108,7 @@ def check(run: ResolvedRun) -> list[str]:
     config = run.config
     if run.files.copy is not None:
         check_access(config.output)
+    check_trackers(config)
     check_rewards(config)
     for stage in config.stages:
         load_functions(stage).check(stage, run)
@@ -107,7 +118,47 @@ def check(run: ResolvedRun) -> list[str]:
     check_divided(config, run.layouts)
     _check_multiples(config, "processes", process_batch_slice(run.layouts.rollout).count)
     check_functions(config)
-    return check_rows(config, run.models, run.datasets)
+    check_reward_directories(config, run.layouts.training)
+    lines = check_rows(config, run.models, run.datasets)
+    _check_positions(run)
+    return lines
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raises ConfigError for a tracker whose package is not installed."""
+    installed = "wandb" in sys.modules or importlib.util.find_spec("wandb") is not None
+    if "wandb" in config.trackers and not installed:
+        problem = "wandb is not installed: pip install 'r1jax[wandb]', or leave it out of trackers"
+        raise config.refusal("trackers", problem)
+
+
+def _check_positions(run: ResolvedRun) -> None:
+    """Raises ConfigError where a prompt and its completion are longer than the model may read."""
+    config = run.config
+    for stage in config.stages:
+        model, new = run.models.of(stage.name), stage.longest_sample()
+        positions = stated_positions(model.section)
+        if positions is None or not new:
+            continue
+        for data in dict.fromkeys(
+            p for d in stage.prompt_datasets() for p in run.datasets.parts(d)
+        ):
+            if new + config.data[data].max_prompt_tokens <= positions:
+                continue
+            longest = 1  # of what a stage of the run will write
+            if not config.source_stages(data):
+                prompts, _ = run.datasets.prompts(data, model.tokenizer)
+                longest = max(len(prompt.token_ids) for prompt in prompts)
+            if longest + new > positions:
+                section = config.model_of(stage.name)
+                where = section if section == MODEL else f"models.{section}"
+                raise config.refusal(
+                    f"stages.{stage.name}.max_new_tokens",
+                    f"with the prompts of data.{data}, of up to {longest} tokens, a sample has "
+                    f"{longest + new}, and the model max_position_embeddings = {positions}. Set "
+                    f"max_new_tokens to at most {max(1, positions - longest)}, or "
+                    f"{where}.max_position_embeddings if the model is to go further",
+                )
 
 
 def check_divided(config: RunConfig, layouts: Layouts) -> None:
@@ -121,9 +172,13 @@ def _check_multiples(config: RunConfig, by: DividedBy, parts: int) -> None:
     for stage in config.stages:
         for number in stage.divided():
             if number.by == by and number.value % parts:
-                raise ValueError(
-                    f"stages.{stage.name}{number.key} = {number.value} is not a multiple of "
-                    f"{parts}, {_SPLITS[by]}"
+                keys = re.findall(r"\w+", number.key)
+                place = config.place(("stages", stage.name, *keys[:1]))
+                raise ConfigError(
+                    [
+                        f"{place}stages.{stage.name}{number.key} = {number.value} is not a "
+                        f"multiple of {parts}, {_SPLITS[by]}; change one of the two"
+                    ]
                 )
 
 
@@ -139,9 +194,10 @@ def _check_examples(run: ResolvedRun) -> None:
     for name, section in config.data.items():
         if section.mixture:
             continue
-        check_template(section)
+        with config.blaming("data", name):
+            check_template(section)
         if name in used and not config.source_stages(name):
             counts[f"data.{name}: examples"] = count = len(run.datasets.examples(name))
             if count == 0:
-                raise ValueError(f"data.{name}: no examples")
+                raise config.refusal(("data", name, "source"), "no examples")
     agree(counts, "Every host has to read the same data: copy it to all, or to a common place.")

@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping
 
 from r1jax.config.run_config import RunConfig
+from r1jax.config.yaml_file import ConfigError
 from r1jax.data.example import Example
-from r1jax.data.prompts import check_prompts
+from r1jax.data.prompts import check_prompts, encode_prompt
 from r1jax.rewards import Verifier, VerifierError, check_reward, unreadable_references
 from r1jax.rewards.visible import is_blank
 from r1jax.run.datasets import Datasets
-from r1jax.run.models import Models
+from r1jax.run.models import LanguageModel, Models
+from r1jax.settings.data import DataSection
 from r1jax.settings.rewards import RewardSection
+from r1jax.sharding import Layout
 
 _EXAMPLES = 3  # lines that are shown of a dataset
 
@@ -37,19 +40,52 @@ def _with_functions(rewards: Mapping[str, RewardSection]) -> dict[str, RewardSec
 
 def check_rewards(config: RunConfig) -> None:
     """Raises ValueError for an unknown reward, and for options that it refuses."""
-    for reward in _rewards(config).values():
-        check_reward(str(reward.function), reward.options, config.verifier)
+    for name, reward in _rewards(config).items():
+        try:
+            check_reward(str(reward.function), reward.options, config.verifier)
+        except ValueError as error:
+            raise ConfigError([f"{_place(config, name)}{error}"]) from error
+
+
+def _place(config: RunConfig, name: str) -> str:
+    """The place of a reward of `_rewards`."""
+    if name in config.rewards:
+        return config.place(("rewards", name))
+    stage, _, reward = name.partition(".")
+    return config.place(("stages", stage, "rewards", reward))
 
 
 def check_functions(config: RunConfig) -> None:
     """Raises ValueError for functions from outside that cannot be imported, in a worker."""
     functions = {k: reward for k, reward in _rewards(config).items() if ":" in str(reward.function)}
-    if functions:
-        section = config.verifier.model_copy(update={"workers": 1})
-        try:
-            Verifier(functions, section, config.folder).close()
-        except VerifierError as error:
-            raise ValueError(str(error)) from error
+    section = config.verifier.model_copy(update={"workers": 1})
+    if not functions:
+        return
+    try:
+        Verifier(functions, section, config.folder).close()
+    except VerifierError as error:
+        # A message begins with the function that it is about.
+        named = [n for n, r in functions.items() if str(error).startswith(f"rewards.{r.function}:")]
+        raise ConfigError([f"{_place(config, (named or list(functions))[0])}{error}"]) from error
+
+
+def check_reward_directories(config: RunConfig, layout: Layout) -> None:
+    """Raises ConfigError for a reward model that is no stage's, and cannot be used as it is set."""
+    trained = {stage.name for stage in config.stages if stage.reward_model_format() is not None}
+    for name, reward in config.rewards.items():
+        if reward.model is None or reward.model in trained:
+            continue
+        if reward.reads is None:
+            raise config.refusal(
+                ("rewards", name, "model"),
+                "no reward_model stage of this run: a directory needs reads (summary or response)",
+            )
+        with config.blaming("rewards", name):
+            data = DataSection(source="jsonl:-", template=reward.template or "chat")
+            section = config.model.model_copy(update={"path": reward.model, "tokenizer": None})
+            section = section.model_copy(update={"config": None, "multi_token_prediction": False})
+            tokenizer = LanguageModel.resolve(section, layout).tokenizer
+            encode_prompt(Example(id=0, prompt="?", answer=""), data, tokenizer)
 
 
 def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[str]:
@@ -68,10 +104,8 @@ def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[st
         for data in dict.fromkeys(parts):
             if config.source_stages(data):
                 continue
-            try:
+            with config.blaming("data", data, reader=stage.name):
                 check_prompts(datasets.examples(data), config.data[data], tokenizer)
-            except ValueError as error:
-                raise ValueError(f"stages.{stage.name}: data.{data}: {error}") from error
             if not datasets.is_generated(data):
                 of_stage = {
                     f"{data} {json.dumps([r.function, r.options], sort_keys=True)}": r
@@ -105,9 +139,13 @@ def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[st
         line = f"data.{data}: {count} of {len(examples)} rows have a blank prompt or a reference "
         line = "\n  ".join([f"{line}answer that cannot be read", *useless])
         if count > config.verifier.max_unreadable_share * len(examples):
-            raise ValueError(
-                f"{line}\nThat is more than verifier.max_unreadable_share = "
-                f"{config.verifier.max_unreadable_share:g}: mend or remove these rows, or raise it"
+            raise ConfigError(
+                [
+                    f"{config.place(('data', data, 'source'))}{line}\n"
+                    f"That is more than verifier.max_unreadable_share = "
+                    f"{config.verifier.max_unreadable_share:g}: mend or remove these rows, or "
+                    "raise it"
+                ]
             )
         lines.append(line)
     return lines

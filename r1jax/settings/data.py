@@ -33,9 +33,10 @@ class DataSection(Section):
         "", description="Label of the rows, which rewards may be limited to; default: the row's."
     )
     split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
-    fields: dict[str, str] = Field(
+    fields: dict[str, str | None] = Field(
         default_factory=dict,
-        description="Example field (prompt, answer, text) -> source column; a.b: key b of a.",
+        description="Example field (prompt, answer, text, domain, response, messages) -> source "
+        "column; a.b: key b of a; null: not read.",
     )
     answer_pattern: str | None = Field(
         None, description="Regular expression; group 1 of its last match is the answer."
@@ -55,6 +56,10 @@ class DataSection(Section):
     )
     system_prompt: str | None = None
     prompt_suffix: str = ""
+    chat_template_kwargs: JsonObject | None = Field(
+        None,
+        description="Variables of the tokenizer's chat template, such as {enable_thinking: false}.",
+    )
     max_prompt_tokens: int = Field(1024, ge=1)
     held_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."

@@ -28,6 +28,12 @@ class ModelSection(Section):
         "num_nextn_predict_layers = 1), for mtp_weight and sampling.speculative. Most runs do "
         "without: its layer is then neither loaded nor exported, and takes no memory.",
     )
+    max_position_embeddings: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of prompt and completion that the model may be used with; default: its "
+        "config's. RoPE goes beyond, as far as the training does. The exported config.json has it.",
+    )
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "xla", "splash", "flash"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field
 
@@ -16,7 +17,9 @@ class SamplingSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off.")
     min_p: float = Field(0.0, ge=0, lt=1)
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Strings that end a completion."
+    )
     speculative: bool = Field(
         False,
         description="Let the module for multi-token prediction draft: samples of the same "

@@ -1,8 +1,19 @@
-"""The base of every section of a config."""
+"""The base of every section of a config, and the error of a setting that cannot be used."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used as the data or a model is.
+
+    key: of the setting, dotted, in its section. problem: what is wrong, and the remedy.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key, self.problem = key, problem
+        super().__init__(f"{key}: {problem}")
 
 
 class Section(BaseModel):

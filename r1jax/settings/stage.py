@@ -136,6 +136,10 @@ class Stage(Section):
         """The rewards that score the stage's samples."""
         return []
 
+    def longest_sample(self) -> int:
+        """Tokens that a completion of the stage may have at any time; 0: it samples none."""
+        return 0
+
     def other_weights(self) -> list[WeightsUse]:
         """Weights that are read beside those that the stage starts from."""
         return []

@@ -169,8 +169,12 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
 
 
 def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
-    """Settings about experts fit the model."""
-    check_experts(stage.name, stage.balance, run.models.of(stage.name).decoder.config)
+    """Settings about experts fit the model, and rows the template and the tokenizer."""
+    model = run.models.of(stage.name)
+    check_experts(stage.name, stage.balance, model.decoder.config)
+    for _, data in stage.datasets():
+        conversations = isinstance(stage, SFTStage)
+        run.datasets.check_documents(data, model, stage.name, conversations=conversations)
 
 
 def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StagePrograms:

@@ -17,9 +17,18 @@ from r1jax.config.load import (
     parse_config,
     slices_of,
 )
+from r1jax.config.other_names import OTHER_NAMES
 from r1jax.config.packaged import packaged_configs, packaged_meshes
+from r1jax.config.run_config import RunConfig
 from r1jax.planner.topologies import CHIPS
+from r1jax.settings.data import DataSection
+from r1jax.settings.kinds import KINDS as KINDS_OF_STAGES
+from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection
+from r1jax.settings.model import ModelSection
+from r1jax.settings.objective import GRPOConfig
+from r1jax.settings.optimizer import OptimizerSection
+from r1jax.settings.rewards import RewardSection
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.grpo.settings import GRPOStage
 
@@ -204,7 +213,7 @@ def test_rules_between_keys_are_checked() -> None:
     problem = problem_of(replaced("steps: 4", "steps: 4\n    mini_batches_per_rollout: 3"))
     assert problem.startswith("a.yaml:9: stages.rl: steps = 4 is not a multiple of")
     problem = problem_of(replaced("data: train\n    steps", "data: trian\n    steps"))
-    assert problem == "a.yaml:1: stages.rl.data = 'trian': not one of the datasets ['train']"
+    assert problem == "a.yaml:11: stages.rl.data = 'trian': not one of the datasets ['train']"
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -500,3 +509,49 @@ def test_packaged_config_is_valid(name: str) -> None:
     config = load_config(name)
     assert config.title
     assert parse_config(dump_config(config), "dump") == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        (
+            "steps: 4",
+            "steps: 4\n    num_generations: 8",
+            "a.yaml:13: stages.rl.num_generations = 8: unknown key; TRL's num_generations is "
+            "stages.rl.outputs_per_question here",
+        ),
+        ("steps: 4", "steps: 4\n    beta: 0.1", "TRL's beta is stages.rl.loss.kl_coefficient here"),
+        ("steps: 4", "steps: 4\n    loss: {beta: 0.1}", "is stages.rl.loss.kl_coefficient here"),
+        ("steps: 4", "steps: 4\n    epsilon: 0.2", "is stages.rl.loss.clip_low, stages.rl.loss.cl"),
+        ("name: small", "name: small\noutput_dir: x", "TRL's output_dir is output here"),
+        ("name: small", "name: small\nbeta: 1", "is stages.NAME.loss.kl_coefficient here"),
+        ("steps: 4", "steps: 4\n    max_prompt_length: 9", "is data.NAME.max_prompt_tokens here"),
+        ('total"}', 'total", prompt_key: p}', "verl's prompt_key is data.train.fields here"),
+        ("1e-4}", "1e-4, lr: 1}", "verl's lr is stages.rl.optimizer.learning_rate here"),
+        ("steps: 4", "steps: 4\n    mini_batch_size: 1", "tunix's mini_batch_size is stages.rl.qu"),
+        ("steps: 4", "steps: 4\n    num_iterations: 2", "none here: a sample is trained on once"),
+        ("name: small", "name: small\nactor_rollout_ref: {}", "is model, mesh and stages here"),
+    ],
+)
+def test_names_of_other_libraries_get_a_hint(old: str, new: str, hint: str) -> None:
+    assert hint in problem_of(replaced(old, new))
+
+
+def test_every_hint_names_settings_that_there_are() -> None:
+    sections: dict[str, set[str]] = {
+        "": set(RunConfig.model_fields),
+        "data.NAME": set(DataSection.model_fields),
+        "model": set(ModelSection.model_fields),
+        "mesh": set(MeshSection.model_fields),
+        "rewards.NAME": set(RewardSection.model_fields),
+        "stages.NAME": {key for kind in KINDS_OF_STAGES for key in load_kind(kind).model_fields},
+        "stages.NAME.loss": set(GRPOConfig.__dataclass_fields__),
+        "stages.NAME.optimizer": set(OptimizerSection.model_fields),
+    }
+    for names in OTHER_NAMES.values():
+        for name, here in names.items():
+            for key in re.split(r", | or | and ", here):
+                section, _, last = key.rpartition(".")
+                assert last in sections[section], (name, key)
+                # A name that means the same in both needs no hint.
+                assert (section, name) != (section, last) or name in ("chat_template_kwargs",)

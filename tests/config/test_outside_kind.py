@@ -153,7 +153,7 @@ def test_what_it_implies_is_filled_in() -> None:
             "strength: 1\n    mode: hard",
             "6: stages.mine: mode = hard needs strength >= 2",
         ),
-        ("data: train\n    s", "data: trian\n    s", "1: stages.mine.data = 'trian': not one of"),
+        ("data: train\n    s", "data: trian\n    s", "8: stages.mine.data = 'trian': not one of"),
     ],
 )
 def test_a_mistake_in_its_settings(old: str, new: str, problem: str) -> None:

@@ -78,7 +78,7 @@ def test_a_dataset_names_the_columns(tmp_path: Path) -> None:
         ({"fields": {"prompt": "Question"}}, "column 'answer' (for answer) does not exist"),
         (
             {"source": "task:running_total", "fields": {}, "answer_pattern": None},
-            "wrong_answers = ['Wrong 1', 'Wrong 2'] has no effect on a task",
+            "wrong_answers: has no effect on a task",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -252,11 +253,88 @@ def test_a_document_is_the_last_prompt_and_its_answer(contents, template) -> Non
         for r, c in zip(itertools.cycle(("user", "assistant")), contents, strict=False)
     ]
     prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    if template is OPENS:  # none of them has a thought: an empty one is closed
+        contents[-1] = f"\n</think>\n\n{contents[-1]}"
     assert tokenizer.decode(document.tokens) == f"{prompt}{contents[-1]}<eos>"
     assert document.trained[-1] and document.tokens[-1] == EOS
     trained = "".join(text for trained, text in runs(document) if trained)
     written = contents[1::2] if template is KEEPS else contents[-1:]
     assert trained == "".join(f"{content}<eos>" for content in written)
+
+
+CLOSES = OPENS.replace("[a]<think>\\n", "[a]<think>\\n\\n</think>\\n\\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "trained"),
+    [
+        (OPENS, "2", "\n</think>\n\n2<eos>"),
+        (OPENS, "\n\n2", "\n</think>\n\n\n\n2<eos>"),
+        (OPENS.replace("think>\\n", "think>"), "2", "\n\n</think>\n\n2<eos>"),
+        (OPENS, "<think>\na</think>2", "a</think>2<eos>"),
+        (OPENS, "a</think>2", "a</think>2<eos>"),
+        (CLOSES, "2", "2<eos>"),
+        (CLOSES, "<think>\n\n</think>\n\n2", "2<eos>"),
+        (KEEPS, "2", "2<eos>"),
+        (KEEPS, "<think>a", "<think>a<eos>"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_closed(
+    template: str, response: str, trained: str
+) -> None:
+    assert runs(encode(answered(response), template))[-1] == (True, trained)
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "message"),
+    [
+        (OPENS, "<think>\na 2", "row 7: the assistant's thought has no </think>"),
+        (OPENS, " <think>a 2", "row 7: the assistant's thought has no </think>"),
+        (CLOSES, "<think>a</think>2", "row 7: .* has a thought, and the chat template has closed"),
+    ],
+)
+def test_a_thought_that_cannot_be_is_refused(template: str, response: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(answered(response), template)
+
+
+SWITCHED = CLOSES.replace(
+    "{{ '[a]<think>\\n\\n</think>\\n\\n' }}",
+    "{{ '[a]' if enable_thinking is not defined else '[a]<think>\\n' if enable_thinking else "
+    "'[a]<think>\\n\\n</think>\\n\\n' }}",
+)
+
+
+def test_variables_of_the_chat_template() -> None:
+    def opening(**settings: Any) -> str:
+        return encode_prompt(answered("2"), section(**settings), tokenizer_of(SWITCHED)).prefill
+
+    assert opening() == ""
+    assert opening(chat_template_kwargs={"enable_thinking": True}) == "<think>\n"
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert opening(**off) == "<think>\n\n</think>\n\n"
+    assert runs(encode(answered("2"), SWITCHED, **off))[-1] == (True, "2<eos>")
+    for settings, message in (
+        ({"enable_thinkin": True}, "enable_thinkin: .*did you mean 'enable_thinking'"),
+        ({"tokenize": True}, "chat_template_kwargs.tokenize: r1jax sets it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opening(chat_template_kwargs=settings)
+    with pytest.raises(ValueError, match="chat_template_kwargs: template = 'plain' cannot hold"):
+        opening(template="plain", **off)
+
+
+def test_a_prompt_that_is_a_conversation() -> None:
+    history = (Message("system", "Be brief."), Message("user", "1?"), Message("assistant", "1"))
+    example = replace(answered("2", "2?"), history=history)
+    settings = {"system_prompt": "Another.", "prompt_suffix": " Go."}
+    prompt = encode_prompt(example, section(**settings), tokenizer_of(KEEPS))
+    assert prompt.text == "<bos>[s]Be brief.[u]1?[a]1<eos>[u]2? Go.[a]"
+    document = encode(example, KEEPS)
+    given = encode_prompt(example, section(), tokenizer_of(KEEPS)).text
+    assert "".join(text for _, text in runs(document)) == f"{given}2<eos>"
+    with pytest.raises(ValueError, match="'plain' has a place for one question .* not for system,"):
+        encode_prompt(example, section(template="plain"), tokenizer_of(None))
 
 
 def test_a_batch_is_its_examples_one_by_one() -> None:
@@ -287,7 +365,7 @@ def test_conversations_are_packed_like_any_documents() -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (Example(7, "q", "a"), "it has no response to train on; name the column in data.fields"),
+        (Example(7, "q", "a"), "it has no response to train on; name the column in fields"),
         (answered(""), "the assistant's message is empty"),
         (answered("<eos>"), "the assistant's message is empty"),
         (answered("1<eos>2"), "goes on after a stop token"),
@@ -301,7 +379,7 @@ def test_conversations_are_packed_like_any_documents() -> None:
     ],
 )
 def test_rows_without_a_proper_answer_are_named(example: Example, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"jsonl:rows.jsonl: row 7: .*{re.escape(message)}"):
+    with pytest.raises(ValueError, match=rf"train row 7: .*{re.escape(message)}"):
         encode(example)
 
 
@@ -310,7 +388,7 @@ def test_row_mistakes_of_other_templates() -> None:
         ValueError, match=r"row 7: .*'plain' has a place for one question .* user, "
     ):
         encode(talk("1?", "1", "2?", "2"), template="plain")
-    with pytest.raises(ValueError, match=r"row 7: .* not for system, user, assistant"):
+    with pytest.raises(ValueError, match=r"row 7: .* not for system, user; use"):
         encode(talk("1?", "1", system="sys"), template="r1_zero")
     tokenizer = tokenizer_of(None, bos_token=None)
     with pytest.raises(ValueError, match="row 7: its prompt has no tokens"):

@@ -102,7 +102,8 @@ def test_one_prompt_falls_on_one_side_of_the_split(tmp_path: Path) -> None:
         ({"chosen": ...}, "prompt, rejected. Map it with fields: {chosen: COLUMN}."),
         ({"chosen": " \n"}, "rows.jsonl:2: column 'chosen' (for chosen) is empty; fill it or rem"),
         ({"prompt": ""}, "rows.jsonl:2: column 'prompt' (for prompt) is empty"),
-        ({"chosen": [{"role": "assistant", "content": "a"}]}, "column 'chosen' is a list; needs t"),
+        ({"chosen": ["a"]}, "column 'chosen' is a list; needs t"),
+        ({"chosen": [{"role": "user", "content": "a"}]}, "ends with a message of the user, not"),
     ],
 )
 def test_a_pair_without_both_sides_is_an_error_that_names_the_line(
@@ -112,6 +113,20 @@ def test_a_pair_without_both_sides_is_an_error_that_names_the_line(
     source = write(tmp_path / "rows.jsonl", [PAIR, bad])
     with pytest.raises(ValueError, match=re.escape(message)):
         load_preferences(section(source), labelled=False)
+
+
+def test_sides_that_are_conversations_and_nested_columns(tmp_path: Path) -> None:
+    user, good = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+    row = {"q": [user], "pair": {"chosen": [user, good], "rejected": "3"}}
+    fields = {"prompt": "q", "chosen": "pair.chosen", "rejected": "pair.rejected"}
+    source = write(tmp_path / "rows.jsonl", [row])
+    (loaded,) = load_preferences(section(source, fields=fields), labelled=False)
+    assert (loaded.prompt, loaded.responses) == ("1+1?", ("2", "3"))
+    other = {**row, "q": "2+2?"}
+    with pytest.raises(ValueError, match="fields.chosen: .*answers another message than the pro"):
+        load_preferences(
+            section(write(tmp_path / "b.jsonl", [other]), fields=fields), labelled=False
+        )
 
 
 @pytest.mark.parametrize("label", ["false", "safe", 2, 0.5, [True], None])
@@ -127,7 +142,7 @@ def test_a_label_is_true_or_false_and_nothing_else(label: Any, tmp_path: Path) -
         ({"source": "task:running_total"}, "the task RunningTotal has no preferences; use"),
         ({"source": "task:bilingual"}, "options.subject = 'maths': only general has pairs"),
         ({"source": "rows.jsonl"}, "needs tfds:NAME, jsonl:PATH"),
-        ({"answer_pattern": "(.)"}, "answer_pattern = '(.)' has no effect on preferences"),
+        ({"answer_pattern": "(.)"}, "answer_pattern: has no effect on preferences"),
         ({"fields": {"choosen": "a"}}, "fields.choosen: did you mean 'chosen'? known: prompt, cho"),
     ],
 )
@@ -181,7 +196,7 @@ def test_each_response_gets_its_own_prompt(tokenizer) -> None:
     texts = encode_responses(prompts, responses, plain, tokenizer, reads="summary")
     decoded = [None if ids is None else tokenizer.decode(ids) for ids in texts]
     assert decoded == ["a!1<eos>", None, "a!2<eos>", "b!3<eos>"]
-    with pytest.raises(ValueError, match="template = 'plane'"):
+    with pytest.raises(ValueError, match="template: did you mean 'plain'"):
         encode_responses(["a"], ["b"], section(template="plane"), tokenizer, reads="summary")
 
 
@@ -243,7 +258,7 @@ def test_labelled_responses_are_encoded_with_their_label(tokenizer) -> None:
 
 def test_nothing_left_is_an_error_with_the_count_of_each_reason(tokenizer) -> None:
     pairs = [Preference(0, "q", ("a", "a")), Preference(1, "q", ("longer", "b"))]
-    message = r"rows.jsonl: nothing is left .* max_tokens = 4 .* 1 too long, 1 with equal sides"
+    message = r"nothing is left .* max_tokens = 4 .* 1 too long, 1 with equal sides"
     with pytest.raises(ValueError, match=message):
         encode(pairs, tokenizer, max_tokens=4)
 

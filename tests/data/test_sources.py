@@ -133,10 +133,11 @@ def test_conversations_that_open_with_the_same_question_are_on_one_side(tmp_path
         ({"messages": TALK[2:3]}, {}, "column 'messages' has no user message"),
         ({"messages": [*TALK, "bye"]}, {}, "'messages', message 5 is a str; needs {role, content}"),
         (
-            {"messages": [{"from": "human", "value": "hi"}]},
+            {"messages": [{"from": "function", "value": "hi"}]},
             {},
-            "message 0 has no role; it has from, value",
+            "message 0: from = 'function'; known: system, user, assistant, human, gpt",
         ),
+        ({"messages": [{"from": "human"}]}, {}, "message 0 has no role; it has from"),
         (
             {"messages": [{"role": "user", "content": None}]},
             {},
@@ -224,12 +225,15 @@ def test_bad_files_are_errors_that_name_the_line(tmp_path: Path, content, messag
         ({"fields": {"promt": "question"}}, "fields.promt: did you mean 'prompt'"),
         ({"fields": {"prompt": "query", "answer": "answer"}}, "column 'query' (for prompt)"),
         ({"fields": {**GSM8K_SETTINGS["fields"], "domain": "subject"}}, "column 'subject'"),
-        ({**GSM8K_SETTINGS, "answer_pattern": r"boxed\{(.+)\}"}, "g.jsonl:1: answer_pattern"),
+        ({**GSM8K_SETTINGS, "answer_pattern": r"boxed\{(.+)\}"}, "answer_pattern: "),
         ({**GSM8K_SETTINGS, "answer_pattern": r"#### .+"}, "has no group"),
-        ({**GSM8K_SETTINGS, "answer_pattern": r"#### (.+"}, "answer_pattern = '#### (.+'"),
+        ({**GSM8K_SETTINGS, "answer_pattern": r"#### (.+"}, "answer_pattern: missing )"),
         ({**GSM8K_SETTINGS, "split": "held_out"}, "set held_out_fraction"),
-        ({**GSM8K_SETTINGS, "split": "test", "held_out_fraction": 0.1}, "split = 'test' with held"),
-        ({**GSM8K_SETTINGS, "options": {"seed": 1}}, "options.seed is not an option of jsonl"),
+        (
+            {**GSM8K_SETTINGS, "split": "test", "held_out_fraction": 0.1},
+            "split: with held_out_fraction",
+        ),
+        ({**GSM8K_SETTINGS, "options": {"seed": 1}}, "options.seed: no option of jsonl"),
     ],
 )
 def test_config_mistakes(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -239,7 +243,9 @@ def test_config_mistakes(tmp_path: Path, settings: dict[str, Any], message: str)
 
 def test_an_answer_without_match_names_its_row(tmp_path: Path) -> None:
     rows = [*GSM8K, {"question": "q", "answer": "no mark here"}]
-    with pytest.raises(ValueError, match=r"g\.jsonl:4: answer_pattern .* ends in 'no mark here'"):
+    with pytest.raises(
+        ValueError, match=r"answer_pattern: .*g\.jsonl:4: .* ends in 'no mark here'"
+    ):
         load(write(tmp_path / "g.jsonl", rows), **GSM8K_SETTINGS)
 
 
@@ -254,10 +260,25 @@ def test_prompts_that_are_messages_and_answers_that_are_nested(tmp_path: Path) -
         assert example.columns == row
     system = {"role": "system", "content": "Be brief."}
     source = write(tmp_path / "b.jsonl", [{"prompt": [system, message], "answer": "2"}])
-    (example,) = load(source, template="chat", system_prompt="Be brief.")
-    assert example.prompt == "What is 1+1?"
-    with pytest.raises(ValueError, match=r"conversation \(system, user\).*as system_prompt"):
+    (example,) = load(source)
+    assert (example.prompt, example.history) == ("What is 1+1?", (Message("system", "Be brief."),))
+    source = write(tmp_path / "c.jsonl", [{"prompt": TALK, "answer": "2"}])
+    with pytest.raises(ValueError, match="column 'prompt' ends with a message of the assistant"):
         load(source)
+
+
+def test_rows_that_are_lists_of_turns(tmp_path: Path) -> None:
+    others = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+    first, second = load(write(tmp_path / "a.jsonl", [TALK[1:3], {"messages": others}]))
+    assert first.messages == second.messages == (Message("user", "1+1?"), Message("assistant", "2"))
+    assert first.prompt == second.prompt == "1+1?"
+
+
+def test_a_response_may_be_a_list_of_one_message(tmp_path: Path) -> None:
+    row = {"prompt": TALK[:2], "completion": TALK[2:3]}
+    (example,) = load(write(tmp_path / "a.jsonl", [row]), fields={"response": "completion"})
+    assert (example.prompt, example.response) == ("1+1?", "2")
+    assert example.history == (Message("system", "Be brief."),)
 
 
 def test_a_column_that_is_called_as_a_field_is_not_read_unasked(tmp_path: Path) -> None:
@@ -266,6 +287,13 @@ def test_a_column_that_is_called_as_a_field_is_not_read_unasked(tmp_path: Path) 
     assert example == Example(id=0, prompt="1+1?", answer="2") and example.columns == row
     with pytest.raises(ValueError, match="column 'domain' is a list"):
         load(write(tmp_path / "a.jsonl", [row]), fields={"prompt": "problem", "domain": "domain"})
+    # Of other forms, too, wherever some columns are named; null: not read at all.
+    row |= {"response": ["a", "b"], "messages": "none", "text": {"body": "x"}, "domain": "algebra"}
+    source = write(tmp_path / "b.jsonl", [row])
+    (example,) = load(source, fields={"prompt": "problem"})
+    assert example == Example(id=0, prompt="1+1?", answer="2", domain="algebra")
+    (example,) = load(source, fields={"prompt": "problem", "domain": None})
+    assert example == Example(id=0, prompt="1+1?", answer="2")
 
 
 def test_lines_of_rows(tmp_path: Path) -> None:
@@ -275,7 +303,7 @@ def test_lines_of_rows(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"source = 'jsonl:.*nowhere\.jsonl': no file"):
+    with pytest.raises(ValueError, match=r"source: no file .*nowhere\.jsonl"):
         load(f"jsonl:{tmp_path}/nowhere.jsonl")
 
 
@@ -304,10 +332,10 @@ def test_task_source_is_lazy_sliceable_and_limited() -> None:
     ("settings", "message"),
     [
         ({"source": "task:sums"}, "no task 'sums'; known: bilingual, running_total"),
-        ({"split": "test"}, "split = 'test'; a task has train and held_out"),
-        ({"options": {"terms": 3}}, "options.terms is not an option"),
-        ({"held_out_fraction": 0.1}, "held_out_fraction = 0.1 has no effect on a task"),
-        ({"fields": {"prompt": "q"}}, "fields = {'prompt': 'q'} has no effect"),
+        ({"split": "test"}, "split: a task has train and held_out"),
+        ({"options": {"terms": 3}}, "options.terms: no option"),
+        ({"held_out_fraction": 0.1}, "held_out_fraction: has no effect on a task"),
+        ({"fields": {"prompt": "q"}}, "fields: has no effect"),
     ],
 )
 def test_task_mistakes(settings: dict[str, Any], message: str) -> None:
@@ -317,7 +345,7 @@ def test_task_mistakes(settings: dict[str, Any], message: str) -> None:
 
 def test_hub_source_without_its_package_names_the_remedy(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'r1jax[hf]'")):
+    with pytest.raises(ValueError, match=re.escape("pip install 'r1jax[hf]'")):
         load("hf:openai/gsm8k")
 
 
@@ -362,7 +390,7 @@ def test_hub_rows_are_mapped_like_any_others(monkeypatch) -> None:
         ("openai/gsm8k", "main", "test", "abc"),
         ("openai/gsm8k", "main", "validation", "abc"),
     ]
-    with pytest.raises(ValueError, match=r"hf:openai/gsm8k'.*'nope'.*Unknown split"):
+    with pytest.raises(ValueError, match=r"source: split = 'nope': Unknown split"):
         load("hf:openai/gsm8k", split="nope")
 
 

@@ -75,10 +75,10 @@ def test_a_dataset_without_code_and_in_another_format(data_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("no_such_dataset", {}, "tfds:no_such_dataset': Dataset no_such_dataset not found"),
+        ("no_such_dataset", {}, "source: Dataset no_such_dataset not found"),
         ("r1jax_tasks/sums", {}, "BuilderConfig sums not found"),
         ("r1jax_tasks:9.9.9", {}, "cannot be loaded at version 9.9.9"),
-        ("r1jax_tasks", {"split": "test"}, "split = 'test'; the dataset has held_out, train"),
+        ("r1jax_tasks", {"split": "test"}, "split: the dataset has held_out, train"),
         ("r1jax_tasks", {"options": {"datadir": "x"}}, "did you mean 'data_dir'"),
     ],
 )
@@ -89,5 +89,5 @@ def test_mistakes(data_dir: Path, name: str, settings: dict, message: str) -> No
 
 def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "importlib_resources", None)
-    with pytest.raises(ImportError, match="pip install tensorflow-datasets array_record"):
+    with pytest.raises(ValueError, match="pip install tensorflow-datasets array_record"):
         load(Path("unused"))

@@ -90,7 +90,7 @@ def test_train_and_held_out_are_disjoint() -> None:
         ({"source": "gym:halving"}, "gym:halving.*not registered"),
         ({"options": {"stop": 1}}, "gym:doubling.*stop"),
         ({"options": {"step": 0}}, "step must be positive"),
-        ({"split": "test"}, "split = 'test'; a task is one split, train"),
+        ({"split": "test"}, "split: a task is one split, train"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], message: str) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import yaml
 
 from r1jax import recipe
 from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
+from r1jax.metrics.heartbeat import span
+from r1jax.planner import memory
+from r1jax.planner.dry_run import describe
 from r1jax.rollouts.scoring import check_first_rewards, is_scored
+from r1jax.run import resolve as resolve_module
 from r1jax.run.resolve import check, resolve
 from r1jax.run.stop import RunError
 from r1jax.settings.rewards import RewardSection
+from r1jax.sharding import Layout
+from r1jax.stages import supervised
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 REWARDS = """
@@ -90,7 +100,27 @@ def test_domains_decide_whose_references_are_read(tmp_path: Path) -> None:
         ({"my_rewards.py:f": {}}, {}, "my_rewards.py has no function 'f'"),
         ({"mine": {"function": "other.py:f"}}, {}, "no file .*/other.py"),
         ({"my_rewards:level": {"options": {"a": 1}}}, {"max_prompt_tokens": 3}, "all 2 prompts"),
-        ({"accuracy": {}}, {"template": "chat"}, "stages.zero: data.rows: .*no chat template"),
+        (
+            {"accuracy": {}},
+            {"template": "chat"},
+            r"config.yaml:\d+: data.rows.template = .chat.: .*no chat template.*by stages.zero",
+        ),
+        (
+            {"accuracy": {}},
+            {"fields": {"answer": "a"}},
+            r"yaml:\d+: data.rows.fields.answer = ",
+        ),
+        (
+            {"accuracy": {}},
+            {"source": "jsonl:no.jsonl"},
+            r"yaml:\d+: data.rows.source = .*no f",
+        ),
+        (
+            {"accuracy": {"domains": ["b"]}},
+            {},
+            r"yaml:\d+: stages.zero: no reward is",
+        ),
+        ({"choise": {}}, {}, r"yaml:\d+: rewards.choise"),
     ],
 )
 def test_mistakes_of_a_later_stage_are_found_before_the_first(
@@ -100,8 +130,89 @@ def test_mistakes_of_a_later_stage_are_found_before_the_first(
         check(resolve(config(tmp_path, rows("1", "2"), rewards, **dataset)))
 
 
+def changed(config: RunConfig, *overrides: str) -> RunConfig:
+    return load_config(Path(str(config.folder)) / "config.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trackers=[wandb]", r"line: trackers = ..wandb..: wandb is not installed: pip install"),
+        (
+            "model.config.max_position_embeddings=19",
+            r"zero.max_new_tokens = 16: with the prompts of data.rows, of up to 4 tokens, a sample "
+            r"has 20, .* max_position_embeddings = 19. Set max_new_tokens to at most 15, or mod",
+        ),
+        ("model.max_position_embeddings=19", r"zero.max_new_tokens = 16: .* to at most 15"),
+        ("mesh.cpu_devices=3", r"stages.base.rows_per_step / micro_batches = 4 is not a multiple"),
+        (
+            "data.train.source=jsonl:rows.jsonl",
+            r"data.train.* row 0 has no text to train on",
+        ),
+    ],
+)
+def test_what_the_run_cannot_do_is_refused_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = changed(config(tmp_path, rows("1", "2"), {"accuracy": {}}), override)
+    monkeypatch.setattr(resolve_module, "split_cpu", lambda count: None)
+    monkeypatch.setattr(Layout, "shards", lambda self, axis: run.mesh.cpu_devices)
+    with pytest.raises(ConfigError, match=message):
+        check(resolve(run))
+
+
+def test_a_model_may_be_used_beyond_its_positions_where_the_config_says_so(tmp_path: Path) -> None:
+    further = ["model.config.max_position_embeddings=19", "model.max_position_embeddings=20"]
+    run = changed(config(tmp_path, rows("1", "2"), {"accuracy": {}}), *further)
+    resolved = resolve(run)
+    check(resolved)
+    assert resolved.models.of("zero").decoder.config.max_position_embeddings == 20
+
+
+def test_memory_that_the_machine_lacks_is_said_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, rows("1", "2"), {"accuracy": {}})
+    monkeypatch.setattr(memory, "free_memory", lambda device: 20_000)
+    message = (
+        r"config.yaml:\d+: stages.base: its update needs .* GiB on each device \(activations .*\), "
+        r"and .* GiB are free. What would help: more micro_batches; .*more devices"
+    )
+    with pytest.raises(ConfigError, match=message) as refused:
+        recipe.run(run)
+    assert refused.value.problems == tuple(describe(run)["too_large"])
+    assert len(refused.value.problems) == 2  # both stages
+    assert not (tmp_path / "tiny-s0/stages").exists()
+
+
+def test_memory_that_runs_out_later_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: object) -> None:
+        with span("update"):
+            jax.numpy.zeros(2**50).block_until_ready()
+
+    monkeypatch.setattr(supervised, "run", allocate)
+    with pytest.raises(RunError) as ended:
+        recipe.run(config(tmp_path, rows("1", "2"), {"accuracy": {}}))
+    message = str(ended.value)
+    assert re.search(
+        r"config.yaml:\d+: stages.base: out of memory \(stage base, step 0, after update\): it "
+        r"needs 4.19e\+06 GiB more, and .* GiB are free on a device. By estimate the fullest "
+        r"program, update, takes .* GiB. What would help: more micro_batches",
+        message,
+    ), message
+    assert "\n" not in message
+
+
 def test_weights_that_are_all_0_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stages.zero trains on nothing: .*accuracy, format, are"):
+    with pytest.raises(
+        ConfigError, match=r"yaml:\d+: stages.zero trains on nothing: .*accuracy, format, are"
+    ):
         config(tmp_path, rows("1"), {"accuracy": {"weight": 0.0}, "format": {"weight": 0.0}})
 
 

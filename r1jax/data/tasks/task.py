@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from r1jax.data.example import Example, Split
 from r1jax.files import JsonObject
 from r1jax.settings.names import nearest
+from r1jax.settings.section import SettingError
 
 HELD_OUT_SHARE = 0.1
 """Share of the problem space that is held out, by `split_of`; the same for every task."""
@@ -41,16 +42,14 @@ class PreferenceTask(Protocol):
         ...
 
 
-def task_options(kind: type[Task], options: JsonObject, where: str) -> Task:
-    """Builds a task from a config's `options`; ValueError for an unknown option or a bad value."""
+def task_options(kind: type[Task], options: JsonObject) -> Task:
+    """Builds a task from a config's `options`; SettingError for an unknown one or a bad value."""
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
-            raise ValueError(
-                f"{where}: options.{name} is not an option of this task; {nearest(name, known)}"
-                f"known: {', '.join(known)}"
-            )
+            problem = f"no option of this task; {nearest(name, known)}known: {', '.join(known)}"
+            raise SettingError(f"options.{name}", problem)
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise SettingError("options", str(error)) from error

@@ -105,6 +105,9 @@ class EvaluateStage(Stage):
     def prompt_datasets(self) -> list[str]:
         return [self.data]
 
+    def longest_sample(self) -> int:
+        return self.max_new_tokens
+
     def reward_selection(self) -> RewardSelection:
         return self.rewards
 

@@ -46,7 +46,7 @@ class HeldOutEvaluation:
             return
         prompts, report = run.datasets.prompts(stage.held_out, self._sampler.tokenizer)
         domains = {prompt.domain: stage.held_out for prompt in prompts}
-        check_domains(stage.name, domains, run.config.rewards_of(stage))
+        check_domains(stage, domains, run.config)
         self.reports.append(f"held out: {report}")
         # A divisor of both: samples are drawn in equal parts, none of them larger than a group.
         self._samples = math.gcd(stage.held_out_samples, stage.outputs_per_question)

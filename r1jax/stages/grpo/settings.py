@@ -149,6 +149,9 @@ class GRPOStage(TrainStage):
     def planned_steps(self) -> int | None:
         return self.steps
 
+    def longest_sample(self) -> int:
+        return self.longest_completion
+
     def max_new_tokens_at(self, step: int) -> int:
         """The limit of a completion that is in force at a step."""
         if isinstance(self.max_new_tokens, int):

@@ -81,7 +81,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     share = process_batch_slice(rollout_layout)
     prompts = _TrainingPrompts(stage, run, sampler.tokenizer, share)
     reward_sections = run.config.rewards_of(stage)
-    check_domains(stage.name, prompts.domains, reward_sections)
+    check_domains(stage, prompts.domains, run.config)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     all_steps = packed_shape(stage, prompts.longest, model.layout, rollout_layout, step=None)
