@@ -42,6 +42,7 @@ def load_examples(section: DataSection) -> Sequence[Example]:
     Raises:
         SettingError: the source, the split, a field or an option is unknown, a package is missing,
             a row cannot be read (the message says which), or no rows are left.
+        FileNotFoundError: `jsonl:PATH` does not exist.
     """
     kind, _, name = str(section.source).partition(":")
     if kind == "task" and name:

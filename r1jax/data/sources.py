@@ -29,7 +29,7 @@ def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
     """`jsonl:PATH`: one JSON object per line of a UTF-8 file, local or on a bucket (`gs://...`).
 
     A line that is a list of turns is a row with these as `messages`. Blank lines are skipped.
-    Raises SettingError: no such file, a line that is neither, or a split that is not train.
+    Raises FileNotFoundError; SettingError: a line that is neither, or a split that is not train.
     """
     _known_options("jsonl", options, ())
     if split != "train":
@@ -40,7 +40,7 @@ def read_jsonl(name: str, split: str, options: JsonObject) -> Rows:
         )
     path = locate(name).expanduser()
     if not path.is_file():
-        raise SettingError("source", f"no file {path} (looked in {Path.cwd()})")
+        raise FileNotFoundError(f"no file {path} (looked in {Path.cwd()})")
     try:
         numbered = list(numbered_values(path))
     except ValueError as error:

@@ -212,7 +212,7 @@ def test_documents_are_read_when_needed(tokenizer) -> None:
 
 
 def test_missing_text_and_missing_documents_are_errors(tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"row 0 has no text .* data.fields.text"):
+    with pytest.raises(ValueError, match=r"row 0 has no text to train on; name its column"):
         packed([Example(0, "1", "1")], tokenizer, row_tokens=16, seed=0)
     for pack in (packed, once):
         settings = {"seed": 0} if pack is packed else {"rows_per_batch": 1}

@@ -303,7 +303,7 @@ def test_lines_of_rows(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source: no file .*nowhere\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.jsonl"):
         load(f"jsonl:{tmp_path}/nowhere.jsonl")
 
 

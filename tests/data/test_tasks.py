@@ -125,15 +125,15 @@ def test_wrong_guesses_are_near_the_truth_and_spread_out() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_term": 4}, "options.max_term is not an option of this task; did you mean"),
+        ({"max_term": 4}, "options.max_term: no option of this task; did you mean"),
         ({"min_terms": 1}, "options.min_terms = 1"),
         ({"guess": 0.9}, "add up to 1"),
         ({"guess_right": 1.5}, "options.guess_right = 1.5"),
         ({"term_digits": 3}, "term_digits <= total_digits"),
         ({"guess_spread": 100}, "options.guess_spread = 100"),
-        ({"min_terms": "three"}, "task:running_total"),
+        ({"min_terms": "three"}, "options: "),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        task_options(TASKS["running_total"], options, "source = 'task:running_total'")
+        task_options(TASKS["running_total"], options)
