@@ -377,9 +377,9 @@ def sample(
     ] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,
-    min_p: Annotated[float, typer.Option(min=0, max=1, help="0: off.")] = 0.0,
+    min_p: Annotated[float, typer.Option(help="0: off; below 1.")] = 0.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends a completion; may be repeated.")
     ] = None,
@@ -400,17 +400,24 @@ def sample(
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
 
-    from r1jax.pretrained import stream_completions
+    from pydantic import ValidationError
+
+    from r1jax.config.load import ConfigError
     from r1jax.settings.sampling import SamplingSection
 
-    sampling = SamplingSection(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        stop=stop or [],
-        speculative=speculative,
-    )
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    try:
+        sampling = SamplingSection(**given, stop=stop or [], speculative=speculative)
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                f"--{str(each['loc'][0]).replace('_', '-')} = {each['input']!r}: "
+                + each["msg"].removeprefix("Input ").removeprefix("String ")
+                for each in error.errors()
+            ]
+        ) from None
+    from r1jax.pretrained import stream_completions
+
     rest = [""] * samples
     _heading(0, samples)
     for index, text in stream_completions(
@@ -654,7 +661,7 @@ def _print_dry_run(config: RunConfig) -> None:
         _console().print(table, markup=False)
     for note in description["notes"]:
         typer.echo(note)
-    if description["too_large"]:
+    if description.get("too_large"):
         raise ConfigError(description["too_large"])
 
 

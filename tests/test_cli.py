@@ -374,11 +374,14 @@ def test_a_terminal_gets_no_control_characters(
     assert capsys.readouterr().out == text + "a]0;title\tb\n\u00e9"
 
 
-@pytest.mark.parametrize("setting", [("--top-p", 0), ("--temperature", -1), ("-n", 0)])
+@pytest.mark.parametrize(
+    "setting", [("--top-p", 0), ("--min-p", 1), ("--stop", ""), ("--temperature", -1), ("-n", 0)]
+)
 def test_sample_refuses_settings_out_of_range(
     stream: MagicMock, setting: tuple[str, object]
 ) -> None:
-    assert invoke("sample", "dir", "--prompt", "x", *setting).exit_code == 2
+    result = invoke("sample", "dir", "--prompt", "x", *setting)
+    assert result.exit_code == 2 and "errors.pydantic.dev" not in result.output
     stream.assert_not_called()
 
 

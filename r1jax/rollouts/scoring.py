@@ -64,6 +64,10 @@ def check_example_domains(stage: Stage, run: ResolvedRun, limit: int | None = No
     Of each the first `limit` examples are used, or all.
     """
     rewards = run.config.rewards_of(stage)
+    for data in stage.prompt_datasets():
+        if limit is not None and not run.config.source_stages(data):
+            with run.config.blaming("data", data, reader=stage.name):
+                run.datasets.check_limit(data, limit)
     if any(reward.domains is None for reward in rewards.values()):
         return  # it is for every domain
     for data in stage.prompt_datasets():

@@ -18,6 +18,7 @@ from r1jax.data.prompts import Prompt, encode_prompts
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import RunFiles
 from r1jax.settings.data import DataSection
+from r1jax.settings.section import SettingError
 from r1jax.settings.stage import RewardModelFormat
 
 if TYPE_CHECKING:
@@ -124,6 +125,13 @@ class Datasets:
                 read = self.conversations if conversations else self.texts
                 rows, encode = read(part, model)
                 encode(rows[:_CHECKED_ROWS])
+
+    def check_limit(self, data: str, limit: int) -> None:
+        """Raises SettingError, or ValueError of a mixture, for fewer rows than `limit`."""
+        if self._counts(data, limit) and not self.config.data[data].mixture:
+            count = len(self.examples(data))
+            if count < limit:
+                raise SettingError("source", f"it has {count} rows, fewer than {limit}")
 
     def domains(self, data: str, limit: int | None = None) -> list[str]:
         """The domains of the first `limit` examples of a dataset or mixture, or of all."""

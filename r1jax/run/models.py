@@ -63,7 +63,11 @@ def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonO
     else:
         assert section.config is not None
         raw = section.config
-    config = ModelConfig.from_hugging_face(raw)
+    try:
+        config = ModelConfig.from_hugging_face(raw)
+    except ValueError as error:
+        file = "" if section.path is None else f"{directory / 'config.json'}: "
+        raise ValueError(f"{file}{error}") from error
     if section.path is not None:
         different = hugging_face.differences_from_published(section.path, config)
         if different:  # the model is right; plans of it are not
@@ -165,7 +169,16 @@ class LanguageModel:
     def with_scalar_head(self) -> LanguageModel:
         """The same model with one number in place of the next token: a reward model."""
         config = replace(self.decoder.config, head="scalar", num_nextn_predict_layers=0)
-        return replace(self, decoder=replace(self.decoder, config=config))
+        tokenizer = hugging_face.with_padding(self.tokenizer, self.eos_ids)
+        generation = self.generation_config
+        if tokenizer is not self.tokenizer:  # its padding is another than that of samples
+            generation = {k: v for k, v in (generation or {}).items() if k != "pad_token_id"}
+        return replace(
+            self,
+            decoder=replace(self.decoder, config=config),
+            tokenizer=tokenizer,
+            generation_config=generation,
+        )
 
     def export(self, directory: Path, params: Params) -> None:
         """Write weights, configs and tokenizer as a Hugging Face directory (atomically)."""
@@ -198,9 +211,15 @@ class Models:
         sources = [stage.name for stage in config.stages]
         sources += [use.source for stage in config.stages for use in stage.other_weights()]
         used = dict.fromkeys(map(config.model_of, sources))
-        by_name = {
-            name: LanguageModel.resolve(config.section_of(name), layouts.training) for name in used
-        }
+        by_name = {}
+        for name in used:
+            section = config.section_of(name)
+            try:
+                by_name[name] = LanguageModel.resolve(section, layouts.training)
+            except ValueError as error:
+                where = (MODEL,) if name == MODEL else ("models", name)
+                key = "config" if section.path is None else "path"
+                raise config.refusal((*where, key), str(error)) from error
         return Models(config, layouts, files, by_name)
 
     def of(self, name: str) -> LanguageModel:

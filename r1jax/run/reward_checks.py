@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
@@ -15,6 +15,8 @@ from r1jax.run.datasets import Datasets
 from r1jax.run.models import LanguageModel, Models
 from r1jax.settings.data import DataSection
 from r1jax.settings.rewards import RewardSection
+from r1jax.settings.section import SettingError
+from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 
 _EXAMPLES = 3  # lines that are shown of a dataset
@@ -106,6 +108,8 @@ def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[st
                 continue
             with config.blaming("data", data, reader=stage.name):
                 check_prompts(datasets.examples(data), config.data[data], tokenizer)
+                if _reads_questions(config, stage):
+                    _check_no_history(datasets.examples(data))
             if not datasets.is_generated(data):
                 of_stage = {
                     f"{data} {json.dumps([r.function, r.options], sort_keys=True)}": r
@@ -149,6 +153,22 @@ def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[st
             )
         lines.append(line)
     return lines
+
+
+def _reads_questions(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage writes or rewards questions without what was said before them."""
+    rewards = config.rewards_of(stage).values()
+    return stage.DESCRIPTION.leaves == "dataset" or any(r.model is not None for r in rewards)
+
+
+def _check_no_history(examples: Sequence[Example]) -> None:
+    """Raises SettingError for a first row whose prompt is a conversation."""
+    if examples and examples[0].history:
+        raise SettingError(
+            "fields.prompt",
+            "its prompts are conversations, of which rejection_sampling and reward models know the "
+            "last question alone; put what was said before into one message",
+        )
 
 
 def _is_for(reward: RewardSection, example: Example) -> bool:

@@ -23,7 +23,8 @@ from r1jax.data.dataset_files import (
     write_tfds,
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
-from r1jax.data.prompts import Prompt
+from r1jax.data.example import Example
+from r1jax.data.prompts import Prompt, encode_prompt
 from r1jax.data.rewriting import Draft, check_rules
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
@@ -35,6 +36,7 @@ from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
+from r1jax.settings.data import DataSection
 from r1jax.settings.rewriting import RuleRewrite
 from r1jax.stages.rejection_sampling.rewriting import rewrite
 from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
@@ -51,6 +53,11 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
             check_rules(stage.rewrite)
     except ValueError as error:
         raise ValueError(f"stages.{stage.name}: {error}") from error
+    if stage.model_rewrite is not None:
+        with run.config.blaming("stages", stage.name, "rewrite"):
+            data = DataSection(source="jsonl:-", template=stage.model_rewrite.template)
+            tokenizer = run.models.of(stage.model_rewrite.weights).tokenizer
+            encode_prompt(Example(id=0, prompt="?", answer=""), data, tokenizer)
     check_example_domains(stage, run, stage.prompts)
 
 

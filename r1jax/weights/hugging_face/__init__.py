@@ -11,7 +11,7 @@ from r1jax.weights.hugging_face.directories import (
     read_generation_config,
     resolve,
 )
-from r1jax.weights.hugging_face.exporting import check_padding, convert, export
+from r1jax.weights.hugging_face.exporting import check_padding, convert, export, with_padding
 from r1jax.weights.hugging_face.fp8 import dequantise, is_quantised, quantise
 from r1jax.weights.hugging_face.loading import load_params
 from r1jax.weights.hugging_face.names import stored_names, stored_shapes
@@ -33,4 +33,5 @@ __all__ = [
     "resolve",
     "stored_names",
     "stored_shapes",
+    "with_padding",
 ]

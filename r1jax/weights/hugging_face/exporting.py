@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -192,6 +193,31 @@ def check_padding(
         "tokenizer.pad_token, write the tokenizer with save_pretrained and name its directory in "
         "model.tokenizer"
     )
+
+
+@lru_cache(maxsize=8)
+def with_padding(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with a padding token for a reward model, where its own ends texts (Qwen2.5).
+
+    It is a special token of the vocabulary that the chat template does not write, one for padding
+    first; where there is none the tokenizer stays as it is, and `check_padding` refuses it.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    taken = {*eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    written = str(tokenizer.chat_template or "")
+    unused = [
+        token.content
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and index not in taken and token.content not in written
+    ]
+    if not unused:
+        return tokenizer
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = next((token for token in unused if "pad" in token), unused[0])
+    return padded
 
 
 def _special_ids(
