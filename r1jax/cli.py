@@ -4,7 +4,8 @@ Imports are inside the functions, so that `--help` and a mistake in a config do 
 Mistakes of the user (a `ConfigError`, a missing file, a value refused with a reason) are one red
 message and exit status 2; a run that gives up with advice is one with status 1. R1JAX_DEBUG=1 shows
 the traceback instead. After 143 (SIGTERM: saved) and 134 (another process of the run is lost) the
-same command goes on from the last checkpoint; tpu_scripts/ give it again.
+same command goes on from the last checkpoint; tpu_scripts/ give it again. After 130 (Ctrl-C: saved,
+or left at once by a second one) it does, too.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="The first stage to run.")] = None,
     last: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="The one stage to run.")] = None,
+    restart: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--restart",
+            metavar="STAGE",
+            help="Remove what this stage has written and run it from its start; may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -139,7 +148,9 @@ def run(
     if dry_run:
         _print_dry_run(settings)
         return
-    raise typer.Exit(recipe.run(settings, Selection(only, first, last), profiled))
+    raise typer.Exit(
+        recipe.run(settings, Selection(only, first, last, tuple(restart or ())), profiled)
+    )
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
 from r1jax.evaluation.run_directory import language_models
 from r1jax.files import JsonObject
+from r1jax.lock import locked
 from r1jax.metrics.compilations import CompilationCounter, memory
 from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.profiling import ProfiledSteps
@@ -31,13 +32,16 @@ from r1jax.report.page import write_report
 from r1jax.run.record import Record, open_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
-from r1jax.run.stop import Preempted, StopSignal, stop_on_sigterm
+from r1jax.run.stop import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    Preempted,
+    StopSignal,
+    stop_on_signals,
+)
 from r1jax.settings.stage import Stage
 from r1jax.sharding import split_cpu
 from r1jax.weights import hugging_face
-
-EXIT_PREEMPTED = 143
-"""Exit status after SIGTERM (128 + 15): the state is saved, the same command goes on."""
 
 
 def run(
@@ -45,12 +49,13 @@ def run(
 ) -> int:
     """Run or resume the selected stages and write results.json and report.html.
 
-    Returns 0 or `EXIT_PREEMPTED`. Raises ValueError or RunError, with a message for the user;
-    everything finished stays on disk. `profile`: optimizer steps of train stages to trace.
+    Returns 0, `EXIT_PREEMPTED` or `EXIT_INTERRUPTED`. Raises ValueError or RunError, with a message
+    for the user; everything finished stays on disk. `profile`: optimizer steps of train stages to
+    trace.
     """
     with watched_peers():
         _agree_to_start(config, selection)
-        return _run(config, selection.stages(config), profile)
+        return _run(config, selection, profile)
 
 
 def _agree_to_start(config: RunConfig, selection: Selection) -> None:
@@ -87,16 +92,21 @@ def _hash_of_code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | None) -> int:
+def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None) -> int:
     HEARTBEAT.begin_stage("")  # of a former run in this process
+    selected = selection.stages(config)
     resolved = resolve(config)
     files = resolved.files
     cache = use_compilation_cache(config.compilation_cache, config.output)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
-    with _watchdog(resolved):
+    with ExitStack() as held:
+        held.enter_context(_watchdog(resolved))
         for line in check(resolved):
             console.print(line, markup=False, soft_wrap=True)
-        record = open_record(config, files)
+        # A bucket cannot tell whether the process that holds a lock still lives.
+        if jax.process_index() == 0 and files.copy is None:
+            held.enter_context(locked(files.directory))
+        record = open_record(config, files, selection.restart)
         _check_needs(record, selected)
         if profile is not None:
             _check_profile(record, selected, profile)
@@ -106,12 +116,14 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
-            with stop_on_sigterm() as stop:
+            with stop_on_signals() as stop:
                 for stage in left:
+                    _leave_if_stopped(stage, stop)
                     _run_stage(stage, resolved, record, stop, profile)
         except Preempted as error:
-            console.print(f"Stopped by SIGTERM. {error}; the same command goes on.")
-            return EXIT_PREEMPTED
+            by = "Ctrl-C" if stop.interrupted else "SIGTERM"
+            console.print(f"Stopped by {by}. {error}; the same command goes on.", soft_wrap=True)
+            return EXIT_INTERRUPTED if stop.interrupted else EXIT_PREEMPTED
         finally:
             files.push()
         wait_for_all("stages")
@@ -121,6 +133,11 @@ def _run(config: RunConfig, selected: Sequence[str], profile: ProfiledSteps | No
         files.push()
         console.print(f"Report: {files.home(report)}", soft_wrap=True)
     return 0
+
+
+def _leave_if_stopped(stage: Stage, stop: StopSignal) -> None:
+    if stop.in_any_process():
+        raise Preempted(f"{stage.name} has not begun")
 
 
 def _watchdog(run: ResolvedRun) -> AbstractContextManager[object]:
@@ -189,18 +206,12 @@ def _check_profile(record: Record, selected: Sequence[str], profile: ProfiledSte
         else:
             # Where epochs are given, the steps are known when the data is counted.
             steps = stage.planned_steps() or profile.first
-            done = _newest_checkpoint(files.home(files.stage_directory(stage.name)))
+            done = files.newest_checkpoint(stage.name)
             if done < profile.last and profile.first <= steps:
                 return
             reasons.append(f"{stage.name} goes from step {done + 1} to {steps}")
     why = "; ".join(reasons) or "none trains"
     raise ValueError(f"{where}: no stage takes these steps ({why})")
-
-
-def _newest_checkpoint(directory: Path) -> int:
-    """The step that a stage goes on from; 0: from the start."""
-    names = [path.name for path in (directory / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def export_run(

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "r1jax"
 LAYERS = [
     "files settings",
     "sharding train_step objectives models sampler grpo",
-    "bucket processes peers compilation_cache checkpoints metrics config rewards",
+    "lock checksums bucket processes peers compilation_cache checkpoints metrics config rewards",
     "data weights evaluation",
     "run",
     "rollouts",

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
+from r1jax.settings.data import DataSection
+from r1jax.settings.kinds import load_kind
 from r1jax.settings.model import MODEL, ModelSection
+from r1jax.settings.rewards import RewardSection
+from r1jax.settings.section import Section
+from r1jax.settings.stage import EXTENDABLE
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,60 @@ def ingredients(config: RunConfig, name: str) -> JsonObject:
     return {
         "seed": config.seed,
         f"stages.{name}": stage.model_dump(mode="json"),
-        "model" if model == MODEL else f"models.{model}": _weights_and_numbers(section),
+        "model" if model == MODEL else f"models.{model}": section.model_dump(mode="json"),
         **{f"data.{data}": config.data[data].model_dump(mode="json") for data in datasets},
         **{f"rewards.{key}": reward.model_dump(mode="json") for key, reward in rewards.items()},
         **{f"({source})": ingredients(config, source) for source in needs(config, name)},
     }
 
 
-def _weights_and_numbers(section: ModelSection) -> JsonObject:
-    """What decides a model's results; how far it may be used does not."""
-    return section.model_dump(mode="json", exclude={"max_position_embeddings"})
+def changes(before: JsonObject, config: RunConfig, name: str) -> list[str]:
+    """What decides the result of the stage `name` and is not what it began with.
+
+    Settings that decide none are left out (`Stage.FREE`), and so are those that did not exist when
+    it began and have their default.
+    """
+    return list(differences(_deciding(before), _deciding(ingredients(config, name))))
+
+
+def extension(before: JsonObject, config: RunConfig, name: str) -> bool:
+    """Whether all that differs is the length of the train stage, which shapes no learning rate."""
+    stage = config.stage(name)
+    optimizer = getattr(stage, "optimizer", None)
+    if not stage.DESCRIPTION.trains or getattr(optimizer, "schedule", "") != "constant":
+        return False
+    lengths = [f"stages.{name}.{key}: " for key in EXTENDABLE]
+    lines = changes(before, config, name)
+    return all(any(line.startswith(length) for length in lengths) for line in lines) and not any(
+        "None" in line for line in lines
+    )
+
+
+def _deciding(tree: JsonObject) -> JsonObject:
+    """Ingredients without what decides nothing; those of an earlier version with newer defaults."""
+    result: JsonObject = {}
+    for key, value in tree.items():
+        if key.startswith("("):
+            result[key] = _deciding(value)
+        else:
+            result[key] = _complete(key, value)
+    return result
+
+
+def _complete(key: str, value: object) -> object:
+    kinds: dict[str, type[Section]] = {
+        **{MODEL: ModelSection, "models": ModelSection},
+        **{"data": DataSection, "rewards": RewardSection},
+    }
+    try:
+        section = kinds.get(key.partition(".")[0])
+        if key.startswith("stages.") and isinstance(value, dict):
+            section = load_kind(str(value["kind"]))
+        if section is None:
+            return value
+        return section.model_validate(value).model_dump(mode="json", exclude=set(section.FREE))
+    except (ValueError, LookupError):  # of another version, or of a kind that is gone
+        return value
 
 
 def differences(before: object, after: object, path: str = "") -> Iterator[str]:

@@ -20,6 +20,7 @@ from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject, read_rows
+from r1jax.lock import is_locked
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.stage import StageDescription
 
@@ -196,9 +197,12 @@ def read_run(run_dir: str | Path) -> Run:
     records = info.get("stages") or {}
     # Directories are `NN-<name>`, and names are unique in a config.
     paths = {path.name.partition("-")[2]: path for path in sorted(directory.glob("stages/*-*/"))}
+    # `running` is recorded while it is true, and stays when the process dies.
+    begun = "running" if is_locked(directory) else "stopped"
     stages = []
     for plan in config["stages"]:
         path, record = paths.get(plan["name"]), records.get(plan["name"]) or {}
+        status = record.get("status", "not started" if path is None else "running")
         stages.append(
             StageRecord(
                 name=plan["name"],
@@ -206,7 +210,7 @@ def read_run(run_dir: str | Path) -> Run:
                 description=describe_kind(plan["kind"]),
                 config=plan,
                 directory=path,
-                status=record.get("status", "not started" if path is None else "running"),
+                status=begun if status == "running" else status,
                 seconds={k: float(v) for k, v in (record.get("seconds") or {}).items()},
                 summary=None if path is None else _json_object(path / "summary.json"),
                 machine={k: float(v) for k, v in (record.get("machine") or {}).items()},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import yaml
 
 from r1jax.bucket import WorkingCopy, locate, on_bucket
-from r1jax.config.lineage import differences, ingredients
+from r1jax.config.lineage import changes, edges, extension, ingredients
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject, write_text
 from r1jax.processes import wait_for_all
@@ -72,6 +73,20 @@ class RunFiles:
                 return path
         return stages / f"{self.stages.index(name):02d}-{name}"
 
+    def newest_checkpoint(self, stage: str) -> int:
+        """The step that a train stage goes on from; 0: from its start."""
+        checkpoints = self.home(self.stage_directory(stage)) / "checkpoints"
+        names = [path.name for path in checkpoints.glob("*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def remove_stage(self, name: str) -> None:
+        """Removes all that a stage has written."""
+        directory = self.stage_directory(name)
+        home = self.home(directory)
+        if home != directory and home.exists():
+            home.rmtree()  # type: ignore[attr-defined]  # of a path on a bucket
+        shutil.rmtree(directory, ignore_errors=True)
+
     def trained(self, stage: str) -> Path:
         """The Hugging Face directory that a train stage leaves."""
         return self.home(self.stage_directory(stage) / "model")
@@ -117,13 +132,15 @@ class Record:
             write_text(self.files.directory / "run.json", text)
 
 
-def open_record(config: RunConfig, files: RunFiles) -> Record:
+def open_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ()) -> Record:
     """Create the run's directory, or continue in it if its results are still the config's.
 
-    Process 0 writes; the others wait and read the same files.
+    Process 0 writes; the others wait and read the same files. What the stages in `restart` have
+    written is removed.
 
     Raises:
-      ValueError: a stage that has begun is no longer what the config says.
+      ValueError: a stage that has begun is no longer what the config says, or rests on one in
+        `restart`.
     """
     if jax.process_index() > 0:
         wait_for_all("open_record")
@@ -134,8 +151,9 @@ def open_record(config: RunConfig, files: RunFiles) -> Record:
     content: JsonObject = {"name": config.name, "seed": config.seed, "started": started}
     content["stages"] = {}
     if path.exists():
-        content = json.loads(path.read_text())
+        content = _read_content(path)
     record = Record(config, files, content)
+    _restart(record, restart)
     _refuse_stale(record)
     content["versions"] = {
         name: version(name) for name in ("r1jax", "jax", "flax", "optax", "transformers")
@@ -160,24 +178,82 @@ def open_record(config: RunConfig, files: RunFiles) -> Record:
     return record
 
 
+def _read_content(path: Path) -> JsonObject:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
+            raise ValueError("no table of stages")
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not the record of a run ({error}); put it back from a copy, or give the new "
+            "run another name"
+        ) from None
+    return content
+
+
+def _restart(record: Record, names: Sequence[str]) -> None:
+    """Forgets stages, which then run from their start."""
+    begun = record.content["stages"]
+    for edge in edges(record.config):
+        if edge.source in names and edge.target in begun and edge.target not in names:
+            raise ValueError(
+                f"--restart {edge.source}: {edge.target}, which has begun, rests on it; give "
+                f"--restart {edge.target} as well, or another name to the new run"
+            )
+    for name in names:
+        _forget(record, name)
+
+
+def _forget(record: Record, name: str) -> None:
+    record.content["stages"].pop(name, None)
+    if jax.process_index() == 0:
+        record.files.remove_stage(name)
+
+
 def _refuse_stale(record: Record) -> None:
     """Raises ValueError, with each difference, where a stage that has begun was something else.
 
-    Settings of stages to come may change, and stages may be added.
+    Settings of stages to come may change, and stages may be added. A stage that saved nothing is to
+    come; a train stage may get longer, and then goes on.
     """
-    files = record.files
-    for name, entry in record.content["stages"].items():
+    config, files = record.config, record.files
+    for name, entry in list(record.content["stages"].items()):
         if name not in files.stages:
             continue
         began_with = entry.get("ingredients", {})
-        changed = list(differences(began_with, ingredients(record.config, name)))
-        if changed:
+        changed = changes(began_with, config, name)
+        if not changed:
+            continue
+        if entry["status"] != "done" and not _has_saved(record, name):
+            _forget(record, name)
+        elif extension(began_with, config, name) and _gets_longer(record, name, began_with):
+            entry["status"] = "running"
+        else:
+            state = "is finished" if entry["status"] == "done" else "was begun"
             raise ValueError(
-                f"{files.home(files.directory)}: the stage {name} is {entry['status']} with "
-                f"other settings ({'; '.join(changed[:5])}). Put them back, give the new run "
-                f"another name, or delete {files.home(files.stage_directory(name))} and its entry "
-                "in run.json to run it anew"
+                f"{files.home(files.directory)}: the stage {name} {state} with other settings "
+                f"({'; '.join(changed[:5])}). Put them back, give the new run another name, or run "
+                f"the stage anew with --restart {name}"
             )
+
+
+def _has_saved(record: Record, name: str) -> bool:
+    """Whether a stage left something to go on from: a checkpoint; of one without, any file."""
+    if record.config.stage(name).DESCRIPTION.trains:
+        return record.files.newest_checkpoint(name) > 0
+    paths = record.files.stage_directory(name).rglob("*")
+    return any(path.is_file() and path.stat().st_size for path in paths)
+
+
+def _gets_longer(record: Record, name: str, began_with: JsonObject) -> bool:
+    """Whether a train stage is to take steps beyond those that are done."""
+    stage, before = record.config.stage(name), began_with[f"stages.{name}"]
+    if (steps := stage.planned_steps()) is not None:
+        newest = record.files.newest_checkpoint(name)
+        if record.status(name) == "done":
+            return newest > 0 and steps > before["steps"]
+        return steps >= newest
+    return float(getattr(stage, "epochs", 0.0)) > float(before["epochs"])
 
 
 class Clock:

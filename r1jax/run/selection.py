@@ -13,17 +13,19 @@ from r1jax.config.run_config import RunConfig
 class Selection:
     """All stages of a run, one, or from one to another (both included).
 
-    Finished stages are skipped, selected or not.
+    Finished stages are skipped, selected or not. Those in `restart` are run from their start.
     """
 
     only: str | None = None
     first: str | None = None
     last: str | None = None
+    restart: tuple[str, ...] = ()
 
     def stages(self, config: RunConfig) -> list[str]:
         """The names of the selected stages, in order; ValueError for a name that is not there."""
         names = [stage.name for stage in config.stages]
-        for option, name in (("--only", self.only), ("--from", self.first), ("--until", self.last)):
+        options = [("--only", self.only), ("--from", self.first), ("--until", self.last)]
+        for option, name in (*options, *(("--restart", name) for name in self.restart)):
             if name is not None and name not in names:
                 raise ValueError(f"{option} {name}: no such stage; {likely_name(name, names)}")
         if self.only is not None:

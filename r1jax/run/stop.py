@@ -1,13 +1,22 @@
-"""How a run ends early: by SIGTERM, or because it cannot go on."""
+"""How a run ends early: by SIGTERM or Ctrl-C, or because it cannot go on."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from r1jax.processes import any_process
+
+EXIT_PREEMPTED = 143
+"""Exit status after SIGTERM (128 + 15): the state is saved, the same command goes on."""
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C (128 + 2), likewise; after the second one nothing more is saved."""
 
 
 class RunError(RuntimeError):
@@ -15,30 +24,67 @@ class RunError(RuntimeError):
 
 
 class Preempted(Exception):
-    """SIGTERM arrived; the state is saved."""
+    """SIGTERM or Ctrl-C arrived; the state is saved."""
 
 
 @dataclass
 class StopSignal:
-    """Whether this process received SIGTERM; loops look at it where they can save and leave."""
+    """Whether this process was told to stop; loops look at it where they can save and leave."""
 
     requested: bool = False
+    interrupted: bool = False  # by Ctrl-C
 
     def in_any_process(self) -> bool:
-        """Whether any process received it; all processes must make the call together."""
+        """Whether any process was told to; all processes must make the call together."""
         return any_process(self.requested)
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Gives the signal that SIGTERM sets while the block runs."""
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Gives what SIGTERM and Ctrl-C set while the block runs. A second Ctrl-C ends the process.
+
+    Python calls handlers between two of its own instructions, and compiling takes minutes; so a
+    thread reads the signals as they arrive.
+    """
     stop = StopSignal()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=(reader, stop), name="r1jax stop", daemon=True)
+    watcher.start()
 
-    def request(*_: object) -> None:
+    def request(number: int, _: object) -> None:
         stop.requested = True
+        stop.interrupted |= number == signal.SIGINT
 
-    before = signal.signal(signal.SIGTERM, request)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request) for number in numbers}
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()  # which ends the thread
+        watcher.join()
+        reader.close()
+
+
+def _watch(signals: socket.socket, stop: StopSignal) -> None:
+    interrupts = 0
+    while number := signals.recv(1):
+        if number[0] != signal.SIGINT:
+            continue
+        interrupts += 1
+        stop.requested = stop.interrupted = True
+        if interrupts == 1:
+            print(
+                "\nCtrl-C: the run saves and stops at the end of this step; once more leaves at "
+                "once, and the next start goes on from the checkpoint before",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            if sys.stderr.isatty():  # the progress bar had hidden it
+                print("\x1b[?25h", end="", file=sys.stderr, flush=True)
+            os._exit(EXIT_INTERRUPTED)

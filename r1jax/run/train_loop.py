@@ -149,7 +149,7 @@ class TrainLoop:
             )
 
     def save_if_due(self, data: Resumable) -> None:
-        """Save on schedule, at the end, and after SIGTERM (then raise `Preempted`)."""
+        """Save on schedule, at the end, and when told to stop (then raise `Preempted`)."""
         stop = self.run.stop.in_any_process()
         if stop or self.step % self.stage.checkpoint_every == 0 or self.step == self.steps:
             self._save(data.state())
@@ -157,7 +157,7 @@ class TrainLoop:
             raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
     def leave_if_stopped(self, data_cursor: DataCursor) -> None:
-        """After SIGTERM, save and raise `Preempted`.
+        """When told to stop, save and raise `Preempted`.
 
         For work between two steps that leaves no trace until it is done: a resumed run begins with
         it again, at `data_cursor`, which is the data's `state()` before that work.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from r1jax.settings.section import Section
 
 class ModelSection(Section):
     """Which policy. Either `path` (weights exist) or `config` (from scratch), never both."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"max_position_embeddings"})
 
     path: str | None = Field(None, description="Hugging Face directory, gs://... or hub name.")
     config: JsonObject | None = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -20,3 +22,6 @@ class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    """Settings that decide no result, and may change once a stage has begun."""

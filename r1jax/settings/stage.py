@@ -176,9 +176,17 @@ class Stage(Section):
 class TrainStage(Stage):
     """What every train loop has: checkpoints, and a limit to updates that were skipped."""
 
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        ("checkpoint_every", "keep_checkpoints", "max_bad_steps", "log_every", "samples_every")
+    )
+
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
     keep_checkpoints: int = Field(2, ge=1)
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
+
+
+EXTENDABLE = ("steps", "epochs")
+"""How long a train stage is: more may follow where the learning rate does not depend on it."""
 
 
 def check_multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from r1jax.config.lineage import differences, ingredients
+from r1jax.config.lineage import changes, differences, ingredients
 from r1jax.config.load import load_config
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_r1.yaml")
@@ -32,3 +32,14 @@ def test_what_decides_a_result_is_among_its_ingredients(change: str, changed: st
 def test_what_decides_nothing_is_not(change: str) -> None:
     before, after = (ingredients(load_config(CONFIG, c), "tuned") for c in ([], [change]))
     assert list(differences(before, after)) == []
+
+
+def test_settings_that_decide_nothing_may_change_once_a_stage_has_begun() -> None:
+    began_with = ingredients(load_config(CONFIG), "tuned")
+    free = ["stages.base.checkpoint_every=7", "stages.tuned.keep_checkpoints=9"]
+    assert changes(began_with, load_config(CONFIG, free), "tuned") == []
+    locked = load_config(CONFIG, [*free, "stages.base.rows_per_step=64"])
+    lines = changes(began_with, locked, "tuned")
+    assert lines and all(
+        line.endswith("(base).stages.base.rows_per_step: 4 -> 64") for line in lines
+    )

@@ -354,7 +354,7 @@ def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_seeds(runs)
     assert error.value.problems == (
-        f"{runs[1]} is not finished: stage r1-zero (grpo): running; "
+        f"{runs[1]} is not finished: stage r1-zero (grpo): stopped; "
         "stage final-eval (evaluate): not started",
     )
 
