@@ -144,3 +144,9 @@ def test_a_mistake_in_a_config_is_told_before_anything_else_is_imported(tmp_path
     assert kinds == {"r1jax.stages.evaluate", "r1jax.stages.evaluate.settings"}
     own = {name for name in loaded if name.startswith("r1jax.")} - kinds
     assert {package(name) for name in own} == {*("bucket", "config", "files", "settings", "stages")}
+
+
+def test_training_loads_no_pytorch() -> None:
+    code = "import sys, r1jax.recipe, r1jax.stages.grpo.stage; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

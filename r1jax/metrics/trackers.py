@@ -1,4 +1,7 @@
-"""Trackers, which show the metrics of a stage: TensorBoard and Weights & Biases."""
+"""Trackers, which show the metrics of a stage: TensorBoard and Weights & Biases.
+
+Their packages are imported where they are used: tensorboardX brings PyTorch where there is one.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
-
 from r1jax.files import read_rows
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 TRACKERS = ("tensorboard", "wandb")
 _FLUSH_SECONDS = 10.0
@@ -56,6 +58,8 @@ class _TensorBoard:
         self.rewind()
 
     def rewind(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
         self.close()
         target = self._directory / "tensorboard"
         target.mkdir(parents=True, exist_ok=True)
@@ -69,6 +73,9 @@ class _TensorBoard:
         self.flush()
 
     def write(self, step: int, numbers: Mapping[str, float], wall_time: float) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         if self._writer is None:
             raise ValueError(f"the event file in {self._directory} is closed")
         values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in numbers.items()]
