@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
+from r1jax.data.chat_template import check_template, render_prompt
 from r1jax.data.example import Example
-from r1jax.data.prompts import check_prompts, encode_prompt
+from r1jax.data.prompts import check_prompts
 from r1jax.rewards import Verifier, VerifierError, check_reward, unreadable_references
 from r1jax.rewards.visible import is_blank
 from r1jax.run.datasets import Datasets
@@ -87,7 +88,8 @@ def check_reward_directories(config: RunConfig, layout: Layout) -> None:
             section = config.model.model_copy(update={"path": reward.model, "tokenizer": None})
             section = section.model_copy(update={"config": None, "multi_token_prediction": False})
             tokenizer = LanguageModel.resolve(section, layout).tokenizer
-            encode_prompt(Example(id=0, prompt="?", answer=""), data, tokenizer)
+            check_template(data)
+            render_prompt("", data, tokenizer)
 
 
 def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
+from r1jax.data.chat_template import render_prompt
 from r1jax.data.dataset_files import (
     DatasetRow,
     Provenance,
@@ -23,8 +24,7 @@ from r1jax.data.dataset_files import (
     write_tfds,
 )
 from r1jax.data.decontamination import EvaluationNgrams, duplicate_key
-from r1jax.data.example import Example
-from r1jax.data.prompts import Prompt, encode_prompt
+from r1jax.data.prompts import Prompt
 from r1jax.data.rewriting import Draft, check_rules
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
@@ -57,7 +57,7 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
         with run.config.blaming("stages", stage.name, "rewrite"):
             data = DataSection(source="jsonl:-", template=stage.model_rewrite.template)
             tokenizer = run.models.of(stage.model_rewrite.weights).tokenizer
-            encode_prompt(Example(id=0, prompt="?", answer=""), data, tokenizer)
+            render_prompt("", data, tokenizer)
     check_example_domains(stage, run, stage.prompts)
 
 
