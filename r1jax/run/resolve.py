@@ -63,7 +63,11 @@ class StageRun(ResolvedRun):
 def resolve(config: RunConfig) -> ResolvedRun:
     """Raises ValueError where mesh, devices, models, tokenizers and vocabularies do not fit."""
     split_cpu(config.mesh.cpu_devices)
-    layouts = make_layouts(config.mesh)
+    try:
+        layouts = make_layouts(config.mesh)
+    except ValueError as error:
+        hint = "" if "devices" not in str(error) else " (`r1jax plan`: of other slices)"
+        raise ConfigError([f"{config.place(('mesh',))}{error}{hint}"]) from error
     if jax.process_index() > 0:  # the bars of downloads are process 0's, as ours are
         disable_progress_bars()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
