@@ -155,9 +155,13 @@ def test_what_the_run_cannot_do_is_refused_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    find_spec = importlib.util.find_spec
+
+    def without_wandb(name: str, package: str | None = None) -> object:
+        return None if name == "wandb" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_wandb)
     run = changed(config(tmp_path, rows("1", "2"), {"accuracy": {}}), override)
     monkeypatch.setattr(resolve_module, "split_cpu", lambda count: None)
     monkeypatch.setattr(Layout, "shards", lambda self, axis: run.mesh.cpu_devices)
