@@ -144,13 +144,13 @@ def run(
     from r1jax.run.selection import Selection
 
     profiled = None if profile is None else ProfiledSteps.parse(profile)
+    selection = Selection(only, first, last, tuple(restart or ()))
     join_processes()
     if dry_run:
+        selection.stages(settings)  # refuses names that are not there
         _print_dry_run(settings)
         return
-    raise typer.Exit(
-        recipe.run(settings, Selection(only, first, last, tuple(restart or ())), profiled)
-    )
+    raise typer.Exit(recipe.run(settings, selection, profiled))
 
 
 @app.command()

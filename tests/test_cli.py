@@ -128,6 +128,8 @@ def test_dry_run_prints_and_runs_nothing(config: Path, recipe: Any, replace: Rep
         "notes": ["data.train: 1 of 9 rows"],
     }
     replace(dry_run, "describe", return_value=description)
+    refused = invoke("run", config, "--dry-run", "--only", "nothing")
+    assert refused.exit_code == 2 and "--only nothing: no such stage" in refused.output
     result = invoke("run", config, "--dry-run", "seed=5")
     assert result.exit_code == 0, result.output
     run.assert_not_called()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from r1jax.config.run_config import RunConfig
+from r1jax.config.yaml_file import ConfigError
 from r1jax.data.chat_template import check_template, turn_end
 from r1jax.data.conversations import encode_conversations
 from r1jax.data.documents import Document, encode_documents
@@ -127,11 +128,17 @@ class Datasets:
                 encode(rows[:_CHECKED_ROWS])
 
     def check_limit(self, data: str, limit: int) -> None:
-        """Raises SettingError, or ValueError of a mixture, for fewer rows than `limit`."""
-        if self._counts(data, limit) and not self.config.data[data].mixture:
-            count = len(self.examples(data))
-            if count < limit:
+        """Raises SettingError for fewer rows than `limit`."""
+        if not self.config.data[data].mixture:
+            if (count := len(self.examples(data))) < limit:
                 raise SettingError("source", f"it has {count} rows, fewer than {limit}")
+            return
+        try:
+            self._counts(data, limit)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise SettingError("mixture", str(error).removeprefix("mixture: ")) from error
 
     def domains(self, data: str, limit: int | None = None) -> list[str]:
         """The domains of the first `limit` examples of a dataset or mixture, or of all."""

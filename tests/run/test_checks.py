@@ -135,6 +135,24 @@ def changed(config: RunConfig, *overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(
+    ("data", "problems", "message"),
+    [
+        ("held_out", 7, "data.held_out.source = .*it has 6 rows, fewer than 7"),
+        ("mix", 13, "data.mix.mixture: 13 rows need 7 of held_out, which has 6"),
+    ],
+)
+def test_more_problems_than_there_are_are_refused(
+    tmp_path: Path, data: str, problems: int, message: str
+) -> None:
+    plan = yaml.safe_load(TINY.read_text())
+    plan["data"]["mix"] = {"mixture": {"held_out": 1, "train": 1}}
+    plan["stages"] = [plan["stages"][1] | {"data": data, "problems": problems}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(ConfigError, match=rf"yaml:\d+: {message}.*read by stages.before"):
+        check(resolve(load_config(tmp_path / "config.yaml")))
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("trackers=[wandb]", r"line: trackers = ..wandb..: wandb is not installed: pip install"),
