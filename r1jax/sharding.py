@@ -288,6 +288,8 @@ def _layout(devices: np.ndarray, axes: Mapping[str, int], rules: Rules) -> Layou
     mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
     # Without what the mesh does not have, so that layouts that do the same are equal.
     present = {name: tuple(t for t in targets if t in axes) for name, targets in rules.items()}
+    # The sampler's slots: all devices that have prompts, or samples of a prompt, of their own.
+    present["slots"] = tuple(dict.fromkeys(present["batch"] + present["sample"]))
     return Layout(mesh, tuple(sorted(present.items())))
 
 

@@ -15,12 +15,19 @@ from r1jax.models.attention import cached_attention, row_attention
 from r1jax.models.config import Decoder, ModelConfig
 from r1jax.models.experts import Routing, mixture_of_experts
 from r1jax.models.kv_cache import KVCache, LayerCache, PromptCache, StackCache
-from r1jax.models.latent_attention import absorbed_attention, expand, queries_and_latents
+from r1jax.models.latent_attention import (
+    absorbed_queries,
+    expand,
+    queries_and_latents,
+    values_of_latents,
+)
+from r1jax.models.paged_attention import paged_attention, pages_at_once
+from r1jax.models.paged_cache import PagedCache, PageList, write_current
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
 from r1jax.models.remat import remat
 from r1jax.models.rope import rotate, rotations
-from r1jax.sharding import Layout
+from r1jax.sharding import Axes, Layout
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -32,6 +39,10 @@ Attend = Callable[[jax.Array, LayerCache, Params], tuple[jax.Array, LayerCache |
 Mix = Callable[[jax.Array, Params], tuple[jax.Array, Routing]]
 # Stack of layers with experts -> what their routers did, [layers, ...].
 Routings = dict[str, Routing]
+# The index of a layer in its stack: traced where layers are scanned.
+Layer = int | jax.Array
+# As `Attend`, of a layer whose cache is known: queries and entries [rows, samples, tokens, ...].
+_AttendNew = Callable[[jax.Array, LayerCache, Params], tuple[jax.Array, LayerCache]]
 
 
 def _layer(
@@ -373,6 +384,133 @@ def run_new_tokens(
     stacks: tuple[str, ...],
 ) -> tuple[Float[Array, "batch samples tokens hidden"], KVCache]:
     """Run these stacks of layers on activations of a few new tokens; as `decode`, no final norm."""
+
+    def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
+        prompt = _of_layer(prompts.stacks[name], layer)
+        index = None if isinstance(layer, int) else layer
+
+        def of_samples(
+            q: jax.Array, entries: LayerCache, w: Params
+        ) -> tuple[jax.Array, LayerCache]:
+            written = kv_cache.write(stored, kv_cache.padded(entries, model), new.entry, model, index)
+            seen = kv_cache.read(written, model, index)
+            latent = model.config.latent
+            if latent is not None:
+                wide = absorbed_queries(q, w["kv_up"], latent, seen[0].shape[-1])
+                keys = prompt[0], seen[0]
+                out = cached_attention(wide, keys, keys, prompts.lengths, new.visible)
+                return values_of_latents(out, w["kv_up"], latent), written
+            keys, values = (prompt[0], seen[0]), (prompt[1], seen[1])
+            return cached_attention(q, keys, values, prompts.lengths, new.visible), written
+
+        return of_samples
+
+    x, written, routings = _run_layers(
+        params, x, new.positions, cache.stacks, attend, model, stacks, ("batch", "sample")
+    )
+    cache = replace(cache, stacks={**cache.stacks, **written})
+    if cache.experts is not None:
+        put = jax.lax.dynamic_update_slice_in_dim
+        chosen = _chosen_experts(routings).reshape(*x.shape[:3], -1)
+        cache = replace(cache, experts=put(cache.experts, chosen, new.entry, axis=2))
+    return x, cache
+
+
+@struct.dataclass
+class SlotTokens:
+    """A few new tokens of every slot, and what they attend to.
+
+    entry: of the slots' current pages, the first of those that they fill.
+    visible: the entries of the current page that each attends to, itself included.
+    reads: the other pages.
+    """
+
+    tokens: Int[Array, "shards slots tokens"]
+    positions: Int[Array, "shards slots tokens"]
+    entry: Int[Array, ""]
+    visible: Bool[Array, "shards slots tokens page"]
+    reads: PageList
+
+
+def decode_slots(
+    params: Params, new: SlotTokens, cache: PagedCache, model: Decoder, *, record_experts: bool
+) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache, Int[Array, "..."] | None]:
+    """Run the decoder on a few new tokens of every slot.
+
+    Args:
+      params: as `unstack_layers` returns them.
+      record_experts: return the experts of each token, too.
+
+    Returns:
+      Normalised activations, the cache, and experts [shards, slots, tokens, layers * k] or None.
+    """
+    x = embed(params, new.tokens, model, gather_table=False)
+    stacks = tuple(model.config.stacks)
+    x, cache, routings = run_slot_tokens(params, x, new, cache, model, stacks)
+    experts = _chosen_experts(routings).reshape(*x.shape[:3], -1) if record_experts else None
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache, experts
+
+
+def run_slot_tokens(
+    params: Params,
+    x: Float[Array, "shards slots tokens hidden"],
+    new: SlotTokens,
+    cache: PagedCache,
+    model: Decoder,
+    stacks: tuple[str, ...],
+) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache, Routings]:
+    """Run these stacks of layers on activations of a few new tokens; as `decode_slots`, no final
+    norm. Pages of the pool are only read."""
+    chunk = pages_at_once(cache.filled.shape[-1], model.layout.platform)
+
+    def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
+        index = None if isinstance(layer, int) else layer
+        pages = cache.pages[name] if index is not None else cache.pages[name][layer]
+
+        def of_slots(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
+            written = write_current(stored, entries, new.entry, index)
+            current = written if index is None else _of_layer(written, layer)
+            rest = (pages, current, new.reads, cache.filled, new.visible)
+            latent = model.config.latent
+            if latent is not None:
+                wide = absorbed_queries(q, w["kv_up"], latent, current[0].shape[-1])
+                out = paged_attention(wide, *rest, layer=index, chunk=chunk)
+                return values_of_latents(out, w["kv_up"], latent), written
+            return paged_attention(q, *rest, layer=index, chunk=chunk), written
+
+        return of_slots
+
+    x, written, routings = _run_layers(
+        params, x, new.positions, cache.current, attend, model, stacks, ("slots", None)
+    )
+    return x, replace(cache, current={**cache.current, **written}), routings
+
+
+def _of_layer(stack: StackCache, layer: Layer) -> Any:
+    """One layer's arrays, of a tuple of layers or of stacked arrays."""
+    if isinstance(layer, int):
+        return stack[layer]
+    pick = jax.lax.dynamic_index_in_dim
+    return tuple(pick(leaf, layer, keepdims=False) for leaf in stack)
+
+
+def _run_layers(
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    caches: dict[str, StackCache],
+    attend: Callable[[str, Layer, Any], _AttendNew],
+    model: Decoder,
+    stacks: tuple[str, ...],
+    axes: Axes,
+) -> tuple[jax.Array, dict[str, StackCache], Routings]:
+    """Run these stacks of layers on activations of a few new tokens [rows, samples, tokens, ...].
+
+    Args:
+      caches: what is carried from layer to layer, and written.
+      attend: given a stack's name, a layer and its cache (that of its stack where layers are
+        scanned), attention of that layer.
+    """
     config, shape = model.config, x.shape[:3]
 
     # Except in attention, a sample's tokens are like those of other samples.
@@ -383,55 +521,49 @@ def run_new_tokens(
     def split(rows: jax.Array) -> jax.Array:
         return rows.reshape(*shape, *rows.shape[2:])
 
-    cos, sin = rotations(joined(new.positions), config)
-    x = model.layout.constrain(joined(x), ("batch", "sample", "activation_embed"))
+    cos, sin = rotations(joined(positions), config)
+    x = model.layout.constrain(joined(x), (*axes, "activation_embed"))
 
     def mix(y: jax.Array, w: Params) -> tuple[jax.Array, Routing]:
-        return mixture_of_experts(y, w, model, axes=("batch", "sample"))
+        return mixture_of_experts(y, w, model, axes=axes)
 
-    def layer(
-        x: jax.Array, stored: Any, weights: Params, prompt: Any, index: jax.Array | None = None
+    def run(
+        name: str, layer: Layer, x: jax.Array, stored: Any, weights: Params
     ) -> tuple[jax.Array, Any, Routing | None]:
-        """`stored` is the layer's cache, or that of its stack, in which it has this index."""
+        of_samples = attend(name, layer, stored)
 
-        def attend(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
-            q = split(q)
-            entries = tuple(map(split, kv_cache.padded(entries, model)))
-            written = kv_cache.write(stored, entries, new.entry, model, index)
-            seen = kv_cache.read(written, model, index)
-            if config.latent is not None:
-                latents = prompt[0], prompts.lengths, seen[0], new.visible
-                out = absorbed_attention(q, *latents, w["kv_up"], config.latent)
-            else:
-                keys, values = (prompt[0], seen[0]), (prompt[1], seen[1])
-                out = cached_attention(q, keys, values, prompts.lengths, new.visible)
+        def joined_attend(
+            q: jax.Array, entries: LayerCache, w: Params
+        ) -> tuple[jax.Array, LayerCache]:
+            out, written = of_samples(split(q), tuple(map(split, entries)), w)
             return joined(out), written
 
-        return _layer(x, weights, cos, sin, model, attend, mix)
-
-    def scanned(carry: tuple[jax.Array, Any], xs: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        # The cache is carried, not scanned over: a scanned-over cache is copied at every token.
-        x, stored, routing = layer(*carry, *xs)
-        return (x, stored), routing
+        return _layer(x, weights, cos, sin, model, joined_attend, mix)
 
     written: dict[str, StackCache] = {}
     routings: dict[str, Routing | None] = {}
     for name in stacks:
-        weights, prompt, stored = params[name], prompts.stacks[name], cache.stacks[name]
         if model.execution.scan_layers:
+
+            def scanned(
+                carry: tuple[jax.Array, Any], xs: tuple[Params, jax.Array], name: str = name
+            ) -> tuple[tuple[jax.Array, Any], Routing | None]:
+                # The cache is carried, not scanned over: that would copy it at every token.
+                x, stored, routing = run(name, xs[1], *carry, xs[0])
+                return (x, stored), routing
+
             indices = jnp.arange(len(config.all_stacks[name]), dtype=jnp.int32)
-            xs = (weights, prompt, indices)
-            (x, written[name]), routings[name] = jax.lax.scan(scanned, (x, stored), xs)
+            carry = (x, caches[name])
+            (x, written[name]), routings[name] = jax.lax.scan(
+                scanned, carry, (params[name], indices)
+            )
         else:
             outputs = []
-            for weights_, prompt_, stored_ in zip(weights, prompt, stored, strict=True):
-                x, *output = layer(x, stored_, weights_, prompt_)
+            for index, (weights, stored) in enumerate(
+                zip(params[name], caches[name], strict=True)
+            ):
+                x, *output = run(name, index, x, stored, weights)
                 outputs.append(output)
             written[name] = tuple(layer_cache for layer_cache, _ in outputs)
             routings[name] = _stacked([routing for _, routing in outputs])
-    cache = replace(cache, stacks={**cache.stacks, **written})
-    if cache.experts is not None:
-        chosen = split(_chosen_experts(_without_dense(routings)))
-        put = jax.lax.dynamic_update_slice_in_dim
-        cache = replace(cache, experts=put(cache.experts, chosen, new.entry, axis=2))
-    return split(x), cache
+    return split(x), written, _without_dense(routings)

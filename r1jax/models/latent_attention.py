@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from r1jax.models.attention import cached_attention
 from r1jax.models.config import LatentAttention, ModelConfig, YarnRopeScaling
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm
@@ -21,7 +20,7 @@ from r1jax.models.rope import rotate
 from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Float
 
 _EPS = 1e-6  # of the latents' norms: DeepSeek's code does not give them the config's
 
@@ -72,30 +71,34 @@ def expand(
     return jnp.concatenate([k, shared], axis=-1), v
 
 
-def absorbed_attention(
-    q: Float[Array, "batch samples tokens heads head_dim"],
-    prompt: Float[Array, "batch 1 prompt_time width"],
-    prompt_lengths: Int[Array, " batch"],
-    new: Float[Array, "batch samples 1 capacity width"],
-    visible: Bool[Array, "#batch #samples tokens capacity"],
+def absorbed_queries(
+    q: Float[Array, "*shape heads head_dim"],
     up: Float[Array, "rank heads nope_and_value_dim"],
     latent: LatentAttention,
-) -> Float[Array, "batch samples tokens heads value_dim"]:
-    """As `cached_attention` of expanded keys and values, without expanding them.
+    width: int,
+) -> Float[Array, "*shape heads width"]:
+    """Queries whose products with latents are those of `q` with the expanded keys.
 
     Args:
       q: from `queries_and_latents`.
-      prompt, new: the KV cache; zeros may follow the kv_lora_rank + qk_rope_head_dim values.
-      visible: which of `new` each token attends to.
+      width: of the latents in the cache; zeros may follow their kv_lora_rank + qk_rope_head_dim
+        values.
     """
     plain, rotated = jnp.split(q, [latent.qk_nope_head_dim], axis=-1)
-    up_k, up_v = jnp.split(up, [latent.qk_nope_head_dim], axis=-1)
+    up_k, _ = jnp.split(up, [latent.qk_nope_head_dim], axis=-1)
     wide = jnp.einsum("...hd,rhd->...hr", plain, up_k, preferred_element_type=jnp.float32)
     wide = jnp.concatenate([wide, rotated.astype(jnp.float32)], axis=-1)
-    wide = jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, new.shape[-1] - wide.shape[-1])])
+    wide = jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, width - wide.shape[-1])])
     # Products are divided by the root of the width that they are summed over, which differs here.
-    wide = (wide * math.sqrt(wide.shape[-1] / q.shape[-1])).astype(q.dtype)
-    # The cache is both keys and values. Cutting the rotated keys off first would copy it; what
-    # they add to the sums is cut off afterwards.
-    latents = cached_attention(wide, (prompt, new), (prompt, new), prompt_lengths, visible)
+    return (wide * math.sqrt(width / q.shape[-1])).astype(q.dtype)
+
+
+def values_of_latents(
+    latents: Float[Array, "*shape heads width"],
+    up: Float[Array, "rank heads nope_and_value_dim"],
+    latent: LatentAttention,
+) -> Float[Array, "*shape heads value_dim"]:
+    """What attention with expanded values gives, of attention with latents as keys and values."""
+    _, up_v = jnp.split(up, [latent.qk_nope_head_dim], axis=-1)
+    # Cutting the rotated keys off before attention would copy the cache.
     return jnp.einsum("...hr,rhd->...hd", latents[..., : latent.kv_lora_rank], up_v)
