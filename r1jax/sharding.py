@@ -187,6 +187,13 @@ def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]
     return sorted({slices[device][0].start or 0 for device in devices})
 
 
+def batch_slices(layout: Layout) -> list[list[int]]:
+    """The parts of the batch that processes hold, each slice once, in the batch's order."""
+    processes = {device.process_index for device in layout.mesh.devices.flat}
+    held = {tuple(process_batch_parts(layout, process)) for process in processes}
+    return [list(parts) for parts in sorted(held)]
+
+
 def to_process_rows(array: jax.Array) -> np.ndarray:
     """The rows of an array split along the batch that this process's devices hold; a scalar."""
     if array.is_fully_addressable or not array.ndim:

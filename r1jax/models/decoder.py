@@ -392,7 +392,9 @@ def run_new_tokens(
         def of_samples(
             q: jax.Array, entries: LayerCache, w: Params
         ) -> tuple[jax.Array, LayerCache]:
-            written = kv_cache.write(stored, kv_cache.padded(entries, model), new.entry, model, index)
+            written = kv_cache.write(
+                stored, kv_cache.padded(entries, model), new.entry, model, index
+            )
             seen = kv_cache.read(written, model, index)
             latent = model.config.latent
             if latent is not None:
@@ -434,7 +436,11 @@ class SlotTokens:
 
 def decode_slots(
     params: Params, new: SlotTokens, cache: PagedCache, model: Decoder, *, record_experts: bool
-) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache, Int[Array, "..."] | None]:
+) -> tuple[
+    Float[Array, "shards slots tokens hidden"],
+    PagedCache,
+    Int[Array, "shards slots tokens layers_k"] | None,
+]:
     """Run the decoder on a few new tokens of every slot.
 
     Args:
@@ -468,6 +474,7 @@ def run_slot_tokens(
         pages = cache.pages[name] if index is not None else cache.pages[name][layer]
 
         def of_slots(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
+            entries = kv_cache.padded(entries, model)
             written = write_current(stored, entries, new.entry, index)
             current = written if index is None else _of_layer(written, layer)
             rest = (pages, current, new.reads, cache.filled, new.visible)
@@ -559,9 +566,7 @@ def _run_layers(
             )
         else:
             outputs = []
-            for index, (weights, stored) in enumerate(
-                zip(params[name], caches[name], strict=True)
-            ):
+            for index, (weights, stored) in enumerate(zip(params[name], caches[name], strict=True)):
                 x, *output = run(name, index, x, stored, weights)
                 outputs.append(output)
             written[name] = tuple(layer_cache for layer_cache, _ in outputs)

@@ -79,7 +79,7 @@ def _time_axis(model: Decoder) -> int:
     return _memory_order(model).index(3) - len(_LOGICAL)
 
 
-def _entry_shapes(model: Decoder) -> tuple[tuple[int, int], ...]:
+def entry_shapes(model: Decoder) -> tuple[tuple[int, int], ...]:
     """(heads, width) of a token in each array, as in memory.
 
     A TPU tiles the last dimension by 128: the 576 values of a latent take the memory of 640, or are
@@ -101,7 +101,7 @@ def prompt_cache_arrays(
     """Shape and logical axes of a layer's arrays in a `PromptCache`."""
     heads_axis, width_axis = _head_axes(model)
     axes = ("batch", heads_axis, None, width_axis)
-    return [((batch, heads, prompt_time, width), axes) for heads, width in _entry_shapes(model)]
+    return [((batch, heads, prompt_time, width), axes) for heads, width in entry_shapes(model)]
 
 
 def cache_arrays(
@@ -110,7 +110,7 @@ def cache_arrays(
     """Shape and logical axes of a layer's arrays in a `KVCache`, in memory order."""
     heads_axis, width_axis = _head_axes(model)
     order, axes = _memory_order(model), ("batch", "sample", heads_axis, None, width_axis)
-    shapes = [(batch, samples, heads, capacity, width) for heads, width in _entry_shapes(model)]
+    shapes = [(batch, samples, heads, capacity, width) for heads, width in entry_shapes(model)]
     return [(tuple(shape[i] for i in order), tuple(axes[i] for i in order)) for shape in shapes]
 
 
@@ -118,7 +118,7 @@ def padded(entries: LayerCache, model: Decoder) -> LayerCache:
     """A layer's entries [..., width] in the width that they have in the cache."""
     return tuple(
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
-        for x, (_, width) in zip(entries, _entry_shapes(model), strict=True)
+        for x, (_, width) in zip(entries, entry_shapes(model), strict=True)
     )
 
 

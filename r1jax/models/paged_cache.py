@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.models.config import Decoder
-from r1jax.models.kv_cache import LayerCache, PromptCache, StackCache
+from r1jax.models.kv_cache import LayerCache, PromptCache, StackCache, entry_shapes
 from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def page_arrays(
     shards: int, pages: int, page: int, model: Decoder
 ) -> list[tuple[tuple[int, ...], Axes]]:
     """Shape and logical axes of a layer's arrays."""
-    shapes = model.config.cache_shapes
+    shapes = entry_shapes(model)
     return [((shards, pages, heads, page, width), page_axes(model)) for heads, width in shapes]
 
 
@@ -217,9 +217,10 @@ def store_prompts(
     def put(pages: jax.Array, new: jax.Array) -> jax.Array:
         axis = pages.ndim - 5
         time, width = new.shape[-2:]
-        pad = [(0, 0)] * (new.ndim - 2) + [(0, per_prompt * page - time), (0, 0)]
-        new = jnp.pad(new, pad) if per_prompt * page > time else new[..., : per_prompt * page, :]
-        # [layers?, shards * rows, heads, pages * page, width] -> [.., shards, rows * pages, heads..]
+        whole = per_prompt * page
+        pad = [(0, 0)] * (new.ndim - 2) + [(0, max(0, whole - time)), (0, 0)]
+        new = jnp.pad(new, pad)[..., :whole, :]
+        # [shards * rows, heads, pages * page, ...] -> [shards, rows * pages, heads, page, ...]
         heads, before = new.shape[-3], new.shape[:axis]
         new = new.reshape(*before, shards, rows, heads, per_prompt, page, width)
         new = jnp.moveaxis(new, -3, -4).reshape(*before, shards, -1, heads, page, width)

@@ -139,6 +139,11 @@ class GenerateOptions:
     speculative: the model's module for multi-token prediction drafts, see
         `r1jax.sampler.speculative`; other samples of the same distribution.
     record_experts: return the experts of each token, of prompts and completions.
+    slots: of `sample_queue`: samples that decode at once, over all devices; default: 64 for each
+        part of the devices that has slots of its own.
+    cache_tokens: of `sample_queue`: tokens that the KV cache has room for, over all devices;
+        default: as many as all slots might need.
+    page: of `sample_queue`: tokens in a page of the KV cache; default: 16 on a CPU, else 64.
 
     Raises:
       ValueError: a count below 1, or `speculative` with `record_experts`.
@@ -155,6 +160,9 @@ class GenerateOptions:
     sync_every: int | None = None
     speculative: bool = False
     record_experts: bool = False
+    slots: int | None = None
+    cache_tokens: int | None = None
+    page: int | None = None
 
     def __post_init__(self) -> None:
         if self.speculative and self.record_experts:

@@ -1,0 +1,465 @@
+"""Sampling a queue of prompts on the host's side: prefill what is next, collect what has ended.
+
+What is decided here follows from the samples alone, never from the time that something takes: the
+same prompts give the same calls of the same programs in the same order, in every process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from r1jax.models.config import Decoder
+from r1jax.models.parameters import Params
+from r1jax.sampler.samples import Finish, GenerateOptions, StopSearch
+from r1jax.sampler.slots import (
+    NewPrompts,
+    SlotLog,
+    SlotShape,
+    Status,
+    add_prompts,
+    decode_and_refill,
+    drop_prompts,
+    empty_slots,
+)
+from r1jax.sharding import (
+    batch_slices,
+    from_process_rows,
+    process_batch_parts,
+    to_process_rows,
+)
+
+_SLOTS = 64  # of a shard, unless the options say otherwise
+_STEPS = 32  # between two returns to the host
+
+
+@dataclass(frozen=True)
+class QueuedPrompt:
+    """A prompt to sample.
+
+    token_ids: int32 [length], of one token at least.
+    id, first_sample: as of `Prompts`.
+    """
+
+    token_ids: np.ndarray
+    id: int
+    first_sample: int = 0
+
+
+@dataclass(frozen=True)
+class QueueSample:
+    """A finished sample of prompt `prompt` (its index in the queue).
+
+    sample: its index among the prompt's samples of this queue.
+    tokens, policy_log_probs, sampling_log_probs: [length], see `Samples`.
+    experts: [prompt + length, layers * k], or None; see `Samples`.
+    """
+
+    prompt: int
+    sample: int
+    tokens: np.ndarray
+    policy_log_probs: np.ndarray
+    sampling_log_probs: np.ndarray
+    finish: Finish
+    experts: np.ndarray | None = None
+
+
+@dataclass
+class QueueFigures:
+    """What sampling a queue took.
+
+    steps: of the decode loop. slot_steps: slots x steps. busy: slot steps in which a slot had a
+    sample. repeated: tokens that were sampled again for want of pages.
+    page_tokens, live_tokens: summed over returns to the host, memory of the pages in use and of the
+    current pages, and tokens in it.
+    """
+
+    steps: int = 0
+    slot_steps: int = 0
+    busy: int = 0
+    repeated: int = 0
+    page_tokens: int = 0
+    live_tokens: int = 0
+
+    @property
+    def slot_use(self) -> float:
+        """Completion tokens for each slot and step."""
+        return (self.busy - self.repeated) / max(self.slot_steps, 1)
+
+
+def slot_shape(
+    model: Decoder, options: GenerateOptions, *, prompts: int, prompt_tokens: int
+) -> SlotShape:
+    """Shapes of the slots for so many prompts of a shard, each of at most `prompt_tokens`.
+
+    Raises:
+      ValueError: the token budget of the KV cache is too small for one sample.
+    """
+    shards, group = model.layout.shards("slots"), options.samples
+    page = options.page or (16 if model.layout.platform == "cpu" else 64)
+    wanted = _SLOTS * shards if options.slots is None else options.slots
+    slots = max(1, min(-(-wanted // shards), prompts * group))
+    shape = SlotShape(
+        slots=slots,
+        prompts=min(prompts, 2 * slots + 2),
+        pages=0,
+        samples=group,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=options.max_new_tokens,
+        page=page,
+        steps=min(options.sync_every or _STEPS, options.max_new_tokens),
+        record_experts=options.record_experts,
+    )
+    at_most = slots * shape.sample_pages + shape.prompts * shape.prompt_pages + 1
+    pages = at_most
+    if options.cache_tokens is not None:
+        pages = min(at_most, options.cache_tokens // (shards * page) - slots)
+    if pages < shape.least_pages:
+        least = shards * page * (shape.least_pages + slots)
+        raise ValueError(
+            f"cache_tokens = {options.cache_tokens}: a KV cache for {shards} x {slots} slots and "
+            f"one sample of {prompt_tokens} + {options.max_new_tokens} tokens has at least {least}"
+        )
+    return SlotShape(**{**vars(shape), "pages": pages})
+
+
+def sample_queue(
+    params: Params,
+    prompts: Sequence[QueuedPrompt],
+    model: Decoder,
+    options: GenerateOptions,
+    *,
+    prompt_tokens: int,
+    lengths_of_slices: Sequence[Sequence[int]] | None = None,
+    figures: QueueFigures | None = None,
+) -> Iterator[list[QueueSample]]:
+    """Sample `options.samples` completions of every prompt; gives them as they end.
+
+    Every process calls it with its slice of the prompts, and takes every value.
+
+    Args:
+      prompt_tokens: what prompts are padded to; each value compiles.
+      lengths_of_slices: of the prompts of every slice of the batch, in the batch's order; default:
+        this process has all prompts.
+      figures: is added to.
+
+    Raises:
+      ValueError: `options.cache_tokens` is too small for one sample.
+    """
+    figures = QueueFigures() if figures is None else figures
+    layout = model.layout
+    parts = batch_slices(layout)
+    lengths = lengths_of_slices or [[len(prompt.token_ids) for prompt in prompts]]
+    slice_index = parts.index(process_batch_parts(layout))
+    split = layout.shards("slots") // layout.shards("batch")  # shards of a part of the batch
+    most = max(
+        -(-len(of_slice) // (len(its_parts) * split))
+        for of_slice, its_parts in zip(lengths, parts, strict=True)
+    )
+    shape = slot_shape(model, options, prompts=most, prompt_tokens=prompt_tokens)
+    schedulers = [
+        _Scheduler(shape, of_slice, [part * split + i for part in its_parts for i in range(split)])
+        for of_slice, its_parts in zip(lengths, parts, strict=True)
+    ]
+    scheduler = schedulers[slice_index]
+    shards = len(scheduler.shards)
+    collector = _Collector(prompts, shape, options.stop, figures)
+    draws = options.draws()
+
+    def rows_to_devices(rows: np.ndarray) -> jax.Array:
+        return from_process_rows(rows.reshape(-1, split, *rows.shape[1:]), layout)
+
+    state = empty_slots(model=model, shape=shape)
+    stop = np.zeros((shards, shape.slots), bool)
+    unread: tuple[SlotLog, list[list[int]]] | None = None
+    while True:
+        ended = np.zeros((layout.shards("slots"), shape.prompts), bool)
+        for each in schedulers:
+            each.drop_ended(ended)
+        if ended.any():
+            state = drop_prompts(state, ended)
+        while any(each.wants() for each in schedulers):
+            assigned = [each.assign() for each in schedulers]
+            rows = _prompt_rows(prompts, assigned[slice_index], shape)
+            new = jax.tree.map(lambda leaf: from_process_rows(leaf, layout), rows)
+            state, experts = add_prompts(params, state, new, model=model, shape=shape)
+            if experts is not None:
+                collector.keep_experts(assigned[slice_index], to_process_rows(experts))
+        if not any(each.busy() for each in schedulers):
+            break
+        more = np.bool_(any(each.has_more() for each in schedulers))
+        state, log, arrays = decode_and_refill(
+            params, state, rows_to_devices(stop), more, draws, model=model, shape=shape
+        )
+        entries = [list(of_shard) for of_shard in scheduler.entries]
+        if unread is not None:  # while the devices go on
+            yield collector.read(*unread, stop)
+        unread = log, entries
+        status: Status = jax.device_get(arrays)
+        _count(figures, status, shape)
+        for each in schedulers:
+            each.learn(status)
+        if options.stop is not None:  # it decides which samples go on
+            stop[:] = False
+            yield collector.read(*unread, stop)
+            unread = None
+    if unread is not None:
+        yield collector.read(*unread, stop)
+
+
+class _Scheduler:
+    """Which prompt goes to which shard of a slice of the batch, and when.
+
+    All processes follow all slices, by figures that all of them have.
+
+    shards: indices of the slice's shards among all. entries: prompt of each entry, -1: none.
+    """
+
+    def __init__(self, shape: SlotShape, lengths: Sequence[int], shards: Sequence[int]) -> None:
+        self.shards = shards
+        self.entries = [[-1] * shape.prompts for _ in shards]
+        self._shape = shape
+        self._waiting = deque(enumerate(lengths))
+        self._pages = {i: -(-length // shape.page) for i, length in enumerate(lengths)}
+        self._done = np.zeros((len(shards), shape.prompts), int)
+        self._free = [shape.pages] * len(shards)
+        self._queued = [0] * len(shards)
+        self._running = [0] * len(shards)
+        self._wanted = shape.slots  # samples that should wait in a queue
+
+    def drop_ended(self, ended: np.ndarray) -> None:
+        """Mark entries of which all samples have ended in [shards of the mesh, entries]."""
+        for i, shard in enumerate(self.shards):
+            for entry, prompt in enumerate(self.entries[i]):
+                if prompt >= 0 and self._done[i, entry] == self._shape.samples:
+                    ended[shard, entry] = True
+                    self.entries[i][entry] = -1
+                    self._done[i, entry] = 0
+                    self._free[i] += self._pages[prompt]
+
+    def _next_shard(self, rows: Sequence[int]) -> int | None:
+        """Where the next prompt goes: the shard with the least to do that has room for it."""
+        if not self._waiting:
+            return None
+        pages = self._pages[self._waiting[0][0]]
+        reserve = self._shape.sample_pages + self._shape.slots
+
+        def has_room(i: int) -> bool:
+            present = any(prompt >= 0 for prompt in self.entries[i])
+            return (
+                self._queued[i] < self._wanted
+                and rows[i] < rows_at_once(self._shape)
+                and -1 in self.entries[i]
+                and pages <= self._free[i] - (reserve if present else 0)
+            )
+
+        shards = [i for i in range(len(self.shards)) if has_room(i)]
+        return min(shards, key=lambda i: self._queued[i] + self._running[i], default=None)
+
+    def wants(self) -> bool:
+        return self._next_shard([0] * len(self.shards)) is not None
+
+    def assign(self) -> list[list[tuple[int, int]]]:
+        """For each shard the next prompts to prefill, each with its entry."""
+        rows: list[list[tuple[int, int]]] = [[] for _ in self.shards]
+        while (i := self._next_shard([len(row) for row in rows])) is not None:
+            prompt, _ = self._waiting.popleft()
+            entry = self.entries[i].index(-1)
+            self.entries[i][entry] = prompt
+            self._free[i] -= self._pages[prompt]
+            self._queued[i] += self._shape.samples
+            rows[i].append((prompt, entry))
+        return rows
+
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(self._queued) or any(self._running)
+
+    def has_more(self) -> bool:
+        """Whether prompts wait for nothing but a shorter queue."""
+        queued, self._queued = self._queued, [0] * len(self.shards)
+        more = self.wants()
+        self._queued = queued
+        return more
+
+    def learn(self, status: Status) -> None:
+        """What the devices have come to."""
+        taken = 0
+        for i, shard in enumerate(self.shards):
+            taken = max(taken, self._queued[i] - int(status.queued[shard]))
+            self._done[i] = status.done[shard]
+            self._free[i] = int(status.free[shard])
+            self._queued[i] = int(status.queued[shard])
+            self._running[i] = int(status.running[shard])
+        # As many as may end until the next return, with a margin: the shorter the queues, the more
+        # evenly the shards end.
+        self._wanted = max(1, taken + taken // 2)
+
+
+def rows_at_once(shape: SlotShape) -> int:
+    """Prompts of a shard that are prefilled together."""
+    return -(-shape.slots // (2 * shape.samples))
+
+
+def _prompt_rows(
+    prompts: Sequence[QueuedPrompt], assigned: Sequence[Sequence[tuple[int, int]]], shape: SlotShape
+) -> NewPrompts:
+    """Host arrays of the rows to prefill."""
+    count = rows_at_once(shape)
+    size = len(assigned) * count
+    rows = NewPrompts(
+        tokens=np.zeros((size, shape.prompt_tokens), np.int32),
+        lengths=np.ones(size, np.int32),
+        ids=np.zeros(size, np.uint32),
+        first_samples=np.zeros(size, np.int32),
+        entry=np.full(size, shape.prompts, np.int32),
+    )
+    for shard, of_shard in enumerate(assigned):
+        for row, (index, entry) in enumerate(of_shard, start=shard * count):
+            prompt = prompts[index]
+            length = len(prompt.token_ids)
+            rows.tokens[row, :length] = prompt.token_ids
+            rows.lengths[row], rows.ids[row] = length, prompt.id
+            rows.first_samples[row], rows.entry[row] = prompt.first_sample, entry
+    return rows
+
+
+def _count(figures: QueueFigures, status: Status, shape: SlotShape) -> None:
+    shards = len(status.free)
+    used = shards * (shape.pages + shape.slots) - int(status.free.sum())
+    figures.steps += int(status.steps)
+    figures.slot_steps += int(status.steps) * shards * shape.slots
+    figures.busy += int(status.busy)
+    figures.page_tokens += used * shape.page
+    figures.live_tokens += int(status.live.sum())
+
+
+@dataclass
+class _Part:
+    """What is known of the sample in a slot."""
+
+    request: int = -1
+    logs: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    length: int = 0
+
+
+class _Collector:
+    """Puts completions together from the logs of this process's slots."""
+
+    def __init__(
+        self,
+        prompts: Sequence[QueuedPrompt],
+        shape: SlotShape,
+        stop: StopSearch | None,
+        figures: QueueFigures,
+    ) -> None:
+        self._shape, self._stop, self._figures = shape, stop, figures
+        self._parts: dict[tuple[int, int], _Part] = {}
+        self._lengths = [len(prompt.token_ids) for prompt in prompts]
+        self._prompt_experts: dict[int, np.ndarray] = {}
+
+    def keep_experts(
+        self, assigned: Sequence[Sequence[tuple[int, int]]], experts: np.ndarray
+    ) -> None:
+        count = rows_at_once(self._shape)
+        for shard, of_shard in enumerate(assigned):
+            for row, (prompt, _) in enumerate(of_shard, start=shard * count):
+                self._prompt_experts[prompt] = experts[row, : self._lengths[prompt]]
+
+    def read(
+        self, log: SlotLog, entries: Sequence[Sequence[int]], stop: np.ndarray
+    ) -> list[QueueSample]:
+        """The samples that ended; marks in `stop` [shards, slots] those that a stop string ends.
+
+        Args:
+          entries: the prompt of each entry when the log was written.
+        """
+        host: SlotLog = jax.tree.map(to_process_rows, log)
+        arrays = [host.tokens, host.policy_log_probs, host.sampling_log_probs]
+        arrays += [] if host.experts is None else [host.experts]
+        last = self._shape.max_new_tokens - 1
+        ended: list[QueueSample] = []
+        going: list[tuple[int, int]] = []  # (shard, slot)
+        for shard, slot in np.ndindex(*host.request.shape[:2]):
+            request, index = host.request[shard, slot], host.index[shard, slot]
+            steps = np.flatnonzero(request >= 0)
+            if not len(steps):
+                continue
+            of_slot = index[steps] == 0
+            cuts = np.flatnonzero(of_slot[1:]) + 1
+            for piece in np.split(steps, cuts):
+                part = self._parts.get((shard, slot))
+                if part is None or index[piece[0]] == 0:
+                    if part is not None:
+                        self._figures.repeated += part.length
+                    part = self._parts[shard, slot] = _Part(int(request[piece[0]]))
+                part.logs.append(tuple(leaf[shard, slot, piece] for leaf in arrays))
+                part.length += len(piece)
+                eos = bool(host.ended[shard, slot, piece[-1]])
+                if eos or index[piece[-1]] == last:
+                    finish = Finish.EOS if eos else Finish.LENGTH
+                    ended.append(self._sample(shard, slot, entries, finish))
+            if (shard, slot) in self._parts:
+                going.append((shard, slot))
+        if self._stop is None:
+            return ended
+        return self._cut(ended, going, entries, stop)
+
+    def _sample(
+        self, shard: int, slot: int, entries: Sequence[Sequence[int]], finish: Finish
+    ) -> QueueSample:
+        part = self._parts.pop((shard, slot))
+        entry, sample = divmod(part.request, self._shape.samples)
+        prompt = entries[shard][entry]
+        tokens, policy, drawn, *experts = (np.concatenate(x) for x in zip(*part.logs, strict=True))
+        both = None
+        if experts:
+            both = np.concatenate([self._prompt_experts[prompt], experts[0]])
+        return QueueSample(prompt, sample, tokens, policy, drawn, finish, both)
+
+    def _cut(
+        self,
+        ended: list[QueueSample],
+        going: Sequence[tuple[int, int]],
+        entries: Sequence[Sequence[int]],
+        stop: np.ndarray,
+    ) -> list[QueueSample]:
+        """Ends samples behind their first stop string."""
+        assert self._stop is not None
+        rows = [sample.tokens for sample in ended]
+        rows += [np.concatenate([log[0] for log in self._parts[at].logs]) for at in going]
+        if not rows:
+            return ended
+        lengths = np.asarray([len(row) for row in rows])
+        padded = np.zeros((len(rows), lengths.max()), np.int32)
+        for to, row in zip(padded, rows, strict=True):
+            to[: len(row)] = row
+        ends = self._stop(padded, lengths)
+        results = [_shortened(sample, int(end)) for sample, end in zip(ended, ends, strict=False)]
+        for (shard, slot), end in zip(going, ends[len(ended) :], strict=True):
+            if end >= 0:
+                stop[shard, slot] = True
+                sample = self._sample(shard, slot, entries, Finish.STOP)
+                results.append(_shortened(sample, int(end)))
+        return results
+
+
+def _shortened(sample: QueueSample, end: int) -> QueueSample:
+    """The sample's first `end` tokens, ended by a stop string; all of it where `end` is -1."""
+    if end < 0:
+        return sample
+    experts = sample.experts
+    if experts is not None:
+        experts = experts[: len(experts) - len(sample.tokens) + end]
+    return QueueSample(
+        sample.prompt,
+        sample.sample,
+        sample.tokens[:end],
+        sample.policy_log_probs[:end],
+        sample.sampling_log_probs[:end],
+        Finish.STOP,
+        experts,
+    )

@@ -1,0 +1,569 @@
+"""Slots that are refilled inside the compiled loop: a finished sample makes room for the next one.
+
+A request is one sample of one prompt. Requests wait in a queue on the devices; a slot that has
+ended its sample takes the next one before the next token is drawn, without leaving the program.
+After some steps the program returns to the host (`r1jax.sampler.queue`) with a log of what every
+slot drew in each step, from which the host puts the completions together, and which lets it prefill
+more prompts.
+
+When pages of the KV cache run short, the samples that have come least far give theirs back and go
+to the front of the queue, from where they begin again. Keys are functions of prompt, sample and
+position, so they draw the same tokens as before, and nothing is lost but time.
+
+The first dimension of all arrays is the shard: the devices of a shard have a queue, slots and pages
+of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.models.config import Decoder
+from r1jax.models.decoder import (
+    SlotTokens,
+    decode_slots,
+    last_token,
+    logits,
+    prefill,
+    unstack_layers,
+)
+from r1jax.models.paged_attention import pages_at_once
+from r1jax.models.paged_cache import (
+    PagedCache,
+    PageList,
+    empty_pages,
+    free_pages,
+    keep_current,
+    list_pages,
+    release,
+    store_prompts,
+)
+from r1jax.models.parameters import Params
+from r1jax.sampler.distribution import draw
+from r1jax.sampler.samples import Draws
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """What is static in the programs of the slots: each value compiles one.
+
+    slots, prompts, pages: of a shard, and as many prompts as are there at once.
+    samples: of each prompt.
+    prompt_tokens, max_new_tokens: at most.
+    page: tokens of a page.
+    steps: between two returns to the host.
+    """
+
+    slots: int
+    prompts: int
+    pages: int
+    samples: int
+    prompt_tokens: int
+    max_new_tokens: int
+    page: int
+    steps: int
+    record_experts: bool = False
+
+    @property
+    def prompt_pages(self) -> int:
+        return -(-self.prompt_tokens // self.page)
+
+    @property
+    def sample_pages(self) -> int:
+        """Full pages of a sample: it may begin and end within a page."""
+        return -(-self.max_new_tokens // self.page)
+
+    @property
+    def least_pages(self) -> int:
+        """With which a single slot can decode any sample of any prompt."""
+        return self.prompt_pages + self.sample_pages + 1
+
+
+@struct.dataclass
+class PromptEntries:
+    """The prompts that are on the devices now; an entry is free before and after.
+
+    tables: pages of the KV cache; -1 behind them.
+    hidden: activations that the first token of every sample is drawn from.
+    done: samples that have ended.
+    experts: of each token, where they are recorded.
+    """
+
+    tables: Int[Array, "shards prompts pages"]
+    lengths: Int[Array, "shards prompts"]
+    hidden: Float[Array, "shards prompts hidden"]
+    ids: UInt32[Array, "shards prompts"]
+    first_samples: Int[Array, "shards prompts"]
+    done: Int[Array, "shards prompts"]
+
+
+@struct.dataclass
+class SlotState:
+    """Between two steps.
+
+    step: since the beginning; the entry of the current pages that it writes is step % page.
+    hidden: activations that the next token of each slot is drawn from.
+    running: whether a slot has a sample to go on with.
+    request: prompt entry * samples + sample of the prompt.
+    lengths: tokens that a slot's sample has.
+    tables: its pages of the KV cache; -1 behind them.
+    queue: requests that wait; in a ring, from `head` on.
+    """
+
+    step: Int[Array, ""]
+    hidden: Float[Array, "shards slots hidden"]
+    keys: Key[Array, "shards slots"]
+    running: Bool[Array, "shards slots"]
+    request: Int[Array, "shards slots"]
+    lengths: Int[Array, "shards slots"]
+    tables: Int[Array, "shards slots pages"]
+    reads: PageList
+    cache: PagedCache
+    prompts: PromptEntries
+    queue: Int[Array, "shards requests"]
+    head: Int[Array, " shards"]
+    queued: Int[Array, " shards"]
+
+
+@struct.dataclass
+class SlotLog:
+    """What the slots drew, [shards, slots, steps].
+
+    request: as of `SlotState`; -1 where a slot had none.
+    index: of the token in its sample. 0 after a higher one: the sample began again.
+    tokens, policy_log_probs, sampling_log_probs: as of `Samples`.
+    ended: by an EOS.
+    experts: of each token, where they are recorded.
+    """
+
+    request: Int[Array, "shards slots steps"]
+    index: Int[Array, "shards slots steps"]
+    tokens: Int[Array, "shards slots steps"]
+    policy_log_probs: Float[Array, "shards slots steps"]
+    sampling_log_probs: Float[Array, "shards slots steps"]
+    ended: Bool[Array, "shards slots steps"]
+    experts: Int[Array, "shards slots steps layers_k"] | None = None
+
+
+@struct.dataclass
+class Status:
+    """What the host reads to go on, the same in all processes.
+
+    steps: that were made. busy: slots that had a sample, summed over them.
+    done: ended samples of each prompt entry. running, queued: samples.
+    free, live: pages of the pool that are free; tokens in the cache.
+    """
+
+    steps: Int[Array, ""]
+    busy: Int[Array, ""]
+    done: Int[Array, "shards prompts"]
+    running: Int[Array, " shards"]
+    queued: Int[Array, " shards"]
+    free: Int[Array, " shards"]
+    live: Int[Array, " shards"]
+
+
+@struct.dataclass
+class NewPrompts:
+    """Prompts to prefill, equally many rows for each shard, shard by shard.
+
+    tokens: right-padded.
+    entry: where they go; a row whose entry is not below the number of entries holds no prompt.
+    """
+
+    tokens: Int[Array, "shards_rows time"]
+    lengths: Int[Array, " shards_rows"]
+    ids: UInt32[Array, " shards_rows"]
+    first_samples: Int[Array, " shards_rows"]
+    entry: Int[Array, " shards_rows"]
+
+
+@partial(jax.jit, static_argnames=("model", "shape"))
+def empty_slots(*, model: Decoder, shape: SlotShape) -> SlotState:
+    """No prompts, and no slot running."""
+    shards, hidden = model.layout.shards("slots"), model.config.hidden_size
+    dtype = model.execution.compute_dtype
+
+    def full(value: int, *rest: int, dtype: DTypeLike = jnp.int32) -> jax.Array:
+        leaf = jnp.full((shards, *rest), value, dtype)
+        return _over_shards(leaf, model)
+
+    return SlotState(
+        step=jnp.int32(0),
+        hidden=full(0, shape.slots, hidden, dtype=dtype),
+        keys=_over_shards(jax.random.split(jax.random.key(0), (shards, shape.slots)), model),
+        running=full(0, shape.slots, dtype=bool),
+        request=full(-1, shape.slots),
+        lengths=full(0, shape.slots),
+        tables=full(-1, shape.slots, shape.sample_pages),
+        reads=PageList(
+            full(0, _list_size(model, shape)),
+            full(shape.slots, _list_size(model, shape)),
+            jnp.int32(0),
+        ),
+        cache=empty_pages(shards, shape.slots, shape.pages, shape.page, model),
+        prompts=PromptEntries(
+            tables=full(-1, shape.prompts, shape.prompt_pages),
+            lengths=full(1, shape.prompts),
+            hidden=full(0, shape.prompts, hidden, dtype=dtype),
+            ids=full(0, shape.prompts, dtype=jnp.uint32),
+            first_samples=full(0, shape.prompts),
+            done=full(0, shape.prompts),
+        ),
+        queue=full(0, shape.prompts * shape.samples),
+        head=full(0),
+        queued=full(0),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
+def add_prompts(
+    params: Params, state: SlotState, new: NewPrompts, *, model: Decoder, shape: SlotShape
+) -> tuple[SlotState, Int[Array, "rows time layers_k"] | None]:
+    """Prefill prompts, and queue their samples. There have to be pages for them.
+
+    Returns:
+      The state, and the experts of the prompts' tokens, where they are recorded.
+    """
+    shards = len(state.running)
+    hidden, cached = prefill(
+        params, new.tokens, new.lengths, model, record_experts=shape.record_experts
+    )
+    hidden = last_token(hidden, new.lengths).reshape(shards, -1, hidden.shape[-1])
+    new = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), new)
+    rows = new.entry.shape[1]
+
+    entries, present = state.prompts, new.entry < shape.prompts
+    index = jnp.arange(shape.prompt_pages)
+    wanted = present[..., None] & (index * shape.page < new.lengths[..., None])
+    flat = wanted.reshape(shards, -1)
+    free = free_pages(state.cache.used, rows * shape.prompt_pages)
+    rank = jnp.cumsum(flat, axis=1) - 1
+    tables = jnp.where(flat, jnp.take_along_axis(free, rank, axis=1, mode="clip"), -1)
+    tables = tables.reshape(wanted.shape)
+
+    def put(old: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.vmap(lambda old, at, rows: old.at[at].set(rows, mode="drop"))(
+            old, new.entry, rows.astype(old.dtype)
+        )
+
+    sample = jnp.arange(shape.samples, dtype=jnp.int32)
+    requests = new.entry[..., None] * shape.samples + sample
+    order = jnp.cumsum(present, axis=1) - 1
+    at = state.head[:, None, None] + state.queued[:, None, None]
+    at = (at + order[..., None] * shape.samples + sample) % state.queue.shape[1]
+    at = jnp.where(present[..., None], at, state.queue.shape[1])
+    queue = jax.vmap(lambda queue, at, values: queue.at[at].set(values, mode="drop"))(
+        state.queue, at.reshape(shards, -1), requests.reshape(shards, -1)
+    )
+    state = replace(
+        state,
+        cache=store_prompts(state.cache, cached, tables, new.lengths),
+        prompts=PromptEntries(
+            tables=put(entries.tables, tables),
+            lengths=put(entries.lengths, new.lengths),
+            hidden=put(entries.hidden, hidden),
+            ids=put(entries.ids, new.ids),
+            first_samples=put(entries.first_samples, new.first_samples),
+            done=put(entries.done, jnp.zeros_like(new.entry)),
+        ),
+        queue=queue,
+        queued=state.queued + present.sum(axis=1) * shape.samples,
+    )
+    return state, cached.experts
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def drop_prompts(state: SlotState, ended: Bool[Array, "shards prompts"]) -> SlotState:
+    """The same without the prompts of which all samples have ended."""
+    tables, ended = state.prompts.tables, ended[..., None]
+    return replace(
+        state,
+        cache=release(state.cache, jnp.where(ended, tables, -1)),
+        prompts=replace(state.prompts, tables=jnp.where(ended, -1, tables)),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
+def decode_and_refill(
+    params: Params,
+    state: SlotState,
+    stop: Bool[Array, "batch_shards sample_shards slots"],
+    more: Bool[Array, ""],
+    draws: Draws,
+    *,
+    model: Decoder,
+    shape: SlotShape,
+) -> tuple[SlotState, SlotLog, Status]:
+    """Decode `shape.steps` steps, or until nothing is left to do.
+
+    Args:
+      stop: slots whose sample ends here, with a stop string.
+      free: prompt entries of which all samples have ended.
+      more: the host has more prompts: return after a step in which a slot found no sample.
+
+    Returns:
+      The state; the log, split over the batch alone; and the status, replicated.
+    """
+    layers = unstack_layers(params, model)
+    state = _end(state, stop.reshape(state.running.shape) & state.running, shape)
+    first = state.step
+    log = _empty_log(model, shape)
+
+    def unfinished(carry: tuple[SlotState, SlotLog, jax.Array]) -> jax.Array:
+        state = carry[0]
+        waiting = jnp.any(state.queued > 0)
+        starved = jnp.any((state.queued == 0)[:, None] & ~state.running)
+        return (
+            (state.step - first < shape.steps)
+            & (jnp.any(state.running) | waiting)
+            & ((state.step == first) | ~(more & starved))
+        )
+
+    def advance(
+        carry: tuple[SlotState, SlotLog, jax.Array],
+    ) -> tuple[SlotState, SlotLog, jax.Array]:
+        state, log, busy = carry
+        can_take = jnp.any((state.queued > 0)[:, None] & ~state.running)
+        state = jax.lax.cond(can_take, partial(_take, draws=draws, shape=shape), _same, state)
+        running = state.running
+
+        # 1. Draw a token of every slot.
+        next_logits = logits(layers, state.hidden, model)
+        tokens, policy, drawn = draw(next_logits, state.keys, state.lengths, draws.sampling)
+        tokens = jnp.where(running, tokens, 0)
+        eos = running & jnp.any(tokens[..., None] == draws.eos_ids, axis=-1)
+
+        # 2. Read it.
+        page = shape.page
+        entry = state.step % page
+        now = jnp.arange(page) == entry
+        filled = state.cache.current_filled
+        new = SlotTokens(
+            tokens[..., None],
+            (_of_prompt(state.prompts.lengths, state, shape) + state.lengths)[..., None],
+            entry,
+            (filled | now)[:, :, None],
+            state.reads,
+        )
+        hidden, cache, experts = decode_slots(
+            layers, new, state.cache, model, record_experts=shape.record_experts
+        )
+        cache = replace(cache, current_filled=filled | (now & running[..., None]))
+
+        # 3. Log it.
+        def put(buffer: jax.Array, column: jax.Array) -> jax.Array:
+            column = column.astype(buffer.dtype)[:, :, None]
+            return jax.lax.dynamic_update_slice_in_dim(buffer, column, state.step - first, axis=2)
+
+        log = SlotLog(
+            request=put(log.request, jnp.where(running, state.request, -1)),
+            index=put(log.index, state.lengths),
+            tokens=put(log.tokens, tokens),
+            policy_log_probs=put(log.policy_log_probs, policy),
+            sampling_log_probs=put(log.sampling_log_probs, drawn),
+            ended=put(log.ended, eos),
+            experts=None if log.experts is None else put(log.experts, experts[:, :, 0]),
+        )
+        state = replace(
+            state,
+            step=state.step + 1,
+            hidden=hidden[:, :, 0],
+            lengths=state.lengths + running,
+            cache=cache,
+        )
+
+        # 4. End samples, and move full pages into the pool.
+        ended = eos | (running & (state.lengths == shape.max_new_tokens))
+        state = jax.lax.cond(jnp.any(ended), lambda s: _end(s, ended, shape), _same, state)
+        state = jax.lax.cond(
+            entry == page - 1, partial(_keep_pages, model=model, shape=shape), _same, state
+        )
+        return state, log, busy + running.sum()
+
+    carry = (state, log, jnp.int32(0))
+    state, log, busy = jax.lax.while_loop(unfinished, advance, carry)
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        return model.layout.constrain(leaf, (None,) * leaf.ndim)
+
+    live = state.cache.filled & state.cache.used[..., None]
+    current = state.cache.current_filled & state.running[..., None]
+    status = Status(
+        steps=state.step - first,
+        busy=busy,
+        done=whole(state.prompts.done),
+        running=whole(state.running.sum(axis=1)),
+        queued=whole(state.queued),
+        free=whole((~state.cache.used).sum(axis=1)),
+        live=whole(live.sum(axis=(1, 2)) + current.sum(axis=(1, 2))),
+    )
+    log = jax.tree.map(
+        lambda leaf: model.layout.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), log
+    )
+    return state, log, status
+
+
+# --- Parts of a step -----------------------------------------------------------------------------
+
+
+def _same(state: SlotState) -> SlotState:
+    return state
+
+
+def _over_shards(leaf: jax.Array, model: Decoder) -> jax.Array:
+    return model.layout.constrain(leaf, ("slots", *(None,) * (leaf.ndim - 1)))
+
+
+def _list_size(model: Decoder, shape: SlotShape) -> int:
+    """Entries of the page list: pages of samples have one slot each, those of prompts several."""
+    chunk = pages_at_once(shape.page, model.layout.platform)
+    most = min(
+        shape.slots * (shape.sample_pages + shape.prompt_pages),
+        shape.pages + shape.slots * shape.prompt_pages,
+    )
+    return -(-most // chunk) * chunk
+
+
+def _empty_log(model: Decoder, shape: SlotShape) -> SlotLog:
+    size = (model.layout.shards("slots"), shape.slots, shape.steps)
+
+    def full(value: float, dtype: DTypeLike, *rest: int) -> jax.Array:
+        return _over_shards(jnp.full((*size, *rest), value, dtype), model)
+
+    integer, real = jnp.int32, jnp.float32
+    experts, config = None, model.config
+    if shape.record_experts and config.experts is not None:
+        width = len(config.stacks["layers"]) * config.experts.num_experts_per_tok
+        experts = full(0, config.experts.index_dtype, width)
+    return SlotLog(
+        full(-1, integer),
+        full(0, integer),
+        full(0, integer),
+        full(0, real),
+        full(0, real),
+        full(0, bool),
+        experts,
+    )
+
+
+def _of_prompt(rows: jax.Array, state: SlotState, shape: SlotShape) -> jax.Array:
+    """Rows [shards, prompts, ...] of the prompt of each slot's sample."""
+    entry = jnp.maximum(state.request, 0) // shape.samples
+    return jax.vmap(lambda rows, entry: rows[entry])(rows, entry)
+
+
+def _relist(state: SlotState, shape: SlotShape) -> SlotState:
+    """The list of pages that the running slots read, anew."""
+    tables = jnp.concatenate(
+        [_of_prompt(state.prompts.tables, state, shape), state.tables], axis=-1
+    )
+    tables = jnp.where(state.running[..., None], tables, -1)
+    return replace(state, reads=list_pages(tables, state.reads.pages.shape[1]))
+
+
+def _take(state: SlotState, draws: Draws, shape: SlotShape) -> SlotState:
+    """Slots without a sample take the next ones of their queue, as far as there are pages.
+
+    A running slot needs one more page sooner or later, and so does each that is added. Without a
+    running slot, one is added in any case.
+    """
+    free = (~state.cache.used).sum(axis=1)
+    running = state.running.sum(axis=1)
+    room = jnp.maximum(free - running, (running == 0).astype(jnp.int32))
+    rank = jnp.cumsum(~state.running, axis=1) - 1
+    takes = ~state.running & (rank < jnp.minimum(state.queued, room)[:, None])
+    at = (state.head[:, None] + jnp.maximum(rank, 0)) % state.queue.shape[1]
+    requests = jnp.take_along_axis(state.queue, at, axis=1)
+    request = jnp.where(takes, requests, state.request)
+    taken = takes.sum(axis=1)
+    state = replace(
+        state,
+        running=state.running | takes,
+        request=request,
+        lengths=jnp.where(takes, 0, state.lengths),
+        tables=jnp.where(takes[..., None], -1, state.tables),
+        head=(state.head + taken) % state.queue.shape[1],
+        queued=state.queued - taken,
+        cache=replace(state.cache, current_filled=state.cache.current_filled & ~takes[..., None]),
+    )
+    prompts = state.prompts
+    sample = _of_prompt(prompts.first_samples, state, shape) + request % shape.samples
+    keys = _keys(draws, _of_prompt(prompts.ids, state, shape), sample)
+    hidden = _of_prompt(prompts.hidden, state, shape)
+    state = replace(
+        state,
+        hidden=jnp.where(takes[..., None], hidden, state.hidden),
+        keys=jnp.where(takes, keys, state.keys),
+    )
+    return _relist(state, shape)
+
+
+def _keys(draws: Draws, ids: jax.Array, samples: jax.Array) -> jax.Array:
+    """The keys of samples: functions of seed, step, prompt id and index, as `sample_keys`."""
+    run = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(None, 0))
+    of_prompt = fold(run, ids)
+    return jax.vmap(jax.vmap(jax.random.fold_in))(of_prompt, samples)
+
+
+def _end(state: SlotState, ended: jax.Array, shape: SlotShape) -> SlotState:
+    """These samples are complete: their slots and pages are free."""
+    entry = jnp.where(ended, jnp.maximum(state.request, 0) // shape.samples, shape.prompts)
+    done = jax.vmap(lambda done, at: done.at[at].add(1, mode="drop"))(state.prompts.done, entry)
+    return replace(
+        state,
+        running=state.running & ~ended,
+        cache=release(state.cache, jnp.where(ended[..., None], state.tables, -1)),
+        tables=jnp.where(ended[..., None], -1, state.tables),
+        prompts=replace(state.prompts, done=done),
+    )
+
+
+def _keep_pages(state: SlotState, model: Decoder, shape: SlotShape) -> SlotState:
+    """Move the current pages, which are full, into the pool; first make room for them."""
+    state = _make_room(state, shape)
+    needed = state.running & jnp.any(state.cache.current_filled, axis=-1)
+    cache, ids = keep_current(state.cache, needed)
+    kept = (state.tables >= 0).sum(axis=-1)
+    at = jnp.arange(shape.sample_pages) == kept[..., None]
+    tables = jnp.where(at & needed[..., None], ids[..., None], state.tables)
+    return _relist(replace(state, cache=cache, tables=tables), shape)
+
+
+def _make_room(state: SlotState, shape: SlotShape) -> SlotState:
+    """Where pages are short, the shortest samples go back to the front of the queue."""
+    shards, slots = state.running.shape
+    needed = state.running & jnp.any(state.cache.current_filled, axis=-1)
+    short = needed.sum(axis=1) - (~state.cache.used).sum(axis=1)
+    gives = (state.tables >= 0).sum(axis=-1) + needed
+    order = jnp.argsort(jnp.where(state.running, state.lengths, shape.max_new_tokens + 1), axis=1)
+    given = jnp.take_along_axis(jnp.where(state.running, gives, 0), order, axis=1)
+    before = jnp.cumsum(given, axis=1) - given
+    put = jax.vmap(lambda order, flags: jnp.zeros(slots, bool).at[order].set(flags))
+    back = put(order, before < short[:, None]) & state.running
+    rank = jnp.cumsum(back, axis=1)
+    size = state.queue.shape[1]
+    at = jnp.where(back, (state.head[:, None] - rank) % size, size)
+    count = back.sum(axis=1)
+    return replace(
+        state,
+        running=state.running & ~back,
+        cache=release(state.cache, jnp.where(back[..., None], state.tables, -1)),
+        tables=jnp.where(back[..., None], -1, state.tables),
+        queue=jax.vmap(lambda queue, at, values: queue.at[at].set(values, mode="drop"))(
+            state.queue, at, state.request
+        ),
+        head=(state.head - count) % size,
+        queued=state.queued + count,
+    )

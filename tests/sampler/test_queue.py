@@ -1,0 +1,79 @@
+"""Slots that are refilled: the samples are those of `generate`, whatever slots, pages and order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.models import Decoder, Execution, ModelConfig, init_params
+from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
+from r1jax.sampler.queue import QueuedPrompt, QueueFigures, QueueSample, sample_queue
+from r1jax.sharding import single_device
+
+VOCAB = 23
+CONFIG = ModelConfig(
+    "qwen3", VOCAB, 16, 32, 2, 4, 2, 8, tie_word_embeddings=True, initializer_range=0.5
+)
+
+
+def decoder(scan: bool = False) -> Decoder:
+    execution = Execution(compute_dtype=np.float32, remat="none", scan_layers=scan)
+    return Decoder(CONFIG, execution, single_device())
+
+
+MODEL = decoder()
+PARAMS = init_params(jax.random.key(3), CONFIG, MODEL.layout)
+LENGTHS = [5, 8, 3, 7, 1, 6, 2, 4, 8]
+EOS = (3, 7, 11)
+OPTIONS = GenerateOptions(samples=3, max_new_tokens=24, seed=5, eos_ids=EOS, page=4, slots=4)
+
+
+def queue(lengths: list[int] = LENGTHS) -> list[QueuedPrompt]:
+    rows = np.random.default_rng(1).integers(0, VOCAB, (20, 8)).astype(np.int32)
+    return [QueuedPrompt(rows[i, :n], id=10 + i) for i, n in enumerate(lengths)]
+
+
+def run(
+    prompts: list[QueuedPrompt], options: GenerateOptions, model: Decoder = MODEL, **more: Any
+) -> dict[tuple[int, int], QueueSample]:
+    found: dict[tuple[int, int], QueueSample] = {}
+    for ended in sample_queue(PARAMS, prompts, model, options, prompt_tokens=8, **more):
+        for sample in ended:
+            assert (sample.prompt, sample.sample) not in found
+            found[sample.prompt, sample.sample] = sample
+    assert len(found) == len(prompts) * options.samples
+    return found
+
+
+def expected(prompts: list[QueuedPrompt], options: GenerateOptions) -> Any:
+    tokens = np.zeros((len(prompts), 8), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt.token_ids)] = prompt.token_ids
+    lengths = np.asarray([len(prompt.token_ids) for prompt in prompts], np.int32)
+    ids = np.asarray([prompt.id for prompt in prompts], np.uint32)
+    return jax.device_get(generate(PARAMS, Prompts(tokens, lengths, ids), MODEL, options))
+
+
+def assert_same(found: dict[tuple[int, int], QueueSample], wanted: Any) -> None:
+    for (i, j), sample in found.items():
+        length = int(wanted.lengths[i, j])
+        np.testing.assert_array_equal(sample.tokens, wanted.tokens[i, j, :length])
+        assert sample.finish == wanted.finish[i, j]
+        for name in ("policy_log_probs", "sampling_log_probs"):
+            values = getattr(wanted, name)[i, j, :length]
+            np.testing.assert_allclose(getattr(sample, name), values, atol=2e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_samples_are_those_of_a_batch(scan: bool) -> None:
+    figures = QueueFigures()
+    found = run(queue(), OPTIONS, decoder(scan), figures=figures)
+    wanted = expected(queue(), OPTIONS)
+    assert_same(found, wanted)
+    assert {Finish.EOS, Finish.LENGTH} <= {sample.finish for sample in found.values()}
+    assert figures.busy == sum(len(sample.tokens) for sample in found.values())
+    assert figures.slot_use > 0.8  # 27 samples through 4 slots
