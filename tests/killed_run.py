@@ -18,7 +18,7 @@ from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics.recorder import Recorder
 from r1jax.rollouts.scoring import RewardScorer
-from r1jax.stages.grpo import stage as grpo
+from r1jax.rollouts import sampling
 from r1jax.weights.hugging_face import exporting
 
 
@@ -77,8 +77,8 @@ def main() -> int:
     elif point == "sigterm_in_judging":
         die_in(RewardScorer, "submit", number, ask_to_stop)
     elif point == "sigterm_in_rollout":
-        die_in(grpo, "sample_batch", number + 1, kill)  # it is not gone on with
-        die_in(grpo, "sample_batch", number, ask_to_stop)
+        die_in(sampling, "sample_batch", number + 1, kill)  # it is not gone on with
+        die_in(sampling, "sample_batch", number, ask_to_stop)
     return recipe.run(load_config(sys.argv[3], sys.argv[4:]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -15,10 +15,11 @@ from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
-from r1jax.processes import max_over_processes, process_batch_slice
+from r1jax.processes import gather, max_over_processes, process_batch_slice
 from r1jax.rewards import RewardInput, RowScore
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
+from r1jax.sampler.queue import QueuedPrompt, QueueFigures, sample_queue
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
 
@@ -141,6 +142,8 @@ def generate_options(
         stop=stop_search(sampler.tokenizer, section.stop) if section.stop else None,
         speculative=section.speculative,
         record_experts=record_experts,
+        slots=section.slots,
+        cache_tokens=section.cache_tokens,
     )
 
 
@@ -181,6 +184,82 @@ def pad_prompts(
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, firsts)))
 
 
+def sample_prompts(
+    params: Params,
+    prompts: Sequence[Prompt],
+    sampler: LanguageModel,
+    options: GenerateOptions,
+    *,
+    batch: int,
+    first_samples: Sequence[int],
+    figures: QueueFigures,
+) -> Iterator[list[tuple[int, Completion]]]:
+    """Sample this process's prompts; gives completions as they end, `batch` prompts at a time.
+
+    With `options.slots` they come one by one, in the order in which they end. Every process takes
+    as many lists, some of which may be empty.
+
+    Args:
+      first_samples: see `pad_prompts`.
+      figures: is added to where there are slots.
+
+    Returns:
+      Each completion with its index, prompt * samples + sample.
+    """
+    if options.slots is None:
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            completions = sample_batch(
+                params, prompts[part], sampler, options, first_samples=first_samples[part]
+            )
+            yield list(enumerate(completions, start=start * options.samples))
+        return
+    model = sampler.decoder
+    queued = [
+        QueuedPrompt(np.asarray(prompt.token_ids, np.int32), prompt.id, first)
+        for prompt, first in zip(prompts, first_samples, strict=True)
+    ]
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    rounds = sample_queue(
+        params,
+        queued,
+        model,
+        options,
+        prompt_tokens=bucket(max_over_processes(max(lengths, default=1))),
+        lengths_of_slices=gather([lengths], model.layout),
+        figures=figures,
+    )
+    while True:
+        with span("rollout"):
+            ended = next(rounds, None)
+        if ended is None:
+            return
+        texts = _texts(sampler, [(sample.tokens, sample.finish) for sample in ended])
+        yield [
+            (
+                sample.prompt * options.samples + sample.sample,
+                Completion(
+                    prompts[sample.prompt],
+                    first_samples[sample.prompt] + sample.sample,
+                    sample.tokens,
+                    sample.sampling_log_probs,
+                    sample.finish,
+                    text,
+                    experts=sample.experts,
+                ),
+            )
+            for sample, text in zip(ended, texts, strict=True)
+        ]
+
+
+def _texts(sampler: LanguageModel, samples: Sequence[tuple[np.ndarray, Finish]]) -> list[str]:
+    """The texts of token ids [length], each with why it ended; an EOS is not part of them."""
+    without_eos = [ids[: len(ids) - (finish == Finish.EOS)].tolist() for ids, finish in samples]
+    if not without_eos:
+        return []
+    return sampler.tokenizer.batch_decode(without_eos, clean_up_tokenization_spaces=False)
+
+
 @span("rollout")
 def sample_batch(
     params: Params,
@@ -204,9 +283,8 @@ def sample_batch(
     samples = jax.tree.map(to_process_rows, samples)
     tokens, lengths, finish = samples.tokens, samples.lengths, samples.finish
     indices = list(product(range(len(prompts)), range(options.samples)))
-    without_eos = [tokens[at][: lengths[at] - (finish[at] == Finish.EOS)] for at in indices]
-    texts = sampler.tokenizer.batch_decode(
-        [ids.tolist() for ids in without_eos], clean_up_tokenization_spaces=False
+    texts = _texts(
+        sampler, [(tokens[at][: lengths[at]], Finish(int(finish[at]))) for at in indices]
     )
     completions = []
     for (i, j), text in zip(indices, texts, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,16 +16,25 @@ from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.progress import Progress
 from r1jax.metrics.recorder import Recorder
 from r1jax.models.parameters import Params
-from r1jax.processes import BatchSlice, gather, process_batch_slice
-from r1jax.rollouts.sampling import generate_options, sample_batch
-from r1jax.rollouts.scoring import RewardScorer, check_domains, check_first_rewards, reward_scorer
+from r1jax.processes import BatchSlice, gather, min_over_processes, process_batch_slice
+from r1jax.rewards import RowScore
+from r1jax.rollouts.sampling import Completion, generate_options, sample_batch, sample_prompts
+from r1jax.rollouts.scoring import (
+    PendingRewards,
+    RewardScorer,
+    check_domains,
+    check_first_rewards,
+    reward_scorer,
+)
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted
 from r1jax.sampler import GenerateOptions
+from r1jax.sampler.queue import QueueFigures
 from r1jax.settings.sampling import DatasetSampling
 from r1jax.settings.stage import Stage
+from r1jax.sharding import Layout
 
 SAMPLES = "samples.jsonl"
 T = TypeVar("T")
@@ -106,6 +117,21 @@ def scored_batches(
     Each process samples and scores its share of a batch; every process gets all rows, in order.
     Of `batch` parts at once, over all processes. `params` is None where there are no parts.
     """
+    assert params is not None or not parts
+    if options.slots is None:
+        yield from _batch_by_batch(params, parts, sampler, scorer, options, batch)
+    elif parts:
+        yield from _by_queue(params, parts, sampler, scorer, options, batch)
+
+
+def _batch_by_batch(
+    params: Params | None,
+    parts: Sequence[PromptPart],
+    sampler: LanguageModel,
+    scorer: RewardScorer,
+    options: GenerateOptions,
+    batch: int,
+) -> Iterator[list[JsonObject]]:
     layout = sampler.decoder.layout
     share = process_batch_slice(layout)
     for start in range(0, len(parts), batch):
@@ -123,11 +149,72 @@ def scored_batches(
         )
         completions = completions[: len(of_process) * options.samples]
         scores = scorer.submit(completions).result()
-        pairs = zip(completions, scores, strict=True)
-        rows = gather([completion.row(score, step=0) for completion, score in pairs], layout)
-        if start == 0:
-            check_first_rewards(rows, scorer.rewards)
-        yield rows
+        yield _rows(completions, scores, scorer, layout, check=start == 0)
+
+
+def _by_queue(
+    params: Params | None,
+    parts: Sequence[PromptPart],
+    sampler: LanguageModel,
+    scorer: RewardScorer,
+    options: GenerateOptions,
+    batch: int,
+) -> Iterator[list[JsonObject]]:
+    """One queue of all parts. A batch is given as soon as it and all before it are complete."""
+    assert params is not None
+    layout, group = sampler.decoder.layout, options.samples
+    share = process_batch_slice(layout)
+    batches = [
+        slice_of_process(parts[start : start + batch], batch, share)
+        for start in range(0, len(parts), batch)
+    ]
+    of_process = [part for each in batches for part in each]
+    ends = list(accumulate(len(each) * group for each in batches))
+    completions: dict[int, Completion] = {}
+    scores: dict[int, RowScore] = {}
+    pending: list[tuple[list[int], PendingRewards]] = []
+    whole = given = 0  # completions without a gap from the first on; batches
+    for ended in sample_prompts(
+        params,
+        [prompt for prompt, _ in of_process],
+        sampler,
+        options,
+        batch=batch,
+        first_samples=[first for _, first in of_process],
+        figures=QueueFigures(),
+    ):
+        completions |= dict(ended)
+        pending.append(([i for i, _ in ended], scorer.submit([each for _, each in ended])))
+        while whole in completions:
+            whole += 1
+        complete = int(min_over_processes(bisect_right(ends, whole)))
+        if complete == given:
+            continue
+        # Every process has as many lists, and so reads as many results.
+        for indices, each in pending:
+            scores |= dict(zip(indices, each.result(), strict=True))
+        pending = []
+        for number in range(given, complete):
+            span = range(ends[number - 1] if number else 0, ends[number])
+            rows = [completions.pop(i) for i in span], [scores.pop(i) for i in span]
+            yield _rows(*rows, scorer, layout, check=number == 0)
+        given = complete
+
+
+def _rows(
+    completions: Sequence[Completion],
+    scores: Sequence[RowScore],
+    scorer: RewardScorer,
+    layout: Layout,
+    *,
+    check: bool,
+) -> list[JsonObject]:
+    """The rows of a batch, of all processes."""
+    pairs = zip(completions, scores, strict=True)
+    rows = gather([completion.row(score, step=0) for completion, score in pairs], layout)
+    if check:
+        check_first_rewards(rows, scorer.rewards)
+    return rows
 
 
 def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Sequence[T]:

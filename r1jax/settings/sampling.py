@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from r1jax.settings.section import Section
 
@@ -25,6 +25,28 @@ class SamplingSection(Section):
         description="Let the module for multi-token prediction draft: samples of the same "
         "distribution, sooner where it drafts well. The model needs multi_token_prediction.",
     )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="Samples that are decoded at once, over all devices: one that has ended makes "
+        "room for the next. Default: a batch, which waits for its longest sample.",
+    )
+    cache_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="With slots: tokens that the KV cache has room for, over all devices. Where it "
+        "is full, samples wait. Default: as many as the slots might need.",
+    )
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> SamplingSection:
+        if self.speculative and self.slots is not None:
+            raise ValueError(
+                "slots with speculative = true: drafts are decoded a batch at a time; set one only"
+            )
+        if self.cache_tokens is not None and self.slots is None:
+            raise ValueError("cache_tokens without slots: a batch has no budget; set slots, too")
+        return self
 
 
 class EvaluationSampling(SamplingSection):

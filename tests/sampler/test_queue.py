@@ -77,3 +77,66 @@ def test_samples_are_those_of_a_batch(scan: bool) -> None:
     assert {Finish.EOS, Finish.LENGTH} <= {sample.finish for sample in found.values()}
     assert figures.busy == sum(len(sample.tokens) for sample in found.values())
     assert figures.slot_use > 0.8  # 27 samples through 4 slots
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slots": 1},
+        {"slots": 27, "page": 16},
+        {"page": 1},
+        {"sync_every": 1},
+        {"page": 8, "sync_every": 5, "slots": 7},
+        {"cache_tokens": 68},
+    ],
+)
+def test_a_sample_is_the_same_whatever_slots_pages_and_budget(change: dict[str, int]) -> None:
+    assert_same(run(queue(), replace(OPTIONS, **change)), expected(queue(), OPTIONS))
+
+
+def test_samples_that_give_their_pages_back_begin_again() -> None:
+    options, figures = replace(OPTIONS, eos_ids=(3,), slots=6, cache_tokens=72), QueueFigures()
+    found = run(queue(), options, figures=figures)
+    assert_same(found, expected(queue(), options))
+    assert figures.repeated > 0
+    assert figures.busy == figures.repeated + sum(len(s.tokens) for s in found.values())
+
+
+def test_the_order_of_the_queue_changes_no_sample() -> None:
+    forward, backward = run(queue(), OPTIONS), run(queue()[::-1], OPTIONS)
+    for (i, j), sample in forward.items():
+        other = backward[len(LENGTHS) - 1 - i, j]
+        np.testing.assert_array_equal(sample.tokens, other.tokens)
+
+
+def test_further_samples_of_a_prompt_go_on_where_the_others_ended() -> None:
+    prompts = [replace(prompt, first_sample=1) for prompt in queue()]
+    later = run(prompts, replace(OPTIONS, samples=2))
+    wanted = expected(queue(), OPTIONS)
+    for (i, j), sample in later.items():
+        length = int(wanted.lengths[i, j + 1])
+        np.testing.assert_array_equal(sample.tokens, wanted.tokens[i, j + 1, :length])
+
+
+def test_stop_strings_end_samples() -> None:
+    def stop(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Behind the first two equal tokens in a row."""
+        inside = np.arange(1, tokens.shape[1]) < lengths[:, None]
+        equal = (tokens[:, 1:] == tokens[:, :-1]) & inside
+        return np.where(equal.any(axis=1), equal.argmax(axis=1) + 2, -1)
+
+    options = replace(OPTIONS, stop=stop, sync_every=3, eos_ids=(3,))
+    found, wanted = run(queue(), options), expected(queue(), options)
+    assert_same(found, wanted)
+    assert Finish.STOP in {sample.finish for sample in found.values()}
+
+
+def test_filters_and_greedy_sampling() -> None:
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8, top_k=5)):
+        options = replace(OPTIONS, sampling=sampling)
+        assert_same(run(queue(), options), expected(queue(), options))
+
+
+def test_a_budget_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache_tokens = 20: .* has at least 52"):
+        run(queue(), replace(OPTIONS, cache_tokens=20))

@@ -33,7 +33,7 @@ from r1jax.programs.program import (
 )
 from r1jax.programs.rollout import reward_model_weights, reward_models, reward_programs
 from r1jax.rewards import Outcome, RowScore
-from r1jax.rollouts.sampling import Completion, generate_options, sample_batch
+from r1jax.rollouts.sampling import Completion, generate_options, sample_prompts
 from r1jax.rollouts.scoring import (
     PendingRewards,
     check_domains,
@@ -48,6 +48,7 @@ from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
 from r1jax.run.train_loop import copy_weights, train_loop
 from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
+from r1jax.sampler.queue import QueueFigures
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.settings.rewards import RewardSection
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
@@ -132,25 +133,33 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 step=first,
                 record_experts=stage.replay_experts,
             )
-            completions: list[Completion] = []
-            pending: list[PendingRewards] = []
-            for start in range(0, count, part):
-                # A preempted host has little time; a rollout may take an hour, and is done again.
+            figures = QueueFigures()
+            sampled_at: dict[int, Completion] = {}
+            pending: list[tuple[list[int], PendingRewards]] = []
+            # A preempted host has little time; a rollout may take an hour, and is done again.
+            loop.leave_if_stopped(data_cursor)
+            for ended in sample_prompts(
+                weights,
+                taken.prompts,
+                sampler,
+                options,
+                batch=part,
+                first_samples=[n * group for n in taken.repeats],
+                figures=figures,
+            ):
+                rewards_of = scorer.submit([each for _, each in ended], first, stage.steps)
+                pending.append(([i for i, _ in ended], rewards_of))
+                sampled_at |= dict(ended)
                 loop.leave_if_stopped(data_cursor)
-                batch = sample_batch(
-                    weights,
-                    taken.prompts[start : start + part],
-                    sampler,
-                    options,
-                    first_samples=[n * group for n in taken.repeats[start : start + part]],
-                )
-                pending.append(scorer.submit(batch, first, stage.steps))
-                completions += batch
+            completions = [sampled_at[i] for i in range(count * group)]
             del weights  # where they are a copy, the update needs its room
             rollout_seconds = loop.clock.lap("rollout")
 
             # 2. Rewards.
-            scores = [score for each in pending for score in each.result()]
+            score_at: dict[int, RowScore] = {}
+            for indices, each in pending:
+                score_at |= dict(zip(indices, each.result(), strict=True))
+            scores = [score_at[i] for i in range(count * group)]
             score_seconds = loop.clock.lap("score_wait")
 
             # 3. Advantages within each prompt's group.
@@ -219,6 +228,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     "tokens_per_second/rollout": sampled / rollout_seconds,
                     "tokens_per_second/update": (sampled + read) / update_seconds,
                     "update/rows_filled": packed.rows_filled,
+                    **({"rollout/slot_use": figures.slot_use} if figures.steps else {}),
                 }
             )
             loop.progress.update(

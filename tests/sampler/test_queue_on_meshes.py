@@ -1,0 +1,42 @@
+"""A sample is the same on every mesh, for a dense model and for one of latents and experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCRIPT = Path(__file__).parents[1] / "queue_on_a_mesh.py"
+ONE = {"data": 1}
+# kind, training mesh, sampling mesh, its rules, scanned layers, slots
+CASES: list[list[Any]] = [
+    ["dense", ONE, ONE, {}, False, None],
+    ["dense", {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 4}, {}, True, 8],
+    ["dense", {"data": 4, "tensor": 2}, {"data": 2, "part": 2, "tensor": 2}, {"sample": "part"}]
+    + [False, 12],
+    ["experts", ONE, ONE, {}, False, None],
+    ["experts", {"data": 2, "expert": 4}, {"data": 2, "expert": 4}, {}, True, 16],
+]
+
+
+def test_a_sample_is_the_same_on_every_mesh() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(CASES)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, *meshes, experts, with_experts = json.loads(done.stdout.splitlines()[-1])
+    for expected, found in [(dense, each) for each in meshes] + [(experts, with_experts)]:
+        assert found["tokens"] == expected["tokens"]
+        for name in ("log_probs", "experts"):
+            for a, b in zip(found[name], expected[name], strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
+    assert len({len(tokens) for tokens in dense["tokens"]}) > 3
