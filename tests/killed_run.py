@@ -17,8 +17,8 @@ from r1jax import recipe
 from r1jax.checkpoints import Checkpoints
 from r1jax.config.load import load_config
 from r1jax.metrics.recorder import Recorder
-from r1jax.rollouts.scoring import RewardScorer
 from r1jax.rollouts import sampling
+from r1jax.rollouts.scoring import RewardScorer
 from r1jax.weights.hugging_face import exporting
 
 
