@@ -471,13 +471,13 @@ def run_slot_tokens(
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
         index = None if isinstance(layer, int) else layer
-        pages = cache.pages[name] if index is not None else cache.pages[name][layer]
+        pages: Any = cache.pages[name] if index is not None else _of_layer(cache.pages[name], layer)
 
         def of_slots(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
             entries = kv_cache.padded(entries, model)
             written = write_current(stored, entries, new.entry, index)
             current = written if index is None else _of_layer(written, layer)
-            rest = (pages, current, new.reads, cache.filled, new.visible)
+            rest: Any = (pages, current, new.reads, cache.filled, new.visible)
             latent = model.config.latent
             if latent is not None:
                 wide = absorbed_queries(q, w["kv_up"], latent, current[0].shape[-1])

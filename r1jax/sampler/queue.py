@@ -185,7 +185,7 @@ def sample_queue(
         while any(each.wants() for each in schedulers):
             assigned = [each.assign() for each in schedulers]
             rows = _prompt_rows(prompts, assigned[slice_index], shape)
-            new = jax.tree.map(lambda leaf: from_process_rows(leaf, layout), rows)
+            new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
             state, experts = add_prompts(params, state, new, model=model, shape=shape)
             if experts is not None:
                 collector.keep_experts(assigned[slice_index], to_process_rows(experts))
@@ -306,25 +306,20 @@ def rows_at_once(shape: SlotShape) -> int:
 
 def _prompt_rows(
     prompts: Sequence[QueuedPrompt], assigned: Sequence[Sequence[tuple[int, int]]], shape: SlotShape
-) -> NewPrompts:
-    """Host arrays of the rows to prefill."""
+) -> list[np.ndarray]:
+    """The rows to prefill: the arrays of `NewPrompts` on the host."""
     count = rows_at_once(shape)
     size = len(assigned) * count
-    rows = NewPrompts(
-        tokens=np.zeros((size, shape.prompt_tokens), np.int32),
-        lengths=np.ones(size, np.int32),
-        ids=np.zeros(size, np.uint32),
-        first_samples=np.zeros(size, np.int32),
-        entry=np.full(size, shape.prompts, np.int32),
-    )
+    tokens = np.zeros((size, shape.prompt_tokens), np.int32)
+    lengths, ids = np.ones(size, np.int32), np.zeros(size, np.uint32)
+    firsts, entries = np.zeros(size, np.int32), np.full(size, shape.prompts, np.int32)
     for shard, of_shard in enumerate(assigned):
         for row, (index, entry) in enumerate(of_shard, start=shard * count):
             prompt = prompts[index]
-            length = len(prompt.token_ids)
-            rows.tokens[row, :length] = prompt.token_ids
-            rows.lengths[row], rows.ids[row] = length, prompt.id
-            rows.first_samples[row], rows.entry[row] = prompt.first_sample, entry
-    return rows
+            lengths[row] = len(prompt.token_ids)
+            tokens[row, : lengths[row]] = prompt.token_ids
+            ids[row], firsts[row], entries[row] = prompt.id, prompt.first_sample, entry
+    return [tokens, lengths, ids, firsts, entries]
 
 
 def _count(figures: QueueFigures, status: Status, shape: SlotShape) -> None:
@@ -378,8 +373,8 @@ class _Collector:
           entries: the prompt of each entry when the log was written.
         """
         host: SlotLog = jax.tree.map(to_process_rows, log)
-        arrays = [host.tokens, host.policy_log_probs, host.sampling_log_probs]
-        arrays += [] if host.experts is None else [host.experts]
+        drawn = (host.tokens, host.policy_log_probs, host.sampling_log_probs, host.experts)
+        arrays = [np.asarray(leaf) for leaf in drawn if leaf is not None]
         last = self._shape.max_new_tokens - 1
         ended: list[QueueSample] = []
         going: list[tuple[int, int]] = []  # (shard, slot)
@@ -414,7 +409,7 @@ class _Collector:
         part = self._parts.pop((shard, slot))
         entry, sample = divmod(part.request, self._shape.samples)
         prompt = entries[shard][entry]
-        tokens, policy, drawn, *experts = (np.concatenate(x) for x in zip(*part.logs, strict=True))
+        tokens, policy, drawn, *experts = map(np.concatenate, zip(*part.logs, strict=True))
         both = None
         if experts:
             both = np.concatenate([self._prompt_experts[prompt], experts[0]])

@@ -373,7 +373,9 @@ def decode_and_refill(
             policy_log_probs=put(log.policy_log_probs, policy),
             sampling_log_probs=put(log.sampling_log_probs, drawn),
             ended=put(log.ended, eos),
-            experts=None if log.experts is None else put(log.experts, experts[:, :, 0]),
+            experts=None
+            if log.experts is None or experts is None
+            else put(log.experts, experts[:, :, 0]),
         )
         state = replace(
             state,
