@@ -477,7 +477,7 @@ def run_slot_tokens(
             entries = kv_cache.padded(entries, model)
             written = write_current(stored, entries, new.entry, index)
             current = written if index is None else _of_layer(written, layer)
-            rest: Any = (pages, current, new.reads, cache.filled, new.visible)
+            rest: Any = (pages, current, new.reads, new.visible)
             latent = model.config.latent
             if latent is not None:
                 wide = absorbed_queries(q, w["kv_up"], latent, current[0].shape[-1])

@@ -29,7 +29,6 @@ def paged_attention(
     pages: LayerCache,
     current: LayerCache,
     reads: PageList,
-    filled: Bool[Array, "shards pages page"],
     visible: Bool[Array, "shards slots tokens page"],
     *,
     layer: Int[Array, ""] | None = None,
@@ -44,7 +43,6 @@ def paged_attention(
       pages: keys and values [shards, pages, kv_heads, page, head_dim]; latents are both, given
         once. With `layer`, those of its stack: its pages are read by index, no layer is copied.
       current: those of the current pages [shards, slots, kv_heads, page, head_dim], of the layer.
-      filled: which entries of the pages hold a token.
       visible: which entries of the current page each token attends to, one at least.
       chunk: pages that are read at once.
     """
@@ -90,7 +88,7 @@ def paged_attention(
             of_layer = (ids,) if layer is None else (layer, ids)
             read = tuple(stored[of_layer] for stored in pages)
             queries = q.at[slots].get(mode="clip")
-            peak, total, out = partial_softmax(queries, read[0], read[-1], filled[ids][:, None])
+            peak, total, out = partial_softmax(queries, read[0], read[-1], part(filled)[:, None])
             old_peak, old_total, old_out = so_far
             new_peak = old_peak.at[slots].max(peak, mode="drop")
             old = jnp.exp(old_peak - new_peak)
@@ -107,7 +105,7 @@ def paged_attention(
     chunks = -(-reads.count // chunk)
     shard_axis = 0 if layer is None else 1
     over_shards = jax.vmap(of_shard, in_axes=(0, shard_axis, 0, 0, 0, 0, 0))
-    out = over_shards(q, pages, current, reads.pages, reads.slots, filled, visible)
+    out = over_shards(q, pages, current, reads.pages, reads.slots, reads.filled, visible)
     out = out.reshape(shards, slots, kv_heads, tokens, -1, out.shape[-1])
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, tokens, heads, -1)
     return out.astype(current[-1].dtype)

@@ -53,11 +53,13 @@ class PageList:
     A page of a prompt is listed once for each of its slots. Behind the last one, slots[i] is the
     number of slots.
 
+    filled: which entries of these pages hold a token.
     count: the longest list of all shards.
     """
 
     pages: Int[Array, "shards list"]
     slots: Int[Array, "shards list"]
+    filled: Bool[Array, "shards list page"]
     count: Int[Array, ""]
 
 
@@ -242,7 +244,7 @@ def store_prompts(
     )
 
 
-def list_pages(tables: Int[Array, "shards slots pages"], size: int) -> PageList:
+def list_pages(cache: PagedCache, tables: Int[Array, "shards slots pages"], size: int) -> PageList:
     """The pages of all slots' tables (-1 stands for none), which are at most `size`."""
     shards, slots, width = tables.shape
 
@@ -255,4 +257,5 @@ def list_pages(tables: Int[Array, "shards slots pages"], size: int) -> PageList:
         return pages, jnp.full(size, slots, jnp.int32).at[at].set(owner, mode="drop"), live.sum()
 
     pages, owners, counts = jax.vmap(one)(tables)
-    return PageList(pages, owners, jnp.max(counts).astype(jnp.int32))
+    filled = jax.vmap(lambda filled, pages: filled[pages])(cache.filled, pages)
+    return PageList(pages, owners, filled, jnp.max(counts).astype(jnp.int32))

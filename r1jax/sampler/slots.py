@@ -209,6 +209,7 @@ def empty_slots(*, model: Decoder, shape: SlotShape) -> SlotState:
         reads=PageList(
             full(0, _list_size(model, shape)),
             full(shape.slots, _list_size(model, shape)),
+            full(0, _list_size(model, shape), shape.page, dtype=bool),
             jnp.int32(0),
         ),
         cache=empty_pages(shards, shape.slots, shape.pages, shape.page, model),
@@ -471,7 +472,7 @@ def _relist(state: SlotState, shape: SlotShape) -> SlotState:
         [_of_prompt(state.prompts.tables, state, shape), state.tables], axis=-1
     )
     tables = jnp.where(state.running[..., None], tables, -1)
-    return replace(state, reads=list_pages(tables, state.reads.pages.shape[1]))
+    return replace(state, reads=list_pages(state.cache, tables, state.reads.pages.shape[1]))
 
 
 def _take(state: SlotState, draws: Draws, shape: SlotShape) -> SlotState:
