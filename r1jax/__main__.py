@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 _FLAGS = ("--dry-run",)
-_OPTIONS = ("--from", "--until", "--only", "--profile-steps", "--slice")
+_OPTIONS = ("--from", "--until", "--only", "--restart", "--profile-steps", "--slice")
 """Options of `run`, without and with a value."""
 
 

@@ -30,7 +30,7 @@ _SCHEME = "gs://"
 _RECORD = "run.json"
 _PREFIX, _LOCK = "r1jax-run-", "lock"  # of working copies
 # Folders that no working copy gets: weights, a dataset's second form, traces, and other runs.
-_LARGE = ("checkpoints", "model", "tfds", "profile", "evaluations")
+_LARGE = ("checkpoints", "model", "exported", "tfds", "profile", "evaluations")
 _PART_BYTES = 32 << 20  # of a request; several of them are under way at once
 
 

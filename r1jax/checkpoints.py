@@ -152,7 +152,7 @@ class Checkpoints:
         problems: dict[int, ValueError] = {}
         for step in reversed(self.steps()):
             try:
-                arrays, metadata = self._restore(step, abstract)
+                arrays, metadata = _restore(self.directory / str(step), abstract)
             except (MisfitError, DamagedError) as error:
                 problems[step] = error
                 continue
@@ -170,13 +170,6 @@ class Checkpoints:
             "a copy, or run the stage from its start with --restart"
         )
 
-    def restore_part(self, step: int, abstract: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
-        """Reads some arrays of one checkpoint: those that `abstract` names.
-
-        Raises MisfitError for leaves that it does not have so, DamagedError where it is damaged.
-        """
-        return self._restore(step, abstract, part=True)[0]
-
     def wait(self) -> None:
         """Returns once everything passed to `save` is committed."""
         self._manager.wait_until_finished()
@@ -190,51 +183,6 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _restore(
-        self, step: int, abstract: PyTree[jax.ShapeDtypeStruct], *, part: bool = False
-    ) -> tuple[PyTree[Array], JsonObject]:
-        """The arrays and the metadata of one checkpoint; all processes find it damaged, or none."""
-        path, problem, misfit = self.directory / str(step), "", ""
-        arrays, metadata, sums = None, {}, {}
-        try:
-            metadata, sums = self._read_json(step, _METADATA), self._read_json(step, _CHECKSUMS)
-            with _quiet():
-                misfit = self._misfit(step, abstract, part=part)
-                if not misfit:
-                    arrays = _read_arrays(_path(path / _ARRAYS), abstract, part=part)
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # the checkpoint is not to blame
-        except Exception as error:  # Orbax and TensorStore raise any kind, Exception itself too
-            text = " ".join(str(error).split()).partition(" See full TensorStore")[0]
-            problem = f"{type(error).__name__}: {text[:160]}"
-        # The files may be unreadable for one process alone.
-        if any_process(bool(problem)):
-            raise DamagedError(f"{path} is damaged ({problem or 'as another process says'})")
-        if misfit:
-            raise MisfitError(misfit)
-        if sums:
-            now = {**_checksums(arrays), _METADATA: _json_checksum(metadata)}
-            saved = {**sums[_ARRAYS], _METADATA: sums[_METADATA]}
-            changed = [name for name, value in now.items() if saved.get(name) != value]
-            if changed:
-                raise DamagedError(
-                    f"{path} is damaged (values of {', '.join(changed[:3])} are not those saved)"
-                )
-        return arrays, metadata
-
-    def _read_json(self, step: int, item: str) -> JsonObject:
-        """A JSON item of a checkpoint; an earlier version wrote no checksums, which gives none."""
-        folder = _path(self.directory / str(step) / item)
-        if item == _CHECKSUMS and not folder.exists():
-            return {}
-        value = json.loads((folder / "metadata").read_text())
-        expected = {_ARRAYS: dict, _METADATA: str} if item == _CHECKSUMS else {}
-        if not isinstance(value, dict) or any(
-            not isinstance(value.get(key), kind) for key, kind in expected.items()
-        ):
-            raise ValueError(f"{item} is not what was saved")
-        return value
 
     def _set_aside(self, step: int) -> str:
         """Takes a damaged checkpoint out of the way of the next save; says where it is now."""
@@ -250,33 +198,100 @@ class Checkpoints:
         self._manager.reload()
         return f"the damaged one is now {aside}, and can be deleted"
 
-    def _misfit(self, step: int, abstract: PyTree, *, part: bool) -> str:
-        """Names, shapes and dtypes that differ: Orbax itself would cast a dtype silently."""
-        tree = ocp.StandardCheckpointHandler().metadata(_path(self.directory / str(step) / _ARRAYS))
-        saved = _named_leaves(tree.tree)
-        # None and empty containers are stored as entries without a shape.
-        saved = {name: leaf for name, leaf in saved.items() if hasattr(leaf, "shape")}
-        wanted = _named_leaves(abstract)
-        problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
-        if not part:
-            problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
-        for name, leaf in wanted.items():
-            if leaf.sharding is None:
-                problems.append(f"{name}: requested without a sharding")
-            if name not in saved:
-                continue
-            if tuple(saved[name].shape) != tuple(leaf.shape):
-                problems.append(f"{name}: saved {tuple(saved[name].shape)}, requested {leaf.shape}")
-            if np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
-                problems.append(f"{name}: saved {saved[name].dtype}, requested {leaf.dtype}")
-        if not problems:
-            return ""
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        return (
-            f"the checkpoint {self.directory / str(step)} does not fit this run:\n  "
-            + "\n  ".join(shown)
-            + "\nRun it with the config that wrote it, or start in an empty directory."
-        )
+
+def kept_steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints of a directory, oldest first, which nothing is changed in:
+    another process may write there."""
+    names = [path.name for path in directory.glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def restore_part(
+    directory: Path, step: int, abstract: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[Array]:
+    """Reads some arrays of one checkpoint: those that `abstract` names.
+
+    Raises MisfitError for leaves that it does not have so, DamagedError where it is damaged.
+    """
+    if not on_bucket(directory):  # TensorStore takes no relative path
+        directory = Path(os.path.abspath(directory))
+    return _restore(directory / str(step), abstract, part=True)[0]
+
+
+def _restore(
+    path: Path, abstract: PyTree[jax.ShapeDtypeStruct], *, part: bool = False
+) -> tuple[PyTree[Array], JsonObject]:
+    """The arrays and the metadata of one checkpoint; all processes find it damaged, or none."""
+    problem = misfit = ""
+    arrays, metadata, sums = None, {}, {}
+    try:
+        metadata, sums = _read_json(path, _METADATA), _read_json(path, _CHECKSUMS)
+        with _quiet():
+            misfit = _misfit(path, abstract, part=part)
+            if not misfit:
+                arrays = _read_arrays(_path(path / _ARRAYS), abstract, part=part)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # the checkpoint is not to blame
+    except Exception as error:  # Orbax and TensorStore raise any kind, Exception itself too
+        text = " ".join(str(error).split()).partition(" See full TensorStore")[0]
+        problem = f"{type(error).__name__}: {text[:160]}"
+    # The files may be unreadable for one process alone.
+    if any_process(bool(problem)):
+        raise DamagedError(f"{path} is damaged ({problem or 'as another process says'})")
+    if misfit:
+        raise MisfitError(misfit)
+    if sums:
+        now = {**_checksums(arrays), _METADATA: _json_checksum(metadata)}
+        saved = {**sums[_ARRAYS], _METADATA: sums[_METADATA]}
+        changed = [name for name, value in now.items() if saved.get(name) != value]
+        if changed:
+            raise DamagedError(
+                f"{path} is damaged (values of {', '.join(changed[:3])} are not those saved)"
+            )
+    return arrays, metadata
+
+
+def _read_json(path: Path, item: str) -> JsonObject:
+    """A JSON item of a checkpoint; an earlier version wrote no checksums, which gives none."""
+    folder = _path(path / item)
+    if item == _CHECKSUMS and not folder.exists():
+        return {}
+    value = json.loads((folder / "metadata").read_text())
+    expected = {_ARRAYS: dict, _METADATA: str} if item == _CHECKSUMS else {}
+    if not isinstance(value, dict) or any(
+        not isinstance(value.get(key), kind) for key, kind in expected.items()
+    ):
+        raise ValueError(f"{item} is not what was saved")
+    return value
+
+
+def _misfit(path: Path, abstract: PyTree, *, part: bool) -> str:
+    """Names, shapes and dtypes that differ: Orbax itself would cast a dtype silently."""
+    tree = ocp.StandardCheckpointHandler().metadata(_path(path / _ARRAYS))
+    saved = _named_leaves(tree.tree)
+    # None and empty containers are stored as entries without a shape.
+    saved = {name: leaf for name, leaf in saved.items() if hasattr(leaf, "shape")}
+    wanted = _named_leaves(abstract)
+    problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
+    if not part:
+        problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
+    for name, leaf in wanted.items():
+        if leaf.sharding is None:
+            problems.append(f"{name}: requested without a sharding")
+        if name not in saved:
+            continue
+        if tuple(saved[name].shape) != tuple(leaf.shape):
+            problems.append(f"{name}: saved {tuple(saved[name].shape)}, requested {leaf.shape}")
+        if np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
+            problems.append(f"{name}: saved {saved[name].dtype}, requested {leaf.dtype}")
+    if not problems:
+        return ""
+    shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    return (
+        f"the checkpoint {path} does not fit this run:\n  "
+        + "\n  ".join(shown)
+        + "\nRun it with the config that wrote it, or start in an empty directory."
+    )
 
 
 @contextmanager

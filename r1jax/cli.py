@@ -69,7 +69,11 @@ ConfigName: TypeAlias = Annotated[
     str, typer.Argument(help="A YAML file, or a name that `configs` lists.")
 ]
 Model: TypeAlias = Annotated[
-    str, typer.Argument(help="A run's directory, a Hugging Face directory or a hub name.")
+    str,
+    typer.Argument(
+        help="A run's directory (its last weights; RUN_DIR@STEP or RUN_DIR@STAGE:STEP: a kept "
+        "checkpoint), a Hugging Face directory or a hub name."
+    ),
 ]
 Overrides: TypeAlias = Annotated[
     list[str] | None,
@@ -338,18 +342,24 @@ def evaluate(
     """
     from r1jax.bucket import locate
     from r1jax.config.load import ConfigError, load_config, parse_config
+    from r1jax.evaluation.run_directory import split_reference
     from r1jax.stages.evaluate.settings import evaluation_of
 
-    recorded = locate(model) / "config.yaml"
-    trained = load_config(recorded) if recorded.is_file() else None
-    weights = model if trained is None else _final_weights(model, trained)
+    directory, _ = split_reference(model)
+    recorded = None if directory is None else directory / "config.yaml"
+    if benchmark and (config is not None or stage is not None):
+        raise ConfigError(["--benchmark needs no config: give it without --config and --stage"])
+    found = None
+    if directory is not None:
+        from r1jax.run.checkpointed import find_model
+
+        found = find_model(model)
+    weights = model if found is None else found.path
     if benchmark:
-        if config is not None or stage is not None:
-            raise ConfigError(["--benchmark needs no config: give it without --config and --stage"])
-        document = evaluation_of(weights, locate(model).resolve().name, benchmark)
+        document = evaluation_of(weights, (directory or locate(model)).resolve().name, benchmark)
         settings = parse_config(json.dumps(document), "r1jax eval", overrides or ())
-    elif config is not None or trained is not None:
-        settings = load_config(config or recorded, overrides or ())
+    elif described := config or recorded:
+        settings = load_config(described, overrides or ())
     else:
         needed = "say how to evaluate it with --benchmark NAME or --config FILE"
         raise ConfigError([f"{model} is not a run's directory: {needed}"])
@@ -358,12 +368,16 @@ def evaluate(
     from r1jax.processes import join_processes
 
     join_processes()
-    if trained is not None:
-        settings = settings.model_copy(update={"output": str(locate(model) / "evaluations")})
+    if directory is not None:
+        settings = settings.model_copy(update={"output": str(directory / "evaluations")})
     if out is not None:
         settings = settings.model_copy(update={"output": out})
     if not benchmark:
         settings = recipe.evaluation_config(settings, weights, stage)
+    if found is not None and found.step is not None:
+        named = {"name": f"{settings.name}-{found.stage}-{found.step}"}
+        settings = settings.model_copy(update=named)
+    settings = settings.model_copy(update={"name": recipe.free_name(settings, weights)})
     if dry_run:
         _print_dry_run(settings)
         return
@@ -474,7 +488,9 @@ def score(
 
 @app.command()
 def export(
-    run_directory: Annotated[str, typer.Argument(metavar="RUN_DIR")],
+    run_directory: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="Or RUN_DIR@STEP, RUN_DIR@STAGE:STEP.")
+    ],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="A new directory.")],
     stage: Annotated[
         str | None, typer.Option(help="Weights as this stage left them; default: the last.")
@@ -490,7 +506,7 @@ def export(
     """Write a run's weights and tokenizer as a Hugging Face directory."""
     from r1jax.bucket import locate
 
-    _require_run(locate(run_directory))
+    _require_run(locate(run_directory), checkpoints=True)
     from r1jax import recipe
 
     recipe.export_run(locate(run_directory), locate(destination), stage, dtype)
@@ -606,22 +622,13 @@ def _options_of(given: Sequence[str]) -> JsonObject:
     return options
 
 
-def _require_run(directory: Path) -> None:
+def _require_run(directory: Path, *, checkpoints: bool = False) -> None:
     from r1jax.config.load import ConfigError
+    from r1jax.evaluation.run_directory import split_reference
 
-    if not (directory / "config.yaml").is_file():
+    is_run = (directory / "config.yaml").is_file()
+    if not is_run and not (checkpoints and split_reference(str(directory))[0]):
         raise ConfigError([f"{directory} is not a run's directory: it has no config.yaml"])
-
-
-def _final_weights(run_directory: str, config: RunConfig) -> str:
-    """The weights that a run's last train stage left, or those that it only evaluated."""
-    from r1jax.evaluation.run_directory import language_models
-
-    if trained := language_models(run_directory):
-        return str(trained[-1])
-    if config.model.path is None:
-        raise ValueError(f"{run_directory} has no finished train stage to evaluate")
-    return config.model.path
 
 
 def _heading(index: int, samples: int) -> None:

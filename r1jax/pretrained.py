@@ -12,10 +12,10 @@ import numpy as np
 
 from r1jax.data.example import Example
 from r1jax.data.prompts import encode_prompt
-from r1jax.evaluation.run_directory import language_models
 from r1jax.models import Decoder, right_padded, token_log_probs
 from r1jax.models.parameters import Params
 from r1jax.rollouts.sampling import bucket, decode, generate_options, pad_prompts, sample_batch
+from r1jax.run.checkpointed import find_model
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, generate_chunks
 from r1jax.settings.data import DataSection
@@ -58,7 +58,7 @@ def load_model(
     """Open a Hugging Face checkpoint, each device reading only its part.
 
     Args:
-      path: a directory, `gs://...`, or a name on the hub.
+      path: a directory, `gs://...`, a name on the hub, a run's directory, or RUN_DIR@STEP.
       mesh: axis -> size, one of which may be -1, such as `{"fsdp": -1, "tensor": 4}`; default: all
         devices along `fsdp`.
       dtype: of the weights and of what is computed with them.
@@ -67,6 +67,7 @@ def load_model(
       ValueError: no such checkpoint, a model that is not supported, or a mesh that does not divide
         it; the message says what would.
     """
+    path = find_model(path).path
     layout = make_layout(dict(mesh or {"fsdp": -1}))
     section = ModelSection(path=path, param_dtype=dtype, compute_dtype=dtype)
     model = LanguageModel.resolve(section, layout)
@@ -164,11 +165,11 @@ def stream_completions(
     """Yield (sample index, new text) while the model writes.
 
     Args:
-      model_path: a Hugging Face directory, a hub name, or a run's directory (its last weights).
+      model_path: a Hugging Face directory, a hub name, a run's directory (its last weights), or a
+        checkpoint of it, RUN_DIR@STEP.
       template: `chat`, `r1_zero` or `plain`.
     """
-    trained = language_models(model_path)
-    directory = trained[-1] if trained else hugging_face.resolve(model_path)
+    directory = hugging_face.resolve(find_model(model_path).path)
     section = ModelSection(path=str(directory), multi_token_prediction=sampling.speculative)
     layout = make_layout({"data": 1, "fsdp": -1, "tensor": 1})
     model = LanguageModel.resolve(section, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -11,14 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import yaml
 from rich.console import Console
 
-from r1jax.bucket import copy_folder
+from r1jax.bucket import copy_folder, locate
 from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
-from r1jax.evaluation.run_directory import language_models
 from r1jax.files import JsonObject
 from r1jax.lock import locked
 from r1jax.metrics.compilations import CompilationCounter, memory
@@ -29,6 +30,7 @@ from r1jax.peers import watched_peers
 from r1jax.planner.memory import check_memory, explained_out_of_memory
 from r1jax.processes import agree, distributed_process, wait_for_all
 from r1jax.report.page import write_report
+from r1jax.run.checkpointed import find_model
 from r1jax.run.record import Record, open_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
@@ -219,23 +221,33 @@ def export_run(
 ) -> Path:
     """Copy the Hugging Face directory of a stage; default: the last that left a language model.
 
+    run_dir: or RUN_DIR@STEP, a kept checkpoint; see `find_model`.
     dtype: as numpy names it, or `fp8` (`hugging_face.convert`); default: the same.
     """
-    if stage is None:
-        directories = language_models(run_dir)
-    else:
-        directories = sorted(run_dir.glob(f"stages/[0-9][0-9]-{stage}/model"))
-    if not directories:
-        raise ValueError(
-            f"{run_dir} has no finished train stage{f' {stage!r}' if stage else ''} to export"
-        )
     if destination.exists():
         raise ValueError(f"{destination} exists; name a new directory")
+    directory = hugging_face.resolve(find_model(str(run_dir), stage).path)
     if dtype is None:
-        copy_folder(directories[-1], destination, last="config.json")
+        copy_folder(directory, destination, last="config.json")
     else:
-        hugging_face.convert(directories[-1], destination, dtype)
+        hugging_face.convert(directory, destination, dtype)
     return destination
+
+
+def free_name(config: RunConfig, model: str) -> str:
+    """A name for the evaluation of a model whose directory is not that of another model's."""
+    last = [part for part in re.split(r"[/\\]", model) if part not in ("", "model")][-1:]
+    slug = re.sub(r"[^A-Za-z0-9_.\-]+", "-", last[0] if last else "model")
+    code = hashlib.sha256(model.encode()).hexdigest()[:8]
+    names = [config.name, f"{config.name}-{slug}", f"{config.name}-{slug}-{code}"]
+    for name in names:
+        recorded = locate(config.output) / f"{name}-s{config.seed}" / "config.yaml"
+        if not recorded.is_file():
+            return name
+        text = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        if isinstance(text, dict) and (text.get("model") or {}).get("path") == model:
+            return name
+    return names[-1]
 
 
 def evaluation_config(config: RunConfig, model_path: str, stage_name: str | None) -> RunConfig:

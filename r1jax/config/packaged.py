@@ -32,12 +32,15 @@ def find_config(name_or_path: str | Path) -> Path:
 
     Raises ConfigError, which names the nearest packaged configs.
     """
-    path = locate(name_or_path)
     try:
+        path = locate(name_or_path)
         if path.is_file():
             return path
     except OSError as error:  # a name that is too long, or a folder that may not be read
-        raise ConfigError([f"{str(name_or_path)[:100]}: {error.strerror}"]) from None
+        reason = error.strerror or error
+        raise ConfigError([f"{str(name_or_path)[:100]}: {reason}"]) from None
+    except ValueError as error:  # another scheme than gs://
+        raise ConfigError([str(error)]) from None
     known = packaged_configs()
     name = path.with_suffix("").as_posix() if path.suffix == ".yaml" else path.as_posix()
     if name in known:

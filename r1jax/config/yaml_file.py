@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from r1jax.files import JsonObject
 
+_MOST_VALUES = 100_000  # of a file
+
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
@@ -85,6 +87,8 @@ def _note_lines(
 ) -> None:
     """Notes the line of every key from `node` on, and the keys that are wrong."""
     name, line = ".".join(map(str, path)), node.start_mark.line + 1
+    if len(file.lines) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES:,} values, as aliases of aliases make them")
     if node in above:
         file.problems.append((line, f"{name} contains itself"))
         return

@@ -167,6 +167,15 @@ class Run:
         return gaps + [f"{name}: {gap}" for name, gap in named if gap]
 
 
+def split_reference(name: str) -> tuple[Path | None, str | None]:
+    """The run's directory and the checkpoint (None: not named) of RUN_DIR, RUN_DIR@STEP or
+    RUN_DIR@STAGE:STEP; (None, None) for anything else, such as a Hugging Face directory."""
+    for directory, at, checkpoint in ((name, "", ""), name.rpartition("@")):
+        if directory and (locate(directory) / "config.yaml").is_file():
+            return locate(directory), checkpoint if at else None
+    return None, None
+
+
 def language_models(run_dir: str | Path) -> list[Path]:
     """The Hugging Face directories that the train stages left, in order; reward models aside."""
     models = []

@@ -16,6 +16,7 @@ import jax
 import yaml
 
 from r1jax.bucket import WorkingCopy, locate, on_bucket
+from r1jax.checkpoints import kept_steps
 from r1jax.config.lineage import changes, edges, extension, ingredients
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject, write_text
@@ -75,9 +76,8 @@ class RunFiles:
 
     def newest_checkpoint(self, stage: str) -> int:
         """The step that a train stage goes on from; 0: from its start."""
-        checkpoints = self.home(self.stage_directory(stage)) / "checkpoints"
-        names = [path.name for path in checkpoints.glob("*")]
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        steps = kept_steps(self.home(self.stage_directory(stage)) / "checkpoints")
+        return steps[-1] if steps else 0
 
     def remove_stage(self, name: str) -> None:
         """Removes all that a stage has written."""

@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from r1jax import recipe
+from r1jax.cli import app
 from r1jax.config.load import parse_config
 from r1jax.evaluation.run_directory import read_run
 from r1jax.lock import is_locked, locked
+from r1jax.run.checkpointed import find_model
 from r1jax.run.selection import Selection
 from r1jax.run.stop import EXIT_INTERRUPTED, RunError, StopSignal, stop_on_signals
 from r1jax.run.train_loop import TrainLoop
@@ -214,3 +218,54 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         run(tmp_path)
     with pytest.raises(ValueError, match="--restart bas: no such stage; did you mean base"):
         run(tmp_path, (), Selection(restart=("bas",)))
+
+
+def test_any_kept_checkpoint_is_sampled_evaluated_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop_at(monkeypatch, 3, RunError("no more"))
+    with pytest.raises(RunError):
+        run(tmp_path, ["stages.base.checkpoint_every=1"])
+    directory = tmp_path / "life-s0"
+    assert find_model(str(directory)) == find_model(f"{directory}@3")  # the newest of a stopped run
+    two = find_model(f"{directory}@base:2")
+    assert (two.stage, two.step) == ("base", 2)
+    for wrong in ("@1", "@last", "@tuned:2"):
+        with pytest.raises(ValueError, match="kept are"):
+            find_model(f"{directory}{wrong}")
+    with pytest.raises(ValueError, match="no stage bass; there are base, tuned"):
+        find_model(f"{directory}@bass:2")
+    # Both are what the run had at that step: the same as of one that ended there.
+    assert run(tmp_path / "short", ["stages.base.steps=2"]) == 0
+    assert (Path(two.path) / "model.safetensors").read_bytes() == weights(tmp_path / "short")
+    recipe.export_run(Path(f"{directory}@2"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(tmp_path / "short")
+    sampled = ["sample", f"{directory}@2", "-p", "1+1=", "--template", "plain"]
+    done = CliRunner().invoke(app, [*sampled, "--max-new-tokens", "2"])
+    assert done.exit_code == 0, done.output
+
+    evaluation = tmp_path / "evaluation.yaml"
+    document = yaml.safe_load(CONFIG) | {"name": "tests", "rewards": {"accuracy": {}}}
+    settings = {"samples_per_problem": 1, "problems_per_batch": 2, "problems": 2}
+    stage = {"name": "all", "kind": "evaluate", "data": "train", "max_new_tokens": 2, **settings}
+    evaluation.write_text(yaml.safe_dump(document | {"stages": [stage]}))
+    for model in (f"{directory}@2", f"{directory}@3", str(directory), tmp_path / "out"):
+        command = ["eval", str(model), "--config", str(evaluation)]
+        if model == tmp_path / "out":
+            command += ["--out", str(directory / "evaluations")]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    evaluated = sorted(path.name for path in (directory / "evaluations").iterdir())
+    assert evaluated == ["tests-eval-base-2-s0", "tests-eval-base-3-s0", "tests-eval-s0"]
+
+
+def test_two_models_under_one_evaluation_config_do_not_collide(tmp_path: Path) -> None:
+    config = parse_config(CONFIG, "test", [f"output={tmp_path}"])
+    names = []
+    for model in ("a/small", "b/small", "c/small", "a/small", "c/small"):
+        names.append(recipe.free_name(config, model))
+        home = tmp_path / f"{names[-1]}-s0"
+        home.mkdir(exist_ok=True)
+        (home / "config.yaml").write_text(yaml.safe_dump({"model": {"path": model}}))
+    assert names[:2] == ["life", "life-small"] and names[2].startswith("life-small-")
+    assert names[3:] == [names[0], names[2]]
