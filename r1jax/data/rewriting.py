@@ -8,18 +8,22 @@ so for toy texts, `EndpointRewriter` by a model behind an OpenAI-compatible serv
 from __future__ import annotations
 
 import hashlib
+import html
 import http.client
 import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -331,6 +335,9 @@ class EndpointError(RuntimeError):
 _LONGEST_BACKOFF = 60.0  # seconds
 _POLL_SECONDS = 1.0  # between two checks whether to stop, during a wait
 _LONGEST_WAIT = 600.0  # seconds; if a server demands more, the run ends with an error
+_TIMES_TIMEOUT = 3  # for a whole answer
+_BYTES, _BYTES_OF_TOKEN = 1 << 20, 256  # that an answer may have
+_PART_OF_KEY = 8  # characters
 _LONGEST_BODY = 200  # characters of a server's message in an error
 
 
@@ -438,21 +445,51 @@ class EndpointRewriter:
         url = settings.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with _OPENER.open(request, timeout=settings.timeout_seconds) as response:
-                answer = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                said = _body(error)
-            if error.code in (400, 413, 422) and _TOO_LONG.search(said):
-                return Reply(None)
-            raise self._refused(error, said.replace(key, "***") if key else said) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reply = self._answer(request)
+        except _Failure as failure:  # it may quote what the server said
+            failure.args = (_without_key(str(failure), key),)
+            failure.remedy = _without_key(failure.remedy, key)
+            raise failure from None
+        if len(key) >= 2 * _PART_OF_KEY and key in (reply.text or ""):
             raise _Failure(
-                f"no answer: {type(reason).__name__}: {reason}",
-                "See that the server is up, and give it more timeout_seconds if it is slow",
+                "the answer repeats the key, and was not stored",
+                "See what answers at url",
+                temporary=False,
+            )
+        return reply
+
+    def _answer(self, request: urllib.request.Request) -> Reply:
+        """The server's reply, in limited time and size."""
+        settings = self.settings
+        longest = _TIMES_TIMEOUT * settings.timeout_seconds
+        largest = _BYTES + _BYTES_OF_TOKEN * settings.max_new_tokens
+        with _Deadline(longest) as deadline:
+            try:
+                with _OPENER.open(request, timeout=settings.timeout_seconds) as response:
+                    answer = response.read(largest + 1)
+            except urllib.error.HTTPError as error:
+                with error:
+                    said = _body(error)
+                if error.code in (400, 413, 422) and _TOO_LONG.search(said):
+                    return Reply(None)
+                raise self._refused(error, said) from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", error)
+                what = f"no answer: {type(reason).__name__}: {reason}"
+                if deadline.passed:
+                    what = f"no whole answer within {longest:g} seconds"
+                raise _Failure(
+                    what,
+                    "See that the server is up, and give it more timeout_seconds if it is slow",
+                    temporary=True,
+                ) from None
+        if deadline.passed or len(answer) > largest:
+            limit = f"{longest:g} seconds" if deadline.passed else f"{largest:,} bytes"
+            raise _Failure(
+                f"no whole answer within {limit}",
+                "See what answers at url, and that it keeps to max_tokens",
                 temporary=True,
-            ) from error
+            )
         return _read_reply(answer)
 
     def _refused(self, error: urllib.error.HTTPError, said: str) -> _Failure:
@@ -521,13 +558,13 @@ def _read_reply(answer: bytes) -> Reply:
         text, finish = choice["message"]["content"], choice.get("finish_reason")
         if text is not None and not isinstance(text, str):
             raise TypeError(f"content is a {type(text).__name__}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         said = answer[:_LONGEST_BODY].decode(errors="replace")
         raise _Failure(
             f"not an answer of /chat/completions: {said!r}",
             "See that an OpenAI-compatible server answers at url",
             temporary=True,
-        ) from error
+        ) from None
     return Reply(text, truncated=finish == "length")
 
 
@@ -537,7 +574,7 @@ _TOO_LONG = re.compile(r"context_length_exceeded|maximum context length")
 
 def _body(error: urllib.error.HTTPError) -> str:
     try:
-        return " ".join(error.read().decode(errors="replace").split())
+        return " ".join(error.read(_BYTES).decode(errors="replace").split())
     except (OSError, http.client.HTTPException):
         return ""
 
@@ -549,4 +586,76 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirects)
+class _Deadline:
+    """Shuts the sockets that this thread opens in the block once its seconds are over.
+
+    A time-out is of one read, and a server that sends a byte now and then would never end.
+    """
+
+    _of_thread = threading.local()
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end)
+        self._timer.daemon = True
+
+    @classmethod
+    def note(cls, opened: socket.socket) -> None:
+        """Adds a socket to the block that this thread is in."""
+        cls._of_thread.current._sockets.append(opened)
+
+    def _end(self) -> None:
+        self.passed = True
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Deadline:
+        type(self)._of_thread.current = self
+        self._timer.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._timer.cancel()
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _Deadline.note(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _Deadline.note(self.sock)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, request)
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects, _Http, _Https)
+
+
+def _without_key(text: str, key: str) -> str:
+    """A message without the key; without what the server says, behind its first colon, where that
+    holds a part of the key, or an escaped form."""
+    if not key:
+        return text
+    text = text.replace(key, "***")
+    if len(key) < 2 * _PART_OF_KEY:  # such as EMPTY, for servers without keys
+        return text
+    escaped = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    plain = html.unescape(urllib.parse.unquote(escaped))
+    parts = {key[at : at + _PART_OF_KEY] for at in range(len(key) - _PART_OF_KEY + 1)}
+    if any(part in form for part in parts for form in (text, plain)):
+        return f"{text.partition(': ')[0]}: what the server says holds a part of the key"
+    return text

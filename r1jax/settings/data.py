@@ -64,7 +64,9 @@ class DataSection(Section):
     held_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
     )
-    limit: int | None = Field(None, ge=1, description="Use only the first N rows of the split.")
+    limit: int | None = Field(
+        None, ge=1, le=10**12, description="Use only the first N rows of the split."
+    )
     options: JsonObject = Field(
         default_factory=dict, description="Arguments of a task, of a reader."
     )

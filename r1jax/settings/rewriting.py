@@ -65,7 +65,11 @@ class EndpointRewrite(Section):
         description="Repetitions of a request after a failure that may be temporary: status 408, "
         "429 or 5xx, no connection, a time-out, an answer that is not JSON of the right shape.",
     )
-    timeout_seconds: float = Field(600.0, gt=0, description="Without a byte from the server.")
+    timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="Without a byte from the server; a whole answer may take three times as long.",
+    )
     concurrency: int = Field(8, ge=1, description="Requests at a time.")
     style: _Style = "think"
 

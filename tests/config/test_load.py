@@ -557,3 +557,16 @@ def test_every_hint_names_settings_that_there_are() -> None:
                 assert last in sections[section], (name, key)
                 # A name that means the same in both needs no hint.
                 assert (section, name) != (section, last) or name in ("chat_template_kwargs",)
+
+
+def test_aliases_that_multiply_and_thousands_of_mistakes_are_soon_told() -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for name, before in zip("bcdefgh", "abcdefg", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join(['*' + before] * 9)}]")
+    with pytest.raises(ConfigError, match="more than 100,000 values"):
+        parse_config("\n".join(lines), "a.yaml")
+    with pytest.raises(ConfigError) as caught:
+        parse_config("\n".join(f"k{number}: 1" for number in range(3000)), "a.yaml")
+    assert 40 < len(caught.value.problems) < 60 and "more mistakes" in str(caught.value)
+    with pytest.raises(ConfigError, match="a.yaml:1: base: .*http:// is not known"):
+        parse_config("base: http://localhost/x.yaml", "a.yaml")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from livecodebench_rows import METHOD, PROGRAM, cases, compressed
 
 from r1jax.data.example import Example
 from r1jax.data.examples import load_examples
-from r1jax.data.livecodebench import PRELUDE
+from r1jax.data.livecodebench import PRELUDE, _tests
 from r1jax.rewards.code import Case, program_of, read_reference
 from r1jax.settings.data import DataSection
 
@@ -62,7 +65,7 @@ class Naming:
     ("row", "message"),
     [
         ({"private_test_cases": compressed(Naming())}, "'private_test_cases': neither JSON nor"),
-        ({"private_test_cases": compressed([1])}, "it holds a list, not text"),
+        ({"private_test_cases": compressed([1])}, "its pickle holds EMPTY_LIST, not only a text"),
         ({"private_test_cases": "%%%"}, "'private_test_cases': neither JSON nor"),
         ({"private_test_cases": "[{]"}, "'private_test_cases': neither JSON nor"),
         (
@@ -92,3 +95,30 @@ def test_a_reference_may_stand_in_a_row_as_it_is(tmp_path: Path) -> None:
     answer = {"language": "c", "tests": [{"input": "1\n", "output": "2\n"}]}
     example = load(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer}, row_format=None)
     assert read_reference(example.answer).cases == (Case("1\n", "2\n"),)
+
+
+# As `pickle` reads them: a call, an object's state, a size of 4 GiB, an id, no text, deep JSON.
+HOSTILE = [
+    b"cos\nsystem\n(S'true'\ntR.",
+    b"Vx\n}(Va\nVb\nub.",
+    b"Vx\n)R.",
+    b"\x80\x04Nr" + (300_000_000).to_bytes(4, "little") + b".",
+    b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b".",
+    b"Pfoo\n.",
+    b"R.",
+    b"",
+    *map(pickle.dumps, (5, [1], "5", "{}", "[1]", "[null]", "[" * 100_000)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_no_pickle_runs_or_breaks(number: int) -> None:
+    packed = base64.b64encode(zlib.compress(HOSTILE[number])).decode()
+    with pytest.raises(ValueError, match="column 'c': "):
+        _tests(packed, "c")
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[1]", "[" * 100_000])
+def test_plain_tests_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="column 'c': "):
+        _tests(text, "c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -860,3 +861,66 @@ def test_rewriting_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+KEY = "sk-SECRETKEY1234567890"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "message"),
+    [
+        (200, b"[" * 100_000, {}, "not an answer"),  # nested too deep
+        (200, f"<html>Bearer {KEY}</html>".encode(), {}, "not an answer"),
+        (302, b"", {"Location": f"http://x/?k={KEY}"}, "HTTP 302"),
+        (401, f"bad key {KEY[:12]}...".encode(), {}, "HTTP 401 Unauthorized"),
+        (401, KEY.replace("-", "\\u002d").encode(), {}, "HTTP 401 Unauthorized"),
+        (401, KEY.replace("-", "%2d").encode(), {}, "HTTP 401 Unauthorized"),
+        (200, b" " * 2_000_000, {}, "no whole answer within 1,"),
+    ],
+)
+def test_no_message_shows_the_key_and_no_answer_breaks(
+    serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status, body, headers, message
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda *_: (status, body, headers))
+    asking = rewriter(server, tmp_path / "log", retries=0, max_new_tokens=16)
+    with pytest.raises(EndpointError) as caught:
+        asking.rewrite(DRAFTS[:1])
+    assert message in str(caught.value)
+    seen = str(caught.value) + (tmp_path / "log").read_text()
+    assert not any(part in seen for part in (KEY, KEY[:12], KEY[3:]))
+
+
+def test_an_answer_that_repeats_the_key_is_not_stored(
+    serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    content = {"choices": [{"message": {"content": GOOD[0] + KEY}}]}
+    with pytest.raises(EndpointError, match="repeats the key"):
+        rewriter(serve(lambda *_: (200, content, {})), tmp_path / "log").rewrite(DRAFTS[:1])
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_body_that_drips_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Drips(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Drips) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        section = EndpointRewrite(url=url, model="m", retries=0, timeout_seconds=0.2)
+        with pytest.raises(EndpointError, match="no whole answer within 0.6"):
+            EndpointRewriter(settings=section, log=RewriteLog(tmp_path / "log")).rewrite(DRAFTS[:1])
+        server.shutdown()
