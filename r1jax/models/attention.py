@@ -32,15 +32,20 @@ def row_attention(
     segment_ids: Int[Array, "batch time"],
     execution: Execution,
     layout: Layout,
+    prompt_of: Bool[Array, "batch samples prompt_time"] | None = None,
 ) -> Float[Array, "batch time heads value_dim"]:
     """Attend within each row.
 
     Args:
       k, v: heads is a multiple of kv_heads, and value_dim at most head_dim.
       segment_ids: equal ids attend to each other, 0 is padding.
+      prompt_of: as of `TokenRows`.
 
     Returns:
       Undefined (but finite) where segment_ids is 0.
+
+    Raises:
+      ValueError: samples share a prompt, with a kernel that cannot do it.
     """
     repeat = head_repeats(q.shape[2], k.shape[2], layout)
     if repeat > 1:
@@ -49,7 +54,14 @@ def row_attention(
         k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
     # Where rows are split over time, this is an all-to-all from parts of rows to heads.
     q, k, v = (layout.constrain(x, _ATTENTION) for x in (q, k, v))
-    if execution.attention == "xla":
+    if prompt_of is not None:
+        if execution.attention != "xla":
+            raise ValueError(
+                f"attention = {execution.attention!r}: samples that share a prompt's tokens need "
+                "'xla'; give each sample its prompt"
+            )
+        out = _shared_prompts(q, k, v, segment_ids, prompt_of)
+    elif execution.attention == "xla":
         out = _xla(q, k, v, segment_ids)
     else:
         kernel = _splash if execution.attention == "splash" else _flash
@@ -147,6 +159,50 @@ def _attend_block(
     out = jnp.einsum("bhnk,bkhd->bhnd", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, -1, queries, v.shape[-1]) / total
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1).astype(v.dtype)
+
+
+def _shared_prompts(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, prompt_of: jax.Array
+) -> jax.Array:
+    """As `_xla`; samples attend to their segment and to the prompt at the row's beginning."""
+    batch, samples, start = prompt_of.shape
+    heads, head_dim, kv_heads = q.shape[2], q.shape[3], k.shape[2]
+    prompt_ids = segment_ids[:, :start]
+    of_prompt = _attend_block(
+        q[:, :start], k[:, :start], v[:, :start], prompt_ids, prompt_ids, jnp.int32(0)
+    )
+    # [batch, kv_heads, samples, query heads of a key head x time, head_dim]: a product of all the
+    # samples' queries with the prompt's keys, and one of each sample's with its keys.
+    q = (q[:, start:] / math.sqrt(head_dim)).astype(q.dtype)
+    q = q.reshape(batch, samples, -1, kv_heads, heads // kv_heads, head_dim)
+    time = q.shape[2]
+    q = q.transpose(0, 3, 1, 4, 2, 5).reshape(batch, kv_heads, samples, -1, head_dim)
+    new_k, new_v = (
+        x[:, start:].reshape(batch, samples, time, kv_heads, -1).transpose(0, 3, 1, 2, 4)
+        for x in (k, v)
+    )
+    ids = segment_ids[:, start:].reshape(batch, samples, time)
+    steps = jnp.arange(time, dtype=jnp.int32)
+    visible = (ids[..., :, None] == ids[..., None, :]) & (ids != 0)[..., None, :]
+    visible &= steps[:, None] >= steps[None, :]
+    by_query = (*q.shape[:3], heads // kv_heads, time)
+
+    def masked(logits: jax.Array, visible: jax.Array) -> jax.Array:
+        hidden = jnp.where(visible, 0.0, _MASKED)
+        return logits.reshape(*by_query, -1) + hidden[:, None, :, None]
+
+    new = jnp.einsum("bhsnd,bhskd->bhsnk", q, new_k, preferred_element_type=jnp.float32)
+    old = jnp.einsum("bhsnd,bkhd->bhsnk", q, k[:, :start], preferred_element_type=jnp.float32)
+    new, old = masked(new, visible), masked(old, prompt_of[:, :, None])
+    peak = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (new, old)))
+    new, old = (jnp.exp(x - jax.lax.stop_gradient(peak)) for x in (new, old))
+    total = (jnp.sum(new, axis=-1) + jnp.sum(old, axis=-1))[..., None]
+    new, old = (x.reshape(*q.shape[:4], -1).astype(v.dtype) for x in (new, old))
+    out = jnp.einsum("bhsnk,bhskd->bhsnd", new, new_v, preferred_element_type=jnp.float32)
+    out += jnp.einsum("bhsnk,bkhd->bhsnd", old, v[:, :start], preferred_element_type=jnp.float32)
+    out = out.reshape(*by_query, -1) / total
+    out = out.transpose(0, 2, 4, 1, 3, 5).reshape(batch, samples * time, heads, -1)
+    return jnp.concatenate([of_prompt, out.astype(v.dtype)], axis=1)
 
 
 _Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

@@ -151,12 +151,17 @@ class TokenRows(NamedTuple):
     segment_ids: tokens attend within their segment; 0 is padding.
     experts: of each token, as the sampler records them, in place of a choice. Their weights are
         computed anew.
+    prompt_of: for rows of a prompt and its samples, where the prompt is computed once: a row is the
+        prompt, padded on the right to prompt_time, then `samples` equal parts, each with a sample
+        (or several), whose positions go on from the prompt's. Which tokens of the prompt the
+        samples see: all but padding.
     """
 
     tokens: Int[Array, "batch time"]
     positions: Int[Array, "batch time"]
     segment_ids: Int[Array, "batch time"]
     experts: Int[Array, "batch time layers_k"] | None = None
+    prompt_of: Bool[Array, "batch samples prompt_time"] | None = None
 
 
 def right_padded(tokens: Int[Array, "batch time"], lengths: Int[Array, " batch"]) -> TokenRows:
@@ -226,7 +231,7 @@ def run_rows(
             # For their gradients: where attention splits the heads over more devices, these come
             # back in an all-to-all, too, and not whole to every device.
             q, k, v = (layout.constrain(x, ("batch", "time", "heads", None)) for x in (q, k, v))
-        out = row_attention(q, k, v, rows.segment_ids, execution, layout)
+        out = row_attention(q, k, v, rows.segment_ids, execution, layout, rows.prompt_of)
         return out, kv_cache.prompt_entries(entries, model) if keep_cache else None
 
     def body(x: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:

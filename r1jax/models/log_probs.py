@@ -70,7 +70,11 @@ def token_log_probs(
       wanted: of these tokens alone; the others' values are 0, and cost no logits.
     """
     output = forward(params, rows, model, balance=balance)
-    if wanted is None:
+    if rows.prompt_of is not None:
+        targets = _after_shared_prompts(
+            params, output.hidden, rows, wanted, model, temperature=temperature
+        )
+    elif wanted is None:
         targets = log_probs_ahead(params, output.hidden, rows, model, temperature=temperature)
     else:
         wanted = wanted & follows(rows.segment_ids)
@@ -85,6 +89,35 @@ def token_log_probs(
         )
         targets = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
     return TokenLogProbs(targets.log_probs, targets.entropy, output.routings)
+
+
+def _after_shared_prompts(
+    params: Params,
+    hidden: jax.Array,
+    rows: TokenRows,
+    wanted: jax.Array | None,
+    model: Decoder,
+    *,
+    temperature: Temperature,
+) -> TargetLogProbs:
+    """Of rows with `prompt_of`: the first token of a sample follows the prompt's last one."""
+    assert rows.prompt_of is not None
+    start, ids = rows.prompt_of.shape[2], rows.segment_ids
+    steps = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    begins = (ids != 0) & ~follows(ids)
+    last = jnp.sum(ids[:, :start] != 0, axis=1) - 1
+    before = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    before = jnp.where(begins[..., None], before, jnp.roll(hidden, 1, axis=1))
+    predicted = (ids != 0) & ~(begins & (steps < start))
+    return wanted_log_probs(
+        before,
+        unembedding(params, model),
+        rows.tokens,
+        predicted if wanted is None else predicted & wanted,
+        chunk=model.execution.log_prob_chunk,
+        temperature=temperature,
+        layout=model.layout,
+    )
 
 
 def log_probs_ahead(
@@ -370,7 +403,7 @@ def _part_log_probs(
 
 def _rows(values: jax.Array, part: jax.Array) -> jax.Array:
     """values[part], and 0 for what does not exist."""
-    return values.at[part].get(mode="fill", fill_value=0)
+    return jnp.asarray(values).at[part].get(mode="fill", fill_value=0)
 
 
 def _chunk_log_probs(

@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import jit
+from tiny_models import jit, random_params
 
+from r1jax.models import (
+    Decoder,
+    Execution,
+    LatentAttention,
+    ModelConfig,
+    TokenRows,
+    token_log_probs,
+)
 from r1jax.models.log_probs import TargetLogProbs, chunked_log_probs, wanted_log_probs
+from r1jax.sharding import single_device
 
 ROWS, TIME, WIDTH, VOCAB = 3, 10, 6, 11
 
@@ -59,3 +68,74 @@ def test_wanted_log_probs_and_their_gradients_are_those_of_all_tokens(kind: str)
             np.testing.assert_allclose(getattr(values, name), expected, atol=1e-6)
         for a, b in zip(got_gradients, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+PROMPTS, SAMPLES = [[5, 3, 8], [4], [6, 6, 1, 2]], [[[7, 2, 9], [1], [3, 3]]] * 3
+PROMPT_TIME, TIME_OF_SAMPLE = 5, 4
+
+
+def shared_rows() -> TokenRows:
+    """By hand: a prompt, padded to 5, and its three samples, padded to 4 each."""
+    shape = len(PROMPTS), PROMPT_TIME + 3 * TIME_OF_SAMPLE
+    tokens, positions, ids = np.full(shape, 7, np.int32), *np.zeros((2, *shape), np.int32)
+    sees = np.zeros((len(PROMPTS), 3, PROMPT_TIME), bool)
+    for r, (prompt, samples) in enumerate(zip(PROMPTS, SAMPLES, strict=True)):
+        n = len(prompt)
+        tokens[r, :n], positions[r, :n], ids[r, :n], sees[r, :, :n] = prompt, np.arange(n), 1, True
+        for s, sample in enumerate(samples):
+            at = slice(start := PROMPT_TIME + s * TIME_OF_SAMPLE, start + len(sample))
+            tokens[r, at], ids[r, at] = sample, s + 2
+            positions[r, at] = n + np.arange(len(sample))
+    return TokenRows(tokens, positions, ids, prompt_of=sees)
+
+
+def single_rows() -> TokenRows:
+    """A prompt and a sample to a row."""
+    shape = 3 * len(PROMPTS), PROMPT_TIME + TIME_OF_SAMPLE
+    tokens, positions, ids = np.full(shape, 7, np.int32), *np.zeros((2, *shape), np.int32)
+    for r in range(len(tokens)):
+        text = PROMPTS[r // 3] + SAMPLES[r // 3][r % 3]
+        n = len(text)
+        tokens[r, :n], positions[r, :n], ids[r, :n] = text, np.arange(n), 1
+    return TokenRows(tokens, positions, ids)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_prompt_computed_once_gives_its_samples_the_same(latent: bool) -> None:
+    config = ModelConfig("qwen2", 11, 16, 24, 2, 4, 2, 4, tie_word_embeddings=True)
+    if latent:
+        attention = LatentAttention(None, 8, 4, 4, 6)
+        config = ModelConfig("deepseek_v3", 11, 16, 24, 2, 2, 2, 8, latent=attention)
+    execution = Execution(
+        compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=4
+    )
+    model, params = Decoder(config, execution, single_device()), random_params(config)
+    weights = np.random.default_rng(0).standard_normal((3, 3, TIME_OF_SAMPLE), np.float32)
+
+    def shared(params: Any) -> Any:
+        values = token_log_probs(params, shared_rows(), model)
+        return [x[:, PROMPT_TIME:].reshape(3, 3, -1) for x in values[:2]]
+
+    def alone(params: Any) -> Any:
+        values = token_log_probs(params, single_rows(), model)
+        rows = [np.arange(TIME_OF_SAMPLE) + len(prompt) for prompt in PROMPTS for _ in range(3)]
+        at = np.minimum(np.stack(rows), PROMPT_TIME + TIME_OF_SAMPLE - 1)
+        real = single_rows().segment_ids[np.arange(9)[:, None], at] * (np.stack(rows) == at)
+        return [(jnp.take_along_axis(x, at, 1) * real).reshape(3, 3, -1) for x in values[:2]]
+
+    def loss(values: Any, params: Any) -> Any:
+        log_probs, entropy = values(params)
+        return jnp.sum(log_probs * weights), (log_probs, entropy)
+
+    (_, got), gradients = jit(jax.value_and_grad(lambda p: loss(shared, p), has_aux=True))(params)
+    (_, expected), others = jit(jax.value_and_grad(lambda p: loss(alone, p), has_aux=True))(params)
+    for a, b in zip(got, expected, strict=True):
+        assert np.count_nonzero(b) == 18
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
+    # The prompt's tokens have the log-probs that they have in a row of the prompt and a sample.
+    log_probs = jit(lambda p, rows: token_log_probs(p, rows, model).log_probs[:, :PROMPT_TIME])
+    of_prompt, single = log_probs(params, shared_rows()), log_probs(params, single_rows())[::3]
+    real = shared_rows().segment_ids[:, :PROMPT_TIME]
+    np.testing.assert_allclose(of_prompt, single * real, atol=2e-5)
