@@ -2,7 +2,8 @@
 
 A Qwen3 shape: 4 layers, width 128, 4/2 heads of 32, MLP 512, vocabulary 512, tied, 1.05M weights,
 float32; 16 prompts x 8 samples, prompts of 32 tokens, 64 new tokens, no early stop. One GRPO step
-is rollout + rewards + reference log-probs + one update.
+is rollout + rewards + reference log-probs + one update, which computes each prompt once for its
+samples.
 
     python benchmarks/rollout_and_update.py
 """
@@ -48,36 +49,47 @@ def main() -> None:
     optimizer = optax.adamw(1e-4)
     state = init_train_state(params, optimizer)
     rng = np.random.default_rng(0)
-    rows, length = PROMPTS * SAMPLES, PROMPT_TOKENS + NEW_TOKENS
+    rows = PROMPTS * SAMPLES
     over_rows = model.layout.sharding(("batch", "time"))
 
     def place(array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, model.layout.sharding(("batch", "time")[: array.ndim]))
+        axes = ("batch", *(None,) * (array.ndim - 1))
+        return jax.device_put(array, model.layout.sharding(axes))
 
     prompts = Prompts(
         place(rng.integers(3, 512, (PROMPTS, PROMPT_TOKENS)).astype(np.int32)),
         place(np.full(PROMPTS, PROMPT_TOKENS, np.int32)),
         place(np.arange(PROMPTS, dtype=np.uint32)),
     )
-    steps = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    positions, segments = place(steps), place(np.ones((rows, length), np.int32))
-    mask = place((steps >= PROMPT_TOKENS).astype(np.float32))
+    # A row is a prompt and then its samples.
+    new = np.tile(np.arange(NEW_TOKENS), SAMPLES) + PROMPT_TOKENS
+    of_samples = np.repeat(np.arange(SAMPLES) + 2, NEW_TOKENS)
+
+    def each_row(values: np.ndarray) -> jax.Array:
+        return place(np.broadcast_to(values, (PROMPTS, *values.shape)))
+
+    positions = each_row(np.concatenate([np.arange(PROMPT_TOKENS), new]).astype(np.int32))
+    segments = np.concatenate([np.ones(PROMPT_TOKENS), of_samples]).astype(np.int32)
+    mask, segments = each_row((segments > 1).astype(np.float32)), each_row(segments)
+    prompt_of = each_row(np.ones((SAMPLES, PROMPT_TOKENS), bool))
+    lengths, sequences = mask * NEW_TOKENS, jnp.float32(rows)
 
     def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
-        tokens = token_log_probs(params, batch.inputs, model)
+        tokens = token_log_probs(params, batch.inputs, model, wanted=batch.mask > 0)
         return PolicyOutputs(tokens.log_probs, tokens.entropy)
 
     @jax.jit
-    def reference(params: Params, inputs: TokenRows) -> jax.Array:
-        def log_probs(part: TokenRows) -> jax.Array:
-            return token_log_probs(params, part, model).log_probs
+    def reference(params: Params, inputs: TokenRows, mask: jax.Array) -> jax.Array:
+        def log_probs(part: tuple[TokenRows, jax.Array]) -> jax.Array:
+            inputs, mask = part
+            return token_log_probs(params, inputs, model, wanted=mask > 0).log_probs
 
-        return map_micro_batches(log_probs, inputs, MICRO_BATCHES)
+        return map_micro_batches(log_probs, (inputs, mask), MICRO_BATCHES)
 
     @jax.jit
     def join(prompts: Prompts, out: Any) -> tuple[jax.Array, jax.Array]:
-        tokens = jnp.repeat(prompts.tokens, SAMPLES, 0), out.tokens.reshape(rows, -1)
-        drawn = jnp.pad(out.sampling_log_probs.reshape(rows, -1), ((0, 0), (PROMPT_TOKENS, 0)))
+        tokens = prompts.tokens, out.tokens.reshape(PROMPTS, -1)
+        drawn = jnp.pad(out.sampling_log_probs.reshape(PROMPTS, -1), ((0, 0), (PROMPT_TOKENS, 0)))
         return jax.lax.with_sharding_constraint(
             (jnp.concatenate(tokens, axis=1), drawn), (over_rows, over_rows)
         )
@@ -97,13 +109,18 @@ def main() -> None:
         sampled = time.perf_counter()
         rewards = (completions.sum(-1) % 7).astype(np.float32)
         tokens, drawn = join(prompts, out)
-        inputs = TokenRows(tokens, positions, segments)
+        inputs = TokenRows(tokens, positions, segments, prompt_of=prompt_of)
+        advantages = np.asarray(group_advantages(jnp.asarray(rewards)).values)
         batch = GRPOBatch(
             inputs=inputs,
             mask=mask,
-            advantages=place(np.asarray(group_advantages(jnp.asarray(rewards)).values).ravel()),
-            reference_log_probs=reference(reference_params, inputs),
+            advantages=place(
+                np.pad(np.repeat(advantages, NEW_TOKENS, axis=1), ((0, 0), (PROMPT_TOKENS, 0)))
+            ),
+            reference_log_probs=reference(reference_params, inputs, mask),
             sampler_log_probs=drawn,
+            lengths=lengths,
+            sequences=sequences,
         )
         jax.block_until_ready(batch)
         referenced = time.perf_counter()
