@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+_FIRST = "compiling the first step"  # on the bar until a step is done
+
 
 class Progress:
     """Progress of one stage, on the terminal.
@@ -49,7 +51,7 @@ class Progress:
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures=_FIRST)
 
     def update(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Shows that `step` steps are done, with `figures` (host numbers) in their order.

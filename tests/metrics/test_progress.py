@@ -66,3 +66,11 @@ def test_figures_that_are_not_finite_and_long_times() -> None:
         clock.now += 3725
         progress.update(1, {"loss": float("nan"), "tokens_per_second": float("inf")})
     assert out.getvalue() == "base 1/2  loss nan  inf tok/s  1:02:05 left\n"
+
+
+def test_the_bar_says_that_the_first_step_is_compiled() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with Progress("zero", 20, console=console):
+        pass
+    assert "compiling the first step" in out.getvalue()
