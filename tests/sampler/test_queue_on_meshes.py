@@ -16,7 +16,7 @@ ONE = {"data": 1}
 # kind, training mesh, sampling mesh, its rules, scanned layers, slots
 CASES: list[list[Any]] = [
     ["dense", ONE, ONE, {}, False, None],
-    ["dense", {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 4}, {}, True, 8],
+    # Splits of prompts, of their samples and of heads.
     ["dense", {"data": 4, "tensor": 2}, {"data": 2, "part": 2, "tensor": 2}, {"sample": "part"}]
     + [False, 12],
     ["experts", ONE, ONE, {}, False, None],
