@@ -337,6 +337,8 @@ def test_sample_hands_on_every_setting(stream: MagicMock) -> None:
         "min_p": 0.1,
         "stop": ["x", "y"],
         "speculative": False,
+        "slots": None,
+        "cache_tokens": None,
     }
     # Whole completions one after the other, though they arrive interleaved.
     assert result.stdout == "--- 1 of 2 ---\none more\n--- 2 of 2 ---\n[red]second too\n"
