@@ -260,6 +260,12 @@ def stop_token_ids(
     """
     declared = (generation_config or {}).get("eos_token_id")
     ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
+    for each in ids:
+        if each is not None and not (type(each) is int and 0 <= each < 2**31):
+            raise ValueError(
+                f"generation_config.json: eos_token_id = {str(declared)[:80]}: needs the id of a "
+                "token, or a list of ids"
+            )
     ids.append(tokenizer.eos_token_id)
     stops = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     if not stops:

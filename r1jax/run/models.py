@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1jax.config.run_config import RunConfig
 from r1jax.data.tokenizers import load_tokenizer, stop_token_ids
@@ -118,6 +119,12 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
     return Decoder(config, execution, layout)
 
 
+@jax.jit
+def _finite(weights: list[jax.Array]) -> jax.Array:
+    """Whether each array is finite, in all processes."""
+    return jnp.stack([jnp.isfinite(weight).all() for weight in weights])
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A model of the config, resolved: what it computes, and how text becomes its tokens."""
@@ -141,6 +148,12 @@ class LanguageModel:
                 f"model vocab_size = {decoder.config.vocab_size} is smaller than the tokenizer's "
                 f"{len(tokenizer)} tokens; use the tokenizer that belongs to the model"
             )
+        ids = list(tokenizer.get_vocab().values())
+        if len(set(ids)) < len(ids) or max(ids, default=0) >= decoder.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {named} gives two tokens one id, or one an id beyond "
+                f"vocab_size = {decoder.config.vocab_size}; copy or download it again"
+            )
         eos_ids = stop_token_ids(tokenizer, generation)
         return LanguageModel(section, decoder, tokenizer, eos_ids, generation)
 
@@ -148,13 +161,26 @@ class LanguageModel:
         """The weights of a Hugging Face directory, on the mesh; with `new_head`, a seed, all but
         the head, which is drawn."""
         decoder = self.decoder
-        return hugging_face.load_params(
+        params = hugging_face.load_params(
             directory,
             decoder.config,
             decoder.layout,
             decoder.execution.param_dtype,
             new_head=None if new_head is None else jax.random.key(new_head),
         )
+        leaves = jax.tree.leaves_with_path(params)
+        finite = np.asarray(_finite([leaf for _, leaf in leaves]))
+        wrong = [
+            jax.tree_util.keystr(path)
+            for (path, _), ok in zip(leaves, finite, strict=True)
+            if not ok
+        ]
+        if wrong:
+            raise ValueError(
+                f"{directory}: weights that are not finite in {', '.join(wrong[:3])}; the file is "
+                "damaged, or the training that wrote it diverged"
+            )
+        return params
 
     def initial(self, seed: int) -> Params:
         """The weights that the config names: those of its path, or random ones."""

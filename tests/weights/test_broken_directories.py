@@ -17,6 +17,8 @@ from tiny_checkpoint import make_model
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.models import ModelConfig
 from r1jax.models.parameters import Params
+from r1jax.run.models import LanguageModel
+from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
 from r1jax.weights.hugging_face import load_params, read_config
 
@@ -203,3 +205,47 @@ def test_a_directory_without_a_tokenizer_says_so(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="copy': it has none of tokenizer.json, vocab.json"):
         load_tokenizer(str(copy))
+
+
+def resolve_and_load(directory: Path) -> None:
+    model = LanguageModel.resolve(ModelSection(path=str(directory)), single_device())
+    model.load(directory)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(copy: Path, value: float) -> None:
+    resolve_and_load(copy)
+
+    def spoil(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors["model.norm.weight"][-1] = value
+        return tensors
+
+    rewrite(copy, spoil)
+    with pytest.raises(ValueError, match="not finite in .*norm"):
+        resolve_and_load(copy)
+
+
+@pytest.mark.parametrize("eos", ["x", {"a": 1}, -5, 99_999_999_999, [2, None, 1.5], True])
+def test_an_end_of_text_that_is_no_token_is_refused(copy: Path, eos: object) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id = "):
+        resolve_and_load(copy)
+
+
+def test_tokens_that_share_an_id_are_refused(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = dict.fromkeys(vocab, 0)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="two tokens one id"):
+        resolve_and_load(copy)
+
+
+def test_json_that_is_deep_or_of_another_kind_is_one_line(copy: Path) -> None:
+    set_config(copy, quantization_config=[1])
+    with pytest.raises(ValueError, match="quantization_config is a list"):
+        resolve_and_load(copy)
+    (copy / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        resolve_and_load(copy)

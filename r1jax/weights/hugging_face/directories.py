@@ -102,7 +102,7 @@ def read_mapping(path: Path) -> JsonObject:
     """A JSON file that holds a mapping; raises ValueError for another content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a mapping")

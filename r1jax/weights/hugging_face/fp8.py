@@ -37,6 +37,8 @@ def is_quantised(config: JsonObject) -> bool:
     Raises ValueError if they are quantised in another way.
     """
     given = config.get("quantization_config")
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"quantization_config is a {type(given).__name__}, expected a mapping")
     if given is None:
         return False
     wrong = {k: given.get(k) for k, v in QUANTIZATION_CONFIG.items() if given.get(k) != v}
