@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from r1jax.settings.optimizer import OptimizerSection
     from r1jax.sharding import Layout
 
+# The scope of the loop over micro-batches: the planner may be given its turns.
+MICRO_BATCHES = "micro_batches"
 
 Metrics = dict[str, jax.Array]
 Batch = TypeVar("Batch")
@@ -227,7 +229,7 @@ def _repeat(
         return index + 1, function(index, value)
 
     # The planner reads there how often to count a loop that ends when the data says so.
-    with jax.named_scope(f"turns_if_even_{most}"):
+    with jax.named_scope(f"{MICRO_BATCHES}_turns_if_even_{most}"):
         return jax.lax.while_loop(
             lambda carry: carry[0] < used, advance, (jnp.zeros((), used.dtype), start)
         )[1]

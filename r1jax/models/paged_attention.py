@@ -14,6 +14,8 @@ from r1jax.models.paged_cache import PageList
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
+PAGE_CHUNKS = "page_chunks"  # the scope of the loop over pages, whose turns the planner is given
+
 _MASKED = -1e30
 _CHUNK_TOKENS = {"cpu": 1024}  # that are read at once: on a CPU, what its caches hold
 _OTHER_CHUNK_TOKENS = 32768
@@ -99,7 +101,8 @@ def paged_attention(
                 (old_out * old[..., None]).at[slots].add(out * new[..., None], mode="drop"),
             )
 
-        _, total, out = jax.lax.fori_loop(0, chunks, add, start)
+        with jax.named_scope(PAGE_CHUNKS):
+            _, total, out = jax.lax.fori_loop(0, chunks, add, start)
         return out / total[..., None]
 
     chunks = -(-reads.count // chunk)

@@ -80,6 +80,7 @@ _LABELS = {
     "reference": "reference policy",
     "sampler's weights": "sampler's weights",
     "cache": "key-value cache",
+    "slots": "state of the slots",
     "activations": "activations",
     "a chunk of logits": "a chunk of logits",
 }
@@ -96,7 +97,7 @@ def _stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonOb
             sizes["sampler's weights"] = sizes["weights"]
         for kind, size in {**program.temporaries, **sizes}.items():
             largest[kind] = max(size, largest.get(kind, 0))
-    full = "" if stage.DESCRIPTION.trains else ", all at full length"
+    full = "" if stage.DESCRIPTION.trains or "slots" in largest else ", all at full length"
     rows = {
         _LABELS.get(kind, kind) + (full if kind == "cache" else ""): largest[kind]
         for kind in [*_LABELS, *(kind for kind in largest if kind not in _LABELS)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -203,14 +203,22 @@ def _closing(line: str, opening: int) -> int:
 # --- Counting ------------------------------------------------------------------------------------
 
 
-def cost(module: Module, *, unknown_trips: float = 1, largest_branch: bool = True) -> Cost:
+def cost(
+    module: Module,
+    *,
+    unknown_trips: float = 1,
+    largest_branch: bool = True,
+    scopes: Mapping[str, float] | None = None,
+) -> Cost:
     """What a call of the program does on each device.
 
     Args:
       unknown_trips: turns of loops whose number is not in the text (decoding until all have ended).
       largest_branch: of a conditional, count the branch that does most, else that with the least.
+      scopes: where the data decides, by the beginning of the name of a `jax.named_scope`: turns of
+        the loop in it, or how often (0 to 1) the conditional in it takes the branch that does most.
     """
-    counter = _Counter(module, unknown_trips, largest_branch)
+    counter = _Counter(module, unknown_trips, float(largest_branch), scopes or {})
     return counter.visit(module.computations[module.entry], 1.0)
 
 
@@ -225,9 +233,15 @@ _WHOLE = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
 
 
 class _Counter:
-    def __init__(self, module: Module, unknown_trips: float, largest_branch: bool) -> None:
+    def __init__(
+        self,
+        module: Module,
+        unknown_trips: float,
+        larger_share: float,
+        scopes: Mapping[str, float],
+    ) -> None:
         self._module = module
-        self._trips, self._largest = unknown_trips, largest_branch
+        self._trips, self._larger_share, self._scopes = unknown_trips, larger_share, scopes
         self._operations: list[_Operation] = []
         self._collectives: list[Collective] = []
         self._unknown: dict[str, None] = {}
@@ -244,7 +258,9 @@ class _Counter:
             return
         kind = each.opcode.removesuffix("-start")
         if each.opcode == "while":
-            known = _trip_count(each, computation, self._module)
+            known = self._of_scope(each)
+            if known is None:
+                known = _trip_count(each, computation, self._module)
             turns = times * (self._trips if known is None else known)
             for name in ("condition", "body"):
                 self.visit(computations[each.attribute(name)], turns)
@@ -270,6 +286,13 @@ class _Counter:
             if each.opcode == "fusion":  # collectives that were fused with the products beside them
                 for name in each.called:
                     self._fused_collectives(computations[name], times)
+
+    def _of_scope(self, each: _Instruction) -> float | None:
+        """What was given for the innermost scope of a loop or conditional."""
+        path = re.search(r'op_name="(?:[^"]*?/)?([^"/]+)/(?:\w+\(\)/)*(?:while|cond)"', each.rest)
+        inside = re.findall(r"\w+", path[1]) if path else ()  # such as vmap(scope)
+        known = (n for name, n in self._scopes.items() if any(x.startswith(name) for x in inside))
+        return next(known, None)
 
     def _between_slices(self, each: _Instruction, computation: _Computation, times: float) -> None:
         """The part of a collective that leaves the slice, which goes by way of the host."""
@@ -298,15 +321,18 @@ class _Counter:
             each.attribute(f"{truth}_computation") for truth in ("true", "false")
         ]
         computations = self._module.computations
-        branches = [
-            _Counter(self._module, self._trips, self._largest).visit(computations[name], times)
-            for name in names
-        ]
-        choose = max if self._largest else min
-        chosen = choose(branches, key=lambda branch: (branch.bytes, branch.flops))
-        self._operations += chosen.operations
-        self._collectives += chosen.collectives
-        self._unknown |= dict.fromkeys(chosen.unknown)
+        given = self._of_scope(each)
+        share = self._larger_share if given is None else given
+        branches = [self._apart().visit(computations[name], times) for name in names]
+        branches.sort(key=lambda branch: (branch.bytes, branch.flops))
+        for chosen, part in ((branches[0], 1 - share), (branches[-1], share)):
+            if part:
+                self._operations += [replace(x, times=x.times * part) for x in chosen.operations]
+                self._collectives += [replace(x, times=x.times * part) for x in chosen.collectives]
+                self._unknown |= dict.fromkeys(chosen.unknown)
+
+    def _apart(self) -> _Counter:
+        return _Counter(self._module, self._trips, self._larger_share, self._scopes)
 
     def _flops(self, each: _Instruction, computation: _Computation) -> float:
         operands = _operands(each, computation)

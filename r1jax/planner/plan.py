@@ -64,7 +64,8 @@ class StagePlan:
     """A stage: its programs, and a step of it (or a batch, where it only samples).
 
     seconds: None where a program does not fit, or the chip is unknown. measured: by the measured
-        calls. tokens: of a step, sampled or trained on, over all devices.
+        calls. tokens: of a step, sampled or trained on, over all devices. notes: about slots, pages
+        and packing.
     """
 
     name: str
@@ -76,6 +77,7 @@ class StagePlan:
     tokens_per_second: float | None
     utilisation: float | None
     measured: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def fullest(self) -> ProgramPlan:
@@ -274,6 +276,7 @@ def _plan_stage(
         tokens_per_second=None if not best else called.tokens / best,
         utilisation=_utilisation(useful, best, target),
         measured=_step_seconds(programs, lambda each: each.measured),
+        notes=called.notes,
     )
 
 
@@ -311,7 +314,10 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
         problem = "its text is unreadable; pip install 'r1jax[tpu]' gets jaxlib's own TPU compiler"
         return replace(planned, problem=problem)
     cost = hlo.cost(
-        binary.module, unknown_trips=program.turns, largest_branch=program.larger_branch
+        binary.module,
+        unknown_trips=program.turns,
+        largest_branch=program.larger_branch,
+        scopes=program.scopes,
     )
     taken = times(cost, target)
     seconds = None if taken is None else taken.total

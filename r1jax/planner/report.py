@@ -34,7 +34,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
             console.print(_step(stage), markup=False, highlight=False)
             named = {program.name: program.problem for program in stage.programs}
             problems = [f"{stage.name}: {name}: {why}" for name, why in named.items() if why]
-            for line in [*problems, *_advice(plan, stage)]:
+            for line in [*stage.notes, *problems, *_advice(plan, stage)]:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print()
     if len(plans) > 1:

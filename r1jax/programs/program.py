@@ -1,7 +1,8 @@
 """What a stage compiles, with abstract arguments; and what a kind is given to say it.
 
-The functions are those that the loops call; here they only get arguments. Texts are as long as the
-config lets them be: prompts of max_prompt_tokens, completions of max_new_tokens.
+The functions are those that the loops call; here they only get arguments. Prompts are as long as
+the config lets them be, max_prompt_tokens; so are completions, max_new_tokens, unless the stage
+says how long they are (`lengths`).
 
 Left out is what runs once: making, loading and saving states. How often a GRPO stage evaluates, or
 a model rewrites, depends on the data: their calls count as 0 in a step.
@@ -27,6 +28,7 @@ from jax.typing import DTypeLike
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig, declare
 from r1jax.models.parameters import ParamSpec, abstract_weights, is_spec
+from r1jax.programs.lengths import CutLognormal
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -88,7 +90,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def forward_flops(
-    config: ModelConfig, rows: int, time: int, start: int = 0, *, with_module: bool = False
+    config: ModelConfig, rows: int, time: float, start: int = 0, *, with_module: bool = False
 ) -> float:
     """FLOPs of a forward pass, two for each product: weights, and causal attention.
 
@@ -114,6 +116,20 @@ def forward_flops(
     width = config.num_attention_heads * (config.head_dim + config.v_head_dim)
     layers = config.num_hidden_layers + with_module
     return 2.0 * rows * (time * weights + layers * width * seen)
+
+
+def expected_flops(
+    config: ModelConfig, rows: int, lengths: CutLognormal, *, start: int = 0, before: int = 0
+) -> float:
+    """FLOPs of a forward pass over rows of such lengths, see `forward_flops`.
+
+    Args:
+      before: tokens of each row that are read, too.
+    """
+    variance = lengths.moment(2) - lengths.mean**2
+    # They are a polynomial of degree 2 in the length, and 0 for none.
+    square = forward_flops(config, rows, 2) / 2 - forward_flops(config, rows, 1)
+    return forward_flops(config, rows, before + lengths.mean, start) + square * variance
 
 
 def _used(spec: ParamSpec, config: ModelConfig) -> float:
@@ -145,6 +161,7 @@ class Program:
         an estimate, for those who do not compile.
     prepare: changes arbitrary arguments into some with which the program does its work.
     trial_turns: of that loop, with the arguments of `prepare`.
+    scopes: of other loops and conditionals that the data decides on, see `planner.hlo.cost`.
     """
 
     name: str
@@ -160,6 +177,7 @@ class Program:
     temporaries: Mapping[str, int] = field(default_factory=dict)
     prepare: Callable[[PyTree], PyTree] = lambda arguments: arguments
     trial_turns: float = 1.0
+    scopes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,11 +185,13 @@ class StagePrograms:
     """What a stage calls in a step: an update, or for stages that only sample, a batch.
 
     tokens: sampled or trained on in a step. unit: what a step is.
+    notes: lines about slots, pages and packing.
     """
 
     programs: tuple[Program, ...]
     tokens: int
     unit: str = "step"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

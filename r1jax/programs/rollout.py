@@ -18,6 +18,7 @@ from r1jax.data.preferences import pad_texts
 from r1jax.models import Decoder
 from r1jax.models.kv_cache import cache_arrays, prompt_cache_arrays
 from r1jax.models.parameters import abstract_weights
+from r1jax.programs.lengths import CutLognormal
 from r1jax.programs.program import (
     NotPlanned,
     Planning,
@@ -25,11 +26,13 @@ from r1jax.programs.program import (
     StagePrograms,
     batch_array,
     batch_arrays_like,
+    expected_flops,
     expert_choices,
     forward_flops,
     longest_prompt,
     round_up,
 )
+from r1jax.programs.slots import SlotRollout
 from r1jax.rollouts.sampling import bucket
 from r1jax.rollouts.scoring import make_score, row_tokens, rows_at_once
 from r1jax.sampler import GenerateOptions, Prompts
@@ -39,7 +42,7 @@ from r1jax.sampler.speculative import (
     grow_speculation,
     start_speculatively,
 )
-from r1jax.settings.sampling import DatasetSampling, SamplingSection
+from r1jax.settings.sampling import DatasetSampling, LengthsSection, SamplingSection
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Axes
 
@@ -108,6 +111,7 @@ class Rollout:
 
     prompts: in a batch. samples: of each. prompt_tokens, new_tokens: at most.
     output_specs: see `Planning`.
+    lengths: of completions; default: all at most. A batch is decoded until its longest has ended.
     """
 
     model: Decoder
@@ -118,6 +122,7 @@ class Rollout:
     sampling: SamplingSection
     output_specs: Callable[[Lowered], Sequence[PartitionSpec] | None]
     record_experts: bool = False
+    lengths: CutLognormal | None = None
 
     def programs(
         self, resident: Mapping[str, AbstractTree], calls: float, prefix: str = ""
@@ -142,8 +147,11 @@ class Rollout:
             useful_flops=forward_flops(config, self.prompts, self.prompt_tokens),
         )
         rows = self.prompts * self.samples
-        decoding = forward_flops(config, rows, self.new_tokens, self.prompt_tokens)
-        for capacity, turns in token_counts(capacities).items():
+        lengths = self.lengths or CutLognormal.equal(self.new_tokens)
+        decoding = expected_flops(config, rows, lengths, start=self.prompt_tokens)
+        # Drafts: see `capacities`.
+        tokens = min(lengths.longest(rows), capacities[-1])
+        for capacity, turns in token_counts(capacities, tokens).items():
             yield Program(
                 prefix + ("decode" if len(capacities) == 1 else f"decode, cache of {capacity}"),
                 mesh.shape,
@@ -153,7 +161,7 @@ class Rollout:
                 calls,
                 turns=turns,
                 larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
-                useful_flops=decoding * turns / self.new_tokens,
+                useful_flops=decoding * turns / tokens,
                 prepare=partial(prepare_decoding, capacity=capacity),
                 trial_turns=min(capacity, _TRIAL_TOKENS),
             )
@@ -169,6 +177,16 @@ class Rollout:
                 calls * moved / (last + before),
                 makes="cache",
             )
+
+    def notes(self) -> list[str]:
+        """What a plan says about it beside the programs."""
+        if self.lengths is None or not self.lengths.sigma:
+            return []
+        rows = self.prompts * self.samples
+        return [
+            f"batches of {rows:,} samples of {self.lengths.mean:,.0f} tokens, the longest of which "
+            f"has {self.lengths.longest(rows):,.0f}"
+        ]
 
     @cached_property
     def options(self) -> GenerateOptions:
@@ -280,16 +298,55 @@ def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling)
     """The programs of a stage that samples and scores; a step is a batch of prompts."""
     model, prompt = planning.sampler_of(stage.name), longest_prompt(stage, planning.config)
     prompts, samples, new_tokens = wanted.batch, wanted.samples_at_once, wanted.max_new_tokens
-    specs = planning.output_specs
-    rollout = Rollout(model, prompts, samples, prompt, new_tokens, wanted.sampling, specs)
+    lengths = planned_lengths(wanted.lengths, new_tokens)
+    batch = Rollout(
+        model,
+        prompts,
+        samples,
+        prompt,
+        new_tokens,
+        wanted.sampling,
+        planning.output_specs,
+        lengths=lengths,
+    )
+    # Of all prompts, as far as their number is known.
+    queue = max(prompts, (wanted.limit or 0) * wanted.samples // samples)
+    rollout = by_slots(batch, queue)
+    calls = 1.0 if rollout is batch else prompts / queue
     scorers = reward_models(stage, planning)
     resident = reward_model_weights(scorers)
     scoring = {**resident, "weights": abstract_weights(model)}
     programs = [
-        *rollout.programs(resident, 1.0),
+        *rollout.programs(resident, calls),
         *reward_programs(scorers, prompt + new_tokens, prompts * samples, scoring),
     ]
-    return StagePrograms(tuple(programs), prompts * samples * new_tokens, "batch")
+    tokens = round(prompts * samples * lengths.mean)
+    return StagePrograms(tuple(programs), tokens, "batch", tuple(rollout.notes()))
+
+
+def by_slots(batch: Rollout, prompts: int) -> Rollout | SlotRollout:
+    """A queue of so many prompts in place of a batch, where the settings give slots."""
+    if batch.sampling.slots is None:
+        return batch
+    return SlotRollout(
+        batch.model,
+        prompts,
+        batch.samples,
+        batch.prompt_tokens,
+        batch.new_tokens,
+        batch.sampling,
+        batch.lengths or CutLognormal.equal(batch.new_tokens),
+        batch.record_experts,
+    )
+
+
+def planned_lengths(given: LengthsSection | None, limit: int) -> CutLognormal:
+    """Lengths of completions of at most `limit` tokens, as a plan counts them."""
+    return (
+        CutLognormal.equal(limit)
+        if given is None
+        else CutLognormal.of(given.mean, given.p99, limit)
+    )
 
 
 def prepare_decoding(arguments: PyTree, capacity: int) -> PyTree:
@@ -303,24 +360,26 @@ def prepare_decoding(arguments: PyTree, capacity: int) -> PyTree:
     return weights, state, prompt_cache, jnp.full_like(until, capacity), draws
 
 
-def token_counts(capacities: Sequence[int]) -> dict[int, float]:
+def token_counts(capacities: Sequence[int], tokens: float | None = None) -> dict[int, float]:
     """How many tokens to count for the first and for the last capacity of a cache.
 
     Args:
-      capacities: rising; as many tokens as the last says are decoded, each with the smallest cache
-        that has room for it.
+      capacities: rising; each token is decoded with the smallest cache that has room for it.
+      tokens: that are decoded; default: as many as the last capacity says.
 
     Returns:
       Capacity -> tokens. With them, a sum of costs that are linear in the capacity is exact.
     """
     first, last = capacities[0], capacities[-1]
+    tokens = float(last if tokens is None else tokens)
     if first == last:
-        return {first: float(first)}
+        return {first: tokens}
     counts = {first: 0.0, last: 0.0}
-    done = 0
+    done = 0.0
     for capacity in capacities:
-        tokens, done = capacity - done, capacity
+        until = min(capacity, tokens)
+        of_capacity, done = until - done, until
         share = (capacity - first) / (last - first)
-        counts[first] += tokens * (1 - share)
-        counts[last] += tokens * share
+        counts[first] += of_capacity * (1 - share)
+        counts[last] += of_capacity * share
     return counts

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+# Scopes of conditionals: the planner is given how often each of them is taken.
+TAKE, END, KEEP_PAGES = "take_samples", "end_samples", "keep_pages"
+
 
 @dataclass(frozen=True)
 class SlotShape:
@@ -319,7 +322,7 @@ def decode_and_refill(
     layers = unstack_layers(params, model)
     state = _end(state, stop.reshape(state.running.shape) & state.running, shape)
     first = state.step
-    log = _empty_log(model, shape)
+    log = empty_log(model, shape)
 
     def unfinished(carry: tuple[SlotState, SlotLog, jax.Array]) -> jax.Array:
         state = carry[0]
@@ -336,7 +339,8 @@ def decode_and_refill(
     ) -> tuple[SlotState, SlotLog, jax.Array]:
         state, log, busy = carry
         can_take = jnp.any((state.queued > 0)[:, None] & ~state.running)
-        state = jax.lax.cond(can_take, partial(_take, draws=draws, shape=shape), _same, state)
+        with jax.named_scope(TAKE):
+            state = jax.lax.cond(can_take, partial(_take, draws=draws, shape=shape), _same, state)
         running = state.running
 
         # 1. Draw a token of every slot.
@@ -388,10 +392,12 @@ def decode_and_refill(
 
         # 4. End samples, and move full pages into the pool.
         ended = eos | (running & (state.lengths == shape.max_new_tokens))
-        state = jax.lax.cond(jnp.any(ended), lambda s: _end(s, ended, shape), _same, state)
-        state = jax.lax.cond(
-            entry == page - 1, partial(_keep_pages, model=model, shape=shape), _same, state
-        )
+        with jax.named_scope(END):
+            state = jax.lax.cond(jnp.any(ended), lambda s: _end(s, ended, shape), _same, state)
+        with jax.named_scope(KEEP_PAGES):
+            state = jax.lax.cond(
+                entry == page - 1, partial(_keep_pages, model=model, shape=shape), _same, state
+            )
         return state, log, busy + running.sum()
 
     carry = (state, log, jnp.int32(0))
@@ -438,7 +444,8 @@ def _list_size(model: Decoder, shape: SlotShape) -> int:
     return -(-most // chunk) * chunk
 
 
-def _empty_log(model: Decoder, shape: SlotShape) -> SlotLog:
+def empty_log(model: Decoder, shape: SlotShape) -> SlotLog:
+    """That nothing is written in yet."""
     size = (model.layout.shards("slots"), shape.slots, shape.steps)
 
     def full(value: float, dtype: DTypeLike, *rest: int) -> jax.Array:

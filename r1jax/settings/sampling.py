@@ -49,6 +49,28 @@ class SamplingSection(Section):
         return self
 
 
+class LengthsSection(Section):
+    """How long completions are, for `r1jax plan`: lognormal, before `max_new_tokens` cuts them."""
+
+    mean: float = Field(ge=1, description="Tokens.")
+    p99: float = Field(ge=1, description="The length that one in a hundred exceeds.")
+
+    @model_validator(mode="after")
+    def _lognormal(self) -> LengthsSection:
+        if not 1 <= self.p99 / self.mean <= 14.9:
+            raise ValueError("p99 is at least the mean, and at most 14.9 times as much")
+        return self
+
+
+PlannedLengths = Annotated[
+    LengthsSection | None,
+    Field(
+        description="How long completions are; `r1jax plan` alone reads it. Default: all as long "
+        "as they may be."
+    ),
+]
+
+
 class EvaluationSampling(SamplingSection):
     """The paper's evaluation protocol, unless said otherwise: temperature 0.6, top-p 0.95."""
 
@@ -71,3 +93,4 @@ class DatasetSampling:
     batch: int
     max_new_tokens: int
     sampling: SamplingSection
+    lengths: LengthsSection | None = None

@@ -177,7 +177,10 @@ class TrainStage(Stage):
     """What every train loop has: checkpoints, and a limit to updates that were skipped."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        ("checkpoint_every", "keep_checkpoints", "max_bad_steps", "log_every", "samples_every")
+        (
+            *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "log_every"),
+            *("samples_every", "lengths"),
+        )
     )
 
     checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")

@@ -46,3 +46,15 @@ def test_memory_is_what_the_programs_keep(monkeypatch: pytest.MonkeyPatch) -> No
     texts = 2 * 4 // 2  # pairs, in two micro-batches
     assert memory["helpful_model: activations"] == texts * 64 * 20 * 16 * 2
     assert memory["tuned: a chunk of logits"] == 2 * 8 * 20 * 4 * 2  # in float32, with gradients
+
+
+def test_memory_of_slots_is_that_of_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(TESTS)
+    monkeypatch.syspath_prepend(TESTS)
+    slots = ["stages.rl.sampling={slots: 4, cache_tokens: 2048}", "mesh.axes={data: 1}"]
+    described = describe(load_config("tiny_r1.yaml", slots))
+    memory = {row["what"]: row["bytes"] for row in described["memory"]}
+    # A budget of 128 pages of 16 tokens, of which each slot fills one; keys and values of 8 floats.
+    entries = 128 * 16
+    assert memory["rl: key-value cache"] == entries * 2 * 8 * 4 + entries + (128 - 4)
+    assert memory["rl: state of the slots"] > 0 and memory["rl: log"] > 4 * 12 * 16

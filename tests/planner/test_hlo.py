@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from r1jax.models.experts import Exchange, run_experts
@@ -53,6 +54,26 @@ def test_a_sum_is_laid_to_its_mesh_axis(found: dict[str, Any]) -> None:
 
 def test_a_gathering_is_laid_to_its_mesh_axis(found: dict[str, Any]) -> None:
     assert found["gather"]["collectives"] == [["all-gather", ["a"], 8 * 16 * 4, 1.0]]
+
+
+def test_scopes_say_what_the_data_decides() -> None:
+    """Products of a loop whose turns are given, and of a branch that is taken now and then."""
+
+    def program(x: jax.Array, turns: jax.Array, flag: jax.Array) -> jax.Array:
+        def step(_: int, x: jax.Array) -> jax.Array:
+            with jax.named_scope("inner"):
+                x = jax.vmap(lambda x: jax.lax.fori_loop(0, turns, lambda _, x: x @ x, x))(x)
+            with jax.named_scope("sometimes"):
+                return jax.lax.cond(flag, lambda x: x @ x, lambda x: x, x)
+
+        return jax.lax.fori_loop(0, turns, step, x)
+
+    arguments = jnp.ones((3, 16, 16)), jnp.int32(2), jnp.bool_(True)
+    module = hlo.parse(jax.jit(program).lower(*arguments).compile().as_text())
+    scopes = {"inner": 2.5, "sometimes": 0.25}
+    found = hlo.cost(module, unknown_trips=4, scopes=scopes)
+    assert found.flops == 4 * (2.5 + 0.25) * 3 * 2 * 16**3
+    assert hlo.cost(module, unknown_trips=4).flops == 4 * (4 + 1) * 3 * 2 * 16**3
 
 
 # As the TPU compiler writes them.

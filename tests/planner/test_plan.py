@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ from r1jax.planner.plan import (
 )
 from r1jax.planner.topologies import CHIPS, Chip, Slice, tpu_slice
 from r1jax.programs import Planning, Rollout
-from r1jax.programs.program import forward_flops
+from r1jax.programs.lengths import CutLognormal
+from r1jax.programs.program import expected_flops, forward_flops
 from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
@@ -104,6 +106,38 @@ def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     total = sum(program["calls"] * program["measured"] for program in programs.values())
     assert stage["measured"] == pytest.approx(total)
     assert "no time to tell; measured: " in done.stdout and "data=3" not in done.stderr
+
+
+def test_slots_and_lengths_on_fake_devices(tmp_path: Path) -> None:
+    content, done = run_plan(
+        *(tmp_path / "plan.json", "tiny/r1_zero", *SMALL, "--fake-devices", "8"),
+        *("--only", "zero", "--mesh", "data=8", "--measure", "stages.zero.sampling.slots=64"),
+        "stages.zero.lengths={mean: 20, p99: 60}",
+    )
+    assert done.returncode == 0, done.stderr
+    (stage,) = content["plans"][0]["stages"]
+    programs = {program["name"]: program for program in stage["programs"]}
+    assert list(programs) == ["prefill", "decode and refill", "log-probs", "update"]
+    # 32 questions x 16 samples; the limit of 64 tokens cuts little.
+    assert 0.99 < stage["tokens"] / (512 * 20) < 1
+    # A step of 64 slots: at least its tokens / 64 steps, in calls of 32.
+    decode = programs["decode and refill"]
+    assert stage["tokens"] / 64 / 32 < decode["calls"] < 1.5 * stage["tokens"] / 64 / 32
+    # By hand: products of 8 slots with the weights, in a step of a device, and of their queries
+    # with the current pages and a part of a chunk of 1,024 tokens.
+    matrices = 96 * 96 + 2 * 96 * 48 + 96 * 96 + 3 * 96 * 256 + 32 * 96
+    (chunks,) = re.findall(r"pages, ([\d.]+) chunks", done.stdout)
+    attention = (float(chunks) * 1024 + 8 * 16) * 4 * (24 + 24)
+    assert decode["flops"] == pytest.approx(32 * 2 * (8 * matrices + attention), rel=0.1)
+    pages = 8 + 8 * 4 + 5  # current ones, those of samples, and those of prompts
+    assert decode["memory"]["cache"] == pytest.approx(pages * 16 * 2 * 4 * 2 * 24, rel=0.05)
+    assert decode["memory"]["log"] > 8 * 32 * (5 * 4 + 1)
+    # Of the three micro-batches of 26 rows a device, two hold something.
+    forward = 2 * 26 * 80 * 2 * (matrices + 2 * 80 * 96)
+    assert programs["update"]["flops"] == pytest.approx(3 * forward, rel=0.05)
+    assert all(program["measured"] > 0 for program in programs.values())
+    assert stage["notes"][0].startswith("8 x 8 slots, 8 of which have pages at once; 8 x 37 pages")
+    assert "an update runs 2 of 3 micro-batches of 208 rows" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
@@ -186,6 +220,11 @@ def test_two_caches_stand_for_all_sizes() -> None:
     exact = sum(n * (7 + 3 * size) for n, size in zip(tokens, sizes, strict=True))
     assert sum(n * (7 + 3 * size) for size, n in counts.items()) == pytest.approx(exact)
     assert token_counts([64]) == {64: 64.0}
+    # Where the longest sample ends sooner, the larger caches have less to do.
+    counts = token_counts(sizes, 200)
+    exact = sum(n * (7 + 3 * size) for n, size in ((128, 128), (72, 256)))
+    assert sum(n * (7 + 3 * size) for size, n in counts.items()) == pytest.approx(exact)
+    assert token_counts([64], 30.5) == {64: 30.5}
 
 
 def test_products_of_a_forward_pass_by_hand() -> None:
@@ -196,6 +235,16 @@ def test_products_of_a_forward_pass_by_hand() -> None:
     attention = 2 * (2 * 2) * 25
     expected = 2 * 3 * (5 * (2 * layer + 4 * 10 + vectors) + 2 * attention)
     assert forward_flops(config, 3, 5, 2) == pytest.approx(expected)
+
+
+def test_products_of_lengths_are_the_mean_of_their_products() -> None:
+    config = ModelConfig("llama", 10, 4, 6, 2, 2, 1, 2)
+    lengths = CutLognormal.of(30, 90, 64)
+    sampled = lengths.sample(2000)
+    for start, before in ((0, 0), (7, 0), (0, 5)):
+        by_length = [forward_flops(config, 1, before + n, start) for n in sampled]
+        found = expected_flops(config, 4, lengths, start=start, before=before)
+        assert found == pytest.approx(4 * sum(by_length) / len(by_length), rel=0.01)
 
 
 def test_a_slice_that_is_too_small_says_by_how_much() -> None:

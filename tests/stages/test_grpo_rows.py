@@ -37,6 +37,7 @@ from r1jax.stages.grpo import rows as packing
 from r1jax.stages.grpo.rows import (
     PackedShape,
     TrainingSample,
+    expected_micro_batches,
     filling_order,
     pack_samples,
     pack_updates,
@@ -347,3 +348,14 @@ def test_log_probs_of_packed_rows_are_those_of_a_sample_a_row() -> None:
             np.sort(np.concatenate(got)), np.sort(np.concatenate(wanted)), atol=2e-4
         )
         assert (np.asarray(log_probs)[ids == 0] == 0).all()
+
+
+def test_a_plan_counts_the_micro_batches_that_hold_something() -> None:
+    shape = PackedShape(samples=16, rows=4, micro_batches=4, time=10)
+    # Two samples of 5 fill a row: 8 of 16 rows, for one process or for two with 4 of 8 each.
+    for slices in (1, 2):
+        assert expected_micro_batches(shape, [5] * 16, slices) == 2
+    assert expected_micro_batches(shape, [10] * 16, 2) == 4
+    assert expected_micro_batches(shape, [6] * 4 + [2] * 12, 1) == 2  # 48 tokens in 5 rows
+    # Dealt unevenly, the process with most decides.
+    assert 2 < expected_micro_batches(shape, [10] * 8 + [1] * 8, 4) <= 4

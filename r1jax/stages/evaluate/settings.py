@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import BENCHMARKS, MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
-from r1jax.settings.sampling import DatasetSampling, EvaluationSampling
+from r1jax.settings.sampling import DatasetSampling, EvaluationSampling, PlannedLengths
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription, check_multiple
 
 
@@ -53,6 +53,7 @@ class EvaluateStage(Stage):
     )
     max_new_tokens: int = Field(1024, ge=1)
     sampling: EvaluationSampling = EvaluationSampling()
+    lengths: PlannedLengths = None
 
     @classmethod
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
@@ -97,6 +98,7 @@ class EvaluateStage(Stage):
             self.problems_per_batch,
             self.max_new_tokens,
             self.sampling,
+            self.lengths,
         )
 
     def datasets(self) -> list[tuple[str, str]]:

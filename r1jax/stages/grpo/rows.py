@@ -79,6 +79,22 @@ def packed_shape(
     return PackedShape(samples, rows, micro_batches, limit)
 
 
+def expected_micro_batches(shape: PackedShape, lengths: Sequence[int], slices: int) -> float:
+    """Those of an update that hold something, on average over ways to deal samples to processes.
+
+    Args:
+      lengths: of the update's samples, with their prompts.
+      slices: of the batch, each of which packs samples of its own.
+    """
+    per_slice = shape.all_rows // slices
+    counts = []
+    for seed in range(8):
+        dealt = np.random.default_rng(seed).permutation(lengths).reshape(slices, -1)
+        rows = max(len(best_fit_decreasing(of_slice.tolist(), shape.time)) for of_slice in dealt)
+        counts.append(-(-min(rows, per_slice) * slices // shape.rows))
+    return float(np.mean(counts))
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_changes
-from r1jax.settings.sampling import EvaluationSampling, SamplingSection
+from r1jax.settings.sampling import EvaluationSampling, PlannedLengths, SamplingSection
 from r1jax.settings.stage import (
     DataChange,
     Divided,
@@ -63,6 +63,7 @@ class GRPOStage(TrainStage):
         128, ge=1, description="The length of the packed rows is a multiple of this."
     )
     sampling: SamplingSection = SamplingSection()
+    lengths: PlannedLengths = None
     loss: GRPOConfig = GRPOConfig()
     balance: BalanceSection = BalanceSection()
     replay_experts: bool = Field(

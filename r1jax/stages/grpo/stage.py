@@ -25,13 +25,19 @@ from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
     batch_array,
+    expected_flops,
     expert_choices,
-    forward_flops,
     longest_prompt,
     token_arrays,
     update_program,
 )
-from r1jax.programs.rollout import reward_model_weights, reward_models, reward_programs
+from r1jax.programs.rollout import (
+    by_slots,
+    planned_lengths,
+    reward_model_weights,
+    reward_models,
+    reward_programs,
+)
 from r1jax.rewards import Outcome, RowScore
 from r1jax.rollouts.sampling import Completion, generate_options, sample_prompts
 from r1jax.rollouts.scoring import (
@@ -51,15 +57,23 @@ from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
 from r1jax.sampler.queue import QueueFigures
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.settings.rewards import RewardSection
+from r1jax.sharding import batch_slices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.rows import (
     PackedShape,
+    expected_micro_batches,
     pack_updates,
     packed_shape,
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.train_step import TrainStep, make_optimizer, make_schedule, map_micro_batches
+from r1jax.train_step import (
+    MICRO_BATCHES,
+    TrainStep,
+    make_optimizer,
+    make_schedule,
+    map_micro_batches,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num
@@ -426,6 +440,21 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         TrainBatch(batch, rows, prompt + new, rows // shape.rows),
         resident={**others, "batch": waiting},
     )
+    lengths = planned_lengths(stage.lengths, new)
+    forward = expected_flops(model.config, rows, lengths, before=prompt)
+    scopes: dict[str, float] = {}
+    notes: list[str] = []
+    if stage.lengths is not None:  # else every sample fills a row
+        slices = len(batch_slices(sampler.layout))
+        real = [prompt + length for length in lengths.sample(rows)]
+        used = expected_micro_batches(shape, real, slices)
+        scopes = {MICRO_BATCHES: used}
+        filled = sum(real) / (used * shape.rows * shape.time)
+        notes.append(
+            f"an update runs {used:.3g} of {shape.micro_batches} micro-batches of {shape.rows} "
+            f"rows of {shape.time:,} tokens, {100 * filled:.0f} % of which are real"
+        )
+    update = replace(update, useful_flops=3 * forward, scopes=scopes)
     resident = {**others, "optimizer": update.arguments["optimizer"]}
     log_probs = jax.jit(make_log_probs(stage, model, shape.micro_batches))
     log_probs_program = Program(
@@ -435,21 +464,27 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         {"weights": weights, "batch": batch.inputs},
         {**resident, "batch": [replace(batch, inputs=None), *waiting]},
         calls=with_reference + (phase > 1),
-        useful_flops=forward_flops(model.config, rows, prompt + new),
+        useful_flops=forward,
+        scopes=scopes,
     )
     steps = [log_probs_program, update] if log_probs_program.calls else [update]
 
-    questions = stage.questions_per_step * phase // stage.rollout_batches
-    rollout = Rollout(
+    questions = stage.questions_per_step * phase
+    batches = Rollout(
         sampler,
-        questions,
+        questions // stage.rollout_batches,
         group,
         prompt,
         new,
         stage.sampling,
         planning.output_specs,
         stage.replay_experts,
+        lengths,
     )
+    rollout, queues = by_slots(batches, questions), 1
+    if rollout is batches:
+        queues = stage.rollout_batches
+    notes = [*rollout.notes(), *notes]
     sampling = []
     while_sampling = resident
     if not reads_as_is(model, sampler):
@@ -466,15 +501,19 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
             )
         )
         while_sampling = {**resident, "policy": weights}
-    sampling += rollout.programs(while_sampling, stage.rollout_batches / phase)
+    sampling += rollout.programs(while_sampling, queues / phase)
     evaluated = math.gcd(stage.held_out_samples, group)
-    if stage.held_out is not None and evaluated != group:  # else they are the rollout's programs
+    slots = {stage.sampling.slots, stage.held_out_sampling.slots}
+    # Of equally large groups, a batch's programs are the rollout's.
+    if stage.held_out is not None and (evaluated != group or slots != {None}):
         held_out = replace(
-            rollout, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
+            batches, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
         )
-        sampling += held_out.programs(while_sampling, 0.0, "held-out ")
+        held_out_rollout = by_slots(held_out, batches.prompts)
+        sampling += held_out_rollout.programs(while_sampling, 0.0, "held-out ")
     sampling += reward_programs(scorers, prompt + new, rows, {**resident, "weights": weights})
-    return StagePrograms((*sampling, *steps), rows * new)
+    tokens = round(rows * lengths.mean)
+    return StagePrograms((*sampling, *steps), tokens, notes=tuple(notes))
 
 
 def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:

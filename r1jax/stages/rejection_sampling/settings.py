@@ -8,7 +8,7 @@ from pydantic import Field
 
 from r1jax.files import JsonObject
 from r1jax.settings.rewriting import ModelRewrite, Rewrite
-from r1jax.settings.sampling import DatasetSampling, SamplingSection
+from r1jax.settings.sampling import DatasetSampling, PlannedLengths, SamplingSection
 from r1jax.settings.stage import (
     Divided,
     RewardSelection,
@@ -35,6 +35,7 @@ class RejectionSamplingStage(Stage):
     prompts_per_batch: int = Field(32, ge=1)
     max_new_tokens: int = Field(1024, ge=1)
     sampling: SamplingSection = SamplingSection()
+    lengths: PlannedLengths = None
     rewards: list[str] | None = Field(
         None, min_length=1, description="What decides whether it is right; default: all."
     )
@@ -63,6 +64,7 @@ class RejectionSamplingStage(Stage):
             self.prompts_per_batch,
             self.max_new_tokens,
             self.sampling,
+            self.lengths,
         )
 
     def datasets(self) -> list[tuple[str, str]]:

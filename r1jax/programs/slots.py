@@ -1,0 +1,277 @@
+"""What sampling through slots compiles: prefill of the next prompts, and decoding with refills."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.models import Decoder
+from r1jax.models.paged_attention import PAGE_CHUNKS, pages_at_once
+from r1jax.models.paged_cache import page_axes
+from r1jax.models.parameters import abstract_weights
+from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
+from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
+from r1jax.rollouts.sampling import bucket
+from r1jax.sampler import GenerateOptions
+from r1jax.sampler.queue import rows_at_once, slot_shape
+from r1jax.sampler.slots import (
+    END,
+    KEEP_PAGES,
+    TAKE,
+    NewPrompts,
+    SlotShape,
+    SlotState,
+    add_prompts,
+    decode_and_refill,
+    empty_log,
+    empty_slots,
+)
+from r1jax.settings.sampling import SamplingSection
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+    from r1jax.programs.program import AbstractTree
+
+
+@dataclass(frozen=True)
+class SlotWork:
+    """What a queue takes, of each shard.
+
+    running: slots that have pages for samples of such lengths.
+    steps: of decoding. use: completion tokens for each slot and step.
+    pages: that a step reads, on the shard with most of them, on average.
+    chunks: in which they are read. prefills: calls.
+    """
+
+    running: int
+    steps: float
+    use: float
+    pages: float
+    chunks: float
+    prefills: float
+
+
+@dataclass(frozen=True)
+class SlotRollout:
+    """A queue of prompts that is sampled through slots, as programs.
+
+    prompts: in the queue, over all devices. samples: of each. prompt_tokens, new_tokens: at most.
+    """
+
+    model: Decoder
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+    sampling: SamplingSection
+    lengths: CutLognormal
+    record_experts: bool = False
+
+    def programs(
+        self, resident: Mapping[str, AbstractTree], calls: float, prefix: str = ""
+    ) -> Iterator[Program]:
+        """Prefill, and decoding.
+
+        Args:
+          resident: what is in memory beside the sampler's weights and the cache.
+          calls: queues in a step of the stage; 0 where that depends on the data.
+          prefix: of the programs' names.
+        """
+        config, mesh, shape, work = self.model.config, self.model.layout.mesh, self.shape, self.work
+        weights, state = abstract_weights(self.model), self.state
+        arguments = {
+            "weights": weights,
+            "cache": state.cache,
+            "slots": vars(state) | {"cache": None},
+        }
+        new = self.new_prompts
+        static = {"model": self.model, "shape": shape}
+        prefills = calls * work.prefills
+        yield Program(
+            f"{prefix}prefill",
+            mesh.shape,
+            partial(add_prompts.lower, weights, state, new, **static),
+            {**arguments, "batch": new},
+            resident,
+            prefills,
+            useful_flops=forward_flops(config, self.prompts, self.prompt_tokens) / work.prefills,
+        )
+        decodes = work.steps / shape.steps
+        of_all = expected_flops(
+            config, self.prompts * self.samples, self.lengths, start=self.prompt_tokens
+        )
+        end_in_a_step = 1 - math.exp(-self.prompts * self.samples / work.steps)
+        yield Program(
+            f"{prefix}decode and refill",
+            mesh.shape,
+            partial(decode_and_refill.lower, weights, state, *self.decode_arguments, **static),
+            arguments,
+            resident,
+            calls * decodes,
+            makes="log",
+            turns=shape.steps,
+            larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
+            useful_flops=of_all / decodes,
+            prepare=partial(prepare_slots, shape=shape, pages=round(self.pages_of_sample)),
+            temporaries={"log": self.log_bytes},
+            trial_turns=shape.steps,
+            scopes={
+                PAGE_CHUNKS: work.chunks,
+                TAKE: end_in_a_step,
+                END: end_in_a_step,
+                KEEP_PAGES: 1 / shape.page,
+            },
+        )
+
+    def notes(self) -> list[str]:
+        """What a plan says about them beside the programs."""
+        shape, work, shards = self.shape, self.work, self.shards
+        return [
+            f"{shards} x {shape.slots} slots, {work.running} of which have pages at once; "
+            f"{shards} x {shape.pages:,} pages of {shape.page} tokens",
+            f"{work.steps:,.0f} decode steps for {self.prompts * self.samples:,} samples of "
+            f"{self.lengths.mean:,.0f} tokens, {100 * work.use:.0f} % of the slots' steps give a "
+            f"token; a step reads {work.pages:,.0f} pages, {work.chunks:.1f} chunks",
+        ]
+
+    @property
+    def log_bytes(self) -> int:
+        """On a device, of what the slots draw between two returns to the host."""
+        log = jax.eval_shape(partial(empty_log, self.model, self.shape))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(log))
+        return size // self.model.layout.shards("batch")
+
+    @property
+    def shards(self) -> int:
+        return self.model.layout.shards("slots")
+
+    @cached_property
+    def options(self) -> GenerateOptions:
+        return GenerateOptions(
+            self.samples,
+            self.new_tokens,
+            seed=0,
+            record_experts=self.record_experts,
+            slots=self.sampling.slots,
+            cache_tokens=self.sampling.cache_tokens,
+        )
+
+    @cached_property
+    def shape(self) -> SlotShape:
+        """Raises ValueError: the budget of the cache is too small for one sample."""
+        return slot_shape(
+            self.model,
+            self.options,
+            prompts=-(-self.prompts // self.shards),
+            prompt_tokens=bucket(self.prompt_tokens),
+        )
+
+    @cached_property
+    def pages_of_sample(self) -> float:
+        """In the pool, of a sample that is under way, on average."""
+        done = self.lengths.moment(2) / (2 * self.lengths.mean)
+        return max(0.0, done / self.shape.page - 0.5)
+
+    @cached_property
+    def work(self) -> SlotWork:
+        shape, lengths, shards = self.shape, self.lengths, self.shards
+        samples = -(-self.prompts // shards) * self.samples
+        prompt_pages = -(-self.prompt_tokens // shape.page)
+        # Each slot has a part of its prompt, some of whose samples have ended, and fills a page.
+        wanted = self.pages_of_sample + 1 + 2 * prompt_pages / self.samples
+        running = max(1, min(shape.slots, int(shape.pages / wanted)))
+        taken = slot_steps(lengths, samples, running, shards)
+        read = (prompt_pages - 0.5) * lengths.mean + lengths.moment(2) / (2 * shape.page)
+        # Shards go on together, so each step takes as long as that with most pages.
+        done = lengths.moment(2) / (2 * lengths.mean)
+        variance = lengths.moment(3) / (3 * lengths.mean) - done**2
+        spread = math.sqrt(running * variance) / shape.page * taken.use * normal_maximum(shards)
+        pages = samples * max(0.0, read) / taken.steps + spread
+        chunk = pages_at_once(shape.page, self.model.layout.platform)
+        chunks = min(pages / chunk + 0.5, self.state.reads.pages.shape[1] / chunk)
+        # The first prompts fill the slots; then a shard prefills when its queue is short, and all
+        # others with it, at a return to the host.
+        at_once = rows_at_once(shape)
+        first = min(samples, running) / self.samples
+        later = max(0.0, samples / self.samples - first)
+        returns = taken.steps / shape.steps
+        none = (1 - min(1.0, later / returns)) ** shards
+        prefills = max(1.0, first / at_once) + returns * (1 - none)
+        return SlotWork(running, taken.steps, taken.use, pages, chunks, prefills)
+
+    @cached_property
+    def state(self) -> SlotState:
+        """As the functions lay it out: slots over the devices, heads as their rule says."""
+        layout = self.model.layout
+        shapes = jax.eval_shape(partial(empty_slots, model=self.model, shape=self.shape))
+
+        def placed(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> PyTree:
+            sharding = layout.sharding(axes)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        def over_shards(leaf: jax.ShapeDtypeStruct) -> PyTree:
+            return placed(leaf, ("slots", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ())
+
+        def of_pages(leaf: jax.ShapeDtypeStruct) -> PyTree:
+            axes = page_axes(self.model)
+            return placed(leaf, ("layers",) * (leaf.ndim - len(axes)) + axes)
+
+        state: SlotState = jax.tree.map(over_shards, shapes)
+        cache = replace(
+            state.cache,
+            pages=jax.tree.map(of_pages, shapes.cache.pages),
+            current=jax.tree.map(of_pages, shapes.cache.current),
+        )
+        return replace(state, cache=cache)
+
+    @cached_property
+    def new_prompts(self) -> NewPrompts:
+        """The rows of a prefill."""
+        rows = self.shards * rows_at_once(self.shape)
+
+        def row(dtype: type[np.generic], *rest: int) -> PyTree:
+            return batch_array(self.model, (rows, *rest), dtype)
+
+        tokens = row(np.int32, self.shape.prompt_tokens)
+        return NewPrompts(tokens, row(np.int32), row(np.uint32), row(np.int32), row(np.int32))
+
+    @cached_property
+    def decode_arguments(self) -> tuple[AbstractTree, ...]:
+        """Those behind weights and state."""
+        batch = self.model.layout.shards("batch")
+        stop = batch_array(self.model, (batch, self.shards // batch, self.shape.slots), jnp.bool_)
+        more = jax.ShapeDtypeStruct((), jnp.bool_, sharding=self.model.layout.replicated)
+        return stop, more, jax.eval_shape(self.options.draws)
+
+
+def prepare_slots(arguments: PyTree, shape: SlotShape, pages: int) -> PyTree:
+    """Arguments for `shape.steps` steps in which no sample ends, each of so many pages."""
+    weights, state, stop, more, draws = arguments
+    room = (shape.pages - shape.slots) // shape.slots  # each takes one more
+    pages = max(0, min(pages, room, shape.sample_pages - -(-shape.steps // shape.page) - 1))
+    slot = jnp.arange(shape.slots)[:, None]
+    entry = jnp.arange(shape.sample_pages)
+    table = jnp.where(entry < pages, slot * pages + entry, -1)
+    used = jnp.arange(shape.pages) < shape.slots * pages
+    like = state.tables
+    state = replace(
+        state,
+        running=jnp.ones_like(state.running),
+        request=jnp.zeros_like(state.request),
+        lengths=jnp.full_like(state.lengths, pages * shape.page),
+        tables=jnp.broadcast_to(table.astype(like.dtype), like.shape),
+        cache=replace(state.cache, used=jnp.broadcast_to(used, state.cache.used.shape)),
+        queued=jnp.zeros_like(state.queued),
+    )
+    one = jnp.ones_like(draws.sampling.temperature)
+    sampling = draws.sampling.replace(temperature=one, top_p=one)
+    draws = draws.replace(sampling=sampling, eos_ids=jnp.full_like(draws.eos_ids, -1))
+    return weights, state, jnp.zeros_like(stop), jnp.zeros_like(more), draws
