@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 _CALLS = 3
+# Of what is kept of a program. Its key has no names of scopes, which a plan reads in what is kept:
+# when they change, so must this.
+_RECORD = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Compiler:
 
     def __init__(self, target: Slice, *, quick: bool = False, cache: Path | None = None) -> None:
         self._options: JsonObject = {"exec_time_optimization_effort": -1.0} if quick else {}
-        self._context = json.dumps([target.name, self._options, jax.__version__, _libtpu()])
+        versions = [_RECORD, jax.__version__, _libtpu()]
+        self._context = json.dumps([target.name, self._options, *versions])
         self._cache = cache
         self._known: dict[str, Binary | DoesNotFit] = {}
 
