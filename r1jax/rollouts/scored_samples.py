@@ -171,7 +171,7 @@ def _by_queue(
     of_process = [part for each in batches for part in each]
     ends = list(accumulate(len(each) * group for each in batches))
     completions: dict[int, Completion] = {}
-    scores: dict[int, RowScore] = {}
+    rules: dict[int, RowScore] = {}
     pending: list[tuple[list[int], PendingRewards]] = []
     whole = given = 0  # completions without a gap from the first on; batches
     for ended in sample_prompts(
@@ -190,14 +190,15 @@ def _by_queue(
         complete = int(min_over_processes(bisect_right(ends, whole)))
         if complete == given:
             continue
-        # Every process has as many lists, and so reads as many results.
         for indices, each in pending:
-            scores |= dict(zip(indices, each.result(), strict=True))
+            rules |= dict(zip(indices, each.rule_rows() or (), strict=False))
         pending = []
         for number in range(given, complete):
             span = range(ends[number - 1] if number else 0, ends[number])
-            rows = [completions.pop(i) for i in span], [scores.pop(i) for i in span]
-            yield _rows(*rows, scorer, layout, check=number == 0)
+            of_batch = [completions.pop(i) for i in span]
+            rule_rows = [rules.pop(i) for i in span] if rules else None
+            scores = scorer.with_models(of_batch, rule_rows)
+            yield _rows(of_batch, scores, scorer, layout, check=number == 0)
         given = complete
 
 

@@ -115,6 +115,45 @@ class RewardScorer:
             pending = self.verifier.submit(rows)
         return PendingRewards(self, list(completions), pending)
 
+    @span("reward")
+    def with_models(
+        self, completions: Sequence[Completion], rule_rows: Sequence[RowScore] | None
+    ) -> list[RowScore]:
+        """Rows of rewards: what the rules gave, and the reward models.
+
+        These read all completions together: one that they cannot read gets the lowest score among
+        them. All processes call it equally often.
+        """
+        if rule_rows is not None and not self.models:
+            return list(rule_rows)
+        parts = [dict(row.parts) for row in rule_rows or ()] or [
+            dict[str, Score]() for _ in completions
+        ]
+        for model in self.models:
+            for part, score in zip(parts, model.score(completions), strict=True):
+                if score is not None:
+                    part[model.name] = score
+        weights = {name: reward.weight for name, reward in self.rewards.items()}
+        # In the config's order, which is that of the sum.
+        ordered = [{name: part[name] for name in self.rewards if name in part} for part in parts]
+        return [combine(part, weights) for part in ordered]
+
+    def in_order(
+        self,
+        completions: Sequence[Completion],
+        pending: Sequence[tuple[Sequence[int], PendingRewards]],
+    ) -> list[RowScore]:
+        """The results of several submissions, as of one of all these completions.
+
+        Args:
+          pending: with the indices of their completions.
+        """
+        rows: dict[int, RowScore] = {}
+        for indices, each in pending:
+            rows |= dict(zip(indices, each.rule_rows() or (), strict=False))
+        rule_rows = [rows[i] for i in range(len(completions))] if rows else None
+        return self.with_models(completions, rule_rows)
+
 
 def check_first_rewards(
     samples: Sequence[JsonObject], rewards: Mapping[str, RewardSection]
@@ -169,23 +208,13 @@ class PendingRewards:
     completions: list[Completion]
     rules: Pending | None
 
-    @span("reward")
+    def rule_rows(self) -> list[RowScore] | None:
+        """Waits for the rule rewards; None where the stage has none."""
+        return None if self.rules is None else self.rules.result()
+
     def result(self) -> list[RowScore]:
         """Waits, and returns one row of rewards for each completion, in order."""
-        rewards, parts = self.scorer.rewards, [dict[str, Score]() for _ in self.completions]
-        if self.rules is not None:
-            rows = self.rules.result()
-            if not self.scorer.models:
-                return rows
-            parts = [dict(row.parts) for row in rows]
-        for model in self.scorer.models:
-            for part, score in zip(parts, model.score(self.completions), strict=True):
-                if score is not None:
-                    part[model.name] = score
-        weights = {name: reward.weight for name, reward in rewards.items()}
-        # In the config's order, which is that of the sum.
-        ordered = [{name: part[name] for name in rewards if name in part} for part in parts]
-        return [combine(part, weights) for part in ordered]
+        return self.scorer.with_models(self.completions, self.rule_rows())
 
 
 def directory_section(directory: str, policy: ModelSection) -> ModelSection:

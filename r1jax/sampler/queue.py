@@ -181,7 +181,7 @@ def sample_queue(
         for each in schedulers:
             each.drop_ended(ended)
         if ended.any():
-            state = drop_prompts(state, ended)
+            state = drop_prompts(state, ended, model=model)
         while any(each.wants() for each in schedulers):
             assigned = [each.assign() for each in schedulers]
             rows = _prompt_rows(prompts, assigned[slice_index], shape)

@@ -41,6 +41,7 @@ from r1jax.models.paged_cache import (
     free_pages,
     keep_current,
     list_pages,
+    page_axes,
     release,
     store_prompts,
 )
@@ -284,18 +285,21 @@ def add_prompts(
         queue=queue,
         queued=state.queued + present.sum(axis=1) * shape.samples,
     )
-    return state, cached.experts
+    return _laid_out(state, model), cached.experts
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def drop_prompts(state: SlotState, ended: Bool[Array, "shards prompts"]) -> SlotState:
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def drop_prompts(
+    state: SlotState, ended: Bool[Array, "shards prompts"], *, model: Decoder
+) -> SlotState:
     """The same without the prompts of which all samples have ended."""
     tables, ended = state.prompts.tables, ended[..., None]
-    return replace(
+    state = replace(
         state,
         cache=release(state.cache, jnp.where(ended, tables, -1)),
         prompts=replace(state.prompts, tables=jnp.where(ended, -1, tables)),
     )
+    return _laid_out(state, model)
 
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
@@ -420,7 +424,7 @@ def decode_and_refill(
     log = jax.tree.map(
         lambda leaf: model.layout.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), log
     )
-    return state, log, status
+    return _laid_out(state, model), log, status
 
 
 # --- Parts of a step -----------------------------------------------------------------------------
@@ -432,6 +436,23 @@ def _same(state: SlotState) -> SlotState:
 
 def _over_shards(leaf: jax.Array, model: Decoder) -> jax.Array:
     return model.layout.constrain(leaf, ("slots", *(None,) * (leaf.ndim - 1)))
+
+
+def _laid_out(state: SlotState, model: Decoder) -> SlotState:
+    """The state as `empty_slots` lays it out: another layout would compile the programs again."""
+    axes = page_axes(model)
+
+    def of_layers(leaf: jax.Array) -> jax.Array:
+        return model.layout.constrain(leaf, ("layers",) * (leaf.ndim - len(axes)) + axes)
+
+    pages, current = (
+        jax.tree.map(of_layers, stacks) for stacks in (state.cache.pages, state.cache.current)
+    )
+    cache = replace(state.cache, pages={}, current={})
+    state = jax.tree.map(
+        lambda leaf: _over_shards(leaf, model) if leaf.ndim else leaf, replace(state, cache=cache)
+    )
+    return replace(state, cache=replace(state.cache, pages=pages, current=current))
 
 
 def _list_size(model: Decoder, shape: SlotShape) -> int:

@@ -170,10 +170,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             rollout_seconds = loop.clock.lap("rollout")
 
             # 2. Rewards.
-            score_at: dict[int, RowScore] = {}
-            for indices, each in pending:
-                score_at |= dict(zip(indices, each.result(), strict=True))
-            scores = [score_at[i] for i in range(count * group)]
+            scores = scorer.in_order(completions, pending)
             score_seconds = loop.clock.lap("score_wait")
 
             # 3. Advantages within each prompt's group.
