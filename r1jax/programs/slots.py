@@ -166,13 +166,16 @@ class SlotRollout:
 
     @cached_property
     def shape(self) -> SlotShape:
-        """Raises ValueError: the budget of the cache is too small for one sample."""
-        return slot_shape(
-            self.model,
-            self.options,
-            prompts=-(-self.prompts // self.shards),
-            prompt_tokens=bucket(self.prompt_tokens),
-        )
+        """With prompts at their longest. A budget of the cache that is too small for those is
+        planned as large as they need: real prompts may be shorter."""
+        prompts, time = -(-self.prompts // self.shards), bucket(self.prompt_tokens)
+        unlimited = replace(self.options, cache_tokens=None)
+        shape = slot_shape(self.model, unlimited, prompts=prompts, prompt_tokens=time)
+        if self.options.cache_tokens is None:
+            return shape
+        least = self.shards * shape.page * (shape.least_pages + shape.slots)
+        options = replace(self.options, cache_tokens=max(least, self.options.cache_tokens))
+        return slot_shape(self.model, options, prompts=prompts, prompt_tokens=time)
 
     @cached_property
     def pages_of_sample(self) -> float:

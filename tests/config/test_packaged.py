@@ -97,7 +97,9 @@ def test_the_whole_schedule_is_checked_before_any_compute(tmp_path: Path) -> Non
     }
     for name, row in files.items():
         first = next(iter(row))
-        rows = [{**row, first: f"({i}) {row[first]}"} for i in range(200)]
+        rows = [
+            {**row, first: f"({i}) {row[first]}"} for i in range(4096 if name == "gsm8k" else 200)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     overrides = [f"model.path={tmp_path / 'model'}", f"output={tmp_path / 'runs'}"]
     for data, name in (

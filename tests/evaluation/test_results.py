@@ -49,7 +49,7 @@ def test_results_of_an_unfinished_run(tmp_path: Path) -> None:
     assert results["before"] is not None and results["after"] is None
     assert results["missing"] == [
         "stage base (pretrain): no metrics",
-        "stage r1-zero (grpo): running",
+        "stage r1-zero (grpo): stopped",
         "stage final-eval (evaluate): not started",
     ]
 

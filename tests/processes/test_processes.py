@@ -177,7 +177,7 @@ def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path)
     refused = ran(f"output={tmp_path}", "stages.after.problems_per_batch=5")
     for index, (status, out, errors) in enumerate(refused):
         assert (status, out) == (2, ""), errors
-        assert f"[process {index}] stages.after.problems_per_batch = 5" in errors
+        assert f"[process {index}] command line: stages.after.problems_per_batch = 5" in errors
 
 
 def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path) -> None:

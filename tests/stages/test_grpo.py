@@ -214,12 +214,14 @@ def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_
         ("data.train.limit=499", r"data\.train\.limit: 500 -> 499"),
         ("model.config.hidden_size=32", r"model\.config\.hidden_size: 16 -> 32"),
     ):
-        with pytest.raises(ValueError, match=rf"stage base is done .*{difference}"):
+        with pytest.raises(ValueError, match=rf"stage base is finished .*{difference}"):
             begin(change)
     # What a stage is made of includes the stages before it.
     del later.content["stages"]["base"]
     later.mark(before, "done", {})
-    with pytest.raises(ValueError, match=r"stage before is done .*\(base\)\.stages\.base\.steps"):
+    with pytest.raises(
+        ValueError, match=r"stage before is finished .*\(base\)\.stages\.base\.steps"
+    ):
         begin("stages.base.steps=7")
 
 
