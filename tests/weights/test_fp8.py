@@ -401,7 +401,8 @@ def test_a_directory_is_converted_as_its_weights_are_exported(in_fp8: Path, tmp_
 def test_a_run_is_exported_in_other_dtypes(in_fp8: Path, tmp_path: Path) -> None:
     stage = tmp_path / "run" / "stages" / "00-rl" / "model"
     export(stage, load(in_fp8), TINY)
-    (tmp_path / "run" / "run.json").write_text('{"stages": {}}')
+    plan = (Path(__file__).parents[1] / "tiny.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(plan)
     for dtype in ("fp8", "float16"):
         export_run(tmp_path / "run", tmp_path / dtype, None, dtype)
         convert(stage, tmp_path / "expected", dtype)
