@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
 
-from r1jax.sharding import Layout, process_batch_parts
+from r1jax.sharding import Layout, batch_slices, process_batch_parts
 
 T = TypeVar("T")  # a JSON value
 
@@ -194,16 +194,16 @@ def process_batch_slice(layout: Layout) -> BatchSlice:
     Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same slice,
     and read and score the same rows. Raises ValueError if two hold some, but not all, in common.
     """
-    processes = sorted({device.process_index for device in layout.mesh.devices.flat})
-    held = {process: tuple(process_batch_parts(layout, process)) for process in processes}
-    distinct = sorted(set(held.values()))
+    distinct = batch_slices(layout)
     if sum(map(len, distinct)) != layout.shards("batch"):
+        processes = sorted({device.process_index for device in layout.mesh.devices.flat})
+        held = {process: process_batch_parts(layout, process) for process in processes}
         raise ValueError(
             f"mesh = {dict(layout.mesh.shape)}: processes hold overlapping parts of a batch "
-            f"({', '.join(f'{n}: {list(parts)}' for n, parts in held.items())}); put the axes that "
+            f"({', '.join(f'{n}: {parts}' for n, parts in held.items())}); put the axes that "
             "the batch is split over first"
         )
-    return BatchSlice(distinct.index(held[jax.process_index()]), len(distinct))
+    return BatchSlice(distinct.index(process_batch_parts(layout)), len(distinct))
 
 
 def max_over_processes(value: int) -> int:

@@ -90,7 +90,8 @@ def entry_shapes(model: Decoder) -> tuple[tuple[int, int], ...]:
     return tuple((heads, width + -width % 128) for heads, width in model.config.cache_shapes)
 
 
-def _head_axes(model: Decoder) -> Axes:
+def head_axes(model: Decoder) -> Axes:
+    """Logical axes of the heads of a token's entries, and of their width."""
     # A latent has no heads that devices could share.
     return (None, None) if model.config.latent is not None else ("kv_heads", "head_dim")
 
@@ -99,7 +100,7 @@ def prompt_cache_arrays(
     batch: int, prompt_time: int, model: Decoder
 ) -> list[tuple[tuple[int, ...], Axes]]:
     """Shape and logical axes of a layer's arrays in a `PromptCache`."""
-    heads_axis, width_axis = _head_axes(model)
+    heads_axis, width_axis = head_axes(model)
     axes = ("batch", heads_axis, None, width_axis)
     return [((batch, heads, prompt_time, width), axes) for heads, width in entry_shapes(model)]
 
@@ -108,7 +109,7 @@ def cache_arrays(
     batch: int, samples: int, capacity: int, model: Decoder
 ) -> list[tuple[tuple[int, ...], Axes]]:
     """Shape and logical axes of a layer's arrays in a `KVCache`, in memory order."""
-    heads_axis, width_axis = _head_axes(model)
+    heads_axis, width_axis = head_axes(model)
     order, axes = _memory_order(model), ("batch", "sample", heads_axis, None, width_axis)
     shapes = [(batch, samples, heads, capacity, width) for heads, width in entry_shapes(model)]
     return [(tuple(shape[i] for i in order), tuple(axes[i] for i in order)) for shape in shapes]
@@ -127,7 +128,7 @@ def padded(entries: LayerCache, model: Decoder) -> LayerCache:
 
 def prompt_entries(entries: LayerCache, model: Decoder) -> LayerCache:
     """A layer's arrays of a `PromptCache`, from [batch, prompt_time, heads, width] each."""
-    heads_axis, width_axis = _head_axes(model)
+    heads_axis, width_axis = head_axes(model)
     axes = ("batch", heads_axis, None, width_axis)
     return tuple(model.layout.constrain(x.swapaxes(-3, -2), axes) for x in padded(entries, model))
 

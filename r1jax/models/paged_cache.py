@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.models.config import Decoder
-from r1jax.models.kv_cache import LayerCache, PromptCache, StackCache, entry_shapes
+from r1jax.models.kv_cache import LayerCache, PromptCache, StackCache, entry_shapes, head_axes
 from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int
+    from jaxtyping import Array, Bool, Int, Shaped
 
 
 @struct.dataclass
@@ -65,45 +65,30 @@ class PageList:
 
 def page_axes(model: Decoder) -> Axes:
     """Logical axes of a layer's arrays, for pages of the pool and of the slots."""
-    heads, width = (None, None) if model.config.latent is not None else ("kv_heads", "head_dim")
+    heads, width = head_axes(model)
     return ("slots", None, heads, None, width)
 
 
-def page_arrays(
-    shards: int, pages: int, page: int, model: Decoder
-) -> list[tuple[tuple[int, ...], Axes]]:
-    """Shape and logical axes of a layer's arrays."""
-    shapes = entry_shapes(model)
-    return [((shards, pages, heads, page, width), page_axes(model)) for heads, width in shapes]
-
-
-def empty_pages(
-    shards: int, slots: int, pages: int, page: int, model: Decoder, *, with_module: bool = False
-) -> PagedCache:
+def empty_pages(shards: int, slots: int, pages: int, page: int, model: Decoder) -> PagedCache:
     """A cache in which nothing is used.
 
     Args:
       page: tokens of a page.
-      with_module: for the layers of the module for multi-token prediction, too.
     """
-    config, layout, dtype = model.config, model.layout, model.execution.compute_dtype
-    named = config.all_stacks if with_module else config.stacks
+    layout, axes = model.layout, page_axes(model)
 
     def stacks(count: int) -> dict[str, StackCache]:
-        arrays = page_arrays(shards, count, page, model)
-
         def empty(*layers: int) -> LayerCache:
-            names = ("layers",) * len(layers)
-            return tuple(
-                layout.constrain(jnp.zeros((*layers, *shape), dtype), (*names, *axes))
-                for shape, axes in arrays
-            )
+            shapes = [(*layers, shards, count, n, page, width) for n, width in entry_shapes(model)]
+            names = ("layers",) * len(layers) + axes
+            dtype = model.execution.compute_dtype
+            return tuple(layout.constrain(jnp.zeros(shape, dtype), names) for shape in shapes)
 
         return {
             name: empty(len(layers))
             if model.execution.scan_layers
             else tuple(empty() for _ in layers)
-            for name, layers in named.items()
+            for name, layers in model.config.stacks.items()
         }
 
     def flags(*shape: int) -> jax.Array:
@@ -141,20 +126,53 @@ def write_current(
     return tuple(put(old, x, start) for old, x in zip(current, new, strict=True))
 
 
-def free_pages(used: Bool[Array, "shards pages"], count: int) -> Int[Array, "shards count"]:
-    """The first `count` pages that are not used; the number of pages where there are fewer."""
-    return _first_true(~used, count)
+def put_rows(
+    rows: Shaped[Array, "shards size *row"],
+    at: Int[Array, "shards count"],
+    new: Shaped[Array, "shards count *row"],
+) -> Shaped[Array, "shards size *row"]:
+    """Each shard's rows with others in these places; what lies outside is dropped."""
+    return jax.vmap(lambda rows, at, new: rows.at[at].set(new.astype(rows.dtype), mode="drop"))(
+        rows, at, new
+    )
 
 
-def _first_true(flags: jax.Array, count: int) -> jax.Array:
-    """Indices of the first true values along the last axis; its size where there are fewer."""
-    size = flags.shape[-1]
+def free_pages(
+    cache: PagedCache, needed: Bool[Array, "shards wanted"]
+) -> Int[Array, "shards wanted"]:
+    """A page that is free for each place that needs one; the number of pages for the others.
 
-    def one(flags: jax.Array) -> jax.Array:
-        rank = jnp.where(flags, jnp.cumsum(flags) - 1, count)
-        return jnp.full(count, size, jnp.int32).at[rank].set(jnp.arange(size), mode="drop")
+    There have to be as many free pages.
+    """
+    count, most = cache.used.shape[1], needed.shape[1]
+    free = jnp.where(cache.used, most, jnp.cumsum(~cache.used, axis=1) - 1)
+    pages = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), cache.used.shape)
+    in_order = put_rows(jnp.full((len(free), most), count, jnp.int32), free, pages)
+    rank = jnp.cumsum(needed, axis=1) - 1
+    return jnp.where(needed, jnp.take_along_axis(in_order, rank, axis=1, mode="clip"), count)
 
-    return jax.vmap(one)(flags)
+
+def _put_pages(
+    cache: PagedCache, ids: jax.Array, new: dict[str, StackCache], filled: jax.Array
+) -> PagedCache:
+    """The cache with new pages [shards, pages, heads, page, width] of all layers in these places.
+
+    Args:
+      ids: [shards, pages]; a page outside of the pool is dropped.
+      filled: which entries of the new pages hold a token.
+    """
+
+    def put(pages: jax.Array, new: jax.Array) -> jax.Array:
+        if pages.ndim == 5:
+            return put_rows(pages, ids, new)
+        return jax.vmap(put_rows, in_axes=(0, None, 0))(pages, ids, new)
+
+    return replace(
+        cache,
+        pages=jax.tree.map(put, cache.pages, new),
+        filled=put_rows(cache.filled, ids, filled),
+        used=put_rows(cache.used, ids, jnp.ones_like(ids, bool)),
+    )
 
 
 def keep_current(
@@ -167,28 +185,9 @@ def keep_current(
     Returns:
       The cache, and the page of each slot; -1 where it needs none.
     """
-    count = cache.used.shape[1]
-    free = free_pages(cache.used, needed.shape[1])
-    rank = jnp.cumsum(needed, axis=1) - 1
-    ids = jnp.where(needed, jnp.take_along_axis(free, rank, axis=1, mode="clip"), count)
-
-    def put(pages: jax.Array, current: jax.Array) -> jax.Array:
-        axis = pages.ndim - 5  # of the shards
-
-        def one(pages: jax.Array, current: jax.Array, ids: jax.Array) -> jax.Array:
-            at = (slice(None),) * axis
-            return pages.at[(*at, ids)].set(current, mode="drop")
-
-        return jax.vmap(one, in_axes=(axis, axis, 0), out_axes=axis)(pages, current, ids)
-
-    put_row = jax.vmap(lambda rows, ids, new: rows.at[ids].set(new, mode="drop"))
-    cache = replace(
-        cache,
-        pages=jax.tree.map(put, cache.pages, cache.current),
-        filled=put_row(cache.filled, ids, cache.current_filled),
-        used=put_row(cache.used, ids, jnp.ones_like(ids, bool)),
-        current_filled=jnp.zeros_like(cache.current_filled),
-    )
+    ids = free_pages(cache, needed)
+    cache = _put_pages(cache, ids, cache.current, cache.current_filled)
+    cache = replace(cache, current_filled=jnp.zeros_like(cache.current_filled))
     return cache, jnp.where(needed, ids, -1)
 
 
@@ -196,8 +195,7 @@ def release(cache: PagedCache, tables: Int[Array, "shards *rows pages"]) -> Page
     """The cache without these pages; -1 stands for none."""
     shards, count = cache.used.shape
     ids = jnp.where(tables < 0, count, tables).reshape(shards, -1)
-    free = jax.vmap(lambda used, ids: used.at[ids].set(False, mode="drop"))
-    return replace(cache, used=free(cache.used, ids))
+    return replace(cache, used=put_rows(cache.used, ids, jnp.zeros_like(ids, bool)))
 
 
 def store_prompts(
@@ -216,32 +214,19 @@ def store_prompts(
     count, page = cache.filled.shape[1:]
     ids = jnp.where(tables < 0, count, tables).reshape(shards, -1)
 
-    def put(pages: jax.Array, new: jax.Array) -> jax.Array:
-        axis = pages.ndim - 5
-        time, width = new.shape[-2:]
+    def in_pages(new: jax.Array) -> jax.Array:
+        """[shards * rows, heads, time, width] -> [shards, rows * pages, heads, page, width]."""
+        *layers, _, heads, time, width = new.shape
         whole = per_prompt * page
         pad = [(0, 0)] * (new.ndim - 2) + [(0, max(0, whole - time)), (0, 0)]
         new = jnp.pad(new, pad)[..., :whole, :]
-        # [shards * rows, heads, pages * page, ...] -> [shards, rows * pages, heads, page, ...]
-        heads, before = new.shape[-3], new.shape[:axis]
-        new = new.reshape(*before, shards, rows, heads, per_prompt, page, width)
-        new = jnp.moveaxis(new, -3, -4).reshape(*before, shards, -1, heads, page, width)
-
-        def one(pages: jax.Array, new: jax.Array, ids: jax.Array) -> jax.Array:
-            return pages.at[(*(slice(None),) * axis, ids)].set(new.astype(pages.dtype), mode="drop")
-
-        return jax.vmap(one, in_axes=(axis, axis, 0), out_axes=axis)(pages, new, ids)
+        new = new.reshape(*layers, shards, rows, heads, per_prompt, page, width)
+        return jnp.moveaxis(new, -3, -4).reshape(*layers, shards, -1, heads, page, width)
 
     entries = jnp.arange(per_prompt * page).reshape(per_prompt, page)
     filled = (entries < lengths[..., None, None]).reshape(shards, -1, page)
-    put_row = jax.vmap(lambda old, ids, new: old.at[ids].set(new, mode="drop"))
-    named = {name: prompts.stacks[name] for name in cache.pages}
-    return replace(
-        cache,
-        pages=jax.tree.map(put, cache.pages, named),
-        filled=put_row(cache.filled, ids, filled),
-        used=put_row(cache.used, ids, jnp.ones_like(ids, bool)),
-    )
+    new = {name: jax.tree.map(in_pages, prompts.stacks[name]) for name in cache.pages}
+    return _put_pages(cache, ids, new, filled)
 
 
 def list_pages(cache: PagedCache, tables: Int[Array, "shards slots pages"], size: int) -> PageList:

@@ -192,7 +192,7 @@ def sample_prompts(
     *,
     batch: int,
     first_samples: Sequence[int],
-    figures: QueueFigures,
+    figures: QueueFigures | None = None,
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Sample this process's prompts; gives completions as they end, `batch` prompts at a time.
 

@@ -31,7 +31,6 @@ from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted
 from r1jax.sampler import GenerateOptions
-from r1jax.sampler.queue import QueueFigures
 from r1jax.settings.sampling import DatasetSampling
 from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
@@ -117,7 +116,6 @@ def scored_batches(
     Each process samples and scores its share of a batch; every process gets all rows, in order.
     Of `batch` parts at once, over all processes. `params` is None where there are no parts.
     """
-    assert params is not None or not parts
     if options.slots is None:
         yield from _batch_by_batch(params, parts, sampler, scorer, options, batch)
     elif parts:
@@ -181,7 +179,6 @@ def _by_queue(
         options,
         batch=batch,
         first_samples=[first for _, first in of_process],
-        figures=QueueFigures(),
     ):
         completions |= dict(ended)
         pending.append(([i for i, _ in ended], scorer.submit([each for _, each in ended])))

@@ -112,9 +112,19 @@ def sample_keys(prompts: Prompts, draws: Draws, samples: int) -> Key[Array, "bat
     """
     firsts = jnp.broadcast_to(prompts.first_samples, (prompts.tokens.shape[0],))
     indices = firsts[:, None] + jnp.arange(samples, dtype=jnp.int32)
+    return keys_of(draws, jnp.broadcast_to(prompts.ids[:, None], indices.shape), indices)
+
+
+def keys_of(
+    draws: Draws, ids: UInt32[Array, "rows samples"], indices: Int[Array, "rows samples"]
+) -> Key[Array, "rows samples"]:
+    """The keys of samples: functions of seed, step, prompt id and index of the sample."""
     run = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
-    keys = jax.vmap(lambda p: jax.random.fold_in(run, p))(prompts.ids)
-    return jax.vmap(lambda k, row: jax.vmap(lambda i: jax.random.fold_in(k, i))(row))(keys, indices)
+
+    def key(prompt: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(run, prompt), index)
+
+    return jax.vmap(jax.vmap(key))(ids, indices)
 
 
 # Given the tokens so far [N, t] and their lengths [N], the lengths at which stop strings end

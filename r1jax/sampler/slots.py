@@ -42,12 +42,13 @@ from r1jax.models.paged_cache import (
     keep_current,
     list_pages,
     page_axes,
+    put_rows,
     release,
     store_prompts,
 )
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import draw
-from r1jax.sampler.samples import Draws
+from r1jax.sampler.samples import Draws, keys_of
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -246,21 +247,15 @@ def add_prompts(
     )
     hidden = last_token(hidden, new.lengths).reshape(shards, -1, hidden.shape[-1])
     new = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), new)
-    rows = new.entry.shape[1]
 
     entries, present = state.prompts, new.entry < shape.prompts
     index = jnp.arange(shape.prompt_pages)
     wanted = present[..., None] & (index * shape.page < new.lengths[..., None])
-    flat = wanted.reshape(shards, -1)
-    free = free_pages(state.cache.used, rows * shape.prompt_pages)
-    rank = jnp.cumsum(flat, axis=1) - 1
-    tables = jnp.where(flat, jnp.take_along_axis(free, rank, axis=1, mode="clip"), -1)
-    tables = tables.reshape(wanted.shape)
+    ids = free_pages(state.cache, wanted.reshape(shards, -1)).reshape(wanted.shape)
+    tables = jnp.where(wanted, ids, -1)
 
     def put(old: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.vmap(lambda old, at, rows: old.at[at].set(rows, mode="drop"))(
-            old, new.entry, rows.astype(old.dtype)
-        )
+        return put_rows(old, new.entry, rows)
 
     sample = jnp.arange(shape.samples, dtype=jnp.int32)
     requests = new.entry[..., None] * shape.samples + sample
@@ -268,9 +263,7 @@ def add_prompts(
     at = state.head[:, None, None] + state.queued[:, None, None]
     at = (at + order[..., None] * shape.samples + sample) % state.queue.shape[1]
     at = jnp.where(present[..., None], at, state.queue.shape[1])
-    queue = jax.vmap(lambda queue, at, values: queue.at[at].set(values, mode="drop"))(
-        state.queue, at.reshape(shards, -1), requests.reshape(shards, -1)
-    )
+    queue = put_rows(state.queue, at.reshape(shards, -1), requests.reshape(shards, -1))
     state = replace(
         state,
         cache=store_prompts(state.cache, cached, tables, new.lengths),
@@ -530,7 +523,7 @@ def _take(state: SlotState, draws: Draws, shape: SlotShape) -> SlotState:
     )
     prompts = state.prompts
     sample = _of_prompt(prompts.first_samples, state, shape) + request % shape.samples
-    keys = _keys(draws, _of_prompt(prompts.ids, state, shape), sample)
+    keys = keys_of(draws, _of_prompt(prompts.ids, state, shape), sample)
     hidden = _of_prompt(prompts.hidden, state, shape)
     state = replace(
         state,
@@ -538,14 +531,6 @@ def _take(state: SlotState, draws: Draws, shape: SlotShape) -> SlotState:
         keys=jnp.where(takes, keys, state.keys),
     )
     return _relist(state, shape)
-
-
-def _keys(draws: Draws, ids: jax.Array, samples: jax.Array) -> jax.Array:
-    """The keys of samples: functions of seed, step, prompt id and index, as `sample_keys`."""
-    run = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(None, 0))
-    of_prompt = fold(run, ids)
-    return jax.vmap(jax.vmap(jax.random.fold_in))(of_prompt, samples)
 
 
 def _end(state: SlotState, ended: jax.Array, shape: SlotShape) -> SlotState:
@@ -574,15 +559,13 @@ def _keep_pages(state: SlotState, model: Decoder, shape: SlotShape) -> SlotState
 
 def _make_room(state: SlotState, shape: SlotShape) -> SlotState:
     """Where pages are short, the shortest samples go back to the front of the queue."""
-    shards, slots = state.running.shape
     needed = state.running & jnp.any(state.cache.current_filled, axis=-1)
     short = needed.sum(axis=1) - (~state.cache.used).sum(axis=1)
     gives = (state.tables >= 0).sum(axis=-1) + needed
     order = jnp.argsort(jnp.where(state.running, state.lengths, shape.max_new_tokens + 1), axis=1)
     given = jnp.take_along_axis(jnp.where(state.running, gives, 0), order, axis=1)
     before = jnp.cumsum(given, axis=1) - given
-    put = jax.vmap(lambda order, flags: jnp.zeros(slots, bool).at[order].set(flags))
-    back = put(order, before < short[:, None]) & state.running
+    back = put_rows(state.running, order, before < short[:, None]) & state.running
     rank = jnp.cumsum(back, axis=1)
     size = state.queue.shape[1]
     at = jnp.where(back, (state.head[:, None] - rank) % size, size)
@@ -592,9 +575,7 @@ def _make_room(state: SlotState, shape: SlotShape) -> SlotState:
         running=state.running & ~back,
         cache=release(state.cache, jnp.where(back[..., None], state.tables, -1)),
         tables=jnp.where(back[..., None], -1, state.tables),
-        queue=jax.vmap(lambda queue, at, values: queue.at[at].set(values, mode="drop"))(
-            state.queue, at, state.request
-        ),
+        queue=put_rows(state.queue, at, state.request),
         head=(state.head - count) % size,
         queued=state.queued + count,
     )
