@@ -453,25 +453,9 @@ def decode_slots(
       record_experts: return the experts of each token, too.
 
     Returns:
-      Normalised activations, the cache, and experts [shards, slots, tokens, layers * k] or None.
+      Normalised activations, the cache, whose pages of the pool are only read, and experts
+      [shards, slots, tokens, layers * k] or None.
     """
-    x = embed(params, new.tokens, model, gather_table=False)
-    stacks = tuple(model.config.stacks)
-    x, cache, routings = run_slot_tokens(params, x, new, cache, model, stacks)
-    experts = _chosen_experts(routings).reshape(*x.shape[:3], -1) if record_experts else None
-    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache, experts
-
-
-def run_slot_tokens(
-    params: Params,
-    x: Float[Array, "shards slots tokens hidden"],
-    new: SlotTokens,
-    cache: PagedCache,
-    model: Decoder,
-    stacks: tuple[str, ...],
-) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache, Routings]:
-    """Run these stacks of layers on activations of a few new tokens; as `decode_slots`, no final
-    norm. Pages of the pool are only read."""
     chunk = pages_at_once(cache.filled.shape[-1], model.layout.platform)
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
@@ -492,10 +476,14 @@ def run_slot_tokens(
 
         return of_slots
 
+    x = embed(params, new.tokens, model, gather_table=False)
+    stacks = tuple(model.config.stacks)
     x, written, routings = _run_layers(
         params, x, new.positions, cache.current, attend, model, stacks, ("slots", None)
     )
-    return x, replace(cache, current={**cache.current, **written}), routings
+    experts = _chosen_experts(routings).reshape(*x.shape[:3], -1) if record_experts else None
+    x = rms_norm(x, params["final_norm"], model.config.rms_norm_eps)
+    return x, replace(cache, current=written), experts
 
 
 def _of_layer(stack: StackCache, layer: Layer) -> Any:
@@ -522,6 +510,7 @@ def _run_layers(
       caches: what is carried from layer to layer, and written.
       attend: given a stack's name, a layer and its cache (that of its stack where layers are
         scanned), attention of that layer.
+      axes: logical axes of the rows and samples.
     """
     config, shape = model.config, x.shape[:3]
 
