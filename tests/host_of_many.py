@@ -29,11 +29,11 @@ def other_jaxlib(name: str) -> str:
 def main() -> None:
     point, number = sys.argv[1], int(sys.argv[2])
     if point == "killed_before_an_update":
-        die_in(RewardScorer, "submit", number, kill)
+        die_in(RewardScorer, "in_order", number, kill)
     elif point == "killed_as_it_begins":
         die_in(recipe, "open_record", number, kill)
     elif point == "sigterm_before_an_update":
-        die_in(RewardScorer, "submit", number, ask_to_stop)
+        die_in(RewardScorer, "in_order", number, ask_to_stop)
     elif point == "fails_alone":
         die_in(recipe, "open_record", number, fail)
     elif point == "another_jaxlib":
