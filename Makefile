@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requi
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds r1-seeds quick test test-slow test-plans lint lock bench plan-all wheel clean
+.PHONY: demo demo-seeds r1-seeds quick test test-slow test-plans docs lint lock bench plan-all wheel \
+  clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -36,6 +37,10 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, in site/. A link that leads nowhere is an error.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/rollout_and_update.py
 
@@ -50,7 +55,7 @@ test-plans: .venv/installed-test .libtpu/installed
 	  tests/planner/test_plan.py tests/planner/test_table.py
 
 # The versions that the tests ran with, without what belongs to one machine.
-lock: .venv/installed-test
+lock: .venv/installed-test .venv/installed-docs
 	$(BIN)/python -m pip freeze --exclude-editable --exclude r1jax | \
 	  sed -n 's/^\([A-Za-z0-9._-]*==[A-Za-z0-9.]*\).*/\1/p' > requirements-dev.lock
 
@@ -58,7 +63,7 @@ wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv .libtpu build dist
+	rm -rf .venv .libtpu build dist site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -71,6 +76,10 @@ clean:
 .venv/installed-test: .venv/installed
 	$(PIP) '$(TORCH)'
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 # The TPU compiler that belongs to the installed jax (needs no TPU; 0.7 GB). Not in .venv, where JAX

@@ -550,17 +550,49 @@ def report(
 
 
 @app.command()
-def configs() -> None:
-    """List the configs that come with r1jax."""
+def configs(
+    name: Annotated[
+        str | None, typer.Argument(help="A config: print it. Default: list all.")
+    ] = None,
+) -> None:
+    """List the configs that come with r1jax; or print one, `r1jax configs NAME > my.yaml`."""
     from rich.table import Table
 
     from r1jax.config.load import load_config
-    from r1jax.config.packaged import packaged_configs
+    from r1jax.config.packaged import find_config, packaged_configs
 
+    if name is not None:
+        typer.echo(find_config(name).read_text(encoding="utf-8"), nl=False)
+        return
     table = Table("config", "title", box=None)
-    for name, path in packaged_configs().items():
-        table.add_row(name, load_config(path).title)
+    for each, path in packaged_configs().items():
+        table.add_row(each, load_config(path).title)
     _console().print(table)
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY",
+            help="Whole or its end, such as stages.rl.loss.clip_low, loss or clip_low; or what "
+            "TRL, tunix or verl call it.",
+        ),
+    ],
+) -> None:
+    """Say what a config's key means: its type, default, and names in TRL, tunix and verl."""
+    from r1jax.config import reference
+
+    for index, each in enumerate(reference.explain(key)):
+        kinds = f"  ({', '.join(each.kinds)})" if each.kinds else ""
+        default = {"": "", "required": "; required"}.get(each.default, f"; default {each.default}")
+        typer.secho(f"{chr(10) if index else ''}{each.key}", bold=True, nl=False)
+        typer.echo(f"{kinds}\n  {each.type}{default}")
+        typer.echo(f"  {each.meaning}")
+        if others := reference.other_names_of(each.key):
+            libraries = (f"{library}: {', '.join(names)}" for library, names in others.items())
+            typer.echo(f"  {'; '.join(libraries)}")
 
 
 def _process() -> int | None:

@@ -486,6 +486,25 @@ def test_configs_lists_every_name_with_its_title() -> None:
         assert load_config(name).title in line
 
 
+def test_configs_prints_one_as_it_is_packaged() -> None:
+    assert (
+        invoke("configs", "tiny/r1_zero").stdout == packaged_configs()["tiny/r1_zero"].read_text()
+    )
+    result = invoke("configs", "tiny/r1zero")
+    assert result.exit_code == 2 and "did you mean tiny/r1_zero" in result.stderr
+
+
+def test_explain_says_type_default_meaning_and_other_names() -> None:
+    text = invoke("explain", "stages.rl.loss.kl_coefficient").stdout
+    assert text.splitlines()[:2] == [
+        "stages.NAME.loss.kl_coefficient  (grpo)",
+        "  a number; default 0.001",
+    ]
+    assert "k3 penalty" in text and "TRL: beta; verl: kl_loss_coef, kl_coef, use_kl_loss\n" in text
+    assert invoke("explain", "beta").stdout == text
+    assert invoke("explain", "temprature").exit_code == 2
+
+
 def test_help_waits_for_no_heavy_import() -> None:
     program = (
         "import sys; from r1jax.cli import app\n"

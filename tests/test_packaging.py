@@ -108,7 +108,8 @@ def test_the_lock_file_meets_what_the_project_asks_for() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # no addresses, no paths
     locked = {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["test"], *extras["docs"]]:
         requirement = Requirement(text)
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier, text
     assert f"TORCH := torch=={locked['torch']}" in (ROOT / "Makefile").read_text()

@@ -46,7 +46,7 @@ def expected_at(data: JsonObject, path: KeyPath) -> FieldInfo:
     if not path:
         return FieldInfo(annotation=RunConfig)
     above = expected_at(data, path[:-1])
-    kinds = [(get_origin(part), get_args(part)) for part in _alternatives(above.annotation)]
+    kinds = [(get_origin(part), get_args(part)) for part in alternatives(above.annotation)]
     for origin, arguments in kinds:
         if origin is (list if isinstance(path[-1], int) else dict):
             return FieldInfo.from_annotation(arguments[-1])
@@ -59,15 +59,15 @@ def keys_at(data: JsonObject, path: KeyPath) -> dict[str, FieldInfo]:
     for key in path:
         value = value[key] if has(value, key) else None
     kind = value.get("kind") if isinstance(value, dict) else None
-    parts = [part for part in _alternatives(expected_at(data, path).annotation) if _keys(part)]
+    parts = [part for part in alternatives(expected_at(data, path).annotation) if keys_of(part)]
     if parts == [Stage]:
         parts = [each for _, stage, each in stage_kinds(data) if stage is value]
     elif len(parts) > 1:  # of different kinds
-        kinds: list[Any] = [_keys(part)["kind"].annotation for part in parts]
+        kinds: list[Any] = [keys_of(part)["kind"].annotation for part in parts]
         parts = [part for part, each in zip(parts, kinds, strict=True) if kind in get_args(each)]
         if not parts:
             return {"kind": FieldInfo(annotation=functools.reduce(operator.or_, kinds))}
-    return _keys(parts[0]) if parts else {}
+    return keys_of(parts[0]) if parts else {}
 
 
 def default_at(data: JsonObject, path: KeyPath) -> JsonObject:
@@ -79,7 +79,7 @@ def default_at(data: JsonObject, path: KeyPath) -> JsonObject:
 
 def named_values(field: FieldInfo) -> list[str]:
     """The values that a key may have by name."""
-    parts = _alternatives(field.annotation)
+    parts = alternatives(field.annotation)
     return [str(v) for part in parts if get_origin(part) is Literal for v in get_args(part)]
 
 
@@ -95,7 +95,7 @@ def describe(field: FieldInfo, above: Sequence[object] = ()) -> str:
         return f"a list (each {describe(FieldInfo.from_annotation(arguments[0]))})"
     if origin is dict:
         return "a mapping"
-    keys = _keys(field.annotation)
+    keys = keys_of(field.annotation)
     if keys:
         return f"a section with {', '.join(keys)}"
     limits = [
@@ -112,17 +112,17 @@ _TYPES |= {bool: "true or false", type(None): "null"}
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     """The types that a union is made of; a type that is none, alone."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return _alternatives(arguments[0])
+        return alternatives(arguments[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [part for each in arguments for part in _alternatives(each)]
+        return [part for each in arguments for part in alternatives(each)]
     return [annotation]
 
 
-def _keys(section: Any) -> dict[str, FieldInfo]:
+def keys_of(section: Any) -> dict[str, FieldInfo]:
     """The keys of a section; none for another type."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         return section.model_fields

@@ -48,7 +48,7 @@ def _of_its_kind(stage: object) -> object:
 class _ComparisonSection(Section):
     """Checkpoints that the report puts side by side, as of a run with a reward and one without."""
 
-    title: str
+    title: str = Field(description="Of the table.")
     evaluations: list[str] = Field(min_length=2, description="Names of evaluate stages.")
     note: str = Field("", description="Shown below the table: what it says, and what it does not.")
 
@@ -66,24 +66,37 @@ class _WatchdogSection(Section):
 class RunConfig(Section):
     """A whole run: model, mesh, data, rewards, and an ordered list of stages."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", description="Of the run, and of its directory."
+    )
+    seed: int = Field(
+        0, ge=0, description="All random numbers are functions of it, a step and an id."
+    )
     output: str = Field(
         "runs", description="The run lives in OUTPUT/NAME-sSEED; gs://... is a bucket."
     )
-    title: str = ""
+    title: str = Field("", description="Of the report, and in the list of configs.")
     notes: str = Field("", description="Shown in the report: choices, deviations from the paper.")
     model: ModelSection
     models: dict[str, ModelSection] = Field(
         default_factory=dict, description="Further models, such as a student to distil into."
     )
-    mesh: MeshSection = MeshSection()
-    data: dict[str, DataSection]
-    rewards: dict[str, RewardSection] = Field(default_factory=dict)
+    mesh: MeshSection = Field(
+        MeshSection(),
+        description="The devices as named axes, and what is split over them; or the name of a mesh "
+        "in configs/mesh.",
+    )
+    data: dict[str, DataSection] = Field(description="The datasets, by names of your choice.")
+    rewards: dict[str, RewardSection] = Field(
+        default_factory=dict,
+        description="The rewards by name; a stage adds up all, or those it names.",
+    )
     verifier: VerifierSection = VerifierSection()
-    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        ["tensorboard"], description="Where metrics are shown beside the run's own files."
+    )
     stages: list[SerializeAsAny[Annotated[Stage, BeforeValidator(_of_its_kind)]]] = Field(
-        min_length=1
+        min_length=1, description="What is run, in this order."
     )
     comparisons: list[_ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."

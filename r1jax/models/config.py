@@ -34,6 +34,11 @@ _HF_HEAD: dict[Head, str] = {
 }
 
 
+def architectures() -> dict[str, str]:
+    """What can be loaded: `model_type` of a config.json -> the family of its transformers class."""
+    return dict(_HF_FAMILY)
+
+
 @dataclass(frozen=True)
 class Llama3RopeScaling:
     """Frequency rescaling of Llama 3.x: long wavelengths are stretched by `factor`."""

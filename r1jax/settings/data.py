@@ -54,13 +54,15 @@ class DataSection(Section):
     template: str = Field(
         "chat", description="chat (the tokenizer's), r1_zero (the paper's), or plain."
     )
-    system_prompt: str | None = None
-    prompt_suffix: str = ""
+    system_prompt: str | None = Field(None, description="System message before each prompt.")
+    prompt_suffix: str = Field("", description="Text behind each prompt, as it is.")
     chat_template_kwargs: JsonObject | None = Field(
         None,
         description="Variables of the tokenizer's chat template, such as {enable_thinking: false}.",
     )
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Longer prompts are left out and counted."
+    )
     held_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds: share of rows, by a hash of the prompt."
     )

@@ -28,8 +28,8 @@ Rules = dict[str, str | list[str] | None]
 class _RolloutMesh(Section):
     """How the devices of a mesh are arranged while completions are sampled."""
 
-    axes: Axes
-    rules: Rules = Field(default_factory=dict)
+    axes: Axes = Field(description="Axis -> size; as of the mesh.")
+    rules: Rules = Field(default_factory=dict, description="As of the mesh, while sampling.")
 
     @model_validator(mode="after")
     def _sizes(self) -> _RolloutMesh:
@@ -43,7 +43,10 @@ class MeshSection(Section):
     In a config a name may stand for it: `mesh: fsdp` is configs/mesh/fsdp.yaml.
     """
 
-    axes: Axes = {"data": 1, "fsdp": -1, "tensor": 1}
+    axes: Axes = Field(
+        {"data": 1, "fsdp": -1, "tensor": 1},
+        description="Axis -> size, the outermost first; -1: what is left of the devices.",
+    )
     rules: Rules = Field(
         default_factory=dict, description="logical axis -> mesh axis, several, or null."
     )

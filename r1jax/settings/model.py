@@ -36,11 +36,24 @@ class ModelSection(Section):
         description="Tokens of prompt and completion that the model may be used with; default: its "
         "config's. RoPE goes beyond, as far as the training does. The exported config.json has it.",
     )
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "xla", "splash", "flash"] = "auto"
-    remat: Literal["none", "dots", "full"] = "full"
-    scan_layers: bool | Literal["auto"] = "auto"
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the weights that the optimizer changes."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Of activations, and of the weights that are computed with."
+    )
+    attention: Literal["auto", "xla", "splash", "flash"] = Field(
+        "auto", description="auto: splash (a Pallas kernel) on TPU, flash on GPU, else XLA's."
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "full",
+        description="What is computed again in the backward pass: nothing, all but matrix "
+        "products, or each layer. Less memory, more compute.",
+    )
+    scan_layers: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile one layer and loop over them: compiles faster. auto: on accelerators.",
+    )
     log_prob_chunk: int = Field(256, ge=1, description="Time steps whose logits exist at once.")
     expert_chunk: int = Field(
         4096, ge=1, description="Tokens that a device sends to their experts at once."

@@ -14,25 +14,31 @@ T = TypeVar("T")
 class OptimizerSection(Section):
     """AdamW with a schedule, built with optax."""
 
-    learning_rate: float = Field(gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    learning_rate: float = Field(gt=0, description="Its highest value.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="How it falls after the warm-up, to the stage's last step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Updates over which it rises linearly.")
     final_fraction: float = Field(
         0.0, ge=0, le=1, description="Floor of cosine/linear as a share of learning_rate."
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of Adam's second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled, as in AdamW.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="A gradient with a larger global norm is scaled down to it."
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the first moment; bfloat16 takes less memory."
+    )
 
 
 class _WeightChange(Section):
     """From optimizer step `step` on, a term of the loss has the weight `weight`."""
 
-    step: int = Field(ge=0)
-    weight: float = Field(ge=0)
+    step: int = Field(ge=0, description="The first one with this weight.")
+    weight: float = Field(ge=0, description="Of the loss of multi-token prediction.")
 
 
 class BalanceSection(Section):

@@ -13,7 +13,7 @@ from r1jax.settings.section import Section
 class RewardSection(Section):
     """One term of the reward, under a name of its own: the sum of weight x value."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, description="Of this term in the sum.")
     function: str | None = Field(
         None,
         description="Registered name, package.module:function or, beside the config, "
@@ -33,7 +33,9 @@ class RewardSection(Section):
     domains: list[str] | None = Field(
         None, min_length=1, description="Rows of these domains only; default: all rows."
     )
-    options: JsonObject = Field(default_factory=dict)
+    options: JsonObject = Field(
+        default_factory=dict, description="What the function gets as its options."
+    )
 
     @model_validator(mode="after")
     def _function_or_model(self) -> RewardSection:
@@ -47,10 +49,12 @@ class RewardSection(Section):
 class VerifierSection(Section):
     """The worker processes in which rule rewards run."""
 
-    workers: int = Field(1, ge=1)
-    deadline_seconds: float = Field(5.0, gt=0)
-    memory_mb: int = Field(2048, ge=64)
-    tasks_per_worker: int = Field(10_000, ge=1, description="A worker is recycled after so many.")
+    workers: int = Field(1, ge=1, description="Processes on each host.")
+    deadline_seconds: float = Field(5.0, gt=0, description="For one reward of one sample.")
+    memory_mb: int = Field(2048, ge=64, description="That one worker may use.")
+    tasks_per_worker: int = Field(
+        10_000, ge=1, description="A worker is replaced by a new one after this many rows."
+    )
     max_unreadable_share: float = Field(
         0.05,
         ge=0,

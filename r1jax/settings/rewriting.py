@@ -26,8 +26,10 @@ class RuleRewrite(Section):
     are, so a boxed answer is `\boxed{{answer}}`.
     """
 
-    kind: Literal["rule"] = "rule"
-    template: str = "<think>{thought}</think>\n\n{summary}"
+    kind: Literal["rule"] = Field("rule", description="By a template, without a model.")
+    template: str = Field(
+        "<think>{thought}</think>\n\n{summary}", description="The text, with placeholders."
+    )
     summary: str = Field(
         r"The final answer is \boxed{{answer}}.",
         description="The text of {summary}, with the other placeholders.",
@@ -49,12 +51,12 @@ class EndpointRewrite(Section):
     Its answer must contain the thought: turn a "reasoning parser" off, which removes `<think>`.
     """
 
-    kind: Literal["endpoint"] = "endpoint"
+    kind: Literal["endpoint"] = Field("endpoint", description="By a model on a server.")
     url: str = Field(description="Up to the version, such as http://localhost:8000/v1.")
     model: str = Field(min_length=1, description="Its name on the server.")
     instruction: _Instruction = None
-    max_new_tokens: int = Field(8192, ge=1)
-    temperature: float = Field(0.6, ge=0, le=2)
+    max_new_tokens: int = Field(8192, ge=1, description="Tokens of a rewritten text at most.")
+    temperature: float = Field(0.6, ge=0, le=2, description="Of the server's sampling.")
     api_key_env: str = Field(
         "OPENAI_API_KEY",
         description="Environment variable with the key; unset or empty for a server without keys.",
@@ -98,12 +100,16 @@ class EndpointRewrite(Section):
 class ModelRewrite(Section):
     """By a model of this run: an earlier train stage, or a name in `models`."""
 
-    kind: Literal["model"] = "model"
-    weights: str
+    kind: Literal["model"] = Field("model", description="By a model of this run.")
+    weights: str = Field(description="An earlier train stage, or a name in models.")
     instruction: _Instruction = None
-    template: Literal["chat", "r1_zero", "plain"] = "chat"
-    max_new_tokens: int = Field(8192, ge=1)
-    drafts_per_batch: int = Field(32, ge=1)
+    template: Literal["chat", "r1_zero", "plain"] = Field(
+        "chat", description="In which the instruction and the draft are put; as of datasets."
+    )
+    max_new_tokens: int = Field(8192, ge=1, description="Tokens of a rewritten text at most.")
+    drafts_per_batch: int = Field(
+        32, ge=1, description="Drafts that are rewritten at once, over all processes."
+    )
     sampling: SamplingSection = SamplingSection(temperature=0.6)
     style: _Style = "think"
 

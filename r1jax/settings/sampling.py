@@ -13,10 +13,20 @@ from r1jax.settings.section import Section
 class SamplingSection(Section):
     """How completions are drawn. Temperature 0 is greedy."""
 
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off.")
-    min_p: float = Field(0.0, ge=0, lt=1)
+    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0: greedy.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Draw from the fewest tokens with this probability together; 1: off.",
+    )
+    top_k: int = Field(0, ge=0, description="Draw from the k likeliest tokens; 0: off.")
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Leave out tokens less likely than this times the likeliest; 0: off.",
+    )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="Strings that end a completion."
     )

@@ -18,15 +18,15 @@ from r1jax.settings.section import Section
 class LengthChange(Section):
     """From optimizer step `step` on, completions may have `tokens` tokens."""
 
-    step: int = Field(ge=0)
-    tokens: int = Field(ge=1)
+    step: int = Field(ge=0, description="The first one with this limit.")
+    tokens: int = Field(ge=1, description="Of a completion, at most.")
 
 
 class DataChange(Section):
     """From optimizer step `step` on, questions come from the dataset `data`."""
 
-    step: int = Field(ge=0)
-    data: str
+    step: int = Field(ge=0, description="The first one with this dataset.")
+    data: str = Field(description="A name in data.")
 
 
 Leaves = Literal["weights", "reward_model", "dataset", "evaluation"]
@@ -112,13 +112,18 @@ class Stage(Section):
     FUNCTIONS: ClassVar[str] = ""
     DESCRIPTION: ClassVar[StageDescription]
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_\-]*$", description="By which others refer to this stage."
+    )
     weights: str | None = Field(
         None,
         description="Where the stage's weights come from: an earlier train stage, `model`, or a "
         "name in `models`; default: the train stage before it, or `model`.",
     )
-    kind: str
+    kind: str = Field(
+        description="pretrain, sft, grpo, rejection_sampling, reward_model or evaluate; or one of "
+        "yours, package.module:Class."
+    )
 
     def datasets(self) -> list[tuple[str, str]]:
         """(key, dataset) of all datasets that the stage reads."""
@@ -183,8 +188,10 @@ class TrainStage(Stage):
         )
     )
 
-    checkpoint_every: int = Field(100, ge=1, description="Optimizer steps.")
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: int = Field(
+        100, ge=1, description="Optimizer steps between two checkpoints; there is one at the end."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="The newest ones that are kept.")
     max_bad_steps: int = Field(5, ge=1, description="Non-finite updates in a row before stopping.")
 
 
@@ -206,12 +213,14 @@ def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
 class EpochStage(TrainStage):
     """A train loop that goes through a dataset, for a number of epochs or steps."""
 
-    data: str
+    data: str = Field(description="The dataset to learn from, a name in data.")
     epochs: float | None = Field(None, gt=0, description="Passes over the data; or give steps.")
-    steps: int | None = Field(None, ge=1)
-    rows_per_step: int = Field(ge=1)
-    micro_batches: int = Field(1, ge=1)
-    log_every: int = Field(10, ge=1)
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; or give epochs.")
+    rows_per_step: int = Field(ge=1, description="Rows of one update, over all devices.")
+    micro_batches: int = Field(
+        1, ge=1, description="Parts that an update's rows are computed in; more take less memory."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.")
     held_out: str | None = Field(None, description="A dataset whose loss is measured.")
     held_out_every: int = Field(100, ge=1, description="Steps between two held-out losses.")
     optimizer: OptimizerSection

@@ -32,7 +32,7 @@ class EvaluateStage(Stage):
         description="A name in r1jax.settings.benchmarks, which gives data, rewards and settings "
         "that are not set here.",
     )
-    data: str
+    data: str = Field(description="The dataset of problems, a name in data.")
     rewards: (
         Annotated[list[str], Field(min_length=1)]
         | Annotated[dict[str, RewardSection], Field(min_length=1)]
@@ -43,15 +43,17 @@ class EvaluateStage(Stage):
         "stage alone; default: all of the config.",
     )
     problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
-    samples_per_problem: int = Field(16, ge=1)
-    problems_per_batch: int = Field(32, ge=1)
+    samples_per_problem: int = Field(16, ge=1, description="Completions of each problem, k.")
+    problems_per_batch: int = Field(
+        32, ge=1, description="Problems that are sampled at once, over all processes."
+    )
     samples_per_batch: int | None = Field(
         None,
         ge=1,
         description="Samples of a problem at once; default: all. Fewer take less memory, each part "
         "has a place in problems_per_batch, and the samples are the same.",
     )
-    max_new_tokens: int = Field(1024, ge=1)
+    max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
     sampling: EvaluationSampling = EvaluationSampling()
     lengths: PlannedLengths = None
 

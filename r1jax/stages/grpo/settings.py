@@ -45,10 +45,14 @@ class GRPOStage(TrainStage):
     rewards: list[str] | None = Field(
         None, min_length=1, description="The rewards to add up; default: all of the config."
     )
-    steps: int = Field(ge=1)
-    questions_per_step: int = Field(32, ge=1)
-    outputs_per_question: int = Field(16, ge=2)
-    mini_batches_per_rollout: int = Field(1, ge=1)
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    questions_per_step: int = Field(32, ge=1, description="Questions of one update.")
+    outputs_per_question: int = Field(
+        16, ge=2, description="Samples of a question: the group in which rewards are compared."
+    )
+    mini_batches_per_rollout: int = Field(
+        1, ge=1, description="Updates from the samples of one rollout phase (paper: 16)."
+    )
     micro_batches: int = Field(
         1,
         ge=1,
@@ -58,7 +62,9 @@ class GRPOStage(TrainStage):
     rollout_batches: int = Field(
         1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
     )
-    max_new_tokens: Annotated[int | list[LengthChange], AfterValidator(check_changes)] = 1024
+    max_new_tokens: Annotated[int | list[LengthChange], AfterValidator(check_changes)] = Field(
+        1024, description="Tokens of a completion at most; or which limit from which step on."
+    )
     length_bucket: int = Field(
         128, ge=1, description="The length of the packed rows is a multiple of this."
     )
@@ -72,7 +78,9 @@ class GRPOStage(TrainStage):
         "to when it was sampled, and only weigh them anew. The reference chooses for itself.",
     )
     mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
-    reference_refresh_every: int | None = Field(400, ge=1)
+    reference_refresh_every: int | None = Field(
+        400, ge=1, description="Steps after which the policy becomes the reference; null: never."
+    )
     optimizer: OptimizerSection
     samples_every: int = Field(10, ge=1, description="Steps between stored sample completions.")
     held_out: str | None = Field(

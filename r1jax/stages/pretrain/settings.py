@@ -29,12 +29,14 @@ class PretrainStage(TrainStage):
     )
 
     kind: str = "pretrain"
-    data: str
-    steps: int = Field(ge=1)
-    rows_per_step: int = Field(ge=1)
-    row_tokens: int = Field(ge=8)
-    micro_batches: int = Field(1, ge=1)
-    log_every: int = Field(10, ge=1)
+    data: str = Field(description="The dataset whose texts are learned, a name in data.")
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    rows_per_step: int = Field(ge=1, description="Rows of one update, over all devices.")
+    row_tokens: int = Field(ge=8, description="Tokens of a row, which texts are packed into.")
+    micro_batches: int = Field(
+        1, ge=1, description="Parts that an update's rows are computed in; more take less memory."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.")
     mtp_weight: MTPWeight = 0.0
     balance: BalanceSection = BalanceSection()
     optimizer: OptimizerSection

@@ -29,11 +29,13 @@ class RejectionSamplingStage(Stage):
     )
 
     kind: str = "rejection_sampling"
-    data: str
+    data: str = Field(description="The dataset whose prompts are sampled, a name in data.")
     prompts: int | None = Field(None, ge=1, description="Default: the whole dataset.")
-    samples_per_prompt: int = Field(16, ge=1)
-    prompts_per_batch: int = Field(32, ge=1)
-    max_new_tokens: int = Field(1024, ge=1)
+    samples_per_prompt: int = Field(16, ge=1, description="Completions of each prompt.")
+    prompts_per_batch: int = Field(
+        32, ge=1, description="Prompts that are sampled at once, over all processes."
+    )
+    max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
     sampling: SamplingSection = SamplingSection()
     lengths: PlannedLengths = None
     rewards: list[str] | None = Field(

@@ -25,7 +25,9 @@ class SFTStage(EpochStage):
     )
 
     kind: str = "sft"
-    row_tokens: int = Field(ge=8)
+    row_tokens: int = Field(
+        ge=8, description="Tokens of a row, which conversations are packed into."
+    )
     mtp_weight: MTPWeight = 0.0
     balance: BalanceSection = BalanceSection()
 
