@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -112,19 +112,21 @@ _TYPES |= {bool: "true or false", type(None): "null"}
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: object) -> list[type]:
     """The types that a union is made of; a type that is none, alone."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
         return alternatives(arguments[0])
     if get_origin(annotation) in (Union, UnionType):
         return [part for each in arguments for part in alternatives(each)]
-    return [annotation]
+    return [cast(type, annotation)]
 
 
-def keys_of(section: Any) -> dict[str, FieldInfo]:
+def keys_of(section: object) -> dict[str, FieldInfo]:
     """The keys of a section; none for another type."""
-    if isinstance(section, type) and issubclass(section, BaseModel):
+    if not isinstance(section, type):
+        return {}
+    if issubclass(section, BaseModel):
         return section.model_fields
     if not dataclasses.is_dataclass(section):
         return {}
