@@ -10,6 +10,7 @@ samples.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -101,6 +102,7 @@ def main() -> None:
     )
     reference_params = jax.tree.map(jnp.copy, params)
 
+    seconds = []
     for repeat in range(8):
         start = time.perf_counter()
         options = GenerateOptions(SAMPLES, NEW_TOKENS, seed=0, step=repeat)
@@ -127,12 +129,14 @@ def main() -> None:
         state, metrics = step(state, batch)
         gap = float(metrics["sampler/gap_max"])
         end = time.perf_counter()
+        seconds.append(end - start)
         print(
             f"generate {rows * NEW_TOKENS / (sampled - start):8.0f} tok/s   "
             f"step {end - start:6.3f} s (rollout {sampled - start:.3f}, reference "
             f"{referenced - sampled:.3f}, update {end - referenced:.3f})   gap {gap:.1e}",
             flush=True,
         )
+    print(json.dumps({"step_seconds": seconds}))
 
 
 if __name__ == "__main__":

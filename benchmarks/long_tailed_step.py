@@ -1,0 +1,124 @@
+"""Seconds of a GRPO step on long-tailed lengths, as a stage takes it.
+
+The common shape of `rollout_and_update.py`, 16 prompts of 32 tokens x 8 samples; 8 of 512 token ids
+end a sample, so lengths are geometric with mean 64, and at most 512. A step is a rollout through
+slots, rewards, reference log-probs and one update of packed rows. `beside_peers.py` runs it in turn
+with other libraries.
+
+    python benchmarks/long_tailed_step.py [--slots N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from r1jax.data.prompts import Prompt
+from r1jax.grpo import GRPOConfig, group_advantages, init_train_state
+from r1jax.models import Decoder, Execution, ModelConfig, init_params
+from r1jax.rollouts.sampling import Completion
+from r1jax.sampler import GenerateOptions
+from r1jax.sampler.queue import QueuedPrompt, sample_queue
+from r1jax.settings.optimizer import OptimizerSection
+from r1jax.sharding import from_process_rows, make_layout, split_cpu
+from r1jax.stages.grpo.rows import TrainingSample, pack_updates, packed_shape
+from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.stage import log_prob_rows, make_log_probs, make_update
+
+PROMPTS, SAMPLES, PROMPT_TOKENS, LONGEST, STEPS = 16, 8, 32, 512, 8
+EOS_IDS = tuple(range(3, 11))  # 8 of 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", type=int, default=32)
+    slots = parser.parse_args().slots
+    split_cpu("cores")
+    config = ModelConfig(
+        "qwen3", 512, 128, 512, 4, 4, 2, 32, rope_theta=10_000.0, tie_word_embeddings=True
+    )
+    execution = Execution(
+        compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=32
+    )
+    model = Decoder(config, execution, make_layout({"data": -1}))
+    layout = model.layout
+    stage = GRPOStage(
+        name="rl",
+        data="questions",
+        steps=STEPS,
+        questions_per_step=PROMPTS,
+        outputs_per_question=SAMPLES,
+        max_new_tokens=LONGEST,
+        length_bucket=32,
+        loss=GRPOConfig(kl_coefficient=0.04),
+        checkpoint_every=STEPS,
+        optimizer=OptimizerSection(learning_rate=1e-4),
+    )
+    shape = packed_shape(stage, PROMPT_TOKENS, layout, layout, step=0)
+    optimizer = optax.adamw(1e-4)
+    params = init_params(jax.random.key(0), config, layout)
+    reference_params = jax.tree.map(jnp.copy, params)
+    state = init_train_state(params, optimizer)
+    log_probs_of = jax.jit(make_log_probs(stage, model, shape.micro_batches))
+    update = jax.jit(make_update(stage, model, optimizer, shape.micro_batches), donate_argnums=0)
+    tokens = np.random.default_rng(0).integers(11, 512, (PROMPTS, PROMPT_TOKENS)).astype(np.int32)
+    prompts = [QueuedPrompt(row, i) for i, row in enumerate(tokens)]
+
+    seconds = []
+    for step in range(STEPS):
+        start = time.perf_counter()
+        options = GenerateOptions(
+            SAMPLES, LONGEST, seed=0, step=step, eos_ids=EOS_IDS, slots=min(slots, 128)
+        )
+        samples = [
+            sample
+            for ended in sample_queue(
+                state.params, prompts, model, options, prompt_tokens=PROMPT_TOKENS
+            )
+            for sample in ended
+        ]
+        sampled = time.perf_counter()
+        samples.sort(key=lambda each: (each.prompt, each.sample))
+        rewards = np.asarray([each.tokens.sum() % 7 for each in samples], np.float32)
+        advantages = np.asarray(group_advantages(rewards.reshape(PROMPTS, SAMPLES)).values)
+        rows = [
+            TrainingSample(
+                Completion(
+                    Prompt(each.prompt, "", "", tokens[each.prompt], "", ""),
+                    each.sample,
+                    each.tokens,
+                    each.sampling_log_probs,
+                    each.finish,
+                    text="",
+                ),
+                float(advantage),
+                trained=True,
+            )
+            for each, advantage in zip(samples, advantages.reshape(-1), strict=True)
+        ]
+        (batch,) = pack_updates([rows], shape, layout).batches
+        batch = jax.tree.map(lambda leaf: from_process_rows(leaf, layout), batch)
+        reference = log_probs_of(reference_params, log_prob_rows(batch))
+        state, metrics = update(state, replace(batch, reference_log_probs=reference))
+        gap = float(metrics["sampler/gap_max"])
+        end = time.perf_counter()
+        lengths = [len(each.tokens) for each in samples]
+        seconds.append(end - start)
+        print(
+            f"step {end - start:6.3f} s (rollout {sampled - start:.3f}, the rest "
+            f"{end - sampled:.3f})   lengths: mean {np.mean(lengths):.0f}, max {max(lengths)}   "
+            f"gap {gap:.1e}",
+            flush=True,
+        )
+    print(json.dumps({"step_seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
