@@ -45,7 +45,7 @@ LAYOUTS: dict[str, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
     one_device = {"data": 1, "fsdp": 1, "tensor": 1}
     layouts = LAYOUTS[kind]

@@ -69,6 +69,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow  # three processes run a whole recipe
 def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path) -> None:
     ended(start(tmp_path / "one", 1), 0)
     said = ended(start(tmp_path / "two", 2), 0)

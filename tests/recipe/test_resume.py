@@ -28,7 +28,7 @@ DEATHS = [
     ("export", 1),
 ]
 # The same, less often: what every change is tried with.
-SOME_DEATHS = [("save", 1), ("samples", 2), ("sigterm_in_rollout", 3), ("save", 1)]
+SOME_DEATHS = [("sigterm_in_rollout", 3), ("save", 1)]
 
 
 def start(output: Path, cache: Path, point: str, number: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 SCRIPT = Path(__file__).parents[1] / "queue_on_a_mesh.py"
 ONE = {"data": 1}
@@ -24,6 +25,7 @@ CASES: list[list[Any]] = [
 ]
 
 
+@pytest.mark.slow  # a program is compiled for each of many meshes
 def test_a_sample_is_the_same_on_every_mesh() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(CASES)],

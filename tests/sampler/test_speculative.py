@@ -308,6 +308,7 @@ def test_a_model_without_the_module_is_refused() -> None:
         sample(prompts([4]), decoder(config), params)
 
 
+@pytest.mark.slow  # a program is compiled for each of many meshes
 def test_a_mesh_changes_nothing() -> None:
     """Samples, and an update of both losses, over four devices arranged as one and as others."""
     cases = [
