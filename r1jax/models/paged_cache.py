@@ -178,7 +178,7 @@ def _put_pages(
 def keep_current(
     cache: PagedCache, needed: Bool[Array, "shards slots"]
 ) -> tuple[PagedCache, Int[Array, "shards slots"]]:
-    """Move the current pages of these slots into the pool, and begin new ones for all.
+    """Copy the current pages of these slots into the pool.
 
     There have to be as many free pages as slots that need one.
 
@@ -187,7 +187,6 @@ def keep_current(
     """
     ids = free_pages(cache, needed)
     cache = _put_pages(cache, ids, cache.current, cache.current_filled)
-    cache = replace(cache, current_filled=jnp.zeros_like(cache.current_filled))
     return cache, jnp.where(needed, ids, -1)
 
 

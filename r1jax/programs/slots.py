@@ -23,8 +23,8 @@ from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import rows_at_once, slot_shape
 from r1jax.sampler.slots import (
     END,
-    KEEP_PAGES,
     TAKE,
+    WITHIN_PAGE,
     NewPrompts,
     SlotShape,
     SlotState,
@@ -108,6 +108,7 @@ class SlotRollout:
         of_all = expected_flops(
             config, self.prompts * self.samples, self.lengths, start=self.prompt_tokens
         )
+        filled_pages = 1 + (shape.steps - 1) / shape.page
         end_in_a_step = 1 - math.exp(-self.prompts * self.samples / work.steps)
         yield Program(
             f"{prefix}decode and refill",
@@ -117,17 +118,17 @@ class SlotRollout:
             resident,
             calls * decodes,
             makes="log",
-            turns=shape.steps,
+            turns=filled_pages,
             larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
             useful_flops=of_all / decodes,
             prepare=partial(prepare_slots, shape=shape, pages=round(self.pages_of_sample)),
             temporaries={"log": self.log_bytes},
-            trial_turns=shape.steps,
+            trial_turns=filled_pages,
             scopes={
                 PAGE_CHUNKS: work.chunks,
                 TAKE: end_in_a_step,
                 END: end_in_a_step,
-                KEEP_PAGES: 1 / shape.page,
+                WITHIN_PAGE: shape.steps / filled_pages,
             },
         )
 

@@ -33,6 +33,7 @@ from r1jax.models.decoder import (
     prefill,
     unstack_layers,
 )
+from r1jax.models.kv_cache import StackCache
 from r1jax.models.paged_attention import pages_at_once
 from r1jax.models.paged_cache import (
     PagedCache,
@@ -54,8 +55,9 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-# Scopes of conditionals: the planner is given how often each of them is taken.
-TAKE, END, KEEP_PAGES = "take_samples", "end_samples", "keep_pages"
+# Scopes, by which the planner is given how often conditionals are taken, and a loop's turns.
+TAKE, END = "take_samples", "end_samples"
+WITHIN_PAGE = "within_page"  # of the loop over steps that fill a page
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def decode_and_refill(
         )
 
     def advance(
-        carry: tuple[SlotState, SlotLog, jax.Array],
+        pages: dict[str, StackCache], carry: tuple[SlotState, SlotLog, jax.Array]
     ) -> tuple[SlotState, SlotLog, jax.Array]:
         state, log, busy = carry
         can_take = jnp.any((state.queued > 0)[:, None] & ~state.running)
@@ -359,9 +361,13 @@ def decode_and_refill(
             state.reads,
         )
         hidden, cache, experts = decode_slots(
-            layers, new, state.cache, model, record_experts=shape.record_experts
+            layers,
+            new,
+            replace(state.cache, pages=pages),
+            model,
+            record_experts=shape.record_experts,
         )
-        cache = replace(cache, current_filled=filled | (now & running[..., None]))
+        cache = replace(cache, pages={}, current_filled=filled | (now & running[..., None]))
 
         # 3. Log it.
         def put(buffer: jax.Array, column: jax.Array) -> jax.Array:
@@ -387,18 +393,39 @@ def decode_and_refill(
             cache=cache,
         )
 
-        # 4. End samples, and move full pages into the pool.
+        # 4. End samples.
         ended = eos | (running & (state.lengths == shape.max_new_tokens))
         with jax.named_scope(END):
             state = jax.lax.cond(jnp.any(ended), lambda s: _end(s, ended, shape), _same, state)
-        with jax.named_scope(KEEP_PAGES):
-            state = jax.lax.cond(
-                entry == page - 1, partial(_keep_pages, model=model, shape=shape), _same, state
-            )
         return state, log, busy + running.sum()
 
+    def fill_page(
+        carry: tuple[SlotState, SlotLog, jax.Array],
+    ) -> tuple[SlotState, SlotLog, jax.Array]:
+        """Steps until the current pages are full, which then go into the pool.
+
+        In between, the pool is only read: it is no part of what the steps carry, where conditionals
+        would copy it.
+        """
+        state, log, busy = carry
+        begin = state.step
+
+        def within(carry: tuple[SlotState, SlotLog, jax.Array]) -> jax.Array:
+            step = carry[0].step
+            return ((step == begin) | (step % shape.page != 0)) & unfinished(carry)
+
+        with jax.named_scope(WITHIN_PAGE):
+            state, log, busy = jax.lax.while_loop(
+                within,
+                partial(advance, state.cache.pages),
+                (replace(state, cache=replace(state.cache, pages={})), log, busy),
+            )
+        state = replace(state, cache=replace(state.cache, pages=carry[0].cache.pages))
+        full = state.step % shape.page == 0
+        return _keep_pages(state, full, shape), log, busy
+
     carry = (state, log, jnp.int32(0))
-    state, log, busy = jax.lax.while_loop(unfinished, advance, carry)
+    state, log, busy = jax.lax.while_loop(unfinished, fill_page, carry)
 
     def whole(leaf: jax.Array) -> jax.Array:
         return model.layout.constrain(leaf, (None,) * leaf.ndim)
@@ -546,20 +573,21 @@ def _end(state: SlotState, ended: jax.Array, shape: SlotShape) -> SlotState:
     )
 
 
-def _keep_pages(state: SlotState, model: Decoder, shape: SlotShape) -> SlotState:
-    """Move the current pages, which are full, into the pool; first make room for them."""
-    state = _make_room(state, shape)
-    needed = state.running & jnp.any(state.cache.current_filled, axis=-1)
+def _keep_pages(state: SlotState, full: Bool[Array, ""], shape: SlotShape) -> SlotState:
+    """Move the current pages into the pool if they are full; first make room for them."""
+    state = _make_room(state, full, shape)
+    needed = full & state.running & jnp.any(state.cache.current_filled, axis=-1)
     cache, ids = keep_current(state.cache, needed)
+    cache = replace(cache, current_filled=cache.current_filled & ~full)
     kept = (state.tables >= 0).sum(axis=-1)
     at = jnp.arange(shape.sample_pages) == kept[..., None]
     tables = jnp.where(at & needed[..., None], ids[..., None], state.tables)
     return _relist(replace(state, cache=cache, tables=tables), shape)
 
 
-def _make_room(state: SlotState, shape: SlotShape) -> SlotState:
+def _make_room(state: SlotState, full: Bool[Array, ""], shape: SlotShape) -> SlotState:
     """Where pages are short, the shortest samples go back to the front of the queue."""
-    needed = state.running & jnp.any(state.cache.current_filled, axis=-1)
+    needed = full & state.running & jnp.any(state.cache.current_filled, axis=-1)
     short = needed.sum(axis=1) - (~state.cache.used).sum(axis=1)
     gives = (state.tables >= 0).sum(axis=-1) + needed
     order = jnp.argsort(jnp.where(state.running, state.lengths, shape.max_new_tokens + 1), axis=1)
