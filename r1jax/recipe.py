@@ -20,6 +20,7 @@ from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
+from r1jax.evaluation.run_directory import read_run
 from r1jax.files import JsonObject
 from r1jax.lock import locked
 from r1jax.metrics.compilations import CompilationCounter, memory
@@ -29,6 +30,7 @@ from r1jax.metrics.watchdog import Watchdog
 from r1jax.peers import watched_peers
 from r1jax.planner.memory import check_memory, explained_out_of_memory
 from r1jax.processes import agree, distributed_process, wait_for_all
+from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.run.checkpointed import find_model
 from r1jax.run.record import Record, open_record
@@ -103,12 +105,14 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
     with ExitStack() as held:
         held.enter_context(_watchdog(resolved))
-        for line in check(resolved):
+        references = check(resolved)
+        for line in references:
             console.print(line, markup=False, soft_wrap=True)
         # A bucket cannot tell whether the process that holds a lock still lives.
         if jax.process_index() == 0 and files.copy is None:
             held.enter_context(locked(files.directory))
         record = open_record(config, files, selection.restart)
+        record.note_references(references)
         _check_needs(record, selected)
         if profile is not None:
             _check_profile(record, selected, profile)
@@ -134,6 +138,8 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         report = write_report(files.directory)
         files.push()
         console.print(f"Report: {files.home(report)}", soft_wrap=True)
+        for line in ending(read_run(files.directory), files.home(files.directory)):
+            console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

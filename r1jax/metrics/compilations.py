@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 import psutil
@@ -13,8 +15,34 @@ from r1jax.compilation_cache import cache_in_use
 # Recorded by jax._src.dispatch around every request for an executable, and by jax._src.compiler
 # before it looks into the persistent cache. (JAX's event of a miss is about writing.)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # what is next is compiled
 _REQUEST_EVENT = "/jax/compilation_cache/compile_requests_use_cache"
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+@contextmanager
+def watched_compilations(
+    begins: Callable[[str], None], ends: Callable[[str, float], None]
+) -> Iterator[None]:
+    """Calls `begins(function)` where the compiler starts on a function of this process, and
+    `ends(function, seconds)` where it is done."""
+
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
+        if event == _LOWERED_EVENT:
+            begins(_function(details))
+        elif event == _COMPILE_EVENT:
+            ends(_function(details), duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _function(details: Mapping[str, str | int]) -> str:
+    """The function that an event is about."""
+    return str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
 
 
 class CompilationCounter:
@@ -37,7 +65,7 @@ class CompilationCounter:
         if event == _COMPILE_EVENT:
             self.count += 1
             self.seconds += duration_secs
-            function = str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+            function = _function(details)
             if function in self._functions:
                 seconds = self._recompiled.get(function, 0.0) + duration_secs
                 self._recompiled[function] = seconds

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import jax
 
+_DEVICE = ("rollout", "update", "reward model")
+"""Spans in which this process waits for its devices."""
+
 
 @dataclass
 class _Heartbeat:
@@ -16,7 +19,8 @@ class _Heartbeat:
 
     stage: that runs; empty before the first one. step: finished work of it: optimizer steps, or
     prompts. spans: names of the open spans, the outermost first; last_span: closed last. beats:
-    so far; last_beat: its time, in seconds of `time.monotonic`.
+    so far; last_beat: its time, in seconds of `time.monotonic`. device_seconds: in spans that wait
+    for the devices, compilations included.
     """
 
     stage: str = ""
@@ -25,6 +29,7 @@ class _Heartbeat:
     last_span: str = ""
     beats: int = 0
     last_beat: float = field(default_factory=time.monotonic)
+    device_seconds: float = 0.0
 
     def begin_stage(self, stage: str) -> None:
         """A stage begins."""
@@ -40,6 +45,11 @@ class _Heartbeat:
         """Shows that the process makes progress."""
         self.beats += 1
         self.last_beat = time.monotonic()
+
+    @property
+    def waits_for_devices(self) -> bool:
+        """Whether the open spans are such that wait for the devices."""
+        return any(name in _DEVICE for name in self.spans)
 
     def __str__(self) -> str:
         """Such as `stage zero, step 12, in held_out > rollout`."""
@@ -64,9 +74,12 @@ def span(name: str) -> Iterator[None]:
     """
     HEARTBEAT.spans.append(name)
     HEARTBEAT.beat()
+    began = time.monotonic()
     try:
         with jax.profiler.TraceAnnotation(name):
             yield
     finally:
         HEARTBEAT.last_span = HEARTBEAT.spans.pop()
         HEARTBEAT.beat()
+        if name in _DEVICE and not HEARTBEAT.waits_for_devices:
+            HEARTBEAT.device_seconds += HEARTBEAT.last_beat - began

@@ -1,24 +1,29 @@
-"""One line about the progress of a stage: step, reward, length, tokens/s, time left."""
+"""One line about the progress of a stage: step, reward, length, tokens/s, times."""
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-_FIRST = "compiling the first step"  # on the bar until a step is done
+from r1jax.metrics.compilations import watched_compilations
+from r1jax.metrics.heartbeat import HEARTBEAT
 
 
 class Progress:
     """Progress of one stage, on the terminal.
 
     On a terminal it is a live bar. Elsewhere (a log file, CI) it is one plain line every
-    `every_seconds`, and one for the last step. In a process other than 0 it is silent.
-    `start`: steps already done, when resumed. `clock`: seconds, monotonic.
+    `every_seconds`, and one for the last step. In a process other than 0 it is silent. While XLA
+    compiles, the bar says what; a plain line does where that takes longer than `every_seconds`.
+    `stage`: its name, with which of the stages it is. `start`: steps already done, when resumed.
+    `clock`: seconds, monotonic.
 
         with Progress("zero", total=200) as progress:
             progress.update(1, {"reward": 0.4, "length": 120.0, "tokens_per_second": 5300.0})
@@ -41,6 +46,11 @@ class Progress:
         self._every_seconds = every_seconds
         self._clock = clock
         self._began = self._printed = clock()
+        self._shown, self._devices = self._began, HEARTBEAT.device_seconds
+        self._compiled = self._compiled_waiting = 0.0  # seconds; those within the devices' spans
+        self._step, self._text = start, "starting"
+        self._timer: threading.Timer | None = None
+        self._exit = ExitStack()
         self._bar: RichProgress | None = None
         if self._console.is_terminal and not self._silent:
             self._bar = RichProgress(
@@ -51,22 +61,24 @@ class Progress:
                 TextColumn("{task.fields[figures]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(stage, total=total, completed=start, figures=_FIRST)
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="starting")
 
     def update(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Shows that `step` steps are done, with `figures` (host numbers) in their order.
 
         `length` is shown in tokens, `tokens_per_second` as tok/s, others as numbers with their
-        names; None is left out.
+        names; None is left out. Then come the seconds of a step since the last call, without
+        compilations: of waiting for the devices, and of the rest, the host's.
         """
         if self._silent:
             return
         now = self._clock()
-        text = _figures(figures)
+        text = "  ".join(filter(None, (_figures(figures), self._times(step, now))))
         done = step - self.start
         if done > 0 and step < self.total:
             left = f"{_duration((now - self._began) / done * (self.total - step))} left"
             text = f"{text}  {left}" if text else left
+        self._text = text
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
             return
@@ -80,13 +92,50 @@ class Progress:
             self._line(message)
 
     def __enter__(self) -> Progress:
+        self._exit.enter_context(watched_compilations(self._begin_compiling, self._end_compiling))
+        self._exit.callback(self._stop_timer)
         if self._bar is not None:
             self._bar.start()
+            self._exit.callback(self._bar.stop)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def _times(self, step: int, now: float) -> str:
+        """Seconds of a step on the devices and on the host; "" where no step was done."""
+        steps, devices = step - self._step, HEARTBEAT.device_seconds
+        waited = devices - self._devices - self._compiled_waiting
+        host = max(now - self._shown - self._compiled - waited, 0.0)
+        self._step, self._shown, self._devices = step, now, devices
+        self._compiled = self._compiled_waiting = 0.0
+        if steps <= 0 or waited <= 0:
+            return ""
+        return f"device {waited / steps:.2g} s  host {host / steps:.2g} s"
+
+    def _begin_compiling(self, function: str) -> None:
+        if self._silent:
+            return
+        self._stop_timer()
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.update(self._task, figures=f"compiling {function}")
+            return
+        text = f"{self.stage}: compiling {function}"
+        self._timer = threading.Timer(self._every_seconds, self._line, [text])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end_compiling(self, function: str, seconds: float) -> None:
+        self._compiled += seconds
+        self._compiled_waiting += seconds if HEARTBEAT.waits_for_devices else 0.0
+        self._stop_timer()
+        if self._bar is not None:
+            self._bar.update(self._task, figures=self._text)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _line(self, text: str) -> None:
         # Literal text: a completion in a message must not be taken for rich's markup.

@@ -22,6 +22,7 @@ from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
 from r1jax.report.training import training
+from r1jax.report.warnings import warnings_of
 from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of
 
 
@@ -72,6 +73,7 @@ def _render(run: Run) -> str:
         started=str(run.info.get("started", ""))[:16].replace("T", " "),
         total=duration(wall_seconds(run)["total"]),
         missing=run.missing(),
+        warnings=warnings_of(run),
         sides=sides,
         problems=problems,
         comparison=_comparison(before, after),

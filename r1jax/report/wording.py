@@ -69,6 +69,11 @@ def value_of(figures: Summary, name: str) -> float | None:
     return None if value is None else float(value)
 
 
+def plural(count: int | None, noun: str) -> str:
+    """`1 problem`, `128 problems`; without a count only the noun."""
+    return f"{noun}s" if count is None else f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as text: 41 s, 6 min 12 s, 3 h 05 min."""
     if seconds < 9.95:

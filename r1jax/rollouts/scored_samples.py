@@ -62,7 +62,7 @@ def store_scored_samples(
     process = jax.process_index()
     with (
         Recorder(run.directory, process_index=process) as recorder,
-        Progress(stage.name, len(prompts), process_index=process) as progress,
+        Progress(run.label_of(stage), len(prompts), process_index=process) as progress,
         reward_scorer(rewards, run) as scorer,
     ):
         progress.print(f"{stage.name}: {report}")

@@ -117,6 +117,11 @@ class Record:
         self.content["stages"][stage.name]["machine"] = dict(figures)
         self._write()
 
+    def note_references(self, lines: Sequence[str]) -> None:
+        """Note what was said of reference answers that cannot be read, for the report."""
+        self.content["references"] = list(lines)
+        self._write()
+
     def status(self, name: str) -> str | None:
         """`running`, `done`, or None for a stage that has not begun."""
         status: str | None = self.content["stages"].get(name, {}).get("status")

@@ -59,6 +59,11 @@ class StageRun(ResolvedRun):
     stop: StopSignal
     profile: ProfiledSteps | None = None
 
+    def label_of(self, stage: Stage) -> str:
+        """A stage's name, and which of the run's stages it is, for the progress bar."""
+        names = [each.name for each in self.config.stages]
+        return f"{stage.name} (stage {names.index(stage.name) + 1} of {len(names)})"
+
 
 def resolve(config: RunConfig) -> ResolvedRun:
     """Raises ValueError where mesh, devices, models, tokenizers and vocabularies do not fit."""

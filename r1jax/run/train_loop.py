@@ -245,7 +245,7 @@ def train_loop(
                 clock = Clock(metadata["seconds"])
             recorder.rewind(metadata["metrics"])
             HEARTBEAT.set_step(step)
-            progress = Progress(stage.name, steps, start=step, process_index=process)
+            progress = Progress(run.label_of(stage), steps, start=step, process_index=process)
             stack.enter_context(progress)
             for note in notes:
                 progress.print(f"{stage.name}: {note}")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import pytest
 from rich.console import Console
 
+from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.metrics.progress import Progress
 
 
@@ -68,9 +73,62 @@ def test_figures_that_are_not_finite_and_long_times() -> None:
     assert out.getvalue() == "base 1/2  loss nan  inf tok/s  1:02:05 left\n"
 
 
-def test_the_bar_says_that_the_first_step_is_compiled() -> None:
+def test_the_bar_says_what_is_compiled_while_it_is() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with Progress("zero", 20, console=console):
-        pass
-    assert "compiling the first step" in out.getvalue()
+    with Progress("zero (stage 2 of 4)", 20, console=console) as progress:
+        assert "starting" in out.getvalue() and "zero (stage 2 of 4)" in out.getvalue()
+        seen = []
+        refresh = progress._bar.update  # type: ignore[union-attr]
+        progress._bar.update = lambda *a, **k: (seen.append(k["figures"]), refresh(*a, **k))  # type: ignore
+
+        def fresh_program(x: jax.Array) -> jax.Array:
+            return jnp.sin(x) + 0.125
+
+        jax.jit(fresh_program)(jnp.ones(3))
+    # What was shown before comes back.
+    begun = seen.index("compiling fresh_program")
+    assert seen[begun + 1] == "starting"
+
+
+def test_a_long_compilation_is_a_plain_line_elsewhere() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False, width=120)
+    with Progress("zero", 20, console=console, every_seconds=0.05) as progress:
+        progress._begin_compiling("update")
+        time.sleep(0.3)
+        progress._end_compiling("update", 0.3)
+        progress._begin_compiling("short")
+        progress._end_compiling("short", 0.0)
+        time.sleep(0.2)
+        progress._begin_compiling("left")
+    time.sleep(0.2)
+    assert out.getvalue() == "zero: compiling update\n"
+
+
+def test_times_of_the_devices_and_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=120)
+    monkeypatch.setattr(HEARTBEAT, "device_seconds", 5.0)
+    with Progress("zero", 4, console=console, every_seconds=0.0, clock=clock) as progress:
+        # Of 20 seconds, 12 were spent in an update, 4 of them on compiling it, and 2 on others.
+        HEARTBEAT.device_seconds += 12.0
+        with span("update"):
+            progress._end_compiling("update", 4.0)
+        progress._end_compiling("schedule", 2.0)
+        clock.now += 20
+        progress.update(2, {"reward": 0.5})
+        clock.now += 2
+        progress.update(3, {"reward": 0.5})
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("zero 2/4  reward 0.5  device 4 s  host 3 s  ")
+    assert "device" not in lines[1]  # nothing was waited for
+
+
+def test_nested_waiting_counts_once() -> None:
+    before = HEARTBEAT.device_seconds
+    with span("held_out"):
+        time.sleep(0.05)
+        with span("rollout"), span("reward model"):
+            time.sleep(0.05)
+    assert 0.05 <= HEARTBEAT.device_seconds - before < 0.1

@@ -136,8 +136,10 @@ def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_pat
         name = path.relative_to(whole)
         if path.suffix in (".jsonl", ".safetensors") and path.name != "timings.jsonl":
             assert path.read_bytes() == (run / name).read_bytes(), name
-    # Finished stages are skipped: nothing is left to say but where the report is.
-    assert start(run.parent, run.parent / "cache").strip().startswith("Report:")
+    # Finished stages are skipped: what is left to say is where the report is, the result and the
+    # next commands.
+    said = start(run.parent, run.parent / "cache").strip()
+    assert said.startswith("Report:") and "\nResult" in said and "\n  r1jax export " in said
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""What a run says at its end: what it reached, what to doubt, and the next commands."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import islice
+from pathlib import Path
+
+from r1jax.evaluation.metrics import Summary, votes
+from r1jax.evaluation.results import before_and_after
+from r1jax.evaluation.run_directory import Run, StageRecord, language_models
+from r1jax.report.plots import endpoints
+from r1jax.report.warnings import warnings_of
+from r1jax.report.wording import figure, plural
+
+_PROMPT = "What is 12 plus 7?"
+
+
+def ending(run: Run, home: Path) -> list[str]:
+    """The lines below that of the report; `home`: the run's directory for the user, or its address
+    on a bucket."""
+    lines = _result(run)
+    lines += [f"Warning: {warning.text}" for warning in warnings_of(run)]
+    return [*lines, "Next:", *(f"  {command}" for command in _commands(run, home))]
+
+
+def _result(run: Run) -> list[str]:
+    """Before -> after, of evaluations, else of held-out problems in training, else of curves."""
+    before, after = before_and_after(run)
+    old, new = ((each.summary if each else None) or {} for each in (before, after))
+    lines = []
+    if new or old:
+        problems = new.get("problems") or old.get("problems")
+        sides = [_weights(run, each) for each in (before, after) if each and each.summary]
+        of = f"{plural(problems, 'held-out problem')}, {' -> '.join(sides)}"
+        lines.append(f"Result, on {of}: {'; '.join(_changes(old, new))}")
+    for stage in () if new and old else run.stages:
+        rows = list(stage.rows("held_out.jsonl"))
+        if len(rows) > 1:
+            of = plural(rows[0].get("problems"), "held-out problem")
+            changes = "; ".join(_changes(rows[0], rows[-1]))
+            lines.append(f"Result of {stage.name}, on {of}: {changes}")
+        elif stage.description.trains:
+            lines += _ends_of_curve(stage)
+    return lines
+
+
+def _weights(run: Run, stage: StageRecord) -> str:
+    return run.weights_of(stage.name) or stage.name
+
+
+def _changes(old: Summary, new: Summary) -> list[str]:
+    k = votes(new or old)
+    names = [("pass@1", "pass_at_1", True)]
+    names += [(f"cons@{k}", f"cons_at_{k}", True)] if k > 1 else []
+    names.append(("mean length", "mean_length", False))
+    return [
+        f"{label} {' -> '.join(_figure(side, key, percent=percent) for side in (old, new) if side)}"
+        for label, key, percent in names
+        if any(side.get(key) for side in (old, new))
+    ]
+
+
+def _figure(summary: Summary, name: str, *, percent: bool) -> str:
+    shown = figure(summary.get(name), percent=percent)
+    interval = shown.interval.replace(" – ", ", ")
+    return f"{shown.value} [{interval}]" if interval else shown.value
+
+
+def _ends_of_curve(stage: StageRecord) -> list[str]:
+    columns = stage.columns("metrics.jsonl")
+    label, name = ("reward", "reward/mean") if "reward/mean" in columns else ("loss", "loss")
+    values = columns.get(name, ([], []))[1]
+    if not values:
+        return []
+    first, last = endpoints(values)
+    return [f"Result of {stage.name}: {label} {first:.3g} -> {last:.3g} (training, no interval)"]
+
+
+def _commands(run: Run, home: Path) -> list[str]:
+    where = shlex.quote(str(home))
+    if not language_models(home):
+        return [f"r1jax report {where}"]
+    last = next((s for s in reversed(run.stages) if s.description.leaves != "dataset"), None)
+    section = _data_section(run, last)
+    template, prompt = section.get("template") or "chat", _PROMPT
+    if template == "plain" and last is not None:  # such a prompt is shown as it was given
+        rows = (row for row in islice(last.rows("samples.jsonl"), 1))
+        given = next((str(row.get("prompt", "")) for row in rows), "")
+        prompt = given if 0 < len(given) <= 60 and given.isprintable() else prompt
+    evaluates = any(stage.is_evaluation for stage in run.stages)
+    return [
+        f"r1jax sample {where} --template {template} --prompt {shlex.quote(prompt)}",
+        f"r1jax eval {where}" + ("" if evaluates else " --benchmark math_500"),
+        f"r1jax report {where}",
+        f"r1jax export {where} DEST",
+    ]
+
+
+def _data_section(run: Run, stage: StageRecord | None) -> Summary:
+    """The settings of the data of a stage; of a mixture, those of its first part."""
+    sections = run.config.get("data") or {}
+    name = None if stage is None else stage.data
+    section: Summary = sections.get(name) or {}
+    parts = list(section.get("mixture") or {})
+    return sections.get(parts[0]) or {} if parts else section
