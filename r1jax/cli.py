@@ -10,6 +10,7 @@ or left at once by a second one) it does, too.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -75,6 +76,7 @@ Model: TypeAlias = Annotated[
         "checkpoint), a Hugging Face directory or a hub name."
     ),
 ]
+_SLICE = "A TPU slice, v5p:4x4x8 or v5p-256, with the config's settings for it."
 Overrides: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(
@@ -133,9 +135,7 @@ def run(
             "0. XProf and TensorBoard show what is in the stage's folder profile/.",
         ),
     ] = None,
-    slice_name: Annotated[
-        str | None, typer.Option("--slice", help="Use the config's settings for this slice.")
-    ] = None,
+    slice_name: Annotated[str | None, typer.Option("--slice", help=_SLICE)] = None,
 ) -> None:
     """Run a config's stages; the same command again resumes a run that was stopped."""
     from r1jax.config.load import load_config
@@ -152,7 +152,7 @@ def run(
     join_processes()
     if dry_run:
         selection.stages(settings)  # refuses names that are not there
-        _print_dry_run(settings)
+        _print_dry_run(settings, slice_name if _process() is None else None)
         return
     raise typer.Exit(recipe.run(settings, selection, profiled))
 
@@ -163,15 +163,12 @@ def plan(
     overrides: Overrides = None,
     slices: Annotated[
         list[str] | None,
-        typer.Option(
-            "--slice",
-            help="As of `run`: the slice, with the config's settings for it; may be repeated.",
-        ),
+        typer.Option("--slice", help=f"{_SLICE} May be repeated."),
     ] = None,
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="A TPU slice that need not be there, such as v5p:4x4x8; may be repeated."
+            help="A TPU slice with the config as it is, without settings for it; may be repeated."
         ),
     ] = None,
     mesh: Annotated[
@@ -211,6 +208,14 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Compile nothing: check config, mesh and batches, and estimate the memory. Needs "
+            "no TPU compiler.",
+        ),
+    ] = False,
 ) -> None:
     """Compile a run's programs for a slice; print their memory, work, traffic and time.
 
@@ -227,6 +232,8 @@ def plan(
     slice_names: Sequence[str | None] = slices or [None]
     settings = [load_config(config, shaped, name) for name in slice_names]
 
+    from r1jax.config.slices import slice_name
+    from r1jax.planner.check import check_slice, slice_or_stand_ins
     from r1jax.planner.plan import Case, PlanOptions, parse_mesh, plan_case
     from r1jax.planner.report import as_json, print_plans
     from r1jax.planner.topologies import attached, fake_devices, tpu_slice
@@ -234,7 +241,8 @@ def plan(
     if fake is not None:
         targets = [fake_devices(fake)]
     else:
-        targets = [tpu_slice(name) for name in slices or topology or ()] or [attached()]
+        find, names = slice_or_stand_ins if check else tpu_slice, slices or topology or ()
+        targets = [find(slice_name(name)) for name in names] or [attached()]
     # A config for each slice, or one for all.
     pairs = zip(settings if slices else settings * len(targets), targets, strict=True)
     cases = [
@@ -242,6 +250,10 @@ def plan(
         for each, target in pairs
         for text in mesh or ["config"]
     ]
+    if check:
+        for case in cases:
+            typer.echo("\n".join(check_slice(case, only)))
+        return
     console = _console()
     with console.status("planning") as status:
         options = PlanOptions(only, quick=quick, measure=measure, progress=status.update)
@@ -253,6 +265,71 @@ def plan(
         out.write_text(json.dumps(as_json(config, plans), indent=2) + "\n")
     if not any(each.fits for each in plans):
         raise typer.Exit(1)
+
+
+@app.command(hidden=True, context_settings={"ignore_unknown_options": True})
+def on_slice(accelerator: str, words: list[str]) -> None:
+    """Check `r1jax run WORDS` for a slice, as tpu_scripts/ do before they create one.
+
+    ACCELERATOR: of Cloud, such as v6e-64 or 2xv6e-64. Prints `--slice` and its name, a line each,
+    where the config has settings for the slice.
+    """
+    from r1jax.config.load import ConfigError, load_config, slices_of
+    from r1jax.config.slices import slice_name
+
+    parsed = typer.main.get_command(app).commands["run"].make_context("run", list(words)).params  # type: ignore[attr-defined]
+    config, given, name = parsed["config"], parsed["slice_name"], slice_name(accelerator)
+    if config.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        typer.echo(f"{config} is not checked: that needs pip install 'r1jax[gcs]' here", err=True)
+        return
+    known = {slice_name(each): each for each in slices_of(config)}
+    if given is not None and slice_name(given) in known and slice_name(given) != name:
+        raise ConfigError([f"--slice {given}: the slice of these scripts is {name}"])
+    chosen = known.get(name) if given is None else given
+    settings = load_config(config, parsed["overrides"] or (), chosen)
+    _check_files_beside(config, settings)
+
+    from r1jax.planner.check import check_slice, slice_or_stand_ins
+    from r1jax.planner.plan import Case
+    from r1jax.planner.topologies import is_slice
+    from r1jax.run.selection import Selection
+
+    restart = tuple(parsed["restart"] or ())
+    selection = Selection(parsed["only"], parsed["first"], parsed["last"], restart)
+    stages = selection.stages(settings)
+    if is_slice(name):
+        case = Case(settings, slice_or_stand_ins(name), settings.mesh)
+        typer.echo("\n".join(check_slice(case, stages)), err=True)
+    else:
+        unknown = "the planner does not know this slice: mesh, batches and memory are not checked"
+        typer.echo(f"{accelerator}: {unknown}", err=True)
+    if given is None and chosen is not None:
+        typer.echo(f"--slice\n{chosen}")
+
+
+def _check_files_beside(config: str, settings: RunConfig) -> None:
+    """Raises ConfigError for files beside a config, which the machines of a slice do not have."""
+    from r1jax.config.load import ConfigError
+    from r1jax.config.yaml_file import read_yaml
+
+    path = Path(config)
+    if not path.is_file():
+        return
+    missing = [name for name in settings.rewards if ".py:" in name]
+    missing += [str(e.function) for e in settings.rewards.values() if ".py:" in str(e.function)]
+    problems = [
+        f"{config}: rewards.{name}: only the config is copied to the slice; put the function into "
+        "a package that is installed there, and name it as package.module:function"
+        for name in missing
+    ]
+    base = (read_yaml(path.read_text(encoding="utf-8")).data or {}).get("base")
+    if base is not None and Path(str(base)).is_file():
+        problems.append(
+            f"{config}: base = {base}: only the config itself is copied to the slice; put both on "
+            "the bucket, or base it on a packaged config"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 @app.command()
@@ -683,14 +760,20 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
 
 
-def _print_dry_run(config: RunConfig) -> None:
-    """The config, devices, each weight, and the memory estimate."""
+def _print_dry_run(config: RunConfig, slice_given: str | None = None) -> None:
+    """The config, devices (of a slice, if one is given), each weight, and the memory estimate."""
     from rich.table import Table
 
     from r1jax.config.load import ConfigError, dump_config
+    from r1jax.config.slices import slice_name
+    from r1jax.planner.check import slice_or_stand_ins
     from r1jax.planner.dry_run import describe
+    from r1jax.planner.topologies import is_slice
 
-    description = describe(config)
+    target = None
+    if slice_given is not None and is_slice(slice_name(slice_given)):
+        target = slice_or_stand_ins(slice_name(slice_given))
+    description = describe(config, target)
     if _process():
         return
     typer.echo(dump_config(config))

@@ -194,6 +194,8 @@ def process_batch_slice(layout: Layout) -> BatchSlice:
     Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same slice,
     and read and score the same rows. Raises ValueError if two hold some, but not all, in common.
     """
+    if layout.stands_for is not None:
+        return BatchSlice(0, min(layout.stands_for.hosts, layout.shards("batch")))
     distinct = batch_slices(layout)
     if sum(map(len, distinct)) != layout.shards("batch"):
         processes = sorted({device.process_index for device in layout.mesh.devices.flat})

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import jax
@@ -59,6 +59,14 @@ ROLLOUT_RULES: Rules = {
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """What devices stand in for, where nothing is computed: their platform, on how many hosts."""
+
+    platform: str
+    hosts: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A mesh and the table of logical axes; hashable, so it can be a static argument.
 
@@ -67,10 +75,13 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
+    stands_for: StandIn | None = None
 
     @property
     def platform(self) -> str:
-        """Of the devices: `cpu`, `gpu` or `tpu`."""
+        """Of the devices, or of those that they stand in for: `cpu`, `gpu` or `tpu`."""
+        if self.stands_for is not None:
+            return self.stands_for.platform
         return str(self.mesh.devices.flat[0].platform)
 
     def spec(
@@ -251,7 +262,8 @@ def make_rollout_layout(
     sizes = _sizes(named, mesh.size, "mesh.rollout.axes")
     rules = _override(ROLLOUT_RULES, inherited or {}, {**mesh.shape, **named}, "mesh.rules")
     rules = _override(rules, overrides or {}, named, "mesh.rollout.rules")
-    return _layout(mesh.devices.reshape(sizes), named, rules)
+    rollout = _layout(mesh.devices.reshape(sizes), named, rules)
+    return replace(rollout, stands_for=training.stands_for)
 
 
 def _sizes(axes: Mapping[str, int], devices: int, field: str) -> list[int]:
@@ -334,11 +346,15 @@ def split_cpu(devices: int | Literal["cores"]) -> None:
     """Make JAX's CPU several devices, so that a batch split over them keeps every core busy.
 
     XLA runs the small operations of a decode loop on one core. Call it before JAX starts; later it
-    changes nothing. It does not affect accelerators.
+    changes nothing. It does not affect accelerators. XLA_FLAGS and JAX_NUM_CPU_DEVICES go before.
 
     Args:
       devices: `cores` is one per core, rounded down to a power of two, which batches divide by.
     """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if os.environ.get("JAX_NUM_CPU_DEVICES"):
+        return
     if devices == "cores":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         devices = 1 << ((cores or 1).bit_length() - 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# create.sh [--slice FILE] [--dry-run]
+# create.sh [--settings FILE] [--dry-run]
 #
 # Queues for the slices and returns when all of them are ready. Ready ones are left as they are; what
 # was preempted or failed is deleted and asked for again. Interrupted, the request stays in the queue
@@ -61,11 +61,11 @@ while :; do
           --zone="$ZONE" --format='value(state.failedData.error.message)' --quiet) || why=
         give_up "$NO_CAPACITY" "no slice: ${why:-the request failed, and nothing is said of why}"
       fi
-      "$SCRIPTS/delete.sh" --slice "$SLICE_FILE"
+      "$SCRIPTS/delete.sh" --settings "$SLICE_FILE"
       continue
       ;;
     gone*)
-      "$SCRIPTS/delete.sh" --slice "$SLICE_FILE"
+      "$SCRIPTS/delete.sh" --settings "$SLICE_FILE"
       continue
       ;;
   esac

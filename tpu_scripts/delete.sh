@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# delete.sh [--slice FILE] [--dry-run]
+# delete.sh [--settings FILE] [--dry-run]
 #
 # Deletes the slices, or the request for them, and all that is on their disks. What is on the bucket
 # stays.

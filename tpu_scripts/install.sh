@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# install.sh [--slice FILE] [--dry-run]
+# install.sh [--settings FILE] [--dry-run]
 #
 # Installs r1jax, as this checkout has it, on every worker. Workers that have the same files already
 # do nothing.

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# run.sh [--slice FILE] [--dry-run] CONFIG [KEY.PATH=VALUE]... [--from STAGE] ...
+# run.sh [--settings FILE] [--dry-run] CONFIG [KEY.PATH=VALUE]... [--from STAGE] ...
 #
-# A run from nothing to its end: create.sh, install.sh, launch.sh, watch.sh, and again from the top
-# after each preemption, up to RESTARTS times. It can be interrupted and called again at any time: it
-# takes up whatever is there. Gives up on any other failure. The slices stay; delete.sh ends the bill.
+# A run from nothing to its end: the planner checks it for the slice; then create.sh, install.sh,
+# launch.sh, watch.sh, and again from the top after each preemption, up to RESTARTS times. It can be
+# interrupted and called again at any time: it takes up whatever is there. Gives up on any other
+# failure. The slices stay; delete.sh ends the bill.
 
 . "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 read_options "$@"
 load_settings PROJECT ZONE SLICE ACCELERATOR_TYPE RUNTIME_VERSION BUCKET EXTRAS
-((${#ARGUMENTS[@]} > 0)) || give_up "$UNUSABLE" "which config? --help says more"
+check_run "$ACCELERATOR_TYPE"
 same_options
 
 # A slice that is preempted between two steps fails the later one.

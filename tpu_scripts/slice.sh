@@ -22,15 +22,15 @@ give_up() { # STATUS MESSAGE
   exit "$1"
 }
 
-# Takes --dry-run, --slice FILE and --help off the front; leaves the others in ARGUMENTS.
+# Takes --dry-run, --settings FILE and --help off the front; leaves the others in ARGUMENTS.
 read_options() {
   DRY_RUN=no
   SLICE_FILE=$SCRIPTS/slice.env
   while (($# > 0)); do
     case $1 in
       --dry-run) DRY_RUN=yes ;;
-      --slice)
-        (($# > 1)) || give_up "$UNUSABLE" "--slice needs a file"
+      --settings | --slice) # the latter is its name of before
+        (($# > 1)) || give_up "$UNUSABLE" "$1 needs a file"
         SLICE_FILE=$2
         shift
         ;;
@@ -54,7 +54,7 @@ read_options() {
 
 # The options again, for another script of this folder.
 same_options() {
-  OPTIONS=(--slice "$SLICE_FILE")
+  OPTIONS=(--settings "$SLICE_FILE")
   if [[ $DRY_RUN == yes ]]; then OPTIONS+=(--dry-run); fi
 }
 
@@ -177,10 +177,37 @@ on_every_worker() { # STEP ARGUMENT...
   return "$failed"
 }
 
-# Checks the words of `r1jax run` in ARGUMENTS, puts a config that is a file here on the bucket, and
-# leaves what a worker is to run in RUN.
-prepare_run() {
+# A Python that has r1jax's packages, to check runs here: PYTHON, or that of .venv, which is made.
+checking_python() {
+  local root=$1 python=${PYTHON:-python3}
+  if ! "$python" -c 'import jax, pydantic, typer' 2>/dev/null; then
+    python=$root/.venv/bin/python
+    if [[ ! -x $python ]]; then
+      say "making .venv with r1jax, to check the run; this happens once"
+      make --directory="$root" --quiet .venv/installed >&2
+    fi
+  fi
+  printf '%s' "$python"
+}
+
+# Checks the words of `r1jax run` in ARGUMENTS for a slice, by the planner: config, mesh, batches,
+# memory. Leaves `--slice NAME` in FOR_SLICE where the config has settings for the slice.
+check_run() { # SLICE, as `r1jax plan --slice` takes it
   ((${#ARGUMENTS[@]} > 0)) || give_up "$UNUSABLE" "which config? --help says more"
+  local slice=$1 root python said
+  root=$(dirname "$SCRIPTS")
+  if ((SLICES > 1)); then slice=${SLICES}x$slice; fi
+  python=$(checking_python "$root")
+  said=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m r1jax on-slice "$slice" -- \
+    "${ARGUMENTS[@]}") || give_up "$UNUSABLE" "nothing was created or started; see above for why"
+  FOR_SLICE=()
+  if [[ -n $said ]]; then FOR_SLICE=(--slice "${said##*$'\n'}"); fi
+}
+
+# Checks the words of `r1jax run` in ARGUMENTS for a slice, puts a config that is a file here on the
+# bucket, and leaves what a worker is to run in RUN.
+prepare_run() { # SLICE
+  check_run "$1"
   local config=${ARGUMENTS[0]} rest=("${ARGUMENTS[@]:1}") argument
   for argument in ${rest[@]+"${rest[@]}"}; do
     case $argument in
@@ -197,7 +224,8 @@ gs://$BUCKET/runs; for another folder there give output=gs://$BUCKET/..."
     config=gs://$BUCKET/$folder/$(basename "$config")
   fi
   # shellcheck disable=SC2034 # read by the scripts
-  RUN=("$config" "output=gs://$BUCKET/runs" ${rest[@]+"${rest[@]}"})
+  RUN=("$config" "output=gs://$BUCKET/runs" ${FOR_SLICE[@]+"${FOR_SLICE[@]}"}
+    ${rest[@]+"${rest[@]}"})
 }
 
 # Of the lines on standard input those that worker.sh printed, as NODE/WORKER STATE...

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# stop.sh [--slice FILE] [--dry-run]
+# stop.sh [--settings FILE] [--dry-run]
 #
 # Asks the run on every worker to save and leave (SIGTERM), and returns when it has. run.sh does not
 # start it again; the same launch.sh or run.sh goes on.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tail.sh [--slice FILE] [--dry-run] [NODE [WORKER]]
+# tail.sh [--settings FILE] [--dry-run] [NODE [WORKER]]
 #
 # Follows the log of one worker: by default of worker 0 of the first slice, which speaks for all.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# watch.sh [--slice FILE]
+# watch.sh [--settings FILE]
 #
 # Waits for the end of the run. Exit status 0: it finished; 143: it was preempted, and the same
 # launch.sh goes on; 10: stop.sh stopped it; 1: it failed, and the worker that did so first is named.

@@ -22,6 +22,7 @@ from pydantic import JsonValue
 
 from r1jax.config.expected import default_at
 from r1jax.config.packaged import find_config, read_mesh
+from r1jax.config.slices import slice_name
 from r1jax.config.yaml_file import ConfigError, KeyPath, read_yaml, show
 from r1jax.files import JsonObject
 
@@ -188,6 +189,8 @@ def read_text(path: Path) -> str:
 
 def put_slice(document: _Document, name: str) -> None:
     """Puts the settings of a slice on top."""
+    same = [each for each in document.slices if slice_name(each) == slice_name(name)]
+    name = name if name in document.slices else same[0] if same else name
     if name not in document.slices:
         known = ", ".join(document.slices)
         hint = f"it has settings for {known}" if known else "it has no slices"

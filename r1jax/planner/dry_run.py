@@ -10,7 +10,8 @@ from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
 from r1jax.models import declare
 from r1jax.models.parameters import abstract_weights, is_spec
-from r1jax.planner.memory import planning_of, too_large
+from r1jax.planner.memory import free_memory, planning_of, too_large
+from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
 from r1jax.run.models import LanguageModel
@@ -19,14 +20,21 @@ from r1jax.settings.stage import Stage
 from r1jax.sharding import Layout
 
 
-def describe(config: RunConfig) -> JsonObject:
+def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
     """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate, and lines
     about rows whose reference answers cannot be read. `too_large` has the stages for which the
     memory does not suffice.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
+
+    target: the slice, which need not be there; default: the devices of this machine.
     """
-    run = resolve(config)
+    if target is None:
+        run, free = resolve(config), free_memory(jax.local_devices()[0])
+        kind = jax.devices()[0].device_kind
+    else:
+        run, free = resolve(config, target.devices, target.stands_for), target.hbm
+        kind = target.name
     notes = check(run)
     layout, sampling = run.layouts
     planning = planning_of(run)
@@ -40,20 +48,21 @@ def describe(config: RunConfig) -> JsonObject:
         sizes[name] = sum(row["bytes"] for row in rows)
         memory.append({"what": f"{prefix}weights", "bytes": sizes[name]})
     for stage in config.stages:
-        memory += _stage_memory(stage, planning, sizes[config.model_of(stage.name)])
+        memory += stage_memory(stage, planning, sizes[config.model_of(stage.name)])
     return {
         "parameters": sum(math.prod(weight["shape"]) for weight in weights),
         "weights": weights,
         "memory": memory,
         "notes": notes,
-        "too_large": too_large(run, config.stages, planning),
-        "devices": f"{layout.mesh.size} x {jax.devices()[0].device_kind}, mesh "
-        + _shape(layout)
-        + ("" if layout.mesh == sampling.mesh else f"; while sampling {_shape(sampling)}"),
+        "too_large": too_large(config.stages, planning, free),
+        "devices": f"{layout.mesh.size} x {kind}, mesh "
+        + shape_of(layout)
+        + ("" if layout.mesh == sampling.mesh else f"; while sampling {shape_of(sampling)}"),
     }
 
 
-def _shape(layout: Layout) -> str:
+def shape_of(layout: Layout) -> str:
+    """The axes of a mesh with their sizes."""
     return ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
 
 
@@ -88,7 +97,7 @@ _LABELS = {
 _UNLISTED = ("weights", "policy", "batch")
 
 
-def _stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonObject]:
+def stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonObject]:
     """What a stage has in memory beside its model's weights, which are `weights` bytes."""
     largest: dict[str, int] = {}
     for program in load_functions(stage).programs(stage, planning).programs:

@@ -43,13 +43,12 @@ def sizes_of(program: Program) -> Counter[str]:
 
 def check_memory(run: ResolvedRun, stages: Sequence[Stage]) -> None:
     """Raises ConfigError, with a line for each stage that takes more memory than is free."""
-    if lines := too_large(run, stages, planning_of(run)):
+    if lines := too_large(stages, planning_of(run), free_memory(jax.local_devices()[0])):
         raise ConfigError(lines)
 
 
-def too_large(run: ResolvedRun, stages: Sequence[Stage], planning: Planning) -> list[str]:
-    """A line for each stage whose fullest program needs more than a device has free."""
-    free = free_memory(jax.local_devices()[0])
+def too_large(stages: Sequence[Stage], planning: Planning, free: float | None) -> list[str]:
+    """A line for each stage whose fullest program needs more than the `free` bytes of a device."""
     lines: list[str] = []
     if free is None:
         return lines
@@ -63,7 +62,7 @@ def too_large(run: ResolvedRun, stages: Sequence[Stage], planning: Planning) -> 
             f"its {fullest.name} needs {needed / _GIB:.4g} GiB on each device ({parts}), and "
             f"{free / _GIB:.4g} GiB are free. {_remedy(stage, fullest)}"
         )
-        lines += run.config.refusal(f"stages.{stage.name}", line).problems
+        lines += planning.config.refusal(f"stages.{stage.name}", line).problems
     return lines
 
 

@@ -17,7 +17,7 @@ from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program
 from r1jax.programs.program import NotPlanned, bytes_by_kind, longest_prompt
 from r1jax.rollouts.scoring import directory_section
-from r1jax.run.models import decoder_of, make_layouts
+from r1jax.run.models import Layouts, decoder_of, make_layouts
 from r1jax.run.resolve import check_divided, load_functions
 from r1jax.run.selection import Selection
 from r1jax.settings.kinds import describe_kind
@@ -132,6 +132,10 @@ class Case:
 _ALL = PlanOptions()
 
 
+class UnknownShapeError(ValueError):
+    """A model whose config.json cannot be had here."""
+
+
 def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     """Compile everything that a run's stages call for a slice, and add it up.
 
@@ -141,25 +145,32 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     is unknown.
     """
     config, mesh = case.config, case.mesh
-    chosen = [Selection(only=name).stages(config)[0] for name in options.stages or ()]
     layout, rollout_layout = layouts = make_layouts(mesh, case.target.devices)
-    check_divided(config, layouts)
+    planned = planned_stages(config, options.stages)
+    check_divided(config, layouts, planned)
     # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)
-    planning = Planning(config, _decoders(config, layout), rollout_layout, compiler.output_specs)
+    planning = replace(planning_for(config, layouts), output_specs=compiler.output_specs)
     return Plan(
         target=target.name,
         mesh=dict(layout.mesh.shape),
         devices=layout.mesh.size,
         hbm=target.hbm,
-        stages=tuple(
-            _plan_stage(stage, planning, compiler, target, options)
-            for stage in config.stages
-            if not chosen or stage.name in chosen
-        ),
+        stages=tuple(_plan_stage(stage, planning, compiler, target, options) for stage in planned),
         sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
     )
+
+
+def planned_stages(config: RunConfig, names: Sequence[str] | None) -> list[Stage]:
+    """The stages of these names; None: all. Raises ValueError for a name that is not there."""
+    chosen = [Selection(only=name).stages(config)[0] for name in names or ()]
+    return [stage for stage in config.stages if not chosen or stage.name in chosen]
+
+
+def planning_for(config: RunConfig, layouts: Layouts) -> Planning:
+    """What stages need to say their programs, by the shapes of the models alone."""
+    return Planning(config, _decoders(config, layouts.training), layouts.rollout)
 
 
 def distinct_stages(config: RunConfig) -> list[str]:
@@ -242,7 +253,7 @@ def _shape(section: ModelSection, where: str) -> ModelConfig:
     try:
         raw = section.config or hugging_face.find_config(str(section.path))
     except ValueError as error:
-        raise ValueError(
+        raise UnknownShapeError(
             f"{error}. Give its shape, which is all that a plan needs: "
             f"'{where}.config={{model_type: ..., hidden_size: ..., ...}}' (the keys of its "
             f"config.json), or a directory with that file as {where}.path"

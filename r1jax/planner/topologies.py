@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+
+from r1jax.sharding import StandIn
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,15 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Devices to plan for. `chip` is None where nothing is known about their speed."""
+    """Devices to plan for. `chip` is None where nothing is known about their speed.
+
+    stands_for: what they stand in for, where programs cannot be compiled for them.
+    """
 
     name: str
     devices: tuple[jax.Device, ...]
     chip: Chip | None
+    stands_for: StandIn | None = None
 
     @property
     def hbm(self) -> float | None:
@@ -113,11 +120,8 @@ class Slice:
         return links / self.chip.devices if links else 6.0
 
 
-def tpu_slice(name: str) -> Slice:
-    """A slice by its name, such as `v5p:4x4x8`, or several, `2xv5p:4x4x8`; none need be there.
-
-    Raises ValueError: no such slice, or no TPU compiler on this machine.
-    """
+def _parsed(name: str) -> tuple[int, str, str]:
+    """How many slices, of which kind, of which shape; ValueError where there are no such."""
     known = ", ".join(_example(chip) for chip in CHIPS)
     parts = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if parts is None or parts[2] not in CHIPS:
@@ -138,7 +142,43 @@ def tpu_slice(name: str) -> Slice:
             f"--topology {name}: a slice of {kind} has {chip.dimensions} dimensions, such as "
             f"{_example(kind)}"
         )
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+    return slices, kind, shape
+
+
+def is_slice(name: str) -> bool:
+    """Whether it is the name of a slice, or of several."""
+    try:
+        return bool(_parsed(name))
+    except ValueError:
+        return False
+
+
+def has_tpu_compiler() -> bool:
+    """Whether `tpu_slice` can be had on this machine."""
+    return importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
+
+
+def stand_ins(name: str) -> Slice:
+    """CPU devices in place of a slice, for checks and estimates; it is not known to the compiler.
+
+    Raises ValueError: no such slice, or JAX has started with fewer devices.
+    """
+    slices, kind, shape = _parsed(name)
+    chip, chips = CHIPS[kind], math.prod(map(int, shape.split("x")))
+    # A host has 4 chips; of the 2D kinds, up to 8 are on one.
+    hosts = slices * (1 if chip.dimensions == 2 and chips <= 8 else -(-chips // 4))
+    devices = fake_devices(slices * chips * chip.devices).devices
+    return Slice(name, devices, chip, StandIn("tpu", hosts))
+
+
+def tpu_slice(name: str) -> Slice:
+    """A slice by its name, such as `v5p:4x4x8`, or several, `2xv5p:4x4x8`; none need be there.
+
+    Raises ValueError: no such slice, or no TPU compiler on this machine.
+    """
+    slices, kind, shape = _parsed(name)
+    chip, known = CHIPS[kind], ", ".join(_example(chip) for chip in CHIPS)
+    if not has_tpu_compiler():
         raise ValueError(
             f"--topology {name} needs the TPU compiler: pip install 'r1jax[tpu]' (no TPU is "
             "needed); or use --fake-devices N"

@@ -28,7 +28,7 @@ from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
-from r1jax.sharding import Layout, make_layout, make_rollout_layout
+from r1jax.sharding import Layout, StandIn, make_layout, make_rollout_layout
 from r1jax.weights import hugging_face
 
 if TYPE_CHECKING:
@@ -42,9 +42,14 @@ class Layouts(NamedTuple):
     rollout: Layout
 
 
-def make_layouts(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Layouts:
+def make_layouts(
+    section: MeshSection,
+    devices: Sequence[jax.Device] | None = None,
+    stands_for: StandIn | None = None,
+) -> Layouts:
     """The devices (default: all), arranged as a config's mesh says."""
     training = make_layout(section.axes, section.rules, devices)
+    training = replace(training, stands_for=stands_for)
     if section.rollout is None:
         return Layouts(training, make_rollout_layout(training, inherited=section.rules))
     rollout = make_rollout_layout(
@@ -104,7 +109,7 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
     if section.max_position_embeddings is not None:
         config = replace(config, max_position_embeddings=section.max_position_embeddings)
     # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
-    backend = layout.mesh.devices.flat[0].platform
+    backend = layout.platform
     scan = section.scan_layers
     execution = Execution(
         param_dtype=jnp.dtype(section.param_dtype),

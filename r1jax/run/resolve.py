@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -33,7 +34,7 @@ from r1jax.run.reward_checks import (
 from r1jax.run.stop import StopSignal
 from r1jax.settings.model import MODEL
 from r1jax.settings.stage import DividedBy, Stage
-from r1jax.sharding import split_cpu
+from r1jax.sharding import StandIn, split_cpu
 
 if TYPE_CHECKING:
     from r1jax.programs import Planning, StagePrograms
@@ -65,11 +66,20 @@ class StageRun(ResolvedRun):
         return f"{stage.name} (stage {names.index(stage.name) + 1} of {len(names)})"
 
 
-def resolve(config: RunConfig) -> ResolvedRun:
-    """Raises ValueError where mesh, devices, models, tokenizers and vocabularies do not fit."""
-    split_cpu(config.mesh.cpu_devices)
+def resolve(
+    config: RunConfig,
+    devices: Sequence[jax.Device] | None = None,
+    stands_for: StandIn | None = None,
+) -> ResolvedRun:
+    """Raises ValueError where mesh, devices, models, tokenizers and vocabularies do not fit.
+
+    Args:
+      devices: those of the run, and what they stand in for; default: all that there are.
+    """
+    if devices is None:
+        split_cpu(config.mesh.cpu_devices)
     try:
-        layouts = make_layouts(config.mesh)
+        layouts = make_layouts(config.mesh, devices, stands_for)
     except ValueError as error:
         hint = "" if "devices" not in str(error) else " (`r1jax plan`: of other slices)"
         raise ConfigError([f"{config.place(('mesh',))}{error}{hint}"]) from error
@@ -125,7 +135,6 @@ def check(run: ResolvedRun) -> list[str]:
     for model in run.models.by_name.values():
         abstract_weights(model.decoder)
     check_divided(config, run.layouts)
-    _check_multiples(config, "processes", process_batch_slice(run.layouts.rollout).count)
     check_functions(config)
     check_reward_directories(config, run.layouts.training)
     lines = check_rows(config, run.models, run.datasets)
@@ -170,25 +179,35 @@ def _check_positions(run: ResolvedRun) -> None:
                 )
 
 
-def check_divided(config: RunConfig, layouts: Layouts) -> None:
-    """Raises ValueError where the mesh does not divide rows that are on the devices at once."""
-    _check_multiples(config, "batch", layouts.training.shards("batch"))
-    _check_multiples(config, "rollout_batch", layouts.rollout.shards("batch"))
-    _check_multiples(config, "time", layouts.training.shards("time"))
+def _parts(layouts: Layouts, by: DividedBy) -> int:
+    """Into how many parts a number of a stage is split."""
+    if by == "processes":
+        return process_batch_slice(layouts.rollout).count
+    layout = layouts.rollout if by == "rollout_batch" else layouts.training
+    return layout.shards("time" if by == "time" else "batch")
 
 
-def _check_multiples(config: RunConfig, by: DividedBy, parts: int) -> None:
-    for stage in config.stages:
+def check_divided(
+    config: RunConfig, layouts: Layouts, stages: Sequence[Stage] | None = None
+) -> None:
+    """Raises ConfigError where the mesh does not divide rows that are on the devices at once.
+
+    stages: default: all.
+    """
+    problems = []
+    for stage in config.stages if stages is None else stages:
         for number in stage.divided():
-            if number.by == by and number.value % parts:
+            if number.value % (parts := _parts(layouts, number.by)):
                 keys = re.findall(r"\w+", number.key)
                 place = config.place(("stages", stage.name, *keys[:1]))
-                raise ConfigError(
-                    [
-                        f"{place}stages.{stage.name}{number.key} = {number.value} is not a "
-                        f"multiple of {parts}, {_SPLITS[by]}; change one of the two"
-                    ]
+                remedy = number.remedy(parts)
+                problems.append(
+                    f"{place}stages.{stage.name}{number.key} = {number.value} is not a multiple of "
+                    f"{parts}, {_SPLITS[number.by]}; change one of the two"
+                    + (f", such as stages.{stage.name}.{remedy}" if remedy else "")
                 )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_examples(run: ResolvedRun) -> None:

@@ -54,7 +54,9 @@ class MeshSection(Section):
         None, description="Another arrangement of the same devices, to sample with."
     )
     cpu_devices: Annotated[int, Field(ge=1)] | Literal["cores"] = Field(
-        1, description="Devices that a CPU counts as; `cores`: one per core (a power of two)."
+        1,
+        description="Devices that a CPU counts as; `cores`: one per core (a power of two). "
+        "XLA_FLAGS=--xla_force_host_platform_device_count=8 goes before it.",
     )
 
     @model_validator(mode="after")

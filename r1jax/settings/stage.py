@@ -68,11 +68,23 @@ class Divided:
 
     key: behind `stages.NAME`, as in `.row_tokens`, or `: rows x samples`.
     by: axis of a training row, the batch axis while sampling, or processes, which share prompts.
+    divisor: the setting by which the value was divided, and what it is; such as micro_batches.
     """
 
     key: str
     value: int
     by: DividedBy
+    divisor: tuple[str, int] | None = None
+
+    def remedy(self, parts: int) -> str:
+        """A setting with which `parts` divide the number; "" where none is known."""
+        if self.divisor is None:
+            name = self.key.removeprefix(".")
+            return f"{name}={-(-self.value // parts) * parts}" if self.key[:1] == "." else ""
+        name, divisor = self.divisor
+        whole = self.value * divisor
+        fit = [n for n in range(1, divisor) if whole % n == 0 and whole // n % parts == 0]
+        return f"{name}={fit[-1]}" if fit else ""
 
 
 @dataclass(frozen=True)
@@ -207,7 +219,9 @@ def check_multiple(name: str, value: int, of: str, divisor: int, why: str = "") 
 
 def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
     """The rows of a micro-batch, which the mesh must divide."""
-    return Divided(".rows_per_step / micro_batches", rows_per_step // micro_batches, "batch")
+    divisor = ("micro_batches", micro_batches)
+    key = ".rows_per_step / micro_batches"
+    return Divided(key, rows_per_step // micro_batches, "batch", divisor)
 
 
 class EpochStage(TrainStage):

@@ -22,6 +22,7 @@ from r1jax.weights import hugging_face
 
 # Weights in billions, as the hub counts the tensors of each repository.
 PUBLISHED = {
+    "Qwen/Qwen2.5-1.5B": 1.54,
     "Qwen/Qwen2.5-Math-1.5B": 1.54,
     "Qwen/Qwen2.5-Math-7B": 7.62,
     "Qwen/Qwen2.5-14B": 14.8,
@@ -51,7 +52,7 @@ def test_shapes_agree_on_what_weights_do_not_tell() -> None:
     """Counting says nothing of norms and rotations."""
     maths, general, llama = (
         [shape_of(name) for name in PUBLISHED if part in name]
-        for part in ("Math", "Qwen2.5-1", "Llama")
+        for part in ("Math", "Qwen2.5-14B", "Llama")
     )
     assert {(c.rms_norm_eps, c.rope_theta, c.max_position_embeddings) for c in maths} == {
         (1e-6, 1e4, 4096)

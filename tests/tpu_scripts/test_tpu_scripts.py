@@ -119,7 +119,7 @@ class Cloud:
         (self.folder / name).write_text("\n".join(turns) + "\n")
 
     def command(self, script: str, *words: str, option: str | None = None) -> list[str]:
-        options = ["--slice", str(self.folder / "slice.env"), *([option] if option else [])]
+        options = ["--settings", str(self.folder / "slice.env"), *([option] if option else [])]
         return [str(SCRIPTS / script), *options, *words]
 
     def run(self, script: str, *words: str, status: int = 0, option: str | None = None) -> str:
@@ -371,7 +371,7 @@ def test_a_missing_file_says_what_to_copy(cloud: Cloud) -> None:
 @pytest.mark.parametrize("script", COMMANDS)
 def test_help_and_unknown_options(script: str, cloud: Cloud) -> None:
     said = cloud.run(script, option="--help")
-    assert said.startswith(f"{Path(script).name} [--slice FILE]") and said.endswith(".\n")
+    assert said.startswith(f"{Path(script).name} [--settings FILE]") and said.endswith(".\n")
     assert "#!" not in said and "\n. " not in said
     assert "there is no option --dryrun" in cloud.run(script, status=2, option="--dryrun")
 
@@ -383,6 +383,55 @@ def test_a_dry_run_calls_nothing(script: str, cloud: Cloud) -> None:
     assert cloud.calls() == [] and cloud.calls("gcloud") == [] and cloud.runs() == []
     assert not list(cloud.folder.glob("r1*"))
     assert bool(said) == (script != "watch.sh")
+
+
+# What is checked before anything is created
+
+STARTING = ["run.sh", "launch.sh", "gke/launch.sh"]
+
+
+@pytest.mark.parametrize("option", [None, "--dry-run"])
+@pytest.mark.parametrize("script", STARTING)
+def test_a_run_that_the_slice_would_refuse_creates_nothing(
+    script: str, option: str | None, cloud: Cloud
+) -> None:
+    (cloud.folder / "refused").write_text("rows = 8 is not a multiple of 16")
+    cloud.settings["SLICES"] = 2
+    cloud.save()
+    said = cloud.run(script, "mine", "seed=1", "--from", "rl", status=2, option=option)
+    assert "rows = 8 is not a multiple of 16" in said
+    assert "nothing was created or started" in said
+    assert cloud.calls() == [] and cloud.calls("gcloud") == []
+    (checked,) = (cloud.folder / "checks.log").read_text().splitlines()
+    slice_name = "2xv6e:4x4" if script.startswith("gke") else "2xv6e-16"
+    assert checked == f"-m r1jax on-slice {slice_name} -- mine seed=1 --from rl"
+
+
+@pytest.mark.parametrize("script", ["launch.sh", "gke/launch.sh"])
+def test_settings_for_the_slice_are_used(script: str, cloud: Cloud) -> None:
+    (cloud.folder / "settings_for").write_text("--slice\nv6e:4x4\n")
+    said = cloud.run(script, "tiny/r1_zero", "seed=1", option="--dry-run")
+    words = said.replace('", "', " ").replace("\\", "")
+    assert "output=gs://a-bucket/runs --slice v6e:4x4 seed=1" in words
+
+
+def test_the_first_run_of_the_readme_fits_the_example(cloud: Cloud) -> None:
+    """By the planner itself; on more chips it says what to change, and that is enough."""
+    cloud.environment["PYTHON"] = sys.executable
+    example = (SCRIPTS / "slice.env.example").read_text()
+    (cloud.folder / "slice.env").write_text(example)
+    first = "qwen2.5-1.5b/r1_zero_gsm8k"
+    said = cloud.run("run.sh", first, option="--dry-run")
+    assert "on v6e:4x4: mesh data 1, fsdp 16, tensor 1. The mesh divides the batches" in said
+    assert "GiB of a device" in said and "queued-resources create" in said
+
+    larger = example.replace("ACCELERATOR_TYPE=v6e-16", "ACCELERATOR_TYPE=v6e-64")
+    (cloud.folder / "slice.env").write_text(larger.replace("GKE_TOPOLOGY=4x4", "GKE_TOPOLOGY=8x8"))
+    refused = cloud.run("run.sh", first, option="--dry-run", status=2)
+    assert "is not a multiple of 64" in refused and "queued-resources" not in refused
+    change = re.findall(r"such as (\S+=\d+)", refused)
+    assert change == ["stages.rl.micro_batches=8"]
+    assert "fsdp 64" in cloud.run("gke/launch.sh", first, *change, option="--dry-run")
 
 
 # install.sh

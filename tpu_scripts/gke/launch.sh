@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
-# launch.sh [--slice FILE] [--dry-run] CONFIG [KEY.PATH=VALUE]... [--from STAGE] ...
+# launch.sh [--settings FILE] [--dry-run] CONFIG [KEY.PATH=VALUE]... [--from STAGE] ...
 #
-# Runs `r1jax run CONFIG ...` on GKE, as the JobSet that jobset.yaml describes, and returns; JobSet
-# itself starts it again after a preemption. The same command again changes nothing while it runs, and
-# goes on with a run that has ended. --dry-run prints the manifest, and the command that takes it.
+# Checks the run for the slice, starts `r1jax run CONFIG ...` on GKE, as the JobSet that jobset.yaml
+# describes, and returns; JobSet itself starts it again after a preemption. The same command again
+# changes nothing while it runs, and goes on with a run that has ended. --dry-run prints the manifest,
+# and the command that takes it.
 
 . "$(dirname "${BASH_SOURCE[0]}")/../slice.sh"
 read_options "$@"
 load_settings PROJECT SLICE BUCKET KUBE_CONTEXT SERVICE_ACCOUNT IMAGE GKE_ACCELERATOR GKE_TOPOLOGY \
   CHIPS_PER_HOST
-prepare_run
+case $GKE_ACCELERATOR in
+  tpu-v4-*) kind=v4 ;;
+  tpu-v5-lite-*) kind=v5e ;;
+  tpu-v5p-*) kind=v5p ;;
+  tpu-v6e-*) kind=v6e ;;
+  tpu7x*) kind=tpu7x ;;
+  *) kind=$GKE_ACCELERATOR ;; # which the planner does not know
+esac
+prepare_run "$kind:$GKE_TOPOLOGY"
 
 kubectl=(kubectl --context="$KUBE_CONTEXT" --namespace="$NAMESPACE")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# stop.sh [--slice FILE] [--dry-run]
+# stop.sh [--settings FILE] [--dry-run]
 #
 # Ends the run: its pods save and leave. What is on the bucket stays; the same launch.sh goes on.
 

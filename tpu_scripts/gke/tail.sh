@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tail.sh [--slice FILE] [--dry-run]
+# tail.sh [--settings FILE] [--dry-run]
 #
 # Follows the log of the first host of the first slice, which speaks for all.
 

@@ -145,13 +145,19 @@ class GRPOStage(TrainStage):
         phase = self.questions_per_step * self.mini_batches_per_rollout
         product = ": questions_per_step x outputs_per_question"
         return [
-            Divided(f"{product} / micro_batches", rows // self.micro_batches, "batch"),
+            Divided(
+                f"{product} / micro_batches",
+                rows // self.micro_batches,
+                "batch",
+                ("micro_batches", self.micro_batches),
+            ),
             Divided(product, rows, "rollout_batch"),
             Divided(".length_bucket", self.length_bucket, "time"),
             Divided(
                 ": questions_per_step x mini_batches_per_rollout / rollout_batches",
                 phase // self.rollout_batches,
                 "processes",
+                ("rollout_batches", self.rollout_batches),
             ),
         ]
 
