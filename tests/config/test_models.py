@@ -11,7 +11,7 @@ import huggingface_hub
 import jax
 import pytest
 
-from r1jax.config.load import load_config, slices_of
+from r1jax.config.load import load_config
 from r1jax.config.packaged import packaged_configs, packaged_shape
 from r1jax.models import ModelConfig, declare
 from r1jax.models.parameters import is_spec
@@ -75,9 +75,9 @@ def test_a_plan_of_a_packaged_model_asks_nobody(monkeypatch: pytest.MonkeyPatch)
         assert family.startswith(hugging_face.find_config(model)["model_type"][:5])
 
 
-def test_every_model_of_a_config_with_slices_is_packaged() -> None:
-    paths = {load_config(name).model.path for name in packaged_configs() if slices_of(name)}
-    assert paths == set(PUBLISHED)
+def test_every_model_of_a_packaged_config_is_packaged() -> None:
+    paths = {load_config(name).model.path for name in packaged_configs()}
+    assert paths - {None} == set(PUBLISHED)
 
 
 def test_a_run_is_told_where_its_model_is_not_the_planned_one(
