@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requi
 # The version the tests were written against.
 TORCH := torch==2.13.0
 
-.PHONY: demo demo-seeds r1-seeds quick test test-slow test-plans docs lint lock bench plan-all wheel \
-  clean
+.PHONY: demo demo-seeds r1-seeds quick test test-slow chaos test-plans docs lint lock bench plan-all \
+  wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -31,6 +31,12 @@ test: lint
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
+
+# Kills runs N times at random times: how many end with the bytes of one that was never killed?
+N ?= 200
+SEED ?= 0
+chaos: .venv/installed
+	$(BIN)/python tests/chaos.py --kills $(N) --seed $(SEED)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

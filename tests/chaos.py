@@ -25,9 +25,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -176,7 +176,7 @@ def finish(processes: Sequence[Process]) -> None:
 def kill(processes: Sequence[Process], chance: random.Random, whole: float) -> str | None:
     """Kills all at a random time, a random one first; what it did, or None if the run ended."""
     victim = chance.choice(processes)
-    wait(processes, chance.uniform(0, 0.3 * whole), lambda: False)
+    wait(processes, chance.uniform(0, 0.2 * whole), lambda: False)
     if chance.random() < 0.5:
         span = chance.choice(SPANS)
         wait(processes, whole, lambda: victim.doing().split(" > ")[-1].endswith(span))
@@ -225,6 +225,55 @@ def whole_run(kind: Kind, folder: Path) -> tuple[dict[str, bytes], float]:
     return results[0], seconds
 
 
+@dataclass
+class Tally:
+    """What has been done so far, of `wanted` kills; spans: in which of them runs were killed."""
+
+    wanted: int
+    kills: int = 0
+    runs: int = 0
+    equal: int = 0
+    spans: Counter[str] = field(default_factory=Counter)
+
+
+def one_run(
+    kind: Kind,
+    folder: Path,
+    wholes: Mapping[Kind, tuple[dict[str, bytes], float]],
+    tally: Tally,
+    seed: int,
+) -> None:
+    """Starts a run, kills it up to KILLS_A_RUN times, lets it end, and compares its files."""
+    chance = random.Random(f"{seed} {tally.runs}")
+    output, killed = folder / f"run-{tally.runs}", 0
+    wanted, seconds = wholes[kind]
+    processes = start(kind, output)
+    try:
+        while killed < min(KILLS_A_RUN, tally.wanted - tally.kills):
+            doing = kill(processes, chance, seconds)
+            if doing is None:
+                break
+            killed += 1
+            tally.spans[doing.rpartition(", ")[2].rpartition(" > ")[2].removeprefix("in ")] += 1
+            processes = start(kind, output)
+        finish(processes)
+        problem = ", ".join(differing(wanted, result(output)))
+    except SystemExit as error:
+        problem = str(error)
+    finally:
+        for process in processes:
+            process.kill()
+    tally.kills, tally.runs = tally.kills + killed, tally.runs + 1
+    tally.equal += not problem
+    verdict = f"NOT EQUAL: {problem} ({output})" if problem else "byte-equal"
+    say(
+        f"run {tally.runs} ({kind.name}): {killed} kills, {verdict}  [{tally.kills} of "
+        f"{tally.wanted} kills, {tally.equal} of {tally.runs} runs equal]"
+    )
+    if not problem:
+        shutil.rmtree(output)
+
+
 def import_everything() -> None:
     """So that a process which is started again does not import it again."""
     names = [module.name for module in pkgutil.walk_packages(r1jax.__path__, "r1jax.")]
@@ -252,41 +301,19 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="r1jax-chaos-"))
     say(f"seed {options.seed}, in {folder}")
     wholes = {kind: whole_run(kind, folder) for kind in dict.fromkeys(kinds)}
-    kills, runs, equal = 0, 0, 0
-    done: Counter[str] = Counter()
-    while kills < options.kills:
-        kind = kinds[runs % len(kinds)]
-        chance = random.Random(f"{options.seed} {runs}")
-        output, killed = folder / f"run-{runs}", 0
-        wanted, seconds = wholes[kind]
-        problem = ""
-        try:
-            processes = start(kind, output)
-            while killed < min(KILLS_A_RUN, options.kills - kills):
-                doing = kill(processes, chance, seconds)
-                if doing is None:
-                    break
-                killed += 1
-                done[doing.rpartition("in ")[2].rpartition(" > ")[2].split(",")[-1].strip()] += 1
-                processes = start(kind, output)
-            finish(processes)
-            problem = ", ".join(differing(wanted, result(output)))
-        except SystemExit as error:
-            problem = str(error)
-        kills, runs, equal = kills + killed, runs + 1, equal + (not problem)
-        verdict = f"NOT EQUAL: {problem} ({output})" if problem else "byte-equal"
-        say(
-            f"run {runs} ({kind.name}): {killed} kills, {verdict}  "
-            f"[{kills} of {options.kills} kills, {equal} of {runs} runs equal]"
-        )
-        if not problem:
-            shutil.rmtree(output)
-    say(f"kills by what ran: {', '.join(f'{name} {n}' for name, n in done.most_common())}")
+    tally = Tally(options.kills)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while tally.kills < options.kills:
+            one_run(kinds[tally.runs % len(kinds)], folder, wholes, tally, options.seed)
+    except KeyboardInterrupt:
+        say(f"stopped before {options.kills} kills")
+    say(f"kills by what ran: {', '.join(f'{name} {n}' for name, n in tally.spans.most_common())}")
     say(
-        f"{kills} kills in {runs} runs, seed {options.seed}: {equal} of {runs} runs ended with the "
-        "same bytes as a run that was never killed"
+        f"{tally.kills} kills in {tally.runs} runs, seed {options.seed}: {tally.equal} of "
+        f"{tally.runs} runs ended with the same bytes as a run that was never killed"
     )
-    return int(equal < runs)
+    return int(tally.equal < tally.runs)
 
 
 if __name__ == "__main__":

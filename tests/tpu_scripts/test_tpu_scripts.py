@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from r1jax.planner.topologies import has_tpu_compiler
 from r1jax.recipe import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
@@ -423,6 +424,9 @@ def test_the_first_run_of_the_readme_fits_the_example(cloud: Cloud) -> None:
     first = "qwen2.5-1.5b/r1_zero_gsm8k"
     said = cloud.run("run.sh", first, option="--dry-run")
     assert "on v6e:4x4: mesh data 1, fsdp 16, tensor 1. The mesh divides the batches" in said
+    (line,) = [line for line in said.splitlines() if "on v6e:4x4" in line]
+    if not has_tpu_compiler():  # whose devices are a little different
+        assert f"\n{line}\n" in (ROOT / "docs/pods.md").read_text()
     assert "GiB of a device" in said and "queued-resources create" in said
 
     larger = example.replace("ACCELERATOR_TYPE=v6e-16", "ACCELERATOR_TYPE=v6e-64")
