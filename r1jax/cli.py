@@ -322,7 +322,8 @@ def _check_files_beside(config: str, settings: RunConfig) -> None:
         "a package that is installed there, and name it as package.module:function"
         for name in missing
     ]
-    base = (read_yaml(path.read_text(encoding="utf-8")).data or {}).get("base")
+    data = read_yaml(path.read_text(encoding="utf-8")).data
+    base = data.get("base") if isinstance(data, dict) else None
     if base is not None and Path(str(base)).is_file():
         problems.append(
             f"{config}: base = {base}: only the config itself is copied to the slice; put both on "

@@ -29,6 +29,7 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
 
     target: the slice, which need not be there; default: the devices of this machine.
     """
+    free: float | None
     if target is None:
         run, free = resolve(config), free_memory(jax.local_devices()[0])
         kind = jax.devices()[0].device_kind
