@@ -21,7 +21,7 @@ from r1jax.models.latent_attention import (
     queries_and_latents,
     values_of_latents,
 )
-from r1jax.models.paged_attention import paged_attention, pages_at_once
+from r1jax.models.paged_attention import groups_if_kernel, paged_attention
 from r1jax.models.paged_cache import PagedCache, PageList, write_current
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
@@ -456,7 +456,7 @@ def decode_slots(
       Normalised activations, the cache, whose pages of the pool are only read, and experts
       [shards, slots, tokens, layers * k] or None.
     """
-    chunk = pages_at_once(cache.filled.shape[-1], model.layout.platform)
+    reads = groups_if_kernel(new.reads, *new.tokens.shape[1:], model)
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
         index = None if isinstance(layer, int) else layer
@@ -466,13 +466,13 @@ def decode_slots(
             entries = kv_cache.padded(entries, model)
             written = write_current(stored, entries, new.entry, index)
             current = written if index is None else _of_layer(written, layer)
-            rest: Any = (pages, current, new.reads, new.visible)
+            rest: Any = (pages, current, reads, new.visible, model)
             latent = model.config.latent
             if latent is not None:
                 wide = absorbed_queries(q, w["kv_up"], latent, current[0].shape[-1])
-                out = paged_attention(wide, *rest, layer=index, chunk=chunk)
+                out = paged_attention(wide, *rest, layer=index)
                 return values_of_latents(out, w["kv_up"], latent), written
-            return paged_attention(q, *rest, layer=index, chunk=chunk), written
+            return paged_attention(q, *rest, layer=index), written
 
         return of_slots
 

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from r1jax.models.kv_cache import LayerCache
-from r1jax.models.paged_cache import PageList
+from r1jax.models.config import Decoder
+from r1jax.models.kv_cache import LayerCache, entry_shapes, head_axes
+from r1jax.models.paged_cache import PageList, page_axes
+from r1jax.models.paged_kernel import (
+    PageGroups,
+    PartialSoftmax,
+    fits,
+    group_pages,
+    paged_softmax,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -30,59 +39,84 @@ def paged_attention(
     q: Float[Array, "shards slots tokens heads head_dim"],
     pages: LayerCache,
     current: LayerCache,
-    reads: PageList,
+    reads: PageList | PageGroups,
     visible: Bool[Array, "shards slots tokens page"],
+    model: Decoder,
     *,
     layer: Int[Array, ""] | None = None,
-    chunk: int,
 ) -> Float[Array, "shards slots tokens heads value_dim"]:
     """New tokens of each slot attend to the slot's pages, and to its current page.
 
-    The pages are read a chunk at a time, only as many as are listed. What softmax needs of them
-    (peak, sum, weighted values) is combined over the pages of a slot as in flash-decoding.
+    Only pages that are listed are read. What softmax needs of them (peak, sum, weighted values) is
+    combined over the pages of a slot as in flash-decoding.
 
     Args:
       pages: keys and values [shards, pages, kv_heads, page, head_dim]; latents are both, given
         once. With `layer`, those of its stack: its pages are read by index, no layer is copied.
       current: those of the current pages [shards, slots, kv_heads, page, head_dim], of the layer.
+      reads: groups of pages are read by the kernel, a list by XLA, a chunk at a time.
       visible: which entries of the current page each token attends to, one at least.
-      chunk: pages that are read at once.
     """
     shards, slots, tokens, heads, head_dim = q.shape
     kv_heads = current[0].shape[2]
-    scale = 1 / math.sqrt(head_dim)
     q = q.reshape(shards, slots, tokens, kv_heads, -1, head_dim)
     q = q.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, kv_heads, -1, head_dim)
+    seen = jnp.repeat(visible, heads // kv_heads, axis=2)
+    so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
+    if isinstance(reads, PageGroups):
+        so_far = _combine(so_far, _by_kernel(q, pages, reads, model, layer))
+    else:
+        so_far = _by_chunks(so_far, q, pages, reads, model, layer)
+    out = so_far.out / so_far.total[..., None]
+    out = out.reshape(shards, slots, kv_heads, tokens, -1, out.shape[-1])
+    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, tokens, heads, -1)
+    return out.astype(current[-1].dtype)
 
-    def partial_softmax(
-        q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [n, kv_heads, rows, d], keys [n, kv_heads, page, d], seen [n, #rows, page]."""
-        logits = jnp.einsum("nhrd,nhkd->nhrk", q, keys, preferred_element_type=jnp.float32)
-        logits = jnp.where(seen[:, None], logits * scale, _MASKED)
-        peak = jnp.max(logits, axis=-1)
-        weights = jnp.exp(logits - peak[..., None])
-        out = jnp.einsum(
-            "nhrk,nhkd->nhrd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        return peak, jnp.sum(weights, axis=-1), out
+
+def _partial_softmax(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+) -> PartialSoftmax:
+    """q [n, kv_heads, rows, d], keys [n, kv_heads, page, d], seen [n, #rows, page]."""
+    logits = jnp.einsum("nhrd,nhkd->nhrk", q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(seen[:, None], logits * (1 / math.sqrt(q.shape[-1])), _MASKED)
+    peak = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - peak[..., None])
+    out = jnp.einsum(
+        "nhrk,nhkd->nhrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return PartialSoftmax(peak, jnp.sum(weights, axis=-1), out)
+
+
+def _combine(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
+    """Of the same queries and different keys."""
+    peak = jnp.maximum(one.peak, other.peak)
+    parts = [(each, jnp.exp(each.peak - peak)) for each in (one, other)]
+    total, out = (
+        sum(getattr(each, name) * scale.reshape(*scale.shape, *extra) for each, scale in parts)
+        for name, extra in (("total", ()), ("out", (1,)))
+    )
+    return PartialSoftmax(peak, total, out)
+
+
+def _by_chunks(
+    so_far: PartialSoftmax,
+    q: jax.Array,
+    pages: LayerCache,
+    reads: PageList,
+    model: Decoder,
+    layer: jax.Array | None,
+) -> PartialSoftmax:
+    chunk = pages_at_once(reads.filled.shape[-1], model.layout.platform)
 
     def of_shard(
+        so_far: PartialSoftmax,
         q: jax.Array,
         pages: LayerCache,
-        current: LayerCache,
         listed: jax.Array,
         owners: jax.Array,
         filled: jax.Array,
-        visible: jax.Array,
-    ) -> jax.Array:
-        seen = jnp.repeat(visible, heads // kv_heads, axis=1)
-        start = partial_softmax(q, current[0], current[-1], seen)
-
-        def add(index: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    ) -> PartialSoftmax:
+        def add(index: jax.Array, old: PartialSoftmax) -> PartialSoftmax:
             def part(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk)
 
@@ -90,25 +124,67 @@ def paged_attention(
             of_layer = (ids,) if layer is None else (layer, ids)
             read = tuple(stored[of_layer] for stored in pages)
             queries = q.at[slots].get(mode="clip")
-            peak, total, out = partial_softmax(queries, read[0], read[-1], part(filled)[:, None])
-            old_peak, old_total, old_out = so_far
-            new_peak = old_peak.at[slots].max(peak, mode="drop")
-            old = jnp.exp(old_peak - new_peak)
-            new = jnp.exp(peak - new_peak.at[slots].get(mode="clip"))
-            return (
-                new_peak,
-                (old_total * old).at[slots].add(total * new, mode="drop"),
-                (old_out * old[..., None]).at[slots].add(out * new[..., None], mode="drop"),
+            new = _partial_softmax(queries, read[0], read[-1], part(filled)[:, None])
+            peak = old.peak.at[slots].max(new.peak, mode="drop")
+            kept = jnp.exp(old.peak - peak)
+            scale = jnp.exp(new.peak - peak.at[slots].get(mode="clip"))
+            return PartialSoftmax(
+                peak,
+                (old.total * kept).at[slots].add(new.total * scale, mode="drop"),
+                (old.out * kept[..., None]).at[slots].add(new.out * scale[..., None], mode="drop"),
             )
 
         with jax.named_scope(PAGE_CHUNKS):
-            _, total, out = jax.lax.fori_loop(0, chunks, add, start)
-        return out / total[..., None]
+            return jax.lax.fori_loop(0, chunks, add, so_far)
 
     chunks = -(-reads.count // chunk)
-    shard_axis = 0 if layer is None else 1
-    over_shards = jax.vmap(of_shard, in_axes=(0, shard_axis, 0, 0, 0, 0, 0))
-    out = over_shards(q, pages, current, reads.pages, reads.slots, reads.filled, visible)
-    out = out.reshape(shards, slots, kv_heads, tokens, -1, out.shape[-1])
-    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, tokens, heads, -1)
-    return out.astype(current[-1].dtype)
+    over_shards = jax.vmap(of_shard, in_axes=(0, 0, 0 if layer is None else 1, 0, 0, 0))
+    return over_shards(so_far, q, pages, reads.pages, reads.slots, reads.filled)
+
+
+def groups_if_kernel(
+    reads: PageList, slots: int, tokens: int, model: Decoder
+) -> PageList | PageGroups:
+    """Groups of pages where the TPU's kernel reads them, for a step of so many tokens a slot."""
+    config, layout = model.config, model.layout
+    heads, width = (1 if axis is None else layout.shards(axis) for axis in head_axes(model))
+    (kv_heads, key_width), (_, value_width) = (entry_shapes(model)[i] for i in (0, -1))
+    rows = tokens * config.num_attention_heads // kv_heads
+    kernel = layout.platform == "tpu" and model.execution.attention != "xla" and width == 1
+    if kernel and fits(slots, kv_heads // heads, rows, (key_width, value_width)):
+        return group_pages(reads, slots)
+    return reads
+
+
+def _by_kernel(
+    q: jax.Array,
+    pages: LayerCache,
+    groups: PageGroups,
+    model: Decoder,
+    layer: jax.Array | None,
+) -> PartialSoftmax:
+    """Each device reads its shard's pages, of its heads."""
+    layout, heads = model.layout, head_axes(model)[0]
+    if layer is None:
+        layer, pages = jnp.int32(0), tuple(stored[None] for stored in pages)
+
+    def of_device(
+        q: jax.Array, pages: LayerCache, groups: PageGroups, layer: jax.Array
+    ) -> PartialSoftmax:
+        interpret = layout.platform != "tpu"
+        partial = paged_softmax(q[0], pages, layer, groups, interpret=interpret)
+        return PartialSoftmax(*(x[None] for x in partial))
+
+    if layout.mesh.size == 1:
+        return of_device(q, pages, groups, layer)
+    of_heads = layout.spec(("slots", None, heads, None))
+    specs = (
+        of_heads,
+        layout.spec((None, *page_axes(model))),
+        layout.spec(("slots",)),
+        PartitionSpec(),
+    )
+    over_devices = jax.shard_map(
+        of_device, mesh=layout.mesh, in_specs=specs, out_specs=of_heads, check_vma=False
+    )
+    return over_devices(q, pages, groups, layer)

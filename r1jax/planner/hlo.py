@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from r1jax.models.paged_kernel import PAGE_KERNEL
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -216,7 +218,8 @@ def cost(
       unknown_trips: turns of loops whose number is not in the text (decoding until all have ended).
       largest_branch: of a conditional, count the branch that does most, else that with the least.
       scopes: where the data decides, by the beginning of the name of a `jax.named_scope`: turns of
-        the loop in it, or how often (0 to 1) the conditional in it takes the branch that does most.
+        the loop in it, or how often (0 to 1) the conditional in it takes the branch that does most;
+        of `PAGE_KERNEL`: the pages that a call reads.
     """
     counter = _Counter(module, unknown_trips, float(largest_branch), scopes or {})
     return counter.visit(module.computations[module.entry], 1.0)
@@ -279,8 +282,11 @@ class _Counter:
         elif each.opcode == "send" and "megascale_transfer_type" in each.rest:
             self._between_slices(each, computation, times)
         else:
-            flops = self._flops(each, computation)
-            moved = _bytes(each, computation, computations)
+            if each.name.startswith(PAGE_KERNEL):
+                flops, moved = _of_pages(each, computation, self._scopes.get(PAGE_KERNEL))
+            else:
+                flops = self._flops(each, computation)
+                moved = _bytes(each, computation, computations)
             if flops or moved:
                 self._operations.append(_Operation(flops, moved, times))
             if each.opcode == "fusion":  # collectives that were fused with the products beside them
@@ -518,6 +524,21 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     blocks = max(operands[0].sizes[-2:], default=1)
     square = 2.0 * queries.elements * keys.sizes[-2]
     return matrices * square * (blocks + 1) / (2 * blocks)
+
+
+def _of_pages(
+    each: _Instruction, computation: _Computation, pages: float | None
+) -> tuple[float, float]:
+    """FLOPs and bytes of the kernel that reads so many pages of a cache; default: all of them."""
+    operands = _operands(each, computation)
+    # Keys and values, or latents: [layers, 1, pages, heads, page, width].
+    pools = [shape for shape in operands if len(shape.sizes) == 6]
+    queries = next(shape for shape in operands if len(shape.sizes) == 4)
+    read = pools[0].sizes[2] if pages is None else pages
+    scores = sum(math.prod(pool.sizes[3:]) for pool in (pools[0], pools[-1]))
+    page = sum(math.prod(pool.sizes[3:]) * pool.bytes / pool.elements for pool in pools)
+    others = [shape for shape in operands if len(shape.sizes) != 6]
+    return 2.0 * queries.sizes[2] * scores * read, page * read + _hbm([*others, *each.shapes])
 
 
 # --- Bytes ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 from r1jax.models import Decoder
 from r1jax.models.paged_attention import PAGE_CHUNKS, pages_at_once
 from r1jax.models.paged_cache import page_axes
+from r1jax.models.paged_kernel import PAGE_KERNEL
 from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
@@ -126,6 +127,7 @@ class SlotRollout:
             trial_turns=filled_pages,
             scopes={
                 PAGE_CHUNKS: work.chunks,
+                PAGE_KERNEL: work.pages,
                 TAKE: end_in_a_step,
                 END: end_in_a_step,
                 WITHIN_PAGE: shape.steps / filled_pages,
