@@ -14,7 +14,7 @@ from r1jax.data.example import Example
 from r1jax.data.prompts import encode_prompt
 from r1jax.models import Decoder, right_padded, token_log_probs
 from r1jax.models.parameters import Params
-from r1jax.rollouts.sampling import bucket, decode, generate_options, pad_prompts, sample_batch
+from r1jax.rollouts.sampling import bucket, decode, generate_options, pad_prompts, sample_prompts
 from r1jax.run.checkpointed import find_model
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, generate_chunks
@@ -117,8 +117,9 @@ def sample(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    completions = sample_batch(model.params, encoded, language_model, options)
-    texts = [each.text for each in completions]
+    rounds = sample_prompts(model.params, encoded, language_model, options, batch=len(encoded))
+    completions = dict(each for ended in rounds for each in ended)
+    texts = [completions[i].text for i in range(len(completions))]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 

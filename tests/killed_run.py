@@ -77,8 +77,8 @@ def main() -> int:
     elif point == "sigterm_in_judging":
         die_in(RewardScorer, "submit", number, ask_to_stop)
     elif point == "sigterm_in_rollout":
-        die_in(sampling, "sample_batch", number + 1, kill)  # it is not gone on with
-        die_in(sampling, "sample_batch", number, ask_to_stop)
+        die_in(sampling, "sample_queue", number + 1, kill)  # it is not gone on with
+        die_in(sampling, "sample_queue", number, ask_to_stop)
     return recipe.run(load_config(sys.argv[3], sys.argv[4:]))
 
 

@@ -5,7 +5,7 @@ functions of this folder: `train_programs` for an update, `sampling_programs` fo
 """
 
 from r1jax.programs.program import Planning, Program, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.rollout import Rollout, sampling_programs
+from r1jax.programs.rollout import Rollout, by_slots, sampling_programs
 
 __all__ = [
     "Planning",
@@ -13,6 +13,7 @@ __all__ = [
     "Rollout",
     "StagePrograms",
     "TrainBatch",
+    "by_slots",
     "sampling_programs",
     "train_programs",
 ]

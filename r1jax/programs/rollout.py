@@ -37,6 +37,7 @@ from r1jax.rollouts.sampling import bucket
 from r1jax.rollouts.scoring import make_score, row_tokens, rows_at_once
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, grow, start
+from r1jax.sampler.queue import default_slots
 from r1jax.sampler.speculative import (
     decode_speculatively,
     grow_speculation,
@@ -310,9 +311,11 @@ def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling)
         lengths=lengths,
     )
     # Of all prompts, as far as their number is known.
-    queue = max(prompts, (wanted.limit or 0) * wanted.samples // samples)
+    queue = None
+    if wanted.limit is not None:
+        queue = max(prompts, wanted.limit * wanted.samples // samples)
     rollout = by_slots(batch, queue)
-    calls = 1.0 if rollout is batch else prompts / queue
+    calls = 1.0 if rollout is batch or queue is None else prompts / queue
     scorers = reward_models(stage, planning)
     resident = reward_model_weights(scorers)
     scoring = {**resident, "weights": abstract_weights(model)}
@@ -324,17 +327,28 @@ def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling)
     return StagePrograms(tuple(programs), tokens, "batch", tuple(rollout.notes()))
 
 
-def by_slots(batch: Rollout, prompts: int) -> Rollout | SlotRollout:
-    """A queue of so many prompts in place of a batch, where the settings give slots."""
-    if batch.sampling.slots is None:
+def by_slots(batch: Rollout, prompts: int | None = None) -> Rollout | SlotRollout:
+    """A queue of so many prompts in place of a batch; drafts are decoded a batch at a time.
+
+    Args:
+      prompts: None where their number depends on the data: at least a batch of them.
+    """
+    sampling = batch.sampling
+    if sampling.speculative:
         return batch
+    if sampling.slots is None:
+        slots = at_once = batch.prompts * batch.samples
+        if prompts is not None:
+            shards = batch.model.layout.shards("slots")
+            slots = default_slots(prompts * batch.samples, at_once, shards)
+        sampling = sampling.model_copy(update={"slots": slots})
     return SlotRollout(
         batch.model,
-        prompts,
+        batch.prompts if prompts is None else prompts,
         batch.samples,
         batch.prompt_tokens,
         batch.new_tokens,
-        batch.sampling,
+        sampling,
         batch.lengths or CutLognormal.equal(batch.new_tokens),
         batch.record_experts,
     )

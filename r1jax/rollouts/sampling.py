@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,11 +16,16 @@ from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
-from r1jax.processes import gather, max_over_processes, process_batch_slice
+from r1jax.processes import (
+    gather,
+    max_over_processes,
+    min_over_processes,
+    process_batch_slice,
+)
 from r1jax.rewards import RewardInput, RowScore
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
-from r1jax.sampler.queue import QueuedPrompt, QueueFigures, sample_queue
+from r1jax.sampler.queue import QueuedPrompt, QueueFigures, default_slots, sample_queue
 from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import from_process_rows, move_rows, to_process_rows
 
@@ -180,7 +186,8 @@ def pad_prompts(
     lengths = np.asarray([len(p.token_ids) for p in filled], np.int32)
     ids = np.asarray([p.id for p in filled], np.uint32)
     firsts = np.zeros(count, np.int32)
-    firsts[: len(prompts)] = 0 if first_samples is None else first_samples
+    if first_samples:
+        firsts[: len(first_samples)] = first_samples
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, firsts)))
 
 
@@ -191,33 +198,41 @@ def sample_prompts(
     options: GenerateOptions,
     *,
     batch: int,
-    first_samples: Sequence[int],
+    first_samples: Sequence[int] | None = None,
     figures: QueueFigures | None = None,
 ) -> Iterator[list[tuple[int, Completion]]]:
-    """Sample this process's prompts; gives completions as they end, `batch` prompts at a time.
+    """Sample this process's prompts; gives completions in the order in which they end.
 
-    With `options.slots` they come one by one, in the order in which they end. Every process takes
-    as many lists, some of which may be empty.
+    Every process takes as many lists, some of which may be empty. Speculative samples come a batch
+    at a time.
 
     Args:
+      batch: prompts of this process whose samples the memory is planned for, all at once.
       first_samples: see `pad_prompts`.
-      figures: is added to where there are slots.
+      figures: is added to.
 
     Returns:
       Each completion with its index, prompt * samples + sample.
     """
-    if options.slots is None:
-        for start in range(0, len(prompts), batch):
+    firsts = [0] * len(prompts) if first_samples is None else first_samples
+    if options.speculative:
+        for start in range(0, max_over_processes(len(prompts)), batch):
             part = slice(start, start + batch)
-            completions = sample_batch(
-                params, prompts[part], sampler, options, first_samples=first_samples[part]
+            completions = _sample_batch(
+                params, prompts[part], sampler, options, batch, firsts[part]
             )
             yield list(enumerate(completions, start=start * options.samples))
         return
+    if options.slots is None:
+        processes = process_batch_slice(sampler.decoder.layout).count
+        everywhere = max_over_processes(len(prompts)) * processes * options.samples
+        at_once = batch * processes * options.samples
+        shards = sampler.decoder.layout.shards("slots")
+        options = replace(options, slots=default_slots(everywhere, at_once, shards))
     model = sampler.decoder
     queued = [
         QueuedPrompt(np.asarray(prompt.token_ids, np.int32), prompt.id, first)
-        for prompt, first in zip(prompts, first_samples, strict=True)
+        for prompt, first in zip(prompts, firsts, strict=True)
     ]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     rounds = sample_queue(
@@ -240,7 +255,7 @@ def sample_prompts(
                 sample.prompt * options.samples + sample.sample,
                 Completion(
                     prompts[sample.prompt],
-                    first_samples[sample.prompt] + sample.sample,
+                    firsts[sample.prompt] + sample.sample,
                     sample.tokens,
                     sample.sampling_log_probs,
                     sample.finish,
@@ -260,23 +275,49 @@ def _texts(sampler: LanguageModel, samples: Sequence[tuple[np.ndarray, Finish]])
     return sampler.tokenizer.batch_decode(without_eos, clean_up_tokenization_spaces=False)
 
 
+def whole_batches(
+    rounds: Iterator[list[tuple[int, Completion]]], sizes: Sequence[int]
+) -> Iterator[list[Completion]]:
+    """Consecutive completions, each batch as soon as all processes have it and all before it.
+
+    Args:
+      rounds: from `sample_prompts`.
+      sizes: of the batches, in completions of this process.
+    """
+    ends = list(accumulate(sizes))
+    waiting: dict[int, Completion] = {}
+    whole = given = 0  # completions without a gap from the first on; batches
+    for ended in rounds:
+        waiting |= dict(ended)
+        while whole in waiting:
+            whole += 1
+        complete = int(min_over_processes(bisect_right(ends, whole)))
+        for number in range(given, complete):
+            first = ends[number - 1] if number else 0
+            yield [waiting.pop(i) for i in range(first, ends[number])]
+        given = complete
+
+
+# A process without prompts of a batch takes part in its programs.
+_NO_PROMPT = Prompt(0, "", "", np.zeros(1, np.int32), "", "")
+
+
 @span("rollout")
-def sample_batch(
+def _sample_batch(
     params: Params,
     prompts: Sequence[Prompt],
     sampler: LanguageModel,
     options: GenerateOptions,
-    *,
-    rows: int | None = None,
-    first_samples: Sequence[int] | None = None,
+    rows: int,
+    first_samples: Sequence[int],
 ) -> list[Completion]:
     """Sample every prompt; gives the completions on its process's host, prompt by prompt.
 
     Args:
-      rows, first_samples: see `pad_prompts`; a smaller last batch with `rows` compiles nothing new.
+      rows, first_samples: see `pad_prompts`; a smaller last batch compiles nothing new.
     """
     model = sampler.decoder
-    batch = pad_prompts(prompts, model, rows, first_samples)
+    batch = pad_prompts(prompts or [_NO_PROMPT], model, rows, first_samples)
     samples = generate(params, batch, model, options)
     if model.layout.shards("sample") > 1:  # a process's devices may hold some samples of a prompt
         samples = move_rows(samples, model.layout)
@@ -295,7 +336,7 @@ def sample_batch(
         completions.append(
             Completion(
                 prompts[i],
-                j + (first_samples[i] if first_samples else 0),
+                first_samples[i] + j,
                 tokens[i, j, :length],
                 samples.sampling_log_probs[i, j, :length],
                 Finish(int(finish[i, j])),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +14,14 @@ from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.progress import Progress
 from r1jax.metrics.recorder import Recorder
 from r1jax.models.parameters import Params
-from r1jax.processes import BatchSlice, gather, min_over_processes, process_batch_slice
+from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.rewards import RowScore
-from r1jax.rollouts.sampling import Completion, generate_options, sample_batch, sample_prompts
+from r1jax.rollouts.sampling import (
+    Completion,
+    generate_options,
+    sample_prompts,
+    whole_batches,
+)
 from r1jax.rollouts.scoring import (
     PendingRewards,
     RewardScorer,
@@ -113,52 +116,12 @@ def scored_batches(
 ) -> Iterator[list[JsonObject]]:
     """Sample parts of prompts and score every sample; gives the rows batch by batch.
 
-    Each process samples and scores its share of a batch; every process gets all rows, in order.
-    Of `batch` parts at once, over all processes. `params` is None where there are no parts.
+    All parts are one queue. Each process samples and scores its share of a batch; every process
+    gets all rows, in order. Of `batch` parts at once, over all processes. `params` is None where
+    there are no parts.
     """
-    if options.slots is None:
-        yield from _batch_by_batch(params, parts, sampler, scorer, options, batch)
-    elif parts:
-        yield from _by_queue(params, parts, sampler, scorer, options, batch)
-
-
-def _batch_by_batch(
-    params: Params | None,
-    parts: Sequence[PromptPart],
-    sampler: LanguageModel,
-    scorer: RewardScorer,
-    options: GenerateOptions,
-    batch: int,
-) -> Iterator[list[JsonObject]]:
-    layout = sampler.decoder.layout
-    share = process_batch_slice(layout)
-    for start in range(0, len(parts), batch):
-        assert params is not None
-        of_batch = parts[start : start + batch]
-        of_process = slice_of_process(of_batch, batch, share)
-        drawn = of_process or of_batch[-1:]  # a process without a prompt still takes part
-        completions = sample_batch(
-            params,
-            [prompt for prompt, _ in drawn],
-            sampler,
-            options,
-            rows=batch // share.count,
-            first_samples=[first for _, first in drawn],
-        )
-        completions = completions[: len(of_process) * options.samples]
-        scores = scorer.submit(completions).result()
-        yield _rows(completions, scores, scorer, layout, check=start == 0)
-
-
-def _by_queue(
-    params: Params | None,
-    parts: Sequence[PromptPart],
-    sampler: LanguageModel,
-    scorer: RewardScorer,
-    options: GenerateOptions,
-    batch: int,
-) -> Iterator[list[JsonObject]]:
-    """One queue of all parts. A batch is given as soon as it and all before it are complete."""
+    if not parts:
+        return
     assert params is not None
     layout, group = sampler.decoder.layout, options.samples
     share = process_batch_slice(layout)
@@ -167,36 +130,30 @@ def _by_queue(
         for start in range(0, len(parts), batch)
     ]
     of_process = [part for each in batches for part in each]
-    ends = list(accumulate(len(each) * group for each in batches))
-    completions: dict[int, Completion] = {}
     rules: dict[int, RowScore] = {}
     pending: list[tuple[list[int], PendingRewards]] = []
-    whole = given = 0  # completions without a gap from the first on; batches
-    for ended in sample_prompts(
-        params,
-        [prompt for prompt, _ in of_process],
-        sampler,
-        options,
-        batch=batch,
-        first_samples=[first for _, first in of_process],
-    ):
-        completions |= dict(ended)
-        pending.append(([i for i, _ in ended], scorer.submit([each for _, each in ended])))
-        while whole in completions:
-            whole += 1
-        complete = int(min_over_processes(bisect_right(ends, whole)))
-        if complete == given:
-            continue
+
+    def submitted() -> Iterator[list[tuple[int, Completion]]]:
+        for ended in sample_prompts(
+            params,
+            [prompt for prompt, _ in of_process],
+            sampler,
+            options,
+            batch=batch // share.count,
+            first_samples=[first for _, first in of_process],
+        ):
+            pending.append(([i for i, _ in ended], scorer.submit([each for _, each in ended])))
+            yield ended
+
+    first = 0  # completion of the batch
+    for of_batch in whole_batches(submitted(), [len(each) * group for each in batches]):
         for indices, each in pending:
             rules |= dict(zip(indices, each.rule_rows() or (), strict=False))
-        pending = []
-        for number in range(given, complete):
-            span = range(ends[number - 1] if number else 0, ends[number])
-            of_batch = [completions.pop(i) for i in span]
-            rule_rows = [rules.pop(i) for i in span] if rules else None
-            scores = scorer.with_models(of_batch, rule_rows)
-            yield _rows(of_batch, scores, scorer, layout, check=number == 0)
-        given = complete
+        pending.clear()
+        span = range(first, first + len(of_batch))
+        scores = scorer.with_models(of_batch, [rules.pop(i) for i in span] if rules else None)
+        yield _rows(of_batch, scores, scorer, layout, check=span.start == 0)
+        first = span.stop
 
 
 def _rows(

@@ -33,7 +33,7 @@ from r1jax.sharding import (
     to_process_rows,
 )
 
-_SLOTS = 64  # of a shard, unless the options say otherwise
+_SLOTS = 64  # of a shard: fewer leave a device idle
 _STEPS = 32  # between two returns to the host
 
 
@@ -91,6 +91,15 @@ class QueueFigures:
         return (self.busy - self.repeated) / max(self.slot_steps, 1)
 
 
+def default_slots(samples: int, at_once: int, shards: int) -> int:
+    """Slots over all devices, where the settings do not say how many.
+
+    A quarter of the samples, so that one that ends is followed by another; more where that leaves
+    devices idle; never more than a batch of the stage, which its memory is planned for.
+    """
+    return min(at_once, max(_SLOTS * shards, samples // 4))
+
+
 def slot_shape(
     model: Decoder, options: GenerateOptions, *, prompts: int, prompt_tokens: int
 ) -> SlotShape:
@@ -114,7 +123,9 @@ def slot_shape(
         steps=min(options.sync_every or _STEPS, options.max_new_tokens),
         record_experts=options.record_experts,
     )
-    at_most = slots * shape.sample_pages + shape.prompts * shape.prompt_pages + 1
+    # Of the prompts at hand, most of whose samples have ended. Where that is too few, they wait.
+    stored = min(shape.prompts, 8 * -(-slots // group) + 2)
+    at_most = slots * shape.sample_pages + stored * shape.prompt_pages + 1
     pages = at_most
     if options.cache_tokens is not None:
         pages = min(at_most, options.cache_tokens // (shards * page) - slots)

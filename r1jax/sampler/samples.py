@@ -150,7 +150,7 @@ class GenerateOptions:
         `r1jax.sampler.speculative`; other samples of the same distribution.
     record_experts: return the experts of each token, of prompts and completions.
     slots: of `sample_queue`: samples that decode at once, over all devices; default: 64 for each
-        part of the devices that has slots of its own.
+        part of the devices that has slots of its own. See `default_slots`.
     cache_tokens: of `sample_queue`: tokens that the KV cache has room for, over all devices;
         default: as many as all slots might need.
     page: of `sample_queue`: tokens in a page of the KV cache; default: 16 on a CPU, else 64.

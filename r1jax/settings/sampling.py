@@ -39,23 +39,24 @@ class SamplingSection(Section):
         None,
         ge=1,
         description="Samples that are decoded at once, over all devices: one that has ended makes "
-        "room for the next. Default: a batch, which waits for its longest sample.",
+        "room for the next. Default: a quarter of what is sampled, or 64 for each part of the "
+        "devices, but no more than a batch of the stage.",
     )
     cache_tokens: int | None = Field(
         None,
         ge=1,
-        description="With slots: tokens that the KV cache has room for, over all devices. Where it "
-        "is full, samples wait. Default: as many as the slots might need.",
+        description="Tokens that the KV cache has room for, over all devices. Where it is full, "
+        "samples wait. Default: as many as the slots might need.",
     )
 
     @model_validator(mode="after")
     def _slots_fit(self) -> SamplingSection:
-        if self.speculative and self.slots is not None:
-            raise ValueError(
-                "slots with speculative = true: drafts are decoded a batch at a time; set one only"
-            )
-        if self.cache_tokens is not None and self.slots is None:
-            raise ValueError("cache_tokens without slots: a batch has no budget; set slots, too")
+        for name in ("slots", "cache_tokens"):
+            if self.speculative and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} with speculative = true: drafts are decoded a batch at a time; set "
+                    "one only"
+                )
         return self
 
 

@@ -74,9 +74,10 @@ def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     assert "needs a multiple of 3 devices" in refused["refused"]
     (stage,) = good["stages"]
     programs = {program["name"]: program for program in stage["programs"]}
-    # All 64 tokens have one cache: it begins with room for 128.
-    assert list(programs) == ["prefill", "decode", "log-probs", "update"]
-    assert [program["calls"] for program in programs.values()] == [2, 2, 1, 1]
+    assert list(programs) == ["prefill", "decode and refill", "log-probs", "update"]
+    # 512 samples through 128 slots, 64 tokens each, of which a call decodes 32.
+    calls = [program["calls"] for program in programs.values()]
+    assert calls[1:] == [512 / 128 * 64 / 32, 1, 1]
     assert (stage["tokens"], stage["unit"]) == (32 * 16 * 64, "step")
 
     # By hand, in float32: 1 layer, hidden 96, inner 256, 4 + 2 x 2 heads of 24, 32 tokens tied.
@@ -86,8 +87,11 @@ def test_the_tiny_config_on_fake_devices(tmp_path: Path) -> None:
     assert update["memory"]["weights"] == update["memory"]["reference"] == weights
     assert update["memory"]["optimizer"] == 2 * weights + 2 * 4  # moments, and two counters
     assert update["total"] == sum(update["memory"].values())
-    # Keys and values of a device's 8 prompts: 16 samples of 64 new tokens, and 16 tokens each.
-    assert programs["decode"]["memory"]["cache"] == 2 * 4 * 8 * 2 * 24 * (16 * 64 + 16)
+    # Keys and values of a device's pages of 16 tokens: of 64 slots with 64 new tokens, which also
+    # fill one each, and of 16 prompts.
+    pages = 64 * (4 + 1) + 16 + 1
+    cache = programs["decode and refill"]["memory"]["cache"]
+    assert cache == pytest.approx(2 * 4 * 2 * 24 * 16 * pages, rel=0.02)
     # The update's products: 256 rows of 80 tokens a device; the scores cover the whole square, and
     # the last of a row's 80 logits is not needed, but 79 are padded to 80.
     forward = 256 * 80 * 2 * (matrices + 32 * 96 + 2 * 80 * 96)
@@ -327,20 +331,16 @@ def named(config: RunConfig, stage: str) -> dict[str, float]:
 
 
 def test_evaluations_within_a_stage_and_rewriting_models_are_planned() -> None:
-    rollout = ["prefill", "decode"]
+    rollout = ["prefill", "decode and refill"]
     held_out = "stages.zero.held_out=held_out"
     config = load_config("tiny/r1_zero", [held_out])
-    # 16 samples are a rollout's group: the same programs. Eight are not.
-    assert list(named(config, "zero"))[:3] == [*rollout, "log-probs"]
-    fewer = load_config("tiny/r1_zero", [held_out, "stages.zero.held_out_samples=24"])
-    programs = named(fewer, "zero")
-    assert list(programs)[:4] == [*rollout, "held-out prefill", "held-out decode"]
-    assert programs["held-out decode"] == 0 and programs["decode"] > 0
+    programs = named(config, "zero")
+    assert list(programs)[:4] == [*rollout, *(f"held-out {name}" for name in rollout)]
+    assert programs["held-out decode and refill"] == 0 and programs["decode and refill"] > 0
 
     rewrite = "stages.cold_start.rewrite={kind: model, weights: zero, max_new_tokens: 256}"
     programs = named(load_config("tiny/r1", [rewrite]), "cold_start")
-    names = ["prefill", "decode, cache of 128", "decode, cache of 256", "grow the cache"]
-    assert list(programs) == [*rollout, *(f"rewrite: {name}" for name in names)]
+    assert list(programs) == [*rollout, *(f"rewrite: {name}" for name in rollout)]
     assert not any(programs[name] for name in programs if name.startswith("rewrite"))
 
 

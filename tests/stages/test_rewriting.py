@@ -109,22 +109,29 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
 
     # Asked to stop in the third of five batches, it goes on with the fourth.
     stage, run = staged(tmp_path / "elsewhere", section)
-    sample_batch, asked = rewriting.sample_batch, []
+    whole_batches, sample_prompts = rewriting.whole_batches, rewriting.sample_prompts
+    batches, queued = [], []
 
-    def counted(params: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
-        asked.append([prompt.text for prompt in prompts])
-        run.stop.requested = len(asked) == 3
-        return sample_batch(params, prompts, *arguments, **options)
+    def counted(*arguments: Any) -> Any:
+        for batch in whole_batches(*arguments):
+            batches.append([completion.prompt.text for completion in batch])
+            run.stop.requested = len(batches) == 3
+            yield batch
 
-    monkeypatch.setattr(rewriting, "sample_batch", counted)
+    def watched(params: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        queued.append(len(prompts))
+        return sample_prompts(params, prompts, *arguments, **options)
+
+    monkeypatch.setattr(rewriting, "whole_batches", counted)
+    monkeypatch.setattr(rewriting, "sample_prompts", watched)
     with pytest.raises(Preempted, match="sampled: 6 of 9 drafts are rewritten"):
         rewrite(stage, run, drafts)
     run.stop.requested = False
     assert rewrite(stage, run, drafts) == texts
-    assert asked == [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
+    assert batches == [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
     # A whole log needs no model.
     assert rewrite(stage, run, drafts) == texts
-    assert len(asked) == 5
+    assert queued == [9, 3]
 
 
 def test_a_run_that_is_stopped_while_an_endpoint_rewrites_goes_on_there(

@@ -1,4 +1,4 @@
-"""Stages that sample through slots store the samples that they store batch by batch."""
+"""Stages store the same samples whatever the slots and the budget of their cache."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_slots_change_no_sample_and_no_order(tmp_path: Path) -> None:
+def test_slots_and_budget_change_no_sample_and_no_order(tmp_path: Path) -> None:
     sampling = {"temperature": 0.9}
-    batches = run(tmp_path / "batches", sampling)
-    slots = run(tmp_path / "slots", sampling | {"slots": 4, "cache_tokens": 256})
+    default = run(tmp_path / "default", sampling)
+    slots = run(tmp_path / "slots", sampling | {"slots": 3, "cache_tokens": 256})
     for name in ("00-zero/samples.jsonl", "01-after/samples.jsonl", "00-zero/held_out.jsonl"):
-        assert rows(slots / name) == rows(batches / name), name
+        assert rows(slots / name) == rows(default / name), name
     for a, b in zip(
-        rows(slots / "00-zero/metrics.jsonl"), rows(batches / "00-zero/metrics.jsonl"), strict=True
+        rows(slots / "00-zero/metrics.jsonl"), rows(default / "00-zero/metrics.jsonl"), strict=True
     ):
         assert abs(a["optimizer/grad_norm"] - b["optimizer/grad_norm"]) < 1e-3
     uses = [row.get("rollout/slot_use") for row in rows(slots / "00-zero/timings.jsonl")]

@@ -35,7 +35,7 @@ class GRPOStage(TrainStage):
         "gradient norm in its place.",
         leading_panels=("reward",),
         shows_samples=True,
-        less_memory="more rollout_batches and micro_batches, fewer max_new_tokens",
+        less_memory="fewer sampling.slots, more micro_batches, fewer max_new_tokens",
     )
 
     kind: str = "grpo"
@@ -60,7 +60,10 @@ class GRPOStage(TrainStage):
         "are fewer, and come in smaller parts where the devices stay busy.",
     )
     rollout_batches: int = Field(
-        1, ge=1, description="A phase is sampled in so many parts; one is scored as the next runs."
+        1,
+        ge=1,
+        description="Without sampling.slots: no more samples at once than those of a phase divided "
+        "by this. Not needed: samples are scored as they end.",
     )
     max_new_tokens: Annotated[int | list[LengthChange], AfterValidator(check_changes)] = Field(
         1024, description="Tokens of a completion at most; or which limit from which step on."

@@ -136,7 +136,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             weights = rollout_weights(loop.state.params)
             held_out.evaluate_if_due(loop, scorer, data_cursor, weights)
 
-            # 1. Sample. The workers score each part while the next one is generated.
+            # 1. Sample. The workers score what has ended while the rest is generated.
             taken = prompts.take(per_phase, first)
             options = generate_options(
                 sampler,
@@ -500,13 +500,13 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         while_sampling = {**resident, "policy": weights}
     sampling += rollout.programs(while_sampling, queues / phase)
     evaluated = math.gcd(stage.held_out_samples, group)
-    slots = {stage.sampling.slots, stage.held_out_sampling.slots}
+    speculative = stage.sampling.speculative and stage.held_out_sampling.speculative
     # Of equally large groups, a batch's programs are the rollout's.
-    if stage.held_out is not None and (evaluated != group or slots != {None}):
+    if stage.held_out is not None and not (speculative and evaluated == group):
         held_out = replace(
             batches, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
         )
-        held_out_rollout = by_slots(held_out, batches.prompts)
+        held_out_rollout = by_slots(held_out)
         sampling += held_out_rollout.programs(while_sampling, 0.0, "held-out ")
     sampling += reward_programs(scorers, prompt + new, rows, {**resident, "weights": weights})
     tokens = round(rows * lengths.mean)

@@ -25,7 +25,7 @@ from r1jax.data.rewriting import (
 )
 from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
-from r1jax.rollouts.sampling import generate_options, sample_batch
+from r1jax.rollouts.sampling import generate_options, sample_prompts, whole_batches
 from r1jax.rollouts.scored_samples import slice_of_process
 from r1jax.run.resolve import StageRun
 from r1jax.run.seeds import seed_of
@@ -137,30 +137,41 @@ def _rewrite_with_model(
         max_new_tokens=section.max_new_tokens,
         seed=seed_of(run.config.seed, stage.name, "rewrite"),
     )
-    params = None
-    for start in range(0, len(prompts), section.drafts_per_batch):
-        batch = slice(start, start + section.drafts_per_batch)
-        if None not in replies[batch]:
-            continue
+    batches = [
+        range(start, min(start + section.drafts_per_batch, len(prompts)))
+        for start in range(0, len(prompts), section.drafts_per_batch)
+    ]
+    batches = [batch for batch in batches if None in replies[batch.start : batch.stop]]
+    if not batches:
+        return _accepted(section, drafts, replies)
+    of_process = [
+        slice_of_process([prompts[i] for i in batch], section.drafts_per_batch, share)
+        for batch in batches
+    ]
+    rounds = sample_prompts(
+        run.models.weights(section.weights, sampler),
+        [prompt for each in of_process for prompt in each],
+        sampler,
+        options,
+        batch=section.drafts_per_batch // share.count,
+    )
+    written = whole_batches(rounds, [len(each) for each in of_process])
+    for batch in batches:
         if run.stop.in_any_process():
-            raise Preempted(f"{stage.name}: {start} of {len(prompts)} drafts are rewritten")
-        if params is None:
-            params = run.models.weights(section.weights, sampler)
-        of_process = slice_of_process(prompts[batch], section.drafts_per_batch, share)
-        completions = sample_batch(
-            params,
-            of_process or prompts[batch][-1:],
-            sampler,
-            options,
-            rows=section.drafts_per_batch // share.count,
-        )[: len(of_process)]
-        written = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in completions]
-        replies[batch] = [Reply(*each) for each in gather(written, run.layouts.rollout)]
+            raise Preempted(f"{stage.name}: {batch.start} of {len(prompts)} drafts are rewritten")
+        texts = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in next(written)]
+        of_batch = [Reply(*each) for each in gather(texts, run.layouts.rollout)]
+        replies[batch.start : batch.stop] = of_batch
         if log is not None:
-            for key, reply in zip(keys[batch], replies[batch], strict=True):
-                assert reply is not None
+            for key, reply in zip(keys[batch.start : batch.stop], of_batch, strict=True):
                 log.add(key, reply)
             run.files.push()
+    return _accepted(section, drafts, replies)
+
+
+def _accepted(
+    section: ModelRewrite, drafts: Sequence[Draft], replies: Sequence[Reply | None]
+) -> list[str | None]:
     return [
         None if reply is None else reply.accepted(each, section.style)
         for each, reply in zip(drafts, replies, strict=True)

@@ -28,7 +28,7 @@ from r1jax.data.prompts import Prompt
 from r1jax.data.rewriting import Draft, check_rules
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
-from r1jax.programs import Planning, Rollout, StagePrograms, sampling_programs
+from r1jax.programs import Planning, Rollout, StagePrograms, by_slots, sampling_programs
 from r1jax.programs.program import longest_prompt
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
@@ -229,5 +229,5 @@ def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms
         rewrite.sampling,
         planning.output_specs,
     )
-    rewriting = rewriter.programs({}, 0.0, "rewrite: ")
+    rewriting = by_slots(rewriter).programs({}, 0.0, "rewrite: ")
     return replace(sampling, programs=(*sampling.programs, *rewriting))
