@@ -32,11 +32,13 @@ def test_memory_is_what_the_programs_keep(monkeypatch: pytest.MonkeyPatch) -> No
     # The sampler has a copy in bfloat16.
     assert memory["rl: sampler's weights"] == memory["after: sampler's weights"] == weights / 2
     assert "student_after: sampler's weights" not in memory  # float32
-    # Keys and values of 8 bfloat16 numbers: of 2 questions, as padded, and of 4 samples of each.
-    prompt, questions = 1024, 2
-    assert memory["rl: key-value cache"] == 2 * 2 * 8 * questions * (prompt + 4 * 200)
-    after = memory["after: key-value cache, all at full length"]
-    assert after == 2 * 2 * 8 * 2 * (prompt + 2 * 12)
+    # Keys and values of 8 bfloat16 numbers, in pages of 16 tokens: of 2 questions, as padded, of 4
+    # samples of each, which also fill one each, and one; with a flag for each token and page.
+    prompt = 2 * 1024 // 16
+    for stage, slots, of_sample in (("rl", 8, 13), ("after", 4, 1)):
+        pages = prompt + slots * of_sample + 1
+        tokens = 16 * (pages + slots)
+        assert memory[f"{stage}: key-value cache"] == 2 * 2 * 8 * tokens + tokens + pages
     # A reward model has one vector in place of tokens to predict, and both are kept while sampling.
     scorer = weights + 4 * 16
     assert memory["helpful_model: gradients"] == scorer
