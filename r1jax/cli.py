@@ -597,12 +597,16 @@ def report(
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder for report.html, tables.md and results.json over seeds; several runs "
-            "need it."
+            help="Folder for report.html, tables.md and results.json over seeds, which need it; or "
+            "for compare.html, by default the first run's directory."
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Put runs of any configs side by side.")
+    ] = False,
 ) -> None:
-    """Write report.html of a run, finished or not; or of finished runs that differ in seed."""
+    """Write report.html of a run, finished or not; of finished runs that differ in seed; or, with
+    --compare, compare.html of runs side by side."""
     from contextlib import ExitStack
 
     from r1jax.bucket import local_copy, locate, on_bucket
@@ -610,15 +614,19 @@ def report(
 
     for directory in run_directories:
         _require_run(locate(directory))
-    if out is None and len(run_directories) > 1:
-        needed = "say with --out DIR where their common report goes; or give one run, for the"
-        raise ConfigError([f"{len(run_directories)} runs: {needed} report inside it"])
+    if out is None and len(run_directories) > 1 and not compare:
+        needed = "say with --out DIR where their common report goes, or --compare; or give one run,"
+        raise ConfigError([f"{len(run_directories)} runs: {needed} for the report inside it"])
     from r1jax.report.page import write_report
     from r1jax.report.seeds import write_seeds_report
+    from r1jax.report.side_by_side import write_side_by_side
 
     with ExitStack() as copies:
         directories = [copies.enter_context(local_copy(each)) for each in run_directories]
-        if out is None:
+        if compare:
+            folder = directories[0] if out is None else copies.enter_context(local_copy(out))
+            written = [write_side_by_side(directories, folder)]
+        elif out is None:
             written = [write_report(directories[0])]
         else:
             written = write_seeds_report(directories, copies.enter_context(local_copy(out)))

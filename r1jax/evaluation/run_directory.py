@@ -136,6 +136,16 @@ class Run:
         sources = (e.source for e in self.edges if e.target == name and e.gives == "weights")
         return next(sources, None)
 
+    def template_of(self, stage: StageRecord) -> str | None:
+        """The template of a stage's prompts; None where its datasets have several, or none is
+        known."""
+        data = stage.config.get("data")
+        names = [data] if isinstance(data, str) else [each.get("data") for each in data or []]
+        sections = self.config.get("data") or {}
+        parts = [p for n in names for p in ((sections.get(n) or {}).get("mixture") or [n])]
+        templates = {(sections.get(part) or {}).get("template") for part in parts}
+        return templates.pop() if len(templates) == 1 else None
+
     def benchmark(self, data: str) -> str:
         """The first dataset with the same problems as `data`, whose evaluations compare with its.
 

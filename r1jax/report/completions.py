@@ -11,12 +11,14 @@ from r1jax.evaluation.metrics import Summary
 from r1jax.evaluation.run_directory import Run, StageRecord
 from r1jax.files import JsonObject
 from r1jax.report.plots import short
+from r1jax.report.questions import questions_of
 from r1jax.report.wording import shortened
 
 _PROBLEMS_SHOWN = 6  # of one group; of each of several domains fewer
 _PROBLEMS_OF_A_DOMAIN = 2
 _STEPS_SHOWN = 5
 _TEXTS_SHOWN = 4
+_SEARCHED = 240  # samples to search through
 _ROWS_READ = 10_000  # a set of real size is not read to its end for a few texts
 
 # Columns of samples.jsonl that the page reads; rows without them (of another format) are not shown.
@@ -127,7 +129,7 @@ def _side(
     before: StageRecord | None,
     after: StageRecord | None,
 ) -> _Side:
-    weights, problems = run.weights_of(stage.name), _problems(stage)
+    weights, problems = run.weights_of(stage.name), _problems(run, stage)
     if list(stages) == [before, after]:
         return _Side("Before" if stage is before else "After", weights or "", problems)
     twice = sum(run.weights_of(other.name) == weights for other in stages) > 1
@@ -146,7 +148,7 @@ def _samples(stage: StageRecord) -> Iterator[JsonObject]:
     return (row for row in stage.rows("samples.jsonl") if row.keys() >= _NEEDED)
 
 
-def _problems(stage: StageRecord) -> dict[int, _Problem]:
+def _problems(run: Run, stage: StageRecord) -> dict[int, _Problem]:
     problems: dict[int, _Problem] = {}
     for row in _samples(stage):
         key, sample = row["problem_id"], row["sample"]
@@ -155,7 +157,7 @@ def _problems(stage: StageRecord) -> dict[int, _Problem]:
             problem = problems[key] = _Problem(
                 sample,
                 str(row.get("domain") or ""),
-                shortened(str(row["prompt"])),
+                str(row["prompt"]),
                 shortened(str(row["answer"])),
                 _answer(row),
             )
@@ -163,6 +165,9 @@ def _problems(stage: StageRecord) -> dict[int, _Problem]:
             problem.sample, problem.first = sample, _answer(row)
         problem.right += row["outcome"] == "right"
         problem.scored += row["outcome"] != "verifier_failed"
+    questions = questions_of((each.prompt for each in problems.values()), run.template_of(stage))
+    for each in problems.values():
+        each.prompt = shortened(questions[each.prompt])
     return problems
 
 
@@ -177,7 +182,7 @@ def _split_thought(text: str) -> tuple[str, str]:
     return thought + tag, rest
 
 
-def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
+def samples_by_step(run: Run, stage: StageRecord) -> _SamplesByStep | None:
     """Samples of training over time: of one question if it came up often enough, else several."""
     if not stage.description.shows_samples:
         return None
@@ -194,9 +199,51 @@ def samples_by_step(stage: StageRecord) -> _SamplesByStep | None:
     if len(rows) > _STEPS_SHOWN:
         gap = (len(rows) - 1) / (_STEPS_SHOWN - 1)
         rows = [rows[round(i * gap)] for i in range(_STEPS_SHOWN)]
-    prompt, answer = shortened(str(rows[0]["prompt"])), shortened(str(rows[0]["answer"]))
-    steps = [(shortened(str(row["prompt"])), _answer(row)) for row in rows]
-    return _SamplesByStep(stage.name, same, prompt, answer, steps)
+    prompts = [str(row["prompt"]) for steps in firsts.values() for row in steps.values()]
+    questions = questions_of(prompts, run.template_of(stage))
+    steps = [(shortened(questions[str(row["prompt"])]), _answer(row)) for row in rows]
+    answer = shortened(str(rows[0]["answer"]))
+    return _SamplesByStep(stage.name, same, steps[0][0], answer, steps)
+
+
+class Sample(NamedTuple):
+    """A sample for the reader to search; all but `answer` as text."""
+
+    stage: str
+    domain: str
+    question: str
+    right_answer: str
+    answer: _Answer
+
+
+def every_sample(run: Run) -> list[Sample]:
+    """Samples of all stages to search through: at most `_SEARCHED`, spread evenly over each stage's
+    file; those of evaluations are first samples of their problems."""
+    by_stage = []
+    for stage in run.stages:
+        rows = list(islice(_samples(stage), _ROWS_READ))
+        if stage.is_evaluation:
+            rows = list({row["problem_id"]: row for row in reversed(rows)}.values())[::-1]
+        if rows:
+            by_stage.append((stage, rows))
+    samples = []
+    for stage, rows in by_stage:
+        limit = max(1, _SEARCHED // len(by_stage))
+        if len(rows) > limit:
+            gap = (len(rows) - 1) / max(1, limit - 1)
+            rows = [rows[round(i * gap)] for i in range(limit)]
+        questions = questions_of((str(row["prompt"]) for row in rows), run.template_of(stage))
+        samples += [
+            Sample(
+                stage.name,
+                str(row.get("domain") or ""),
+                shortened(questions[str(row["prompt"])]),
+                shortened(str(row["answer"])),
+                _answer(row),
+            )
+            for row in rows
+        ]
+    return samples
 
 
 class _Text(NamedTuple):

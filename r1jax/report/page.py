@@ -1,11 +1,15 @@
 """Writes `report.html` from a run directory.
 
-The page is one file without scripts; its content security policy forbids every request. Jinja
-escapes all text of the run; only the plots, in which matplotlib escapes it, are inserted as is.
+The page is one file; its content security policy forbids every request, and every script but the
+page's, which it knows by its hash (`script.js`). Jinja escapes all text of the run; only the plots,
+in which matplotlib escapes it, are inserted as is.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +21,13 @@ from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import write_text
 from r1jax.report.comparisons import comparisons
-from r1jax.report.completions import samples_by_step, side_by_side, written_dataset
+from r1jax.report.completions import (
+    Sample,
+    every_sample,
+    samples_by_step,
+    side_by_side,
+    written_dataset,
+)
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
@@ -61,11 +71,17 @@ def _render(run: Run) -> str:
     compared = after or before
     benchmark = run.benchmark(compared.data) if compared is not None else None
     stages = [
-        (stage, training(run, stage, benchmark), samples_by_step(stage), written_dataset(stage))
+        (
+            stage,
+            training(run, stage, benchmark),
+            samples_by_step(run, stage),
+            written_dataset(stage),
+        )
         for stage in run.stages
         if not stage.is_evaluation
     ]
     sides, problems = headline(run, before, after)
+    samples = every_sample(run)
     return template("report.html.j2").render(
         title=run.title,
         name=run.info.get("name", run.config.get("name")),
@@ -86,6 +102,8 @@ def _render(run: Run) -> str:
         comparisons=comparisons(run),
         groups=side_by_side(run, before, after),
         stages=stages,
+        samples=samples,
+        sample_filters=_filters(samples),
         notes=paragraphs(str(run.config.get("notes") or "")),
         versions=flat(run.info.get("versions")),
         hardware=flat(run.info.get("hardware")),
@@ -102,7 +120,23 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (Path(__file__).parent / "script.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
+    environment.globals.update(
+        script=Markup(script), script_hash=base64.b64encode(digest).decode("ascii")
+    )
     return environment.get_template(name)
+
+
+def _filters(samples: Sequence[Sample]) -> list[tuple[str, list[str]]]:
+    """Of stage, outcome and domain, those that tell samples apart, with their values."""
+    every = {
+        "stage": [sample.stage for sample in samples],
+        "outcome": [sample.answer.outcome for sample in samples],
+        "domain": [sample.domain for sample in samples if sample.domain],
+    }
+    filters = [(name, list(dict.fromkeys(values))) for name, values in every.items()]
+    return [(name, values) for name, values in filters if len(values) > 1]
 
 
 def _summary(stage: StageRecord | None) -> Summary:

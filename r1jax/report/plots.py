@@ -6,12 +6,14 @@ light and dark mode. Text stays text: it is searchable and uses the page's font.
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -77,6 +79,16 @@ class Marker(NamedTuple):
         return [m for step, estimate in figures if (m := cls.of(step, estimate)) is not None]
 
 
+class _Point(NamedTuple):
+    """A point that shows its value under the pointer; `series` counts from 1."""
+
+    series: int
+    x: float
+    y: float
+    name: str
+    value: str
+
+
 class Dots(NamedTuple):
     """Figures of one kind: a marker's `step` is the index of its row.
 
@@ -136,6 +148,7 @@ def line_plot(
             axes.errorbar([m.step], [m.value], yerr=_arms(m), capsize=3, linewidth=1.2, **look)
         if log and values and min(values) > 0:
             axes.set_yscale("log")
+            _decades(axes, min(values), max(values))
         elif percent:
             axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
             axes.yaxis.set_major_formatter(_PERCENT)
@@ -145,18 +158,28 @@ def line_plot(
             elif shown and min(shown) == max(shown) == 0:
                 axes.set_ylim(0, 0.05)  # no share is negative
         else:
-            if values and min(values) == max(values) > 0:
-                axes.set_ylim(0, 2 * values[0])  # zoomed into a constant, all ticks read the same
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+            if values and min(values) == max(values):  # zoomed into, all ticks read the same
+                axes.set_ylim(*sorted((0, 2 * values[0] or 1)))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
             axes.yaxis.set_major_formatter(_SHORT)
         if x_ticks:
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(x_ticks), [f"{x:g}" for x in x_ticks])
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            _steps(axes, [step for curve in curves for step in curve.steps])
         _frame(figure, axes, x_label)
-    return _inline(out.getvalue(), title)
+        points = [
+            _Point(i, step, value, curve.name, _shown(value, percent, low, high))
+            for i, curve in enumerate(curves, 1)
+            for step, value, low, high in _with_band(curve)
+        ]
+        points += [
+            _Point(1, m.step, m.value, "held-out", _shown(m.value, percent, m.low, m.high))
+            for m in markers
+        ]
+        pointed = _under_pointer(figure, axes, points, {p.x: f"{x_label} {p.x:g}" for p in points})
+    return _inline(out.getvalue(), title, pointed)
 
 
 def dot_plot(
@@ -192,7 +215,14 @@ def dot_plot(
         left = min(0.45, (0.15 + 0.078 * max(map(len, shown))) / width)
         top, bottom = 1 - above / height, below / height
         figure.subplots_adjust(left=left, right=0.955, top=top, bottom=bottom)
-    return _inline(out.getvalue(), title)
+        points = [
+            _Point(i, m.value, m.step, dots.name, _shown(m.value, percent, m.low, m.high))
+            for i, dots in enumerate(series, 1)
+            for m in dots.markers
+        ]
+        titles = {float(row): str(label) for row, label in enumerate(labels)}
+        pointed = _under_pointer(figure, axes, points, titles, by="y")
+    return _inline(out.getvalue(), title, pointed)
 
 
 def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: bool = False) -> str:
@@ -210,14 +240,106 @@ def band_plot(steps: Sequence[float], seeds: Floats, *, title: str, percent: boo
             axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
         axes.yaxis.set_major_formatter(_PERCENT if percent else _SHORT)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _steps(axes, steps)
         _frame(figure, axes, "step")
-    return _inline(out.getvalue(), title)
+        rows = zip(steps, lines.mean(axis=0), low, high, strict=True)
+        points = [_Point(1, x, y, "mean", _shown(y, percent, *ends)) for x, y, *ends in rows]
+        pointed = _under_pointer(figure, axes, points, {p.x: f"step {p.x:g}" for p in points})
+    return _inline(out.getvalue(), title, pointed)
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%")
 _ROUND = [1, 2, 2.5, 5, 10]
 _SHORT = FuncFormatter(lambda value, _: short(value))
+
+
+_GROUPS = 150  # positions of a plot that have values under the pointer
+
+
+def _steps(axes: Axes, steps: Sequence[float]) -> None:
+    """Whole numbers below a plot; a lone point stands in the middle."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
+    if len(set(steps)) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+        axes.set_xticks([steps[0]])
+
+
+def _decades(axes: Axes, low: float, high: float) -> None:
+    """At most five powers of ten beside a plot; within one decade, round numbers."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    gap = max(1, math.ceil((last - first) / 4))
+    decades = [10.0**power for power in range(first, last + 1, gap)]
+    inside = [tick for tick in decades if low <= tick <= high]
+    if len(inside) < 2:
+        inside = [
+            m * 10.0**first for m in (1, 2, 5, 10) if low / 1.5 <= m * 10.0**first <= high * 1.5
+        ]
+    axes.minorticks_off()
+    axes.set_yticks(inside, [short(tick) for tick in inside])
+
+
+def _with_band(curve: Curve) -> Iterator[tuple[float, float, float | None, float | None]]:
+    """(step, value, low, high) of each point; without a band the ends are None."""
+    nothing: list[None] = [None] * len(curve.values)
+    yield from zip(
+        curve.steps, curve.values, curve.low or nothing, curve.high or nothing, strict=True
+    )
+
+
+def _shown(value: float, percent: bool, low: float | None = None, high: float | None = None) -> str:
+    """A value with its interval, as text."""
+
+    def text(number: float) -> str:
+        return f"{100 * number:.1f}" if percent else f"{number:.4g}"
+
+    unit = " %" if percent else ""
+    if low is None or high is None or low == high:
+        return f"{text(value)}{unit}"
+    return f"{text(value)}{unit} [{text(low)}, {text(high)}]"
+
+
+def _under_pointer(
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[_Point],
+    titles: Mapping[float, str],
+    *,
+    by: Literal["x", "y"] = "x",
+) -> str:
+    """What the page's script shows under the pointer, as JSON: the points of each position.
+
+    titles: by position, which is the points' x, or the row (y) of dots. Lengths are those of the
+    SVG's viewBox.
+    """
+    scale, height = 72 / figure.dpi, 72 * figure.get_figheight()
+    axes.get_xlim(), axes.get_ylim()  # as autoscaled
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = axes.transData.transform((x, y))
+        return round(across * scale, 1), round(height - up * scale, 1)
+
+    positions = sorted(titles)
+    if len(positions) > _GROUPS:
+        gap = (len(positions) - 1) / (_GROUPS - 1)
+        positions = [positions[round(i * gap)] for i in range(_GROUPS)]
+    grouped: dict[float, list[_Point]] = {position: [] for position in positions}
+    for point in points:
+        group = grouped.get(point.x if by == "x" else point.y)
+        if group is not None:
+            group.append(point)
+    groups = []
+    for position, members in grouped.items():
+        if members:
+            places = [at(point.x, point.y) for point in members]
+            this, other = (0, 1) if by == "x" else (1, 0)
+            shown = [
+                [p.series, place[other], p.name, p.value]
+                for p, place in zip(members, places, strict=True)
+            ]
+            groups.append([places[0][this], titles[position], shown])
+    box = axes.get_position()
+    ends = {"from": round(height * (1 - box.y1), 1), "to": round(height * (1 - box.y0), 1)}
+    return json.dumps({"by": by, **ends, "groups": groups}, separators=(",", ":"))
 
 
 def _line(axes: Axes, steps: Sequence[float], values: Sequence[float] | Floats, color: str) -> None:
@@ -270,8 +392,11 @@ def short(value: float) -> str:
     return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
 
 
-def _inline(svg: str, title: str) -> str:
-    """The `<svg>` element without what a separate file needs; colours become CSS variables."""
+def _inline(svg: str, title: str, pointed: str) -> str:
+    """The `<svg>` element without what a separate file needs; colours become CSS variables.
+
+    pointed: what `_under_pointer` gives.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # The paper-white rectangles behind figure and axes.
@@ -291,7 +416,8 @@ def _inline(svg: str, title: str) -> str:
     if view is None:
         raise RuntimeError("matplotlib wrote an SVG without viewBox")
     body = svg[svg.index(">") + 1 :].strip()
-    return f'<svg role="img" aria-label="{label}" {view[0]}>{body}'
+    data = html.escape(pointed)
+    return f'<svg role="img" aria-label="{label}" {view[0]} data-plot="{data}">{body}'
 
 
 def endpoints(values: Sequence[float]) -> tuple[float, float]:

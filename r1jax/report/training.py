@@ -14,7 +14,7 @@ from r1jax.report.plots import SERIES, Curve, Marker, endpoints, line_plot, shor
 Columns = Mapping[str, tuple[list[float], list[float]]]
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
     """One plot: `keys` maps columns of the metrics to names of lines."""
 
     title: str
@@ -27,21 +27,21 @@ class _Panel(NamedTuple):
 
 
 _PANELS = (
-    _Panel(
+    Panel(
         "Accuracy",
         {"outcome/right": "training answers right"},
         "On the questions just trained on, at the training temperature.",
         percent=True,
         held_out="pass_at_1",
     ),
-    _Panel("Length", {"length/mean": "mean tokens per completion"}, held_out="mean_length"),
-    _Panel(
+    Panel("Length", {"length/mean": "mean tokens per completion"}, held_out="mean_length"),
+    Panel(
         "Entropy",
         {"policy/entropy": "nats per token"},
         "How undecided the policy is; a fall to zero ends exploration.",
     ),
-    _Panel("KL to the reference", {"policy/kl": "k3 estimate, nats per token"}),
-    _Panel(
+    Panel("KL to the reference", {"policy/kl": "k3 estimate, nats per token"}),
+    Panel(
         "Outcomes",
         {
             "outcome/wrong": "wrong",
@@ -50,21 +50,21 @@ _PANELS = (
         },
         percent=True,
     ),
-    _Panel(
+    Panel(
         "Lost signal",
         {"groups/zero_variance": "groups with equal rewards", "length/truncated": "cut off"},
         "A group whose samples all earn the same gives no gradient.",
         percent=True,
     ),
-    _Panel(
+    Panel(
         "Sampler gap",
         {"sampler/gap_max": "largest", "sampler/gap_mean": "mean"},
         "Difference of sampler's and trainer's log-probabilities of the same tokens.",
         log=True,
     ),
-    _Panel("Gradient norm", {"optimizer/grad_norm": "before clipping"}),
-    _Panel("Clipped tokens", {"policy/clip_fraction": "share of tokens"}, percent=True),
-    _Panel(
+    Panel("Gradient norm", {"optimizer/grad_norm": "before clipping"}),
+    Panel("Clipped tokens", {"policy/clip_fraction": "share of tokens"}, percent=True),
+    Panel(
         "Throughput",
         {
             "tokens_per_second/rollout": "sampler, tokens/s",
@@ -72,10 +72,10 @@ _PANELS = (
         },
         file="timings.jsonl",
     ),
-    _Panel("Longest completion", {"length/max": "tokens"}),
-    _Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
+    Panel("Longest completion", {"length/max": "tokens"}),
+    Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
 )
-_PREFERENCES = _Panel(
+_PREFERENCES = Panel(
     "Judged right",
     {"accuracy": "training", "held_out/accuracy": "held-out"},
     "Share of pairs whose better side scores higher; of single answers, on the right side of 0.",
@@ -108,7 +108,7 @@ def training(
     if not metrics:
         return None
     columns = {"metrics.jsonl": metrics, "timings.jsonl": stage.columns("timings.jsonl")}
-    panels = _panels(stage, metrics)
+    panels = panels_of(stage, metrics)
     known = {key for panel in panels for key in panel.keys}
     last_step = max(steps[-1] for steps, _ in metrics.values())
     step_of = {run.weights_of(stage.name): 0.0, stage.name: last_step}
@@ -126,11 +126,11 @@ def training(
         named = [(step, summary.get(panel.held_out or "")) for step, summary in evaluations]
         if curves := _curves(panel, columns[panel.file]):
             drawn.append(_draw(panel, curves, Marker.all_of(named)))
-    others = [_Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
+    others = [Panel(key, {key: key}) for key in sorted(metrics.keys() - known)]
     return drawn, [_draw(panel, _curves(panel, metrics)) for panel in others]
 
 
-def _panels(stage: StageRecord, metrics: Columns) -> list[_Panel]:
+def panels_of(stage: StageRecord, metrics: Columns) -> list[Panel]:
     """The panels that the kind of stage puts first, then those of all kinds."""
     rewards = [name for name in sorted(metrics) if name.startswith("reward/")]
     rewards.sort(key=lambda name: name != "reward/mean")
@@ -138,9 +138,9 @@ def _panels(stage: StageRecord, metrics: Columns) -> list[_Panel]:
     domains = [name for name in sorted(metrics) if name.startswith("domain/")]
     training_loss = "training" if "held_out/loss" in metrics else "loss"
     panels = {
-        "reward": _Panel("Reward", reward_lines),
+        "reward": Panel("Reward", reward_lines),
         "preferences": _PREFERENCES,
-        "loss": _Panel(
+        "loss": Panel(
             "Loss",
             {"loss": training_loss, "held_out/loss": "held-out"},
             stage.description.loss_note,
@@ -148,14 +148,14 @@ def _panels(stage: StageRecord, metrics: Columns) -> list[_Panel]:
     }
     leading = stage.description.leading_panels
     return [
-        *(panels.pop(name, _Panel(name, {name: name})) for name in leading),
+        *(panels.pop(name, Panel(name, {name: name})) for name in leading),
         *_PANELS,
-        _Panel("Reward by domain", {name: name.removeprefix("domain/") for name in domains}),
+        Panel("Reward by domain", {name: name.removeprefix("domain/") for name in domains}),
         *panels.values(),
     ]
 
 
-def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
+def _held_out(rows: Sequence[Summary]) -> list[tuple[Panel, list[Curve]]]:
     """Panels and curves of the evaluations that a stage made as it trained, one row for each."""
     if not rows:
         return []
@@ -179,17 +179,17 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[_Panel, list[Curve]]]:
         ("accuracy by domain", "Of the same samples, pass@1.", True, domains),
     ]
     return [
-        (_Panel(f"Held-out {title}", {}, note, percent=percent), known)
+        (Panel(f"Held-out {title}", {}, note, percent=percent), known)
         for title, note, percent, curves in panels
         if (known := [curve for curve in curves if curve.values])
     ]
 
 
-def _curves(panel: _Panel, columns: Columns) -> list[Curve]:
+def _curves(panel: Panel, columns: Columns) -> list[Curve]:
     return [Curve(label, *columns[key]) for key, label in panel.keys.items() if key in columns]
 
 
-def _draw(panel: _Panel, curves: Sequence[Curve], markers: Sequence[Marker] = ()) -> _DrawnPanel:
+def _draw(panel: Panel, curves: Sequence[Curve], markers: Sequence[Marker] = ()) -> _DrawnPanel:
     svg = line_plot(
         curves[:SERIES], title=panel.title, percent=panel.percent, log=panel.log, markers=markers
     )

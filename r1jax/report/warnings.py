@@ -102,24 +102,36 @@ def _samples(stage: StageRecord, summary: Summary) -> list[RunWarning]:
 
 def _result(run: Run) -> list[RunWarning]:
     """Whether training did something: by the evaluations before and after, else by its curves."""
-    before, after = before_and_after(run)
-    if before is not None and after is not None and before.summary and after.summary:
-        old, new = (each.summary.get("pass_at_1") or {} for each in (before, after))  # type: ignore[union-attr]
-        if old.get("value") is None or new.get("value") is None:
-            return []
-        shown = " and ".join(
-            f"{value.value} [{value.interval}]"
-            for value in (figure(each, percent=True) for each in (old, new))
-        )
-        if new["value"] < old["value"] and (new.get("high") or 1) < (old.get("low") or 0):
-            return [RunWarning(f"pass@1 is lower after training than before: {shown}", True)]
-        if (new.get("low") or 0) <= (old.get("high") or 0):
-            text = f"pass@1 before and after training cannot be told apart: {shown}"
-            return [RunWarning(text, nothing_learned=True)]
+    sides = [each.summary for each in before_and_after(run) if each is not None and each.summary]
+    if len(sides) == 2:
+        return _difference("", *sides)
+    found = []
+    for stage in run.stages:
+        rows = list(stage.rows("held_out.jsonl"))
+        if len(rows) > 1:
+            found += _difference(f"{stage.name}: held-out ", rows[0], rows[-1])
+        elif not run.evaluations():
+            found += _curve(stage)
+    return found
+
+
+def _difference(what: str, before: Summary, after: Summary) -> list[RunWarning]:
+    """Whether pass@1 of `what` has grown beyond the intervals."""
+    old, new = (each.get("pass_at_1") or {} for each in (before, after))
+    if old.get("value") is None or new.get("value") is None:
         return []
-    if any(stage.is_evaluation for stage in run.stages):
+    shown = " and ".join(
+        f"{value.value} [{value.interval}]"
+        for value in (figure(each, percent=True) for each in (old, new))
+    )
+    low, high = (new.get("low") or 0.0), (old.get("high") or 0.0)
+    if new["value"] < old["value"] and (new.get("high") or 1.0) < (old.get("low") or 0.0):
+        text = f"{what}pass@1 is lower after training than before: {shown}"
+        return [RunWarning(text, nothing_learned=True)]
+    if low > high:
         return []
-    return [warning for stage in run.stages for warning in _curve(stage)]
+    text = f"{what}pass@1 before and after training cannot be told apart: {shown}"
+    return [RunWarning(text, nothing_learned=True)]
 
 
 def _curve(stage: StageRecord) -> list[RunWarning]:

@@ -103,6 +103,19 @@ def test_a_run_that_learned_nothing_is_not_green(run: Path, after: float, words:
     assert f"Warning: {warning.text}" in ending(read_run(run), run)
 
 
+def test_held_out_problems_decide_where_nothing_was_evaluated(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", Size(12, samples=4, steps=20))
+    for path in run.glob("stages/*-eval"):
+        for file in path.iterdir():
+            file.unlink()
+    assert not any(each.nothing_learned for each in warnings_of(read_run(run)))
+    (path,) = run.glob("stages/*-r1-zero/held_out.jsonl")
+    first, *_, last = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [first, last | {"pass_at_1": first["pass_at_1"]}])
+    (warning,) = [each for each in warnings_of(read_run(run)) if each.nothing_learned]
+    assert warning.text.startswith("r1-zero: held-out pass@1 before and after training cannot be")
+
+
 def test_only_a_run_without_warnings_is_green(run: Path) -> None:
     for stage in ("base-eval", "final-eval"):
         summary(run, stage, unscored_samples=0, truncated_samples=0)
@@ -125,6 +138,8 @@ def test_curves_decide_where_nothing_was_evaluated(tmp_path: Path, metric: str, 
     plan = yaml.safe_load((run / "config.yaml").read_text())
     plan["stages"] = [stage for stage in plan["stages"] if stage["kind"] != "evaluate"]
     (run / "config.yaml").write_text(yaml.safe_dump(plan))
+    for path in run.glob("stages/*/held_out.jsonl"):
+        path.unlink()
     assert texts(run) == []
     for path in run.glob("stages/*/metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
