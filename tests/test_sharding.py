@@ -23,7 +23,7 @@ from r1jax.models.attention import head_repeats
 from r1jax.processes import BatchSlice, process_batch_slice
 from r1jax.run.models import Layouts
 from r1jax.run.resolve import check_divided
-from r1jax.sharding import make_layout, make_rollout_layout, process_batch_parts
+from r1jax.sharding import StandIn, make_layout, make_rollout_layout, process_batch_parts
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
 
@@ -197,6 +197,7 @@ def test_a_row_that_time_does_not_divide_is_refused() -> None:
         shape = {"data": 1, "sequence": 8}
 
     object.__setattr__(layout, "mesh", Mesh())
+    object.__setattr__(layout, "stands_for", StandIn("cpu", hosts=1))
     with pytest.raises(
         ValueError, match=r"stages.base.row_tokens = \d+ .* 8|length_bucket = 20 .* 8"
     ):

@@ -10,7 +10,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
 from r1jax.models import declare
 from r1jax.models.parameters import abstract_weights, is_spec
-from r1jax.planner.memory import free_memory, planning_of, too_large
+from r1jax.planner.memory import free_here, planning_of, too_large
 from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
@@ -31,7 +31,7 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
     """
     free: float | None
     if target is None:
-        run, free = resolve(config), free_memory(jax.local_devices()[0])
+        run, free = resolve(config), free_here()
         kind = jax.devices()[0].device_kind
     else:
         run, free = resolve(config, target.devices, target.stands_for), target.hbm

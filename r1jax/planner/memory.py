@@ -43,7 +43,7 @@ def sizes_of(program: Program) -> Counter[str]:
 
 def check_memory(run: ResolvedRun, stages: Sequence[Stage]) -> None:
     """Raises ConfigError, with a line for each stage that takes more memory than is free."""
-    if lines := too_large(stages, planning_of(run), free_memory(jax.local_devices()[0])):
+    if lines := too_large(stages, planning_of(run), free_here()):
         raise ConfigError(lines)
 
 
@@ -77,6 +77,11 @@ def _remedy(stage: Stage, program: Program | None) -> str:
     hints = [stage.DESCRIPTION.less_memory] + [HINTS[kind] for kind in kinds if kind in HINTS]
     hints += ["more devices, or a smaller model (`r1jax plan` says what a slice holds)"]
     return f"What would help: {'; '.join(filter(None, hints))}"
+
+
+def free_here() -> int | None:
+    """Bytes that the first device of this process has left."""
+    return free_memory(jax.local_devices()[0])
 
 
 def free_memory(device: jax.Device) -> int | None:
@@ -135,7 +140,7 @@ def _explain(text: str, stage: Stage, run: ResolvedRun) -> str:
         needed = f"it needs {int(found[1]) / _GIB:.3g} GiB more"
     else:
         needed = f"it needs {found[2]} of {found[3]}" if found else "it needs more than there is"
-    free = free_memory(jax.local_devices()[0])
+    free = free_here()
     left = "" if free is None else f", and {free / _GIB:.3g} GiB are free on a device"
     programs = load_functions(stage).programs(stage, planning_of(run)).programs
     fullest = max(programs, key=lambda program: sizes_of(program).total(), default=None)

@@ -33,7 +33,7 @@ from r1jax.run.reward_checks import (
 )
 from r1jax.run.stop import StopSignal
 from r1jax.settings.model import MODEL
-from r1jax.settings.stage import DividedBy, Stage
+from r1jax.settings.stage import Divided, DividedBy, Stage
 from r1jax.sharding import StandIn, split_cpu
 
 if TYPE_CHECKING:
@@ -181,8 +181,6 @@ def _check_positions(run: ResolvedRun) -> None:
 
 def _parts(layouts: Layouts, by: DividedBy) -> int:
     """Into how many parts a number of a stage is split."""
-    if by == "processes":
-        return process_batch_slice(layouts.rollout).count
     layout = layouts.rollout if by == "rollout_batch" else layouts.training
     return layout.shards("time" if by == "time" else "batch")
 
@@ -194,20 +192,36 @@ def check_divided(
 
     stages: default: all.
     """
-    problems = []
-    for stage in config.stages if stages is None else stages:
-        for number in stage.divided():
-            if number.value % (parts := _parts(layouts, number.by)):
-                keys = re.findall(r"\w+", number.key)
-                place = config.place(("stages", stage.name, *keys[:1]))
-                remedy = number.remedy(parts)
-                problems.append(
-                    f"{place}stages.{stage.name}{number.key} = {number.value} is not a multiple of "
-                    f"{parts}, {_SPLITS[number.by]}; change one of the two"
-                    + (f", such as stages.{stage.name}.{remedy}" if remedy else "")
-                )
+    chosen = config.stages if stages is None else stages
+    numbers = [(stage, number) for stage in chosen for number in stage.divided()]
+    problems = [
+        _not_divided(config, stage, number, parts)
+        for stage, number in numbers
+        if number.by != "processes" and number.value % (parts := _parts(layouts, number.by))
+    ]
+    try:
+        processes = process_batch_slice(layouts.rollout).count
+    except ValueError:  # such a mesh is another mistake
+        if not problems:
+            raise
+        processes = 1
+    problems += [
+        _not_divided(config, stage, number, processes)
+        for stage, number in numbers
+        if number.by == "processes" and number.value % processes
+    ]
     if problems:
         raise ConfigError(problems)
+
+
+def _not_divided(config: RunConfig, stage: Stage, number: Divided, parts: int) -> str:
+    keys = re.findall(r"\w+", number.key)
+    place, remedy = config.place(("stages", stage.name, *keys[:1])), number.remedy(parts)
+    return (
+        f"{place}stages.{stage.name}{number.key} = {number.value} is not a multiple of {parts}, "
+        f"{_SPLITS[number.by]}; change one of the two"
+        + (f", such as stages.{stage.name}.{remedy}" if remedy else "")
+    )
 
 
 def _check_examples(run: ResolvedRun) -> None:
