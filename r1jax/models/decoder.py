@@ -456,7 +456,8 @@ def decode_slots(
       Normalised activations, the cache, whose pages of the pool are only read, and experts
       [shards, slots, tokens, layers * k] or None.
     """
-    reads = groups_if_kernel(new.reads, *new.tokens.shape[1:], model)
+    _, slots, tokens = new.tokens.shape
+    reads = groups_if_kernel(new.reads, slots, tokens, model)
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
         index = None if isinstance(layer, int) else layer
