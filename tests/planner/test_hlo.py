@@ -191,6 +191,28 @@ def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
     assert hlo._kernel_flops("another_kernel", arrays) is None
 
 
+def test_the_kernel_over_pages_reads_those_that_are_listed() -> None:
+    # 3 slots of 2 key heads and 16 query rows; a pool of 100 pages in each of 7 layers.
+    pool, query = "bf16[7,1,100,2,64,128]", "bf16[3,2,16,128]"
+    target = 'custom_call_target="tpu_custom_call"'
+    text = f"""HloModule jit_f, num_partitions=1
+
+ENTRY %main (q: {query}, k: {pool}, v: {pool}) -> f32[3,2,16,128] {{
+  %q = {query}{{3,2,1,0}} parameter(0)
+  %k = {pool}{{5,4,3,2,1,0}} parameter(1)
+  %v = {pool}{{5,4,3,2,1,0}} parameter(2)
+  ROOT %paged_attention.1 = f32[3,2,16,128]{{3,2,1,0}} custom-call(%q, %k, %v), {target}
+}}
+"""
+    one = 2 * (2 * 64 * 128)  # values of a page's keys and values
+    rest = 3 * 2 * 16 * 128 * (2 + 4)
+    for scopes, pages in ({}, 100), ({"paged_attention": 12.5}, 12.5):
+        found = hlo.cost(hlo.parse(text), scopes=scopes)
+        assert found.bytes == pages * one * 2 + rest
+        assert found.flops == pages * one * 16 * 2
+        assert not found.unknown
+
+
 def test_grouped_products_count_all_rows() -> None:
     # What XLA makes of a ragged product on TPU: 4,096 rows by four matrices. And its gradient.
     tiles = [hlo._Shape("s32", (5,)), hlo._Shape("s32", (35,))]

@@ -165,6 +165,26 @@ def test_a_tiny_model_is_compiled_for_a_slice(tmp_path: Path) -> None:
     assert update["times"]["total"] > 0 and found["stages"][0]["tokens_per_second"] > 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+def test_slots_of_a_slice_read_pages_by_the_kernel(tmp_path: Path) -> None:
+    """It is compiled for the chip; its work is that of the pages that are read, not of the pool."""
+    content, done = run_plan(
+        *(tmp_path / "plan.json", "tiny/r1_zero", *SMALL, "--topology", "v5e:2x2"),
+        *("model.compute_dtype=bfloat16", "--only", "zero", "--mesh", "data=4"),
+        *("stages.zero.sampling.slots=64", "stages.zero.lengths={mean: 20, p99: 60}"),
+    )
+    assert done.returncode == 0, done.stderr
+    programs = {each["name"]: each for each in content["plans"][0]["stages"][0]["programs"]}
+    decode = programs["decode and refill"]
+    assert decode["fits"] and decode["unknown_kernels"] == []
+    (read,) = re.findall(r"a step reads ([\d.,]+) pages", done.stdout)
+    # Of 4 devices each has 16 slots; heads of 24 are padded to 16 rows of queries.
+    matrices = 96 * 96 + 2 * 96 * 48 + 96 * 96 + 3 * 96 * 256 + 32 * 96
+    kernel = float(read.replace(",", "")) * 2 * 16 * 2 * 64 * 24 * 2
+    current = 16 * 4 * 64 * 24 * 2 * 2
+    assert decode["flops"] == pytest.approx(32 * (2 * 16 * matrices + kernel + current), rel=0.2)
+
+
 # --- Slices --------------------------------------------------------------------------------------
 
 
