@@ -244,10 +244,9 @@ def _restore(
         now = {**_checksums(arrays), _METADATA: _json_checksum(metadata)}
         saved = {**sums[_ARRAYS], _METADATA: sums[_METADATA]}
         changed = [name for name, value in now.items() if saved.get(name) != value]
-        if changed:
-            raise DamagedError(
-                f"{path} is damaged (values of {', '.join(changed[:3])} are not those saved)"
-            )
+        if any_process(bool(changed)):
+            names = ", ".join(changed[:3]) or "another process"
+            raise DamagedError(f"{path} is damaged (values of {names} are not those saved)")
     return arrays, metadata
 
 

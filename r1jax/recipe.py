@@ -29,11 +29,11 @@ from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.metrics.watchdog import Watchdog
 from r1jax.peers import watched_peers
 from r1jax.planner.memory import check_memory, explained_out_of_memory
-from r1jax.processes import agree, distributed_process, wait_for_all
+from r1jax.processes import agree, any_process, distributed_process, wait_for_all
 from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.run.checkpointed import find_model
-from r1jax.run.record import Record, open_record
+from r1jax.run.record import Record, RunFiles, open_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
 from r1jax.run.stop import (
@@ -108,9 +108,7 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         references = check(resolved)
         for line in references:
             console.print(line, markup=False, soft_wrap=True)
-        # A bucket cannot tell whether the process that holds a lock still lives.
-        if jax.process_index() == 0 and files.copy is None:
-            held.enter_context(locked(files.directory))
+        _lock(files, held)
         record = open_record(config, files, selection.restart)
         record.note_references(references)
         _check_needs(record, selected)
@@ -141,6 +139,21 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         for line in ending(read_run(files.directory), files.home(files.directory)):
             console.print(line, markup=False, soft_wrap=True)
     return 0
+
+
+def _lock(files: RunFiles, held: ExitStack) -> None:
+    """Process 0 holds the lock of the directory for all; if it cannot, all raise ValueError.
+
+    A bucket cannot tell whether the process that holds a lock still lives.
+    """
+    problem = ""
+    if jax.process_index() == 0 and files.copy is None:
+        try:
+            held.enter_context(locked(files.directory))
+        except ValueError as error:
+            problem = str(error)
+    if any_process(bool(problem)):
+        raise ValueError(problem or f"{files.directory}: others are running it, process 0 says who")
 
 
 def _leave_if_stopped(stage: Stage, stop: StopSignal) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from r1jax.lock import locked
 from r1jax.peers import EXIT_PEER_LOST
 from r1jax.recipe import EXIT_PREEMPTED
 
@@ -257,6 +258,32 @@ def test_one_that_fails_alone_ends_all(hosts: Hosts, tmp_path: Path) -> None:
     error = "the disk of this host is full"
     assert f"Process 1 ({HOST}) failed with OSError: {error}. Process 0" in ended[0].said
     assert error in ended[1].said and "is lost" not in ended[1].said
+
+
+def test_a_directory_that_others_run_is_refused_by_all(hosts: Hosts, tmp_path: Path) -> None:
+    with locked(tmp_path / RUN):
+        ended = hosts.run(tmp_path, 2, 1)
+    assert statuses(ended) == [2, 2], told(ended)
+    assert f"process {os.getpid()} on {HOST}, since" in ended[0].said
+    assert "others are running it, process 0 says who" in ended[1].said
+    assert [path.name for path in (tmp_path / RUN).iterdir()] == ["lock"]
+
+
+def test_all_fall_back_from_a_checkpoint_that_is_damaged(hosts: Hosts, tmp_path: Path) -> None:
+    tuned = ("stages.tuned.checkpoint_every=1", "--only", "tuned")
+    ended = hosts.run(tmp_path, 2, 1, *tuned)
+    assert statuses(ended) == [0, 0], told(ended)
+    folder = tmp_path / RUN / "stages/00-tuned/checkpoints"
+    assert checkpoints(tmp_path, "00-tuned") == ["1", "2"]
+    for path in sorted((folder / "2/arrays").rglob("*")):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:40])
+    ended = hosts.run(tmp_path, 2, 1, "stages.tuned.steps=3", *tuned)
+    assert statuses(ended) == [0, 0], told(ended)
+    assert "2 is damaged" in ended[0].said and "Going on from 1" in ended[0].said
+    assert checkpoints(tmp_path, "00-tuned") == ["2", "2.damaged", "3"]
+    steps = [row["step"] for row in rows(tmp_path / RUN / "stages/00-tuned/metrics.jsonl")]
+    assert steps == [1, 2, 3]
 
 
 def test_unequal_shares_do_not_hang(hosts: Hosts, tmp_path: Path) -> None:
