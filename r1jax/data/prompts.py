@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -132,30 +131,17 @@ def _to_prompt(example: Example, rendered: RenderedPrompt, ids: list[int]) -> Pr
     )
 
 
-class PromptBatch(NamedTuple):
-    """Prompts, and for each how often it occurs before it in the same global batch.
+class PromptStream:
+    """An endless, seeded, resumable order of prompts (see `IndexStream`), the same in all
+    processes.
 
-    A batch may hold a prompt twice; the two must not get the same random numbers.
+    A state of other prompts or of another seed is refused.
     """
 
-    prompts: list[Prompt]
-    repeats: list[int]
-
-
-class PromptIterator:
-    """An endless, seeded, resumable stream of prompts, sharded by process (see `IndexStream`)."""
-
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         if not prompts:
-            raise ValueError("PromptIterator needs at least one prompt")
-        self._prompts = prompts
+            raise ValueError("PromptStream needs at least one prompt")
+        self.prompts = prompts
         self._indices = IndexStream(
             len(prompts),
             seed=seed,
@@ -163,17 +149,10 @@ class PromptIterator:
                 (prompt.id, (id_bytes(prompt.token_ids), prompt.answer.encode()))
                 for prompt in prompts
             ),
-            process_index=process_index,
-            process_count=process_count,
         )
         self.state, self.restore = self._indices.state, self._indices.restore
 
-    def take(self, n_global: int) -> PromptBatch:
-        """The next `n_global` prompts of the global order; returns this process's slice of them."""
-        indices, local = self._indices.take(n_global)
-        seen: Counter[int] = Counter()
-        repeats = []
-        for index in indices:
-            repeats.append(seen[index])
-            seen[index] += 1
-        return PromptBatch([self._prompts[i] for i in indices[local]], repeats[local])
+    def following(self) -> int:
+        """The index of the next prompt."""
+        (index,), _ = self._indices.take(1)
+        return index

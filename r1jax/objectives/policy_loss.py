@@ -78,6 +78,20 @@ def importance_weight(old_log_probs: Tokens, sampler_log_probs: Tokens, cap: flo
     return jax.lax.stop_gradient(weight)
 
 
+def masked_importance_weight(
+    old_log_probs: Tokens, sampler_log_probs: Tokens, *, floor: float, cap: float
+) -> Tokens:
+    """pi_old / pi_sampler where that is in [floor, cap], else 0; without gradient.
+
+    A token whose two log-probs are too far apart teaches nothing (IcePop, in Ring-1T, arXiv
+    2510.18855), where `importance_weight` still counts it by the cap.
+    """
+    check_log_probs({"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs})
+    weight = jnp.exp(old_log_probs - sampler_log_probs)
+    inside = (weight >= floor) & (weight <= cap)
+    return jax.lax.stop_gradient(jnp.where(inside, weight, 0.0))
+
+
 class TokenTerms(NamedTuple):
     """Of each token; `loss` is what is differentiated, the rest is shown."""
 
@@ -124,7 +138,14 @@ def token_terms(
     objective = surrogate.objective
     if config.importance_cap is not None and sampler_log_probs is not None:
         old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
-        objective = objective * importance_weight(old, sampler_log_probs, config.importance_cap)
+        cap = config.importance_cap
+        if config.importance_correction == "masked":
+            weight = masked_importance_weight(
+                old, sampler_log_probs, floor=config.importance_floor, cap=cap
+            )
+        else:
+            weight = importance_weight(old, sampler_log_probs, cap)
+        objective = objective * weight
     loss, kl = -objective, jnp.zeros_like(objective)
     if config.kl_coefficient:
         if reference_log_probs is None:

@@ -12,7 +12,7 @@ from r1jax.models import declare
 from r1jax.models.parameters import abstract_weights, is_spec
 from r1jax.planner.memory import free_here, planning_of, too_large
 from r1jax.planner.topologies import Slice
-from r1jax.programs import Planning
+from r1jax.programs import StagePrograms
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
 from r1jax.run.models import LanguageModel
 from r1jax.run.resolve import check, load_functions, resolve
@@ -22,8 +22,8 @@ from r1jax.sharding import Layout
 
 def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
     """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate, and lines
-    about rows whose reference answers cannot be read. `too_large` has the stages for which the
-    memory does not suffice.
+    about rows whose reference answers cannot be read and about the most that a step may take.
+    `too_large` has the stages for which the memory does not suffice.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
 
@@ -49,7 +49,9 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
         sizes[name] = sum(row["bytes"] for row in rows)
         memory.append({"what": f"{prefix}weights", "bytes": sizes[name]})
     for stage in config.stages:
-        memory += stage_memory(stage, planning, sizes[config.model_of(stage.name)])
+        called = load_functions(stage).programs(stage, planning)
+        memory += stage_memory(stage, called, sizes[config.model_of(stage.name)])
+        notes += [f"{stage.name}: {line}" for line in called.limits]
     return {
         "parameters": sum(math.prod(weight["shape"]) for weight in weights),
         "weights": weights,
@@ -98,10 +100,10 @@ _LABELS = {
 _UNLISTED = ("weights", "policy", "batch")
 
 
-def stage_memory(stage: Stage, planning: Planning, weights: int) -> list[JsonObject]:
+def stage_memory(stage: Stage, called: StagePrograms, weights: int) -> list[JsonObject]:
     """What a stage has in memory beside its model's weights, which are `weights` bytes."""
     largest: dict[str, int] = {}
-    for program in load_functions(stage).programs(stage, planning).programs:
+    for program in called.programs:
         sizes = bytes_by_kind(program.resident, program.arguments)
         if "policy" in sizes or ("cache" in sizes and sizes["weights"] != weights):
             sizes["sampler's weights"] = sizes["weights"]

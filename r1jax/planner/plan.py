@@ -287,7 +287,7 @@ def _plan_stage(
         tokens_per_second=None if not best else called.tokens / best,
         utilisation=_utilisation(useful, best, target),
         measured=_step_seconds(programs, lambda each: each.measured),
-        notes=called.notes,
+        notes=(*called.notes, *called.limits),
     )
 
 

@@ -185,13 +185,14 @@ class StagePrograms:
     """What a stage calls in a step: an update, or for stages that only sample, a batch.
 
     tokens: sampled or trained on in a step. unit: what a step is.
-    notes: lines about slots, pages and packing.
+    notes: lines about slots, pages and packing. limits: about the most that a step may take.
     """
 
     programs: tuple[Program, ...]
     tokens: int
     unit: str = "step"
     notes: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

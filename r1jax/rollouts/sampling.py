@@ -249,7 +249,7 @@ def sample_prompts(
             ended = next(rounds, None)
         if ended is None:
             return
-        texts = _texts(sampler, [(sample.tokens, sample.finish) for sample in ended])
+        texts = completion_texts(sampler, [(sample.tokens, sample.finish) for sample in ended])
         yield [
             (
                 sample.prompt * options.samples + sample.sample,
@@ -267,7 +267,9 @@ def sample_prompts(
         ]
 
 
-def _texts(sampler: LanguageModel, samples: Sequence[tuple[np.ndarray, Finish]]) -> list[str]:
+def completion_texts(
+    sampler: LanguageModel, samples: Sequence[tuple[np.ndarray, Finish]]
+) -> list[str]:
     """The texts of token ids [length], each with why it ended; an EOS is not part of them."""
     without_eos = [ids[: len(ids) - (finish == Finish.EOS)].tolist() for ids, finish in samples]
     if not without_eos:
@@ -324,7 +326,7 @@ def _sample_batch(
     samples = jax.tree.map(to_process_rows, samples)
     tokens, lengths, finish = samples.tokens, samples.lengths, samples.finish
     indices = list(product(range(len(prompts)), range(options.samples)))
-    texts = _texts(
+    texts = completion_texts(
         sampler, [(tokens[at][: lengths[at]], Finish(int(finish[at]))) for at in indices]
     )
     completions = []

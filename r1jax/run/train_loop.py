@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -39,6 +39,9 @@ from r1jax.train_step import (
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
+
+Snapshot = Callable[[], DataCursor]
+"""Gives the data cursor of the moment at which it was taken, as JSON, if that is wanted at all."""
 
 _WARM_UP = 3  # rows of timings in which everything may be compiled
 
@@ -156,14 +159,14 @@ class TrainLoop:
         if stop and self.step < self.steps:
             raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
-    def leave_if_stopped(self, data_cursor: DataCursor) -> None:
+    def leave_if_stopped(self, before: Snapshot) -> None:
         """When told to stop, save and raise `Preempted`.
 
         For work between two steps that leaves no trace until it is done: a resumed run begins with
-        it again, at `data_cursor`, which is the data's `state()` before that work.
+        it again, at the data cursor `before()`, which is that before the work.
         """
         if self.run.stop.in_any_process():
-            self._save(data_cursor)
+            self._save(before())
             raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
     @span("checkpoint")

@@ -6,6 +6,7 @@ same prompts give the same calls of the same programs in the same order, in ever
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -171,6 +172,8 @@ def sample_queue(
         -(-len(of_slice) // (len(its_parts) * split))
         for of_slice, its_parts in zip(lengths, parts, strict=True)
     )
+    if options.fixed_shape:
+        most = sys.maxsize
     shape = slot_shape(model, options, prompts=most, prompt_tokens=prompt_tokens)
     schedulers = [
         _Scheduler(shape, of_slice, [part * split + i for part in its_parts for i in range(split)])

@@ -154,6 +154,8 @@ class GenerateOptions:
     cache_tokens: of `sample_queue`: tokens that the KV cache has room for, over all devices;
         default: as many as all slots might need.
     page: of `sample_queue`: tokens in a page of the KV cache; default: 16 on a CPU, else 64.
+    fixed_shape: of `sample_queue`: a short queue has the slots of a long one, so that queues of all
+        lengths share their programs.
 
     Raises:
       ValueError: a count below 1, or `speculative` with `record_experts`.
@@ -173,6 +175,7 @@ class GenerateOptions:
     slots: int | None = None
     cache_tokens: int | None = None
     page: int | None = None
+    fixed_shape: bool = False
 
     def __post_init__(self) -> None:
         if self.speculative and self.record_experts:

@@ -22,6 +22,9 @@ class GRPOConfig:
     advantage_scale: `std` (GRPO) or `none` (Dr. GRPO).
     importance_cap: truncated importance sampling for the gap between the sampler and the trainer:
         each token's term is weighted by min(pi_old / pi_sampler, cap). None: off.
+    importance_correction: `truncated`, or `masked`: the weight is pi_old / pi_sampler where that is
+        in [importance_floor, importance_cap], and 0 elsewhere (IcePop, 2510.18855).
+    importance_floor: of `masked`; IcePop uses 0.5, with a cap of 5.
     """
 
     # Read by pydantic where this is a section of a config.
@@ -35,6 +38,8 @@ class GRPOConfig:
     constant_length: int | None = None
     advantage_scale: Literal["std", "none"] = "std"
     importance_cap: float | None = 2.0
+    importance_correction: Literal["truncated", "masked"] = "truncated"
+    importance_floor: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "kl_coefficient"):
@@ -44,6 +49,21 @@ class GRPOConfig:
             raise ValueError(f"dual_clip = {self.dual_clip}: must be above 1, or null for off")
         if self.importance_cap is not None and self.importance_cap <= 0:
             raise ValueError(f"importance_cap = {self.importance_cap}: must be positive, or null")
+        if self.importance_correction == "masked" and self.importance_cap is None:
+            raise ValueError(
+                "importance_correction = 'masked' with importance_cap = None: set the cap above "
+                "which a token is left out"
+            )
+        if self.importance_floor and self.importance_correction != "masked":
+            raise ValueError(
+                f"importance_floor = {self.importance_floor} belongs to importance_correction "
+                "'masked'"
+            )
+        if not 0 <= self.importance_floor < (self.importance_cap or float("inf")):
+            raise ValueError(
+                f"importance_floor = {self.importance_floor}: must be at least 0 and below "
+                f"importance_cap = {self.importance_cap}"
+            )
         if (self.normalisation == "constant") != (self.constant_length is not None):
             raise ValueError(
                 f"normalisation = {self.normalisation!r} with constant_length = "

@@ -15,6 +15,7 @@ from r1jax.objectives.policy_loss import (
     clipped_surrogate,
     dual_clip,
     importance_weight,
+    masked_importance_weight,
     probability_ratio,
     token_terms,
 )
@@ -74,6 +75,55 @@ def test_importance_weights_by_hand() -> None:
         np.testing.assert_allclose(weight(old, sampler)[:, 0], [1.25, 1.5], rtol=1e-6)
     gradient = jax.grad(lambda x: importance_weight(x, sampler, 1.5).sum())(old)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_masked_importance_weights_against_float64(floor: float) -> None:
+    rng = np.random.default_rng(0)
+    old, sampler = -rng.exponential(2, (8, 50)), -rng.exponential(2, (8, 50))
+    ratio = np.exp(old - sampler)
+    expected = np.where((floor <= ratio) & (ratio <= 2.0), ratio, 0.0)
+    assert 0.1 < (expected == 0).mean() < 0.9
+    pair = jnp.asarray(old, jnp.float32), jnp.asarray(sampler, jnp.float32)
+    for weight in both(masked_importance_weight, floor=floor, cap=2.0):
+        np.testing.assert_allclose(weight(*pair), expected, rtol=1e-5)
+    config = GRPOConfig(
+        kl_coefficient=0, importance_correction="masked", importance_floor=floor, importance_cap=2.0
+    )
+    log_probs, advantages = jnp.asarray(-rng.exponential(2, (8, 50))), rng.standard_normal(8)
+
+    def loss(x: jax.Array) -> jax.Array:
+        a = jnp.asarray(advantages, jnp.float32)
+        return token_terms(
+            x, a, config=config, old_log_probs=pair[0], sampler_log_probs=pair[1]
+        ).loss.sum()
+
+    value, gradient = jax.value_and_grad(loss)(log_probs)
+    r = np.exp(np.asarray(log_probs, np.float64) - old)
+    a = advantages[:, None]
+    clipped = np.clip(r, 0.8, 1.2)
+    np.testing.assert_allclose(
+        value, -(expected * np.minimum(r * a, clipped * a)).sum(), rtol=1e-4, atol=1e-4
+    )
+    free = r * a <= clipped * a  # where the minimum is the unclipped term
+    np.testing.assert_allclose(gradient, -expected * a * r * free, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"importance_cap": None}, "importance_cap = None: set the cap"),
+        ({"importance_floor": -0.1}, "importance_floor = -0.1: must be at least 0"),
+        ({"importance_floor": 2.0}, "importance_floor = 2.0: .* below importance_cap = 2.0"),
+        (
+            {"importance_floor": 0.5, "importance_correction": "truncated"},
+            "importance_floor = 0.5 belongs to importance_correction 'masked'",
+        ),
+    ],
+)
+def test_a_mask_without_bounds_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**{"importance_correction": "masked", **settings})
 
 
 @pytest.mark.parametrize("case", [*CLIPPED[:4], (9.0, -1.0, -3.0, True)])  # dual clip: 3 |A|

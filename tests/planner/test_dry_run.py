@@ -9,6 +9,8 @@ import pytest
 
 from r1jax.config.load import load_config
 from r1jax.planner.dry_run import describe
+from r1jax.planner.memory import planning_of
+from r1jax.run.resolve import load_functions, resolve
 
 TESTS = Path(__file__).parents[1]
 
@@ -60,3 +62,23 @@ def test_memory_of_slots_is_that_of_their_pages(monkeypatch: pytest.MonkeyPatch)
     entries = 128 * 16
     assert memory["rl: key-value cache"] == entries * 2 * 8 * 4 + entries + (128 - 4)
     assert memory["rl: state of the slots"] > 0 and memory["rl: log"] > 4 * 12 * 16
+
+
+def test_the_most_that_dynamic_sampling_may_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(TESTS)
+    monkeypatch.syspath_prepend(TESTS)
+    for sampling in ("{}", "{slots: 4}"):
+        changes = [f"stages.zero.sampling={sampling}"]
+        config = load_config("tiny_dynamic.yaml", changes)
+        (line,) = describe(config)["notes"]
+        assert line.startswith("zero: dynamic sampling is planned at its limit, where a phase")
+        assert "samples 12 questions for 4 groups, 3 times as many" in line
+        stage = config.stage("zero")
+        programs = load_functions(stage).programs(stage, planning_of(resolve(config))).programs
+        (decode,) = [each for each in programs if each.name.startswith("decode")]
+        plain = load_config("tiny_dynamic.yaml", [*changes, "stages.zero.dynamic_sampling=null"])
+        stage = plain.stage("zero")
+        programs = load_functions(stage).programs(stage, planning_of(resolve(plain))).programs
+        (without,) = [each for each in programs if each.name == decode.name]
+        assert decode.calls == 3 * without.calls
+        assert describe(plain)["notes"] == []

@@ -31,11 +31,18 @@ DEATHS = [
 SOME_DEATHS = [("sigterm_in_rollout", 3), ("save", 1)]
 
 
-def start(output: Path, cache: Path, point: str, number: int) -> int:
+# Of dynamic sampling: dead in the second phase; asked to stop in it; dead in the save behind the
+# third, which leaves surplus, and in the fourth, which begins with that.
+DYNAMIC_DEATHS = [("log", 3), ("sigterm_in_judging", 2), ("save", 2), ("log", 3)]
+
+
+def start(
+    output: Path, cache: Path, point: str, number: int, config: tuple[str, ...] = ("tiny.yaml",)
+) -> int:
     command = [sys.executable, str(TESTS / "killed_run.py"), point, str(number)]
-    command += [str(TESTS / "tiny.yaml"), f"output={output}"]
+    command += [str(TESTS / config[0]), f"output={output}", *config[1:]]
     environment = os.environ | {
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -46,7 +53,7 @@ def start(output: Path, cache: Path, point: str, number: int) -> int:
 
 def result(output: Path) -> dict[str, bytes]:
     """What must not depend on when the process died: all but times and checkpoints' files."""
-    run = output / "tiny-s0"
+    (run,) = output.iterdir()
     varies = ("timings.jsonl", "run.json", "results.json", "report.html")
     return {
         str(path.relative_to(run)): path.read_bytes()
@@ -86,3 +93,58 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     counts = [json.loads(line)["compile_count"] for line in timings.splitlines()]
     assert len(counts) == 4
     assert counts[1] == counts[-1]
+
+
+@pytest.mark.parametrize(
+    "deaths", [DYNAMIC_DEATHS[2:], pytest.param(DYNAMIC_DEATHS, marks=pytest.mark.slow)]
+)
+def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(
+    tmp_path: Path, deaths: list[tuple[str, int]]
+) -> None:
+    cache, config = tmp_path / "cache", ("tiny_dynamic.yaml",)
+    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    for point, number in deaths:
+        code = start(tmp_path / "killed", cache, point, number, config)
+        assert code == (143 if point.startswith("sigterm") else -9), (point, number)
+    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for name in whole:
+        assert whole[name] == killed[name], f"{name} differs"
+    lines = whole["stages/00-zero/metrics.jsonl"].decode().splitlines()
+    phases = [json.loads(line) for line in lines[::2]]
+    # Something of all that a phase can come to.
+    assert {phase["questions/sampled"] for phase in phases} == {8, 12}
+    assert min(phase["groups/trained"] for phase in phases) < 4
+    assert phases[2]["groups/surplus"] == phases[3]["groups/from_surplus"] > 0
+    assert any(phase["questions/skipped"] for phase in phases)
+    assert phases[3]["sampler/gap_max"] > 0.01 > phases[2]["sampler/gap_max"]  # of old samples
+    timings = (tmp_path / "whole/tiny-dynamic-s0/stages/00-zero/timings.jsonl").read_text()
+    counts = [json.loads(line)["compile_count"] for line in timings.splitlines()]
+    assert counts[1] == counts[-1]  # whatever the number of groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("dynamic_sampling=null", "phases_of_lag=1"),
+        ("dynamic_sampling=null", "tokens_per_phase=2", "max_new_tokens=6", "steps=12"),
+        ("phases_of_lag=1", "tokens_per_phase=2", "max_new_tokens=4", "sampling.stop=['1+']"),
+    ],
+)
+def test_samples_of_older_weights_are_in_the_checkpoint(
+    tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    cache = tmp_path / "cache"
+    config = ("tiny_dynamic.yaml", *(f"stages.zero.{change}" for change in changes))
+    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    # In the second phase; asked to stop in it; in the save behind the third; in the fourth.
+    for point, number in [("log", 3), ("sigterm_in_judging", 2), ("save", 2), ("log", 3)]:
+        code = start(tmp_path / "killed", cache, point, number, config)
+        assert code == (143 if point.startswith("sigterm") else -9), (point, number)
+    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for name in whole:
+        assert whole[name] == killed[name], f"{name} differs"

@@ -28,8 +28,8 @@ from r1jax.run.train_loop import train_loop
 from r1jax.sampler import Finish
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.stage import LengthChange
+from r1jax.stages.grpo.metrics import rollout_metrics, sample_facts
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import rollout_metrics, sample_facts
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 

@@ -26,7 +26,6 @@ from r1jax.models import (
     token_log_probs,
 )
 from r1jax.models.balance import imbalance_of, loads_of, make_after_update
-from r1jax.rewards import Outcome, RowScore, Score
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
 from r1jax.settings.objective import GRPOConfig
@@ -34,6 +33,7 @@ from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.stage import LengthChange
 from r1jax.sharding import single_device
 from r1jax.stages.grpo import rows as packing
+from r1jax.stages.grpo.groups import Group, Question
 from r1jax.stages.grpo.rows import (
     PackedShape,
     TrainingSample,
@@ -77,10 +77,15 @@ def sample(prompt: Sequence[int], new: Sequence[int], finish: Finish = Finish.EO
     return Completion(question, 0, np.asarray(new, np.int32), log_probs, finish, "x")
 
 
-def scored(reward: float | None = 1.0) -> RowScore:
-    if reward is None:
-        return RowScore(np.nan, False, {"accuracy": Score(np.nan, Outcome.VERIFIER_FAILED)})
-    return RowScore(reward, True, {"accuracy": Score(reward, Outcome.RIGHT)})
+def groups(
+    completions: Sequence[Completion], rewards: Sequence[float | None], size: int
+) -> list[Group]:
+    """None: the sample is not scored."""
+    values = np.asarray([np.nan if each is None else each for each in rewards], np.float32)
+    return [
+        Group(Question("x", i), completions[i : i + size], values[i : i + size])
+        for i in range(0, len(completions), size)
+    ]
 
 
 def phase(rl: GRPOStage, with_experts: bool = False) -> list[TrainingSample]:
@@ -95,8 +100,8 @@ def phase(rl: GRPOStage, with_experts: bool = False) -> list[TrainingSample]:
             chosen = np.argsort(rng.random((prompt + new, 6)))[:, :2].astype(np.uint8)
             each = replace(each, experts=chosen)
         completions.append(each)
-    scores = [scored(None if i % 8 == 7 else float(i % 3)) for i in range(24)]
-    return training_samples(rl, completions, scores, rng.standard_normal((4, 6)))
+    rewards = [None if i % 8 == 7 else float(i % 3) for i in range(24)]
+    return training_samples(rl, groups(completions, rewards, 6), rng.standard_normal((4, 6)))
 
 
 def single_rows(samples: Sequence[TrainingSample], time: int) -> GRPOBatch:
@@ -127,10 +132,13 @@ def test_rows_by_hand() -> None:
         sample([8, 9], [4, 4], Finish.LENGTH),
         sample([8, 9], [6]),  # nobody knows whether it is right
     ]
-    scores, advantages = [scored(), scored(0.0), scored(None)], np.asarray([[0.5, -0.5, 0.0]])
+    of_question, advantages = (
+        groups(completions, [1.0, 0.0, None], 3),
+        np.asarray([[0.5, -0.5, 0.0]]),
+    )
     shape = PackedShape(samples=3, rows=1, micro_batches=3, time=8)
     for keep in (True, False):
-        samples = training_samples(rl, completions, scores, advantages)
+        samples = training_samples(rl, of_question, advantages)
         packed = pack_updates([samples], shape, single_device(), keep_untrained=keep)
         (batch,) = packed.batches
         last = [8, 9, 6] if keep else [0, 0, 0]
@@ -151,7 +159,7 @@ def test_rows_by_hand() -> None:
         assert batch.sampler_log_probs[0].tolist()[:5] == expected
         assert (batch.sequences, batch.samples, batch.used_micro_batches) == (2, 2 + keep, 2)
         assert packed.rows_filled == (12 if keep else 9) / 16
-    masked = training_samples(replaced(rl, mask_truncated=True), completions, scores, advantages)
+    masked = training_samples(replaced(rl, mask_truncated=True), of_question, advantages)
     assert [each.trained for each in masked] == [True, False, False]
     nothing = pack_updates([masked[1:]], shape, single_device())
     assert nothing.batches[0].used_micro_batches == 1 and nothing.rows_filled == 0
@@ -302,7 +310,13 @@ def test_an_update_of_packed_rows_is_that_of_a_sample_a_row(
     rl = stage(mask_truncated=True, loss=loss, balance=balance, replay_experts=experts)
     samples = phase(rl, experts)
     shape = PackedShape(24, 24 // micro_batches, micro_batches, 32)
-    packed = pack_updates([samples], shape, single_device(), keep_untrained=experts)
+    packed = pack_updates(
+        [samples],
+        shape,
+        single_device(),
+        keep_untrained=experts,
+        experts=jax.ShapeDtypeStruct((2,), np.uint8) if experts else None,
+    )
     (batch,) = packed.batches
     assert micro_batches == 1 or batch.used_micro_batches < micro_batches
     assert packed.rows_filled > 0.5 or micro_batches == 1

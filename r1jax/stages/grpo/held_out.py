@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from r1jax.data.order import DataCursor
 from r1jax.evaluation.metrics import summarise
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
@@ -22,7 +21,7 @@ from r1jax.rollouts.scored_samples import PromptPart, scored_batches
 from r1jax.rollouts.scoring import RewardScorer, check_domains
 from r1jax.run.resolve import ResolvedRun
 from r1jax.run.seeds import seed_of
-from r1jax.run.train_loop import TrainLoop
+from r1jax.run.train_loop import Snapshot, TrainLoop
 from r1jax.stages.grpo.settings import GRPOStage
 
 
@@ -59,7 +58,7 @@ class HeldOutEvaluation:
 
     @span("held_out")
     def evaluate_if_due(
-        self, loop: TrainLoop, scorer: RewardScorer, data_cursor: DataCursor, weights: Params
+        self, loop: TrainLoop, scorer: RewardScorer, before: Snapshot, weights: Params
     ) -> None:
         """At the stage's ends and every so many steps, write a row of held_out.jsonl.
 
@@ -71,7 +70,7 @@ class HeldOutEvaluation:
         due = step % stage.held_out_every == 0 or step == stage.steps
         if not self._parts or not due:
             return
-        rows = self._scored_rows(loop, scorer, data_cursor, weights)
+        rows = self._scored_rows(loop, scorer, before, weights)
         summary = summarise(rows, same_answer=equivalent_key)
         loop.recorder.log_held_out(step, summary)
         loop.clock.lap("held_out")
@@ -83,7 +82,7 @@ class HeldOutEvaluation:
         )
 
     def _scored_rows(
-        self, loop: TrainLoop, scorer: RewardScorer, data_cursor: DataCursor, weights: Params
+        self, loop: TrainLoop, scorer: RewardScorer, before: Snapshot, weights: Params
     ) -> Iterator[JsonObject]:
         """Of which no more than a batch is in memory."""
         options = generate_options(
@@ -97,5 +96,5 @@ class HeldOutEvaluation:
             weights, self._parts, self._sampler, scorer, options, self._batch
         ):
             loop.clock.lap("held_out")
-            loop.leave_if_stopped(data_cursor)
+            loop.leave_if_stopped(before)
             yield from rows

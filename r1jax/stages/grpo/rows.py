@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from r1jax.data.packing import best_fit_decreasing
 from r1jax.grpo import GRPOBatch
 from r1jax.processes import gather
-from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
 from r1jax.sharding import Layout, process_batch_parts
+from r1jax.stages.grpo.groups import Group
 from r1jax.stages.grpo.settings import GRPOStage
 
 if TYPE_CHECKING:
@@ -120,23 +121,25 @@ class TrainingSample:
 
 
 def training_samples(
-    stage: GRPOStage,
-    completions: Sequence[Completion],
-    scores: Sequence[RowScore],
-    advantages: np.ndarray,
+    stage: GRPOStage, groups: Sequence[Group], advantages: np.ndarray
 ) -> list[TrainingSample]:
-    """Samples with their advantages [prompts, samples].
+    """Samples with their advantages [groups, samples].
 
     Unscored samples, and truncated ones if the stage says so, are left out of the loss.
+
+    Args:
+      advantages: may have more rows, which are padding.
     """
     return [
         TrainingSample(
             completion,
             float(advantage),
-            score.scored and not (stage.mask_truncated and completion.finish == Finish.LENGTH),
+            not np.isnan(reward)
+            and not (stage.mask_truncated and completion.finish == Finish.LENGTH),
         )
-        for completion, score, advantage in zip(
-            completions, scores, advantages.reshape(-1), strict=True
+        for group, of_group in zip(groups, advantages, strict=False)
+        for completion, reward, advantage in zip(
+            group.completions, group.rewards, of_group, strict=True
         )
     ]
 
@@ -158,6 +161,7 @@ def pack_updates(
     layout: Layout,
     *,
     keep_untrained: bool = False,
+    experts: jax.ShapeDtypeStruct | None = None,
 ) -> PackedUpdates:
     """Pack this process's samples of each update; all processes call it.
 
@@ -167,6 +171,7 @@ def pack_updates(
       layout: whose slice of the batch the samples are.
       keep_untrained: pack samples that are left out of the loss, too: the router of a mixture of
         experts counts their tokens.
+      experts: like those of tokens, [..., layers * k], where samples have them.
 
     Raises:
       ValueError: a sample is longer than a row.
@@ -194,7 +199,7 @@ def pack_updates(
             "samples": np.int32(sum(each["samples"] for each in of_all)),
             "used_micro_batches": np.int32(used),
         }
-        batches.append(replace(row_arrays(rows, row_index, shape.time), **scalars))
+        batches.append(replace(row_arrays(rows, row_index, shape.time, experts), **scalars))
     return PackedUpdates(batches, tokens / positions)
 
 
@@ -227,13 +232,22 @@ def filling_order(shape: PackedShape, layout: Layout) -> tuple[np.ndarray, np.nd
 
 
 def row_arrays(
-    rows: Sequence[Sequence[TrainingSample]], row_index: np.ndarray, time: int
+    rows: Sequence[Sequence[TrainingSample]],
+    row_index: np.ndarray,
+    time: int,
+    experts: jax.ShapeDtypeStruct | None,
 ) -> GRPOBatch:
-    """Rows as arrays [len(row_index), time]; the n-th row is that of index row_index[n]."""
+    """Rows as arrays [len(row_index), time]; the n-th row is that of index row_index[n].
+
+    Args:
+      experts: see `pack_updates`.
+    """
     shape = (len(row_index), time)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     mask, sampler, advantages, lengths = (np.zeros(shape, np.float32) for _ in range(4))
     inputs = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
+    if experts is not None:
+        inputs["experts"] = np.zeros((*shape, experts.shape[-1]), experts.dtype)
     steps = np.arange(time, dtype=np.int32)
     for samples, r in zip(rows, row_index.tolist(), strict=False):
         first = 0
@@ -250,10 +264,7 @@ def row_arrays(
             advantages[r, start:end] = sample.advantage
             lengths[r, start:end] = sample.trained_tokens
             if completion.experts is not None:
-                experts = completion.experts
-                if "experts" not in inputs:
-                    inputs["experts"] = np.zeros((*shape, experts.shape[-1]), experts.dtype)
-                inputs["experts"][r, first : first + len(experts)] = experts
+                inputs["experts"][r, first : first + len(completion.experts)] = completion.experts
             first = end
     arrays: dict[str, PyTree] = {"mask": mask, "sampler_log_probs": sampler}
     arrays |= {"advantages": advantages, "lengths": lengths}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_changes
 from r1jax.settings.sampling import EvaluationSampling, PlannedLengths, SamplingSection
+from r1jax.settings.section import Section
 from r1jax.settings.stage import (
     DataChange,
     Divided,
@@ -18,6 +19,49 @@ from r1jax.settings.stage import (
     TrainStage,
     check_multiple,
 )
+
+
+class DynamicSampling(Section):
+    """Sample until a phase has groups enough whose rewards differ (DAPO, arXiv 2503.14476, section
+    3.2): the others have advantages of 0.
+
+    What is decided follows the order of the questions, never the time at which a reward arrives.
+    """
+
+    max_questions: int | None = Field(
+        None,
+        ge=1,
+        description="Questions that a phase samples at most; it then trains on the groups that it "
+        "has. Default: four times as many as it trains on.",
+    )
+    questions_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Questions that are sampled between two decisions. Default: as many as a phase "
+        "trains on.",
+    )
+    surplus: Literal["drop", "keep"] = Field(
+        "drop",
+        description="What becomes of groups beyond those that the phase trains on: keep them for "
+        "the next phase, where loss.importance_cap corrects for the weights that sampled them.",
+    )
+    pass_rate: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="The least and the highest share of right samples in a group to train on.",
+    )
+    look_again_after: int | None = Field(
+        None,
+        ge=1,
+        description="Steps for which a question is skipped once all of its samples, or none, were "
+        "right. Default: no question is skipped.",
+    )
+
+    @field_validator("pass_rate")
+    @classmethod
+    def _is_band(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("give [low, high] with 0 <= low < high <= 1")
+        return value
 
 
 class GRPOStage(TrainStage):
@@ -80,6 +124,21 @@ class GRPOStage(TrainStage):
         description="Of a mixture of experts: updates send each token to the experts that it went "
         "to when it was sampled, and only weigh them anew. The reference chooses for itself.",
     )
+    dynamic_sampling: DynamicSampling | None = Field(
+        None, description="Sample until there are groups enough that teach something."
+    )
+    phases_of_lag: Literal[0, 1] = Field(
+        0,
+        description="1: the next phase is sampled before the update of this one, whose rewards are "
+        "computed meanwhile; loss.importance_cap corrects for the weights that sampled it.",
+    )
+    tokens_per_phase: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that a sample gets in one phase at most (partial rollouts, Kimi k1.5, "
+        "arXiv 2501.12599): it goes on in the next phase, with the weights of then. Divides "
+        "max_new_tokens. Default: every sample ends in its phase.",
+    )
     mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
     reference_refresh_every: int | None = Field(
         400, ge=1, description="Steps after which the policy becomes the reference; null: never."
@@ -101,9 +160,8 @@ class GRPOStage(TrainStage):
         rows = self.questions_per_step * self.outputs_per_question
         product = "questions_per_step x outputs_per_question"
         check_multiple(product, rows, "micro_batches", self.micro_batches)
-        questions = self.questions_per_step * mini_batches
         product = f"questions_per_step x {per_rollout}"
-        check_multiple(product, questions, "rollout_batches", self.rollout_batches)
+        check_multiple(product, self.questions_per_phase, "rollout_batches", self.rollout_batches)
         check_multiple("steps", self.steps, per_rollout, mini_batches)
         why = ": checkpoints are taken between rollout phases"
         check_multiple("checkpoint_every", self.checkpoint_every, per_rollout, mini_batches, why)
@@ -115,6 +173,16 @@ class GRPOStage(TrainStage):
                 "replay_experts = true with sampling.speculative = true: drafts that did not stay "
                 "were routed, too, and are not told apart; set one of them to false"
             )
+        if self.dynamic_sampling is not None:
+            self._check_dynamic_sampling(self.dynamic_sampling)
+        if self.importance_needed and self.loss.importance_cap is None:
+            raise ValueError(
+                f"{self.importance_needed} with loss.importance_cap = null: nothing would correct "
+                "for the weights that sampled, which are older than those that are trained; set a "
+                f"cap, or leave out {self.importance_needed.partition(' ')[0]}"
+            )
+        if self.tokens_per_phase is not None:
+            self._check_tokens_per_phase(self.tokens_per_phase)
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
         for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
@@ -122,6 +190,81 @@ class GRPOStage(TrainStage):
                 why = "; changes take place between phases"
                 check_multiple(f"{name}: step", change.step, per_rollout, mini_batches, why)
         return self
+
+    def _check_dynamic_sampling(self, dynamic: DynamicSampling) -> None:
+        phase, group = self.questions_per_phase, self.outputs_per_question
+        at_once, most = self.questions_at_once, self.max_questions
+        if at_once > phase:
+            raise ValueError(
+                f"dynamic_sampling.questions_at_once = {at_once} is more than questions_per_step x "
+                f"mini_batches_per_rollout = {phase}, the questions of a phase; lower it"
+            )
+        if most < phase:
+            raise ValueError(
+                f"dynamic_sampling.max_questions = {most} is less than questions_per_step x "
+                f"mini_batches_per_rollout = {phase}, the questions of a phase; raise it"
+            )
+        check_multiple(
+            "dynamic_sampling.max_questions",
+            most,
+            "dynamic_sampling.questions_at_once (default: the questions of a phase)",
+            at_once,
+        )
+        low, high = dynamic.pass_rate
+        if not any(low <= right / group <= high for right in range(group + 1)):
+            raise ValueError(
+                f"dynamic_sampling.pass_rate = [{low:g}, {high:g}]: no group of "
+                f"outputs_per_question = {group} samples has such a share of right ones; widen it"
+            )
+
+    def _check_tokens_per_phase(self, tokens: int) -> None:
+        limits = self.max_new_tokens
+        for limit in [limits] if isinstance(limits, int) else [each.tokens for each in limits]:
+            check_multiple("max_new_tokens", limit, "tokens_per_phase", tokens)
+        if self.sampling.speculative:
+            raise ValueError(
+                f"tokens_per_phase = {tokens} with sampling.speculative = true: samples that go on "
+                "are decoded in slots, and drafts are not; set one only"
+            )
+
+    @property
+    def importance_needed(self) -> str:
+        """The setting for which a phase may train on samples of older weights; empty: none."""
+        if self.dynamic_sampling is not None and self.dynamic_sampling.surplus == "keep":
+            return "dynamic_sampling.surplus = 'keep'"
+        if self.tokens_per_phase is not None:
+            return f"tokens_per_phase = {self.tokens_per_phase}"
+        return "phases_of_lag = 1" if self.phases_of_lag else ""
+
+    @property
+    def keeps_surplus(self) -> bool:
+        """Whether groups that a phase has no room for are left to the next one."""
+        if self.dynamic_sampling is None:
+            return self.tokens_per_phase is not None
+        return self.dynamic_sampling.surplus == "keep"
+
+    @property
+    def questions_per_phase(self) -> int:
+        """Questions whose groups a phase trains on."""
+        return self.questions_per_step * self.mini_batches_per_rollout
+
+    @property
+    def decides(self) -> bool:
+        """Whether the samples of a phase decide how it goes on."""
+        return self.dynamic_sampling is not None or self.tokens_per_phase is not None
+
+    @property
+    def questions_at_once(self) -> int:
+        """Questions that are sampled before the next decision how to go on."""
+        given = self.dynamic_sampling and self.dynamic_sampling.questions_at_once
+        return given or self.questions_per_phase
+
+    @property
+    def max_questions(self) -> int:
+        """Questions that a phase samples at most."""
+        if self.dynamic_sampling is None:
+            return self.questions_per_phase
+        return self.dynamic_sampling.max_questions or 4 * self.questions_per_phase
 
     def datasets(self) -> list[tuple[str, str]]:
         held_out = [] if self.held_out is None else [("held_out", self.held_out)]
@@ -145,9 +288,8 @@ class GRPOStage(TrainStage):
 
     def divided(self) -> list[Divided]:
         rows = self.questions_per_step * self.outputs_per_question
-        phase = self.questions_per_step * self.mini_batches_per_rollout
         product = ": questions_per_step x outputs_per_question"
-        return [
+        divided = [
             Divided(
                 f"{product} / micro_batches",
                 rows // self.micro_batches,
@@ -158,11 +300,15 @@ class GRPOStage(TrainStage):
             Divided(".length_bucket", self.length_bucket, "time"),
             Divided(
                 ": questions_per_step x mini_batches_per_rollout / rollout_batches",
-                phase // self.rollout_batches,
+                self.questions_per_phase // self.rollout_batches,
                 "processes",
                 ("rollout_batches", self.rollout_batches),
             ),
         ]
+        if self.dynamic_sampling is not None:
+            key = ".dynamic_sampling.questions_at_once"
+            divided.append(Divided(key, self.questions_at_once, "processes"))
+        return divided
 
     def planned_steps(self) -> int | None:
         return self.steps

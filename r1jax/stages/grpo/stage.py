@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data.order import DataCursor
-from r1jax.data.prompts import PromptBatch, PromptIterator
 from r1jax.files import JsonObject
 from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_step
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
-from r1jax.processes import BatchSlice, gather, process_batch_slice
+from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
     batch_array,
@@ -38,10 +35,7 @@ from r1jax.programs.rollout import (
     reward_models,
     reward_programs,
 )
-from r1jax.rewards import Outcome, RowScore
-from r1jax.rollouts.sampling import Completion, generate_options, sample_prompts
 from r1jax.rollouts.scoring import (
-    PendingRewards,
     check_domains,
     check_example_domains,
     check_first_rewards,
@@ -53,12 +47,13 @@ from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
 from r1jax.run.train_loop import copy_weights, train_loop
-from r1jax.sampler import Finish, make_rollout_weights, reads_as_is
-from r1jax.sampler.queue import QueueFigures
+from r1jax.sampler import make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import weights_mover
 from r1jax.settings.rewards import RewardSection
 from r1jax.sharding import batch_slices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
+from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics, prompts_at_once
+from r1jax.stages.grpo.questions import Questions
 from r1jax.stages.grpo.rows import (
     PackedShape,
     expected_micro_batches,
@@ -77,7 +72,6 @@ from r1jax.train_step import (
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num
-    from transformers import PreTrainedTokenizerBase
 
     from r1jax.programs.program import AbstractTree
 
@@ -94,37 +88,38 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     model, sampler = run.models.of(stage.name).decoder, run.models.sampler_of(stage.name)
     rollout_layout, seed = sampler.decoder.layout, run.config.seed
     share = process_batch_slice(rollout_layout)
-    prompts = _TrainingPrompts(stage, run, sampler.tokenizer, share)
+    questions = Questions(stage, run, sampler.tokenizer, rollout_layout)
     reward_sections = run.config.rewards_of(stage)
-    check_domains(stage, prompts.domains, run.config)
+    check_domains(stage, questions.domains, run.config)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    all_steps = packed_shape(stage, prompts.longest, model.layout, rollout_layout, step=None)
+    all_steps = packed_shape(stage, questions.longest, model.layout, rollout_layout, step=None)
+    experts = _batch(stage, model, all_steps).inputs.get("experts")
     log_probs_of, update = (
         jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
         make_update(stage, model, optimizer, all_steps.micro_batches),
     )
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
-    per_phase = stage.questions_per_step * updates
-    count = per_phase // share.count  # prompts of this process
-    part = count // stage.rollout_batches
-    held_out = HeldOutEvaluation(stage, run, batch=share.count * part)
+    held_out = HeldOutEvaluation(
+        stage, run, batch=stage.questions_per_phase // stage.rollout_batches
+    )
     with (
         train_loop(
             stage,
             run,
             optimizer,
             update,
-            prompts,
+            questions,
             steps=stage.steps,
             with_reference=stage.loss.kl_coefficient > 0,
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
         loop.clock.lap("setup")
-        for report in prompts.reports + held_out.reports:
+        for report in questions.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
+        phases = PhaseSampler(stage, seed, sampler, questions, scorer, loop)
         unscored = None
         while loop.step < stage.steps:
             first = loop.step
@@ -132,68 +127,45 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             samples_due = first == 0 or (
                 (first + updates) // stage.samples_every > first // stage.samples_every
             )
-            data_cursor = prompts.state()
+            before = phases.snapshot()
             weights = rollout_weights(loop.state.params)
-            held_out.evaluate_if_due(loop, scorer, data_cursor, weights)
+            held_out.evaluate_if_due(loop, scorer, before, weights)
 
-            # 1. Sample. The workers score what has ended while the rest is generated.
-            taken = prompts.take(per_phase, first)
-            options = generate_options(
-                sampler,
-                stage.sampling,
-                samples=group,
-                max_new_tokens=stage.max_new_tokens_at(first),
-                seed=seed_of(seed, stage.name, "rollout"),
-                step=first,
-                record_experts=stage.replay_experts,
-            )
-            figures = QueueFigures()
-            sampled_at: dict[int, Completion] = {}
-            pending: list[tuple[list[int], PendingRewards]] = []
-            # A preempted host has little time; a rollout may take an hour, and is done again.
-            loop.leave_if_stopped(data_cursor)
-            for ended in sample_prompts(
-                weights,
-                taken.prompts,
-                sampler,
-                options,
-                batch=part,
-                first_samples=[n * group for n in taken.repeats],
-                figures=figures,
-            ):
-                rewards_of = scorer.submit([each for _, each in ended], first, stage.steps)
-                pending.append(([i for i, _ in ended], rewards_of))
-                sampled_at |= dict(ended)
-                loop.leave_if_stopped(data_cursor)
-            completions = [sampled_at[i] for i in range(count * group)]
+            # 1. Sample. The workers score what has ended while the rest is generated. With a phase
+            # of lag the next one is sampled, too, before the update of this one.
+            phase = questions.waiting or phases.sample(weights, first, before)
+            questions.waiting = None
+            if stage.phases_of_lag and first + updates < stage.steps:
+                questions.waiting = phases.sample(weights, first + updates, before)
             del weights  # where they are a copy, the update needs its room
-            rollout_seconds = loop.clock.lap("rollout")
 
-            # 2. Rewards.
-            scores = scorer.in_order(completions, pending)
-            score_seconds = loop.clock.lap("score_wait")
+            # 2. Rewards, and with them which groups are trained on.
+            groups = phases.groups(phase)
+            unscored = _unscored_phases(phase.facts, unscored, stage, reward_sections)
+            facts = phase_metrics(phase, stage)
 
             # 3. Advantages within each prompt's group.
-            rewards = np.asarray([score.reward for score in scores], np.float32)
-            advantages = group_advantages(
-                jnp.asarray(rewards.reshape(count, group)), scale=stage.loss.advantage_scale
-            )
-            to_train = training_samples(stage, completions, scores, np.asarray(advantages.values))
-            samples = gather(sample_facts(completions, scores), rollout_layout)
-            unscored = _unscored_phases(samples, unscored, stage, reward_sections)
-            facts = rollout_metrics(
-                samples,
-                gather(np.asarray(advantages.zero_variance).tolist(), rollout_layout),
-            )
-            order = np.arange(len(completions))
+            rewards = np.full((stage.questions_per_phase // share.count, group), np.nan, np.float32)
+            for row, each in zip(rewards, groups, strict=False):
+                row[:] = each.rewards
+            advantages = group_advantages(jnp.asarray(rewards), scale=stage.loss.advantage_scale)
+            to_train = training_samples(stage, groups, np.asarray(advantages.values))
+            order = np.arange(len(to_train))
             if updates > 1:  # the phase's samples, split at random into mini-batches
                 generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
                 order = generator.permutation(order)
             packed = pack_updates(
-                [[to_train[i] for i in index] for index in np.split(order, updates)],
-                packed_shape(stage, prompts.longest, model.layout, rollout_layout, step=first),
+                [[to_train[i] for i in index] for index in np.array_split(order, updates)],
+                packed_shape(
+                    stage,
+                    questions.longest,
+                    model.layout,
+                    rollout_layout,
+                    step=None if stage.importance_needed else first,
+                ),
                 rollout_layout,
                 keep_untrained=model.config.experts is not None,
+                experts=experts,
             )
             batches = [loop.to_devices(batch, rollout_layout) for batch in packed.batches]
 
@@ -225,21 +197,18 @@ def run(stage: GRPOStage, run: StageRun) -> None:
 
             # 7. Log the phase, and save.
             if samples_due:
-                loop.recorder.log_samples(
-                    completion.row(score, step=loop.step)
-                    for completion, score in zip(completions[:group], scores, strict=False)
-                )
-            sampled = share.count * sum(len(each.token_ids) for each in completions)
-            read = share.count * group * sum(len(each.token_ids) for each in taken.prompts)
+                loop.recorder.log_samples(phase.rows)
+            sampled = share.count * phase.tokens
+            trained = share.count * sum(sample.length for sample in to_train)
             loop.log_timings(
                 {
-                    "seconds/rollout": rollout_seconds,
-                    "seconds/score_wait": score_seconds,
+                    "seconds/rollout": phase.rollout_seconds,
+                    "seconds/score_wait": phase.score_seconds,
                     "seconds/update": update_seconds,
-                    "tokens_per_second/rollout": sampled / rollout_seconds,
-                    "tokens_per_second/update": (sampled + read) / update_seconds,
+                    "tokens_per_second/rollout": sampled / phase.rollout_seconds,
+                    "tokens_per_second/update": trained / update_seconds,
                     "update/rows_filled": packed.rows_filled,
-                    **({"rollout/slot_use": figures.slot_use} if figures.steps else {}),
+                    **({"rollout/slot_use": phase.figures.slot_use} if phase.figures.steps else {}),
                 }
             )
             loop.progress.update(
@@ -248,12 +217,12 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     "reward": facts["reward/mean"],
                     "length": facts["length/mean"],
                     "held_out": held_out.accuracy,
-                    "tokens_per_second": sampled / rollout_seconds,
+                    "tokens_per_second": sampled / phase.rollout_seconds,
                 },
             )
-            loop.save_if_due(prompts)
+            loop.save_if_due(phases)
         weights = rollout_weights(loop.state.params)
-        held_out.evaluate_if_due(loop, scorer, prompts.state(), weights)
+        held_out.evaluate_if_due(loop, scorer, phases.snapshot(), weights)
         loop.finish()
 
 
@@ -268,6 +237,8 @@ def _unscored_phases(
     Raises:
       RunError: the first phase's rewards fail, or too many phases had nothing to train on.
     """
+    if not samples:  # all of the phase's go on
+        return before or 0
     if before is None:
         check_first_rewards(samples, rewards)
     if any(is_scored(sample, rewards) for sample in samples):
@@ -290,128 +261,6 @@ def _gap_without_replay(
     gap = jnp.abs(log_probs_of(params, rows) - batch.sampler_log_probs)
     trained = batch.mask > 0
     return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
-
-
-class _TrainingPrompts:
-    """The prompts of a stage, from the dataset that is in force at a step.
-
-    Each dataset has its own order; one that comes back later continues where it was left. `domains`
-    are those of the prompts, each with a dataset that has it; `longest` is the longest prompt's
-    number of tokens.
-    """
-
-    def __init__(
-        self,
-        stage: GRPOStage,
-        run: ResolvedRun,
-        tokenizer: PreTrainedTokenizerBase,
-        share: BatchSlice,
-    ) -> None:
-        self._stage = stage
-        self.reports: list[str] = []
-        self.domains: dict[str, str] = {}
-        self.longest = 0
-        self._streams: dict[str, PromptIterator] = {}
-        for name in dict.fromkeys(data for _, data in stage.training_datasets()):
-            prompts, report = run.datasets.prompts(name, tokenizer)
-            self.reports.append(report if isinstance(stage.data, str) else f"{name}: {report}")
-            self.domains |= {prompt.domain: name for prompt in prompts}
-            self.longest = max([self.longest, *(len(prompt.token_ids) for prompt in prompts)])
-            self._streams[name] = PromptIterator(
-                prompts,
-                seed=seed_of(run.config.seed, stage.name),
-                process_index=share.index,
-                process_count=share.count,
-            )
-
-    def take(self, count: int, step: int) -> PromptBatch:
-        """The next `count` prompts over all processes; this process's share of them."""
-        return self._streams[self._stage.data_at(step)].take(count)
-
-    def state(self) -> DataCursor:
-        return {name: stream.state() for name, stream in self._streams.items()}
-
-    def restore(self, state: DataCursor) -> None:
-        for name, stream in self._streams.items():
-            stream.restore(state[name])
-
-
-def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
-    """What `rollout_metrics` reads of each sample, as JSON."""
-    return [
-        {
-            "length": len(completion.token_ids),
-            "truncated": completion.finish == Finish.LENGTH,
-            "outcome": str(score.outcome),
-            "deadline": score.deadline,
-            "domain": completion.prompt.domain,
-            "reward": score.reward if score.scored else None,
-            "parts": {name: part.reward for name, part in score.parts.items()},
-            "details": {
-                name: part.detail
-                for name, part in score.parts.items()
-                if part.outcome is Outcome.VERIFIER_FAILED
-            },
-            "drafted": completion.drafted,
-            "accepted": completion.accepted,
-        }
-        for completion, score in zip(completions, scores, strict=True)
-    ]
-
-
-def rollout_metrics(
-    samples: Sequence[JsonObject], zero_variance: Sequence[bool]
-) -> dict[str, float]:
-    """What a rollout phase looked like; rewards are means over scored samples."""
-    lengths = [sample["length"] for sample in samples]
-    outcomes = Counter(sample["outcome"] for sample in samples)
-    deadlines = Counter(filter(None, (sample.get("deadline") for sample in samples)))
-    scored = [sample for sample in samples if sample["reward"] is not None]
-
-    def mean(values: Sequence[float]) -> float:
-        return float(np.mean(values)) if values else float("nan")
-
-    return {
-        "reward/mean": mean([sample["reward"] for sample in scored]),
-        **{
-            f"reward/{name}": mean([s["parts"][name] for s in scored if name in s["parts"]])
-            for name in dict.fromkeys(name for sample in samples for name in sample["parts"])
-        },
-        **{
-            f"outcome/{name}": outcomes[name] / len(samples)
-            for name in ("right", "wrong", "unparseable", "verifier_failed")
-        },
-        # By cause, and only where there were some.
-        **{f"deadline/{cause}": count / len(samples) for cause, count in deadlines.items()},
-        "length/mean": mean(lengths),
-        "length/max": float(max(lengths)),
-        "length/truncated": mean([sample["truncated"] for sample in samples]),
-        "groups/zero_variance": mean(zero_variance),
-        **_by_domain(scored),
-        **_by_drafts(samples),
-    }
-
-
-def _by_drafts(samples: Sequence[JsonObject]) -> dict[str, float]:
-    """Of speculative samples: drafts that stayed, and tokens for each reading of the weights."""
-    drafted = sum(sample["drafted"] for sample in samples)
-    if not drafted:
-        return {}
-    tokens = sum(sample["length"] - 1 for sample in samples)  # the first comes of the prompt
-    return {
-        "speculative/acceptance": sum(sample["accepted"] for sample in samples) / drafted,
-        "speculative/tokens_per_step": tokens / drafted,
-    }
-
-
-def _by_domain(scored: Sequence[JsonObject]) -> dict[str, float]:
-    """Mean reward of each domain, where there are several."""
-    rewards: dict[str, list[float]] = {}
-    for sample in scored:
-        rewards.setdefault(sample["domain"], []).append(sample["reward"])
-    if len(rewards) < 2:
-        return {}
-    return {f"domain/{name or 'none'}": float(np.mean(x)) for name, x in sorted(rewards.items())}
 
 
 def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
@@ -466,21 +315,31 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     )
     steps = [log_probs_program, update] if log_probs_program.calls else [update]
 
-    questions = stage.questions_per_step * phase
     batches = Rollout(
         sampler,
-        questions // stage.rollout_batches,
+        stage.questions_per_phase // stage.rollout_batches,
         group,
         prompt,
-        new,
+        min(new, stage.tokens_per_phase or new),
         stage.sampling,
         planning.output_specs,
         stage.replay_experts,
-        lengths,
+        planned_lengths(stage.lengths, min(new, stage.tokens_per_phase or new)),
     )
-    rollout, queues = by_slots(batches, questions), 1
-    if rollout is batches:
-        queues = stage.rollout_batches
+    processes = len(batch_slices(sampler.layout))
+    at_once = processes * prompts_at_once(stage, processes)
+    rollout = by_slots(replace(batches, prompts=at_once), stage.questions_at_once)
+    queues = stage.max_questions / (
+        at_once if stage.sampling.speculative else stage.questions_at_once
+    )
+    worst = stage.max_questions / stage.questions_per_phase
+    limits = []
+    if stage.dynamic_sampling is not None:
+        limits.append(
+            f"dynamic sampling is planned at its limit, where a phase samples "
+            f"{stage.max_questions} questions for {stage.questions_per_phase} groups, {worst:g} "
+            "times as many"
+        )
     notes = [*rollout.notes(), *notes]
     sampling = []
     while_sampling = resident
@@ -499,18 +358,35 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         )
         while_sampling = {**resident, "policy": weights}
     sampling += rollout.programs(while_sampling, queues / phase)
+    if stage.tokens_per_phase is not None:
+        limits.append(
+            "partial rollouts are planned with samples that all go on, from their longest: "
+            f"{stage.questions_per_phase * group} a phase of {stage.tokens_per_phase} tokens"
+        )
+        longest = prompt + stage.longest_completion - stage.tokens_per_phase
+        going_on = replace(batches, prompts=at_once * group, samples=1, prompt_tokens=longest)
+        sampling += by_slots(going_on, stage.questions_per_phase * group).programs(
+            while_sampling, 1 / phase, "go on: "
+        )
     evaluated = math.gcd(stage.held_out_samples, group)
     speculative = stage.sampling.speculative and stage.held_out_sampling.speculative
     # Of equally large groups, a batch's programs are the rollout's.
-    if stage.held_out is not None and not (speculative and evaluated == group):
+    as_rollout = speculative and evaluated == group and at_once == batches.prompts
+    if stage.held_out is not None and not as_rollout:
         held_out = replace(
-            batches, samples=evaluated, sampling=stage.held_out_sampling, record_experts=False
+            batches,
+            samples=evaluated,
+            new_tokens=new,
+            sampling=stage.held_out_sampling,
+            record_experts=False,
+            lengths=lengths,
         )
         held_out_rollout = by_slots(held_out)
         sampling += held_out_rollout.programs(while_sampling, 0.0, "held-out ")
-    sampling += reward_programs(scorers, prompt + new, rows, {**resident, "weights": weights})
+    scored = round(worst * rows)
+    sampling += reward_programs(scorers, prompt + new, scored, {**resident, "weights": weights})
     tokens = round(rows * lengths.mean)
-    return StagePrograms((*sampling, *steps), tokens, notes=tuple(notes))
+    return StagePrograms((*sampling, *steps), tokens, notes=tuple(notes), limits=tuple(limits))
 
 
 def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:

@@ -1,0 +1,99 @@
+"""What a phase of sampling looked like, as metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from r1jax.files import JsonObject
+from r1jax.rewards import Outcome, RowScore
+from r1jax.rollouts.sampling import Completion
+from r1jax.sampler import Finish
+from r1jax.stages.grpo.selection import GroupResult
+
+
+def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
+    """What `rollout_metrics` reads of each sample, as JSON."""
+    return [
+        {
+            "length": len(completion.token_ids),
+            "truncated": completion.finish == Finish.LENGTH,
+            "outcome": str(score.outcome),
+            "deadline": score.deadline,
+            "domain": completion.prompt.domain,
+            "reward": score.reward if score.scored else None,
+            "parts": {name: part.reward for name, part in score.parts.items()},
+            "details": {
+                name: part.detail
+                for name, part in score.parts.items()
+                if part.outcome is Outcome.VERIFIER_FAILED
+            },
+            "drafted": completion.drafted,
+            "accepted": completion.accepted,
+        }
+        for completion, score in zip(completions, scores, strict=True)
+    ]
+
+
+def rollout_metrics(
+    samples: Sequence[JsonObject], zero_variance: Sequence[bool]
+) -> dict[str, float]:
+    """What a rollout phase looked like; rewards are means over scored samples."""
+    lengths = [sample["length"] for sample in samples]
+    outcomes = Counter(sample["outcome"] for sample in samples)
+    deadlines = Counter(filter(None, (sample.get("deadline") for sample in samples)))
+    scored = [sample for sample in samples if sample["reward"] is not None]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return {
+        "reward/mean": mean([sample["reward"] for sample in scored]),
+        **{
+            f"reward/{name}": mean([s["parts"][name] for s in scored if name in s["parts"]])
+            for name in dict.fromkeys(name for sample in samples for name in sample["parts"])
+        },
+        **{
+            f"outcome/{name}": outcomes[name] / max(len(samples), 1)
+            for name in ("right", "wrong", "unparseable", "verifier_failed")
+        },
+        # By cause, and only where there were some.
+        **{f"deadline/{cause}": count / len(samples) for cause, count in deadlines.items()},
+        "length/mean": mean(lengths),
+        "length/max": float(max(lengths, default=0)),
+        "length/truncated": mean([sample["truncated"] for sample in samples]),
+        "groups/zero_variance": mean(zero_variance),
+        **_by_domain(scored),
+        **_by_drafts(samples),
+    }
+
+
+def _by_drafts(samples: Sequence[JsonObject]) -> dict[str, float]:
+    """Of speculative samples: drafts that stayed, and tokens for each reading of the weights."""
+    drafted = sum(sample["drafted"] for sample in samples)
+    if not drafted:
+        return {}
+    tokens = sum(sample["length"] - 1 for sample in samples)  # the first comes of the prompt
+    return {
+        "speculative/acceptance": sum(sample["accepted"] for sample in samples) / drafted,
+        "speculative/tokens_per_step": tokens / drafted,
+    }
+
+
+def _by_domain(scored: Sequence[JsonObject]) -> dict[str, float]:
+    """Mean reward of each domain, where there are several."""
+    rewards: dict[str, list[float]] = {}
+    for sample in scored:
+        rewards.setdefault(sample["domain"], []).append(sample["reward"])
+    if len(rewards) < 2:
+        return {}
+    return {f"domain/{name or 'none'}": float(np.mean(x)) for name, x in sorted(rewards.items())}
+
+
+def group_result(facts: Sequence[JsonObject]) -> GroupResult:
+    """What a group earned, of the facts of its samples."""
+    scored = [sample for sample in facts if sample["reward"] is not None]
+    right = sum(sample["outcome"] == Outcome.RIGHT for sample in scored)
+    return GroupResult(tuple(sample["reward"] for sample in scored), right)

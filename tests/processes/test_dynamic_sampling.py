@@ -1,0 +1,90 @@
+"""Two processes with dynamic sampling choose, share and train on the groups that one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+TESTS = Path(__file__).parents[1]
+CHANGES = [
+    "mesh.axes={data: 2}",
+    "stages.zero.mini_batches_per_rollout=1",
+    "stages.zero.questions_per_step=4",
+    "stages.zero.steps=6",
+]
+
+
+def run(output: Path, processes: int, *changes: str) -> Path:
+    """Of two devices in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "JAX_NUM_CPU_DEVICES": str(2 // processes),
+    }
+    command = ["tiny_dynamic.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"]
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "one_of_many.py", str(port), str(processes), str(index)),
+                *(*command, *CHANGES, *changes),
+            ],
+            env=environment,
+            cwd=TESTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    try:
+        said = [process.communicate(timeout=900)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
+    return output / "tiny-dynamic-s0/stages/00-zero"
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        (
+            "stages.zero.dynamic_sampling=null",
+            "stages.zero.tokens_per_phase=2",
+            "stages.zero.max_new_tokens=4",
+            "stages.zero.phases_of_lag=1",
+            "stages.zero.checkpoint_every=1",
+        ),
+    ],
+)
+def test_two_processes_train_on_the_groups_of_one(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    one, two = run(tmp_path / "one", 1, *changes), run(tmp_path / "two", 2, *changes)
+    phases = rows(one / "metrics.jsonl")
+    for alone, shared in zip(phases, rows(two / "metrics.jsonl"), strict=True):
+        assert alone.keys() == shared.keys()
+        for name, value in alone.items():
+            if name.startswith(("questions/", "groups/", "samples/")):
+                assert shared[name] == value, name
+            np.testing.assert_allclose(float(shared[name]), float(value), atol=2e-4, err_msg=name)
+    carried = ("groups/from_surplus", "samples/continued")
+    assert any(phase.get(name) for phase in phases for name in carried)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, two)]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)

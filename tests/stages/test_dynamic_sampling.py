@@ -1,0 +1,85 @@
+"""Phases that sample until there are groups enough: against plain Python, and batch by batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from r1jax import recipe
+from r1jax.config.load import load_config
+from r1jax.rewards import RowScore
+from r1jax.rollouts.sampling import Completion
+from r1jax.stages.grpo import stage as grpo
+from r1jax.stages.grpo.groups import Group, SampledQuestions
+from r1jax.stages.grpo.phase import PhaseSampler
+
+TESTS = Path(__file__).parents[1]
+Tokens = list[list[int]]
+
+
+def run(output: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> tuple[Any, Any, Any]:
+    """Metrics, and per phase the groups that were sampled and those that were trained on."""
+    sampled: list[list[tuple[Tokens, list[float]]]] = []
+    trained: list[list[Tokens]] = []
+
+    def tokens(completions: Sequence[Completion]) -> Tokens:
+        return [[*each.prompt.token_ids.tolist(), *each.token_ids.tolist()] for each in completions]
+
+    def add(self: Any, phase: Any, of: SampledQuestions, scores: list[RowScore]) -> None:
+        if not phase.facts:
+            sampled.append([])
+        for i in range(0, len(of.completions), 2):
+            rewards = [score.reward for score in scores[i : i + 2]]
+            sampled[-1].append((tokens(of.completions[i : i + 2]), rewards))
+        original_add(self, phase, of, scores)
+
+    def training(stage: Any, groups: list[Group], advantages: np.ndarray) -> Any:
+        trained.append([tokens(group.completions) for group in groups])
+        return original_training(stage, groups, advantages)
+
+    original_add, original_training = PhaseSampler._add, grpo.training_samples
+    monkeypatch.setattr(PhaseSampler, "_add", add)
+    monkeypatch.setattr(grpo, "training_samples", training)
+    monkeypatch.chdir(TESTS)
+    config = load_config("tiny_dynamic.yaml", [f"output={output}", *changes])
+    assert recipe.run(config) == 0
+    lines = (output / "tiny-dynamic-s0/stages/00-zero/metrics.jsonl").read_text().splitlines()
+    monkeypatch.undo()
+    return [json.loads(line) for line in lines[::2]], sampled, trained
+
+
+@pytest.mark.parametrize("surplus", ["keep", "drop"])
+def test_a_phase_trains_on_the_first_groups_whose_rewards_differ(
+    surplus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = f"stages.zero.dynamic_sampling.surplus={surplus}"
+    metrics, sampled, trained = run(tmp_path, monkeypatch, change)
+    left: list[Tokens] = []
+    for phase, groups, updated in zip(metrics, sampled, trained, strict=True):
+        good = left + [tokens for tokens, rewards in groups if len(set(rewards)) > 1]
+        assert updated == good[:4]
+        assert len(groups) == phase["questions/sampled"] and len(groups) % 4 == 0
+        assert len(good) >= 4 or len(groups) == 12
+        without_last = left + [t for t, rewards in groups[:-4] if len(set(rewards)) > 1]
+        assert len(without_last) < 4
+        assert phase["groups/trained"] == len(updated) and phase["groups/from_surplus"] == len(left)
+        assert phase["groups/surplus"] == len(good[4:])
+        assert phase["groups/no_spread"] == len(groups) - len(good) + len(left)
+        left = good[4:] if surplus == "keep" else []
+    assert any(phase["groups/surplus"] for phase in metrics)
+
+
+def test_a_band_leaves_out_what_is_too_easy_or_too_hard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two samples one is right, or the rewards are equal: a band without a half keeps none."""
+    changes = ["stages.zero.steps=2", "stages.zero.dynamic_sampling.pass_rate=[0.6,1]"]
+    (phase,), _, trained = run(tmp_path, monkeypatch, *changes)
+    assert trained == [[]] and phase["groups/kept"] == phase["groups/trained"] == 0
+    assert phase["groups/out_of_band"] > 0 and phase["questions/sampled"] == 12
+    assert phase["optimizer/finite"] == 1 and phase["optimizer/grad_norm"] == 0
