@@ -10,6 +10,7 @@ A page may hold lines of its own that are replaced:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -209,6 +210,19 @@ def packaged_table() -> str:
     return "\n".join([*lines, ""])
 
 
+def notebook_page() -> str:
+    """The notebook as a page: its text, its code, and a picture of what the run's report shows."""
+    name = "tiny_r1_zero.ipynb"
+    notebook = json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    parts.insert(1, f"This page is [a notebook]({name}) to download and run.")
+    parts.append("![The report of such a run](report.png)")
+    return "\n\n".join(parts) + "\n"
+
+
 def pages() -> Iterator[tuple[str, str]]:
     """(name, Markdown as mkdocs renders it) of all pages."""
     for path in sorted((ROOT / "docs").glob("*.md")):
@@ -220,4 +234,5 @@ def pages() -> Iterator[tuple[str, str]]:
 GENERATED: dict[str, Callable[[], str]] = {
     "settings.md": settings_page,
     "commands.md": commands_page,
+    "tiny_r1_zero.md": notebook_page,
 }
