@@ -18,6 +18,7 @@ from r1jax.models.paged_kernel import (
     fits,
     group_pages,
     paged_softmax,
+    vmem_bytes,
 )
 
 if TYPE_CHECKING:
@@ -150,8 +151,10 @@ def groups_if_kernel(
     heads, width = (1 if axis is None else layout.shards(axis) for axis in head_axes(model))
     (kv_heads, key_width), (_, value_width) = (entry_shapes(model)[i] for i in (0, -1))
     rows = tokens * config.num_attention_heads // kv_heads
+    needed = vmem_bytes(slots, kv_heads // heads, rows, (key_width, value_width))
+    kind = layout.mesh.devices.flat[0].device_kind
     kernel = layout.platform == "tpu" and model.execution.attention != "xla" and width == 1
-    if kernel and fits(slots, kv_heads // heads, rows, (key_width, value_width)):
+    if kernel and fits(needed, kind):
         return group_pages(reads, slots)
     return reads
 

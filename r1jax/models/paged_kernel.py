@@ -29,7 +29,9 @@ PAGE_KERNEL = "paged_attention"  # its name in a compiled program, by which the 
 _MASKED = -1e30
 _GROUP_TOKENS = 2048  # of the pages that are read together
 _LANES = 128
-_VMEM_BYTES = 48 * 2**20  # that the kernel may use
+# Of a chip's VMEM, what the kernel's arrays may take: a third of it, or less.
+_VMEM_BYTES = {"TPU v4": 8 * 2**20}
+_OTHER_VMEM_BYTES = 24 * 2**20
 
 
 class PartialSoftmax(NamedTuple):
@@ -88,16 +90,26 @@ def group_pages(reads: PageList, slots: int) -> PageGroups:
     return PageGroups(pages, starts, sizes, owners, hidden, count.astype(jnp.int32))
 
 
-def fits(slots: int, kv_heads: int, rows: int, widths: tuple[int, int]) -> bool:
-    """Whether the queries and results of all slots of a device fit into the kernel's memory.
+def vmem_bytes(slots: int, kv_heads: int, rows: int, widths: tuple[int, int]) -> int:
+    """Of the queries and results of a device's slots, and of the pages that are under way.
 
     Args:
       rows: queries of a slot and key head.
-      widths: of a key and of a value.
+      widths: of a key and of a value, of which a number has two bytes.
     """
-    padded = [-(-width // _LANES) * _LANES for width in widths]
-    per_row = 4 * (sum(padded) + 2 * _LANES)
-    return slots * kv_heads * (-(-rows // 16) * 16) * per_row < _VMEM_BYTES // 2
+    key, value = (-(-width // _LANES) * _LANES for width in widths)
+    of_row = 2 * key + 4 * value + 2 * 4 * _LANES
+    pages = 2 * 2 * _GROUP_TOKENS * (key + value)
+    return kv_heads * (slots * _padded(rows) * of_row + pages)
+
+
+def fits(needed: int, device_kind: str) -> bool:
+    """Whether so many bytes of a chip's VMEM are free for the kernel."""
+    return needed <= _VMEM_BYTES.get(device_kind, _OTHER_VMEM_BYTES)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // 16) * 16  # what a register of two-byte numbers holds
 
 
 def paged_softmax(
@@ -122,8 +134,7 @@ def paged_softmax(
     slots, kv_heads, rows, head_dim = q.shape
     page, value_dim = pages[-1].shape[-2:]
     tokens = groups.hidden.shape[-1]
-    # What a register's rows are a multiple of.
-    padded = -(-rows // 16) * 16
+    padded = _padded(rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
 
     def whole(*shape: int) -> pl.BlockSpec:
@@ -136,6 +147,7 @@ def paged_softmax(
     buffers = [
         pltpu.VMEM((2, kv_heads, tokens, stored.shape[-1]), stored.dtype) for stored in pages
     ]
+    needed = vmem_bytes(slots, kv_heads, rows, (head_dim, value_dim))
     scalars = jnp.stack([layer.astype(jnp.int32), groups.count[0]])
     kernel = functools.partial(_kernel, len(pages), page, 1 / math.sqrt(head_dim))
     peak, total, out = pl.pallas_call(
@@ -153,7 +165,9 @@ def paged_softmax(
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("arbitrary",),
+            # Half as much again for what the compiler keeps beside them.
+            vmem_limit_bytes=max(16 * 2**20, needed + needed // 2),
         ),
         name=PAGE_KERNEL,
         interpret=interpret,

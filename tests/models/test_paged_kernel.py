@@ -12,7 +12,7 @@ import pytest
 from r1jax.models import Decoder, Execution, ModelConfig, paged_kernel
 from r1jax.models.paged_attention import groups_if_kernel, paged_attention
 from r1jax.models.paged_cache import PageList
-from r1jax.models.paged_kernel import fits, group_pages
+from r1jax.models.paged_kernel import fits, group_pages, vmem_bytes
 from r1jax.sharding import Layout, single_device
 
 LAYERS, POOL, PAGE, WIDTH = 2, 24, 4, 16
@@ -150,5 +150,8 @@ def test_the_kernel_is_for_a_tpu_and_what_fits(monkeypatch: pytest.MonkeyPatch) 
     assert groups_if_kernel(reads, 100_000, 1, model) is reads
     by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
     assert groups_if_kernel(reads, SLOTS, 1, by_xla) is reads
-    # DeepSeek-V3's latents, of 128 heads, are too many for the slots of a device; 16 heads fit.
-    assert not fits(160, 1, 128, (640, 640)) and fits(160, 1, 16, (640, 640))
+    # By hand: 32 slots of 128 query heads of a latent; buffers of two groups, keys = values.
+    needed = vmem_bytes(32, 1, 128, (640, 640))
+    assert needed == 32 * 128 * (2 * 640 + 4 * 640 + 2 * 512) + 2 * 2 * 2048 * 2 * 640
+    assert not fits(needed, "TPU v5") and fits(needed // 2, "TPU v5")
+    assert not fits(needed // 2, "TPU v4")
