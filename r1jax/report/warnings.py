@@ -106,7 +106,7 @@ def _result(run: Run) -> list[RunWarning]:
     if len(sides) == 2:
         return _difference("", *sides)
     found = []
-    for stage in run.stages:
+    for stage in [stage for stage in run.stages if stage.status == "done"]:
         rows = list(stage.rows("held_out.jsonl"))
         if len(rows) > 1:
             found += _difference(f"{stage.name}: held-out ", rows[0], rows[-1])
@@ -136,7 +136,7 @@ def _difference(what: str, before: Summary, after: Summary) -> list[RunWarning]:
 
 def _curve(stage: StageRecord) -> list[RunWarning]:
     """Of a run without evaluations: a reward that did not rise, a loss that did not fall."""
-    if stage.status != "done" or not stage.description.trains:
+    if not stage.description.trains:
         return []
     columns = stage.columns("metrics.jsonl")
     name, sign = ("reward/mean", 1) if "reward/mean" in columns else ("loss", -1)

@@ -11,11 +11,13 @@ import yaml
 from fabricated_run import Size, fabricate, write_lines
 from html_page import Page
 
+from r1jax.config.load import load_config
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import JsonObject
 from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.report.warnings import warnings_of
+from r1jax.run.record import RunFiles, open_record
 
 SIZE = Size(problems=12, samples=4, steps=20)
 
@@ -114,6 +116,25 @@ def test_held_out_problems_decide_where_nothing_was_evaluated(tmp_path: Path) ->
     write_lines(path, [first, last | {"pass_at_1": first["pass_at_1"]}])
     (warning,) = [each for each in warnings_of(read_run(run)) if each.nothing_learned]
     assert warning.text.startswith("r1-zero: held-out pass@1 before and after training cannot be")
+
+
+def test_a_stage_that_is_still_running_is_not_blamed(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", Size(12, samples=4, steps=20, until="r1-zero"))
+    (path,) = run.glob("stages/*-r1-zero/held_out.jsonl")
+    first, *_ = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [first, first | {"step": 10}])
+    assert not any(each.nothing_learned for each in warnings_of(read_run(run)))
+
+
+def test_what_was_said_of_references_is_in_the_record(tmp_path: Path) -> None:
+    config = load_config("tiny/r1_zero", [f"output={tmp_path}"])
+    files = RunFiles.of(config)
+    record = open_record(config, files)
+    record.note_references(["data.a: 1 of 2 rows have"])
+    assert texts(files.directory)[0] == "data.a: 1 of 2 rows have"
+    # The next call says it anew.
+    open_record(config, files).note_references([])
+    assert texts(files.directory) == []
 
 
 def test_only_a_run_without_warnings_is_green(run: Path) -> None:
