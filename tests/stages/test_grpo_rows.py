@@ -42,6 +42,7 @@ from r1jax.stages.grpo.rows import (
     pack_samples,
     pack_updates,
     packed_shape,
+    split_evenly,
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
@@ -364,6 +365,26 @@ def test_log_probs_of_packed_rows_are_those_of_a_sample_a_row() -> None:
         assert (np.asarray(log_probs)[ids == 0] == 0).all()
 
 
+def test_samples_are_dealt_at_random_with_even_lengths() -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.random.default_rng(1).geometric(1 / 50, 60)
+    counts = np.zeros((4, 60))
+    for _ in range(400):
+        parts = split_evenly(lengths, 4, generator)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(60))
+        assert {len(part) for part in parts} == {15}
+        totals = [lengths[part].sum() for part in parts]
+        # Neighbours differ by so much in all, from the longest to the shortest.
+        assert max(totals) - min(totals) <= lengths.max() - lengths.min()
+        for part, index in enumerate(parts):
+            counts[part, index] += 1
+    assert abs(counts / 400 - 1 / 4).max() < 0.1  # 4.6 standard deviations
+    # What does not divide: no part has two more than another.
+    sizes = [len(part) for part in split_evenly([5, 5, 5, 5, 5, 5, 5], 3, generator)]
+    assert sorted(sizes) == [2, 2, 3]
+    assert [part.tolist() for part in split_evenly([], 2, generator)] == [[], []]
+
+
 def test_a_plan_counts_the_micro_batches_that_hold_something() -> None:
     shape = PackedShape(samples=16, rows=4, micro_batches=4, time=10)
     # Two samples of 5 fill a row: 8 of 16 rows, for one process or for two with 4 of 8 each.
@@ -373,3 +394,5 @@ def test_a_plan_counts_the_micro_batches_that_hold_something() -> None:
     assert expected_micro_batches(shape, [6] * 4 + [2] * 12, 1) == 2  # 48 tokens in 5 rows
     # Dealt unevenly, the process with most decides.
     assert 2 < expected_micro_batches(shape, [10] * 8 + [1] * 8, 4) <= 4
+    # Over the updates of a phase long samples are spread: each has 8 of 16.
+    assert expected_micro_batches(shape, ([10] * 8 + [5] * 8) * 4, 1, updates=4) == 3

@@ -80,19 +80,41 @@ def packed_shape(
     return PackedShape(samples, rows, micro_batches, limit)
 
 
-def expected_micro_batches(shape: PackedShape, lengths: Sequence[int], slices: int) -> float:
+def split_evenly(
+    lengths: Sequence[int] | np.ndarray, parts: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Indices of samples, dealt to `parts` at random, each with its share of long and short ones.
+
+    Of samples of neighbouring lengths each part gets one, so that the parts, and the processes that
+    work on a part together, have equally many tokens, nearly. Every sample is as likely in each.
+    """
+    order = generator.permutation(len(lengths))
+    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
+    none = np.full(-len(order) % parts, -1, order.dtype)
+    dealt = generator.permuted(np.concatenate([order, none]).reshape(-1, parts), axis=1)
+    return [part[part >= 0] for part in dealt.T]
+
+
+def expected_micro_batches(
+    shape: PackedShape, lengths: Sequence[int], slices: int, updates: int = 1
+) -> float:
     """Those of an update that hold something, on average over ways to deal samples to processes.
 
     Args:
-      lengths: of the update's samples, with their prompts.
+      lengths: of the phase's samples, with their prompts.
       slices: of the batch, each of which packs samples of its own.
+      updates: that the phase feeds.
     """
     per_slice = shape.all_rows // slices
     counts = []
-    for seed in range(8):
-        dealt = np.random.default_rng(seed).permutation(lengths).reshape(slices, -1)
-        rows = max(len(best_fit_decreasing(of_slice.tolist(), shape.time)) for of_slice in dealt)
-        counts.append(-(-min(rows, per_slice) * slices // shape.rows))
+    for seed in range(max(1, 8 // updates)):
+        generator = np.random.default_rng(seed)
+        dealt = generator.permutation(lengths).reshape(slices, -1)
+        split = [split_evenly(of_slice, updates, generator) for of_slice in dealt]
+        for update in range(updates):
+            parts = (of[each[update]] for of, each in zip(dealt, split, strict=True))
+            rows = max(len(best_fit_decreasing(part.tolist(), shape.time)) for part in parts)
+            counts.append(-(-min(rows, per_slice) * slices // shape.rows))
     return float(np.mean(counts))
 
 

@@ -59,6 +59,7 @@ from r1jax.stages.grpo.rows import (
     expected_micro_batches,
     pack_updates,
     packed_shape,
+    split_evenly,
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
@@ -150,12 +151,14 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 row[:] = each.rewards
             advantages = group_advantages(jnp.asarray(rewards), scale=stage.loss.advantage_scale)
             to_train = training_samples(stage, groups, np.asarray(advantages.values))
-            order = np.arange(len(to_train))
-            if updates > 1:  # the phase's samples, split at random into mini-batches
+            mini_batches = [to_train]
+            if updates > 1:
                 generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
-                order = generator.permutation(order)
+                lengths = [sample.length for sample in to_train]
+                split = split_evenly(lengths, updates, generator)
+                mini_batches = [[to_train[i] for i in part] for part in split]
             packed = pack_updates(
-                [[to_train[i] for i in index] for index in np.array_split(order, updates)],
+                mini_batches,
                 packed_shape(
                     stage,
                     questions.longest,
@@ -292,10 +295,10 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     notes: list[str] = []
     if stage.lengths is not None:  # else every sample fills a row
         slices = len(batch_slices(sampler.layout))
-        real = [prompt + length for length in lengths.sample(rows)]
-        used = expected_micro_batches(shape, real, slices)
+        real = [prompt + length for length in lengths.sample(phase * rows)]
+        used = expected_micro_batches(shape, real, slices, phase)
         scopes = {MICRO_BATCHES: used}
-        filled = sum(real) / (used * shape.rows * shape.time)
+        filled = sum(real) / phase / (used * shape.rows * shape.time)
         notes.append(
             f"an update runs {used:.3g} of {shape.micro_batches} micro-batches of {shape.rows} "
             f"rows of {shape.time:,} tokens, {100 * filled:.0f} % of which are real"
