@@ -10,7 +10,6 @@ or left at once by a second one) it does, too.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -275,13 +274,17 @@ def on_slice(accelerator: str, words: list[str]) -> None:
     where the config has settings for the slice.
     """
     from r1jax.config.load import ConfigError, load_config, slices_of
+    from r1jax.config.packaged import find_config
     from r1jax.config.slices import slice_name
 
     parsed = typer.main.get_command(app).commands["run"].make_context("run", list(words)).params  # type: ignore[attr-defined]
     config, given, name = parsed["config"], parsed["slice_name"], slice_name(accelerator)
-    if config.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        typer.echo(f"{config} is not checked: that needs pip install 'r1jax[gcs]' here", err=True)
-        return
+    if config.startswith("gs://"):
+        try:
+            find_config(config)
+        except Exception as error:  # the packages, or the right to read, may be the slice's alone
+            typer.echo(f"{config} cannot be read here, and is not checked: {error}", err=True)
+            return
     known = {slice_name(each): each for each in slices_of(config)}
     if given is not None and slice_name(given) in known and slice_name(given) != name:
         raise ConfigError([f"--slice {given}: the slice of these scripts is {name}"])

@@ -10,6 +10,7 @@
 read_options "$@"
 load_settings PROJECT ZONE SLICE ACCELERATOR_TYPE RUNTIME_VERSION BUCKET EXTRAS
 check_run "$ACCELERATOR_TYPE"
+export CHECKED_FOR=${FOR_SLICE[1]-any}
 same_options
 
 # A slice that is preempted between two steps fails the later one.

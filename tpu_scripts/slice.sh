@@ -32,6 +32,8 @@ read_options() {
       --settings | --slice) # the latter is its name of before
         (($# > 1)) || give_up "$UNUSABLE" "$1 needs a file"
         SLICE_FILE=$2
+        [[ $1 == --settings || -f $2 || ! $2 =~ ^([0-9]+x)?(v[0-9]|tpu) ]] ||
+          give_up "$UNUSABLE" "$1 $2: which slice it is stands in slice.env; --settings FILE names another"
         shift
         ;;
       -h | --help)
@@ -195,12 +197,16 @@ checking_python() {
 check_run() { # SLICE, as `r1jax plan --slice` takes it
   ((${#ARGUMENTS[@]} > 0)) || give_up "$UNUSABLE" "which config? --help says more"
   local slice=$1 root python said
+  FOR_SLICE=()
+  if [[ -n ${CHECKED_FOR:-} ]]; then # by run.sh, which calls launch.sh
+    if [[ $CHECKED_FOR != any ]]; then FOR_SLICE=(--slice "$CHECKED_FOR"); fi
+    return
+  fi
   root=$(dirname "$SCRIPTS")
   if ((SLICES > 1)); then slice=${SLICES}x$slice; fi
   python=$(checking_python "$root")
   said=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m r1jax on-slice "$slice" -- \
     "${ARGUMENTS[@]}") || give_up "$UNUSABLE" "nothing was created or started; see above for why"
-  FOR_SLICE=()
   if [[ -n $said ]]; then FOR_SLICE=(--slice "${said##*$'\n'}"); fi
 }
 
