@@ -22,7 +22,7 @@ from r1jax.models.latent_attention import (
     values_of_latents,
 )
 from r1jax.models.paged_attention import groups_if_kernel, paged_attention
-from r1jax.models.paged_cache import PagedCache, PageList, write_current
+from r1jax.models.paged_cache import OF_DECODER, PagedCache, PageList, write_current
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
 from r1jax.models.remat import remat
@@ -456,8 +456,30 @@ def decode_slots(
       Normalised activations, the cache, whose pages of the pool are only read, and experts
       [shards, slots, tokens, layers * k] or None.
     """
+    x = embed(params, new.tokens, model, gather_table=False)
+    stacks = tuple(model.config.stacks)
+    x, cache, routings = run_slot_tokens(params, x, new, cache, model, stacks, OF_DECODER)
+    experts = _chosen_experts(routings).reshape(*x.shape[:3], -1) if record_experts else None
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps), cache, experts
+
+
+def run_slot_tokens(
+    params: Params,
+    x: Float[Array, "shards slots tokens hidden"],
+    new: SlotTokens,
+    cache: PagedCache,
+    model: Decoder,
+    stacks: tuple[str, ...],
+    held: int,
+) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache, Routings]:
+    """Run these stacks of layers on activations of a few new tokens; as `decode_slots`, no norm.
+
+    Args:
+      held: the bit of entries that hold a token of these layers, see `PagedCache`.
+    """
+    held_pages = replace(new.reads, filled=(new.reads.filled & held) > 0)
     _, slots, tokens = new.tokens.shape
-    reads = groups_if_kernel(new.reads, slots, tokens, model)
+    reads = groups_if_kernel(held_pages, slots, tokens, model)
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
         index = None if isinstance(layer, int) else layer
@@ -477,14 +499,10 @@ def decode_slots(
 
         return of_slots
 
-    x = embed(params, new.tokens, model, gather_table=False)
-    stacks = tuple(model.config.stacks)
     x, written, routings = _run_layers(
         params, x, new.positions, cache.current, attend, model, stacks, ("slots", None)
     )
-    experts = _chosen_experts(routings).reshape(*x.shape[:3], -1) if record_experts else None
-    x = rms_norm(x, params["final_norm"], model.config.rms_norm_eps)
-    return x, replace(cache, current=written), experts
+    return x, replace(cache, current={**cache.current, **written}), routings
 
 
 def _of_layer(stack: StackCache, layer: Layer) -> Any:

@@ -26,6 +26,7 @@ from r1jax.models.config import Decoder
 from r1jax.models.decoder import (
     NewTokens,
     Routings,
+    SlotTokens,
     TokenRows,
     embed,
     forward,
@@ -33,9 +34,11 @@ from r1jax.models.decoder import (
     right_padded,
     run_new_tokens,
     run_rows,
+    run_slot_tokens,
 )
 from r1jax.models.kv_cache import KVCache, PromptCache
 from r1jax.models.log_probs import follows, log_probs_ahead
+from r1jax.models.paged_cache import OF_MODULE, PagedCache
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm
 
@@ -120,6 +123,19 @@ def draft(
     x = _join(params, hidden, new.tokens, model, gather_table=False)
     prompts = replace(prompts, lengths=prompts.lengths - 1)
     x, cache = run_new_tokens(params, x, new, prompts, cache, model, _STACK)
+    return _output_norm(params, x, model), cache
+
+
+def draft_slots(
+    params: Params,
+    hidden: Float[Array, "shards slots tokens hidden"],
+    new: SlotTokens,
+    cache: PagedCache,
+    model: Decoder,
+) -> tuple[Float[Array, "shards slots tokens hidden"], PagedCache]:
+    """Run the module on a few new tokens of every slot; see `draft` and `decode_slots`."""
+    x = _join(params, hidden, new.tokens, model, gather_table=False)
+    x, cache, _ = run_slot_tokens(params, x, new, cache, model, _STACK, OF_MODULE)
     return _output_norm(params, x, model), cache
 
 

@@ -24,7 +24,13 @@ from r1jax.models.kv_cache import LayerCache, PromptCache, StackCache, entry_sha
 from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int, Shaped
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Bool, Int, Shaped, UInt8
+
+
+# Bits of an entry: it holds a token of the decoder's layers, and of the module's for multi-token
+# prediction, which reads what the decoder gave a step before.
+OF_DECODER, OF_MODULE = 1, 2
 
 
 @struct.dataclass
@@ -33,17 +39,17 @@ class PagedCache:
 
     pages: stack of layers -> per layer [shards, pages, heads, page, width]; [layers, shards, ...]
         where layers are scanned.
-    filled: which entries of the pages hold a token.
+    filled: what the entries of the pages hold a token of, see `OF_DECODER` and `OF_MODULE`.
     used: which pages belong to a slot or to a prompt.
     current: stack of layers -> per layer [shards, slots, heads, page, width], what each slot fills.
-    current_filled: which entries of those hold a token.
+    current_filled: as `filled`, of those.
     """
 
     pages: dict[str, StackCache]
-    filled: Bool[Array, "shards pages page"]
+    filled: UInt8[Array, "shards pages page"]
     used: Bool[Array, "shards pages"]
     current: dict[str, StackCache]
-    current_filled: Bool[Array, "shards slots page"]
+    current_filled: UInt8[Array, "shards slots page"]
 
 
 @struct.dataclass
@@ -53,13 +59,13 @@ class PageList:
     A page of a prompt is listed once for each of its slots. Behind the last one, slots[i] is the
     number of slots.
 
-    filled: which entries of these pages hold a token.
+    filled: as of `PagedCache`, of these pages. For attention: which entries it reads.
     count: the longest list of all shards.
     """
 
     pages: Int[Array, "shards list"]
     slots: Int[Array, "shards list"]
-    filled: Bool[Array, "shards list page"]
+    filled: UInt8[Array, "shards list page"]
     count: Int[Array, ""]
 
 
@@ -69,11 +75,14 @@ def page_axes(model: Decoder) -> Axes:
     return ("slots", None, heads, None, width)
 
 
-def empty_pages(shards: int, slots: int, pages: int, page: int, model: Decoder) -> PagedCache:
+def empty_pages(
+    shards: int, slots: int, pages: int, page: int, model: Decoder, *, with_module: bool = False
+) -> PagedCache:
     """A cache in which nothing is used.
 
     Args:
       page: tokens of a page.
+      with_module: for the layers of the module for multi-token prediction, too.
     """
     layout, axes = model.layout, page_axes(model)
 
@@ -88,17 +97,19 @@ def empty_pages(shards: int, slots: int, pages: int, page: int, model: Decoder) 
             name: empty(len(layers))
             if model.execution.scan_layers
             else tuple(empty() for _ in layers)
-            for name, layers in model.config.stacks.items()
+            for name, layers in stacks_of_layers.items()
         }
 
-    def flags(*shape: int) -> jax.Array:
+    stacks_of_layers = model.config.all_stacks if with_module else model.config.stacks
+
+    def flags(*shape: int, dtype: DTypeLike = jnp.uint8) -> jax.Array:
         axes = ("slots", *(None,) * (len(shape) - 1))
-        return layout.constrain(jnp.zeros(shape, bool), axes)
+        return layout.constrain(jnp.zeros(shape, dtype), axes)
 
     return PagedCache(
         pages=stacks(pages),
         filled=flags(shards, pages, page),
-        used=flags(shards, pages),
+        used=flags(shards, pages, dtype=bool),
         current=stacks(slots),
         current_filled=flags(shards, slots, page),
     )
@@ -159,7 +170,7 @@ def _put_pages(
 
     Args:
       ids: [shards, pages]; a page outside of the pool is dropped.
-      filled: which entries of the new pages hold a token.
+      filled: what the entries of the new pages hold a token of.
     """
 
     def put(pages: jax.Array, new: jax.Array) -> jax.Array:
@@ -223,7 +234,9 @@ def store_prompts(
         return jnp.moveaxis(new, -3, -4).reshape(*layers, shards, -1, heads, page, width)
 
     entries = jnp.arange(per_prompt * page).reshape(per_prompt, page)
-    filled = (entries < lengths[..., None, None]).reshape(shards, -1, page)
+    lengths = lengths[..., None, None]
+    filled = OF_DECODER * (entries < lengths) + OF_MODULE * (entries < lengths - 1)
+    filled = filled.astype(jnp.uint8).reshape(shards, -1, page)
     new = {name: jax.tree.map(in_pages, prompts.stacks[name]) for name in cache.pages}
     return _put_pages(cache, ids, new, filled)
 

@@ -86,13 +86,6 @@ class Compiler:
             raise result
         return result
 
-    def output_specs(self, lowered: Lowered) -> tuple[PartitionSpec, ...] | None:
-        """How the program's results are laid out, array by array; None where it does not fit."""
-        try:
-            return self(lowered).specs
-        except DoesNotFit:
-            return None
-
     def seconds(self, lowered: Lowered, prepare: Callable[[PyTree], PyTree]) -> float:
         """Median seconds of a call, on devices that are there.
 

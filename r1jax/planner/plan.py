@@ -15,7 +15,7 @@ from r1jax.planner.compiler import Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program
-from r1jax.programs.program import NotPlanned, bytes_by_kind, longest_prompt
+from r1jax.programs.program import bytes_by_kind, longest_prompt
 from r1jax.rollouts.scoring import directory_section
 from r1jax.run.models import Layouts, decoder_of, make_layouts
 from r1jax.run.resolve import check_divided, load_functions
@@ -151,7 +151,7 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)
-    planning = replace(planning_for(config, layouts), output_specs=compiler.output_specs)
+    planning = planning_for(config, layouts)
     return Plan(
         target=target.name,
         mesh=dict(layout.mesh.shape),
@@ -308,8 +308,6 @@ def _plan_program(program: Program, compiler: Compiler, target: Slice) -> Progra
         # The compiler's number holds the arguments, too.
         needed: dict[str, float] = {**bytes_by_kind(program.resident), "activations": error.needed}
         return replace(unknown, memory=needed, fits=False, problem="too large to compile")
-    except NotPlanned as error:
-        return replace(unknown, memory={**held}, problem=str(error))
     held["activations"] += binary.temporary_bytes
     held[program.makes] += max(0, binary.output_bytes - binary.alias_bytes)
     arguments = bytes_by_kind(program.arguments).total()

@@ -5,15 +5,15 @@ functions of this folder: `train_programs` for an update, `sampling_programs` fo
 """
 
 from r1jax.programs.program import Planning, Program, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.rollout import Rollout, by_slots, sampling_programs
+from r1jax.programs.rollout import sampling_programs
+from r1jax.programs.slots import SlotRollout
 
 __all__ = [
     "Planning",
     "Program",
-    "Rollout",
+    "SlotRollout",
     "StagePrograms",
     "TrainBatch",
-    "by_slots",
     "sampling_programs",
     "train_programs",
 ]

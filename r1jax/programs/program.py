@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
@@ -139,16 +138,12 @@ def _used(spec: ParamSpec, config: ModelConfig) -> float:
     return config.experts.num_experts_per_tok / config.experts.n_routed_experts
 
 
-class NotPlanned(Exception):
-    """A program that cannot be lowered, because another one that it needs does not fit."""
-
-
 @dataclass(frozen=True)
 class Program:
     """One compiled function of a stage.
 
     mesh: axis -> size, of the layout that it runs over.
-    lower: returns it, lowered for the mesh; may need others to be compiled first (`NotPlanned`).
+    lower: returns it, lowered for the mesh.
     arguments: its arguments, by what they are: `weights`, `optimizer`, `cache`, `batch`, ...
     resident: what else is in memory at the time.
     calls: in a step of the stage; 0 where that depends on the data.
@@ -201,14 +196,11 @@ class Planning:
 
     decoder_of: the decoder of a stage's weights, of a model by its name, or of a directory.
     rollout_layout: the devices, arranged for sampling.
-    output_specs: how the results of a lowered program are laid out, which only its compiler can
-        say; None where it does not fit. Default: nothing is compiled.
     """
 
     config: RunConfig
     decoder_of: Callable[[str], Decoder]
     rollout_layout: Layout
-    output_specs: Callable[[Lowered], Sequence[PartitionSpec] | None] = lambda _: None
 
     def sampler_of(self, name: str) -> Decoder:
         """As `decoder_of`, arranged for sampling, its weights in the dtype that it computes in."""

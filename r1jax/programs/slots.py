@@ -21,14 +21,12 @@ from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
 from r1jax.rollouts.sampling import bucket
 from r1jax.sampler import GenerateOptions
-from r1jax.sampler.queue import rows_at_once, slot_shape
+from r1jax.sampler.queue import default_slots, rows_at_once, slot_shape
+from r1jax.sampler.slot_state import NewPrompts, SlotShape, SlotState
 from r1jax.sampler.slots import (
     END,
     TAKE,
     WITHIN_PAGE,
-    NewPrompts,
-    SlotShape,
-    SlotState,
     add_prompts,
     decode_and_refill,
     empty_log,
@@ -64,16 +62,20 @@ class SlotWork:
 class SlotRollout:
     """A queue of prompts that is sampled through slots, as programs.
 
-    prompts: in the queue, over all devices. samples: of each. prompt_tokens, new_tokens: at most.
+    at_once: prompts of a batch of the stage. samples: of each prompt.
+    prompt_tokens, new_tokens: at most.
+    queue: prompts over all devices; None where their number depends on the data, of which a batch
+        is planned.
     """
 
     model: Decoder
-    prompts: int
+    at_once: int
     samples: int
     prompt_tokens: int
     new_tokens: int
     sampling: SamplingSection
     lengths: CutLognormal
+    queue: int | None = None
     record_experts: bool = False
 
     def programs(
@@ -93,13 +95,13 @@ class SlotRollout:
             "cache": state.cache,
             "slots": vars(state) | {"cache": None},
         }
-        new = self.new_prompts
+        new, draws = self.new_prompts, jax.eval_shape(self.options.draws)
         static = {"model": self.model, "shape": shape}
         prefills = calls * work.prefills
         yield Program(
             f"{prefix}prefill",
             mesh.shape,
-            partial(add_prompts.lower, weights, state, new, **static),
+            partial(add_prompts.lower, weights, state, new, draws, **static),
             {**arguments, "batch": new},
             resident,
             prefills,
@@ -109,7 +111,7 @@ class SlotRollout:
         of_all = expected_flops(
             config, self.prompts * self.samples, self.lengths, start=self.prompt_tokens
         )
-        filled_pages = 1 + (shape.steps - 1) / shape.page
+        filled_pages = 1 + (shape.steps - 1) * shape.entries / shape.page
         end_in_a_step = 1 - math.exp(-self.prompts * self.samples / work.steps)
         yield Program(
             f"{prefix}decode and refill",
@@ -146,6 +148,19 @@ class SlotRollout:
         ]
 
     @property
+    def prompts(self) -> int:
+        return self.at_once if self.queue is None else self.queue
+
+    @property
+    def slots(self) -> int:
+        if self.sampling.slots is not None:
+            return self.sampling.slots
+        at_once = self.at_once * self.samples
+        if self.queue is None:  # there may be more of them
+            return at_once
+        return default_slots(self.queue * self.samples, at_once, self.shards)
+
+    @property
     def log_bytes(self) -> int:
         """On a device, of what the slots draw between two returns to the host."""
         log = jax.eval_shape(partial(empty_log, self.model, self.shape))
@@ -163,7 +178,8 @@ class SlotRollout:
             self.new_tokens,
             seed=0,
             record_experts=self.record_experts,
-            slots=self.sampling.slots,
+            speculative=self.sampling.speculative,
+            slots=self.slots,
             cache_tokens=self.sampling.cache_tokens,
         )
 
@@ -184,7 +200,7 @@ class SlotRollout:
     def pages_of_sample(self) -> float:
         """In the pool, of a sample that is under way, on average."""
         done = self.lengths.moment(2) / (2 * self.lengths.mean)
-        return max(0.0, done / self.shape.page - 0.5)
+        return max(0.0, done * self.shape.entries / self.shape.page - 0.5)
 
     @cached_property
     def work(self) -> SlotWork:
@@ -195,11 +211,13 @@ class SlotRollout:
         wanted = self.pages_of_sample + 1 + 2 * prompt_pages / self.samples
         running = max(1, min(shape.slots, int(shape.pages / wanted)))
         taken = slot_steps(lengths, samples, running, shards)
-        read = (prompt_pages - 0.5) * lengths.mean + lengths.moment(2) / (2 * shape.page)
+        # Of drafts none stays, as a plan counts them: each step fills two entries for one token.
+        page = shape.page / shape.entries
+        read = (prompt_pages - 0.5) * lengths.mean + lengths.moment(2) / (2 * page)
         # Shards go on together, so each step takes as long as that with most pages.
         done = lengths.moment(2) / (2 * lengths.mean)
         variance = lengths.moment(3) / (3 * lengths.mean) - done**2
-        spread = math.sqrt(running * variance) / shape.page * taken.use * normal_maximum(shards)
+        spread = math.sqrt(running * variance) / page * taken.use * normal_maximum(shards)
         pages = samples * max(0.0, read) / taken.steps + spread
         chunk = pages_at_once(shape.page, self.model.layout.platform)
         chunks = min(pages / chunk + 0.5, self.state.reads.pages.shape[1] / chunk)
@@ -262,7 +280,9 @@ def prepare_slots(arguments: PyTree, shape: SlotShape, pages: int) -> PyTree:
     """Arguments for `shape.steps` steps in which no sample ends, each of so many pages."""
     weights, state, stop, more, draws = arguments
     room = (shape.pages - shape.slots) // shape.slots  # each takes one more
-    pages = max(0, min(pages, room, shape.sample_pages - -(-shape.steps // shape.page) - 1))
+    pages = max(
+        0, min(pages, room, shape.sample_pages - -(-shape.steps * shape.entries // shape.page) - 1)
+    )
     slot = jnp.arange(shape.slots)[:, None]
     entry = jnp.arange(shape.sample_pages)
     table = jnp.where(entry < pages, slot * pages + entry, -1)
@@ -272,7 +292,7 @@ def prepare_slots(arguments: PyTree, shape: SlotShape, pages: int) -> PyTree:
         state,
         running=jnp.ones_like(state.running),
         request=jnp.zeros_like(state.request),
-        lengths=jnp.full_like(state.lengths, pages * shape.page),
+        lengths=jnp.full_like(state.lengths, pages * shape.page // shape.entries),
         tables=jnp.broadcast_to(table.astype(like.dtype), like.shape),
         cache=replace(state.cache, used=jnp.broadcast_to(used, state.cache.used.shape)),
         queued=jnp.zeros_like(state.queued),

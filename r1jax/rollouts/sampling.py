@@ -5,10 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from r1jax.data.prompts import Prompt
@@ -24,10 +23,10 @@ from r1jax.processes import (
 )
 from r1jax.rewards import RewardInput, RowScore
 from r1jax.run.models import LanguageModel
-from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch, generate
+from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch
 from r1jax.sampler.queue import QueuedPrompt, QueueFigures, default_slots, sample_queue
 from r1jax.settings.sampling import SamplingSection
-from r1jax.sharding import from_process_rows, move_rows, to_process_rows
+from r1jax.sharding import from_process_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,8 +202,7 @@ def sample_prompts(
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Sample this process's prompts; gives completions in the order in which they end.
 
-    Every process takes as many lists, some of which may be empty. Speculative samples come a batch
-    at a time.
+    Every process takes as many lists, some of which may be empty.
 
     Args:
       batch: prompts of this process whose samples the memory is planned for, all at once.
@@ -215,14 +213,6 @@ def sample_prompts(
       Each completion with its index, prompt * samples + sample.
     """
     firsts = [0] * len(prompts) if first_samples is None else first_samples
-    if options.speculative:
-        for start in range(0, max_over_processes(len(prompts)), batch):
-            part = slice(start, start + batch)
-            completions = _sample_batch(
-                params, prompts[part], sampler, options, batch, firsts[part]
-            )
-            yield list(enumerate(completions, start=start * options.samples))
-        return
     if options.slots is None:
         processes = process_batch_slice(sampler.decoder.layout).count
         everywhere = max_over_processes(len(prompts)) * processes * options.samples
@@ -260,6 +250,8 @@ def sample_prompts(
                     sample.sampling_log_probs,
                     sample.finish,
                     text,
+                    drafted=sample.drafted,
+                    accepted=sample.accepted,
                     experts=sample.experts,
                 ),
             )
@@ -298,54 +290,3 @@ def whole_batches(
             first = ends[number - 1] if number else 0
             yield [waiting.pop(i) for i in range(first, ends[number])]
         given = complete
-
-
-# A process without prompts of a batch takes part in its programs.
-_NO_PROMPT = Prompt(0, "", "", np.zeros(1, np.int32), "", "")
-
-
-@span("rollout")
-def _sample_batch(
-    params: Params,
-    prompts: Sequence[Prompt],
-    sampler: LanguageModel,
-    options: GenerateOptions,
-    rows: int,
-    first_samples: Sequence[int],
-) -> list[Completion]:
-    """Sample every prompt; gives the completions on its process's host, prompt by prompt.
-
-    Args:
-      rows, first_samples: see `pad_prompts`; a smaller last batch compiles nothing new.
-    """
-    model = sampler.decoder
-    batch = pad_prompts(prompts or [_NO_PROMPT], model, rows, first_samples)
-    samples = generate(params, batch, model, options)
-    if model.layout.shards("sample") > 1:  # a process's devices may hold some samples of a prompt
-        samples = move_rows(samples, model.layout)
-    samples = jax.tree.map(to_process_rows, samples)
-    tokens, lengths, finish = samples.tokens, samples.lengths, samples.finish
-    indices = list(product(range(len(prompts)), range(options.samples)))
-    texts = completion_texts(
-        sampler, [(tokens[at][: lengths[at]], Finish(int(finish[at]))) for at in indices]
-    )
-    completions = []
-    for (i, j), text in zip(indices, texts, strict=True):
-        length, experts = int(lengths[i, j]), None
-        if samples.experts is not None:
-            of_prompt = samples.prompt_experts[i, : len(prompts[i].token_ids)]
-            experts = np.concatenate([of_prompt, samples.experts[i, j, :length]])
-        completions.append(
-            Completion(
-                prompts[i],
-                first_samples[i] + j,
-                tokens[i, j, :length],
-                samples.sampling_log_probs[i, j, :length],
-                Finish(int(finish[i, j])),
-                text,
-                drafted=0 if samples.drafted is None else int(samples.drafted[i, j]),
-                accepted=0 if samples.accepted is None else int(samples.accepted[i, j]),
-                experts=experts,
-            )
-        )
-    return completions

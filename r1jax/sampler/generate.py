@@ -140,11 +140,7 @@ def generate_chunks(
 
     A speculative sample has at least this number of tokens, unless it has ended.
     """
-    if options.speculative and not model.config.num_nextn_predict_layers:
-        raise ValueError(
-            "speculative = true, but the model has no module for multi-token prediction that could "
-            "draft; set model.multi_token_prediction to true, or speculative to false"
-        )
+    options.check(model)
     prompts = replace(prompts, first_samples=jnp.asarray(prompts.first_samples, jnp.int32))
     draws, capacities = options.draws(), options.capacities()
     begin = start_speculatively if options.speculative else start

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -17,16 +17,8 @@ import numpy as np
 from r1jax.models.config import Decoder
 from r1jax.models.parameters import Params
 from r1jax.sampler.samples import Finish, GenerateOptions, StopSearch
-from r1jax.sampler.slots import (
-    NewPrompts,
-    SlotLog,
-    SlotShape,
-    Status,
-    add_prompts,
-    decode_and_refill,
-    drop_prompts,
-    empty_slots,
-)
+from r1jax.sampler.slot_state import NewPrompts, SlotLog, SlotShape, Status
+from r1jax.sampler.slots import add_prompts, decode_and_refill, drop_prompts, empty_slots
 from r1jax.sharding import (
     batch_slices,
     from_process_rows,
@@ -58,6 +50,7 @@ class QueueSample:
     sample: its index among the prompt's samples of this queue.
     tokens, policy_log_probs, sampling_log_probs: [length], see `Samples`.
     experts: [prompt + length, layers * k], or None; see `Samples`.
+    drafted, accepted: see `Samples`.
     """
 
     prompt: int
@@ -67,6 +60,8 @@ class QueueSample:
     sampling_log_probs: np.ndarray
     finish: Finish
     experts: np.ndarray | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -111,6 +106,7 @@ def slot_shape(
     """
     shards, group = model.layout.shards("slots"), options.samples
     page = options.page or (16 if model.layout.platform == "cpu" else 64)
+    page += page % 2 if options.speculative else 0  # drafts come in pairs
     wanted = _SLOTS * shards if options.slots is None else options.slots
     slots = max(1, min(-(-wanted // shards), prompts * group))
     shape = SlotShape(
@@ -123,6 +119,7 @@ def slot_shape(
         page=page,
         steps=min(options.sync_every or _STEPS, options.max_new_tokens),
         record_experts=options.record_experts,
+        speculative=options.speculative,
     )
     # Of the prompts at hand, most of whose samples have ended. Where that is too few, they wait.
     stored = min(shape.prompts, 8 * -(-slots // group) + 2)
@@ -160,8 +157,10 @@ def sample_queue(
       figures: is added to.
 
     Raises:
-      ValueError: `options.cache_tokens` is too small for one sample.
+      ValueError: `options.cache_tokens` is too small for one sample, or `options.speculative`, and
+        the model has no module for multi-token prediction.
     """
+    options.check(model)
     figures = QueueFigures() if figures is None else figures
     layout = model.layout
     parts = batch_slices(layout)
@@ -200,7 +199,7 @@ def sample_queue(
             assigned = [each.assign() for each in schedulers]
             rows = _prompt_rows(prompts, assigned[slice_index], shape)
             new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
-            state, experts = add_prompts(params, state, new, model=model, shape=shape)
+            state, experts = add_prompts(params, state, new, draws, model=model, shape=shape)
             if experts is not None:
                 collector.keep_experts(assigned[slice_index], to_process_rows(experts))
         if not any(each.busy() for each in schedulers):
@@ -352,7 +351,7 @@ class _Part:
 
     request: int = -1
     logs: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    length: int = 0
+    steps: int = 0
 
 
 class _Collector:
@@ -387,8 +386,10 @@ class _Collector:
           entries: the prompt of each entry when the log was written.
         """
         host: SlotLog = jax.tree.map(to_process_rows, log)
-        drawn = (host.tokens, host.policy_log_probs, host.sampling_log_probs, host.experts)
-        arrays = [np.asarray(leaf) for leaf in drawn if leaf is not None]
+        drawn = (host.tokens, host.policy_log_probs, host.sampling_log_probs)
+        arrays = [
+            np.asarray(leaf) for leaf in (*drawn, host.experts, host.drafts) if leaf is not None
+        ]
         last = self._shape.max_new_tokens - 1
         ended: list[QueueSample] = []
         going: list[tuple[int, int]] = []  # (shard, slot)
@@ -403,10 +404,11 @@ class _Collector:
                 part = self._parts.get((shard, slot))
                 if part is None or index[piece[0]] == 0:
                     if part is not None:
-                        self._figures.repeated += part.length
+                        self._figures.repeated += part.steps
                     part = self._parts[shard, slot] = _Part(int(request[piece[0]]))
                 part.logs.append(tuple(leaf[shard, slot, piece] for leaf in arrays))
-                part.length += len(piece)
+                drafts = None if host.drafts is None else host.drafts[shard, slot, piece]
+                part.steps += len(piece) if drafts is None else int((drafts > 0).sum())
                 eos = bool(host.ended[shard, slot, piece[-1]])
                 if eos or index[piece[-1]] == last:
                     finish = Finish.EOS if eos else Finish.LENGTH
@@ -423,11 +425,23 @@ class _Collector:
         part = self._parts.pop((shard, slot))
         entry, sample = divmod(part.request, self._shape.samples)
         prompt = entries[shard][entry]
-        tokens, policy, drawn, *experts = map(np.concatenate, zip(*part.logs, strict=True))
-        both = None
-        if experts:
-            both = np.concatenate([self._prompt_experts[prompt], experts[0]])
-        return QueueSample(prompt, sample, tokens, policy, drawn, finish, both)
+        tokens, policy, drawn, *rest = map(np.concatenate, zip(*part.logs, strict=True))
+        both = drafts = None
+        if self._shape.record_experts:
+            both = np.concatenate([self._prompt_experts[prompt], rest[0]])
+        if self._shape.speculative:
+            drafts = rest[-1]
+        return QueueSample(
+            prompt,
+            sample,
+            tokens,
+            policy,
+            drawn,
+            finish,
+            both,
+            drafted=0 if drafts is None else int((drafts > 0).sum()),
+            accepted=0 if drafts is None else int((drafts == 2).sum()),
+        )
 
     def _cut(
         self,
@@ -463,12 +477,11 @@ def _shortened(sample: QueueSample, end: int) -> QueueSample:
     experts = sample.experts
     if experts is not None:
         experts = experts[: len(experts) - len(sample.tokens) + end]
-    return QueueSample(
-        sample.prompt,
-        sample.sample,
-        sample.tokens[:end],
-        sample.policy_log_probs[:end],
-        sample.sampling_log_probs[:end],
-        Finish.STOP,
-        experts,
+    return replace(
+        sample,
+        tokens=sample.tokens[:end],
+        policy_log_probs=sample.policy_log_probs[:end],
+        sampling_log_probs=sample.sampling_log_probs[:end],
+        finish=Finish.STOP,
+        experts=experts,
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from r1jax.models.config import Decoder
 from r1jax.models.kv_cache import FIRST_CAPACITY, capacities
 from r1jax.sampler.distribution import Sampling
 from r1jax.sharding import Layout
@@ -189,6 +190,14 @@ class GenerateOptions:
             )
         if self.stop is not None and self.sync_every is None:
             object.__setattr__(self, "sync_every", 32)
+
+    def check(self, model: Decoder) -> None:
+        """Raises ValueError where the model cannot draft, and has to."""
+        if self.speculative and not model.config.num_nextn_predict_layers:
+            raise ValueError(
+                "speculative = true, but the model has no module for multi-token prediction that "
+                "could draft; set model.multi_token_prediction to true, or speculative to false"
+            )
 
     def capacities(self) -> list[int]:
         """Steps of decoding that the KV cache has room for, as it grows."""

@@ -9,20 +9,16 @@ more prompts.
 When pages of the KV cache run short, the samples that have come least far give theirs back and go
 to the front of the queue, from where they begin again. Keys are functions of prompt, sample and
 position, so they draw the same tokens as before, and nothing is lost but time.
-
-The first dimension of all arrays is the shard: the devices of a shard have a queue, slots and pages
-of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from r1jax.models.config import Decoder
 from r1jax.models.decoder import (
@@ -34,9 +30,10 @@ from r1jax.models.decoder import (
     unstack_layers,
 )
 from r1jax.models.kv_cache import StackCache
+from r1jax.models.multi_token_prediction import prefill_with_module
 from r1jax.models.paged_attention import pages_at_once
 from r1jax.models.paged_cache import (
-    PagedCache,
+    OF_DECODER,
     PageList,
     empty_pages,
     free_pages,
@@ -50,149 +47,26 @@ from r1jax.models.paged_cache import (
 from r1jax.models.parameters import Params
 from r1jax.sampler.distribution import draw
 from r1jax.sampler.samples import Draws, keys_of
+from r1jax.sampler.slot_drafts import draft_and_verify, with_first_tokens
+from r1jax.sampler.slot_state import (
+    Drafting,
+    DrawnTokens,
+    NewPrompts,
+    PromptEntries,
+    SlotLog,
+    SlotShape,
+    SlotState,
+    Status,
+    of_prompt,
+)
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
-    from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+    from jaxtyping import Array, Bool, Float, Int
 
 # Scopes, by which the planner is given how often conditionals are taken, and a loop's turns.
 TAKE, END = "take_samples", "end_samples"
 WITHIN_PAGE = "within_page"  # of the loop over steps that fill a page
-
-
-@dataclass(frozen=True)
-class SlotShape:
-    """What is static in the programs of the slots: each value compiles one.
-
-    slots, prompts, pages: of a shard, and as many prompts as are there at once.
-    samples: of each prompt.
-    prompt_tokens, max_new_tokens: at most.
-    page: tokens of a page.
-    steps: between two returns to the host.
-    """
-
-    slots: int
-    prompts: int
-    pages: int
-    samples: int
-    prompt_tokens: int
-    max_new_tokens: int
-    page: int
-    steps: int
-    record_experts: bool = False
-
-    @property
-    def prompt_pages(self) -> int:
-        return -(-self.prompt_tokens // self.page)
-
-    @property
-    def sample_pages(self) -> int:
-        """Full pages of a sample: it may begin and end within a page."""
-        return -(-self.max_new_tokens // self.page)
-
-    @property
-    def least_pages(self) -> int:
-        """With which a single slot can decode any sample of any prompt."""
-        return self.prompt_pages + self.sample_pages + 1
-
-
-@struct.dataclass
-class PromptEntries:
-    """The prompts that are on the devices now; an entry is free before and after.
-
-    tables: pages of the KV cache; -1 behind them.
-    hidden: activations that the first token of every sample is drawn from.
-    done: samples that have ended.
-    experts: of each token, where they are recorded.
-    """
-
-    tables: Int[Array, "shards prompts pages"]
-    lengths: Int[Array, "shards prompts"]
-    hidden: Float[Array, "shards prompts hidden"]
-    ids: UInt32[Array, "shards prompts"]
-    first_samples: Int[Array, "shards prompts"]
-    done: Int[Array, "shards prompts"]
-
-
-@struct.dataclass
-class SlotState:
-    """Between two steps.
-
-    step: since the beginning; the entry of the current pages that it writes is step % page.
-    hidden: activations that the next token of each slot is drawn from.
-    running: whether a slot has a sample to go on with.
-    request: prompt entry * samples + sample of the prompt.
-    lengths: tokens that a slot's sample has.
-    tables: its pages of the KV cache; -1 behind them.
-    queue: requests that wait; in a ring, from `head` on.
-    """
-
-    step: Int[Array, ""]
-    hidden: Float[Array, "shards slots hidden"]
-    keys: Key[Array, "shards slots"]
-    running: Bool[Array, "shards slots"]
-    request: Int[Array, "shards slots"]
-    lengths: Int[Array, "shards slots"]
-    tables: Int[Array, "shards slots pages"]
-    reads: PageList
-    cache: PagedCache
-    prompts: PromptEntries
-    queue: Int[Array, "shards requests"]
-    head: Int[Array, " shards"]
-    queued: Int[Array, " shards"]
-
-
-@struct.dataclass
-class SlotLog:
-    """What the slots drew, [shards, slots, steps].
-
-    request: as of `SlotState`; -1 where a slot had none.
-    index: of the token in its sample. 0 after a higher one: the sample began again.
-    tokens, policy_log_probs, sampling_log_probs: as of `Samples`.
-    ended: by an EOS.
-    experts: of each token, where they are recorded.
-    """
-
-    request: Int[Array, "shards slots steps"]
-    index: Int[Array, "shards slots steps"]
-    tokens: Int[Array, "shards slots steps"]
-    policy_log_probs: Float[Array, "shards slots steps"]
-    sampling_log_probs: Float[Array, "shards slots steps"]
-    ended: Bool[Array, "shards slots steps"]
-    experts: Int[Array, "shards slots steps layers_k"] | None = None
-
-
-@struct.dataclass
-class Status:
-    """What the host reads to go on, the same in all processes.
-
-    steps: that were made. busy: slots that had a sample, summed over them.
-    done: ended samples of each prompt entry. running, queued: samples.
-    free, live: pages of the pool that are free; tokens in the cache.
-    """
-
-    steps: Int[Array, ""]
-    busy: Int[Array, ""]
-    done: Int[Array, "shards prompts"]
-    running: Int[Array, " shards"]
-    queued: Int[Array, " shards"]
-    free: Int[Array, " shards"]
-    live: Int[Array, " shards"]
-
-
-@struct.dataclass
-class NewPrompts:
-    """Prompts to prefill, equally many rows for each shard, shard by shard.
-
-    tokens: right-padded.
-    entry: where they go; a row whose entry is not below the number of entries holds no prompt.
-    """
-
-    tokens: Int[Array, "shards_rows time"]
-    lengths: Int[Array, " shards_rows"]
-    ids: UInt32[Array, " shards_rows"]
-    first_samples: Int[Array, " shards_rows"]
-    entry: Int[Array, " shards_rows"]
 
 
 @partial(jax.jit, static_argnames=("model", "shape"))
@@ -205,6 +79,10 @@ def empty_slots(*, model: Decoder, shape: SlotShape) -> SlotState:
         leaf = jnp.full((shards, *rest), value, dtype)
         return _over_shards(leaf, model)
 
+    def drawn(*size: int) -> DrawnTokens:
+        real = full(0, *size, dtype=jnp.float32)
+        return DrawnTokens(full(0, *size), real, real)
+
     return SlotState(
         step=jnp.int32(0),
         hidden=full(0, shape.slots, hidden, dtype=dtype),
@@ -216,10 +94,17 @@ def empty_slots(*, model: Decoder, shape: SlotShape) -> SlotState:
         reads=PageList(
             full(0, _list_size(model, shape)),
             full(shape.slots, _list_size(model, shape)),
-            full(0, _list_size(model, shape), shape.page, dtype=bool),
+            full(0, _list_size(model, shape), shape.page, dtype=jnp.uint8),
             jnp.int32(0),
         ),
-        cache=empty_pages(shards, shape.slots, shape.pages, shape.page, model),
+        cache=empty_pages(
+            shards,
+            shape.slots,
+            shape.pages,
+            shape.page,
+            model,
+            with_module=shape.speculative,
+        ),
         prompts=PromptEntries(
             tables=full(-1, shape.prompts, shape.prompt_pages),
             lengths=full(1, shape.prompts),
@@ -227,16 +112,31 @@ def empty_slots(*, model: Decoder, shape: SlotShape) -> SlotState:
             ids=full(0, shape.prompts, dtype=jnp.uint32),
             first_samples=full(0, shape.prompts),
             done=full(0, shape.prompts),
+            first_tokens=drawn(shape.prompts, shape.samples) if shape.speculative else None,
         ),
         queue=full(0, shape.prompts * shape.samples),
         head=full(0),
         queued=full(0),
+        drafting=Drafting(
+            tokens=full(0, shape.slots, 2),
+            hidden=full(0, shape.slots, 2, hidden, dtype=dtype),
+            accepted=full(0, shape.slots, dtype=bool),
+            started=full(0, shape.slots, dtype=bool),
+        )
+        if shape.speculative
+        else None,
     )
 
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
 def add_prompts(
-    params: Params, state: SlotState, new: NewPrompts, *, model: Decoder, shape: SlotShape
+    params: Params,
+    state: SlotState,
+    new: NewPrompts,
+    draws: Draws,
+    *,
+    model: Decoder,
+    shape: SlotShape,
 ) -> tuple[SlotState, Int[Array, "rows time layers_k"] | None]:
     """Prefill prompts, and queue their samples. There have to be pages for them.
 
@@ -244,9 +144,12 @@ def add_prompts(
       The state, and the experts of the prompts' tokens, where they are recorded.
     """
     shards = len(state.running)
-    hidden, cached = prefill(
-        params, new.tokens, new.lengths, model, record_experts=shape.record_experts
-    )
+    if shape.speculative:
+        hidden, cached = prefill_with_module(params, new.tokens, new.lengths, model)
+    else:
+        hidden, cached = prefill(
+            params, new.tokens, new.lengths, model, record_experts=shape.record_experts
+        )
     hidden = last_token(hidden, new.lengths).reshape(shards, -1, hidden.shape[-1])
     new = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), new)
 
@@ -276,11 +179,38 @@ def add_prompts(
             ids=put(entries.ids, new.ids),
             first_samples=put(entries.first_samples, new.first_samples),
             done=put(entries.done, jnp.zeros_like(new.entry)),
+            first_tokens=jax.tree.map(
+                put, entries.first_tokens, _first_tokens(params, hidden, new, draws, model, shape)
+            ),
         ),
         queue=queue,
         queued=state.queued + present.sum(axis=1) * shape.samples,
     )
     return _laid_out(state, model), cached.experts
+
+
+def _first_tokens(
+    params: Params,
+    hidden: Float[Array, "shards rows hidden"],
+    new: NewPrompts,
+    draws: Draws,
+    model: Decoder,
+    shape: SlotShape,
+) -> DrawnTokens | None:
+    """Of each sample of new prompts [shards, rows, samples], where drafts follow it."""
+    if not shape.speculative:
+        return None
+    rows = (*hidden.shape[:2], shape.samples)
+    indices = new.first_samples[..., None] + jnp.arange(shape.samples, dtype=jnp.int32)
+    keys = keys_of(
+        draws,
+        jnp.broadcast_to(new.ids[..., None], rows).reshape(rows[0], -1),
+        indices.reshape(rows[0], -1),
+    )
+    of_prompts = logits(params, hidden, model)
+    of_samples = jnp.repeat(of_prompts, shape.samples, axis=1)
+    drawn = draw(of_samples, keys, jnp.int32(0), draws.sampling)
+    return DrawnTokens(*(leaf.reshape(rows) for leaf in drawn))
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
@@ -341,60 +271,16 @@ def decode_and_refill(
         with jax.named_scope(TAKE):
             state = jax.lax.cond(can_take, partial(_take, draws=draws, shape=shape), _same, state)
         running = state.running
+        step = draft_and_verify if shape.speculative else draw_and_read
+        state, columns, ended = step(layers, state, pages, draws, model=model, shape=shape)
 
-        # 1. Draw a token of every slot.
-        next_logits = logits(layers, state.hidden, model)
-        tokens, policy, drawn = draw(next_logits, state.keys, state.lengths, draws.sampling)
-        tokens = jnp.where(running, tokens, 0)
-        eos = running & jnp.any(tokens[..., None] == draws.eos_ids, axis=-1)
-
-        # 2. Read it.
-        page = shape.page
-        entry = state.step % page
-        now = jnp.arange(page) == entry
-        filled = state.cache.current_filled
-        new = SlotTokens(
-            tokens[..., None],
-            (_of_prompt(state.prompts.lengths, state, shape) + state.lengths)[..., None],
-            entry,
-            (filled | now)[:, :, None],
-            state.reads,
-        )
-        hidden, cache, experts = decode_slots(
-            layers,
-            new,
-            replace(state.cache, pages=pages),
-            model,
-            record_experts=shape.record_experts,
-        )
-        cache = replace(cache, pages={}, current_filled=filled | (now & running[..., None]))
-
-        # 3. Log it.
         def put(buffer: jax.Array, column: jax.Array) -> jax.Array:
-            column = column.astype(buffer.dtype)[:, :, None]
-            return jax.lax.dynamic_update_slice_in_dim(buffer, column, state.step - first, axis=2)
+            at = (state.step - first) * shape.columns
+            column = column.astype(buffer.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, column, at, axis=2)
 
-        log = SlotLog(
-            request=put(log.request, jnp.where(running, state.request, -1)),
-            index=put(log.index, state.lengths),
-            tokens=put(log.tokens, tokens),
-            policy_log_probs=put(log.policy_log_probs, policy),
-            sampling_log_probs=put(log.sampling_log_probs, drawn),
-            ended=put(log.ended, eos),
-            experts=None
-            if log.experts is None or experts is None
-            else put(log.experts, experts[:, :, 0]),
-        )
-        state = replace(
-            state,
-            step=state.step + 1,
-            hidden=hidden[:, :, 0],
-            lengths=state.lengths + running,
-            cache=cache,
-        )
-
-        # 4. End samples.
-        ended = eos | (running & (state.lengths == shape.max_new_tokens))
+        log = jax.tree.map(put, log, columns)
+        state = replace(state, step=state.step + 1)
         with jax.named_scope(END):
             state = jax.lax.cond(jnp.any(ended), lambda s: _end(s, ended, shape), _same, state)
         return state, log, busy + running.sum()
@@ -412,7 +298,7 @@ def decode_and_refill(
 
         def within(carry: tuple[SlotState, SlotLog, jax.Array]) -> jax.Array:
             step = carry[0].step
-            return ((step == begin) | (step % shape.page != 0)) & unfinished(carry)
+            return ((step == begin) | ~_fills_pages(step, shape)) & unfinished(carry)
 
         with jax.named_scope(WITHIN_PAGE):
             state, log, busy = jax.lax.while_loop(
@@ -421,8 +307,7 @@ def decode_and_refill(
                 (replace(state, cache=replace(state.cache, pages={})), log, busy),
             )
         state = replace(state, cache=replace(state.cache, pages=carry[0].cache.pages))
-        full = state.step % shape.page == 0
-        return _keep_pages(state, full, shape), log, busy
+        return _keep_pages(state, _fills_pages(state.step, shape), shape), log, busy
 
     carry = (state, log, jnp.int32(0))
     state, log, busy = jax.lax.while_loop(unfinished, fill_page, carry)
@@ -430,8 +315,8 @@ def decode_and_refill(
     def whole(leaf: jax.Array) -> jax.Array:
         return model.layout.constrain(leaf, (None,) * leaf.ndim)
 
-    live = state.cache.filled & state.cache.used[..., None]
-    current = state.cache.current_filled & state.running[..., None]
+    live = (state.cache.filled & OF_DECODER > 0) & state.cache.used[..., None]
+    current = (state.cache.current_filled & OF_DECODER > 0) & state.running[..., None]
     status = Status(
         steps=state.step - first,
         busy=busy,
@@ -448,6 +333,75 @@ def decode_and_refill(
 
 
 # --- Parts of a step -----------------------------------------------------------------------------
+
+
+def draw_and_read(
+    layers: Params,
+    state: SlotState,
+    pages: dict[str, StackCache],
+    draws: Draws,
+    *,
+    model: Decoder,
+    shape: SlotShape,
+) -> tuple[SlotState, SlotLog, Bool[Array, "shards slots"]]:
+    """One token of every slot.
+
+    Args:
+      layers: weights, as `unstack_layers` returns them.
+      pages: the pool's, which the state's cache is without.
+
+    Returns:
+      The state, in which the step is not yet counted; what the step adds to the log; and the slots
+      whose sample is complete.
+    """
+    running = state.running
+
+    # 1. Draw a token of every slot.
+    next_logits = logits(layers, state.hidden, model)
+    tokens, policy, drawn = draw(next_logits, state.keys, state.lengths, draws.sampling)
+    tokens = jnp.where(running, tokens, 0)
+    eos = running & jnp.any(tokens[..., None] == draws.eos_ids, axis=-1)
+
+    # 2. Read it.
+    entry = state.step % shape.page
+    now = jnp.arange(shape.page) == entry
+    filled = state.cache.current_filled
+    new = SlotTokens(
+        tokens[..., None],
+        (of_prompt(state.prompts.lengths, state, shape) + state.lengths)[..., None],
+        entry,
+        ((filled > 0) | now)[:, :, None],
+        state.reads,
+    )
+    hidden, cache, experts = decode_slots(
+        layers,
+        new,
+        replace(state.cache, pages=pages),
+        model,
+        record_experts=shape.record_experts,
+    )
+    filled = jnp.where(now & running[..., None], jnp.uint8(OF_DECODER), filled)
+    columns = SlotLog(
+        request=jnp.where(running, state.request, -1)[..., None],
+        index=state.lengths[..., None],
+        tokens=tokens[..., None],
+        policy_log_probs=policy[..., None],
+        sampling_log_probs=drawn[..., None],
+        ended=eos[..., None],
+        experts=experts,
+    )
+    state = replace(
+        state,
+        hidden=hidden[:, :, 0],
+        lengths=state.lengths + running,
+        cache=replace(cache, pages={}, current_filled=filled),
+    )
+    return state, columns, eos | (running & (state.lengths == shape.max_new_tokens))
+
+
+def _fills_pages(step: Int[Array, ""], shape: SlotShape) -> Bool[Array, ""]:
+    """Whether the current pages are full when so many steps are made."""
+    return step * shape.entries % shape.page == 0
 
 
 def _same(state: SlotState) -> SlotState:
@@ -487,7 +441,7 @@ def _list_size(model: Decoder, shape: SlotShape) -> int:
 
 def empty_log(model: Decoder, shape: SlotShape) -> SlotLog:
     """That nothing is written in yet."""
-    size = (model.layout.shards("slots"), shape.slots, shape.steps)
+    size = (model.layout.shards("slots"), shape.slots, shape.steps * shape.columns)
 
     def full(value: float, dtype: DTypeLike, *rest: int) -> jax.Array:
         return _over_shards(jnp.full((*size, *rest), value, dtype), model)
@@ -505,20 +459,13 @@ def empty_log(model: Decoder, shape: SlotShape) -> SlotLog:
         full(0, real),
         full(0, bool),
         experts,
+        full(0, integer) if shape.speculative else None,
     )
-
-
-def _of_prompt(rows: jax.Array, state: SlotState, shape: SlotShape) -> jax.Array:
-    """Rows [shards, prompts, ...] of the prompt of each slot's sample."""
-    entry = jnp.maximum(state.request, 0) // shape.samples
-    return jax.vmap(lambda rows, entry: rows[entry])(rows, entry)
 
 
 def _relist(state: SlotState, shape: SlotShape) -> SlotState:
     """The list of pages that the running slots read, anew."""
-    tables = jnp.concatenate(
-        [_of_prompt(state.prompts.tables, state, shape), state.tables], axis=-1
-    )
+    tables = jnp.concatenate([of_prompt(state.prompts.tables, state, shape), state.tables], axis=-1)
     tables = jnp.where(state.running[..., None], tables, -1)
     return replace(state, reads=list_pages(state.cache, tables, state.reads.pages.shape[1]))
 
@@ -546,17 +493,22 @@ def _take(state: SlotState, draws: Draws, shape: SlotShape) -> SlotState:
         tables=jnp.where(takes[..., None], -1, state.tables),
         head=(state.head + taken) % state.queue.shape[1],
         queued=state.queued - taken,
-        cache=replace(state.cache, current_filled=state.cache.current_filled & ~takes[..., None]),
+        cache=replace(
+            state.cache,
+            current_filled=jnp.where(takes[..., None], 0, state.cache.current_filled),
+        ),
     )
     prompts = state.prompts
-    sample = _of_prompt(prompts.first_samples, state, shape) + request % shape.samples
-    keys = keys_of(draws, _of_prompt(prompts.ids, state, shape), sample)
-    hidden = _of_prompt(prompts.hidden, state, shape)
+    sample = of_prompt(prompts.first_samples, state, shape) + request % shape.samples
+    keys = keys_of(draws, of_prompt(prompts.ids, state, shape), sample)
+    hidden = of_prompt(prompts.hidden, state, shape)
     state = replace(
         state,
         hidden=jnp.where(takes[..., None], hidden, state.hidden),
         keys=jnp.where(takes, keys, state.keys),
     )
+    if state.drafting is not None:
+        state = with_first_tokens(state, takes, shape)
     return _relist(state, shape)
 
 
@@ -578,7 +530,7 @@ def _keep_pages(state: SlotState, full: Bool[Array, ""], shape: SlotShape) -> Sl
     state = _make_room(state, full, shape)
     needed = full & state.running & jnp.any(state.cache.current_filled, axis=-1)
     cache, ids = keep_current(state.cache, needed)
-    cache = replace(cache, current_filled=cache.current_filled & ~full)
+    cache = replace(cache, current_filled=jnp.where(full, 0, cache.current_filled))
     kept = (state.tables >= 0).sum(axis=-1)
     at = jnp.arange(shape.sample_pages) == kept[..., None]
     tables = jnp.where(at & needed[..., None], ids[..., None], state.tables)

@@ -49,16 +49,6 @@ class SamplingSection(Section):
         "samples wait. Default: as many as the slots might need.",
     )
 
-    @model_validator(mode="after")
-    def _slots_fit(self) -> SamplingSection:
-        for name in ("slots", "cache_tokens"):
-            if self.speculative and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} with speculative = true: drafts are decoded a batch at a time; set "
-                    "one only"
-                )
-        return self
-
 
 class LengthsSection(Section):
     """How long completions are, for `r1jax plan`: lognormal, before `max_new_tokens` cuts them."""

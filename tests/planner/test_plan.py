@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import struct
 
 from r1jax.cli import _with_given_shapes as with_given_shapes
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo
-from r1jax.planner.compiler import Compiler
 from r1jax.planner.plan import (
     Case,
     PlanOptions,
@@ -33,15 +30,14 @@ from r1jax.planner.plan import (
     plan,
 )
 from r1jax.planner.topologies import CHIPS, Chip, Slice, tpu_slice
-from r1jax.programs import Planning, Rollout
+from r1jax.programs import Planning, SlotRollout
 from r1jax.programs.lengths import CutLognormal
 from r1jax.programs.program import expected_flops, forward_flops
-from r1jax.programs.rollout import prepare_decoding, token_counts
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
 from r1jax.run.resolve import load_functions
-from r1jax.sampler import GenerateOptions, Sampling
 from r1jax.settings.mesh import MeshSection
+from r1jax.settings.sampling import SamplingSection
 from r1jax.sharding import make_layout
 from r1jax.stages.grpo.settings import GRPOStage
 
@@ -235,22 +231,6 @@ def test_a_roofline_by_hand() -> None:
     assert (row.kind, row.axes, row.count, row.bytes) == ("all-gather", ("fsdp",), 10, 80)
 
 
-def test_two_caches_stand_for_all_sizes() -> None:
-    """A cost that is linear in the size of the cache comes out exactly."""
-    sizes = [128, 256, 512, 600]
-    tokens = [128, 128, 256, 88]
-    counts = token_counts(sizes)
-    assert sum(counts.values()) == pytest.approx(600)
-    exact = sum(n * (7 + 3 * size) for n, size in zip(tokens, sizes, strict=True))
-    assert sum(n * (7 + 3 * size) for size, n in counts.items()) == pytest.approx(exact)
-    assert token_counts([64]) == {64: 64.0}
-    # Where the longest sample ends sooner, the larger caches have less to do.
-    counts = token_counts(sizes, 200)
-    exact = sum(n * (7 + 3 * size) for n, size in ((128, 128), (72, 256)))
-    assert sum(n * (7 + 3 * size) for size, n in counts.items()) == pytest.approx(exact)
-    assert token_counts([64], 30.5) == {64: 30.5}
-
-
 def test_products_of_a_forward_pass_by_hand() -> None:
     config = ModelConfig("llama", 10, 4, 6, 2, 2, 1, 2)
     layer = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6
@@ -345,7 +325,7 @@ def named(config: RunConfig, stage: str) -> dict[str, float]:
         shape = ModelConfig.from_hugging_face(config.model.config or {})
         return decoder_in(config.model, shape, layout)
 
-    planning = Planning(config, decoder_of, sampling, Compiler(target).output_specs)
+    planning = Planning(config, decoder_of, sampling)
     found = load_functions(config.stage(stage)).programs(config.stage(stage), planning)
     return {program.name: program.calls for program in found.programs}
 
@@ -372,25 +352,6 @@ def test_what_is_not_there_cannot_be_measured() -> None:
         timeout=120,
     )
     assert done.returncode == 2 and "--measure needs devices that are there" in done.stderr
-
-
-def test_a_decode_loop_is_measured_for_some_of_its_tokens() -> None:
-    greedy = Sampling(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
-    draws = GenerateOptions(samples=1, max_new_tokens=1, seed=0, sampling=greedy).draws()
-    arguments = ("weights", State(jnp.int32(0)), "prompts", jnp.int32(0), draws)
-    *_, state, _, until, draws = prepare_decoding(arguments, capacity=100)
-    assert (int(state.step), int(until)) == (68, 100)  # the last 32 of a full cache
-    assert (float(draws.sampling.temperature), float(draws.sampling.top_p)) == (1, 1)
-    assert set(draws.eos_ids.tolist()) == {-1}  # no token ends a sample
-    *_, state, _, until, _ = prepare_decoding(arguments, capacity=8)
-    assert (int(state.step), int(until)) == (0, 8)
-
-
-@struct.dataclass
-class State:
-    """Of a sampler, as far as the loop counts."""
-
-    step: Any
 
 
 def test_a_model_without_a_shape_is_refused_with_what_to_give() -> None:
@@ -432,22 +393,20 @@ def test_speculative_rollouts_are_planned_with_the_caches_that_they_have() -> No
             "stages.zero.sampling.speculative=true",
         ],
     )
-    target = one_device()
-    layout, _ = make_layouts(config.mesh, target.devices)
+    layout, _ = make_layouts(config.mesh, one_device().devices)
     shape = ModelConfig.from_hugging_face(config.model.config or {})
     stage = config.stage("zero")
     assert isinstance(stage, GRPOStage)
     model = decoder_in(config.model, shape, layout)
-    rollout = Rollout(model, 2, 2, 8, 200, stage.sampling, Compiler(target).output_specs)
-    # The first token comes of the prompt, and each step of the others may give one alone.
-    assert rollout.capacities == [128, 199]
-    state, prompt_cache = rollout.started(128)
-    for found, planned in (
-        (state.cache, rollout.new_cache(128)),
-        (prompt_cache.stacks, rollout.prompt_cache),
-    ):
-        found, planned = jax.tree.leaves(found), jax.tree.leaves(planned)
-        assert sum(leaf.size for leaf in found) == sum(leaf.size for leaf in planned)
-    after = jax.tree.leaves(rollout.grow(128, 199).out_info.cache)
-    assert sum(leaf.size for leaf in after) == sum(leaf.size for leaf in rollout.new_cache(199))
-    assert "while" in rollout.decode(128).as_text()
+    lengths = CutLognormal.equal(200)
+    rollout, plain = (
+        SlotRollout(model, 2, 2, 8, 200, sampling, lengths)
+        for sampling in (stage.sampling, SamplingSection())
+    )
+    # Two entries for each token, where no draft stays, and those of one more layer.
+    assert rollout.shape.sample_pages == 2 * plain.shape.sample_pages - 1 == 25
+    pages = rollout.shape.slots * 26 + rollout.shape.prompts + 1
+    values = sum(leaf.size for leaf in jax.tree.leaves(rollout.state.cache))
+    layers = shape.num_hidden_layers + 1
+    width = 2 * shape.num_key_value_heads * shape.head_dim
+    assert values == pages * 16 * (layers * width + 1) + pages - rollout.shape.slots

@@ -17,7 +17,7 @@ from r1jax.models import abstract_params
 from r1jax.run.models import build_decoder
 from r1jax.settings.model import ModelSection
 from r1jax.sharding import single_device
-from r1jax.stages.grpo.stage import rollout_metrics
+from r1jax.stages.grpo.metrics import rollout_metrics
 from r1jax.weights.hugging_face import load_params, read_config
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

@@ -19,7 +19,7 @@ from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
 from r1jax.processes import process_batch_slice
-from r1jax.programs import Planning, Program, Rollout, StagePrograms, TrainBatch
+from r1jax.programs import Planning, Program, SlotRollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
     batch_array,
     expected_flops,
@@ -29,7 +29,6 @@ from r1jax.programs.program import (
     update_program,
 )
 from r1jax.programs.rollout import (
-    by_slots,
     planned_lengths,
     reward_model_weights,
     reward_models,
@@ -318,30 +317,25 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     )
     steps = [log_probs_program, update] if log_probs_program.calls else [update]
 
-    batches = Rollout(
+    questions, processes = stage.questions_per_phase, len(batch_slices(sampler.layout))
+    of_phase = min(new, stage.tokens_per_phase or new)
+    rollout = SlotRollout(
         sampler,
-        stage.questions_per_phase // stage.rollout_batches,
+        processes * prompts_at_once(stage, processes),
         group,
         prompt,
-        min(new, stage.tokens_per_phase or new),
+        of_phase,
         stage.sampling,
-        planning.output_specs,
+        planned_lengths(stage.lengths, of_phase),
+        stage.questions_at_once,
         stage.replay_experts,
-        planned_lengths(stage.lengths, min(new, stage.tokens_per_phase or new)),
     )
-    processes = len(batch_slices(sampler.layout))
-    at_once = processes * prompts_at_once(stage, processes)
-    rollout = by_slots(replace(batches, prompts=at_once), stage.questions_at_once)
-    queues = stage.max_questions / (
-        at_once if stage.sampling.speculative else stage.questions_at_once
-    )
-    worst = stage.max_questions / stage.questions_per_phase
+    worst = stage.max_questions / questions
     limits = []
     if stage.dynamic_sampling is not None:
         limits.append(
             f"dynamic sampling is planned at its limit, where a phase samples "
-            f"{stage.max_questions} questions for {stage.questions_per_phase} groups, {worst:g} "
-            "times as many"
+            f"{stage.max_questions} questions for {questions} groups, {worst:g} times as many"
         )
     notes = [*rollout.notes(), *notes]
     sampling = []
@@ -360,32 +354,33 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
             )
         )
         while_sampling = {**resident, "policy": weights}
+    queues = stage.max_questions / stage.questions_at_once
     sampling += rollout.programs(while_sampling, queues / phase)
     if stage.tokens_per_phase is not None:
         limits.append(
             "partial rollouts are planned with samples that all go on, from their longest: "
-            f"{stage.questions_per_phase * group} a phase of {stage.tokens_per_phase} tokens"
+            f"{questions * group} a phase of {stage.tokens_per_phase} tokens"
         )
-        longest = prompt + stage.longest_completion - stage.tokens_per_phase
-        going_on = replace(batches, prompts=at_once * group, samples=1, prompt_tokens=longest)
-        sampling += by_slots(going_on, stage.questions_per_phase * group).programs(
-            while_sampling, 1 / phase, "go on: "
+        going_on = replace(
+            rollout,
+            at_once=rollout.at_once * group,
+            samples=1,
+            prompt_tokens=prompt + stage.longest_completion - stage.tokens_per_phase,
+            queue=questions * group,
         )
-    evaluated = math.gcd(stage.held_out_samples, group)
-    speculative = stage.sampling.speculative and stage.held_out_sampling.speculative
-    # Of equally large groups, a batch's programs are the rollout's.
-    as_rollout = speculative and evaluated == group and at_once == batches.prompts
-    if stage.held_out is not None and not as_rollout:
+        sampling += going_on.programs(while_sampling, 1 / phase, "go on: ")
+    if stage.held_out is not None:
         held_out = replace(
-            batches,
-            samples=evaluated,
+            rollout,
+            at_once=questions // stage.rollout_batches,
+            samples=math.gcd(stage.held_out_samples, group),
             new_tokens=new,
             sampling=stage.held_out_sampling,
-            record_experts=False,
             lengths=lengths,
+            queue=None,
+            record_experts=False,
         )
-        held_out_rollout = by_slots(held_out)
-        sampling += held_out_rollout.programs(while_sampling, 0.0, "held-out ")
+        sampling += held_out.programs(while_sampling, 0.0, "held-out ")
     scored = round(worst * rows)
     sampling += reward_programs(scorers, prompt + new, scored, {**resident, "weights": weights})
     tokens = round(rows * lengths.mean)

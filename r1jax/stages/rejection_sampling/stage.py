@@ -28,8 +28,9 @@ from r1jax.data.prompts import Prompt
 from r1jax.data.rewriting import Draft, check_rules
 from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
-from r1jax.programs import Planning, Rollout, StagePrograms, by_slots, sampling_programs
+from r1jax.programs import Planning, SlotRollout, StagePrograms, sampling_programs
 from r1jax.programs.program import longest_prompt
+from r1jax.programs.rollout import planned_lengths
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
@@ -220,14 +221,14 @@ def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms
     if rewrite is None:
         return sampling
     # It reads a question and an answer, each as long as may be, and is alone in memory.
-    rewriter = Rollout(
+    rewriter = SlotRollout(
         planning.sampler_of(rewrite.weights),
         rewrite.drafts_per_batch,
         1,
         longest_prompt(stage, planning.config) + stage.max_new_tokens,
         rewrite.max_new_tokens,
         rewrite.sampling,
-        planning.output_specs,
+        planned_lengths(None, rewrite.max_new_tokens),
     )
-    rewriting = by_slots(rewriter).programs({}, 0.0, "rewrite: ")
+    rewriting = rewriter.programs({}, 0.0, "rewrite: ")
     return replace(sampling, programs=(*sampling.programs, *rewriting))
