@@ -190,6 +190,24 @@ def pad_prompts(
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, firsts)))
 
 
+def resumable(
+    options: GenerateOptions, prompts: Sequence[Prompt], sampler: LanguageModel, batch: int
+) -> GenerateOptions:
+    """Options with which the rest of a queue has the shapes of the whole, so that a run that
+    resumes draws from the same numbers, to the last bit.
+
+    Args:
+      prompts: all of the queue, of all processes.
+      batch: prompts whose samples the memory is planned for, over all processes.
+    """
+    samples, shards = len(prompts) * options.samples, sampler.decoder.layout.shards("slots")
+    slots = options.slots or default_slots(samples, batch * options.samples, shards)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    return replace(
+        options, slots=min(slots, samples), fixed_shape=True, prompt_tokens=bucket(longest)
+    )
+
+
 def sample_prompts(
     params: Params,
     prompts: Sequence[Prompt],
@@ -230,7 +248,9 @@ def sample_prompts(
         queued,
         model,
         options,
-        prompt_tokens=bucket(max_over_processes(max(lengths, default=1))),
+        prompt_tokens=max(
+            options.prompt_tokens, bucket(max_over_processes(max(lengths, default=1)))
+        ),
         lengths_of_slices=gather([lengths], model.layout),
         figures=figures,
     )

@@ -19,6 +19,7 @@ from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import (
     Completion,
     generate_options,
+    resumable,
     sample_prompts,
     whole_batches,
 )
@@ -83,6 +84,8 @@ def store_scored_samples(
             max_new_tokens=wanted.max_new_tokens,
             seed=seed,
         )
+        if parts:
+            options = resumable(options, [prompt for prompt, _ in parts], sampler, batch)
         for rows in scored_batches(params, parts[done:], sampler, scorer, options, batch):
             recorder.log_samples(rows)
             done += len(rows) // count

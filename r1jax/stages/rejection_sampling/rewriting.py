@@ -25,7 +25,12 @@ from r1jax.data.rewriting import (
 )
 from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
-from r1jax.rollouts.sampling import generate_options, sample_prompts, whole_batches
+from r1jax.rollouts.sampling import (
+    generate_options,
+    resumable,
+    sample_prompts,
+    whole_batches,
+)
 from r1jax.rollouts.scored_samples import slice_of_process
 from r1jax.run.resolve import StageRun
 from r1jax.run.seeds import seed_of
@@ -137,6 +142,7 @@ def _rewrite_with_model(
         max_new_tokens=section.max_new_tokens,
         seed=seed_of(run.config.seed, stage.name, "rewrite"),
     )
+    options = resumable(options, prompts, sampler, section.drafts_per_batch)
     batches = [
         range(start, min(start + section.drafts_per_batch, len(prompts)))
         for start in range(0, len(prompts), section.drafts_per_batch)
