@@ -190,22 +190,12 @@ def pad_prompts(
     return Prompts(*(from_process_rows(leaf, layout) for leaf in (tokens, lengths, ids, firsts)))
 
 
-def resumable(
-    options: GenerateOptions, prompts: Sequence[Prompt], sampler: LanguageModel, batch: int
-) -> GenerateOptions:
-    """Options with which the rest of a queue has the shapes of the whole, so that a run that
-    resumes draws from the same numbers, to the last bit.
+QUEUE_BATCHES = 8
+"""Batches of a queue, where a stage can resume behind a queue.
 
-    Args:
-      prompts: all of the queue, of all processes.
-      batch: prompts whose samples the memory is planned for, over all processes.
-    """
-    samples, shards = len(prompts) * options.samples, sampler.decoder.layout.shards("slots")
-    slots = options.slots or default_slots(samples, batch * options.samples, shards)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    return replace(
-        options, slots=min(slots, samples), fixed_shape=True, prompt_tokens=bucket(longest)
-    )
+How the sums over a sample's keys are split depends on when it was given a slot, and with it their
+rounding. So what a run resumes with is a whole queue, of the same prompts as before.
+"""
 
 
 def sample_prompts(
@@ -248,9 +238,7 @@ def sample_prompts(
         queued,
         model,
         options,
-        prompt_tokens=max(
-            options.prompt_tokens, bucket(max_over_processes(max(lengths, default=1)))
-        ),
+        prompt_tokens=bucket(max_over_processes(max(lengths, default=1))),
         lengths_of_slices=gather([lengths], model.layout),
         figures=figures,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +18,9 @@ from r1jax.models.parameters import Params
 from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import (
+    QUEUE_BATCHES,
     Completion,
     generate_options,
-    resumable,
     sample_prompts,
     whole_batches,
 )
@@ -52,8 +53,8 @@ def store_scored_samples(
 ) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
-    Resumes behind the last batch that is stored whole. The progress bar shows the share of right
-    samples as `share_name`.
+    Resumes behind the last queue of batches that is stored whole. The progress bar shows the share
+    of right samples as `share_name`.
 
     Returns:
       The stage's clock, and the prompts.
@@ -72,7 +73,8 @@ def store_scored_samples(
         progress.print(f"{stage.name}: {report}")
         count, batch = wanted.samples_at_once, wanted.batch
         parts = [(prompt, at) for prompt in prompts for at in range(0, wanted.samples, count)]
-        done, offset = _whole_batches(run.directory / SAMPLES, len(parts), count, batch)
+        queue = batch * QUEUE_BATCHES
+        done, offset = _whole_queues(run.directory / SAMPLES, len(parts), count, queue)
         source = run.config.weights_of(stage.name)
         params = run.models.weights(source, sampler) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
@@ -84,9 +86,10 @@ def store_scored_samples(
             max_new_tokens=wanted.max_new_tokens,
             seed=seed,
         )
-        if parts:
-            options = resumable(options, [prompt for prompt, _ in parts], sampler, batch)
-        for rows in scored_batches(params, parts[done:], sampler, scorer, options, batch):
+        for rows in chain.from_iterable(
+            scored_batches(params, parts[start : start + queue], sampler, scorer, options, batch)
+            for start in range(done, len(parts), queue)
+        ):
             recorder.log_samples(rows)
             done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
@@ -102,7 +105,8 @@ def store_scored_samples(
             )
             run.record.mark(stage, "running", clock.seconds)
             if run.stop.in_any_process() and done < len(parts):
-                stored = f"{whole_prompts} of {len(prompts)} prompts are stored"
+                kept = (done - done % queue) * count // wanted.samples
+                stored = f"{kept} of {len(prompts)} prompts are stored"
                 raise Preempted(f"{stage.name}: {stored}")
     # Process 0 has written the last rows when any process goes on to read them.
     run.files.wait_for_files(stage.name)
@@ -181,11 +185,11 @@ def slice_of_process(batch: Sequence[T], whole: int, share: BatchSlice) -> Seque
     return batch[share.index * count : (share.index + 1) * count]
 
 
-def _whole_batches(path: Path, parts: int, samples: int, batch: int) -> tuple[int, int]:
-    """Parts whose batch is stored completely, and the offset behind them in bytes."""
+def _whole_queues(path: Path, parts: int, samples: int, queue: int) -> tuple[int, int]:
+    """Parts whose queue is stored completely, and the offset behind them in bytes."""
     if not path.exists():
         return 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
     whole = sum(line.endswith(b"\n") for line in lines) // samples
-    done = parts if whole >= parts else whole - whole % batch
+    done = parts if whole >= parts else whole - whole % queue
     return done, sum(map(len, lines[: done * samples]))

@@ -157,7 +157,6 @@ class GenerateOptions:
     page: of `sample_queue`: tokens in a page of the KV cache; default: 16 on a CPU, else 64.
     fixed_shape: of `sample_queue`: a short queue has the slots of a long one, so that queues of all
         lengths share their programs.
-    prompt_tokens: of `sample_prompts`: prompts are padded to so many, at least.
 
     Raises:
       ValueError: a count below 1, or `speculative` with `record_experts`.
@@ -178,7 +177,6 @@ class GenerateOptions:
     cache_tokens: int | None = None
     page: int | None = None
     fixed_shape: bool = False
-    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.speculative and self.record_experts:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from r1jax.data.prompts import Prompt
 from r1jax.models import Decoder, Execution, ModelConfig, init_params
-from r1jax.rollouts import sampling as rollout_sampling
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
 from r1jax.sampler.queue import QueuedPrompt, QueueFigures, QueueSample, sample_queue
 from r1jax.sharding import single_device
@@ -143,28 +140,3 @@ def test_filters_and_greedy_sampling() -> None:
 def test_a_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="cache_tokens = 20: .* has at least 52"):
         run(queue(), replace(OPTIONS, cache_tokens=20))
-
-
-def test_the_rest_of_a_queue_is_sampled_in_the_shapes_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A run that resumes has the same numbers to the last bit, so no sample can turn out other."""
-    sampler: Any = SimpleNamespace(decoder=MODEL)
-    prompts = [Prompt(each.id, "", "", each.token_ids, "", "") for each in queue()]
-    options = rollout_sampling.resumable(replace(OPTIONS, slots=None), prompts, sampler, batch=3)
-    assert (options.slots, options.prompt_tokens) == (9, 16)  # a batch of 3 x 3; a bucket
-    calls: list[Any] = []
-
-    def record(*arguments: Any, prompt_tokens: int, **_: Any) -> Any:
-        calls.append((arguments[3], prompt_tokens))
-        return iter(())
-
-    monkeypatch.setattr(rollout_sampling, "sample_queue", record)
-    for rest in (prompts, prompts[6:]):
-        assert not list(rollout_sampling.sample_prompts(PARAMS, rest, sampler, options, batch=3))
-    assert calls[0] == calls[1]
-    whole, rest = (run(part, options) for part in (queue(), queue()[6:]))
-    for (i, j), sample in rest.items():
-        same = whole[6 + i, j]
-        np.testing.assert_array_equal(sample.tokens, same.tokens)
-        np.testing.assert_array_equal(sample.policy_log_probs, same.policy_log_probs)

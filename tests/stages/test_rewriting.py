@@ -107,7 +107,8 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
     assert ended and [(question, text) for question, text, _ in accepted if text] == ended
     assert {style for _, _, style in accepted} == {"tags"}
 
-    # Asked to stop in the third of five batches, it goes on with the fourth.
+    # Asked to stop in the third of five batches, it goes on with that queue of batches, whole.
+    monkeypatch.setattr(rewriting, "QUEUE_BATCHES", 4)
     stage, run = staged(tmp_path / "elsewhere", section)
     whole_batches, sample_prompts = rewriting.whole_batches, rewriting.sample_prompts
     batches, queued = [], []
@@ -128,10 +129,11 @@ def test_a_model_of_the_run_is_asked_once_for_each_draft(
         rewrite(stage, run, drafts)
     run.stop.requested = False
     assert rewrite(stage, run, drafts) == texts
-    assert batches == [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
+    every = [[each.question for each in drafts[i : i + 2]] for i in range(0, 9, 2)]
+    assert batches == [*every[:3], *every]
     # A whole log needs no model.
     assert rewrite(stage, run, drafts) == texts
-    assert queued == [9, 3]
+    assert queued == [8, 8, 1]
 
 
 def test_a_run_that_is_stopped_while_an_endpoint_rewrites_goes_on_there(

@@ -26,8 +26,8 @@ from r1jax.data.rewriting import (
 from r1jax.metrics.heartbeat import HEARTBEAT, span
 from r1jax.processes import any_process, from_process_zero, gather, process_batch_slice
 from r1jax.rollouts.sampling import (
+    QUEUE_BATCHES,
     generate_options,
-    resumable,
     sample_prompts,
     whole_batches,
 )
@@ -113,7 +113,7 @@ def _rewrite_with_endpoint(
 def _rewrite_with_model(
     section: ModelRewrite, stage: RejectionSamplingStage, run: StageRun, drafts: Sequence[Draft]
 ) -> list[str | None]:
-    """One completion of a model of the run for each draft; resumes behind the last whole batch.
+    """One completion of a model of the run for each draft; resumes behind the last whole queue.
 
     Process 0 keeps the replies of a batch before the next one is sampled.
     """
@@ -142,36 +142,33 @@ def _rewrite_with_model(
         max_new_tokens=section.max_new_tokens,
         seed=seed_of(run.config.seed, stage.name, "rewrite"),
     )
-    options = resumable(options, prompts, sampler, section.drafts_per_batch)
+    size = section.drafts_per_batch
     batches = [
-        range(start, min(start + section.drafts_per_batch, len(prompts)))
-        for start in range(0, len(prompts), section.drafts_per_batch)
+        range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)
     ]
-    batches = [batch for batch in batches if None in replies[batch.start : batch.stop]]
-    if not batches:
-        return _accepted(section, drafts, replies)
-    of_process = [
-        slice_of_process([prompts[i] for i in batch], section.drafts_per_batch, share)
-        for batch in batches
-    ]
-    rounds = sample_prompts(
-        run.models.weights(section.weights, sampler),
-        [prompt for each in of_process for prompt in each],
-        sampler,
-        options,
-        batch=section.drafts_per_batch // share.count,
-    )
-    written = whole_batches(rounds, [len(each) for each in of_process])
-    for batch in batches:
-        if run.stop.in_any_process():
-            raise Preempted(f"{stage.name}: {batch.start} of {len(prompts)} drafts are rewritten")
-        texts = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in next(written)]
-        of_batch = [Reply(*each) for each in gather(texts, run.layouts.rollout)]
-        replies[batch.start : batch.stop] = of_batch
-        if log is not None:
-            for key, reply in zip(keys[batch.start : batch.stop], of_batch, strict=True):
-                log.add(key, reply)
-            run.files.push()
+    weights = None
+    for first in range(0, len(batches), QUEUE_BATCHES):
+        queue = batches[first : first + QUEUE_BATCHES]
+        if None not in replies[queue[0].start : queue[-1].stop]:
+            continue
+        of_process = [slice_of_process([prompts[i] for i in batch], size, share) for batch in queue]
+        if weights is None:
+            weights = run.models.weights(section.weights, sampler)
+        every = [prompt for each in of_process for prompt in each]
+        rounds = sample_prompts(weights, every, sampler, options, batch=size // share.count)
+        written = whole_batches(rounds, [len(each) for each in of_process])
+        for batch in queue:
+            if run.stop.in_any_process():
+                known = sum(each is not None for each in replies)
+                raise Preempted(f"{stage.name}: {known} of {len(prompts)} drafts are rewritten")
+            texts = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in next(written)]
+            of_batch = [Reply(*each) for each in gather(texts, run.layouts.rollout)]
+            if log is not None:
+                for i, reply in zip(batch, of_batch, strict=True):
+                    if replies[i] is None:
+                        log.add(keys[i], reply)
+                run.files.push()
+            replies[batch.start : batch.stop] = of_batch
     return _accepted(section, drafts, replies)
 
 
