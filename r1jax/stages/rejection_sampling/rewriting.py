@@ -159,8 +159,8 @@ def _rewrite_with_model(
         written = whole_batches(rounds, [len(each) for each in of_process])
         for batch in queue:
             if run.stop.in_any_process():
-                known = sum(each is not None for each in replies)
-                raise Preempted(f"{stage.name}: {known} of {len(prompts)} drafts are rewritten")
+                done = sum(each is not None for each in replies)
+                raise Preempted(f"{stage.name}: {done} of {len(prompts)} drafts are rewritten")
             texts = [(c.prompt.prefill + c.text, c.finish == Finish.LENGTH) for c in next(written)]
             of_batch = [Reply(*each) for each in gather(texts, run.layouts.rollout)]
             if log is not None:
