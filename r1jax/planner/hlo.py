@@ -599,6 +599,8 @@ def _read(
             taken += _size(user.shapes)
         elif user.opcode == "dynamic-update-slice" and is_first:
             continue  # updated in place
+        elif user.opcode == "scatter" and is_first:
+            taken += _size(inner.instructions[user.operands[-1]].shapes)
         elif user.opcode == "fusion":
             nested = computations[user.called[0]]
             for i, parameter in nested.parameters().items():
@@ -640,8 +642,9 @@ def _written(each: _Instruction, computations: Mapping[str, _Computation]) -> fl
         if not shape.in_hbm:
             continue
         value = inner.source(name)
-        if value is not None and value.opcode == "dynamic-update-slice":
-            total += _size(inner.instructions[value.operands[1]].shapes)
+        if value is not None and value.opcode in ("dynamic-update-slice", "scatter"):
+            update = value.operands[1 if value.opcode == "dynamic-update-slice" else -1]
+            total += _size(inner.instructions[update].shapes)
         elif value is not None and value.opcode == "fusion" and len(value.shapes) == 1:
             total += _written(value, computations)
         else:

@@ -291,6 +291,27 @@ ENTRY %main (a: bf16[28,4,2], k: s32[], y: bf16[8,4]) -> bf16[8,2] {
     assert hlo.cost(hlo.parse(tiled)).bytes == found.bytes
 
 
+def test_a_scatter_in_a_fusion_writes_its_updates_in_place() -> None:
+    text = """HloModule jit_f, num_partitions=1
+
+%fused (a: f32[1000,8], i: s32[3], u: f32[3,8]) -> f32[1000,8] {
+  %a = f32[1000,8]{1,0} parameter(0)
+  %i = s32[3]{0} parameter(1)
+  %u = f32[3,8]{1,0} parameter(2)
+  ROOT %scatter = f32[1000,8]{1,0} scatter(%a, %i, %u), update_window_dims={1}
+}
+
+ENTRY %main (a: f32[1000,8], i: s32[3], u: f32[3,8]) -> f32[1000,8] {
+  %a = f32[1000,8]{1,0} parameter(0)
+  %i = s32[3]{0} parameter(1)
+  %u = f32[3,8]{1,0} parameter(2)
+  ROOT %put = f32[1000,8]{1,0} fusion(%a, %i, %u), kind=kCustom, calls=%fused
+}
+"""
+    updates = 3 * 8 * 4
+    assert hlo.cost(hlo.parse(text)).bytes == 3 * updates + 3 * 4
+
+
 def test_what_another_unit_of_the_chip_does_counts() -> None:
     """A v5p's and v6e's SparseCore runs computations of its own, beside the others."""
     text = """HloModule jit_f, num_partitions=1
