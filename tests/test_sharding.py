@@ -125,6 +125,7 @@ def split_batch(processes: Sequence[int], parts: Sequence[int]) -> Any:
         mesh=SimpleNamespace(devices=np.asarray(devices), shape={"data": len(devices)}),
         shards=lambda _: max(parts) + 1,
         sharding=lambda _: SimpleNamespace(devices_indices_map=lambda _: Placed()),
+        stands_for=None,
     )
 
 

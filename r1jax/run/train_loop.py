@@ -76,6 +76,8 @@ class TrainLoop:
     _compilations: CompilationCounter
     _profiler: StepProfiler
     _bad_in_a_row: int
+    # The step whose held-out evaluation is logged: a run that is stopped at its step goes on there.
+    held_out_step: int | None
     _timed: int = 0  # rows of timings in this process
     _warned: bool = False
     _batch_shape: tuple[int, ...] = ()
@@ -179,6 +181,7 @@ class TrainLoop:
                 "data": data_cursor,
                 "metrics": self.recorder.cursor(),
                 "bad_in_a_row": self._bad_in_a_row,
+                "held_out_step": self.held_out_step,
                 "seconds": self.clock.seconds,
             }
             # First the lines that the metrics' cursor counts on, then the checkpoint that has it.
@@ -272,6 +275,7 @@ def train_loop(
             compilations,
             profiler,
             metadata["bad_in_a_row"],
+            metadata.get("held_out_step"),
         )
 
 

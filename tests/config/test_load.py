@@ -30,7 +30,7 @@ from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.stages.evaluate.settings import EvaluateStage
-from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.settings import DynamicSampling, GRPOStage
 
 # Line numbers in the tests count from 1 at `name`.
 GOOD = """\
@@ -547,6 +547,7 @@ def test_every_hint_names_settings_that_there_are() -> None:
         "stages.NAME": {key for kind in KINDS_OF_STAGES for key in load_kind(kind).model_fields},
         "stages.NAME.loss": set(GRPOConfig.__dataclass_fields__),
         "stages.NAME.optimizer": set(OptimizerSection.model_fields),
+        "stages.NAME.dynamic_sampling": set(DynamicSampling.model_fields),
     }
     for names in OTHER_NAMES.values():
         for name, here in names.items():

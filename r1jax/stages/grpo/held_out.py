@@ -68,11 +68,12 @@ class HeldOutEvaluation:
         """
         step, stage = loop.step, self._stage
         due = step % stage.held_out_every == 0 or step == stage.steps
-        if not self._parts or not due:
+        if not self._parts or not due or loop.held_out_step == step:
             return
         rows = self._scored_rows(loop, scorer, before, weights)
         summary = summarise(rows, same_answer=equivalent_key)
         loop.recorder.log_held_out(step, summary)
+        loop.held_out_step = step
         loop.clock.lap("held_out")
         self.accuracy = summary["pass_at_1"]["value"]
         right = "unknown" if self.accuracy is None else f"{self.accuracy:.3g}"
