@@ -49,14 +49,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     split_cpu("cores")
-    config = ModelConfig(
-        "qwen3", 512, 128, 512, 4, 4, 2, 32, rope_theta=10_000.0, tie_word_embeddings=True
-    )
-    execution = Execution(
-        compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=32
-    )
-    model = Decoder(config, execution, make_layout({"data": -1}))
-    params = init_params(jax.random.key(0), config, model.layout)
+    model = common_model()
+    params = init_params(jax.random.key(0), model.config, model.layout)
     rng = np.random.default_rng(0)
     tokens = rng.integers(11, 512, (arguments.prompts, PROMPT_TOKENS)).astype(np.int32)
     prompts = [QueuedPrompt(row, i) for i, row in enumerate(tokens)]
@@ -123,6 +117,30 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result))
 
 
+def common_model() -> Decoder:
+    """The common shape, on all cores."""
+    config = ModelConfig(
+        "qwen3", 512, 128, 512, 4, 4, 2, 32, rope_theta=10_000.0, tie_word_embeddings=True
+    )
+    execution = Execution(
+        compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=32
+    )
+    return Decoder(config, execution, make_layout({"data": -1}))
+
+
+def training_sample(sample: QueueSample, tokens: np.ndarray, advantage: float) -> TrainingSample:
+    """tokens: of all prompts [prompts, time]."""
+    completion = Completion(
+        Prompt(sample.prompt, "", "", tokens[sample.prompt], "", ""),
+        sample.sample,
+        sample.tokens,
+        sample.sampling_log_probs,
+        sample.finish,
+        text="",
+    )
+    return TrainingSample(completion, advantage, trained=True)
+
+
 def _rows_filled(samples: list[QueueSample], tokens: np.ndarray, model: Decoder) -> float:
     questions = len(tokens) // UPDATES
     stage = GRPOStage(
@@ -137,21 +155,8 @@ def _rows_filled(samples: list[QueueSample], tokens: np.ndarray, model: Decoder)
         checkpoint_every=UPDATES,
         optimizer=OptimizerSection(learning_rate=1e-4),
     )
-    rows = [
-        TrainingSample(
-            Completion(
-                Prompt(each.prompt, "", "", tokens[each.prompt], "", ""),
-                each.sample,
-                each.tokens,
-                each.sampling_log_probs,
-                each.finish,
-                text="",
-            ),
-            advantage=1.0,
-            trained=True,
-        )
-        for each in sorted(samples, key=lambda each: (each.prompt, each.sample))
-    ]
+    in_order = sorted(samples, key=lambda each: (each.prompt, each.sample))
+    rows = [training_sample(each, tokens, advantage=1.0) for each in in_order]
     order = np.random.default_rng(0).permutation(len(rows))
     updates = [[rows[i] for i in part] for part in np.array_split(order, UPDATES)]
     shape = packed_shape(stage, PROMPT_TOKENS, model.layout, model.layout, step=0)

@@ -19,21 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from long_tail import EOS_IDS, LONGEST, PROMPT_TOKENS, SAMPLES, common_model, training_sample
 
-from r1jax.data.prompts import Prompt
 from r1jax.grpo import GRPOConfig, group_advantages, init_train_state
-from r1jax.models import Decoder, Execution, ModelConfig, init_params
-from r1jax.rollouts.sampling import Completion
+from r1jax.models import init_params
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import QueuedPrompt, sample_queue
 from r1jax.settings.optimizer import OptimizerSection
-from r1jax.sharding import from_process_rows, make_layout, split_cpu
-from r1jax.stages.grpo.rows import TrainingSample, pack_updates, packed_shape
+from r1jax.sharding import from_process_rows, split_cpu
+from r1jax.stages.grpo.rows import pack_updates, packed_shape
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.grpo.stage import log_prob_rows, make_log_probs, make_update
 
-PROMPTS, SAMPLES, PROMPT_TOKENS, LONGEST, STEPS = 16, 8, 32, 512, 8
-EOS_IDS = tuple(range(3, 11))  # 8 of 512
+PROMPTS, STEPS = 16, 8
 
 
 def main() -> None:
@@ -41,13 +39,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     slots = parser.parse_args().slots
     split_cpu("cores")
-    config = ModelConfig(
-        "qwen3", 512, 128, 512, 4, 4, 2, 32, rope_theta=10_000.0, tie_word_embeddings=True
-    )
-    execution = Execution(
-        compute_dtype=jnp.float32, remat="none", scan_layers=False, log_prob_chunk=32
-    )
-    model = Decoder(config, execution, make_layout({"data": -1}))
+    model = common_model()
     layout = model.layout
     stage = GRPOStage(
         name="rl",
@@ -63,7 +55,7 @@ def main() -> None:
     )
     shape = packed_shape(stage, PROMPT_TOKENS, layout, layout, step=0)
     optimizer = optax.adamw(1e-4)
-    params = init_params(jax.random.key(0), config, layout)
+    params = init_params(jax.random.key(0), model.config, layout)
     reference_params = jax.tree.map(jnp.copy, params)
     state = init_train_state(params, optimizer)
     log_probs_of = jax.jit(make_log_probs(stage, model, shape.micro_batches))
@@ -89,18 +81,7 @@ def main() -> None:
         rewards = np.asarray([each.tokens.sum() % 7 for each in samples], np.float32)
         advantages = np.asarray(group_advantages(rewards.reshape(PROMPTS, SAMPLES)).values)
         rows = [
-            TrainingSample(
-                Completion(
-                    Prompt(each.prompt, "", "", tokens[each.prompt], "", ""),
-                    each.sample,
-                    each.tokens,
-                    each.sampling_log_probs,
-                    each.finish,
-                    text="",
-                ),
-                float(advantage),
-                trained=True,
-            )
+            training_sample(each, tokens, float(advantage))
             for each, advantage in zip(samples, advantages.reshape(-1), strict=True)
         ]
         (batch,) = pack_updates([rows], shape, layout).batches

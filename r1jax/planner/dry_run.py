@@ -109,9 +109,8 @@ def stage_memory(stage: Stage, called: StagePrograms, weights: int) -> list[Json
             sizes["sampler's weights"] = sizes["weights"]
         for kind, size in {**program.temporaries, **sizes}.items():
             largest[kind] = max(size, largest.get(kind, 0))
-    full = "" if stage.DESCRIPTION.trains or "slots" in largest else ", all at full length"
     rows = {
-        _LABELS.get(kind, kind) + (full if kind == "cache" else ""): largest[kind]
+        _LABELS.get(kind, kind): largest[kind]
         for kind in [*_LABELS, *(kind for kind in largest if kind not in _LABELS)]
         if largest.get(kind) and kind not in _UNLISTED
     }
