@@ -24,6 +24,7 @@ from r1jax.rewards import REWARDS, Outcome, RewardInput, RowScore, check_reward
 from r1jax.rewards.choice import chosen
 from r1jax.rewards.code import read_reference
 from r1jax.rewards.sandbox import Isolation, SandboxError, strongest
+from r1jax.rollouts import scored_samples
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
 from r1jax.settings.benchmarks import BENCHMARKS
@@ -318,7 +319,10 @@ def samples_of(run: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_eval_resumes_and_draws_the_same_in_parts_as_at_once(tmp_path: Path) -> None:
+def test_eval_resumes_and_draws_the_same_in_parts_as_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scored_samples, "QUEUE_BATCHES", 1)  # An evaluation resumes behind queues.
     tiny_eval(tmp_path, ["gsm8k"], "parts")
     run = tmp_path / "parts" / "model-eval-s0"
     path = run / "stages" / "00-gsm8k" / "samples.jsonl"

@@ -71,9 +71,10 @@ def test_the_last_one_is_what_an_evaluation_of_the_last_weights_says(
     assert (
         max(row["mean_length"]["value"] for row in rows[:2]) <= 8 < rows[2]["mean_length"]["high"]
     )
-    # No more at once than in a rollout: 2 questions of 4 samples, in parts of 2. One queue each.
+    # No more at once than in a rollout: 2 questions of 4 samples, in parts of 2. Held-out problems
+    # are one queue each time; the stage's 18 parts are a queue of eight batches and another.
     rollouts = [size for size in sizes if size[1] == 4]
-    assert (len(rollouts), sizes.count((4, 2))) == (2, 3 + 1)
+    assert (len(rollouts), sizes.count((4, 2))) == (2, 3 + 2)
     told = capsys.readouterr().out
     assert told.count("zero: held out at step") == 3
     assert f"step 4: accuracy {rows[2]['pass_at_1']['value']:.3g}, length" in told
@@ -96,7 +97,7 @@ def test_few_problems_are_one_batch_of_their_own_size(
     asked: list[Any] = []
     monkeypatch.setattr(held_out, "scored_batches", lambda *given: asked.append(given[-1]) or [])
     for step, batch in ((0, 1000), (2, 1000), (4, 4)):
-        loop = SimpleNamespace(step=step, state=SimpleNamespace(params=None))
+        loop = SimpleNamespace(step=step, state=SimpleNamespace(params=None), held_out_step=None)
         evaluations = held_out.HeldOutEvaluation(stage, resolve(plan), batch=batch)
         due: Any = pytest.raises(ValueError, match="nothing was evaluated")
         with nullcontext() if step == 2 else due:
