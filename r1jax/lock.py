@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FILE = "lock"
+LOCK = "lock"  # the file's name
 _TRIES = 10  # a report holds it for a moment, and so does a process that ends just now
 
 
@@ -25,7 +25,7 @@ def locked(directory: Path) -> Iterator[None]:
       ValueError: another process holds it; the message names it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / _FILE
+    path = directory / LOCK
     with open(path, "a+") as file:
         for _ in range(_TRIES):
             try:
@@ -51,7 +51,7 @@ def locked(directory: Path) -> Iterator[None]:
 def is_locked(directory: Path) -> bool:
     """Whether a process of any host that sees the directory holds its lock."""
     try:
-        with open(directory / _FILE) as file:
+        with open(directory / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

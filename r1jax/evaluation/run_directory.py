@@ -20,7 +20,7 @@ from r1jax.bucket import locate, on_bucket
 from r1jax.config.lineage import Edge, edges
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject, read_rows
-from r1jax.lock import is_locked
+from r1jax.lock import LOCK, is_locked
 from r1jax.settings.kinds import describe_kind
 from r1jax.settings.stage import StageDescription
 
@@ -216,8 +216,12 @@ def read_run(run_dir: str | Path) -> Run:
     records = info.get("stages") or {}
     # Directories are `NN-<name>`, and names are unique in a config.
     paths = {path.name.partition("-")[2]: path for path in sorted(directory.glob("stages/*-*/"))}
-    # `running` is recorded while it is true, and stays when the process dies.
-    begun = "running" if is_locked(directory) else "stopped"
+    # `running` is recorded while it is true, and stays when the process dies. In a copy of a
+    # directory, such as one of a bucket, nobody holds a lock.
+    if (directory / LOCK).exists():
+        begun = "running" if is_locked(directory) else "stopped"
+    else:
+        begun = f"running when last saved, {info.get('saved', 'no time recorded')}"
     stages = []
     for plan in config["stages"]:
         path, record = paths.get(plan["name"]), records.get(plan["name"]) or {}

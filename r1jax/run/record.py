@@ -132,6 +132,7 @@ class Record:
         return dict(self.content["stages"].get(name, {}).get("seconds", {}))
 
     def _write(self) -> None:
+        self.content["saved"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if jax.process_index() == 0:
             text = json.dumps(self.content, indent=2) + "\n"
             write_text(self.files.directory / "run.json", text)

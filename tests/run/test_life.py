@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from r1jax import recipe
 from r1jax.cli import app
 from r1jax.config.load import parse_config
 from r1jax.evaluation.run_directory import read_run
-from r1jax.lock import is_locked, locked
+from r1jax.lock import LOCK, is_locked, locked
 from r1jax.run.checkpointed import find_model
 from r1jax.run.selection import Selection
 from r1jax.run.stop import EXIT_INTERRUPTED, RunError, StopSignal, stop_on_signals
@@ -138,6 +139,10 @@ def test_a_stage_that_saved_nothing_runs_with_mended_settings(
     assert stage.status == "stopped"  # nobody runs it
     with locked(tmp_path / "life-s0"):
         assert read_run(tmp_path / "life-s0").stages[0].status == "running"
+    # In a copy, such as one of a bucket, nobody can see whether a process runs it.
+    shutil.copytree(tmp_path / "life-s0", tmp_path / "copy", ignore=shutil.ignore_patterns(LOCK))
+    seen = read_run(tmp_path / "copy").stages[0].status
+    assert seen == f"running when last saved, {read_run(tmp_path / 'copy').info['saved']}"
     mended = ["stages.base.optimizer.learning_rate=0.001"]
     assert run(tmp_path, mended) == 0
     assert run(tmp_path / "b", mended) == 0
