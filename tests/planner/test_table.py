@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -172,3 +174,34 @@ def test_a_packaged_config_fits_its_slice(tmp_path: Path) -> None:
     assert row[1:5] == ["v5e:2x4", "fsdp 4, sequence 2", "sft", "yes"]
     assert float(row[11].removesuffix(" %")) >= 10
     assert ": not planned yet on v5p:2x2x1, v6e:2x2" in table
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler: `make plan-all` gets it; then PYTHONPATH=.libtpu",
+)
+def test_the_meshes_in_the_docs_are_what_their_command_says_of_a_slice() -> None:
+    """Figures may move by a twentieth, with the compiler's version; what fits may not."""
+    text = (Path(__file__).parents[2] / "docs" / "pods.md").read_text()
+    typed, table = re.findall(r"```bash\n(r1jax plan [^`]*)```\s+```text\n(slice [^`]*)```", text)[
+        0
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(typed.replace("\\\n", " "))],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    printed = done.stdout.splitlines()
+    *rows, refusal = table.splitlines()[1:]
+    for row in rows:
+        cells = re.split(r" {2,}", row.strip())
+        (other,) = [line for line in printed if re.split(r" {2,}", line.strip())[:2] == cells[:2]]
+        others = re.split(r" {2,}", other.strip())
+        assert others[:4] == cells[:4]
+        for shown, now in zip(cells[4:], others[4:], strict=True):
+            was, value = (float(re.sub("[^0-9.]", "", each)) for each in (shown, now))
+            assert value == pytest.approx(was, rel=0.05), (row, other)
+    for part in refusal.split(" ... "):
+        assert part in done.stdout
