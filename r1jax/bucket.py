@@ -40,13 +40,13 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises ValueError for another scheme than gs://, ImportError without gcsfs.
     """
     text = os.fspath(path)
-    scheme, separator, _ = text.partition("://")
+    scheme, separator, path_of_bucket = text.partition("://")
     if not separator:
         return Path(path)
-    if scheme != "gs":
+    if scheme != "gs" or not path_of_bucket.strip("/"):
+        problem = f"{scheme}:// is not known" if scheme != "gs" else "no bucket is named"
         raise ValueError(
-            f"{text}: {scheme}:// is not known; give a local path, or gs://BUCKET/... for Google "
-            "Cloud Storage"
+            f"{text}: {problem}; give a local path, or gs://BUCKET/... for Google Cloud Storage"
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise ImportError(f"{text}: Google Cloud Storage needs gcsfs: pip install 'r1jax[gcs]'")

@@ -383,6 +383,12 @@ def test_a_bucket_that_is_not_there_is_named(storage: Storage) -> None:
         check_access("gs://another/runs")
 
 
+@pytest.mark.parametrize("path", ["gs://", "gs:///"])
+def test_a_path_on_no_bucket_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=f"{path}: no bucket is named; .*gs://BUCKET"):
+        locate(path)
+
+
 @pytest.mark.parametrize("key", ["output", "model.path", "model.tokenizer"])
 def test_other_schemes_are_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(TESTS)

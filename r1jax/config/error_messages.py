@@ -16,7 +16,7 @@ from r1jax.files import JsonObject
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-_MOST_MISTAKES = 50  # that are said at once
+MOST_MISTAKES = 50  # that are said at once
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Types of pydantic's errors for a key that a section does not have."""
 
@@ -41,7 +41,7 @@ def messages(
     for details in sorted(errors, key=lambda each: each["type"] not in _UNKNOWN_KEY):
         found.setdefault(_key_path(data, details), details)
     wrong = []
-    for path, details in list(found.items())[:_MOST_MISTAKES]:
+    for path, details in list(found.items())[:MOST_MISTAKES]:
         if not path and details["type"] == "value_error":  # a rule between sections names a key
             path = _named_path(data, details["msg"].removeprefix("Value error, "))
         # Of a union, the alternatives that were not meant complain as well, higher up.
@@ -49,8 +49,8 @@ def messages(
         of_another = below and details["type"].endswith(("_type", "literal_error"))
         if not of_another and (details["type"] in _UNKNOWN_KEY or not unknown_keys_only):
             wrong.append((path, _message(data, path, details)))
-    if len(found) > _MOST_MISTAKES:
-        wrong.append(((), f"and {len(found) - _MOST_MISTAKES} more mistakes"))
+    if len(found) > MOST_MISTAKES:
+        wrong.append(((), f"and {len(found) - MOST_MISTAKES} more mistakes"))
     return wrong
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from r1jax.config.error_messages import MOST_MISTAKES
 from r1jax.config.expected import default_at
 from r1jax.config.packaged import find_config, read_mesh
 from r1jax.config.slices import slice_name
@@ -136,12 +137,19 @@ def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> _Docum
         raise ConfigError(problems or [missing])
     slices: dict[str, list[_Setting]] = {}
     table = data.pop("slices", None) or {}
-    for name, settings in table.items() if isinstance(table, dict) else [("", table)]:
-        if isinstance(settings, dict):
-            slices[name] = _settings(settings, ("slices", name), places)
-        else:
-            expected = "should be a mapping of slices to their settings"
-            problems.append(f"{places['slices',]}: slices: {expected}")
+    if isinstance(table, dict):
+        wrong = [name for name, settings in table.items() if not isinstance(settings, dict)]
+        for name in wrong[:MOST_MISTAKES]:
+            at, value = places.get(("slices", name), places["slices",]), show(table[name])
+            problems.append(f"{at}: slices.{name}: should be a mapping of settings, not {value}")
+        slices = {
+            name: _settings(settings, ("slices", name), places)
+            for name, settings in table.items()
+            if name not in wrong
+        }
+    else:
+        expected = "should be a mapping of slices to their settings"
+        problems.append(f"{places['slices',]}: slices: {expected}, not {show(table)}")
     if "base" in data:
         base = data.pop("base")
         document = _read_base(str(base), places["base",], (*above, source))

@@ -486,7 +486,10 @@ def test_the_bases_own_mistakes_are_told_with_its_file(folder: Path) -> None:
 
 def test_slices_that_are_no_table_are_refused() -> None:
     problem = problem_of(GOOD + "slices: [v5e:2x2]\n")
-    assert problem == "a.yaml:17: slices: should be a mapping of slices to their settings"
+    expected = "a.yaml:17: slices: should be a mapping of slices to their settings, not "
+    assert problem.startswith(expected)
+    problem = problem_of(GOOD + "slices:\n  v5e:2x2: {}\n  v5e:2x4: [1]\n")
+    assert problem.startswith("a.yaml:19: slices.v5e:2x4: should be a mapping of settings, not ")
 
 
 @pytest.mark.parametrize(
