@@ -17,6 +17,7 @@ from pydantic import (
     PrivateAttr,
     SerializeAsAny,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_jsonable_python
@@ -26,6 +27,7 @@ from r1jax.settings.data import DataSection
 from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
+from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection, VerifierSection
 from r1jax.settings.section import Section, SettingError
 from r1jax.settings.stage import Leaves, Stage
@@ -101,6 +103,12 @@ class RunConfig(Section):
     comparisons: list[_ComparisonSection] = Field(
         default_factory=list, description="Tables of the report beside the one of all stages."
     )
+    reflections: list[str] = Field(
+        [r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b"],
+        description="Regular expressions of reflective words, or steps, which are counted in the "
+        "completions of RL and of evaluations; case does not matter. Default: the words that the "
+        "paper counts (Extended Data Fig. 1).",
+    )
     watchdog: _WatchdogSection | None = Field(
         _WatchdogSection(), description="null: a process that stands still says nothing."
     )
@@ -168,6 +176,12 @@ class RunConfig(Section):
 
     def __eq__(self, other: object) -> bool:  # wherever it was read from
         return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
+
+    @field_validator("reflections")
+    @classmethod
+    def _are_patterns(cls, value: list[str]) -> list[str]:
+        compile_patterns(value)
+        return value
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:

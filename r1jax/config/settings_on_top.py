@@ -138,15 +138,13 @@ def read_document(text: str, source: str, above: tuple[str, ...] = ()) -> _Docum
     slices: dict[str, list[_Setting]] = {}
     table = data.pop("slices", None) or {}
     if isinstance(table, dict):
-        wrong = [name for name, settings in table.items() if not isinstance(settings, dict)]
-        for name in wrong[:MOST_MISTAKES]:
-            at, value = places.get(("slices", name), places["slices",]), show(table[name])
-            problems.append(f"{at}: slices.{name}: should be a mapping of settings, not {value}")
-        slices = {
-            name: _settings(settings, ("slices", name), places)
-            for name, settings in table.items()
-            if name not in wrong
-        }
+        for name, settings in table.items():
+            if isinstance(settings, dict):
+                slices[name] = _settings(settings, ("slices", name), places)
+            elif len(problems) < MOST_MISTAKES:
+                at = places.get(("slices", name), places["slices",])
+                expected = f"should be a mapping of settings, not {show(settings)}"
+                problems.append(f"{at}: slices.{name}: {expected}")
     else:
         expected = "should be a mapping of slices to their settings"
         problems.append(f"{places['slices',]}: slices: {expected}, not {show(table)}")

@@ -28,6 +28,7 @@ from r1jax.report.completions import (
     side_by_side,
     written_dataset,
 )
+from r1jax.report.evolution import evolutions
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
 from r1jax.report.stage_table import rewards_beyond, stage_tables
@@ -95,6 +96,7 @@ def _render(run: Run) -> str:
         comparison=_comparison(before, after),
         protocol=_protocol(after if _summary(after) else before),
         votes=_votes(before, after),
+        evolutions=evolutions(run),
         # A base model and its reinforcement learning need no graph.
         whole_recipe=len(stages) > 2,
         schedule=schedule(run),

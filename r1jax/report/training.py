@@ -72,6 +72,11 @@ _PANELS = (
         },
         file="timings.jsonl",
     ),
+    Panel(
+        "Reflection",
+        {"reflection/per_completion": "matches per completion"},
+        "Of the patterns in `reflections`: reflective words, or steps that are worked again.",
+    ),
     Panel("Longest completion", {"length/max": "tokens"}),
     Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
 )

@@ -188,8 +188,37 @@ def test_the_stage_table_has_every_checkpoint_and_figure(recipe_run: Path, recip
 
 
 def test_a_simple_run_needs_no_stage_table(finished: Page) -> None:
-    assert "Stage by stage" not in finished.text and 'class="stages"' not in finished.html
+    assert "Stage by stage" not in finished.text
+    assert finished.html.count('class="stages"') == 1  # by difficulty
     assert "format mean of this reward" in finished.words
+
+
+def test_what_training_changed_problem_by_problem(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", Size(6, samples=4, steps=20, curves=()))
+    before, after = (
+        run / "stages" / name / "samples.jsonl" for name in ("01-base-eval", "03-final-eval")
+    )
+    for path, right in ((before, (0, 0, 1, 2, 4, 4)), (after, (4, 0, 3, 4, 4, 4))):
+        rewrite_rows(
+            path,
+            lambda row, right=right: row.update(
+                outcome="right" if row["sample"] < right[row["problem_id"]] else "wrong",
+                length=10 + row["problem_id"],
+                completion="wait, an error" if row["problem_id"] < 2 else "sure",
+            ),
+        )
+    words = Page.read(write_report(run)).words
+    assert "What reinforcement learning changed" in words
+    # pass@1, tokens and reflections, before and after, of the two that were never right.
+    hardest = words.partition("never right 2 problems")[2].partition("to 25 %")[0]
+    intervals = r"(?:[0-9.]+ – [0-9.]+)"
+    shares = rf"0\.0 % {intervals}50\.0 % {intervals}"
+    assert re.fullmatch(
+        rf"{shares}10\.5 {intervals}10\.5 {intervals}2\.00 2\.00 – 2\.002\.00 2\.00 – 2\.00 ",
+        hardest,
+    )
+    assert "r1-zero: pass@4 changed by 16.7 points" in words
+    assert "of 6 problems, 1 were solved that no sample solved before, and 0 no longer" in words
 
 
 def test_the_graph_says_where_everything_comes_from(recipe: Page) -> None:

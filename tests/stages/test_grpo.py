@@ -27,6 +27,7 @@ from r1jax.run.stop import RunError, StopSignal
 from r1jax.run.train_loop import train_loop
 from r1jax.sampler import Finish
 from r1jax.settings.optimizer import OptimizerSection
+from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.stage import LengthChange
 from r1jax.stages.grpo.metrics import rollout_metrics, sample_facts
 from r1jax.stages.grpo.settings import GRPOStage
@@ -75,6 +76,14 @@ def test_rollout_metrics_leave_out_what_nobody_scored() -> None:
     assert (facts["length/mean"], facts["length/max"]) == (3, 6)
     assert facts["groups/zero_variance"] == 0.5
     assert not any(name.startswith("deadline") for name in facts)
+
+
+def test_reflections_of_a_phase_are_counted() -> None:
+    texts = ["wait, wait", "no", "But why", ""]
+    completions = [replace(completion([4], Finish.EOS, [8]), text=text) for text in texts]
+    patterns = compile_patterns([r"\b(wait|but)\b"])
+    facts = rollout_metrics(sample_facts(completions, [scored(1.0)] * 4, patterns), [True])
+    assert facts["reflection/per_completion"] == 3 / 4 and facts["reflection/share"] == 2 / 4
 
 
 def test_deadlines_are_counted_by_their_cause() -> None:

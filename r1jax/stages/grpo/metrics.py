@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,11 +12,20 @@ from r1jax.files import JsonObject
 from r1jax.rewards import Outcome, RowScore
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
+from r1jax.settings.reflection import count_reflections
 from r1jax.stages.grpo.selection import GroupResult
 
 
-def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) -> list[JsonObject]:
-    """What `rollout_metrics` reads of each sample, as JSON."""
+def sample_facts(
+    completions: Sequence[Completion],
+    scores: Sequence[RowScore],
+    reflections: Sequence[re.Pattern[str]] = (),
+) -> list[JsonObject]:
+    """What `rollout_metrics` reads of each sample, as JSON.
+
+    Args:
+      reflections: patterns whose matches are counted in each completion.
+    """
     return [
         {
             "length": len(completion.token_ids),
@@ -32,6 +42,7 @@ def sample_facts(completions: Sequence[Completion], scores: Sequence[RowScore]) 
             },
             "drafted": completion.drafted,
             "accepted": completion.accepted,
+            "reflections": count_reflections(completion.text, reflections),
         }
         for completion, score in zip(completions, scores, strict=True)
     ]
@@ -42,6 +53,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What a rollout phase looked like; rewards are means over scored samples."""
     lengths = [sample["length"] for sample in samples]
+    reflections = [sample.get("reflections", 0) for sample in samples]
     outcomes = Counter(sample["outcome"] for sample in samples)
     deadlines = Counter(filter(None, (sample.get("deadline") for sample in samples)))
     scored = [sample for sample in samples if sample["reward"] is not None]
@@ -64,6 +76,8 @@ def rollout_metrics(
         "length/mean": mean(lengths),
         "length/max": float(max(lengths, default=0)),
         "length/truncated": mean([sample["truncated"] for sample in samples]),
+        "reflection/per_completion": mean(reflections),
+        "reflection/share": mean([count > 0 for count in reflections]),
         "groups/zero_variance": mean(zero_variance),
         **_by_domain(scored),
         **_by_drafts(samples),

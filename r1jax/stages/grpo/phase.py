@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -90,6 +91,7 @@ class PhaseSampler:
     questions: Questions
     scorer: RewardScorer
     loop: TrainLoop
+    reflections: Sequence[re.Pattern[str]] = ()  # counted in completions
 
     @property
     def _layout(self) -> Layout:
@@ -329,7 +331,7 @@ class PhaseSampler:
     def _add(self, phase: Phase, sampled: SampledQuestions, scores: Sequence[RowScore]) -> None:
         dynamic, samples = self.stage.dynamic_sampling, self.stage.outputs_per_question
         questions, completions = sampled.questions, sampled.completions
-        facts = gather(sample_facts(completions, scores), self._layout)
+        facts = gather(sample_facts(completions, scores, self.reflections), self._layout)
         if phase.step == 0 and facts and not phase.facts:  # not at the limit, after all of them
             check_first_rewards(facts, self.scorer.rewards)
         if not phase.rows:

@@ -48,6 +48,7 @@ from r1jax.run.stop import RunError
 from r1jax.run.train_loop import copy_weights, train_loop
 from r1jax.sampler import make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import weights_mover
+from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
 from r1jax.sharding import batch_slices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
@@ -119,7 +120,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         loop.clock.lap("setup")
         for report in questions.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
-        phases = PhaseSampler(stage, seed, sampler, questions, scorer, loop)
+        reflections = compile_patterns(run.config.reflections)
+        phases = PhaseSampler(stage, seed, sampler, questions, scorer, loop, reflections)
         unscored = None
         while loop.step < stage.steps:
             first = loop.step
