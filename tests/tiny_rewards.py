@@ -29,3 +29,8 @@ def last_number_in(row: RewardInput, options: Mapping[str, Any]) -> Score:
     if os.environ["JAX_PROCESS_ID"] != options["process"]:
         raise RuntimeError("out of order")
     return last_number(row, options)
+
+
+def even_digits(row: RewardInput, options: Mapping[str, Any]) -> Score:
+    """Right is a completion with an even number of digits, which a continuation may change."""
+    return Score.binary(sum(character.isdigit() for character in row.completion) % 2 == 0)

@@ -211,6 +211,13 @@ class RunConfig(Section):
                             f"{where}.{key}: data.{data} comes from stage:{source}, which is not a "
                             f"stage before {where} that writes a dataset; there are {written}"
                         )
+                    rows = self.stage(source).DESCRIPTION.dataset_rows
+                    if rows != stage.dataset_rows_read():
+                        raise ValueError(
+                            f"{where}.{key}: data.{data} comes from stage:{source}, which writes "
+                            f"{rows.replace('_', ' ')}; {where} reads "
+                            f"{stage.dataset_rows_read().replace('_', ' ')}"
+                        )
             uses = [("weights", stage.weights)] if stage.weights is not None else []
             uses += [(use.key, use.source) for use in stage.other_weights()]
             known = [*self._names("weights", before=index), MODEL, *self.models]

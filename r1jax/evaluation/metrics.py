@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from r1jax.evaluation.selection import expected_best, weighted_vote
 from r1jax.files import JsonObject
 
 LEVEL = 0.95
@@ -259,6 +260,7 @@ def summarise(
     *,
     same_answer: Callable[[str], str],
     ks: Sequence[int] | None = None,
+    chosen_by: Sequence[str] = (),
 ) -> JsonObject:
     """All figures of one evaluation, from its stored samples.
 
@@ -268,14 +270,16 @@ def summarise(
         known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once.
       same_answer: text of an answer -> text that is the same for equal answers.
       ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
+      chosen_by: rewards by which the best of k samples is chosen, and votes are weighted.
 
     Returns:
       A JSON object: `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over all samples), each
       `{"value", "low", "high"}`; `parts`, such a figure for each reward, over the samples that have
-      it; counts `problems`, `samples` (per problem), `outcomes`, `unscored_samples`,
-      `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the verifier failed on
-      every sample, figures of correctness are null. Where the rows are of several domains,
-      `by_domain` has all of this for each of them.
+      it; `chosen_by`, for each of these rewards `best_of_<k>` and, of all samples and where no
+      score is below 0, `weighted_vote`; counts `problems`, `samples` (per problem), `outcomes`,
+      `unscored_samples`, `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the
+      verifier failed on every sample, figures of correctness are null. Where the rows are of
+      several domains, `by_domain` has all of this for each of them.
 
     Raises ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
@@ -309,22 +313,27 @@ def summarise(
 
     # Sorted, so that the figures do not depend on the order in which samples were finished.
     ordered = {key: [group[i] for i in sorted(group)] for key, group in sorted(problems.items())}
-    summary = _figures(list(ordered.values()), ks)
+    summary = _figures(list(ordered.values()), ks, chosen_by)
     names = sorted(set(domains.values()))
     if len(names) > 1:
         summary["by_domain"] = {
-            name: _figures([row for key, row in ordered.items() if domains[key] == name], ks)
+            name: _figures(
+                [row for key, row in ordered.items() if domains[key] == name], ks, chosen_by
+            )
             for name in names
         }
     return summary
 
 
-def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> JsonObject:
+def _figures(
+    problems: Sequence[Sequence[_Sample]], ks: Sequence[int], chosen_by: Sequence[str]
+) -> JsonObject:
     """The figures and counts of some problems, each with the same number of samples."""
     correct = np.array([[sample.outcome == "right" for sample in row] for row in problems])
     scored = np.array([[sample.outcome != "verifier_failed" for sample in row] for row in problems])
     classes = np.array([_classes([sample.answer for sample in row]) for row in problems])
     lengths = np.array([[sample.length for sample in row] for row in problems])
+    votes_of = (classes, correct, scored)
     some, nothing = bool(scored.any()), Estimate(math.nan, math.nan, math.nan)
     figures: dict[str, Estimate] = {}
     for k in dict.fromkeys((1, *ks)):
@@ -334,8 +343,14 @@ def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> JsonOb
     figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
     parts = {name: figure.to_json() for name, figure in _mean_parts(problems).items()}
     outcomes = Counter(sample.outcome for row in problems for sample in row)
+    chosen = {
+        name: _chosen_by([[s.parts.get(name, math.nan) for s in r] for r in problems], votes_of, ks)
+        for name in chosen_by
+        if some
+    }
     return {name: figure.to_json() for name, figure in figures.items()} | {
         **({"parts": parts} if parts else {}),
+        **({"chosen_by": chosen} if chosen else {}),
         "problems": len(problems),
         "samples": correct.shape[1],
         "outcomes": dict(sorted(outcomes.items())),
@@ -343,6 +358,32 @@ def _figures(problems: Sequence[Sequence[_Sample]], ks: Sequence[int]) -> JsonOb
         "unscored_problems": int(np.sum(~scored.any(axis=1))),
         "unanswered_samples": int(np.sum((classes < 0) & scored)),
         "truncated_samples": sum(sample.truncated for row in problems for sample in row),
+    }
+
+
+def _chosen_by(
+    scores: Sequence[Sequence[float]],
+    votes_of: tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]],
+    ks: Sequence[int],
+) -> JsonObject:
+    """The figures of a reward that chooses: the best of k samples, and votes of all by weight.
+
+    Args:
+      scores: [P, n], nan where a sample has none. votes_of: `classes`, `correct` and `scored`.
+    """
+    rows = [
+        (np.asarray(values)[mask], answers[mask], right[mask])
+        for values, answers, right, mask in zip(scores, *votes_of, strict=True)
+        if mask.any()
+    ]
+    figures = {
+        f"best_of_{k}": [expected_best(v, r, min(k, len(v))) for v, _, r in rows] for k in ks
+    }
+    if all((values[~np.isnan(values)] >= 0).all() for values, _, _ in rows):
+        figures["weighted_vote"] = [weighted_vote(c, r, v) for v, c, r in rows]
+    return {
+        name: mean_over_problems(values, is_share=True).to_json()
+        for name, values in figures.items()
     }
 
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from r1jax.sharding import Layout
 
 Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
-Head = Literal["language", "scalar"]
+Head = Literal["language", "scalar", "token_labels"]
 # A `config.json`.
 HuggingFaceConfig = dict[str, Any]
 AttentionKernel = Literal["xla", "splash", "flash"]
@@ -31,6 +31,13 @@ _HF_FAMILY: dict[str, str] = {
 _HF_HEAD: dict[Head, str] = {
     "language": "ForCausalLM",
     "scalar": "ForSequenceClassification",
+    "token_labels": "ForTokenClassification",
+}
+# The labels of a head, in order; transformers counts them by their names.
+_HF_LABELS: dict[Head, tuple[str, ...]] = {
+    "language": (),
+    "scalar": ("LABEL_0",),
+    "token_labels": ("wrong", "right"),
 }
 
 
@@ -172,8 +179,9 @@ class ModelConfig:
     latent, experts: of DeepSeek-V3; None in the dense families.
     num_nextn_predict_layers: 1 with a module that predicts the token after the next (see
         `r1jax.models.multi_token_prediction`), else 0.
-    head: the output: `language`, the logits of the next token, or `scalar`, one number (a reward
-        model: a sequence classification with one label).
+    head: the output: `language`, the logits of the next token; `scalar`, one number (a reward
+        model: a sequence classification with one label); or `token_labels`, the logits of "wrong"
+        and "right" at each token (a process reward model: a token classification).
     """
 
     architecture: Architecture
@@ -342,7 +350,7 @@ class ModelConfig:
 
     def to_hugging_face(self) -> HuggingFaceConfig:
         """The mapping that `from_hugging_face` inverts, readable by transformers 4 and 5."""
-        scalar = self.head == "scalar"
+        labels = _HF_LABELS[self.head]
         scaling: dict[str, Any] | None = None
         if self.rope_scaling is not None:
             kind = "yarn" if isinstance(self.rope_scaling, YarnRopeScaling) else "llama3"
@@ -386,22 +394,31 @@ class ModelConfig:
             **({"attention_bias": False} if self.architecture != "qwen2" else {}),
             **({"use_sliding_window": False} if "qwen" in self.architecture else {}),
             **parts,
-            # transformers counts the labels by their names; without names it takes two.
-            **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if scalar else {}),
+            **(
+                {
+                    "id2label": {str(index): name for index, name in enumerate(labels)},
+                    "label2id": {name: index for index, name in enumerate(labels)},
+                }
+                if labels
+                else {}
+            ),
         }
 
 
 def _head(config: HuggingFaceConfig) -> Head:
     """What a `config.json` puts on its decoder; a mapping without a class is a language model."""
     classes = config.get("architectures") or []
-    if not any(str(name).endswith(_HF_HEAD["scalar"]) for name in classes):
+    heads = [head for head, labels in _HF_LABELS.items() if labels]
+    head = next((h for h in heads if any(str(c).endswith(_HF_HEAD[h]) for c in classes)), None)
+    if head is None:
         return "language"
     labels = config.get("num_labels", len(config.get("id2label") or ("LABEL_0", "LABEL_1")))
-    if labels != 1:
+    if labels != (count := len(_HF_LABELS[head])):
+        kind = "a reward model" if head == "scalar" else "a process reward model"
         raise ValueError(
-            f"{classes[0]} with {labels} labels is not supported: a reward model has num_labels = 1"
+            f"{classes[0]} with {labels} labels is not supported: {kind} has num_labels = {count}"
         )
-    return "scalar"
+    return head
 
 
 def _fields_of(

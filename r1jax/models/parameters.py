@@ -284,6 +284,13 @@ def declare_head(config: ModelConfig) -> dict[str, ParamSpec]:
     if config.head == "scalar":
         stored = Stored("score.weight", (1, hidden), (1, 0), (1, hidden))
         return {"score": ParamSpec((hidden, 1), ("embed", None), "normal", stored)}
+    if config.head == "token_labels":  # a torch Linear with a bias
+        stored = Stored("score.weight", (2, hidden), (1, 0), (2, hidden))
+        bias = Stored("score.bias", (2,), (0,), (2,))
+        return {
+            "score": ParamSpec((hidden, 2), ("embed", None), "normal", stored),
+            "score_bias": ParamSpec((2,), (None,), "zeros", bias),
+        }
     if config.tie_word_embeddings:
         return {}
     vocab = (config.vocab_size, hidden)

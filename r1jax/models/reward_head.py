@@ -1,9 +1,10 @@
-"""The scalar that a reward model gives to a text."""
+"""What reward models give: one number for a text, or the logits of labels for each token."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
 from r1jax.models.config import Decoder
@@ -55,3 +56,36 @@ def reward_scores(
     # In float32, head and sum: a loss sees differences of scores, and bfloat16 has 8 bits.
     scores = jnp.sum(last.astype(jnp.float32) * params["score"][:, 0].astype(jnp.float32), axis=-1)
     return scores.reshape(ends.shape)
+
+
+def token_label_logits(
+    params: Params,
+    tokens: Int[Array, "rows time"],
+    positions: Int[Array, "rows time"],
+    segment_ids: Int[Array, "rows time"],
+    model: Decoder,
+) -> Float[Array, "rows time 2"]:
+    """The logits of "wrong" and "right" at each token, of what has been read up to there.
+
+    A process reward model is asked at the last token of each step (Lightman et al. 2023, arXiv
+    2305.20050, section 2.6); here it is the policy's architecture with a linear layer for each
+    token, as transformers' token classification.
+
+    Args:
+      tokens, positions, segment_ids: as `forward` takes them.
+
+    Raises:
+      ValueError: the model has another head.
+    """
+    if model.config.head != "token_labels":
+        raise ValueError(
+            f"a model with head = {model.config.head!r} has no labels for tokens; replace(config, "
+            "head='token_labels') declares a process reward model"
+        )
+    hidden = forward(params, TokenRows(tokens, positions, segment_ids), model).hidden
+    weights, bias = (params[name].astype(jnp.float32) for name in ("score", "score_bias"))
+    # In float32, as the sum of a scalar head.
+    products = jnp.einsum(
+        "bth,hl->btl", hidden.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST
+    )
+    return products + bias

@@ -231,18 +231,18 @@ def _with_axes_of(config: MeshSection, axes: dict[str, int]) -> dict[str, int]:
 
 def _decoders(config: RunConfig, layout: Layout) -> Callable[[str], Decoder]:
     """The decoder of a stage's weights, of a model by its name, or of a directory."""
-    leaves = {stage.name: stage.DESCRIPTION.leaves for stage in config.stages}
+    heads = {stage.name: stage.DESCRIPTION.head for stage in config.stages}
 
     @functools.cache
     def find(name: str) -> Decoder:
-        if name in leaves or name == MODEL or name in config.models:
+        if name in heads or name == MODEL or name in config.models:
             key = config.model_of(name)
             section, where = config.section_of(key), MODEL if key == MODEL else f"models.{key}"
         else:
             section, where = directory_section(name, config.model), f"model {name}"
         shape = _shape(section, where)
-        if leaves.get(name) == "reward_model":
-            shape = replace(shape, head="scalar")
+        if (head := heads.get(name)) is not None:
+            shape = replace(shape, head=head)
             section = section.model_copy(update={"multi_token_prediction": False})
         return decoder_of(section, shape, layout)
 

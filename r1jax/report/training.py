@@ -86,6 +86,18 @@ _PREFERENCES = Panel(
     "Share of pairs whose better side scores higher; of single answers, on the right side of 0.",
     percent=True,
 )
+_STEPS = Panel(
+    "Steps judged right",
+    {
+        "accuracy": "training",
+        "held_out/accuracy": "held-out",
+        "held_out/auc": "held-out, AUC",
+        "right": "labelled right",
+    },
+    "Share of labelled steps on the right side of one half; the AUC is the probability that a "
+    "right step scores higher than a wrong one.",
+    percent=True,
+)
 _BAND = "95 % interval over problems"
 
 
@@ -141,17 +153,17 @@ def panels_of(stage: StageRecord, metrics: Columns) -> list[Panel]:
     rewards.sort(key=lambda name: name != "reward/mean")
     reward_lines = {n: "sum" if n == "reward/mean" else n.removeprefix("reward/") for n in rewards}
     domains = [name for name in sorted(metrics) if name.startswith("domain/")]
+    leading = stage.description.leading_panels
     training_loss = "training" if "held_out/loss" in metrics else "loss"
     panels = {
         "reward": Panel("Reward", reward_lines),
-        "preferences": _PREFERENCES,
+        **({"steps": _STEPS} if "steps" in leading else {"preferences": _PREFERENCES}),
         "loss": Panel(
             "Loss",
             {"loss": training_loss, "held_out/loss": "held-out"},
             stage.description.loss_note,
         ),
     }
-    leading = stage.description.leading_panels
     return [
         *(panels.pop(name, Panel(name, {name: name})) for name in leading),
         *_PANELS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +49,25 @@ T = TypeVar("T")
 PromptPart = tuple[Prompt, int]
 
 
+@dataclass(frozen=True)
+class ScoredParts:
+    """Prompts whose samples are drawn and scored, and where the rows go.
+
+    parts: in the order of the rows. options: of the sampler, with the samples of a part.
+    per_prompt: consecutive parts of one prompt. batch: parts at once, over all processes.
+    directory: of `samples.jsonl`. share_name: on the progress bar, of the share of right samples.
+    left_out: columns that are not stored.
+    """
+
+    parts: Sequence[PromptPart]
+    options: GenerateOptions
+    batch: int
+    directory: Path
+    share_name: str
+    per_prompt: int = 1
+    left_out: tuple[str, ...] = ()
+
+
 def store_scored_samples(
     stage: Stage, run: StageRun, wanted: DatasetSampling, seed: int, share_name: str
 ) -> tuple[Clock, list[Prompt]]:
@@ -61,56 +81,69 @@ def store_scored_samples(
     """
     sampler = run.models.sampler_of(stage.name)
     prompts, report = run.datasets.prompts(wanted.data, sampler.tokenizer, wanted.limit)
-    rewards = run.config.rewards_of(stage)
     check_domains(stage, {prompt.domain: wanted.data for prompt in prompts}, run.config)
+    count = wanted.samples_at_once
+    options = generate_options(
+        sampler, wanted.sampling, samples=count, max_new_tokens=wanted.max_new_tokens, seed=seed
+    )
+    parts = ScoredParts(
+        [(prompt, at) for prompt in prompts for at in range(0, wanted.samples, count)],
+        options,
+        wanted.batch,
+        run.directory,
+        share_name,
+        per_prompt=wanted.samples // count,
+    )
+    return store_scored_parts(stage, run, parts, report), prompts
+
+
+def store_scored_parts(stage: Stage, run: StageRun, wanted: ScoredParts, report: str) -> Clock:
+    """Sample and score all parts; see `store_scored_samples`. `report` is printed first."""
+    sampler = run.models.sampler_of(stage.name)
+    rewards = run.config.rewards_of(stage)
     clock = Clock(run.record.seconds(stage.name))
     process = jax.process_index()
+    parts, options, batch = wanted.parts, wanted.options, wanted.batch
+    count, total = options.samples, len(parts) // wanted.per_prompt
     with (
-        Recorder(run.directory, process_index=process) as recorder,
-        Progress(run.label_of(stage), len(prompts), process_index=process) as progress,
+        Recorder(wanted.directory, process_index=process) as recorder,
+        Progress(run.label_of(stage), total, process_index=process) as progress,
         reward_scorer(rewards, run) as scorer,
     ):
         progress.print(f"{stage.name}: {report}")
-        count, batch = wanted.samples_at_once, wanted.batch
-        parts = [(prompt, at) for prompt in prompts for at in range(0, wanted.samples, count)]
         queue = batch * QUEUE_BATCHES
-        done, offset = _whole_queues(run.directory / SAMPLES, len(parts), count, queue)
+        done, offset = _whole_queues(wanted.directory / SAMPLES, len(parts), count, queue)
         source = run.config.weights_of(stage.name)
         params = run.models.weights(source, sampler) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
         clock.lap("setup")
-        options = generate_options(
-            sampler,
-            wanted.sampling,
-            samples=count,
-            max_new_tokens=wanted.max_new_tokens,
-            seed=seed,
-        )
         for rows in chain.from_iterable(
             scored_batches(params, parts[start : start + queue], sampler, scorer, options, batch)
             for start in range(done, len(parts), queue)
         ):
-            recorder.log_samples(rows)
+            recorder.log_samples(
+                {key: value for key, value in row.items() if key not in wanted.left_out}
+                for row in rows
+            )
             done += len(rows) // count
             tokens = sum(row["length"] for row in rows)
-            whole_prompts = done * count // wanted.samples
+            whole_prompts = done // wanted.per_prompt
             HEARTBEAT.set_step(whole_prompts)
             progress.update(
                 whole_prompts,
                 {
-                    share_name: sum(row["outcome"] == "right" for row in rows) / len(rows),
+                    wanted.share_name: sum(row["outcome"] == "right" for row in rows) / len(rows),
                     "length": tokens / len(rows),
                     "tokens_per_second": tokens / clock.lap(stage.kind),
                 },
             )
             run.record.mark(stage, "running", clock.seconds)
             if run.stop.in_any_process() and done < len(parts):
-                kept = (done - done % queue) * count // wanted.samples
-                stored = f"{kept} of {len(prompts)} prompts are stored"
-                raise Preempted(f"{stage.name}: {stored}")
+                kept = (done - done % queue) // wanted.per_prompt
+                raise Preempted(f"{stage.name}: {kept} of {total} prompts are stored")
     # Process 0 has written the last rows when any process goes on to read them.
     run.files.wait_for_files(stage.name)
-    return clock, prompts
+    return clock
 
 
 def scored_batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,13 +14,17 @@ import numpy as np
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
 from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.data.step_labels import encode_solutions
+from r1jax.data.steps import TokenSteps
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
-from r1jax.models.reward_head import reward_scores
+from r1jax.models.reward_head import reward_scores, token_label_logits
+from r1jax.objectives.step_loss import right_logits
 from r1jax.processes import max_over_processes, min_over_processes, process_batch_slice
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
+from r1jax.rewards.process import solution_score
 from r1jax.rewards.verifier import combine
 from r1jax.rollouts.sampling import Completion
 from r1jax.run.models import LanguageModel
@@ -30,13 +34,14 @@ from r1jax.settings.data import DataSection
 from r1jax.settings.model import ModelSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.stage import Stage
+from r1jax.settings.steps import SolutionScore, StepScoring
 from r1jax.sharding import Layout, from_process_rows, to_process_rows
 from r1jax.weights import hugging_face
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-# (weights, rows of `pad_texts`) -> rewards, float32 [rows].
+# (weights, rows of `pad_texts`) -> rewards, float32 [rows]; of a process reward model [rows, time].
 ScoreRows = Callable[[Params, Mapping[str, jax.Array]], jax.Array]
 
 _ROWS = 16  # texts that a reward model reads at once on each part of the batch
@@ -103,7 +108,7 @@ class RewardScorer:
 
     rewards: Mapping[str, RewardSection]
     verifier: Verifier | None
-    models: Sequence[RewardModel]
+    models: Sequence[RewardModel | ProcessRewardModel]
 
     def submit(
         self, completions: Sequence[Completion], step: int = 0, max_steps: int = 0
@@ -234,40 +239,108 @@ def row_tokens(longest: int) -> int:
 
 
 def make_score(model: Decoder, as_probability: bool) -> ScoreRows:
-    """`score(params, rows)`: float32, split along the batch; rows of `pad_texts`."""
+    """`score(params, rows)`: float32, split along the batch; rows of `pad_texts`.
+
+    Of a process reward model, the probability that a step which ends at a token is right.
+    """
+
+    def score_tokens(params: Params, rows: Mapping[str, jax.Array]) -> Float[Array, "rows time"]:
+        inputs = {name: rows[name] for name in ("tokens", "positions", "segment_ids")}
+        scores = jax.nn.sigmoid(right_logits(token_label_logits(params, **inputs, model=model)))
+        return jax.lax.with_sharding_constraint(scores, model.layout.sharding(("batch", None)))
 
     def score(params: Params, rows: Mapping[str, jax.Array]) -> Float[Array, " rows"]:
         scores = reward_scores(params, **rows, model=model)
         scores = jax.nn.sigmoid(scores) if as_probability else scores
         return jax.lax.with_sharding_constraint(scores, model.layout.sharding(("batch",)))
 
-    return score
+    return score_tokens if model.config.head == "token_labels" else score
 
 
 def _load_reward_model(
     name: str, source: str, reward: RewardSection, run: ResolvedRun
-) -> RewardModel:
+) -> RewardModel | ProcessRewardModel:
     """The model that the stage `source` trained, or that of the directory `source`."""
     formats = {stage.name: stage.reward_model_format() for stage in run.config.stages}
+    steps: StepScoring | None = None
     if (trained := formats.get(source)) is not None:
         model, directory = run.models.of(source), run.files.trained(source)
         section, reads = run.config.data[trained.data], trained.reads
-        as_probability = trained.labelled
-    elif reward.reads is not None:
+        as_probability, steps = trained.labelled, trained.steps
+    elif reward.reads is not None or reward.step_rule is not None:
         directory = hugging_face.resolve(source)
         policy = directory_section(str(directory), run.config.model)
         model = LanguageModel.resolve(policy, run.layouts.training)
         section = DataSection(source="jsonl:-", template=reward.template or "chat")
-        reads, as_probability = reward.reads, False
+        reads, as_probability = reward.reads or "response", False
+        if reward.step_rule is not None:
+            steps = StepScoring(reward.step_rule, reward.solution_score or "minimum")
     else:
         raise ValueError(
             f"rewards.{name}.model = {source!r} is no reward_model stage of this run: a directory "
-            "needs reads (summary or response), too"
+            "needs reads (summary or response), or step_rule of a process reward model, too"
         )
-    score_rows = jax.jit(make_score(model.decoder, as_probability))
-    params = model.load(directory)
-    domains = reward.domains
-    return RewardModel(name, domains, section, reads, as_probability, model, params, score_rows)
+    loaded = _Loaded(
+        model, model.load(directory), jax.jit(make_score(model.decoder, as_probability))
+    )
+    if steps is None:
+        return RewardModel(name, reward.domains, section, reads, as_probability, loaded)
+    how = reward.solution_score or steps.solution_score
+    cutter = TokenSteps(model.tokenizer, steps.rule)
+    return ProcessRewardModel(name, reward.domains, section, cutter, how, loaded)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A reward model on the devices, and what it computes."""
+
+    model: LanguageModel
+    params: Params
+    score_rows: ScoreRows
+
+    def outputs(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs for token rows, in batches of one size; every process makes as many calls."""
+        layout = self.model.decoder.layout
+        count = rows_at_once(layout) // process_batch_slice(layout).count
+        outputs = [np.zeros(0)] * len(texts)
+        # Of similar length together: a short text beside a long one is mostly padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, max_over_processes(len(texts)), count):
+            batch = order[start : start + count]
+            longest = max_over_processes(max((len(texts[i]) for i in batch), default=1))
+            padding = [np.zeros(1, np.int32)] * (count - len(batch))
+            arrays = pad_texts([*(texts[i] for i in batch), *padding], row_tokens(longest))
+            rows = {key: from_process_rows(leaf, layout) for key, leaf in arrays.items()}
+            scored = to_process_rows(self.score_rows(self.params, rows))
+            for i, value in zip(batch, scored, strict=False):
+                outputs[i] = value
+        return outputs
+
+
+def _of_domains(
+    completions: Sequence[Completion], domains: Sequence[str] | None
+) -> tuple[list[int], list[str], list[str]]:
+    """Indices of the completions of some domains (None: all), their questions, their responses."""
+    chosen = [
+        i for i, each in enumerate(completions) if domains is None or each.prompt.domain in domains
+    ]
+    questions = [completions[i].prompt.question for i in chosen]
+    return chosen, questions, [completions[i].prompt.prefill + completions[i].text for i in chosen]
+
+
+def _with_lowest(rewards: Sequence[float], good: float) -> list[Score]:
+    """The scores of rewards, of which one above `good` counts as right.
+
+    nan is a reward of what has nothing to read. It becomes the lowest of all processes, or 0.
+    """
+    lowest = min_over_processes(min((x for x in rewards if not math.isnan(x)), default=math.inf))
+    lowest = 0.0 if lowest == math.inf else lowest
+    return [
+        Score(lowest, Outcome.UNPARSEABLE)
+        if math.isnan(value)
+        else Score(value, Outcome.RIGHT if value > good else Outcome.WRONG)
+        for value in rewards
+    ]
 
 
 @dataclass(frozen=True)
@@ -283,9 +356,7 @@ class RewardModel:
     section: DataSection
     reads: Reads
     as_probability: bool
-    model: LanguageModel
-    params: Params
-    score_rows: ScoreRows
+    loaded: _Loaded
 
     @span("reward model")
     def score(self, completions: Sequence[Completion]) -> list[Score | None]:
@@ -295,47 +366,46 @@ class RewardModel:
         What has nothing to read (a thought without an end has no summary) gets the lowest reward
         of the batch, of all processes: never more than what was answered.
         """
-        chosen = [
-            i
-            for i, each in enumerate(completions)
-            if self.domains is None or each.prompt.domain in self.domains
-        ]
+        chosen, questions, responses = _of_domains(completions, self.domains)
         texts = encode_responses(
-            [completions[i].prompt.question for i in chosen],
-            [completions[i].prompt.prefill + completions[i].text for i in chosen],
-            self.section,
-            self.model.tokenizer,
-            reads=self.reads,
+            questions, responses, self.section, self.loaded.model.tokenizer, reads=self.reads
         )
-        outputs = iter(self._outputs([text for text in texts if text is not None]))
-        rewards = [math.nan if text is None else next(outputs) for text in texts]
-        lowest = min_over_processes(
-            min((x for x in rewards if not math.isnan(x)), default=math.inf)
-        )
-        lowest = 0.0 if lowest == math.inf else lowest
+        outputs = iter(self.loaded.outputs([text for text in texts if text is not None]))
+        rewards = [math.nan if text is None else float(next(outputs)) for text in texts]
         scores: list[Score | None] = [None] * len(completions)
-        for i, value in zip(chosen, rewards, strict=True):
-            if math.isnan(value):
-                scores[i] = Score(lowest, Outcome.UNPARSEABLE)
-            else:
-                good = value > (0.5 if self.as_probability else 0.0)
-                scores[i] = Score(value, Outcome.RIGHT if good else Outcome.WRONG)
+        of_chosen = _with_lowest(rewards, 0.5 if self.as_probability else 0.0)
+        for i, score in zip(chosen, of_chosen, strict=True):
+            scores[i] = score
         return scores
 
-    def _outputs(self, texts: Sequence[np.ndarray]) -> list[float]:
-        """Outputs for token rows, in batches of one size; every process makes as many calls."""
-        layout = self.model.decoder.layout
-        count = rows_at_once(layout) // process_batch_slice(layout).count
-        outputs = [math.nan] * len(texts)
-        # Of similar length together: a short text beside a long one is mostly padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, max_over_processes(len(texts)), count):
-            batch = order[start : start + count]
-            longest = max_over_processes(max((len(texts[i]) for i in batch), default=1))
-            padding = [np.zeros(1, np.int32)] * (count - len(batch))
-            arrays = pad_texts([*(texts[i] for i in batch), *padding], row_tokens(longest))
-            rows = {key: from_process_rows(leaf, layout) for key, leaf in arrays.items()}
-            scored = to_process_rows(self.score_rows(self.params, rows))
-            for i, value in zip(batch, scored, strict=False):
-                outputs[i] = float(value)
-        return outputs
+
+@dataclass(frozen=True)
+class ProcessRewardModel:
+    """A trained process reward model, for completions of its domains (None: all).
+
+    section: whose template renders a prompt with its solution. steps: finds the ends of its steps.
+    """
+
+    name: str
+    domains: Sequence[str] | None
+    section: DataSection
+    steps: TokenSteps
+    how: SolutionScore
+    loaded: _Loaded
+
+    @span("reward model")
+    def score(self, completions: Sequence[Completion]) -> list[Score | None]:
+        """The score of each solution, in 0..1, None for those of other domains.
+
+        The detail has the scores of its steps. What has no step gets the lowest reward of the
+        batch, of all processes.
+        """
+        chosen, questions, responses = _of_domains(completions, self.domains)
+        rows = encode_solutions(questions, responses, self.section, self.steps)
+        outputs = iter(self.loaded.outputs([tokens for tokens, ends in rows if len(ends)]))
+        steps = [next(outputs)[ends].tolist() if len(ends) else [] for _, ends in rows]
+        rewards = [solution_score(each, self.how) if each else math.nan for each in steps]
+        scores: list[Score | None] = [None] * len(completions)
+        for i, score, of_steps in zip(chosen, _with_lowest(rewards, 0.5), steps, strict=True):
+            scores[i] = replace(score, detail=" ".join(f"{x:.3f}" for x in of_steps) or None)
+        return scores

@@ -99,8 +99,8 @@ def _export(config: RunConfig, files: RunFiles, stage: str, step: int) -> Path:
     # The run's own mesh may be that of a slice; the weights are the same on any.
     layout = make_layout({"data": 1, "fsdp": -1, "tensor": 1})
     model = LanguageModel.resolve(config.section_of(config.model_of(stage)), layout)
-    if config.stage(stage).DESCRIPTION.leaves == "reward_model":
-        model = model.with_scalar_head()
+    if (head := config.stage(stage).DESCRIPTION.head) is not None:
+        model = model.with_head(head)
     wanted = {"state": {"params": abstract_weights(model.decoder)}}
     arrays = restore_part(_checkpoints(files, stage), step, wanted)
     target.parent.mkdir(parents=True, exist_ok=True)

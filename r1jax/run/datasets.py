@@ -16,6 +16,12 @@ from r1jax.data.examples import load_examples, row_label
 from r1jax.data.mixing import mixed_id, mixture_counts
 from r1jax.data.preferences import EncodedPreference, encode_preferences, load_preferences
 from r1jax.data.prompts import Prompt, encode_prompts
+from r1jax.data.step_labels import (
+    EncodedSolution,
+    NeutralLabel,
+    encode_step_labels,
+    load_step_labels,
+)
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import RunFiles
 from r1jax.settings.data import DataSection
@@ -40,6 +46,9 @@ class Datasets:
     files: RunFiles
     _examples: dict[str, Sequence[Example]] = field(default_factory=dict, repr=False)
     _preferences: dict[tuple[object, ...], tuple[list[EncodedPreference], str]] = field(
+        default_factory=dict, repr=False
+    )
+    _step_labels: dict[tuple[object, ...], tuple[list[EncodedSolution], str]] = field(
         default_factory=dict, repr=False
     )
 
@@ -182,3 +191,25 @@ class Datasets:
                     rows, section, tokenizer, reads=form.reads, max_tokens=form.max_tokens
                 )
         return self._preferences[key]
+
+    def step_labels(
+        self,
+        data: str,
+        form: RewardModelFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        neutral: NeutralLabel,
+    ) -> tuple[list[EncodedSolution], str]:
+        """The encoded solutions of a dataset of labelled steps, and a line that says how many there
+        are. `neutral`: see `load_step_labels`."""
+        assert form.steps is not None
+        rule = form.steps.rule
+        key = (data, rule.model_dump_json(), form.max_tokens, neutral, tokenizer)
+        if key not in self._step_labels:
+            section = self.section(data)
+            with self.config.blaming("data", data):
+                rows = load_step_labels(section, neutral=neutral)
+                self._step_labels[key] = encode_step_labels(
+                    rows, section, rule, tokenizer, max_tokens=form.max_tokens
+                )
+        return self._step_labels[key]

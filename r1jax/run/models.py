@@ -28,6 +28,7 @@ from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import MODEL, ModelSection
+from r1jax.settings.stage import RewardHead
 from r1jax.sharding import Layout, StandIn, make_layout, make_rollout_layout
 from r1jax.weights import hugging_face
 
@@ -191,16 +192,19 @@ class LanguageModel:
         """The weights that the config names: those of its path, or random ones."""
         if self.section.path is not None:
             path = hugging_face.resolve(self.section.path)
-            return self.load(path, new_head=seed if self.decoder.config.head == "scalar" else None)
+            new_head = None if self.decoder.config.head == "language" else seed
+            return self.load(path, new_head=new_head)
         decoder = self.decoder
         return init_params(
             jax.random.key(seed), decoder.config, decoder.layout, decoder.execution.param_dtype
         )
 
-    def with_scalar_head(self) -> LanguageModel:
-        """The same model with one number in place of the next token: a reward model."""
-        config = replace(self.decoder.config, head="scalar", num_nextn_predict_layers=0)
-        tokenizer = hugging_face.with_padding(self.tokenizer, self.eos_ids)
+    def with_head(self, head: RewardHead) -> LanguageModel:
+        """The same model with a reward model's output in place of the next token."""
+        config = replace(self.decoder.config, head=head, num_nextn_predict_layers=0)
+        tokenizer = self.tokenizer
+        if head == "scalar":  # read at the last token that is not padding
+            tokenizer = hugging_face.with_padding(tokenizer, self.eos_ids)
         generation = self.generation_config
         if tokenizer is not self.tokenizer:  # its padding is another than that of samples
             generation = {k: v for k, v in (generation or {}).items() if k != "pad_token_id"}
@@ -256,8 +260,8 @@ class Models:
     def of(self, name: str) -> LanguageModel:
         """The model that the weights of a stage (or of a model, by its name) are of."""
         model = self.by_name[self.config.model_of(name)]
-        leaves = {stage.name: stage.DESCRIPTION.leaves for stage in self.config.stages}
-        return model.with_scalar_head() if leaves.get(name) == "reward_model" else model
+        heads = {stage.name: stage.DESCRIPTION.head for stage in self.config.stages}
+        return model if (head := heads.get(name)) is None else model.with_head(head)
 
     def sampler_of(self, name: str) -> LanguageModel:
         """As `of`, arranged for sampling, its weights in the dtype that it computes in."""
@@ -267,7 +271,7 @@ class Models:
     def initial_weights(self, stage: str) -> Params:
         """The weights that a stage starts from."""
         source, model = self.config.weights_of(stage), self.of(stage)
-        if model.decoder.config.head == "scalar" and source not in self.by_name:
+        if model.decoder.config.head != "language" and source not in self.by_name:
             seed = seed_of(self.config.seed, "head", stage)
             return model.load(self.files.trained(source), new_head=seed)
         return self.weights(source, model)

@@ -27,7 +27,7 @@ from r1jax.run.models import Layouts, Models, make_layouts, stated_positions
 from r1jax.run.record import Record, RunFiles
 from r1jax.run.reward_checks import (
     check_functions,
-    check_reward_directories,
+    check_reward_models,
     check_rewards,
     check_rows,
 )
@@ -136,7 +136,7 @@ def check(run: ResolvedRun) -> list[str]:
         abstract_weights(model.decoder)
     check_divided(config, run.layouts)
     check_functions(config)
-    check_reward_directories(config, run.layouts.training)
+    check_reward_models(config, run.layouts.training)
     lines = check_rows(config, run.models, run.datasets)
     _check_positions(run)
     return lines
@@ -169,12 +169,14 @@ def _check_positions(run: ResolvedRun) -> None:
                 longest = max(len(prompt.token_ids) for prompt in prompts)
             if longest + new > positions:
                 section = config.model_of(stage.name)
+                # Several samples may follow each other: `new` is a multiple of the setting.
+                times = new // getattr(stage, "max_new_tokens", new)
                 where = section if section == MODEL else f"models.{section}"
                 raise config.refusal(
                     f"stages.{stage.name}.max_new_tokens",
                     f"with the prompts of data.{data}, of up to {longest} tokens, a sample has "
                     f"{longest + new}, and the model max_position_embeddings = {positions}. Set "
-                    f"max_new_tokens to at most {max(1, positions - longest)}, or "
+                    f"max_new_tokens to at most {max(1, (positions - longest) // times)}, or "
                     f"{where}.max_position_embeddings if the model is to go further",
                 )
 

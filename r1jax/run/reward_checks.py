@@ -10,6 +10,7 @@ from r1jax.config.yaml_file import ConfigError
 from r1jax.data.chat_template import check_template, render_prompt
 from r1jax.data.example import Example
 from r1jax.data.prompts import check_prompts
+from r1jax.models import ModelConfig
 from r1jax.rewards import Verifier, VerifierError, check_reward, unreadable_references
 from r1jax.rewards.visible import is_blank
 from r1jax.run.datasets import Datasets
@@ -72,24 +73,57 @@ def check_functions(config: RunConfig) -> None:
         raise ConfigError([f"{_place(config, (named or list(functions))[0])}{error}"]) from error
 
 
-def check_reward_directories(config: RunConfig, layout: Layout) -> None:
-    """Raises ConfigError for a reward model that is no stage's, and cannot be used as it is set."""
-    trained = {stage.name for stage in config.stages if stage.reward_model_format() is not None}
-    for name, reward in config.rewards.items():
-        if reward.model is None or reward.model in trained:
+def check_reward_models(config: RunConfig, layout: Layout) -> None:
+    """Raises ConfigError for a reward model that cannot be used as it is set."""
+    trained = {stage.name: form for stage in config.stages if (form := stage.reward_model_format())}
+    rewards = {("rewards", name): reward for name, reward in config.rewards.items()}
+    for stage in config.stages:
+        if isinstance(selection := stage.reward_selection(), dict):
+            of_stage = {("stages", stage.name, "rewards", n): r for n, r in selection.items()}
+            rewards |= of_stage
+    for place, reward in rewards.items():
+        if reward.model is None:
             continue
-        if reward.reads is None:
+        if (form := trained.get(reward.model)) is not None:
+            if form.steps is None and (reward.step_rule or reward.solution_score):
+                raise config.refusal(
+                    (*place, "model"),
+                    "this stage trains no process reward model, which alone has step_rule and "
+                    "solution_score; remove them, or name a process_reward_model stage",
+                )
+            continue
+        if reward.reads is None and reward.step_rule is None:
             raise config.refusal(
-                ("rewards", name, "model"),
-                "no reward_model stage of this run: a directory needs reads (summary or response)",
+                (*place, "model"),
+                "no reward_model stage of this run: a directory needs reads (summary or response), "
+                "or, of a process reward model, step_rule",
             )
-        with config.blaming("rewards", name):
+        with config.blaming(*place):
             data = DataSection(source="jsonl:-", template=reward.template or "chat")
             section = config.model.model_copy(update={"path": reward.model, "tokenizer": None})
             section = section.model_copy(update={"config": None, "multi_token_prediction": False})
-            tokenizer = LanguageModel.resolve(section, layout).tokenizer
+            model = LanguageModel.resolve(section, layout)
+            _check_head(model.decoder.config, reward)
             check_template(data)
-            render_prompt("", data, tokenizer)
+            render_prompt("", data, model.tokenizer)
+
+
+def _check_head(model: ModelConfig, reward: RewardSection) -> None:
+    """Raises SettingError where a directory holds another kind of model than the reward needs."""
+    head, what, remedy = "scalar", "sequence classification", "step_rule in place of reads"
+    if reward.step_rule is not None:
+        head, what, remedy = "token_labels", "token classification", "reads in place of step_rule"
+    if model.head == head:
+        return
+    kinds = {"token_labels": "a process reward model", "scalar": "a reward model of whole texts"}
+    found = kinds.get(model.head, "a language model")
+    hint = "" if model.head == "language" else f", or give {remedy}"
+    raise SettingError(
+        "model",
+        f"its config.json is that of {found}, no {what} ({kinds[head]}); name a directory that "
+        f"{'process_reward_model' if head == 'token_labels' else 'reward_model'} stages or "
+        f"transformers wrote for it{hint}",
+    )
 
 
 def check_rows(config: RunConfig, models: Models, datasets: Datasets) -> list[str]:

@@ -14,6 +14,8 @@ KINDS = {
     "grpo": "r1jax.stages.grpo.settings:GRPOStage",
     "rejection_sampling": "r1jax.stages.rejection_sampling.settings:RejectionSamplingStage",
     "reward_model": "r1jax.stages.reward_model.settings:RewardModelStage",
+    "step_labels": "r1jax.stages.step_labels.settings:StepLabelsStage",
+    "process_reward_model": "r1jax.stages.process_reward_model.settings:ProcessRewardModelStage",
     "evaluate": "r1jax.stages.evaluate.settings:EvaluateStage",
 }
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from r1jax.files import JsonObject
 from r1jax.settings.section import Section
+from r1jax.settings.steps import SolutionScore, StepRule
 
 
 class RewardSection(Section):
@@ -21,14 +22,25 @@ class RewardSection(Section):
     )
     model: str | None = Field(
         None,
-        description="In place of a function, a reward model: a reward_model stage of this run, or "
-        "a Hugging Face sequence-classification directory.",
+        description="In place of a function, a reward model: a reward_model or "
+        "process_reward_model stage of this run, or a Hugging Face directory, of a sequence "
+        "classification or, with step_rule, of a token classification with two labels.",
     )
     reads: Literal["summary", "response"] | None = Field(
         None, description="What a model from a directory reads; a stage's is known."
     )
     template: str | None = Field(
         None, description="The template of a model from a directory; a stage's is known."
+    )
+    step_rule: StepRule | None = Field(
+        None,
+        description="How a process reward model from a directory finds the steps of a "
+        "solution, each of which it scores; a stage's is known.",
+    )
+    solution_score: SolutionScore | None = Field(
+        None,
+        description="Of a process reward model: minimum, product or last of the steps' scores; "
+        "default: the stage's, or minimum.",
     )
     domains: list[str] | None = Field(
         None, min_length=1, description="Rows of these domains only; default: all rows."
@@ -43,6 +55,15 @@ class RewardSection(Section):
             raise ValueError("a reward model has neither function nor options; remove them")
         if self.model is None and (self.reads is not None or self.template is not None):
             raise ValueError("reads and template belong to a reward model; give model, too")
+        if self.model is None and (self.step_rule is not None or self.solution_score is not None):
+            raise ValueError(
+                "step_rule and solution_score belong to a process reward model; give model, too"
+            )
+        if self.reads is not None and (self.step_rule or self.solution_score):
+            raise ValueError(
+                "a process reward model reads whole responses: remove reads, or step_rule and "
+                "solution_score"
+            )
         return self
 
 

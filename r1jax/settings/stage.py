@@ -13,6 +13,7 @@ from r1jax.files import JsonObject
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.section import Section
+from r1jax.settings.steps import StepScoring
 
 
 class LengthChange(Section):
@@ -30,6 +31,11 @@ class DataChange(Section):
 
 
 Leaves = Literal["weights", "reward_model", "dataset", "evaluation"]
+RewardHead = Literal["scalar", "token_labels"]
+"""What a reward model gives: one number for a text, or labels of each token."""
+DatasetRows = Literal["responses", "step_labels"]
+"""Rows of a dataset that a stage writes: prompts with responses, or solutions whose steps are
+labelled."""
 RewardSelection = list[str] | dict[str, RewardSection] | None
 """Names of the config's rewards, rewards of the stage alone, or None for all of the config."""
 
@@ -44,6 +50,7 @@ class StageDescription:
     leading_panels: the report's panels to draw first: `loss`, `reward`, `preferences`, or a metric.
     shows_samples: samples.jsonl holds samples of training, which the report shows by step.
     less_memory: which settings to lower, for the planner's advice.
+    reward_head: of a reward model. dataset_rows: of a dataset.
     """
 
     title: str
@@ -53,6 +60,13 @@ class StageDescription:
     leading_panels: tuple[str, ...] = ("loss",)
     shows_samples: bool = False
     less_memory: str = "smaller batches"
+    reward_head: RewardHead = "scalar"
+    dataset_rows: DatasetRows = "responses"
+
+    @property
+    def head(self) -> RewardHead | None:
+        """What the stage's model has in place of the next token, of a reward model."""
+        return self.reward_head if self.leaves == "reward_model" else None
 
     @property
     def trains(self) -> bool:
@@ -104,13 +118,15 @@ class RewardModelFormat:
 
     data: the dataset whose template renders a prompt with its response. labelled: its rows say
     whether a response is safe, and the reward is the probability of that; else they are pairs, and
-    it is the model's output. reads: of a response. max_tokens: of a text to train on.
+    it is the model's output. reads: of a response. max_tokens: of a text to train on. steps: how a
+    process reward model, which reads all of it, scores a solution; None: it is none.
     """
 
     data: str
     labelled: bool
     reads: Literal["summary", "response"]
     max_tokens: int
+    steps: StepScoring | None = None
 
 
 class Stage(Section):
@@ -133,8 +149,8 @@ class Stage(Section):
         "name in `models`; default: the train stage before it, or `model`.",
     )
     kind: str = Field(
-        description="pretrain, sft, grpo, rejection_sampling, reward_model or evaluate; or one of "
-        "yours, package.module:Class."
+        description="pretrain, sft, grpo, rejection_sampling, reward_model, step_labels, "
+        "process_reward_model or evaluate; or one of yours, package.module:Class."
     )
 
     def datasets(self) -> list[tuple[str, str]]:
@@ -144,6 +160,10 @@ class Stage(Section):
     def example_datasets(self) -> list[str]:
         """The datasets that are read as examples, which must be there and not empty."""
         return [data for _, data in self.datasets()]
+
+    def dataset_rows_read(self) -> DatasetRows:
+        """The rows of datasets that the stage reads, where another stage of the run writes them."""
+        return "responses"
 
     def prompt_datasets(self) -> list[str]:
         """The datasets whose prompts are sampled."""

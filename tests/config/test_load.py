@@ -53,7 +53,10 @@ stages:
 """
 
 
-KINDS = "pretrain, sft, grpo, rejection_sampling, reward_model, evaluate, or package.module:Class"
+KINDS = (
+    "pretrain, sft, grpo, rejection_sampling, reward_model, step_labels, process_reward_model, "
+    "evaluate, or package.module:Class"
+)
 
 
 def problems_of(text: str, *overrides: str) -> list[str]:
@@ -145,7 +148,8 @@ def test_key_like_nothing_known_lists_what_is() -> None:
     )
     assert (
         problem == "a.yaml:7: rewards.accuracy.q = 1: unknown key; "
-        "known here: weight, function, model, reads, template, domains, options"
+        "known here: weight, function, model, reads, template, step_rule, solution_score, domains, "
+        "options"
     )
 
 

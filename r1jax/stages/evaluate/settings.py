@@ -42,6 +42,11 @@ class EvaluateStage(Stage):
         description="What samples are judged by: names of the config's rewards, or rewards of this "
         "stage alone; default: all of the config.",
     )
+    chosen_by: list[str] = Field(
+        default_factory=list,
+        description="Rewards of the stage, such as reward models, by which the best of a problem's "
+        "samples is chosen and its votes are weighted, for the summary.",
+    )
     problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
     samples_per_problem: int = Field(16, ge=1, description="Completions of each problem, k.")
     problems_per_batch: int = Field(
@@ -124,6 +129,7 @@ class EvaluateStage(Stage):
     def planning_key(self, reward_models: Sequence[str]) -> str | None:
         """Evaluations that differ in what is sampled, and how often, compile the same programs."""
         left_out = {"name", "benchmark", "data", "rewards", "problems", "samples_per_problem"}
+        left_out |= {"chosen_by"}
         dump = self.model_dump(exclude=left_out)
         return f"{dump} {self.samples_at_once} {sorted(set(reward_models))}"
 

@@ -14,11 +14,20 @@ from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
+from r1jax.settings.names import nearest
 from r1jax.stages.evaluate.settings import EvaluateStage
 
 
 def check(stage: EvaluateStage, run: ResolvedRun) -> None:
-    """Every problem needs a reward."""
+    """Every problem needs a reward, and what chooses samples is one."""
+    rewards = run.config.rewards_of(stage)
+    for name in stage.chosen_by:
+        if name not in rewards:
+            raise run.config.refusal(
+                ("stages", stage.name, "chosen_by"),
+                f"{name!r} is no reward of this stage; {nearest(name, rewards)}there are "
+                f"{', '.join(rewards)}",
+            )
     check_example_domains(stage, run, stage.problems)
 
 
@@ -28,7 +37,11 @@ def run(stage: EvaluateStage, run: StageRun) -> None:
     seed = seed_of(run.config.seed, "evaluate", stage.data)
     clock, _ = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "accuracy")
     if jax.process_index() == 0:
-        summary = summarise(read_rows(run.directory / SAMPLES), same_answer=equivalent_key)
+        summary = summarise(
+            read_rows(run.directory / SAMPLES),
+            same_answer=equivalent_key,
+            chosen_by=stage.chosen_by,
+        )
         write_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     run.record.mark(stage, "done", clock.seconds)
 

@@ -1,0 +1,1 @@
+"""Process reward model training."""
