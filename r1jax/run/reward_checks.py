@@ -76,11 +76,13 @@ def check_functions(config: RunConfig) -> None:
 def check_reward_models(config: RunConfig, layout: Layout) -> None:
     """Raises ConfigError for a reward model that cannot be used as it is set."""
     trained = {stage.name: form for stage in config.stages if (form := stage.reward_model_format())}
-    rewards = {("rewards", name): reward for name, reward in config.rewards.items()}
+    rewards: dict[tuple[str, ...], RewardSection] = {
+        ("rewards", name): reward for name, reward in config.rewards.items()
+    }
     for stage in config.stages:
         if isinstance(selection := stage.reward_selection(), dict):
-            of_stage = {("stages", stage.name, "rewards", n): r for n, r in selection.items()}
-            rewards |= of_stage
+            for name, reward in selection.items():
+                rewards["stages", stage.name, "rewards", name] = reward
     for place, reward in rewards.items():
         if reward.model is None:
             continue

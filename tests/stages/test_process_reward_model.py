@@ -22,7 +22,7 @@ from r1jax.stages.step_labels.stage import step_label
 
 TESTS = Path(__file__).parents[1]
 CONFIG = str(TESTS / "tiny_process.yaml")
-RULE = StepRule(separators=[" ", "=", "+", "-"])
+RULE = StepRule(separators=[" ", "=", "+", "-", "1", "2", "3", "4"])
 
 
 def test_labels_by_hand() -> None:
