@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_checkpoint import make_model
 
 from r1jax.config.load import ConfigError, load_config
 from r1jax.data.steps import cut_steps
@@ -198,7 +199,7 @@ def test_given_solutions_are_labelled_in_place_of_sampled_ones(finished: Path) -
         ),
         (["rewards.process.reads=response"], "a process reward model reads whole responses"),
         (["rewards.even.step_rule={separators: [x]}"], "belong to a process reward model"),
-        (["stages.prm.step_rule.pattern='('"], "no regular expression"),
+        (["stages.prm.step_rule={pattern: '('}"], "no regular expression"),
         (["stages.prm.step_rule.pattern='a'"], "give separators or pattern, not both"),
         (["stages.prm.solution_score=mean"], "stages.prm.solution_score"),
         (["stages.labels.name=prm2"], "comes from stage:labels"),
@@ -221,8 +222,8 @@ def test_settings_that_do_not_fit_are_refused(changes: list[str], message: str) 
             "'marks'",
         ),
         (
-            ["stages.labels.solutions=given", "data.questions.source=jsonl:tiny_pairs.jsonl"],
-            "response",
+            ["stages.labels.solutions=given"],
+            "data.questions.fields.response: train row 0 has no response, and stages.labels.solu",
         ),
         (
             ["stages.labels.continuations=1000000", "stages.labels.max_new_tokens=4000"],
@@ -237,3 +238,36 @@ def test_what_a_stage_could_not_use_is_refused_before_any_compute(
     with pytest.raises(ValueError) as caught:
         check(resolve(load_config(CONFIG, changes)))
     assert message in str(caught.value)
+
+
+def test_a_directory_that_is_no_process_reward_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TESTS)
+    make_model(tmp_path)
+
+    def problem_of(reward: str) -> str:
+        changes = [f"rewards.process={reward}", "stages.rl.rewards=[even, process]"]
+        with pytest.raises(ValueError) as caught:
+            check(resolve(load_config(CONFIG, changes)))
+        return str(caught.value)
+
+    where = f'rewards.process.model = "{tmp_path}": '
+    rule = "step_rule: {separators: [x]}"
+    found = problem_of(f"{{model: {tmp_path}, template: plain, {rule}}}")
+    assert found.startswith(where) and str(tmp_path) in found
+    assert "its config.json is that of a language model, no token classification" in found
+    assert "name a directory that process_reward_model stages" in found
+    found = problem_of(f"{{model: {tmp_path}, template: plain}}")
+    assert "a directory needs reads" in found and "step_rule" in found
+
+    raw = json.loads((tmp_path / "config.json").read_text())
+    labels = {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **labels}))
+    found = problem_of(f"{{model: {tmp_path}, template: plain, reads: response}}")
+    assert found.startswith(where) and "is that of a process reward model, no sequence" in found
+    assert "or give step_rule in place of reads" in found
+    config = load_config(
+        CONFIG, [f"rewards.process={{model: {tmp_path}, template: plain, {rule}}}"]
+    )
+    check(resolve(config))
