@@ -252,7 +252,7 @@ def test_a_directory_that_is_no_process_reward_model_is_refused(
             check(resolve(load_config(CONFIG, changes)))
         return str(caught.value)
 
-    where = f'rewards.process.model = "{tmp_path}": '
+    where = "command line: rewards.process.model = "
     rule = "step_rule: {separators: [x]}"
     found = problem_of(f"{{model: {tmp_path}, template: plain, {rule}}}")
     assert found.startswith(where) and str(tmp_path) in found
