@@ -255,7 +255,7 @@ def test_a_directory_that_is_no_process_reward_model_is_refused(
     where = "command line: rewards.process.model = "
     rule = "step_rule: {separators: [x]}"
     found = problem_of(f"{{model: {tmp_path}, template: plain, {rule}}}")
-    assert found.startswith(where) and str(tmp_path) in found
+    assert found.startswith(where)
     assert "its config.json is that of a language model, no token classification" in found
     assert "name a directory that process_reward_model stages" in found
     found = problem_of(f"{{model: {tmp_path}, template: plain}}")
