@@ -57,7 +57,7 @@ def comparisons(run: Run, seeds: Sequence[Run] = ()) -> list[_Comparison]:
 def _columns(columns: Measures, rows: Sequence[Checkpoint]) -> list[Column]:
     labelled = [
         *((Heading("pass@1", f"{each.label} {each.note}".strip()), each) for each in columns.right),
-        *((Heading(each.name.replace("_at_", "@"), each.label), each) for each in columns.vote),
+        *((Heading(each.short, each.label), each) for each in columns.vote),
         *((Heading(each.label, each.note), each) for each in columns.rest),
     ]
     return [(heading, [each.cell(row) for row in rows]) for heading, each in labelled]

@@ -40,23 +40,35 @@ class Checkpoint(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A column of a table: one figure of one benchmark; `part`: the mean of the reward `name`."""
+    """A column of a table: one figure of one benchmark.
+
+    part: the mean of the reward `name`. chooser: the reward by which the samples were chosen.
+    """
 
     benchmark: _Benchmark
     name: str
     label: str
     note: str
     part: bool = False
+    chooser: str = ""
 
     def estimate(self, checkpoint: Checkpoint) -> JsonEstimate | None:
         summary = checkpoint.summaries.get(self.benchmark) or {}
+        if self.chooser:
+            return ((summary.get("chosen_by") or {}).get(self.chooser) or {}).get(self.name)
         figures = (summary.get("parts") or {}) if self.part else summary
         return figures.get(self.name)
 
     @property
+    def short(self) -> str:
+        """A heading for a vote, or a choice among samples."""
+        return self.note if self.chooser else self.name.replace("_at_", "@")
+
+    @property
     def percent(self) -> bool:
         """Whether it is a share of right answers."""
-        return self.name.startswith(("pass_at_", "cons_at_")) and not self.part
+        shares = ("pass_at_", "cons_at_", "best_of_", "weighted_vote")
+        return self.name.startswith(shares) and not self.part
 
     def cell(self, checkpoint: Checkpoint) -> Figure:
         return figure(self.estimate(checkpoint), percent=self.percent, digits=2 if self.part else 1)
@@ -132,12 +144,25 @@ def measures(rows: Sequence[Checkpoint]) -> Measures:
         if k > 1:
             note = f"{note} cons@{k}".strip()
             vote.append(Measure(benchmark, f"cons_at_{k}", benchmark.label, note))
+            vote += _chosen(benchmark, [row.summaries.get(benchmark) or {} for row in rows], k)
         if benchmark == whole:
             note = whole.label if several else ""
             rewards = rewards_beyond([row.summaries.get(whole) or {} for row in rows])
             rest += [Measure(whole, n, n.replace("_", " "), note, part=True) for n in rewards]
             rest.append(Measure(whole, "mean_length", "tokens per completion", note))
     return Measures(right, vote, rest)
+
+
+def _chosen(benchmark: _Benchmark, summaries: Sequence[Summary], k: int) -> list[Measure]:
+    """The best of k samples and the weighted vote by each reward that chooses."""
+    choosers = dict.fromkeys(name for each in summaries for name in each.get("chosen_by") or {})
+    names = {f"best_of_{k}": f"best of {k}", "weighted_vote": "weighted vote"}
+    return [
+        Measure(benchmark, name, benchmark.label, f"{title} by {chooser}", chooser=chooser)
+        for chooser in choosers
+        for name, title in names.items()
+        if any(name in ((each.get("chosen_by") or {}).get(chooser) or {}) for each in summaries)
+    ]
 
 
 def tables(columns: Measures, rows: Sequence[Checkpoint]) -> list[Table]:
@@ -170,7 +195,8 @@ def plots(
         for vote in columns.vote:
             if vote.benchmark == right.benchmark:
                 k = vote.name.rsplit("_", 1)[1]
-                series.append((f"vote of {k} (cons@{k})", vote))
+                title = vote.note if vote.chooser else f"vote of {k} (cons@{k})"
+                series.append((title, vote))
         drawn.append(_plot(right, series, rows, seeds))
     drawn += [_plot(each, [("mean", each)], rows, seeds) for each in columns.rest]
     return [plot for plot in drawn if plot is not None]

@@ -15,7 +15,7 @@ import pytest
 from tiny_checkpoint import make_model
 
 from r1jax.config.load import ConfigError, load_config
-from r1jax.data.steps import cut_steps
+from r1jax.data.steps import cut_steps, step_ends
 from r1jax.rewards.process import solution_score
 from r1jax.run.resolve import check, resolve
 from r1jax.settings.steps import StepRule
@@ -71,7 +71,11 @@ def test_labels_are_what_the_continuations_came_to(finished: Path) -> None:
     directory = finished / "stages" / "01-labels"
     solutions, written = rows(directory / "samples.jsonl"), rows(directory / "dataset.jsonl")
     continuations = iter(rows(directory / "continuations" / "samples.jsonl"))
-    ended = [row for row in solutions if row["finish_reason"] != "length" and row["completion"]]
+    ended = [
+        row
+        for row in solutions
+        if row["finish_reason"] != "length" and cut_steps(row["completion"], RULE)
+    ]
     assert len(ended) == len(written) > 10
     for solution, row in zip(ended, written, strict=True):
         assert "".join(row["completions"]) == row["response"] == solution["completion"]
@@ -121,25 +125,24 @@ def test_the_reward_in_rl_is_that_of_transformers_token_classification(finished:
     samples = rows(finished / "stages" / "03-rl" / "samples.jsonl")
     compared = 0
     for sample in samples:
-        steps = cut_steps(sample["completion"], RULE)
-        if not steps:
+        offsets = step_ends(sample["completion"], RULE)
+        if not offsets:
             continue
         ids = tokenizer(sample["prompt"] + sample["completion"])["input_ids"]
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
-        right = torch.softmax(logits, -1)[:, 1].numpy()
-        # A character is a token; white space behind the last separator ends no step.
-        ends = np.cumsum([len(step) for step in steps]) - 1 + len(sample["prompt"])
-        last = sample["prompt"] + sample["completion"]
-        while ends[-1] >= 1 and last[ends[-1] - 1 : ends[-1] + 1].endswith("  "):
-            ends[-1] -= 1
-        scores = [float(right[end]) for end in ends]
+        right = torch.softmax(logits, -1)[:, 1].tolist()
+        lengths = [len(tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+        ends = [
+            next(n for n, length in enumerate(lengths) if length >= len(sample["prompt"]) + offset)
+            for offset in offsets
+        ]
+        scores = [right[end] for end in ends]
         shown = [float(part) for part in sample["details"]["process"].split()]
-        if len(shown) == len(scores):
-            np.testing.assert_allclose(shown, scores, atol=6e-4)
-            expected = solution_score(scores, "product")
-            assert sample["parts"]["process"] == pytest.approx(expected, abs=1e-4)
-            compared += 1
+        np.testing.assert_allclose(shown, scores, atol=6e-4)
+        expected = solution_score(scores, "product")
+        assert sample["parts"]["process"] == pytest.approx(expected, abs=1e-4)
+        compared += 1
     assert compared > len(samples) / 2
 
 
