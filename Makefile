@@ -58,7 +58,7 @@ plan-all: .libtpu/installed
 # The tests that need the TPU compiler: 700 MB, for which `test` does not ask, and .ci/run does.
 test-plans: .venv/installed-test .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
-	  tests/planner/test_plan.py tests/planner/test_table.py
+	  tests/planner/test_plan.py tests/planner/test_table.py tests/models/test_paged_kernel.py
 
 # The versions that the tests ran with, without what belongs to one machine.
 lock: .venv/installed-test .venv/installed-docs

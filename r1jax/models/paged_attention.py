@@ -13,13 +13,14 @@ from r1jax.models.config import Decoder
 from r1jax.models.kv_cache import LayerCache, entry_shapes, head_axes
 from r1jax.models.paged_cache import PageList, page_axes
 from r1jax.models.paged_kernel import (
+    KernelShape,
     PageGroups,
     PartialSoftmax,
-    fits,
     group_pages,
+    group_size,
     paged_softmax,
-    vmem_bytes,
 )
+from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -61,11 +62,12 @@ def paged_attention(
     shards, slots, tokens, heads, head_dim = q.shape
     kv_heads = current[0].shape[2]
     q = q.reshape(shards, slots, tokens, kv_heads, -1, head_dim)
-    q = q.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, kv_heads, -1, head_dim)
+    by_key_head = q.transpose(0, 1, 3, 2, 4, 5)
+    q = by_key_head.reshape(shards, slots, kv_heads, -1, head_dim)
     seen = jnp.repeat(visible, heads // kv_heads, axis=2)
     so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
     if isinstance(reads, PageGroups):
-        so_far = _combine(so_far, _by_kernel(q, pages, reads, model, layer))
+        so_far = _combine(so_far, _by_kernel(by_key_head, pages, reads, model, layer))
     else:
         so_far = _by_chunks(so_far, q, pages, reads, model, layer)
     out = so_far.out / so_far.total[..., None]
@@ -146,17 +148,32 @@ def _by_chunks(
 def groups_if_kernel(
     reads: PageList, slots: int, tokens: int, model: Decoder
 ) -> PageList | PageGroups:
-    """Groups of pages where the TPU's kernel reads them, for a step of so many tokens a slot."""
+    """Groups of pages where the TPU's kernel reads them, for a step of so many tokens a slot.
+
+    XLA reads them where devices split the keys along their width: the softmax needs sums over them.
+    """
     config, layout = model.config, model.layout
-    heads, width = (1 if axis is None else layout.shards(axis) for axis in head_axes(model))
-    (kv_heads, key_width), (_, value_width) = (entry_shapes(model)[i] for i in (0, -1))
-    rows = tokens * config.num_attention_heads // kv_heads
-    needed = vmem_bytes(slots, kv_heads // heads, rows, (key_width, value_width))
+    kv_heads, of_key_head, width = (
+        1 if axis is None else layout.shards(axis) for axis in _split_axes(model)
+    )
+    shapes = entry_shapes(model)
+    shape = KernelShape(
+        shapes[0][0] // kv_heads,
+        tokens * config.num_attention_heads // shapes[0][0] // of_key_head,
+        tuple(width for _, width in shapes),
+        jnp.dtype(model.execution.compute_dtype).itemsize,
+    )
+    if layout.platform != "tpu" or model.execution.attention == "xla" or width > 1:
+        return reads
     kind = layout.mesh.devices.flat[0].device_kind
-    kernel = layout.platform == "tpu" and model.execution.attention != "xla" and width == 1
-    if kernel and fits(needed, kind):
-        return group_pages(reads, slots)
-    return reads
+    size = group_size(shape, reads.filled.shape[-1], kind)
+    return reads if size is None else group_pages(reads, slots, size)
+
+
+def _split_axes(model: Decoder) -> Axes:
+    """Logical axes of key heads, of the query heads of a key head, and of a key's width."""
+    kv_heads, width = head_axes(model)
+    return kv_heads, None if model.config.latent is None else "heads", width
 
 
 def _by_kernel(
@@ -166,8 +183,12 @@ def _by_kernel(
     model: Decoder,
     layer: jax.Array | None,
 ) -> PartialSoftmax:
-    """Each device reads its shard's pages, of its heads."""
-    layout, heads = model.layout, head_axes(model)[0]
+    """Each device reads its shard's pages, for its query heads.
+
+    Args:
+      q: [shards, slots, kv_heads, tokens, query heads of a key head, head_dim].
+    """
+    layout = model.layout
     if layer is None:
         layer, pages = jnp.int32(0), tuple(stored[None] for stored in pages)
 
@@ -175,19 +196,25 @@ def _by_kernel(
         q: jax.Array, pages: LayerCache, groups: PageGroups, layer: jax.Array
     ) -> PartialSoftmax:
         interpret = layout.platform != "tpu"
-        partial = paged_softmax(q[0], pages, layer, groups, interpret=interpret)
-        return PartialSoftmax(*(x[None] for x in partial))
+        rows = q.reshape(*q.shape[1:3], -1, q.shape[-1])
+        partial = paged_softmax(rows, pages, layer, groups, interpret=interpret)
+        return PartialSoftmax(*(x.reshape(*q.shape[:-1], *x.shape[3:]) for x in partial))
 
-    if layout.mesh.size == 1:
-        return of_device(q, pages, groups, layer)
-    of_heads = layout.spec(("slots", None, heads, None))
-    specs = (
-        of_heads,
-        layout.spec((None, *page_axes(model))),
-        layout.spec(("slots",)),
-        PartitionSpec(),
-    )
-    over_devices = jax.shard_map(
-        of_device, mesh=layout.mesh, in_specs=specs, out_specs=of_heads, check_vma=False
-    )
-    return over_devices(q, pages, groups, layer)
+    over_devices = of_device
+    if layout.mesh.size > 1:
+        kv_heads, of_key_head, _ = _split_axes(model)
+        of_queries = layout.spec(("slots", None, kv_heads, None, of_key_head))
+        over_devices = jax.shard_map(
+            of_device,
+            mesh=layout.mesh,
+            in_specs=(
+                of_queries,
+                layout.spec((None, *page_axes(model))),
+                layout.spec(("slots",)),
+                PartitionSpec(),
+            ),
+            out_specs=of_queries,
+            check_vma=False,
+        )
+    partial = over_devices(q, pages, groups, layer)
+    return PartialSoftmax(*(x.reshape(*x.shape[:3], -1, *x.shape[5:]) for x in partial))

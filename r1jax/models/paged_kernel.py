@@ -2,14 +2,16 @@
 
 Pages lie wherever they were free. The kernel copies them from HBM a group at a time, all of one
 slot, side by side into VMEM, so that their scores are one matrix product; the next group is on its
-way meanwhile. It reads a stack of layers by index: no layer's slice is copied. Written after
-PagedAttention (arXiv 2309.06180) and flash-decoding.
+way meanwhile. It reads a stack of layers by index: no layer's slice is copied. Of queries and
+results only those of the group's slot are in VMEM. Written after PagedAttention (arXiv 2309.06180)
+and flash-decoding.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,14 +24,16 @@ from r1jax.models.kv_cache import LayerCache
 from r1jax.models.paged_cache import PageList
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 PAGE_KERNEL = "paged_attention"  # its name in a compiled program, by which the planner finds it
 
 _MASKED = -1e30
-_GROUP_TOKENS = 2048  # of the pages that are read together
-_LANES = 128
-# Of a chip's VMEM, what the kernel's arrays may take: a third of it, or less.
+_GROUP_TOKENS = 2048  # of the pages that are read together, at most
+_LEAST_TOKENS = 256  # of them: with fewer, copies do not hide what a group costs beside them
+_GROUP_HEADS = 8  # that are read together, at most: the kernel's code is repeated for each
+_LANES, _SUBLANES = 128, 8
+# Of a chip's VMEM, what the kernel may take: half of a TPU v4's, a third of the others' or less.
 _VMEM_BYTES = {"TPU v4": 8 * 2**20}
 _OTHER_VMEM_BYTES = 24 * 2**20
 
@@ -49,6 +53,8 @@ class PageGroups:
 
     starts, sizes: where in the list, and how many pages. owners: the slot.
     hidden: added to the logits: 0 where an entry holds a token.
+    with_pages: which slots own a group.
+    heads: that are read together.
     """
 
     pages: Int[Array, "shards list"]
@@ -56,16 +62,25 @@ class PageGroups:
     sizes: Int[Array, "shards groups"]
     owners: Int[Array, "shards groups"]
     hidden: Float[Array, "shards groups 1 tokens"]
+    with_pages: Bool[Array, "shards slots"]
     count: Int[Array, " shards"]
+    heads: int = struct.field(pytree_node=False)
 
 
-def group_pages(reads: PageList, slots: int) -> PageGroups:
+class GroupSize(NamedTuple):
+    """What the kernel reads together: a slot's pages of so many tokens, of so many key heads."""
+
+    heads: int
+    tokens: int
+
+
+def group_pages(reads: PageList, slots: int, size_of_group: GroupSize) -> PageGroups:
     """Groups for `paged_softmax`; the same for all layers, so made once for a step.
 
     The list has the pages of a slot side by side.
     """
     page = reads.filled.shape[-1]
-    size = max(1, _GROUP_TOKENS // page)
+    size = max(1, size_of_group.tokens // page)
 
     def of_shard(pages: jax.Array, owners: jax.Array, filled: jax.Array) -> tuple[jax.Array, ...]:
         index = jnp.arange(len(pages), dtype=jnp.int32)
@@ -82,30 +97,54 @@ def group_pages(reads: PageList, slots: int) -> PageGroups:
         same &= (of_group < slots)[:, None]
         seen = filled.at[members].get(mode="fill", fill_value=False) & same[..., None]
         hidden = jnp.where(seen, 0.0, _MASKED).reshape(groups, 1, size * page)
-        return pages, starts, same.sum(1, dtype=jnp.int32), of_group, hidden, begins.sum()
+        with_pages = jnp.zeros(slots, bool).at[owners].set(True, mode="drop")
+        count = begins.sum(dtype=jnp.int32)
+        return pages, starts, same.sum(1, dtype=jnp.int32), of_group, hidden, with_pages, count
 
-    pages, starts, sizes, owners, hidden, count = jax.vmap(of_shard)(
-        reads.pages, reads.slots, reads.filled
-    )
-    return PageGroups(pages, starts, sizes, owners, hidden, count.astype(jnp.int32))
+    arrays = jax.vmap(of_shard)(reads.pages, reads.slots, reads.filled)
+    return PageGroups(*arrays, heads=size_of_group.heads)
 
 
-def vmem_bytes(slots: int, kv_heads: int, rows: int, widths: tuple[int, int]) -> int:
-    """Of the queries and results of a device's slots, and of the pages that are under way.
+@dataclass(frozen=True)
+class KernelShape:
+    """What the kernel's use of VMEM depends on; the number of slots is not part of it.
 
-    Args:
-      rows: queries of a slot and key head.
-      widths: of a key and of a value, of which a number has two bytes.
+    kv_heads: of a device. rows: queries of a slot and key head.
+    widths: of each stored array: keys and values, or latents.
+    itemsize: bytes of a number of the cache.
     """
-    key, value = (-(-width // _LANES) * _LANES for width in widths)
-    of_row = 2 * key + 4 * value + 2 * 4 * _LANES
-    pages = 2 * 2 * _GROUP_TOKENS * (key + value)
-    return kv_heads * (slots * _padded(rows) * of_row + pages)
+
+    kv_heads: int
+    rows: int
+    widths: tuple[int, ...]
+    itemsize: int = 2
 
 
-def fits(needed: int, device_kind: str) -> bool:
-    """Whether so many bytes of a chip's VMEM are free for the kernel."""
-    return needed <= _VMEM_BYTES.get(device_kind, _OTHER_VMEM_BYTES)
+def vmem_bytes(shape: KernelShape, size: GroupSize) -> int:
+    """Upper bound of what the kernel takes, which has arrays of one slot and two groups in VMEM."""
+    widths = [-(-width // _LANES) * _LANES for width in shape.widths]
+    rows, key, value = _padded(shape.rows), widths[0], widths[-1]
+    pages = size.heads * size.tokens * sum(widths) * shape.itemsize
+    hidden = _SUBLANES * size.tokens * 4
+    queries = size.heads * rows * key * shape.itemsize
+    results = size.heads * rows * (value + 2 * _LANES) * 4
+    # Of one head: its keys and values, logits, weights, and their sum over the values.
+    computed = size.tokens * (key + value) * shape.itemsize
+    computed += rows * (size.tokens * (4 + 4 + shape.itemsize) + 2 * value * 4)
+    return 2 * (pages + hidden + queries + results) + computed
+
+
+def group_size(shape: KernelShape, page: int, device_kind: str) -> GroupSize | None:
+    """The largest groups that fit into the VMEM of a chip; None where no group does."""
+    limit = _VMEM_BYTES.get(device_kind, _OTHER_VMEM_BYTES)
+    divisors = [n for n in range(1, _GROUP_HEADS + 1) if shape.kv_heads % n == 0]
+    for heads in reversed(divisors):
+        tokens = max(page, _GROUP_TOKENS)
+        while tokens >= max(page, _LEAST_TOKENS):
+            if vmem_bytes(shape, GroupSize(heads, tokens)) <= limit:
+                return GroupSize(heads, tokens)
+            tokens //= 2
+    return None
 
 
 def _padded(rows: int) -> int:
@@ -133,41 +172,43 @@ def paged_softmax(
     """
     slots, kv_heads, rows, head_dim = q.shape
     page, value_dim = pages[-1].shape[-2:]
-    tokens = groups.hidden.shape[-1]
+    heads, tokens = groups.heads, groups.hidden.shape[-1]
     padded = _padded(rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+    def of_slot(width: int) -> pl.BlockSpec:
+        def index(block: Any, group: Any, *scalars: Any) -> tuple[Any, ...]:
+            return jnp.minimum(scalars[3][group], slots - 1), block, 0, 0  # the group's owner
 
-    def result(width: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((slots, kv_heads, padded, width), jnp.float32)
+        return pl.BlockSpec((None, heads, padded, width), index)
 
-    shapes = (result(_LANES), result(_LANES), result(value_dim))
-    buffers = [
-        pltpu.VMEM((2, kv_heads, tokens, stored.shape[-1]), stored.dtype) for stored in pages
-    ]
-    needed = vmem_bytes(slots, kv_heads, rows, (head_dim, value_dim))
+    widths = (_LANES, _LANES, value_dim)
+    buffers = [pltpu.VMEM((2, heads, tokens, each.shape[-1]), each.dtype) for each in pages]
+    shape = KernelShape(
+        kv_heads, rows, tuple(each.shape[-1] for each in pages), pages[0].dtype.itemsize
+    )
+    needed = vmem_bytes(shape, GroupSize(heads, tokens))
     scalars = jnp.stack([layer.astype(jnp.int32), groups.count[0]])
     kernel = functools.partial(_kernel, len(pages), page, 1 / math.sqrt(head_dim))
     peak, total, out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(jnp.maximum(groups.count[0], 1),),
+            grid=(kv_heads // heads, jnp.maximum(groups.count[0], 1)),
             in_specs=[
-                whole(*q.shape),
-                pl.BlockSpec((None, 1, tokens), lambda g, *_: (g, 0, 0)),
+                of_slot(head_dim),
+                pl.BlockSpec((None, 1, tokens), lambda _, group, *__: (group, 0, 0)),
                 *[pl.BlockSpec(memory_space=pl.ANY)] * len(pages),
             ],
-            out_specs=[whole(*each.shape) for each in shapes],
+            out_specs=[of_slot(width) for width in widths],
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(pages)))],
         ),
-        out_shape=shapes,
+        out_shape=[
+            jax.ShapeDtypeStruct((slots, kv_heads, padded, width), jnp.float32) for width in widths
+        ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
-            # Half as much again for what the compiler keeps beside them.
-            vmem_limit_bytes=max(16 * 2**20, needed + needed // 2),
+            dimension_semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=needed + needed // 4,
         ),
         name=PAGE_KERNEL,
         interpret=interpret,
@@ -181,7 +222,13 @@ def paged_softmax(
         groups.hidden[0],
         *pages,
     )
-    return PartialSoftmax(peak[:, :, :rows, 0], total[:, :, :rows, 0], out[:, :, :rows])
+    # Nothing is written for a slot without pages.
+    read = groups.with_pages[0][:, None, None]
+    return PartialSoftmax(
+        jnp.where(read, peak[:, :, :rows, 0], _MASKED),
+        jnp.where(read, total[:, :, :rows, 0], 0.0),
+        jnp.where(read[..., None], out[:, :, :rows], 0.0),
+    )
 
 
 def _kernel(
@@ -197,54 +244,63 @@ def _kernel(
     hidden: Any,
     *refs: Any,
 ) -> None:
-    """One group of pages. refs: keys and values in HBM, results, a buffer of each, semaphores."""
+    """One group of pages, of a block of heads.
+
+    q: of the group's slot. refs: keys and values in HBM, results of the slot, a buffer of each,
+    semaphores.
+    """
     stored, (peaks, totals, outs) = refs[:arrays], refs[arrays : arrays + 3]
     buffers, semaphores = refs[arrays + 3 : -1], refs[-1]
-    group, layer, count = pl.program_id(0), scalars[0], scalars[1]
-    at_once = buffers[0].shape[2] // page
+    block, group, layer, count = pl.program_id(0), pl.program_id(1), scalars[0], scalars[1]
+    step = block * count + group
+    heads, at_once = buffers[0].shape[1], buffers[0].shape[2] // page
 
-    def copies(group: Any, action: str) -> None:
-        half = jax.lax.rem(group, 2)
+    def copies(step: Any, action: str) -> None:
+        half = jax.lax.rem(step, 2)
+        block, group = jax.lax.div(step, count), jax.lax.rem(step, count)
         for j in range(at_once):
 
             @pl.when(j < sizes[group])
             def _(j: int = j) -> None:
                 for n, (source, buffer) in enumerate(zip(stored, buffers, strict=True)):
                     copy = pltpu.make_async_copy(
-                        source.at[layer, 0, ids[starts[group] + j]],
+                        source.at[layer, 0, ids[starts[group] + j], pl.ds(block * heads, heads)],
                         buffer.at[half, :, pl.ds(j * page, page), :],
                         semaphores.at[half, n],
                     )
                     getattr(copy, action)()
 
-    @pl.when(group == 0)
+    @pl.when(step == 0)
     def _() -> None:
-        peaks[...] = jnp.full(peaks.shape, _MASKED, jnp.float32)
-        totals[...] = jnp.zeros(totals.shape, jnp.float32)
-        outs[...] = jnp.zeros(outs.shape, jnp.float32)
         # What is not copied is weighed with 0, and must be a number.
         for buffer in buffers:
             buffer[...] = jnp.zeros(buffer.shape, buffer.dtype)
 
-    @pl.when((group == 0) & (count > 0))
+    @pl.when((step == 0) & (count > 0))
     def _() -> None:
-        copies(group, "start")
+        copies(step, "start")
 
-    @pl.when(group + 1 < count)
+    @pl.when(step + 1 < pl.num_programs(0) * count)
     def _() -> None:
-        copies(group + 1, "start")
+        copies(step + 1, "start")
+
+    @pl.when((group == 0) | (owners[group] != owners[jnp.maximum(group - 1, 0)]))
+    def _() -> None:
+        peaks[...] = jnp.full(peaks.shape, _MASKED, jnp.float32)
+        totals[...] = jnp.zeros(totals.shape, jnp.float32)
+        outs[...] = jnp.zeros(outs.shape, jnp.float32)
 
     @pl.when(group < count)
     def _() -> None:
-        copies(group, "wait")
-        half, slot = jax.lax.rem(group, 2), owners[group]
-        for head in range(q.shape[1]):
+        copies(step, "wait")
+        half = jax.lax.rem(step, 2)
+        for head in range(heads):
             keys, values = buffers[0][half, head], buffers[-1][half, head]
             logits = jax.lax.dot_general(
-                q[slot, head], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+                q[head], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
             )
             logits = logits * scale + hidden[...]
-            old = peaks[slot, head]
+            old = peaks[head]
             new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
             weights = jnp.exp(logits - new[:, :1])
             kept = jnp.exp(old - new)
@@ -254,6 +310,6 @@ def _kernel(
                 (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            peaks[slot, head] = new
-            totals[slot, head] = totals[slot, head] * kept + jnp.sum(weights, 1, keepdims=True)
-            outs[slot, head] = outs[slot, head] * kept[:, :1] + out
+            peaks[head] = new
+            totals[head] = totals[head] * kept + jnp.sum(weights, 1, keepdims=True)
+            outs[head] = outs[head] * kept[:, :1] + out

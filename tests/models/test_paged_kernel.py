@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.models import Decoder, Execution, ModelConfig, paged_kernel
+from r1jax.models import Decoder, Execution, LatentAttention, ModelConfig, paged_kernel
 from r1jax.models.paged_attention import groups_if_kernel, paged_attention
 from r1jax.models.paged_cache import PageList
-from r1jax.models.paged_kernel import fits, group_pages, vmem_bytes
+from r1jax.models.paged_kernel import (
+    GroupSize,
+    KernelShape,
+    PageGroups,
+    group_pages,
+    group_size,
+    paged_softmax,
+    vmem_bytes,
+)
+from r1jax.planner.topologies import tpu_slice
 from r1jax.sharding import Layout, single_device
 
 LAYERS, POOL, PAGE, WIDTH = 2, 24, 4, 16
@@ -57,17 +72,23 @@ def in_float64(
 
 
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(4, 2, 1), (6, 1, 3), (2, 2, 2)])
-@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "size"),
+    [
+        (4, 2, 1, GroupSize(2, 4 * PAGE)),
+        (8, 4, 1, GroupSize(2, 2 * PAGE)),
+        (6, 1, 3, GroupSize(1, PAGE)),
+        (40, 1, 1, GroupSize(1, 9 * PAGE)),
+    ],
+)
 def test_slots_attend_to_their_pages_and_their_current_page(
     latent: bool,
     heads: int,
     kv_heads: int,
     tokens: int,
-    at_once: int,
+    size: GroupSize,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(paged_kernel, "_GROUP_TOKENS", at_once * PAGE)
     rng = np.random.default_rng(heads + tokens)
     model = decoder(heads, kv_heads)
 
@@ -91,7 +112,7 @@ def test_slots_attend_to_their_pages_and_their_current_page(
 
         return run(q, tuple(map(jnp.asarray, pools)), tuple(current), reads, jnp.asarray(visible))
 
-    groups = group_pages(reads, SLOTS)
+    groups = group_pages(reads, SLOTS, size)
     out = attend(groups, pools, jnp.int32(1))
     for slot, table in enumerate(TABLES):
         wanted = in_float64(
@@ -109,49 +130,130 @@ def test_slots_attend_to_their_pages_and_their_current_page(
     np.testing.assert_allclose(attend(reads, pools, jnp.int32(1)), out, atol=2e-6)
 
 
-def test_groups_hold_the_pages_of_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_kernel, "_GROUP_TOKENS", 4 * PAGE)
+def test_groups_hold_the_pages_of_one_slot() -> None:
     filled = np.ones((POOL, PAGE), bool)
     filled[5, 1:] = False
-    groups = jax.tree.map(lambda leaf: leaf[0], group_pages(page_list(filled, 20), SLOTS))
+    of_shards = group_pages(page_list(filled, 20), SLOTS, GroupSize(1, 4 * PAGE))
+    groups = jax.tree.map(lambda leaf: leaf[0], of_shards)
     count = int(groups.count)
     assert groups.owners[:count].tolist() == [0, 0, 2, 3, 4, 4, 4]
     assert groups.sizes[:count].tolist() == [4, 2, 2, 1, 4, 4, 1]
     assert groups.starts[:count].tolist() == [0, 4, 6, 8, 9, 13, 17]
     assert not groups.sizes[count:].any()
+    assert groups.with_pages.tolist() == [True, False, True, True, True]
     # The second group of two pages, of which one holds a token, fills half of its entries.
     seen = (groups.hidden[2, 0] == 0).reshape(4, PAGE)
     assert seen.tolist() == [[True] * 4, [True, False, False, False], [False] * 4, [False] * 4]
 
 
-def test_no_page_is_read_where_none_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_kernel, "_GROUP_TOKENS", 2 * PAGE)
+def test_no_page_is_read_where_none_is_listed() -> None:
     reads = PageList(
         jnp.zeros((1, 8), jnp.int32),
         jnp.full((1, 8), SLOTS, jnp.int32),
         jnp.zeros((1, 8, PAGE), bool),
         jnp.int32(0),
     )
-    groups = group_pages(reads, SLOTS)
+    groups = group_pages(reads, SLOTS, GroupSize(1, 2 * PAGE))
     assert groups.count.tolist() == [0]
-    pools = tuple(jnp.full((1, 1, POOL, 1, PAGE, WIDTH), jnp.nan) for _ in range(2))
-    part = paged_kernel.paged_softmax(
-        jnp.ones((SLOTS, 1, 2, WIDTH)), pools, jnp.int32(0), groups, interpret=True
+    pools = tuple(jnp.full((1, 1, POOL, 2, PAGE, WIDTH), jnp.nan) for _ in range(2))
+    part = paged_softmax(
+        jnp.ones((SLOTS, 2, 2, WIDTH)), pools, jnp.int32(0), groups, interpret=True
     )
     assert not part.total.any() and not part.out.any()
 
 
-def test_the_kernel_is_for_a_tpu_and_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = page_list(np.ones((POOL, PAGE), bool), 20)
     model = decoder(4, 2)
     assert groups_if_kernel(reads, SLOTS, 1, model) is reads
     monkeypatch.setattr(Layout, "platform", "tpu")
-    assert groups_if_kernel(reads, SLOTS, 1, model) is not reads
-    assert groups_if_kernel(reads, 100_000, 1, model) is reads
+    assert isinstance(groups_if_kernel(reads, SLOTS, 1, model), PageGroups)
+    # The number of slots does not matter; that of a slot's queries does.
+    assert isinstance(groups_if_kernel(reads, 100_000, 1, model), PageGroups)
+    assert groups_if_kernel(reads, SLOTS, 100_000, model) is reads
     by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
     assert groups_if_kernel(reads, SLOTS, 1, by_xla) is reads
-    # By hand: 32 slots of 128 query heads of a latent; buffers of two groups, keys = values.
-    needed = vmem_bytes(32, 1, 128, (640, 640))
-    assert needed == 32 * 128 * (2 * 640 + 4 * 640 + 2 * 512) + 2 * 2 * 2048 * 2 * 640
-    assert not fits(needed, "TPU v5") and fits(needed // 2, "TPU v5")
-    assert not fits(needed // 2, "TPU v4")
+
+
+def test_deepseek_v3_is_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 heads of a latent of 512 + 64, though no device splits the heads."""
+    monkeypatch.setattr(Layout, "platform", "tpu")
+    latent = LatentAttention(None, 512, 128, 64, 128)
+    config = ModelConfig("deepseek_v3", 32, 32, 32, 1, 128, 128, 192, latent=latent)
+    model = Decoder(config, Execution(attention="splash"), single_device())
+    groups = groups_if_kernel(page_list(np.ones((POOL, PAGE), bool), 20), SLOTS, 1, model)
+    assert isinstance(groups, PageGroups) and groups.heads == 1
+
+
+def test_groups_are_as_large_as_vmem_allows() -> None:
+    # By hand: 128 query heads of a latent, padded to 640.
+    latents = KernelShape(1, 128, (640,))
+    size = GroupSize(1, 2048)
+    pages, hidden, queries = 2048 * 640 * 2, 8 * 2048 * 4, 128 * 640 * 2
+    results = 128 * (640 + 256) * 4
+    computed = 2048 * 1280 * 2 + 128 * (2048 * 10 + 2 * 640 * 4)
+    needed = 2 * (pages + hidden + queries + results) + computed
+    assert vmem_bytes(latents, size) == needed
+    assert group_size(latents, 64, "TPU v5") == size
+    assert group_size(latents, 64, "TPU v4") == GroupSize(1, 512)
+    for kv_heads, heads in ((2, 2), (8, 8), (12, 6), (13, 1), (128, 8)):
+        for rows in (1, 16, 64):
+            shape = KernelShape(kv_heads, rows, (128, 128))
+            fitting = group_size(shape, 64, "TPU v5")
+            assert fitting is not None and fitting.heads == heads
+            assert vmem_bytes(shape, fitting) <= 24 * 2**20
+    # A group is a page at least; in float32 it takes twice the memory.
+    assert group_size(latents, 3072, "TPU v5") == GroupSize(1, 3072)
+    assert group_size(latents, 3072, "TPU v4") is None
+    assert group_size(KernelShape(1, 128, (640,), 4), 64, "TPU v4") == GroupSize(1, 256)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [
+        ("v5e:2x2", KernelShape(1, 128, (640,))),
+        ("v5p:2x2x1", KernelShape(1, 128, (640,))),
+        ("v5p:2x2x1", KernelShape(16, 6, (128, 128))),
+    ],
+)
+def test_a_slice_compiles_it_with_the_vmem_that_is_estimated(
+    topology: str, shape: KernelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tpu_slice(topology).devices[0]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    size = group_size(shape, 64, device.device_kind)
+    assert size is not None
+    needed = vmem_bytes(shape, size)
+    # It is given a quarter more.
+    monkeypatch.setattr(paged_kernel, "vmem_bytes", lambda *_: needed * 4 // 5)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def attend(q: jax.Array, pools: Any, reads: PageList, layer: jax.Array) -> Any:
+        return paged_softmax(q, pools, layer, group_pages(reads, SLOTS, size))
+
+    numbers, listed = jnp.bfloat16, (1, 256)
+    q = array(numbers, SLOTS, shape.kv_heads, shape.rows, shape.widths[0])
+    pools = tuple(array(numbers, 2, 1, 99, shape.kv_heads, 64, width) for width in shape.widths)
+    reads = PageList(
+        array(jnp.int32, *listed),
+        array(jnp.int32, *listed),
+        array(jnp.bool_, *listed, 64),
+        array(jnp.int32),
+    )
+    program = jax.jit(attend).lower(q, pools, reads, array(jnp.int32)).compile()
+    assert paged_kernel.PAGE_KERNEL in program.as_text()
+
+
+def test_devices_read_the_pages_of_their_slots_for_their_heads() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "pages_on_a_mesh.py")],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert max(json.loads(done.stdout)) < 1e-5
