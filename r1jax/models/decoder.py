@@ -21,7 +21,7 @@ from r1jax.models.latent_attention import (
     queries_and_latents,
     values_of_latents,
 )
-from r1jax.models.paged_attention import groups_if_kernel, paged_attention
+from r1jax.models.paged_attention import kernel_reads, paged_attention
 from r1jax.models.paged_cache import OF_DECODER, PagedCache, PageList, write_current
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
@@ -479,7 +479,7 @@ def run_slot_tokens(
     """
     held_pages = replace(new.reads, filled=(new.reads.filled & held) > 0)
     _, slots, tokens = new.tokens.shape
-    reads = groups_if_kernel(held_pages, slots, tokens, model)
+    reads = kernel_reads(held_pages, slots, tokens, model)
 
     def attend(name: str, layer: Layer, stored: Any) -> _AttendNew:
         index = None if isinstance(layer, int) else layer

@@ -20,6 +20,7 @@ from r1jax.models.paged_kernel import (
     group_size,
     paged_softmax,
 )
+from r1jax.models.paged_kernel_gpu import SlotPages, pages_of_slots, softmax_of_slots, tile
 from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def paged_attention(
     q: Float[Array, "shards slots tokens heads head_dim"],
     pages: LayerCache,
     current: LayerCache,
-    reads: PageList | PageGroups,
+    reads: PageList | PageGroups | SlotPages,
     visible: Bool[Array, "shards slots tokens page"],
     model: Decoder,
     *,
@@ -56,7 +57,7 @@ def paged_attention(
       pages: keys and values [shards, pages, kv_heads, page, head_dim]; latents are both, given
         once. With `layer`, those of its stack: its pages are read by index, no layer is copied.
       current: those of the current pages [shards, slots, kv_heads, page, head_dim], of the layer.
-      reads: groups of pages are read by the kernel, a list by XLA, a chunk at a time.
+      reads: from `kernel_reads`; a list is read by XLA, a chunk at a time.
       visible: which entries of the current page each token attends to, one at least.
     """
     shards, slots, tokens, heads, head_dim = q.shape
@@ -66,10 +67,10 @@ def paged_attention(
     q = by_key_head.reshape(shards, slots, kv_heads, -1, head_dim)
     seen = jnp.repeat(visible, heads // kv_heads, axis=2)
     so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
-    if isinstance(reads, PageGroups):
-        so_far = _combine(so_far, _by_kernel(by_key_head, pages, reads, model, layer))
-    else:
+    if isinstance(reads, PageList):
         so_far = _by_chunks(so_far, q, pages, reads, model, layer)
+    else:
+        so_far = _combine(so_far, _by_kernel(by_key_head, pages, reads, model, layer))
     out = so_far.out / so_far.total[..., None]
     out = out.reshape(shards, slots, kv_heads, tokens, -1, out.shape[-1])
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, tokens, heads, -1)
@@ -145,17 +146,20 @@ def _by_chunks(
     return over_shards(so_far, q, pages, reads.pages, reads.slots, reads.filled)
 
 
-def groups_if_kernel(
+def kernel_reads(
     reads: PageList, slots: int, tokens: int, model: Decoder
-) -> PageList | PageGroups:
-    """Groups of pages where the TPU's kernel reads them, for a step of so many tokens a slot.
+) -> PageList | PageGroups | SlotPages:
+    """As the kernel of the devices reads the pages, for a step of so many tokens a slot.
 
-    XLA reads them where devices split the keys along their width: the softmax needs sums over them.
+    XLA reads a list where there is no kernel: on CPUs, and where devices split the keys along their
+    width, since the softmax needs sums over them.
     """
     config, layout = model.config, model.layout
     kv_heads, of_key_head, width = (
         1 if axis is None else layout.shards(axis) for axis in _split_axes(model)
     )
+    if model.execution.attention == "xla" or width > 1:
+        return reads
     shapes = entry_shapes(model)
     shape = KernelShape(
         shapes[0][0] // kv_heads,
@@ -163,11 +167,13 @@ def groups_if_kernel(
         tuple(width for _, width in shapes),
         jnp.dtype(model.execution.compute_dtype).itemsize,
     )
-    if layout.platform != "tpu" or model.execution.attention == "xla" or width > 1:
-        return reads
-    kind = layout.mesh.devices.flat[0].device_kind
-    size = group_size(shape, reads.filled.shape[-1], kind)
-    return reads if size is None else group_pages(reads, slots, size)
+    page = reads.filled.shape[-1]
+    if layout.platform == "tpu":
+        size = group_size(shape, page, layout.mesh.devices.flat[0].device_kind)
+        return reads if size is None else group_pages(reads, slots, size)
+    if layout.platform == "gpu" and tile(shape, page) is not None:
+        return pages_of_slots(reads, slots)
+    return reads
 
 
 def _split_axes(model: Decoder) -> Axes:
@@ -179,7 +185,7 @@ def _split_axes(model: Decoder) -> Axes:
 def _by_kernel(
     q: jax.Array,
     pages: LayerCache,
-    groups: PageGroups,
+    reads: PageGroups | SlotPages,
     model: Decoder,
     layer: jax.Array | None,
 ) -> PartialSoftmax:
@@ -193,11 +199,15 @@ def _by_kernel(
         layer, pages = jnp.int32(0), tuple(stored[None] for stored in pages)
 
     def of_device(
-        q: jax.Array, pages: LayerCache, groups: PageGroups, layer: jax.Array
+        q: jax.Array, pages: LayerCache, reads: PageGroups | SlotPages, layer: jax.Array
     ) -> PartialSoftmax:
-        interpret = layout.platform != "tpu"
         rows = q.reshape(*q.shape[1:3], -1, q.shape[-1])
-        partial = paged_softmax(rows, pages, layer, groups, interpret=interpret)
+        if isinstance(reads, PageGroups):
+            interpret = layout.platform != "tpu"
+            partial = paged_softmax(rows, pages, layer, reads, interpret=interpret)
+        else:
+            interpret = layout.platform != "gpu"
+            partial = softmax_of_slots(rows, pages, layer, reads, interpret=interpret)
         return PartialSoftmax(*(x.reshape(*q.shape[:-1], *x.shape[3:]) for x in partial))
 
     over_devices = of_device
@@ -216,5 +226,5 @@ def _by_kernel(
             out_specs=of_queries,
             check_vma=False,
         )
-    partial = over_devices(q, pages, groups, layer)
+    partial = over_devices(q, pages, reads, layer)
     return PartialSoftmax(*(x.reshape(*x.shape[:3], -1, *x.shape[5:]) for x in partial))

@@ -19,6 +19,7 @@ from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, abstract_params, choose_attention
+from r1jax.models.paged_kernel_gpu import SlotPages, softmax_of_slots
 from r1jax.run.models import build_decoder
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
@@ -112,6 +113,26 @@ def test_sampling_is_lowered(model: Decoder) -> None:
     arguments = (weights, state, cache, array(jnp.int32), draws)
     decode = for_cuda(decode_until, *arguments, model=model)
     assert "stablehlo.while" in decode
+
+
+@pytest.mark.parametrize(("kv_heads", "rows", "width"), [(2, 6, 128), (1, 128, 576)])
+def test_pages_are_read_by_a_kernel(kv_heads: int, rows: int, width: int) -> None:
+    """Keys and values in the shape of Qwen2.5-1.5B, and latents in that of DeepSeek-V3."""
+    slots, listed, page, layers = 4, 32, 64, 2
+    pools = (array(jnp.bfloat16, layers, 1, 99, kv_heads, page, width),) * (
+        2 if width == 128 else 1
+    )
+    reads = SlotPages(
+        array(jnp.int32, 1, listed),
+        array(jnp.int32, 1, slots),
+        array(jnp.int32, 1, slots),
+        array(jnp.float32, 1, listed, page),
+    )
+    q = array(jnp.bfloat16, slots, kv_heads, rows, width)
+    program = for_cuda(jax.jit(softmax_of_slots), q, pools, array(jnp.int32), reads)
+    assert program.count(KERNEL) == 1
+    # Pages are read in place: of the stack, the kernel is given all layers.
+    assert "dynamic_slice" not in program and "gather" not in program
 
 
 def test_auto_is_the_kernel_of_the_devices_and_others_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The TPU's kernel over pages, in JAX's interpreter of kernels, against attention in float64."""
+"""The kernels over pages, in JAX's interpreter of kernels, against attention in float64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.models import Decoder, Execution, LatentAttention, ModelConfig, paged_kernel
-from r1jax.models.paged_attention import groups_if_kernel, paged_attention
+from r1jax.models import (
+    Decoder,
+    Execution,
+    LatentAttention,
+    ModelConfig,
+    paged_kernel,
+    paged_kernel_gpu,
+)
+from r1jax.models.paged_attention import kernel_reads, paged_attention
 from r1jax.models.paged_cache import PageList
 from r1jax.models.paged_kernel import (
     GroupSize,
@@ -27,6 +34,7 @@ from r1jax.models.paged_kernel import (
     paged_softmax,
     vmem_bytes,
 )
+from r1jax.models.paged_kernel_gpu import SlotPages, pages_of_slots, tile
 from r1jax.planner.topologies import tpu_slice
 from r1jax.sharding import Layout, single_device
 
@@ -43,7 +51,7 @@ def page_list(filled: np.ndarray, size: int) -> PageList:
     return PageList(
         jnp.asarray([pages + [0] * rest], jnp.int32),
         jnp.asarray([owners + [SLOTS] * rest], jnp.int32),
-        jnp.asarray(np.concatenate([filled[pages], np.zeros((rest, PAGE), bool)])[None]),
+        jnp.asarray(np.concatenate([filled[pages], np.zeros((rest, filled.shape[1]), bool)])[None]),
         jnp.int32(len(pages)),
     )
 
@@ -78,7 +86,11 @@ def in_float64(
         (4, 2, 1, GroupSize(2, 4 * PAGE)),
         (8, 4, 1, GroupSize(2, 2 * PAGE)),
         (6, 1, 3, GroupSize(1, PAGE)),
-        (40, 1, 1, GroupSize(1, 9 * PAGE)),
+        (20, 1, 1, GroupSize(1, 3 * PAGE)),
+        # Programs of a GPU: more of them than pages; a few; and one for each slot and head.
+        (4, 2, 1, 1000),
+        (6, 1, 3, 2 * SLOTS),
+        (6, 3, 2, 0),
     ],
 )
 def test_slots_attend_to_their_pages_and_their_current_page(
@@ -86,22 +98,24 @@ def test_slots_attend_to_their_pages_and_their_current_page(
     heads: int,
     kv_heads: int,
     tokens: int,
-    size: GroupSize,
+    size: GroupSize | int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = np.random.default_rng(heads + tokens)
     model = decoder(heads, kv_heads)
+    # What a GPU multiplies are powers of two of 16 at least: 48 is 32 and 16.
+    page, width = (PAGE, WIDTH) if isinstance(size, GroupSize) else (32, 48)
 
     def numbers(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
     arrays = 1 if latent else 2
-    pools = [numbers(LAYERS, 1, POOL, kv_heads, PAGE, WIDTH) for _ in range(arrays)]
-    current = [numbers(1, SLOTS, kv_heads, PAGE, WIDTH) for _ in range(arrays)]
-    q = numbers(1, SLOTS, tokens, heads, WIDTH)
-    filled = rng.random((POOL, PAGE)) < 0.7
+    pools = [numbers(LAYERS, 1, POOL, kv_heads, page, width) for _ in range(arrays)]
+    current = [numbers(1, SLOTS, kv_heads, page, width) for _ in range(arrays)]
+    q = numbers(1, SLOTS, tokens, heads, width)
+    filled = rng.random((POOL, page)) < 0.7
     filled[3] = False  # a page may hold nothing, as the first of a slot
-    visible = rng.random((1, SLOTS, tokens, PAGE)) < 0.5
+    visible = rng.random((1, SLOTS, tokens, page)) < 0.5
     visible[..., 0] = True
     reads = page_list(filled, 20)
 
@@ -112,12 +126,17 @@ def test_slots_attend_to_their_pages_and_their_current_page(
 
         return run(q, tuple(map(jnp.asarray, pools)), tuple(current), reads, jnp.asarray(visible))
 
-    groups = group_pages(reads, SLOTS, size)
-    out = attend(groups, pools, jnp.int32(1))
+    for_kernel: PageGroups | SlotPages
+    if isinstance(size, GroupSize):
+        for_kernel = group_pages(reads, SLOTS, size)
+    else:
+        monkeypatch.setattr(paged_kernel_gpu, "_PROGRAMS", size)
+        for_kernel = pages_of_slots(reads, SLOTS)
+    out = attend(for_kernel, pools, jnp.int32(1))
     for slot, table in enumerate(TABLES):
         wanted = in_float64(
             q[0, slot],
-            [pool[1, 0, table].swapaxes(1, 2).reshape(-1, kv_heads, WIDTH) for pool in pools],
+            [pool[1, 0, table].swapaxes(1, 2).reshape(-1, kv_heads, width) for pool in pools],
             [each[0, slot].swapaxes(0, 1) for each in current],
             filled[table].reshape(-1),
             visible[0, slot],
@@ -125,7 +144,7 @@ def test_slots_attend_to_their_pages_and_their_current_page(
         np.testing.assert_allclose(out[0, slot], wanted, atol=2e-6, err_msg=f"slot {slot}")
     # Of layers that are not stacked; and as XLA computes it.
     apart = [pool[1] for pool in pools]
-    np.testing.assert_allclose(attend(groups, apart, None), out, atol=1e-6)
+    np.testing.assert_allclose(attend(for_kernel, apart, None), out, atol=1e-6)
     monkeypatch.setattr("r1jax.models.paged_attention.pages_at_once", lambda *_: 4)
     np.testing.assert_allclose(attend(reads, pools, jnp.int32(1)), out, atol=2e-6)
 
@@ -162,17 +181,40 @@ def test_no_page_is_read_where_none_is_listed() -> None:
     assert not part.total.any() and not part.out.any()
 
 
+def kind_of_reads(model: Decoder, page: int = PAGE, slots: int = SLOTS, tokens: int = 1) -> type:
+    reads = jax.eval_shape(lambda: page_list(np.ones((POOL, page), bool), 20))
+    return type(jax.eval_shape(lambda reads: kernel_reads(reads, slots, tokens, model), reads))
+
+
 def test_the_kernel_is_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = page_list(np.ones((POOL, PAGE), bool), 20)
     model = decoder(4, 2)
-    assert groups_if_kernel(reads, SLOTS, 1, model) is reads
+    assert kind_of_reads(model) is PageList
     monkeypatch.setattr(Layout, "platform", "tpu")
-    assert isinstance(groups_if_kernel(reads, SLOTS, 1, model), PageGroups)
+    assert kind_of_reads(model) is PageGroups
     # The number of slots does not matter; that of a slot's queries does.
-    assert isinstance(groups_if_kernel(reads, 100_000, 1, model), PageGroups)
-    assert groups_if_kernel(reads, SLOTS, 100_000, model) is reads
+    assert kind_of_reads(model, slots=100_000) is PageGroups
+    assert kind_of_reads(model, tokens=100_000) is PageList
     by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
-    assert groups_if_kernel(reads, SLOTS, 1, by_xla) is reads
+    assert kind_of_reads(by_xla) is PageList
+
+
+def test_a_gpu_has_a_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder(4, 2)
+    monkeypatch.setattr(Layout, "platform", "gpu")
+    assert kind_of_reads(model, 16) is SlotPages
+    assert kind_of_reads(model, PAGE) is PageList
+    by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
+    assert kind_of_reads(by_xla, 16) is PageList
+
+
+def test_tiles_are_what_a_multiprocessor_holds() -> None:
+    assert tile(KernelShape(2, 6, (128, 128)), 64) == (16, 64)
+    assert tile(KernelShape(2, 100, (128, 128)), 64) == (128, 64)
+    assert tile(KernelShape(1, 128, (576,)), 64) == (32, 32)
+    assert tile(KernelShape(2, 6, (128, 128), 4), 64) == (16, 32)
+    assert tile(KernelShape(2, 6, (128, 128)), 48) == (16, 16)
+    assert tile(KernelShape(2, 6, (128, 128)), 24) is None
+    assert tile(KernelShape(2, 6, (120, 120)), 64) is None
 
 
 def test_deepseek_v3_is_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +223,7 @@ def test_deepseek_v3_is_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     latent = LatentAttention(None, 512, 128, 64, 128)
     config = ModelConfig("deepseek_v3", 32, 32, 32, 1, 128, 128, 192, latent=latent)
     model = Decoder(config, Execution(attention="splash"), single_device())
-    groups = groups_if_kernel(page_list(np.ones((POOL, PAGE), bool), 20), SLOTS, 1, model)
-    assert isinstance(groups, PageGroups) and groups.heads == 1
+    assert kind_of_reads(model) is PageGroups
 
 
 def test_groups_are_as_large_as_vmem_allows() -> None:
@@ -205,7 +246,7 @@ def test_groups_are_as_large_as_vmem_allows() -> None:
     # A group is a page at least; in float32 it takes twice the memory.
     assert group_size(latents, 3072, "TPU v5") == GroupSize(1, 3072)
     assert group_size(latents, 3072, "TPU v4") is None
-    assert group_size(KernelShape(1, 128, (640,), 4), 64, "TPU v4") == GroupSize(1, 256)
+    assert group_size(KernelShape(1, 128, (640,), 4), 64, "TPU v5") == GroupSize(1, 1024)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
@@ -247,6 +288,7 @@ def test_a_slice_compiles_it_with_the_vmem_that_is_estimated(
     assert paged_kernel.PAGE_KERNEL in program.as_text()
 
 
+@pytest.mark.slow  # compiles for two meshes
 def test_devices_read_the_pages_of_their_slots_for_their_heads() -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parents[1] / "pages_on_a_mesh.py")],
