@@ -131,6 +131,13 @@ def check_copy(words: list[str]) -> None:
     assert (ROOT / words[1]).is_file(), words
 
 
+def check_python(words: list[str]) -> None:
+    """A script of this project, with options that it has."""
+    text = (ROOT / words[1]).read_text()
+    for word in words[2:]:
+        assert not word.startswith("--") or f'"{word}"' in text, words
+
+
 def others(_: list[str]) -> None:
     """Programs that are not ours."""
 
@@ -139,6 +146,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     **dict.fromkeys(("r1jax", ".venv/bin/r1jax"), check_r1jax),
     **dict.fromkeys(("pip", "python3", ".venv/bin/pip"), check_pip),
     "make": check_make,
+    "python": check_python,
     "cp": check_copy,
     **dict.fromkeys(("gcloud", "ssh-keygen", "eval", "ssh-add", "docker", "xprof", "git"), others),
 }
@@ -223,6 +231,8 @@ MADE_BY = {
     "| 671B | slice |": ("configs/PLANS.md",),
     "| | R1-Zero | first RL of R1 |": ("paper",),
     "| published": ("published",),
+    "| lengths | r1jax |": ("benchmarks/beside_peers.py",),
+    "| figure | value |": ("benchmarks/long_tail.py",),
 }
 
 
