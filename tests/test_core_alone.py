@@ -19,7 +19,8 @@ for name in ("pydantic", "transformers", "tokenizers", "jaxtyping", "sympy", "ma
 
 from r1jax.grpo import GRPOBatch, GRPOConfig, group_advantages, init_train_state, make_grpo_step
 from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, init_params, token_log_probs
-from r1jax.objectives import kl, normalisation, policy_loss, preference_loss
+from r1jax.objectives import kl, normalisation, objective, policy_loss, preference_loss
+from r1jax.policy_step import make_policy_step
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.sharding import single_device
 
@@ -44,6 +45,9 @@ step = make_grpo_step(
 )
 state, metrics = jax.jit(step)(init_train_state(params, optimizer), batch)
 assert metrics["optimizer/finite"] == 1 and state.step == 1
+gspo = objective.make_objective(objective.GSPO(importance_cap=None))
+step = make_policy_step(lambda params, batch: batch.inputs[1] * params, optimizer, gspo)
+assert callable(step)
 print("done")
 """
 

@@ -21,7 +21,7 @@ from r1jax.grpo import (
     make_grpo_step,
 )
 from r1jax.objectives.normalisation import token_weights
-from r1jax.objectives.policy_loss import token_terms
+from r1jax.objectives.objective import PolicyTokens, grpo_of_config, token_terms
 
 # Each program runs a few times: spend no time on LLVM's optimisations.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -97,14 +97,15 @@ def test_gradient_matches_finite_differences() -> None:
 
     def loss(flat: np.ndarray) -> float:
         log_probs = table_log_probs({"table": jnp.asarray(flat.reshape(VOCAB, VOCAB))}, batch)
-        terms = token_terms(
+        tokens = PolicyTokens(
             log_probs,
             batch.advantages,
-            config=config,
-            old_log_probs=batch.old_log_probs,
-            reference_log_probs=batch.reference_log_probs,
-            sampler_log_probs=batch.sampler_log_probs,
+            batch.mask,
+            batch.old_log_probs,
+            batch.reference_log_probs,
+            batch.sampler_log_probs,
         )
+        terms = token_terms(grpo_of_config(config), tokens)
         return float(jnp.sum(terms.loss * token_weights(batch.mask, "sequence_mean")))
 
     with jax.enable_x64(True):

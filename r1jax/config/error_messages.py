@@ -75,7 +75,8 @@ def _key_path(data: JsonObject, error: ErrorDetails) -> KeyPath:
     node: Any = data
     location = error["loc"]
     if error["type"].startswith("union_tag"):
-        location = (*location, error["ctx"]["discriminator"].strip("'"))
+        named = error["ctx"]["discriminator"].strip("'")
+        location = (*location, "kind" if named.endswith("()") else named)  # a function's: _kind()
     for index, key in enumerate(location):
         if has(node, key):
             node = node[key]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
@@ -64,7 +64,12 @@ def keys_at(data: JsonObject, path: KeyPath) -> dict[str, FieldInfo]:
         parts = [each for _, stage, each in stage_kinds(data) if stage is value]
     elif len(parts) > 1:  # of different kinds
         kinds: list[Any] = [keys_of(part)["kind"].annotation for part in parts]
-        parts = [part for part, each in zip(parts, kinds, strict=True) if kind in get_args(each)]
+        outside = isinstance(kind, str) and ":" in kind
+        parts = [
+            part
+            for part, each in zip(parts, kinds, strict=True)
+            if kind in get_args(each) or (outside and each is str)
+        ]
         if not parts:
             return {"kind": FieldInfo(annotation=functools.reduce(operator.or_, kinds))}
     return keys_of(parts[0]) if parts else {}
@@ -132,4 +137,13 @@ def keys_of(section: object) -> dict[str, FieldInfo]:
         return {}
     types = get_type_hints(section, include_extras=True)
     fields = dataclasses.fields(section)
-    return {f.name: FieldInfo.from_annotated_attribute(types[f.name], f.default) for f in fields}
+    return {f.name: _field_info(types[f.name], f) for f in fields}
+
+
+def _field_info(annotation: type, field: dataclasses.Field[Any]) -> FieldInfo:
+    default: Any = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = Field(default_factory=field.default_factory)
+    elif default is dataclasses.MISSING:
+        return FieldInfo.from_annotation(annotation)
+    return FieldInfo.from_annotated_attribute(annotation, default)

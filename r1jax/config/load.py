@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from r1jax.config.error_messages import messages, name_of
 from r1jax.config.expected import stage_kinds
@@ -117,7 +117,18 @@ def _fill_in(config: JsonObject) -> list[tuple[KeyPath, str]]:
     if datasets:
         config.setdefault("data", datasets)
     return [
-        ((*path, key), f"{name_of(config, path)}.{key} = {show(section[key])}: {problem}")
+        (
+            (*path, *key.split(".")),
+            f"{name_of(config, path)}.{key} = {_shown(section, key)}: {text}",
+        )
         for path, section, problems in filled
-        for key, problem in problems.items()
+        for key, text in problems.items()
     ]
+
+
+def _shown(section: JsonObject, key: str) -> str:
+    """The value of a dotted key."""
+    value: JsonValue = section
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else None
+    return show(value)

@@ -17,7 +17,13 @@ _TRL = {
     "epsilon_high": "stages.NAME.loss.clip_high",
     "delta": "stages.NAME.loss.dual_clip",
     "scale_rewards": "stages.NAME.loss.advantage_scale",
-    "loss_type": "stages.NAME.loss.normalisation",
+    "loss_type": "stages.NAME.objective.kind, stages.NAME.loss.normalisation",
+    "importance_sampling_level": "stages.NAME.objective.kind, stages.NAME.objective.form",
+    "sapo_temperature_pos": "stages.NAME.objective.temperature_positive",
+    "sapo_temperature_neg": "stages.NAME.objective.temperature_negative",
+    "use_bias_correction_kl": "stages.NAME.objective.kl_weighted",
+    "vllm_importance_sampling_mode": "stages.NAME.objective.importance_level, "
+    "stages.NAME.objective.importance_correction",
     "vllm_importance_sampling_cap": "stages.NAME.loss.importance_cap",
     "max_completion_length": "stages.NAME.max_new_tokens",
     "max_prompt_length": "data.NAME.max_prompt_tokens",
@@ -89,6 +95,14 @@ _VERL = {
     "kl_coef": "stages.NAME.loss.kl_coefficient",
     "use_kl_loss": "stages.NAME.loss.kl_coefficient",
     "loss_agg_mode": "stages.NAME.loss.normalisation",
+    "loss_mode": "stages.NAME.objective.kind",
+    "adv_estimator": "stages.NAME.objective.kind",
+    "tau_pos": "stages.NAME.objective.temperature_positive",
+    "tau_neg": "stages.NAME.objective.temperature_negative",
+    "kl_loss_type": "stages.NAME.objective.kl_estimator",
+    "kl_penalty": "stages.NAME.objective.kl_estimator",
+    "use_kl_in_reward": "stages.NAME.objective.kl_in",
+    "entropy_coeff": "stages.NAME.objective.entropy_coefficient",
     "norm_adv_by_std_in_grpo": "stages.NAME.loss.advantage_scale",
     "filter_groups": "stages.NAME.dynamic_sampling",
     "max_num_gen_batches": "stages.NAME.dynamic_sampling.max_questions",
@@ -120,7 +134,7 @@ _VERL = {
     "ulysses_sequence_parallel_size": "mesh.axes",
     "fsdp_size": "mesh.axes",
     "actor_rollout_ref": "model, mesh and stages",
-    "algorithm": "stages.NAME.loss",
+    "algorithm": "stages.NAME.objective",
     "trainer": "stages",
 }
 
@@ -135,14 +149,12 @@ NO_COUNTERPARTS: Mapping[str, str] = MappingProxyType(
         "updates of one rollout phase",
         "ppo_epochs": "a sample is trained on once; mini_batches_per_rollout makes several updates "
         "of one rollout phase",
-        "importance_sampling_level": "the ratio is that of each token",
         "use_vllm": "the model samples itself, on the same devices",
         "vllm_mode": "the model samples itself, on the same devices",
         "packing": "rows are always packed",
         "assistant_only_loss": "sft trains the assistant's part alone",
         "completion_only_loss": "sft trains the assistant's part alone",
         "resume_from_checkpoint": "the same command goes on from the last checkpoint",
-        "entropy_coeff": "the objective has no entropy term",
         "kv_cache_size": "it follows from max_prompt_tokens and max_new_tokens",
     }
 )

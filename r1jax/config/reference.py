@@ -29,9 +29,9 @@ class Setting:
     """One key of a config.
 
     key: dotted; NAME stands for a name of the config's, N for an index of a list. kinds: of stages
-    or, in `rewrite`, of rewriters that have it; empty for other sections. type: in words. default:
-    as YAML, `required`, or empty for a section, whose keys have theirs. meaning: one or two
-    sentences.
+    or, in `rewrite` and `objective`, of these; empty for other sections. type: in words.
+    default: as YAML, `required`, or empty for a section, whose keys have theirs. meaning: one or
+    two sentences.
     """
 
     key: str
@@ -171,8 +171,9 @@ def _below(
                 settings += _below(inner, f"{key}.{entry}", kinds, None)[1]
         elif keys_of(part):
             is_section = True
-            rewriter = get_args(keys_of(part)["kind"].annotation) if several else ()
-            settings += _keys_below(part, f"{key}.", rewriter or kinds, default)
+            named = get_args(keys_of(part)["kind"].annotation) if several else ()
+            alternative = named or (("package.module:name",) if several else ())
+            settings += _keys_below(part, f"{key}.", alternative or kinds, default)
     return is_section, settings
 
 
@@ -185,10 +186,12 @@ def meaning_of(section: type, name: str, field: FieldInfo) -> str:
         above = keys_of(base).get(name)
         if above is not None and above.description:
             return above.description
-    entries = _docstring_entries(section)
-    if name in entries:
-        return entries[name]
+    for base in section.__mro__:
+        if name in (entries := _docstring_entries(base)):
+            return entries[name]
+    # Of a section what it is; of the kind of one what the section is.
     parts = [part for part in alternatives(field.annotation) if keys_of(part)]
+    parts = [section] if name == "kind" else parts
     return (inspect.getdoc(parts[0]) or "").partition("\n\n")[0].replace("\n", " ") if parts else ""
 
 
@@ -196,7 +199,7 @@ def _docstring_entries(section: type) -> Mapping[str, str]:
     """`name, name: text` of a docstring; the text may go on in lines that are indented."""
     entries: dict[str, str] = {}
     names: list[str] = []
-    for line in (inspect.getdoc(section) or "").splitlines():
+    for line in inspect.cleandoc(section.__doc__ or "").splitlines():
         head, colon, text = line.partition(":")
         if colon and re.fullmatch(r"[a-z_0-9]+(, [a-z_0-9]+)*", head):
             names = head.split(", ")

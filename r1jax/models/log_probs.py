@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from r1jax.models.config import Decoder
@@ -33,7 +34,8 @@ _NO_TOKEN = -1e30  # finite: times a weight of 0 it is 0
 class TokenLogProbs(NamedTuple):
     """Per token, float32; 0 for the first token of a segment and for padding.
 
-    entropy: of the distribution that the token is drawn from; it carries no gradient.
+    entropy: of the distribution that the token is drawn from; of `wanted` tokens it carries its
+        gradient, else none.
     routings: of the routers; empty without experts.
     """
 
@@ -43,7 +45,7 @@ class TokenLogProbs(NamedTuple):
 
 
 class TargetLogProbs(NamedTuple):
-    """Of target tokens, float32; the entropy carries no gradient.
+    """Of target tokens, float32; the entropy of `chunked_log_probs` carries no gradient.
 
     most_likely: the most likely token in place of the target, or None.
     """
@@ -193,7 +195,8 @@ def wanted_log_probs(
     """As `chunked_log_probs` where `wanted`, else 0: a device's wanted tokens come first, and only
     the chunks that hold any are computed, with as many tokens as there are in `chunk` time steps.
 
-    The gradient is that of the log-probs by `hidden` and `matrix`.
+    The gradient is that of log-probs and entropy by `hidden` and `matrix`; where no gradient of the
+    entropy is asked for, it costs nothing.
     """
     compute = partial(_device_wanted_log_probs, chunk=chunk)
     return _over_devices(compute, hidden, matrix, (targets, wanted), temperature, layout)
@@ -342,22 +345,29 @@ def _run_wanted(
 
 
 def _wanted_forward(
-    hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
+    hidden: CustomVJPPrimal, matrix: CustomVJPPrimal, tokens: _WantedTokens, at_once: int
 ) -> tuple[TargetLogProbs, tuple[jax.Array, jax.Array, _WantedTokens]]:
-    return _run_wanted(hidden, matrix, tokens, at_once), (hidden, matrix, tokens)
+    plain = jax.tree.map(lambda leaf: leaf.value, (hidden, matrix, tokens))
+    return _run_wanted(*plain, at_once), plain
 
 
 def _wanted_backward(
     at_once: int, residuals: tuple[jax.Array, jax.Array, _WantedTokens], gradient: TargetLogProbs
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, matrix, tokens = residuals
+    names = ["log_probs", "entropy"]
+    if isinstance(gradient.entropy, SymbolicZero):  # only shown: its gradient is not computed
+        names = ["log_probs"]
+    wanted = {name: _instantiated(getattr(gradient, name)) for name in names}
 
     def add(part: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def values(x: jax.Array, w: jax.Array) -> list[jax.Array]:
+            results = _part_log_probs(x, w, part, tokens, entropy_gradient="entropy" in wanted)
+            return [getattr(results, name) for name in wanted]
+
         d_hidden, d_matrix = totals
-        _, pull_back = jax.vjp(
-            lambda x, w: _part_log_probs(x, w, part, tokens).log_probs, _rows(hidden, part), matrix
-        )
-        d_rows, d_part = pull_back(_rows(gradient.log_probs, part))
+        _, pull_back = jax.vjp(values, _rows(hidden, part), matrix)
+        d_rows, d_part = pull_back([_rows(each, part) for each in wanted.values()])
         d_matrix = d_matrix + d_part.astype(jnp.float32)
         return d_hidden.at[part].set(d_rows, mode="drop"), d_matrix
 
@@ -366,7 +376,13 @@ def _wanted_backward(
     return d_hidden, d_matrix.astype(matrix.dtype), None
 
 
-_run_wanted.defvjp(_wanted_forward, _wanted_backward)
+def _instantiated(gradient: jax.Array | SymbolicZero) -> jax.Array:
+    if isinstance(gradient, SymbolicZero):
+        return jnp.zeros(gradient.shape, gradient.dtype)
+    return gradient
+
+
+_run_wanted.defvjp(_wanted_forward, _wanted_backward, symbolic_zeros=True)
 
 
 def _for_wanted(
@@ -387,7 +403,12 @@ def _for_wanted(
 
 
 def _part_log_probs(
-    hidden: jax.Array, matrix: jax.Array, part: jax.Array, tokens: _WantedTokens
+    hidden: jax.Array,
+    matrix: jax.Array,
+    part: jax.Array,
+    tokens: _WantedTokens,
+    *,
+    entropy_gradient: bool = False,
 ) -> TargetLogProbs:
     """Of wanted tokens [n], by the activations [n, hidden] before them."""
     results = _chunk_log_probs(
@@ -397,6 +418,7 @@ def _part_log_probs(
         tokens.temperature,
         most_likely=False,
         devices=tokens.devices,
+        entropy_gradient=entropy_gradient,
     )
     return jax.tree.map(lambda x: x[0], results)
 
@@ -413,30 +435,41 @@ def _chunk_log_probs(
     temperature: jax.Array,
     most_likely: bool,
     devices: _Devices | None,
+    entropy_gradient: bool = False,
 ) -> TargetLogProbs:
     if devices is None or not devices.time_axes:
         logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-        return _from_logits(logits, targets, most_likely)
+        return _from_logits(logits, targets, most_likely, entropy_gradient)
     # All devices' tokens of the chunk, for this device's part of the vocabulary.
     hidden, targets = (
         jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True) for x in (hidden, targets)
     )
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    return _from_partial_logits(logits, targets, devices, most_likely)
+    return _from_partial_logits(logits, targets, devices, most_likely, entropy_gradient)
 
 
-def _from_logits(logits: jax.Array, targets: jax.Array, most_likely: bool) -> TargetLogProbs:
+def _from_logits(
+    logits: jax.Array, targets: jax.Array, most_likely: bool, entropy_gradient: bool
+) -> TargetLogProbs:
     """Of logits [batch, time, vocab]."""
     total = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    frozen, frozen_total = jax.lax.stop_gradient((logits, total))
+    frozen, frozen_total = _frozen_unless(entropy_gradient, (logits, total))
     mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
     best = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if most_likely else None
     return TargetLogProbs(target - total, frozen_total - mean, best)
 
 
+def _frozen_unless(differentiated: bool, values: Carry) -> Carry:
+    return values if differentiated else jax.lax.stop_gradient(values)
+
+
 def _from_partial_logits(
-    logits: jax.Array, targets: jax.Array, devices: _Devices, most_likely: bool
+    logits: jax.Array,
+    targets: jax.Array,
+    devices: _Devices,
+    most_likely: bool,
+    entropy_gradient: bool,
 ) -> TargetLogProbs:
     """As `_from_logits` of all parts' logits, for this device's tokens.
 
@@ -469,12 +502,12 @@ def _from_partial_logits(
     target = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     target = summed(jnp.where(inside, target, 0))
     total = jnp.log(weight) + peak
-    mean = summed(jnp.sum(jax.lax.stop_gradient(weights) * frozen, axis=-1))
-    mean = mean / jax.lax.stop_gradient(weight)
+    values = _frozen_unless(entropy_gradient, (weights, logits, weight, total))
+    mean = summed(jnp.sum(values[0] * values[1], axis=-1)) / values[2]
     best = None
     if most_likely:
         # The first of the most likely, as argmax has it.
         best = ids[jnp.argmax(frozen, axis=-1)]
         best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, devices.vocab)
         best = local(jax.lax.pmin(best, devices.time_axes))
-    return TargetLogProbs(target - total, jax.lax.stop_gradient(total) - mean, best)
+    return TargetLogProbs(target - total, values[3] - mean, best)

@@ -65,6 +65,8 @@ def token_weights(
         return mask / jnp.maximum(lengths, 1) / count
     if normalisation == "token_mean":
         return mask / jnp.maximum(mask.sum(), 1)
+    if normalisation == "sequence_sum":
+        return mask / count
     if constant_length is None:
         raise ValueError("normalisation 'constant' needs constant_length")
     return mask / (count * constant_length)

@@ -1,8 +1,8 @@
-"""The clipped policy-gradient loss of GRPO, token by token.
+"""Surrogates: of a ratio and an advantage, what is maximised at each token.
 
-`token_terms` is the whole loss; the functions before it are its parts, each usable alone. All
-raise ValueError, as they are traced, for arrays of other shapes: an advantage is one for each row,
-[batch], or one for each token, [batch, time]; everything else is [batch, time].
+Each is usable alone; `r1jax.objectives.objective` puts them together. All raise ValueError, as they
+are traced, for arrays of other shapes: an advantage is one for each row, [batch], or one for each
+token, [batch, time]; everything else is [batch, time].
 """
 
 from __future__ import annotations
@@ -12,33 +12,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.objectives.kl import k3_divergence
-from r1jax.objectives.shapes import PER_TOKEN, check_advantages, check_alike, check_log_probs
-from r1jax.settings.objective import GRPOConfig
+from r1jax.objectives.sequences import sequence_mean
+from r1jax.objectives.shapes import PER_TOKEN, check_alike, per_token
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
+
+    from r1jax.objectives.sequences import Mask, SegmentIds
 
     Tokens = Float[Array, "batch time"]
     Advantages = Float[Array, " batch"] | Float[Array, "batch time"]
 
 
 class Surrogate(NamedTuple):
-    """objective: what is maximised. clipped: where its gradient is 0."""
+    """objective: what is maximised. clipped: where a bound on the ratio is in force; the gradient
+    is 0 there, but for CISPO, whose bound is on a weight."""
 
     objective: Tokens
     clipped: Bool[Array, "batch time"]
-
-
-def probability_ratio(log_probs: Tokens, old_log_probs: Tokens | None = None) -> Tokens:
-    """r = pi / pi_old, of the policy that is trained and the one that sampled (PPO, arXiv
-    1707.06347, section 3).
-
-    None: they are the same. Then r is 1, and its gradient is the one of log pi.
-    """
-    check_log_probs({"log_probs": log_probs, "old_log_probs": old_log_probs})
-    old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
-    return jnp.exp(log_probs - old)
 
 
 def clipped_surrogate(
@@ -46,9 +37,10 @@ def clipped_surrogate(
 ) -> Surrogate:
     """min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347, equation 7).
 
-    Two bounds as in DAPO (arXiv 2503.14476, equation 10).
+    Two bounds as in DAPO (arXiv 2503.14476, equation 10). With the ratio of a sequence it is GSPO's
+    (arXiv 2507.18071, equation 5).
     """
-    advantages = _per_token(advantages, ratio)
+    advantages = per_token(advantages, "ratio", ratio)
     clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     objective = jnp.minimum(ratio * advantages, clipped_ratio * advantages)
     return Surrogate(objective, ratio * advantages > clipped_ratio * advantages)
@@ -61,105 +53,85 @@ def dual_clip(surrogate: Surrogate, advantages: Advantages, factor: float) -> Su
     Args:
       factor: above 1.
     """
-    advantages = _per_token(advantages, surrogate.objective)
+    advantages = per_token(advantages, "ratio", surrogate.objective)
     floor = factor * advantages
     below = (advantages < 0) & (surrogate.objective < floor)
     return Surrogate(jnp.where(below, floor, surrogate.objective), surrogate.clipped | below)
 
 
-def importance_weight(old_log_probs: Tokens, sampler_log_probs: Tokens, cap: float) -> Tokens:
-    """min(pi_old / pi_sampler, cap), without gradient.
-
-    Truncated importance sampling (IMPALA, arXiv 1802.01561, section 4.1), here for the gap between
-    the trainer's log-probs and those of the distribution that was sampled from.
-    """
-    check_log_probs({"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs})
-    weight = jnp.minimum(jnp.exp(old_log_probs - sampler_log_probs), cap)
-    return jax.lax.stop_gradient(weight)
+def reinforce_surrogate(ratio: Tokens, log_probs: Tokens, advantages: Advantages) -> Surrogate:
+    """sg[r] A log pi: REINFORCE, whose r is 1 on policy (RLOO, arXiv 2402.14740, section 3.2); off
+    policy each token is weighted by its ratio, without bound."""
+    check_alike(PER_TOKEN, {"ratio": ratio, "log_probs": log_probs})
+    advantages = per_token(advantages, "ratio", ratio)
+    objective = jax.lax.stop_gradient(ratio) * advantages * log_probs
+    return Surrogate(objective, jnp.zeros(ratio.shape, bool))
 
 
-def masked_importance_weight(
-    old_log_probs: Tokens, sampler_log_probs: Tokens, *, floor: float, cap: float
-) -> Tokens:
-    """pi_old / pi_sampler where that is in [floor, cap], else 0; without gradient.
-
-    A token whose two log-probs are too far apart teaches nothing (IcePop, in Ring-1T, arXiv
-    2510.18855), where `importance_weight` still counts it by the cap.
-    """
-    check_log_probs({"old_log_probs": old_log_probs, "sampler_log_probs": sampler_log_probs})
-    weight = jnp.exp(old_log_probs - sampler_log_probs)
-    inside = (weight >= floor) & (weight <= cap)
-    return jax.lax.stop_gradient(jnp.where(inside, weight, 0.0))
-
-
-class TokenTerms(NamedTuple):
-    """Of each token; `loss` is what is differentiated, the rest is shown."""
-
-    loss: Tokens
-    ratio: Tokens
-    clipped: Tokens
-    kl: Tokens
-
-
-def token_terms(
+def cispo_surrogate(
+    ratio: Tokens,
     log_probs: Tokens,
     advantages: Advantages,
     *,
-    config: GRPOConfig,
-    old_log_probs: Tokens | None = None,
-    reference_log_probs: Tokens | None = None,
-    sampler_log_probs: Tokens | None = None,
-) -> TokenTerms:
-    """-w min(r A, clip(r, 1 - low, 1 + high) A) + beta k3 (R1 paper, arXiv 2501.12948, equation 1).
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
+    """sg[clip(r, 1 - low, 1 + high)] A log pi: the weight is bounded, and no token loses its
+    gradient (CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5).
 
     Args:
-      log_probs: of the policy that is trained.
-      old_log_probs: of the policy that sampled, as the trainer computes them. None: the batch is
-        on policy.
-      reference_log_probs: needed when config.kl_coefficient is not 0.
-      sampler_log_probs: of the distribution that was really sampled from, for the weight w; used
-        when config.importance_cap is set.
+      clip_low: 1 and above is no lower bound, as published.
     """
-    check_log_probs(
-        {
-            "log_probs": log_probs,
-            "old_log_probs": old_log_probs,
-            "reference_log_probs": reference_log_probs,
-            "sampler_log_probs": sampler_log_probs,
-        }
-    )
-    check_advantages(advantages, "log_probs", log_probs)
-    ratio = probability_ratio(log_probs, old_log_probs)
-    surrogate = clipped_surrogate(
-        ratio, advantages, clip_low=config.clip_low, clip_high=config.clip_high
-    )
-    if config.dual_clip is not None:
-        surrogate = dual_clip(surrogate, advantages, config.dual_clip)
-    objective = surrogate.objective
-    if config.importance_cap is not None and sampler_log_probs is not None:
-        old = jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs
-        cap = config.importance_cap
-        if config.importance_correction == "masked":
-            weight = masked_importance_weight(
-                old, sampler_log_probs, floor=config.importance_floor, cap=cap
-            )
-        else:
-            weight = importance_weight(old, sampler_log_probs, cap)
-        objective = objective * weight
-    loss, kl = -objective, jnp.zeros_like(objective)
-    if config.kl_coefficient:
-        if reference_log_probs is None:
-            raise ValueError(
-                f"kl_coefficient = {config.kl_coefficient} needs reference_log_probs; "
-                "pass them or set kl_coefficient to 0"
-            )
-        kl = k3_divergence(log_probs, reference_log_probs)
-        loss = loss + config.kl_coefficient * kl
-    return TokenTerms(loss, ratio, surrogate.clipped.astype(jnp.float32), kl)
+    check_alike(PER_TOKEN, {"ratio": ratio, "log_probs": log_probs})
+    weight = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    clipped = weight != ratio
+    return reinforce_surrogate(weight, log_probs, advantages)._replace(clipped=clipped)
 
 
-def _per_token(advantages: Advantages, ratio: Tokens) -> Tokens:
-    """Advantages that broadcast over the tokens of their rows and nothing else."""
-    check_alike(PER_TOKEN, {"ratio": ratio})
-    check_advantages(advantages, "ratio", ratio)
-    return advantages[:, None] if jnp.ndim(advantages) == 1 else advantages
+def sapo_surrogate(
+    ratio: Tokens,
+    advantages: Advantages,
+    *,
+    temperature_positive: float,
+    temperature_negative: float,
+) -> Surrogate:
+    """4 / tau sigmoid(tau (r - 1)) A, with one tau where A > 0 and one elsewhere (SAPO, arXiv
+    2511.20347, equations 5 and 6).
+
+    Nothing is clipped: the gradient is 4 p (1 - p) r A grad log pi, with p the sigmoid, which fades
+    away from r = 1, the faster, the higher tau.
+    """
+    advantages = per_token(advantages, "ratio", ratio)
+    tau = jnp.where(advantages > 0, temperature_positive, temperature_negative)
+    objective = 4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantages
+    return Surrogate(objective, jnp.zeros(ratio.shape, bool))
+
+
+def geometric_mean_surrogate(
+    log_ratio: Tokens,
+    advantages: Advantages,
+    mask: Mask,
+    segment_ids: SegmentIds | None = None,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
+    """A (prod_t rho_t)^(1 / |o|), where rho is r, bounded in [e^-low, e^high] on the side to which
+    A pushes it: the geometric mean over a sequence, at each of its tokens (GMPO, arXiv 2507.20673,
+    equation 4).
+
+    It is computed from logs. With the normalisation `sequence_mean` each sequence counts once.
+
+    Args:
+      log_ratio: log(pi / pi_old) of each token. advantages: of a sequence; their mean, if they
+        differ between its tokens.
+      mask, segment_ids: as of `sequence_sum`.
+      clip_low, clip_high: of log r.
+    """
+    advantages = per_token(advantages, "log_ratio", log_ratio)
+    advantages = jnp.broadcast_to(advantages, log_ratio.shape)
+    side = jnp.sign(advantages)
+    bounded = side * jnp.minimum(side * log_ratio, side * jnp.clip(log_ratio, -clip_low, clip_high))
+    clipped = bounded != side * side * log_ratio
+    mean = sequence_mean(advantages, mask, segment_ids)
+    return Surrogate(mean * jnp.exp(sequence_mean(bounded, mask, segment_ids)), clipped)

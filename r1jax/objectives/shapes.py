@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
+    from jaxtyping import Array, Float
 
 PER_ROW, PER_TOKEN = ("batch",), ("batch", "time")
 
@@ -65,6 +66,18 @@ def check_advantages(advantages: ArrayLike, name: str, tokens: ArrayLike) -> Non
             f"{expected} for packed rows, as {name} has shape {expected}"
             + (": drop its last axis, [:, 0]" if column else "")
         )
+
+
+def per_token(
+    advantages: Float[Array, " batch"] | Float[Array, "batch time"], name: str, tokens: ArrayLike
+) -> Float[Array, "batch time_or_1"]:
+    """Advantages that broadcast over the tokens of their rows and nothing else.
+
+    Raises ValueError unless they are [batch] or [batch, time], as `tokens`, of this name, has them.
+    """
+    check_alike(PER_TOKEN, {name: tokens})
+    check_advantages(advantages, name, tokens)
+    return advantages[:, None] if jnp.ndim(advantages) == 1 else advantages
 
 
 def check_log_probs(arrays: Mapping[str, ArrayLike | None]) -> None:

@@ -367,7 +367,7 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
 HINTS = {
     "weights": "a larger fsdp or tensor axis, model.param_dtype: bfloat16",
     "optimizer": "a larger fsdp axis, optimizer.moment_dtype: bfloat16",
-    "reference": "loss.kl_coefficient: 0 (then no reference policy is kept)",
+    "reference": "kl_coefficient: 0 of loss or objective (then no reference policy is kept)",
     "activations": "a sequence or tensor axis, model.remat: full, a smaller model.log_prob_chunk",
     "cache": "a tensor axis while sampling (mesh.rollout), which splits kv_heads",
     "batch": "a smaller mini_batches_per_rollout",

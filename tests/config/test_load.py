@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -26,7 +28,7 @@ from r1jax.settings.kinds import KINDS as KINDS_OF_STAGES
 from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection
 from r1jax.settings.model import ModelSection
-from r1jax.settings.objective import GRPOConfig
+from r1jax.settings.objective import GRPOConfig, ObjectiveSettings
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.stages.evaluate.settings import EvaluateStage
@@ -553,6 +555,9 @@ def test_every_hint_names_settings_that_there_are() -> None:
         "rewards.NAME": set(RewardSection.model_fields),
         "stages.NAME": {key for kind in KINDS_OF_STAGES for key in load_kind(kind).model_fields},
         "stages.NAME.loss": set(GRPOConfig.__dataclass_fields__),
+        "stages.NAME.objective": {
+            field.name for kind in get_args(ObjectiveSettings) for field in dataclasses.fields(kind)
+        },
         "stages.NAME.optimizer": set(OptimizerSection.model_fields),
         "stages.NAME.dynamic_sampling": set(DynamicSampling.model_fields),
     }

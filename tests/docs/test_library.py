@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_pieces() -> None:
-    assert len(PIECES) == 7
+    assert len(PIECES) == 8
 
 
 @pytest.mark.parametrize("title", PIECES)

@@ -82,7 +82,7 @@ def test_defaults_are_those_of_a_config() -> None:
         ("stages.rl.loss.clip_low", "stages.NAME.loss.clip_low"),
         ("stages.NAME.loss.clip_low", "stages.NAME.loss.clip_low"),
         ("loss.clip_low", "stages.NAME.loss.clip_low"),
-        ("clip_low=0.1", "stages.NAME.loss.clip_low"),
+        ("importance_level=token", "stages.NAME.objective.importance_level"),
         ("data.questions.fields", "data.NAME.fields"),
         ("num_generations", "stages.NAME.outputs_per_question"),
         ("ppo_mini_batch_size", "stages.NAME.questions_per_step"),

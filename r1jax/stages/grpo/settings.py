@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from r1jax.settings.objective import GRPOConfig
+from r1jax.files import JsonObject
+from r1jax.settings.names import nearest
+from r1jax.settings.objective import (
+    CISPO,
+    DAPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    PPO,
+    RLOO,
+    SAPO,
+    DrGRPO,
+    GRPOConfig,
+    ObjectiveSettings,
+    OutsideObjective,
+    ReinforcePlusPlus,
+)
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_changes
 from r1jax.settings.sampling import EvaluationSampling, PlannedLengths, SamplingSection
 from r1jax.settings.section import Section
@@ -19,6 +37,52 @@ from r1jax.settings.stage import (
     TrainStage,
     check_multiple,
 )
+
+
+def _not_carried(
+    key: str, value: object, objective: Mapping[str, object], known: Sequence[str]
+) -> str:
+    """Why a key of `loss` cannot be one of the objective's; empty: it can."""
+    if not known:
+        return "one of yours has its settings in objective.options; leave it out"
+    if key not in known:
+        return (
+            f"kind {objective.get('kind')} has no such setting; leave it out ({nearest(key, known)}"
+            f"it has {', '.join(known)})"
+        )
+    if key in objective and objective[key] != value:
+        return f"objective.{key} = {objective[key]} says another value; leave one of them out"
+    return ""
+
+
+_OBJECTIVES: dict[str, type] = {
+    each.kind: each
+    for each in (GRPO, DrGRPO, DAPO, GSPO, CISPO, SAPO, GMPO, RLOO, ReinforcePlusPlus, PPO)
+}
+
+
+def _kind(objective: object) -> str | None:
+    """The tag of an objective: its kind; `outside` for one of the user's."""
+    kind = (
+        objective.get("kind") if isinstance(objective, dict) else getattr(objective, "kind", None)
+    )
+    return "outside" if isinstance(kind, str) and ":" in kind else kind
+
+
+_Objective = Annotated[
+    Annotated[GRPO, Tag("grpo")]
+    | Annotated[DrGRPO, Tag("dr_grpo")]
+    | Annotated[DAPO, Tag("dapo")]
+    | Annotated[GSPO, Tag("gspo")]
+    | Annotated[CISPO, Tag("cispo")]
+    | Annotated[SAPO, Tag("sapo")]
+    | Annotated[GMPO, Tag("gmpo")]
+    | Annotated[RLOO, Tag("rloo")]
+    | Annotated[ReinforcePlusPlus, Tag("reinforce_plus_plus")]
+    | Annotated[PPO, Tag("ppo")]
+    | Annotated[OutsideObjective, Tag("outside")],
+    Discriminator(_kind),
+]
 
 
 class DynamicSampling(Section):
@@ -117,7 +181,17 @@ class GRPOStage(TrainStage):
     )
     sampling: SamplingSection = SamplingSection()
     lengths: PlannedLengths = None
-    loss: GRPOConfig = GRPOConfig()
+    objective: _Objective | None = Field(
+        None,
+        description="What is optimised: a kind with its settings, those of its paper where none is "
+        "given; or package.module:name, an Objective or a function that returns one. Default: kind "
+        "grpo with the settings of loss.",
+    )
+    loss: GRPOConfig | None = Field(
+        GRPOConfig(),
+        description="Settings of kind grpo. With an objective, its kind takes the keys that it "
+        "knows.",
+    )
     balance: BalanceSection = BalanceSection()
     replay_experts: bool = Field(
         False,
@@ -154,6 +228,36 @@ class GRPOStage(TrainStage):
     held_out_samples: int = Field(16, ge=1, description="Samples of each held-out problem.")
     held_out_sampling: EvaluationSampling = EvaluationSampling()
 
+    @classmethod
+    def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
+        """Make settings of `loss` those of the objective, if one is given; `loss` is then null."""
+        objective, loss = stage.get("objective"), stage.get("loss")
+        if not isinstance(objective, dict) or not isinstance(loss, dict | None):
+            return {}
+        settings = _OBJECTIVES.get(_kind(objective) or "")
+        if settings is None and _kind(objective) != "outside":  # refused where it is validated
+            return {}
+        known = [] if settings is None else [each.name for each in fields(settings)]
+        problems = {}
+        for key, value in (loss or {}).items():
+            if problem := _not_carried(key, value, objective, known):
+                problems[f"loss.{key}"] = problem
+            else:
+                objective.setdefault(key, value)
+        if not problems:
+            stage["loss"] = None
+        return problems
+
+    @field_validator("objective")
+    @classmethod
+    def _has_a_critic(cls, objective: object) -> object:
+        if isinstance(objective, PPO):
+            raise ValueError(
+                "kind ppo needs a critic, whose values are its advantages, and a stage has none "
+                "yet; choose a kind that compares samples, such as grpo or rloo"
+            )
+        return objective
+
     @model_validator(mode="after")
     def _divisible(self) -> GRPOStage:
         per_rollout, mini_batches = "mini_batches_per_rollout", self.mini_batches_per_rollout
@@ -175,11 +279,13 @@ class GRPOStage(TrainStage):
             )
         if self.dynamic_sampling is not None:
             self._check_dynamic_sampling(self.dynamic_sampling)
-        if self.importance_needed and self.loss.importance_cap is None:
+        settings = self.objective or self.loss
+        if self.importance_needed and getattr(settings, "importance_cap", 1.0) is None:
+            section = "objective" if self.objective else "loss"
             raise ValueError(
-                f"{self.importance_needed} with loss.importance_cap = null: nothing would correct "
-                "for the weights that sampled, which are older than those that are trained; set a "
-                f"cap, or leave out {self.importance_needed.partition(' ')[0]}"
+                f"{self.importance_needed} with {section}.importance_cap = null: nothing would "
+                "correct for the weights that sampled, which are older than the trained ones; "
+                f"set a cap, or leave out {self.importance_needed.partition(' ')[0]}"
             )
         if self.tokens_per_phase is not None:
             self._check_tokens_per_phase(self.tokens_per_phase)
@@ -226,6 +332,17 @@ class GRPOStage(TrainStage):
                 f"tokens_per_phase = {tokens} with sampling.speculative = true: samples that go on "
                 "are decoded in slots, and drafts are not; set one only"
             )
+
+    @property
+    def objective_settings(self) -> ObjectiveSettings | OutsideObjective:
+        """Those of the objective in force; a constant length that is not given is the longest
+        completion's."""
+        settings = self.objective or GRPO(**asdict(self.loss or GRPOConfig()))
+        if isinstance(settings, OutsideObjective) or settings.normalisation != "constant":
+            return settings
+        return replace(
+            settings, constant_length=settings.constant_length or self.longest_completion
+        )
 
     @property
     def importance_needed(self) -> str:

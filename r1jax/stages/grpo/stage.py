@@ -14,10 +14,11 @@ import numpy as np
 import optax
 
 from r1jax.files import JsonObject
-from r1jax.grpo import GRPOBatch, PolicyOutputs, group_advantages, make_grpo_step
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
+from r1jax.objectives.objective import Objective
+from r1jax.policy_step import GRPOBatch, PolicyOutputs, batch_advantages, make_policy_step
 from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, Program, SlotRollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
@@ -52,6 +53,7 @@ from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
 from r1jax.sharding import batch_slices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
+from r1jax.stages.grpo.objective import stage_objective
 from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics, prompts_at_once
 from r1jax.stages.grpo.questions import Questions
 from r1jax.stages.grpo.rows import (
@@ -78,16 +80,20 @@ if TYPE_CHECKING:
 
 
 def check(stage: GRPOStage, run: ResolvedRun) -> None:
-    """Settings about experts fit the model; every prompt has a reward."""
+    """Settings about experts fit the model; there is an objective; every prompt has a reward."""
     model = run.models.of(stage.name).decoder.config
     check_experts(stage.name, stage.balance, model, replay_experts=stage.replay_experts)
+    with run.config.blaming("stages", stage.name):
+        stage_objective(stage)
     check_example_domains(stage, run)
 
 
 def run(stage: GRPOStage, run: StageRun) -> None:
-    """Train with GRPO, resuming where a former process stopped."""
+    """Train with the stage's objective, resuming where a former process stopped."""
     model, sampler = run.models.of(stage.name).decoder, run.models.sampler_of(stage.name)
     rollout_layout, seed = sampler.decoder.layout, run.config.seed
+    objective = stage_objective(stage)
+    assert objective.advantages is not None
     share = process_batch_slice(rollout_layout)
     questions = Questions(stage, run, sampler.tokenizer, rollout_layout)
     reward_sections = run.config.rewards_of(stage)
@@ -100,6 +106,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
         make_update(stage, model, optimizer, all_steps.micro_batches),
     )
+    token_advantages = jax.jit(partial(batch_advantages, objective))
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
     held_out = HeldOutEvaluation(
@@ -113,13 +120,17 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             update,
             questions,
             steps=stage.steps,
-            with_reference=stage.loss.kl_coefficient > 0,
+            with_reference=objective.penalty is not None,
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
         loop.clock.lap("setup")
         for report in questions.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
+
+        def reference_log_probs(batch: GRPOBatch) -> jax.Array:
+            return log_probs_of(loop.reference, _without_experts(log_prob_rows(batch)))
+
         reflections = compile_patterns(run.config.reflections)
         phases = PhaseSampler(stage, seed, sampler, questions, scorer, loop, reflections)
         unscored = None
@@ -146,11 +157,11 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             unscored = _unscored_phases(phase.facts, unscored, stage, reward_sections)
             facts = phase_metrics(phase, stage)
 
-            # 3. Advantages within each prompt's group.
+            # 3. Advantages, of most objectives within each prompt's group.
             rewards = np.full((stage.questions_per_phase // share.count, group), np.nan, np.float32)
             for row, each in zip(rewards, groups, strict=False):
                 row[:] = each.rewards
-            advantages = group_advantages(jnp.asarray(rewards), scale=stage.loss.advantage_scale)
+            advantages = objective.advantages(jnp.asarray(rewards))
             to_train = training_samples(stage, groups, np.asarray(advantages.values))
             mini_batches = [to_train]
             if updates > 1:
@@ -172,23 +183,30 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 experts=experts,
             )
             batches = [loop.to_devices(batch, rollout_layout) for batch in packed.batches]
+            if "segment_ids" in objective.needs:
+                batches = [replace(b, segment_ids=b.inputs["segment_ids"]) for b in batches]
 
             # 4. Old log-probs: of the weights that sampled, from which the updates move away.
-            if updates > 1:  # else they are the policy's, which the update computes anyway
+            if _with_old_log_probs(stage, objective):
                 batches = [
                     replace(
                         each, old_log_probs=log_probs_of(loop.state.params, log_prob_rows(each))
                     )
                     for each in batches
                 ]
+            if objective.changes_token_advantages:
+                if loop.reference is not None:
+                    batches = [
+                        replace(b, reference_log_probs=reference_log_probs(b)) for b in batches
+                    ]
+                batches = token_advantages(batches)
             if stage.replay_experts and samples_due:
                 gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
             for rows in batches:
                 # 5. Log-probs of the reference policy.
-                if loop.reference is not None:
-                    inputs = _without_experts(log_prob_rows(rows))
-                    rows = replace(rows, reference_log_probs=log_probs_of(loop.reference, inputs))
+                if loop.reference is not None and rows.reference_log_probs is None:
+                    rows = replace(rows, reference_log_probs=reference_log_probs(rows))
 
                 # 6. Update, and log.
                 metrics = loop.update(rows)
@@ -228,6 +246,11 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         weights = rollout_weights(loop.state.params)
         held_out.evaluate_if_due(loop, scorer, phases.snapshot(), weights)
         loop.finish()
+
+
+def _with_old_log_probs(stage: GRPOStage, objective: Objective) -> bool:
+    """Whether they are computed before the update, which else computes them anyway."""
+    return stage.mini_batches_per_rollout > 1 or "old_log_probs" in objective.needs
 
 
 def _unscored_phases(
@@ -272,7 +295,10 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     model, sampler = planning.decoder_of(stage.name), planning.sampler_of(stage.name)
     prompt, new = longest_prompt(stage, planning.config), stage.longest_completion
     phase, group = stage.mini_batches_per_rollout, stage.outputs_per_question
-    with_reference = stage.loss.kl_coefficient > 0
+    with planning.config.blaming("stages", stage.name):
+        objective = stage_objective(stage)
+    with_reference = objective.penalty is not None
+    with_old_log_probs = _with_old_log_probs(stage, objective)
     rows = stage.questions_per_step * group
     weights = abstract_weights(model)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
@@ -313,7 +339,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         partial(log_probs.lower, weights, log_prob_rows(batch)),
         {"weights": weights, "batch": batch.inputs},
         {**resident, "batch": [replace(batch, inputs=None), *waiting]},
-        calls=with_reference + (phase > 1),
+        calls=with_reference + with_old_log_probs,
         useful_flops=forward,
         scopes=scopes,
     )
@@ -394,6 +420,7 @@ def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
     shape = packed.all_rows, packed.time
     inputs = token_arrays(model, *shape)
     check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
+    objective = stage_objective(stage)
     if stage.replay_experts:
         inputs["experts"] = expert_choices(model, shape)
     per_token = batch_array(model, shape, jnp.float32)
@@ -402,13 +429,14 @@ def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
         "inputs": inputs,
         "mask": per_token,
         "advantages": per_token,
-        "old_log_probs": per_token if stage.mini_batches_per_rollout > 1 else None,
-        "reference_log_probs": per_token if stage.loss.kl_coefficient > 0 else None,
+        "old_log_probs": per_token if _with_old_log_probs(stage, objective) else None,
+        "reference_log_probs": None if objective.penalty is None else per_token,
         "sampler_log_probs": per_token,
         "lengths": per_token,
         "sequences": scalar,
         "samples": scalar,
         "used_micro_batches": scalar,
+        "segment_ids": inputs["segment_ids"] if "segment_ids" in objective.needs else None,
     }
     return GRPOBatch(**arrays)
 
@@ -460,7 +488,7 @@ def make_log_probs(
 def make_update(
     stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation, micro_batches: int
 ) -> TrainStep[GRPOBatch]:
-    """One GRPO update of the stage's policy.
+    """One update of the stage's policy with its objective.
 
     Args:
       micro_batches: that the rows are split into, as of `PackedShape`.
@@ -483,10 +511,10 @@ def make_update(
         penalty = balance * imbalance_of(tokens.routings) if balance else None
         return PolicyOutputs(tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings))
 
-    return make_grpo_step(
+    return make_policy_step(
         log_prob_fn,
         optimizer,
-        stage.loss,
+        stage_objective(stage),
         micro_batches=micro_batches,
         after_update=make_after_update(stage.balance, model.config),
     )
