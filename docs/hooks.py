@@ -101,11 +101,14 @@ def settings_page() -> str:
         also = " (and models.NAME)" if name == "model" else ""
         lines += [f"## {name}{also}", "", *_settings_table(list(members))]
     stages = [each for each in settings if each.key.startswith("stages.")]
-    shared = [each for each in stages if len(each.kinds) > 1]
+    objectives = [each for each in stages if ".objective." in each.key]
+    shared = [each for each in stages if len(each.kinds) > 1 and each not in objectives]
     lines += ["## Stages: keys of several kinds", "", *_settings_table(shared, with_kinds=True)]
     for kind in KINDS:
-        alone = [each for each in stages if each.kinds == (kind,)]
+        alone = [e for e in stages if e.kinds == (kind,) and e not in objectives]
         lines += [f"## Stages: {kind}", "", *_settings_table(alone)]
+    lines += ["## Stages: objective of a grpo stage", ""]
+    lines += _settings_table(objectives, with_kinds=True)
     rewriters = [e for e in stages if ".rewrite." in e.key and len(e.kinds) == 1]
     lines += ["## Stages: rewrite of a rejection_sampling stage", ""]
     lines += _settings_table(rewriters, with_kinds=True)
