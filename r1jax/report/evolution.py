@@ -42,7 +42,9 @@ def evolutions(run: Run) -> list[Evolution]:
             if not classes or gain is None:
                 continue
             labels = [("pass@1", "before"), ("pass@1", "after"), ("tokens", "before")]
-            labels += [("tokens", "after"), ("reflections", "before"), ("reflections", "after")]
+            labels += [("tokens", "after")]
+            if patterns:  # of a run of an older version nothing is known
+                labels += [("reflections", "before"), ("reflections", "after")]
             rows = [
                 (
                     Heading(each.label, plural(each.problems, "problem")),
@@ -50,7 +52,7 @@ def evolutions(run: Run) -> list[Evolution]:
                         *(_figure(value, percent=True) for value in each.right),
                         *(_figure(value) for value in each.length),
                         *(_figure(value, digits=2) for value in each.reflections),
-                    ],
+                    ][: len(labels)],
                 )
                 for each in classes
             ]
