@@ -33,7 +33,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ from r1jax.processes import any_process, wait_for_all
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
+
+OptionalArrays: TypeAlias = "Mapping[str, Callable[[], PyTree[jax.ShapeDtypeStruct]]]"
+"""Entries of a checkpoint that not every one has; called where it does."""
 
 _ARRAYS = "arrays"
 _METADATA = "metadata"
@@ -138,11 +142,16 @@ class Checkpoints:
         self,
         abstract: PyTree[jax.ShapeDtypeStruct],
         report: Callable[[str], None] = warnings.warn,
+        optional: OptionalArrays = MappingProxyType({}),
     ) -> tuple[int, PyTree[Array], JsonObject] | None:
         """Reads the newest intact checkpoint onto the devices of the shardings in `abstract`.
 
         The devices may differ from those that saved. Returns (step, arrays, metadata), or None when
         there is none. Damaged ones that are newer are set aside, with a line to `report`.
+
+        Args:
+          optional: further entries of the mapping `abstract`, of which those are read that the
+            checkpoint has.
 
         Raises:
           MisfitError: leaves are missing, unexpected, of another shape or dtype, or without a
@@ -152,7 +161,8 @@ class Checkpoints:
         problems: dict[int, ValueError] = {}
         for step in reversed(self.steps()):
             try:
-                arrays, metadata = _restore(self.directory / str(step), abstract)
+                path = self.directory / str(step)
+                arrays, metadata = _restore(path, abstract, optional=optional)
             except (MisfitError, DamagedError) as error:
                 problems[step] = error
                 continue
@@ -219,7 +229,11 @@ def restore_part(
 
 
 def _restore(
-    path: Path, abstract: PyTree[jax.ShapeDtypeStruct], *, part: bool = False
+    path: Path,
+    abstract: PyTree[jax.ShapeDtypeStruct],
+    *,
+    part: bool = False,
+    optional: OptionalArrays = MappingProxyType({}),
 ) -> tuple[PyTree[Array], JsonObject]:
     """The arrays and the metadata of one checkpoint; all processes find it damaged, or none."""
     problem = misfit = ""
@@ -227,7 +241,11 @@ def _restore(
     try:
         metadata, sums = _read_json(path, _METADATA), _read_json(path, _CHECKSUMS)
         with _quiet():
-            misfit = _misfit(path, abstract, part=part)
+            saved = _saved_arrays(path)
+            tops = {name.partition("/")[0] for name in saved}
+            if present := {name: of() for name, of in optional.items() if name in tops}:
+                abstract = {**abstract, **present}
+            misfit = _misfit(path, saved, abstract, part=part)
             if not misfit:
                 arrays = _read_arrays(_path(path / _ARRAYS), abstract, part=part)
     except (MemoryError, jax.errors.JaxRuntimeError):
@@ -264,12 +282,15 @@ def _read_json(path: Path, item: str) -> JsonObject:
     return value
 
 
-def _misfit(path: Path, abstract: PyTree, *, part: bool) -> str:
-    """Names, shapes and dtypes that differ: Orbax itself would cast a dtype silently."""
+def _saved_arrays(path: Path) -> dict[str, Any]:
+    """Name -> what has the shape and dtype of a saved array."""
     tree = ocp.StandardCheckpointHandler().metadata(_path(path / _ARRAYS))
-    saved = _named_leaves(tree.tree)
     # None and empty containers are stored as entries without a shape.
-    saved = {name: leaf for name, leaf in saved.items() if hasattr(leaf, "shape")}
+    return {name: leaf for name, leaf in _named_leaves(tree.tree).items() if hasattr(leaf, "shape")}
+
+
+def _misfit(path: Path, saved: Mapping[str, Any], abstract: PyTree, *, part: bool) -> str:
+    """Names, shapes and dtypes that differ: Orbax itself would cast a dtype silently."""
     wanted = _named_leaves(abstract)
     problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
     if not part:

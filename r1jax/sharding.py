@@ -190,6 +190,10 @@ def _same(tree: Tree) -> Tree:
     return tree
 
 
+def same_devices(one: Layout, other: Layout) -> bool:
+    return set(one.mesh.devices.flat) == set(other.mesh.devices.flat)
+
+
 def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]:
     """Indices of the batch's equal parts that a process's devices (default: this one's) hold."""
     process = jax.process_index() if process is None else process
@@ -213,10 +217,43 @@ def to_process_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
+def split_devices(
+    devices: Sequence[jax.Device], sampling: int
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Two groups of devices: those that train, and `sampling` ones that sample.
+
+    Each process has as many of a group, its last devices sample. Both are in the processes' order.
+
+    Raises:
+      ValueError: the processes cannot have equally many, or a group would be empty.
+    """
+    processes = sorted({device.process_index for device in devices})
+    each, rest = divmod(sampling, len(processes))
+    if rest:
+        raise ValueError(
+            f"mesh.rollout.devices = {sampling} is not a multiple of {len(processes)}, the "
+            "processes, each of which has devices that sample and devices that train"
+        )
+    training: list[jax.Device] = []
+    rollout: list[jax.Device] = []
+    for process in processes:
+        of_process = sorted((d for d in devices if d.process_index == process), key=lambda d: d.id)
+        if len(of_process) <= each:
+            raise ValueError(
+                f"mesh.rollout.devices = {sampling} of {len(devices)} devices leaves none to train "
+                f"in process {process}, which has {len(of_process)}; lower it"
+            )
+        training += of_process[:-each]
+        rollout += of_process[-each:]
+    return training, rollout
+
+
 def make_layout(
     axes: Mapping[str, int],
     overrides: Mapping[str, str | Sequence[str] | None] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    in_order: bool = False,
 ) -> Layout:
     """Arrange `devices` (default: all) as named axes; at most one size may be -1.
 
@@ -226,6 +263,7 @@ def make_layout(
     Args:
       axes: mesh axis -> size, outermost first.
       overrides: logical axis -> mesh axis, several, or None; replaces the default rule.
+      in_order: keep the order of `devices` on a TPU, too, as of a group of `split_devices`.
 
     Raises:
       ValueError: the sizes do not make up the devices, a rule names what does not exist, or an axis
@@ -234,7 +272,9 @@ def make_layout(
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices), "mesh.axes")
     rules = _override(DEFAULT_RULES, overrides or {}, axes, "mesh.rules")
-    return _layout(_arrange(devices, dict(zip(axes, sizes, strict=True))), axes, rules)
+    sized = dict(zip(axes, sizes, strict=True))
+    mesh = np.asarray(devices).reshape(sizes) if in_order else _arrange(devices, sized)
+    return _layout(mesh, axes, rules)
 
 
 def make_rollout_layout(
@@ -243,6 +283,7 @@ def make_rollout_layout(
     overrides: Mapping[str, str | Sequence[str] | None] | None = None,
     *,
     inherited: Mapping[str, str | Sequence[str] | None] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
     """The same devices as those of `training`, arranged for sampling.
 
@@ -253,16 +294,18 @@ def make_rollout_layout(
       axes: as in `make_layout`; default: those of `training`.
       overrides: rules in place of the default ones for sampling.
       inherited: the config's rules for training; `overrides` take precedence.
+      devices: others than those of `training`, in their order.
 
     Raises:
       ValueError: as `make_layout`.
     """
     mesh = training.mesh
     named = dict(mesh.shape) if axes is None else axes
-    sizes = _sizes(named, mesh.size, "mesh.rollout.axes")
+    arranged = mesh.devices if devices is None else np.asarray(devices)
+    sizes = _sizes(named, arranged.size, "mesh.rollout.axes")
     rules = _override(ROLLOUT_RULES, inherited or {}, {**mesh.shape, **named}, "mesh.rules")
     rules = _override(rules, overrides or {}, named, "mesh.rollout.rules")
-    rollout = _layout(mesh.devices.reshape(sizes), named, rules)
+    rollout = _layout(arranged.reshape(sizes), named, rules)
     return replace(rollout, stands_for=training.stands_for)
 
 

@@ -230,6 +230,7 @@ class RunConfig(Section):
             for key, weights in stage.prediction_module_uses():
                 self._check_prediction_module(f"{where}.{key}", weights)
             self._check_rewards(where, stage, names[:index])
+        self._check_rollout_devices()
         self._check_comparisons()
         return self
 
@@ -267,6 +268,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"{key} needs the module for multi-token prediction, which this run's model does "
                 f"without; set {where}.multi_token_prediction to true, or leave {key} out"
+            )
+
+    def _check_rollout_devices(self) -> None:
+        """Devices that only sample would wait for the others in a stage that samples in turn."""
+        if self.mesh.rollout is None or self.mesh.rollout.devices is None:
+            return
+        where = f"mesh.rollout.devices = {self.mesh.rollout.devices}"
+        ahead = {stage.name: stage.samples_ahead() for stage in self.stages}
+        for name in (name for name, value in ahead.items() if value is False):
+            raise ValueError(
+                f"{where} with stages.{name}.phases_of_lag = 0: the devices that sample and those "
+                "that train would wait for each other; set phases_of_lag to 1, or leave "
+                "mesh.rollout.devices out"
+            )
+        if not any(ahead.values()):
+            raise ValueError(
+                f"{where}: no stage samples while it trains, as one of kind grpo does with "
+                "phases_of_lag: 1; leave it out"
             )
 
     def _check_comparisons(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from r1jax.config.yaml_file import ConfigError
-from r1jax.planner.dry_run import shape_of
+from r1jax.planner.dry_run import meshes_of
 from r1jax.planner.memory import sizes_of, too_large
 from r1jax.planner.plan import Case, UnknownShapeError, planned_stages, planning_for
 from r1jax.planner.topologies import Slice, has_tpu_compiler, stand_ins, tpu_slice
@@ -26,9 +26,7 @@ def check_slice(case: Case, only: Sequence[str] | None = None) -> list[str]:
     stages = planned_stages(config, only)
     layouts = make_layouts(case.mesh, target.devices, target.stands_for)
     check_divided(config, layouts, stages)
-    line = f"{config.name} on {target.name}: mesh {shape_of(layouts.training)}"
-    if layouts.rollout.mesh != layouts.training.mesh:
-        line += f"; while sampling {shape_of(layouts.rollout)}"
+    line = f"{config.name} on {target.name}: mesh {meshes_of(layouts)}"
     planning = planning_for(config, layouts)
     try:
         problems = too_large(stages, planning, target.hbm)

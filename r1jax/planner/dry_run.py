@@ -14,10 +14,9 @@ from r1jax.planner.memory import free_here, planning_of, too_large
 from r1jax.planner.topologies import Slice
 from r1jax.programs import StagePrograms
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
-from r1jax.run.models import LanguageModel
+from r1jax.run.models import LanguageModel, Layouts
 from r1jax.run.resolve import check, load_functions, resolve
 from r1jax.settings.stage import Stage
-from r1jax.sharding import Layout
 
 
 def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
@@ -37,7 +36,6 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
         run, free = resolve(config, target.devices, target.stands_for), target.hbm
         kind = target.name
     notes = check(run)
-    layout, sampling = run.layouts
     planning = planning_of(run)
     weights: list[JsonObject] = []
     memory: list[JsonObject] = []
@@ -50,7 +48,7 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
         memory.append({"what": f"{prefix}weights", "bytes": sizes[name]})
     for stage in config.stages:
         called = load_functions(stage).programs(stage, planning)
-        memory += stage_memory(stage, called, sizes[config.model_of(stage.name)])
+        memory += stage_memory(stage, called, sizes[config.model_of(stage.name)], run.layouts)
         notes += [f"{stage.name}: {line}" for line in called.limits]
     return {
         "parameters": sum(math.prod(weight["shape"]) for weight in weights),
@@ -58,15 +56,21 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
         "memory": memory,
         "notes": notes,
         "too_large": too_large(config.stages, planning, free),
-        "devices": f"{layout.mesh.size} x {kind}, mesh "
-        + shape_of(layout)
-        + ("" if layout.mesh == sampling.mesh else f"; while sampling {shape_of(sampling)}"),
+        "devices": f"{run.layouts.devices} x {kind}, mesh {meshes_of(run.layouts)}",
     }
 
 
-def shape_of(layout: Layout) -> str:
-    """The axes of a mesh with their sizes."""
-    return ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+def meshes_of(layouts: Layouts) -> str:
+    """The axes of the mesh with their sizes, and of that for sampling where it is another."""
+    training, rollout = (
+        ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+        for layout in layouts
+    )
+    if layouts.apart:
+        sample = layouts.rollout.mesh.size
+        return f"{training}; beside it {sample} devices sample, mesh {rollout}"
+    same = layouts.training.mesh == layouts.rollout.mesh
+    return training if same else f"{training}; while sampling {rollout}"
 
 
 def _weights(model: LanguageModel, prefix: str) -> list[JsonObject]:
@@ -100,18 +104,23 @@ _LABELS = {
 _UNLISTED = ("weights", "policy", "batch")
 
 
-def stage_memory(stage: Stage, called: StagePrograms, weights: int) -> list[JsonObject]:
+def stage_memory(
+    stage: Stage, called: StagePrograms, weights: int, layouts: Layouts
+) -> list[JsonObject]:
     """What a stage has in memory beside its model's weights, which are `weights` bytes."""
-    largest: dict[str, int] = {}
+    groups: dict[str, dict[str, int]] = {"": {}}
+    sampling = set(layouts.rollout.mesh.devices.flat) if layouts.apart else set()
     for program in called.programs:
         sizes = bytes_by_kind(program.resident, program.arguments)
-        if "policy" in sizes or ("cache" in sizes and sizes["weights"] != weights):
+        samples = not sampling.isdisjoint(program.devices)
+        largest = groups.setdefault(" (devices that sample)" if samples else "", {})
+        if "policy" in sizes or samples or ("cache" in sizes and sizes["weights"] != weights):
             sizes["sampler's weights"] = sizes["weights"]
         for kind, size in {**program.temporaries, **sizes}.items():
             largest[kind] = max(size, largest.get(kind, 0))
-    rows = {
-        _LABELS.get(kind, kind): largest[kind]
+    return [
+        {"what": f"{stage.name}: {_LABELS.get(kind, kind)}{group}", "bytes": largest[kind]}
+        for group, largest in groups.items()
         for kind in [*_LABELS, *(kind for kind in largest if kind not in _LABELS)]
         if largest.get(kind) and kind not in _UNLISTED
-    }
-    return [{"what": f"{stage.name}: {what}", "bytes": size} for what, size in rows.items()]
+    ]

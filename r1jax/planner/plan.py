@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
+
 from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
@@ -148,14 +150,13 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
     layout, rollout_layout = layouts = make_layouts(mesh, case.target.devices)
     planned = planned_stages(config, options.stages)
     check_divided(config, layouts, planned)
-    # Programs count their devices in the mesh's order.
     target = replace(case.target, devices=tuple(layout.mesh.devices.flat))
     compiler = Compiler(target, quick=options.quick, cache=options.cache)
     planning = planning_for(config, layouts)
     return Plan(
         target=target.name,
         mesh=dict(layout.mesh.shape),
-        devices=layout.mesh.size,
+        devices=layouts.devices,
         hbm=target.hbm,
         stages=tuple(_plan_stage(stage, planning, compiler, target, options) for stage in planned),
         sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
@@ -266,16 +267,20 @@ def _plan_stage(
 ) -> StagePlan:
     called = load_functions(stage).programs(stage, planning)
     programs = []
-    for program in called.programs:
+    groups = [program.devices or target.devices for program in called.programs]
+    for program, devices in zip(called.programs, groups, strict=True):
         options.progress(f"{target.name}: {stage.name}: {program.name}")
-        planned = _plan_program(program, compiler, target)
+        # Programs count their devices in the mesh's order.
+        planned = _plan_program(program, compiler, replace(target, devices=devices))
         if options.measure and planned.fits is not False and not planned.problem:
             options.progress(f"{target.name}: {stage.name}: {program.name}: measuring")
             # Where the data decides on its turns, of as many as are planned with.
             seconds = compiler.seconds(program.lower(), program.prepare)
             planned = replace(planned, measured=seconds * program.turns / program.trial_turns)
         programs.append(planned)
-    best = _step_seconds(programs, lambda each: each.times.total if each.times else None)
+    if not stage.samples_ahead():  # one group of devices after the other
+        groups = [()] * len(groups)
+    best = _step_seconds(programs, groups, lambda each: each.times.total if each.times else None)
     useful = sum(program.calls * program.useful_flops for program in called.programs)
     return StagePlan(
         name=stage.name,
@@ -286,17 +291,27 @@ def _plan_stage(
         seconds=best,
         tokens_per_second=None if not best else called.tokens / best,
         utilisation=_utilisation(useful, best, target),
-        measured=_step_seconds(programs, lambda each: each.measured),
+        measured=_step_seconds(programs, groups, lambda each: each.measured),
         notes=(*called.notes, *called.limits),
     )
 
 
 def _step_seconds(
-    programs: Sequence[ProgramPlan], seconds: Callable[[ProgramPlan], float | None]
+    programs: Sequence[ProgramPlan],
+    groups: Sequence[tuple[jax.Device, ...]],
+    seconds: Callable[[ProgramPlan], float | None],
 ) -> float | None:
-    """Of all calls of a step; None where the seconds of a program are unknown."""
-    known = [each.calls * taken for each in programs if (taken := seconds(each)) is not None]
-    return sum(known, start=0.0) if len(known) == len(programs) else None
+    """Of all calls of a step; None where the seconds of a program are unknown.
+
+    groups: the devices of each program; groups work at the same time.
+    """
+    of_group: dict[frozenset[jax.Device], float] = {}
+    for program, devices in zip(programs, groups, strict=True):
+        if (taken := seconds(program)) is None:
+            return None
+        group = frozenset(devices)
+        of_group[group] = of_group.get(group, 0.0) + program.calls * taken
+    return max(of_group.values(), default=0.0)
 
 
 def _plan_program(program: Program, compiler: Compiler, target: Slice) -> ProgramPlan:

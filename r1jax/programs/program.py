@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
@@ -173,6 +174,14 @@ class Program:
     prepare: Callable[[PyTree], PyTree] = lambda arguments: arguments
     trial_turns: float = 1.0
     scopes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """Those that it runs on, in the order of its mesh; none where no argument says it."""
+        for leaf in jax.tree.leaves(dict(self.arguments)):
+            if isinstance(leaf.sharding, NamedSharding):
+                return tuple(leaf.sharding.mesh.devices.flat)
+        return ()
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,19 @@ from r1jax.models.parameters import Params
 from r1jax.run.record import RunFiles
 from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
-from r1jax.settings.mesh import MeshSection
+from r1jax.settings.mesh import MeshSection, RolloutMesh
 from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.stage import RewardHead
-from r1jax.sharding import Layout, StandIn, make_layout, make_rollout_layout
+from r1jax.sharding import (
+    Layout,
+    StandIn,
+    batch_slices,
+    make_layout,
+    make_rollout_layout,
+    process_batch_parts,
+    same_devices,
+    split_devices,
+)
 from r1jax.weights import hugging_face
 
 if TYPE_CHECKING:
@@ -37,10 +46,19 @@ if TYPE_CHECKING:
 
 
 class Layouts(NamedTuple):
-    """The devices, arranged for training and for sampling."""
+    """The devices, arranged for training and for sampling: the same ones, or two groups."""
 
     training: Layout
     rollout: Layout
+
+    @property
+    def apart(self) -> bool:
+        """Whether some devices train and the others sample."""
+        return not same_devices(self.training, self.rollout)
+
+    @property
+    def devices(self) -> int:
+        return self.training.mesh.size + (self.rollout.mesh.size if self.apart else 0)
 
 
 def make_layouts(
@@ -48,7 +66,14 @@ def make_layouts(
     devices: Sequence[jax.Device] | None = None,
     stands_for: StandIn | None = None,
 ) -> Layouts:
-    """The devices (default: all), arranged as a config's mesh says."""
+    """The devices (default: all), arranged as a config's mesh says.
+
+    Raises:
+      ValueError: it does not fit them, or the two groups of `mesh.rollout.devices` give a process
+        unlike slices of the batch.
+    """
+    if section.rollout is not None and section.rollout.devices is not None:
+        return _two_groups(section, section.rollout, devices, stands_for)
     training = make_layout(section.axes, section.rules, devices)
     training = replace(training, stands_for=stands_for)
     if section.rollout is None:
@@ -57,6 +82,41 @@ def make_layouts(
         training, section.rollout.axes, section.rollout.rules, inherited=section.rules
     )
     return Layouts(training, rollout)
+
+
+def _two_groups(
+    section: MeshSection,
+    sampling: RolloutMesh,
+    devices: Sequence[jax.Device] | None,
+    stands_for: StandIn | None,
+) -> Layouts:
+    assert sampling.devices is not None
+    to_train, to_sample = split_devices(devices or jax.devices(), sampling.devices)
+    try:
+        training = make_layout(section.axes, section.rules, to_train, in_order=True)
+        training = replace(training, stands_for=stands_for)
+        rollout = make_rollout_layout(
+            training, sampling.axes, sampling.rules, inherited=section.rules, devices=to_sample
+        )
+    except ValueError as error:
+        groups = f"{len(to_train)} devices train and {sampling.devices} sample"
+        raise ValueError(f"{error}. By mesh.rollout.devices {groups}") from error
+    if stands_for is None:
+        slices = [_slices_of_processes(layout) for layout in (training, rollout)]
+        if slices[0] != slices[1]:
+            raise ValueError(
+                f"mesh.rollout.axes = {dict(sampling.axes)}: processes hold other slices of the "
+                f"batch than with mesh.axes = {dict(section.axes)} ({slices[1]} and {slices[0]}); "
+                "split the batch over as many processes in both"
+            )
+    return Layouts(training, rollout)
+
+
+def _slices_of_processes(layout: Layout) -> list[int]:
+    """For each process the index of the slice of the batch that its devices hold."""
+    slices = batch_slices(layout)
+    processes = sorted({device.process_index for device in layout.mesh.devices.flat})
+    return [slices.index(process_batch_parts(layout, process)) for process in processes]
 
 
 def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonObject | None]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 Snapshot = Callable[[], DataCursor]
 """Gives the data cursor of the moment at which it was taken, as JSON, if that is wanted at all."""
 
+_SAMPLING = "sampling"  # the entry of a checkpoint
+
 _WARM_UP = 3  # rows of timings in which everything may be compiled
 
 
@@ -54,12 +56,21 @@ class Resumable(Protocol):
     def restore(self, state: DataCursor) -> None: ...
 
 
+class PendingUpdate(NamedTuple):
+    """An update that the devices may still compute. step: the stage's, behind it."""
+
+    step: int
+    batch: PyTree
+    metrics: Metrics
+
+
 @dataclass
 class TrainLoop:
     """The state of one train loop and its one atomic checkpoint; made by `train_loop`.
 
     A checkpoint holds weights, optimizer, step, the data cursor, the reference policy (if any) and
-    the metrics cursor. Random numbers are functions of (seed, step, ids): there is no key to keep.
+    the metrics cursor; that of a run that is stopped as it samples beside an update has the weights
+    that sample, too. Random numbers are functions of (seed, step, ids): there is no key to keep.
     """
 
     stage: TrainStage
@@ -78,6 +89,9 @@ class TrainLoop:
     _bad_in_a_row: int
     # The step whose held-out evaluation is logged: a run that is stopped at its step goes on there.
     held_out_step: int | None
+    # Weights that a phase is sampled with as the update runs: a run that is stopped there goes on
+    # with them. None between two phases.
+    sampling: Params | None = None
     _timed: int = 0  # rows of timings in this process
     _warned: bool = False
     _batch_shape: tuple[int, ...] = ()
@@ -97,33 +111,39 @@ class TrainLoop:
 
     def update(self, batch: PyTree) -> Metrics:
         """One update. A non-finite one was skipped: its batch is saved, too many in a row stop."""
+        return self.end_update(self.begin_update(batch))
+
+    @span("update")
+    def begin_update(self, batch: PyTree) -> PendingUpdate:
+        """As `update`, without waiting for the devices; end it before anything is saved."""
+        self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
+        self.state, metrics = self._update(self.state, batch)
+        self.step += 1
+        return PendingUpdate(self.step, batch, metrics)
+
+    def end_update(self, pending: PendingUpdate) -> Metrics:
         with span("update"):
-            self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
-            self.state, metrics = self._update(self.state, batch)
-            self.step += 1
-            finite = bool(float(metrics["optimizer/finite"]))  # waits for the devices
-        HEARTBEAT.set_step(self.step)
-        self._profiler.end_step(self.step)
+            finite = bool(float(pending.metrics["optimizer/finite"]))  # waits for the devices
+        HEARTBEAT.set_step(pending.step)
+        self._profiler.end_step(pending.step)
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         if not finite:
-            self._keep_bad_batch(batch)
-        return metrics
+            self._keep_bad_batch(pending.batch, pending.step)
+        return pending.metrics
 
-    def _keep_bad_batch(self, batch: PyTree) -> None:
+    def _keep_bad_batch(self, batch: PyTree, step: int) -> None:
         suffix = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = self.run.directory / "bad_batches" / f"step-{self.step:06d}{suffix}.npz"
+        path = self.run.directory / "bad_batches" / f"step-{step:06d}{suffix}.npz"
         path.parent.mkdir(exist_ok=True)
         leaves = jax.tree.leaves_with_path(batch)
         rows = {jax.tree_util.keystr(key): to_process_rows(leaf) for key, leaf in leaves}
         np.savez(path, **rows)  # type: ignore[arg-type]  # its stub takes the names for options
         home = self.run.files.home(path)
-        self.progress.print(
-            f"step {self.step}: loss or gradient not finite, update skipped ({home})"
-        )
+        self.progress.print(f"step {step}: loss or gradient not finite, update skipped ({home})")
         if self._bad_in_a_row >= self.stage.max_bad_steps:
             raise RunError(
                 f"{self.stage.name}: {self._bad_in_a_row} updates in a row were not finite, the "
-                f"last at step {self.step}; their batches are in {home.parent}. Lower "
+                f"last at step {step}; their batches are in {home.parent}. Lower "
                 "optimizer.learning_rate or optimizer.max_grad_norm, use compute_dtype: float32 to "
                 "see whether it is a matter of range, and look at sampler/gap_max in metrics.jsonl"
             )
@@ -161,13 +181,18 @@ class TrainLoop:
         if stop and self.step < self.steps:
             raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
-    def leave_if_stopped(self, before: Snapshot) -> None:
+    def leave_if_stopped(self, before: Snapshot, *, end: Callable[[], None] | None = None) -> None:
         """When told to stop, save and raise `Preempted`.
 
         For work between two steps that leaves no trace until it is done: a resumed run begins with
         it again, at the data cursor `before()`, which is that before the work.
+
+        Args:
+          end: called before the save, to end what is under way.
         """
         if self.run.stop.in_any_process():
+            if end is not None:
+                end()
             self._save(before())
             raise Preempted(f"{self.stage.name}: saved at step {self.step}")
 
@@ -177,6 +202,8 @@ class TrainLoop:
             arrays: dict[str, PyTree] = {"state": self.state}
             if self.reference is not None:
                 arrays["reference"] = self.reference
+            if self.sampling is not None:
+                arrays[_SAMPLING] = self.sampling
             metadata = {
                 "data": data_cursor,
                 "metrics": self.recorder.cursor(),
@@ -235,7 +262,11 @@ def train_loop(
         with span("setup"):
             reference = {"reference": abstract.params} if with_reference else {}
             notes: list[str] = []
-            saved = checkpoints.restore_latest({"state": abstract, **reference}, notes.append)
+            saved = checkpoints.restore_latest(
+                {"state": abstract, **reference},
+                notes.append,
+                {_SAMPLING: lambda: abstract_weights(run.models.sampler_of(stage.name).decoder)},
+            )
             arrays: dict[str, PyTree] = {}
             metadata: JsonObject = {"metrics": {}, "bad_in_a_row": 0}
             step = 0
@@ -276,6 +307,7 @@ def train_loop(
             profiler,
             metadata["bad_in_a_row"],
             metadata.get("held_out_step"),
+            arrays.pop(_SAMPLING, None),
         )
 
 

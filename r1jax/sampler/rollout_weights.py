@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+from jax.sharding import NamedSharding
 from jax.stages import Wrapped
 
 from r1jax.models.config import Decoder
 from r1jax.models.parameters import Params, ParamSpec, abstract_weights, declare
-from r1jax.sharding import Axes, Layout
+from r1jax.sharding import Axes, Layout, make_rollout_layout, same_devices
 
 
 def to_sample(policy: Decoder, layout: Layout) -> Decoder:
@@ -33,21 +36,59 @@ def reads_as_is(policy: Decoder, sampler: Decoder) -> bool:
 def make_rollout_weights(policy: Decoder, sampler: Decoder) -> Callable[[Params], Params]:
     """Build `weights(params)`: the policy's weights where and in the dtype the sampler reads them.
 
-    One compiled program moves them from device to device; nothing passes through the host. Where
-    they lie right already it is the identity, and copies nothing.
+    Compiled programs move them from device to device; nothing passes through the host. Where they
+    lie right already it is the identity, and copies nothing.
 
     Args:
       policy: the model that is trained.
       sampler: the same model from `to_sample`; its layout arranges the same devices in the same
-        order.
+        order, or a group of others.
     """
     if reads_as_is(policy, sampler):
         return lambda params: params
-    return weights_mover(policy, sampler)
+    if same_devices(policy.layout, sampler.layout):
+        return weights_mover(policy, sampler)
+    sent, received = in_equal_parts(policy, sampler)
+    send, receive = weights_mover(policy, sent), weights_mover(received, sampler)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(received))
+    return lambda params: receive(jax.tree.map(_copied_to, send(params), shardings))
+
+
+def in_equal_parts(policy: Decoder, sampler: Decoder) -> tuple[Decoder, Decoder]:
+    """The sampler's weights on the devices of the policy and on those of the sampler, cut into the
+    same parts, so that a part is copied from one device to another.
+
+    There are as many parts as both groups of devices, and the weights, divide into. Both groups are
+    in the order of the processes, so that a process has the parts that its devices need.
+    """
+    groups = policy.layout, sampler.layout
+    most = math.gcd(*(layout.mesh.size for layout in groups))
+    for parts in (n for n in range(most, 0, -1) if most % n == 0):
+        layouts = (
+            make_rollout_layout(layout, {"fsdp": parts, "data": layout.mesh.size // parts})
+            for layout in groups
+        )
+        sent, received = (to_sample(policy, layout) for layout in layouts)
+        with contextlib.suppress(ValueError):  # of a dimension that they do not divide
+            abstract_weights(sent)
+            break
+    return sent, received
+
+
+def _copied_to(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same array on other devices, whose parts are those of this process's devices."""
+
+    def key(index: tuple[slice, ...]) -> tuple[tuple[int, int, int], ...]:
+        return tuple(each.indices(size) for each, size in zip(index, leaf.shape, strict=True))
+
+    parts = {key(shard.index): shard.data for shard in leaf.addressable_shards}
+    wanted = sharding.addressable_devices_indices_map(leaf.shape)
+    copies = [jax.device_put(parts[key(index or ())], device) for device, index in wanted.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
 
 def weights_mover(policy: Decoder, sampler: Decoder) -> Wrapped:
-    """The compiled program of `make_rollout_weights`."""
+    """The compiled program of `make_rollout_weights` on one group of devices."""
     dtype = sampler.execution.param_dtype
     specs = declare(sampler.config)
     wanted = abstract_weights(sampler)

@@ -25,14 +25,21 @@ Axes = dict[str, int]
 Rules = dict[str, str | list[str] | None]
 
 
-class _RolloutMesh(Section):
+class RolloutMesh(Section):
     """How the devices of a mesh are arranged while completions are sampled."""
 
     axes: Axes = Field(description="Axis -> size; as of the mesh.")
     rules: Rules = Field(default_factory=dict, description="As of the mesh, while sampling.")
+    devices: int | None = Field(
+        None,
+        ge=1,
+        description="So many of the devices only sample, the last ones of each process, while the "
+        "others, which mesh.axes arranges, train. Needs phases_of_lag: 1. Default: all devices "
+        "sample and train in turn.",
+    )
 
     @model_validator(mode="after")
-    def _sizes(self) -> _RolloutMesh:
+    def _sizes(self) -> RolloutMesh:
         _check_axes(self.axes, "axes")
         return self
 
@@ -50,8 +57,10 @@ class MeshSection(Section):
     rules: Rules = Field(
         default_factory=dict, description="logical axis -> mesh axis, several, or null."
     )
-    rollout: _RolloutMesh | None = Field(
-        None, description="Another arrangement of the same devices, to sample with."
+    rollout: RolloutMesh | None = Field(
+        None,
+        description="Another arrangement of the devices to sample with, or a group of them that "
+        "samples alone.",
     )
     cpu_devices: Annotated[int, Field(ge=1)] | Literal["cores"] = Field(
         1,

@@ -189,6 +189,10 @@ class Stage(Section):
         """Numbers that the mesh must divide."""
         return []
 
+    def samples_ahead(self) -> bool | None:
+        """Whether it samples its next phase before it trains on one; None: it has no phases."""
+        return None
+
     def planned_steps(self) -> int | None:
         """Optimizer steps; None where there are none, or the data must be counted first."""
         return None

@@ -23,16 +23,16 @@ CHANGES = [
 ]
 
 
-def run(output: Path, processes: int, *changes: str) -> Path:
-    """Of two devices in all."""
+def run(output: Path, processes: int, *changes: str, devices: int = 2) -> Path:
+    """Of so many devices in all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_NUM_CPU_DEVICES": str(2 // processes),
+        "JAX_NUM_CPU_DEVICES": str(devices // processes),
     }
-    command = ["tiny_dynamic.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"]
+    command = ["tiny_dynamic.yaml", f"output={output}", f"mesh.cpu_devices={devices // processes}"]
     started = [
         subprocess.Popen(
             [
@@ -76,6 +76,21 @@ def rows(path: Path) -> list[dict[str, Any]]:
 )
 def test_two_processes_train_on_the_groups_of_one(tmp_path: Path, changes: tuple[str, ...]) -> None:
     one, two = run(tmp_path / "one", 1, *changes), run(tmp_path / "two", 2, *changes)
+    same_phases(one, two)
+    carried = ("groups/from_surplus", "samples/continued")
+    phases = rows(one / "metrics.jsonl")
+    assert any(phase.get(name) for phase in phases for name in carried)
+
+
+@pytest.mark.slow
+def test_each_process_has_devices_that_sample_and_devices_that_train(tmp_path: Path) -> None:
+    changes = ("stages.zero.phases_of_lag=1",)
+    in_turn = run(tmp_path / "in_turn", 1, *changes)
+    groups = "mesh.rollout={axes: {data: 2}, devices: 2}"
+    same_phases(in_turn, run(tmp_path / "apart", 2, *changes, groups, devices=4))
+
+
+def same_phases(one: Path, two: Path) -> None:
     phases = rows(one / "metrics.jsonl")
     for alone, shared in zip(phases, rows(two / "metrics.jsonl"), strict=True):
         assert alone.keys() == shared.keys()
@@ -83,8 +98,6 @@ def test_two_processes_train_on_the_groups_of_one(tmp_path: Path, changes: tuple
             if name.startswith(("questions/", "groups/", "samples/")):
                 assert shared[name] == value, name
             np.testing.assert_allclose(float(shared[name]), float(value), atol=2e-4, err_msg=name)
-    carried = ("groups/from_surplus", "samples/continued")
-    assert any(phase.get(name) for phase in phases for name in carried)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, two)]
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)

@@ -124,6 +124,41 @@ def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(
     assert counts[1] == counts[-1]  # whatever the number of groups
 
 
+TWO_GROUPS = "{cpu_devices: 2, axes: {data: 1}, rollout: {axes: {data: 1}, devices: 1}}"
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        # Asked to stop as the second phase is sampled, beside the first update; dead in a later
+        # save.
+        [("sigterm_in_judging", 6), ("save", 1)],
+        pytest.param(
+            [("log", 3), ("sigterm_in_judging", 3), ("save", 1), ("sigterm_in_judging", 4)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_that_is_stopped_as_it_samples_beside_an_update_goes_on_with_the_same_weights(
+    tmp_path: Path, deaths: list[tuple[str, int]]
+) -> None:
+    lag = ("stages.zero.dynamic_sampling=null", "stages.zero.phases_of_lag=1")
+    cache, config = tmp_path / "cache", ("tiny_dynamic.yaml", *lag, f"mesh={TWO_GROUPS}")
+    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    sampled_beside = False
+    for point, number in deaths:
+        code = start(tmp_path / "killed", cache, point, number, config)
+        assert code == (143 if point.startswith("sigterm") else -9), (point, number)
+        kept = (tmp_path / "killed/tiny-dynamic-s0/stages/00-zero/checkpoints").glob("*/arrays")
+        sampled_beside |= any("sampling" in (at / "_METADATA").read_text() for at in kept)
+    assert sampled_beside
+    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for name in whole:
+        assert whole[name] == killed[name], f"{name} differs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",

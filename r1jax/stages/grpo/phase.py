@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 
 from r1jax.data.order import DataCursor, local_slice
@@ -118,20 +120,28 @@ class PhaseSampler:
     def restore(self, state: DataCursor) -> None:
         self.questions.restore(state)
 
-    def sample(self, weights: Params, step: int, before: Snapshot) -> Phase:
+    def sample(self, weights: Params, step: int, leave_if_stopped: Callable[[], None]) -> Phase:
         """Sample and score until the phase has its groups, or is at its limit.
 
         Args:
-          before: the data cursor of a checkpoint without this phase.
+          leave_if_stopped: of the loop, for a checkpoint without this phase.
         """
+        with contextlib.ExitStack() as stack:
+            if self.loop.run.layouts.apart:
+                # Small arrays, too: on the default device they would wait for an update.
+                device = self._layout.mesh.local_devices[0]
+                stack.enter_context(jax.default_device(device))
+            return self._sample(weights, step, leave_if_stopped)
+
+    def _sample(self, weights: Params, step: int, leave_if_stopped: Callable[[], None]) -> Phase:
         stage = self.stage
         left = self.questions.surplus
         phase = Phase(step, Choice(len(left)), dict(enumerate(left)), [None] * len(left))
         if self.questions.unfinished:
-            phase.unscored.append(self._go_on(weights, phase, before))
+            phase.unscored.append(self._go_on(weights, phase, leave_if_stopped))
             self._score(phase)
         while count := questions_to_sample(stage, phase.choice, phase.sampled):
-            phase.unscored.append(self._sample_some(weights, phase, count, before))
+            phase.unscored.append(self._sample_some(weights, phase, count, leave_if_stopped))
             if not stage.decides:
                 return phase
             self._score(phase)
@@ -156,7 +166,7 @@ class PhaseSampler:
         return (phase.occurrences[question] - 1) * self.stage.outputs_per_question
 
     def _sample_some(
-        self, weights: Params, phase: Phase, count: int, before: Snapshot
+        self, weights: Params, phase: Phase, count: int, leave_if_stopped: Callable[[], None]
     ) -> SampledQuestions:
         """Sample the next `count` questions over all processes."""
         stage, share, loop = self.stage, self._share, self.loop
@@ -170,7 +180,7 @@ class PhaseSampler:
         whole: dict[int, list[tuple[int, Completion]]] = {i: [] for i in range(len(questions))}
         pending: list[tuple[list[int], PendingRewards]] = []
         # A preempted host has little time; a rollout may take an hour, and is done again.
-        loop.leave_if_stopped(before)
+        leave_if_stopped()
         for ended in sample_prompts(
             weights,
             [self.questions.prompt(each) for each in questions],
@@ -191,7 +201,7 @@ class PhaseSampler:
                             ready += whole[i // samples]
             rewards = self.scorer.submit([each for _, each in ready], phase.step, stage.steps)
             pending.append(([i for i, _ in ready], rewards))
-            loop.leave_if_stopped(before)
+            leave_if_stopped()
         completions = [sampled_at[i] for i in range(len(questions) * samples)]
         phase.rollout_seconds += loop.clock.lap("rollout")
         phase.sampled += count
@@ -224,7 +234,9 @@ class PhaseSampler:
             ],
         )
 
-    def _go_on(self, weights: Params, phase: Phase, before: Snapshot) -> SampledQuestions:
+    def _go_on(
+        self, weights: Params, phase: Phase, leave_if_stopped: Callable[[], None]
+    ) -> SampledQuestions:
         """Sample on where the phases before left off; gives the groups that are now whole."""
         stage, share, layout, loop = self.stage, self._share, self._layout, self.loop
         limit, tokens = stage.max_new_tokens_at(phase.step), stage.tokens_per_phase
@@ -251,7 +263,7 @@ class PhaseSampler:
             before_it = np.concatenate([first.prompt.token_ids, first.token_ids]).astype(np.int32)
             queued.append(QueuedPrompt(before_it, first.prompt.id, firsts[g] + n))
         longer: dict[tuple[int, int], Completion] = {}
-        loop.leave_if_stopped(before)
+        leave_if_stopped()
         for ended in sample_queue(
             weights,
             queued,
@@ -265,7 +277,7 @@ class PhaseSampler:
                 g, n = of_process[sample.prompt]
                 phase.tokens += len(sample.tokens)
                 longer[g, n] = joined(groups[g].completions[n], sample, options.stop)
-            loop.leave_if_stopped(before)
+            leave_if_stopped()
         phase.continued = len(parts)
         phase.rollout_seconds += loop.clock.lap("rollout")
         for g, n, completion in self._samples_of_all_processes(longer, groups):

@@ -204,7 +204,8 @@ class GRPOStage(TrainStage):
     phases_of_lag: Literal[0, 1] = Field(
         0,
         description="1: the next phase is sampled before the update of this one, whose rewards are "
-        "computed meanwhile; loss.importance_cap corrects for the weights that sampled it.",
+        "computed meanwhile, or with mesh.rollout.devices during it; loss.importance_cap corrects "
+        "for the weights that sampled it.",
     )
     tokens_per_phase: int | None = Field(
         None,
@@ -426,6 +427,9 @@ class GRPOStage(TrainStage):
             key = ".dynamic_sampling.questions_at_once"
             divided.append(Divided(key, self.questions_at_once, "processes"))
         return divided
+
+    def samples_ahead(self) -> bool:
+        return self.phases_of_lag == 1
 
     def planned_steps(self) -> int | None:
         return self.steps

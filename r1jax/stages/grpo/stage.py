@@ -48,10 +48,10 @@ from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
 from r1jax.run.train_loop import copy_weights, train_loop
 from r1jax.sampler import make_rollout_weights, reads_as_is
-from r1jax.sampler.rollout_weights import weights_mover
+from r1jax.sampler.rollout_weights import in_equal_parts, weights_mover
 from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
-from r1jax.sharding import batch_slices
+from r1jax.sharding import batch_slices, same_devices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.objective import stage_objective
 from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics, prompts_at_once
@@ -65,6 +65,7 @@ from r1jax.stages.grpo.rows import (
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.updates import PhaseUpdates
 from r1jax.train_step import (
     MICRO_BATCHES,
     TrainStep,
@@ -100,7 +101,10 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     check_domains(stage, questions.domains, run.config)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-    all_steps = packed_shape(stage, questions.longest, model.layout, rollout_layout, step=None)
+    # Devices that only sample have no rows of updates.
+    apart = run.layouts.apart
+    row_layout = model.layout if apart else rollout_layout
+    all_steps = packed_shape(stage, questions.longest, model.layout, row_layout, step=None)
     experts = _batch(stage, model, all_steps).inputs.get("experts")
     log_probs_of, update = (
         jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
@@ -145,11 +149,15 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             held_out.evaluate_if_due(loop, scorer, before, weights)
 
             # 1. Sample. The workers score what has ended while the rest is generated. With a phase
-            # of lag the next one is sampled, too, before the update of this one.
-            phase = questions.waiting or phases.sample(weights, first, before)
-            questions.waiting = None
-            if stage.phases_of_lag and first + updates < stage.steps:
-                questions.waiting = phases.sample(weights, first + updates, before)
+            # of lag the next one is sampled, too, before the update of this one, or during it.
+            leave = partial(loop.leave_if_stopped, before)
+            phase = questions.waiting or phases.sample(loop.sampling or weights, first, leave)
+            questions.waiting = loop.sampling = None
+            ahead = stage.phases_of_lag and first + updates < stage.steps
+            if ahead and not apart:
+                questions.waiting = phases.sample(weights, first + updates, leave)
+            if ahead and apart:
+                loop.sampling = weights
             del weights  # where they are a copy, the update needs its room
 
             # 2. Rewards, and with them which groups are trained on.
@@ -175,14 +183,14 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     stage,
                     questions.longest,
                     model.layout,
-                    rollout_layout,
+                    row_layout,
                     step=None if stage.importance_needed else first,
                 ),
-                rollout_layout,
+                row_layout,
                 keep_untrained=model.config.experts is not None,
                 experts=experts,
             )
-            batches = [loop.to_devices(batch, rollout_layout) for batch in packed.batches]
+            batches = [loop.to_devices(batch, row_layout) for batch in packed.batches]
             if "segment_ids" in objective.needs:
                 batches = [replace(b, segment_ids=b.inputs["segment_ids"]) for b in batches]
 
@@ -203,45 +211,40 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             if stage.replay_experts and samples_due:
                 gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
+            updating = PhaseUpdates(
+                loop,
+                phase,
+                facts,
+                schedule,
+                share.count,
+                sum(sample.length for sample in to_train),
+                packed.rows_filled,
+                samples_due,
+                held_out.accuracy,
+                apart,
+            )
             for rows in batches:
                 # 5. Log-probs of the reference policy.
                 if loop.reference is not None and rows.reference_log_probs is None:
                     rows = replace(rows, reference_log_probs=reference_log_probs(rows))
 
                 # 6. Update, and log.
-                metrics = loop.update(rows)
-                metrics["optimizer/learning_rate"] = schedule(loop.step - 1)
-                loop.recorder.log(loop.step, {**facts, **metrics})
+                updating.begin(rows)
                 refresh = stage.reference_refresh_every
                 if loop.reference is not None and refresh and loop.step % refresh == 0:
                     loop.reference = copy_weights(loop.state.params)
-            update_seconds = loop.clock.lap("update")
+
+            # The updates are queued on the devices that train: the host need not wait for them, nor
+            # needs it another thread, whose programs processes might queue in another order.
+            if ahead and apart:
+                updating.all_begun()
+                leave = partial(loop.leave_if_stopped, phases.snapshot(), end=updating.end)
+                assert loop.sampling is not None
+                questions.waiting = phases.sample(loop.sampling, first + updates, leave)
+                loop.sampling = None
 
             # 7. Log the phase, and save.
-            if samples_due:
-                loop.recorder.log_samples(phase.rows)
-            sampled = share.count * phase.tokens
-            trained = share.count * sum(sample.length for sample in to_train)
-            loop.log_timings(
-                {
-                    "seconds/rollout": phase.rollout_seconds,
-                    "seconds/score_wait": phase.score_seconds,
-                    "seconds/update": update_seconds,
-                    "tokens_per_second/rollout": sampled / phase.rollout_seconds,
-                    "tokens_per_second/update": trained / update_seconds,
-                    "update/rows_filled": packed.rows_filled,
-                    **({"rollout/slot_use": phase.figures.slot_use} if phase.figures.steps else {}),
-                }
-            )
-            loop.progress.update(
-                loop.step,
-                {
-                    "reward": facts["reward/mean"],
-                    "length": facts["length/mean"],
-                    "held_out": held_out.accuracy,
-                    "tokens_per_second": sampled / phase.rollout_seconds,
-                },
-            )
+            updating.end()
             loop.save_if_due(phases)
         weights = rollout_weights(loop.state.params)
         held_out.evaluate_if_due(loop, scorer, phases.snapshot(), weights)
@@ -306,7 +309,9 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     others = {"reference": weights} if with_reference else {}
     others |= reward_model_weights(scorers)
 
-    shape = packed_shape(stage, prompt, model.layout, sampler.layout, step=None)
+    apart = not same_devices(model.layout, sampler.layout)
+    row_layout = model.layout if apart else sampler.layout
+    shape = packed_shape(stage, prompt, model.layout, row_layout, step=None)
     batch = _batch(stage, model, shape)
     waiting = [batch] * (phase - 1)  # mini-batches of the phase that are not trained on yet
     update = update_program(
@@ -368,19 +373,17 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     notes = [*rollout.notes(), *notes]
     sampling = []
     while_sampling = resident
-    if not reads_as_is(model, sampler):
-        move = weights_mover(model, sampler)
-        sampling.append(
-            Program(
-                "weights to the sampler",
-                sampler.layout.mesh.shape,
-                partial(move.lower, weights),
-                {"weights": weights},
-                resident,
-                calls=1 / phase,
-                makes="sampler's weights",
-            )
-        )
+    if apart:
+        sent, received = in_equal_parts(model, sampler)
+        parts = abstract_weights(received)
+        sampling += [
+            _mover_program("weights to send", model, sent, weights, resident, 1 / phase),
+            _mover_program("weights received", received, sampler, parts, {}, 1 / phase),
+        ]
+        while_sampling = {}
+    elif not reads_as_is(model, sampler):
+        name = "weights to the sampler"
+        sampling.append(_mover_program(name, model, sampler, weights, resident, 1 / phase))
         while_sampling = {**resident, "policy": weights}
     queues = stage.max_questions / stage.questions_at_once
     sampling += rollout.programs(while_sampling, queues / phase)
@@ -413,6 +416,25 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     sampling += reward_programs(scorers, prompt + new, scored, {**resident, "weights": weights})
     tokens = round(rows * lengths.mean)
     return StagePrograms((*sampling, *steps), tokens, notes=tuple(notes), limits=tuple(limits))
+
+
+def _mover_program(
+    name: str,
+    before: Decoder,
+    after: Decoder,
+    weights: AbstractTree,
+    resident: Mapping[str, AbstractTree],
+    calls: float,
+) -> Program:
+    return Program(
+        name,
+        after.layout.mesh.shape,
+        partial(weights_mover(before, after).lower, weights),
+        {"weights": weights},
+        resident,
+        calls,
+        makes="sampler's weights",
+    )
 
 
 def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:

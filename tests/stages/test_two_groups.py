@@ -1,0 +1,165 @@
+"""Devices in two groups: one samples the next phase while the other trains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from r1jax.config.load import ConfigError, load_config
+
+TESTS = Path(__file__).parents[1]
+LAG = ("stages.zero.dynamic_sampling=null", "stages.zero.phases_of_lag=1")
+
+
+def mesh(training: str, sampling: str, devices: int) -> str:
+    return f"mesh={{axes: {training}, rollout: {{axes: {sampling}, devices: {devices}}}}}"
+
+
+ONE_AND_ONE = mesh("{data: 1}", "{data: 1}", 1)
+
+
+def start(
+    *command: str, devices: int, output: Path, status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    done = subprocess.run(
+        [sys.executable, *command, f"mesh.cpu_devices={devices}", f"output={output}"],
+        env=environment,
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+def run(output: Path, devices: int, *changes: str) -> Path:
+    start("-m", "r1jax", "run", "tiny_dynamic.yaml", *changes, devices=devices, output=output)
+    return output / "tiny-dynamic-s0/stages/00-zero"
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On one device, which samples and trains in turn."""
+    return run(tmp_path_factory.mktemp("in_turn"), 1, *LAG)
+
+
+def test_samples_come_while_the_update_runs_and_are_those_of_one_group(
+    in_turn: Path, tmp_path: Path
+) -> None:
+    command = ("two_groups.py", "tiny_dynamic.yaml", *LAG, ONE_AND_ONE)
+    done = start(*command, devices=2, output=tmp_path)
+    events = json.loads(done.stdout.rpartition("EVENTS")[2])
+    turns = [(f"update {n} begins", f"samples {n + 1}", f"update {n} ends") for n in range(3)]
+    assert events == [*itertools.chain(*turns), "update 3 begins"]
+    # Of each kind of work one device does all, as before: the same to the last bit.
+    apart = tmp_path / "tiny-dynamic-s0/stages/00-zero"
+    for one, two in zip(rows(in_turn), rows(apart), strict=True):
+        two.pop("waited")
+        assert one == two
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (in_turn / name).read_bytes() == (apart / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param((3, "{fsdp: 2}", "{data: 1}", 1), marks=pytest.mark.slow),
+        (6, "{fsdp: 2}", "{data: 2, tensor: 2}", 4),
+        pytest.param((8, "{fsdp: 2, tensor: 2}", "{data: 4}", 4), marks=pytest.mark.slow),
+    ],
+)
+def test_groups_of_several_devices_train_on_the_same_samples(
+    in_turn: Path, groups: tuple[int, str, str, int], tmp_path: Path
+) -> None:
+    devices, *of_mesh = groups
+    # Two heads, of which each has keys and values.
+    heads = "model.config.num_key_value_heads=2"
+    base = in_turn if "tensor" not in str(groups) else run(tmp_path / "one", 1, *LAG, heads)
+    changes = LAG if base is in_turn else (*LAG, heads)
+    apart = run(tmp_path / "apart", devices, *changes, mesh(*of_mesh))
+    for one, two in zip(rows(base), rows(apart), strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], atol=2e-4, rtol=2e-3, err_msg=name)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (base, apart)]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=2e-3, err_msg=name)
+    samples = [rows(each, "samples.jsonl") for each in (base, apart)]
+    assert [row["completion"] for row in samples[0]] == [row["completion"] for row in samples[1]]
+
+
+def test_memory_is_counted_for_each_group(tmp_path: Path) -> None:
+    command = ("-m", "r1jax", "run", "tiny_dynamic.yaml", *LAG, "--dry-run")
+    groups = mesh("{fsdp: 2}", "{data: 2}", 2)
+    said = start(*command, groups, devices=4, output=tmp_path).stdout
+    assert "devices: 4 x cpu, mesh fsdp 2; beside it 2 devices sample, mesh data 2" in said
+    lines = [line.strip() for line in said.splitlines() if line.strip().startswith("zero: ")]
+    kinds = {line.rpartition("  ")[0].strip() for line in lines}
+    beside = {kind for kind in kinds if kind.endswith("(devices that sample)")}
+    assert "zero: key-value cache (devices that sample)" in beside
+    assert "zero: sampler's weights (devices that sample)" in beside
+    assert {"zero: optimizer moments", "zero: reference policy"} <= kinds - beside
+    assert not any("optimizer" in kind or "gradients" in kind for kind in beside)
+    assert not any("cache" in kind for kind in kinds - beside)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            LAG[:1],
+            r"mesh\.rollout\.devices = 1 with stages\.zero\.phases_of_lag = 0: .* set phases_of",
+        ),
+        ((*LAG, "mesh.rollout.devices=0"), r"mesh\.rollout\.devices.*0"),
+    ],
+)
+def test_groups_that_would_wait_for_each_other_are_refused(
+    changes: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(TESTS / "tiny_dynamic.yaml", [ONE_AND_ONE, *changes])
+
+
+def test_a_run_that_never_samples_as_it_trains_is_refused(tmp_path: Path) -> None:
+    plan = yaml.safe_load((TESTS / "tiny.yaml").read_text())
+    plan["stages"] = plan["stages"][:1]
+    plan["mesh"] = {"axes": {"data": 1}, "rollout": {"axes": {"data": 1}, "devices": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(ConfigError, match=r"mesh\.rollout\.devices = 1: no stage samples while"):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            ("{data: 1}", "{data: 1}", 2),
+            r"mesh\.rollout\.devices = 2 of 2 devices leaves none to tr",
+        ),
+        (("{data: 2}", "{data: 1}", 1), r"mesh\.axes = .* 1 devices train and 1 sample"),
+        (("{data: 1}", "{data: 2}", 1), r"mesh\.rollout\.axes = .* 1 devices train and 1 sample"),
+    ],
+)
+def test_devices_that_do_not_add_up_are_refused(
+    groups: tuple[str, str, int], message: str, tmp_path: Path
+) -> None:
+    command = ("-m", "r1jax", "run", "tiny_dynamic.yaml", *LAG, "--dry-run", mesh(*groups))
+    said = start(*command, devices=2, output=tmp_path, status=2).stderr
+    assert re.search(message, " ".join(said.split())), said
