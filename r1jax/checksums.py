@@ -26,16 +26,27 @@ _SALTS = (0x9E3779B9, 0x7F4A7C15)
 def checksums(arrays: Sequence[Array]) -> list[str]:
     """16 hexadecimal digits for each array, of any shape and number type.
 
-    They are on the same devices; all processes of a run make the call together.
+    Those that are split over devices may be on several groups of these; all processes of a run make
+    the call together.
     """
     if not arrays:
         return []
-    sharding = next((x.sharding for x in arrays if isinstance(x, jax.Array)), None)
-    replicated = None
-    if isinstance(sharding, NamedSharding):
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = np.asarray(jax.jit(_array_checksums, out_shardings=replicated)(list(arrays)))
-    return ["".join(f"{part:08x}" for part in row) for row in sums]
+    shardings = [x.sharding if isinstance(x, jax.Array) else None for x in arrays]
+    meshes = [each.mesh if isinstance(each, NamedSharding) else None for each in shardings]
+    first = next((mesh for mesh in meshes if mesh is not None), None)
+    meshes = [first if mesh is None else mesh for mesh in meshes]
+    groups: dict[object, list[int]] = {}
+    for i, mesh in enumerate(meshes):
+        groups.setdefault(None if mesh is None else frozenset(mesh.devices.flat), []).append(i)
+    results = [""] * len(arrays)
+    for indices in groups.values():
+        mesh = meshes[indices[0]]
+        replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        of_group = jax.jit(_array_checksums, out_shardings=replicated)
+        sums = np.asarray(of_group([arrays[i] for i in indices]))
+        for i, row in zip(indices, sums, strict=True):
+            results[i] = "".join(f"{part:08x}" for part in row)
+    return results
 
 
 def _array_checksums(arrays: list[Array]) -> UInt32[Array, "array salt"]:

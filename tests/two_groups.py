@@ -1,76 +1,65 @@
 """Run a config whose devices are in two groups, and say in which order things happen.
 
-`python two_groups.py CONFIG [key=value]`. The first update of a phase ends only when samples of the
-next phase are there, and these only when the update has begun: each waits for the other, so that a
-run which did one after the other would time out.
+`python two_groups.py CONFIG [key=value]`. The first update has far more to do than all samples of
+the next phase. (It cannot wait for them: a CPU's programs that call the host are not queued.)
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import io_callback
 
 from r1jax import recipe
 from r1jax.config.load import load_config
-from r1jax.stages.grpo import phase, stage
+from r1jax.run.train_loop import PendingUpdate, TrainLoop
+from r1jax.stages.grpo import phase
 
-WAIT = 60.0  # seconds, after which the order is not what it should be
+PRODUCTS = 1500
 events: list[str] = []
-begun, sampled = threading.Event(), threading.Event()
-updates = 0
+begun: list[PendingUpdate] = []
+
+
+@jax.jit
+def products(step: jax.Array) -> jax.Array:
+    """`step`, much later."""
+    matrix = jnp.full((300, 300), 1e-3) * step
+    turn = lambda _, each: jnp.tanh(each @ each)  # noqa: E731
+    return step + (jax.lax.fori_loop(0, PRODUCTS, turn, matrix).sum() > 1e9).astype(step.dtype)
 
 
 def main() -> int:
     config = load_config(sys.argv[1], sys.argv[2:])
-    (rl,) = config.stages
-    of_phase, phases = rl.mini_batches_per_rollout, rl.steps // rl.mini_batches_per_rollout
-    make_update, sample_prompts = stage.make_update, phase.sample_prompts
+    sample_prompts = phase.sample_prompts
+    begin, end = TrainLoop.begin_update, TrainLoop.end_update
 
-    def in_update() -> Any:
-        global updates
-        number, first = divmod(updates, of_phase)
-        updates += 1
-        if first == 0:
-            events.append(f"update {number} begins")
-            if number < phases - 1:
-                begun.set()
-                met = sampled.wait(WAIT)
-                sampled.clear()
-                events.append(f"update {number} ends" if met else "nothing was sampled")
-        return jnp.float32(0)
+    def begin_update(self: TrainLoop, batch: Any) -> PendingUpdate:
+        if self.step == 0:
+            self.state = replace(self.state, step=products(self.state.step))
+        begun.append(begin(self, batch))
+        events.append(f"update {self.step} begins")
+        return begun[-1]
 
-    def watched(*args: Any) -> Any:
-        update = make_update(*args)
-
-        def with_callback(state: Any, batch: Any) -> Any:
-            state, metrics = update(state, batch)
-            waited = io_callback(in_update, jax.ShapeDtypeStruct((), jnp.float32))
-            return state, {**metrics, "waited": waited}
-
-        return with_callback
+    def end_update(self: TrainLoop, pending: PendingUpdate) -> Any:
+        metrics = end(self, pending)
+        events.append(f"update {pending.step} ended")
+        return metrics
 
     def sampling(*args: Any, **options: Any) -> Iterator[Any]:
-        number = sampling.calls  # type: ignore[attr-defined]
-        sampling.calls += 1  # type: ignore[attr-defined]
-        first = True
         for ended in sample_prompts(*args, **options):
-            if first and number:
-                met = begun.wait(WAIT)
-                begun.clear()
-                events.append(f"samples {number}" if met else "no update was under way")
-                sampled.set()
-            first = False
+            if ended:
+                runs = begun and not begun[-1].metrics["loss"].is_ready()
+                events.append("samples, while an update runs" if runs else "samples")
             yield ended
 
-    sampling.calls = 0  # type: ignore[attr-defined]
-    stage.make_update, phase.sample_prompts = watched, sampling  # type: ignore[assignment]
+    phase.sample_prompts = sampling  # type: ignore[assignment]
+    TrainLoop.begin_update = begin_update  # type: ignore[method-assign]
+    TrainLoop.end_update = end_update  # type: ignore[method-assign]
     status = recipe.run(config)
     print("EVENTS", json.dumps(events))
     return status

@@ -134,7 +134,7 @@ TWO_GROUPS = "{cpu_devices: 2, axes: {data: 1}, rollout: {axes: {data: 1}, devic
         # save.
         [("sigterm_in_judging", 6), ("save", 1)],
         pytest.param(
-            [("log", 3), ("sigterm_in_judging", 3), ("save", 1), ("sigterm_in_judging", 4)],
+            [("log", 3), ("sigterm_in_judging", 3), ("save", 1)],
             marks=pytest.mark.slow,
         ),
     ],

@@ -20,7 +20,7 @@ from r1jax.sharding import make_layout, make_rollout_layout, split_devices
 
 for kind, sampling, axes, rollout, parts in [
     ("dense", 4, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2}, 4),
-    ("dense", 2, {"fsdp": 3, "data": 2}, {"tensor": 2}, 2),
+    ("dense", 2, {"fsdp": 2, "data": 3}, {"tensor": 2}, 2),
     ("experts", 6, {"fsdp": 2}, {"expert": 2, "data": 3}, 2),
     ("dense", 3, {"data": 5}, {"data": 3}, 1),
 ]:
