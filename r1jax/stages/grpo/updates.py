@@ -43,8 +43,8 @@ class PhaseUpdates:
         while self._pending:
             step = self._pending[0].step
             metrics = self.loop.end_update(self._pending.pop(0))
-            metrics["optimizer/learning_rate"] = self.learning_rate(step - 1)
-            self.loop.recorder.log(step, {**self.facts, **metrics})
+            rate = {"optimizer/learning_rate": self.learning_rate(step - 1)}
+            self.loop.recorder.log(step, {**self.facts, **metrics, **rate})
 
     def all_begun(self) -> None:
         """What follows is sampling at the same time."""
