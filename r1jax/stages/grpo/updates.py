@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from r1jax.grpo import GRPOBatch
+from r1jax.policy_step import GRPOBatch
 from r1jax.run.train_loop import PendingUpdate, TrainLoop
 from r1jax.stages.grpo.groups import Phase
 
