@@ -142,12 +142,8 @@ def _of_prm800k(row: Row, index: int, where: str, neutral: NeutralLabel) -> list
             break  # the solution ends where no completion was good
         before.append(text)
         labels.append(label)
-    if before:
+    if before or not solutions:  # a labeller who gave up at once left no step
         solutions.append(LabelledSolution(index, prompt, tuple(before), tuple(labels)))
-    if not solutions:
-        raise SettingError(
-            "fields.completions", f"{where}: label.steps has no completion; remove the row"
-        )
     return solutions
 
 
@@ -275,10 +271,12 @@ def encode_step_labels(
     """
     kept: list[EncodedSolution] = []
     dropped = {"cut into other steps by step_rule": 0, "too long": 0, "without a label": 0}
+    labelled = [row for row in rows if any(label is not None for label in row.labels)]
+    dropped["without a label"] = len(rows) - len(labelled)
     cutter, longest = TokenSteps(tokenizer, rule), 0
     example = ""
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
+    for start in range(0, len(labelled), _BATCH):
+        batch = labelled[start : start + _BATCH]
         texts = [join_steps(row.steps, rule) for row in batch]
         encoded = encode_solutions([row.prompt for row in batch], texts, section, cutter)
         for row, (tokens, ends) in zip(batch, encoded, strict=True):
@@ -289,8 +287,6 @@ def encode_step_labels(
                 example = example or f"row {row.id}: {len(labels)} labels, {len(ends)} steps"
             elif len(tokens) > max_tokens:
                 dropped["too long"] += 1
-            elif np.isnan(labels).all():
-                dropped["without a label"] += 1
             else:
                 kept.append(EncodedSolution(row.id, tokens, ends, labels))
     reasons = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)

@@ -90,6 +90,14 @@ def test_prm800k_gives_each_rated_completion_once(tmp_path: Path, neutral: float
     assert {each.id for each in found} == {0} and found[0].prompt == "1+2+3="
 
 
+def test_a_row_of_prm800k_without_a_step_is_counted(tmp_path: Path) -> None:
+    empty = json.loads(json.dumps(PRM800K))
+    empty["label"]["steps"] = [{"completions": None, "chosen_completion": None}]
+    kept, report = encoded(tmp_path, empty, PRM800K, max_tokens=99)
+    assert len(kept) == 4 and "4 of 6 labelled solutions" in report
+    assert "dropped: 2 without a label" in report
+
+
 GOOD = {"prompt": "1=", "completions": ["1", "2"], "labels": [1, 0]}
 
 
@@ -124,7 +132,6 @@ def test_wrong_rows_of_prm800k_are_named(tmp_path: Path) -> None:
         (("steps", 0, "chosen_completion"), 5, "chosen_completion = 5 of 2"),
         (("steps", 0, "completions", 0, "rating"), 3, "rating = 3"),
         (("steps", 1, "completions", 0, "text"), "", "step 2 is empty"),
-        (("steps",), [], "label.steps has no completion"),
     ):
         row = json.loads(json.dumps(PRM800K))
         node = row["label"]

@@ -229,6 +229,14 @@ def test_settings_that_do_not_fit_are_refused(changes: list[str], message: str) 
             "data.questions.fields.response: train row 0 has no response, and stages.labels.solu",
         ),
         (
+            ["rewards.process.step_rule={separators: [x]}"],
+            "rewards.process.step_rule: that of stages.prm is used; remove it",
+        ),
+        (
+            ["stages.after.chosen_by=[proces]"],
+            "'proces' is no reward of this stage; did you mean 'process'?",
+        ),
+        (
             ["stages.labels.continuations=1000000", "stages.labels.max_new_tokens=4000"],
             "stages.labels.continuations = 1000000: solutions_per_prompt x",
         ),
