@@ -276,7 +276,7 @@ def test_value_and_gradient_are_those_of_the_papers_formula(name: str, rows: str
     x, arrays, where = in_rows(policy, rest, ROWS[rows])
     with jax.enable_x64(True):
         loss = loss_of(make_objective(settings), arrays)
-        value, gradient = jax.value_and_grad(loss)(jnp.asarray(x))
+        value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x))
     # The weights of tokens are float32.
     np.testing.assert_allclose(value, -formula(policy, policy, rest), rtol=1e-6)
     numeric = -np.asarray(list(differences(formula, policy, rest)))

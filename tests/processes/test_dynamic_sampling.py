@@ -65,6 +65,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
     "changes",
     [
         (),
+        # Whitened over all tokens of a phase, whichever process has them.
+        ("stages.zero.objective={kind: reinforce_plus_plus, kl_coefficient: 0.2}",),
         (
             "stages.zero.dynamic_sampling=null",
             "stages.zero.tokens_per_phase=2",
