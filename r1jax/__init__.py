@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         init_train_state,
         make_grpo_step,
     )
+    from r1jax.policy_step import make_policy_step
     from r1jax.pretrained import load_model, log_probs, sample
     from r1jax.rewards.scoring import score
 
@@ -35,6 +36,7 @@ __all__ = [
     "load_model",
     "log_probs",
     "make_grpo_step",
+    "make_policy_step",
     "sample",
     "score",
 ]
@@ -44,6 +46,7 @@ __version__: str
 _MODULES = {
     **dict.fromkeys(["load_model", "log_probs", "sample"], "r1jax.pretrained"),
     "score": "r1jax.rewards.scoring",
+    "make_policy_step": "r1jax.policy_step",
 }
 
 

@@ -21,6 +21,7 @@ NAMES = [
     "load_model",
     "log_probs",
     "make_grpo_step",
+    "make_policy_step",
     "sample",
     "score",
 ]

@@ -138,6 +138,50 @@ def penalise_advantages(
     return advantages - coefficient * sum_to_end(jax.lax.stop_gradient(kl), mask, segment_ids)
 
 
+def generalised_advantages(
+    rewards: Tokens,
+    values: Tokens,
+    mask: Mask,
+    segment_ids: SegmentIds | None = None,
+    *,
+    discount: float = 1.0,
+    decay: float = 1.0,
+) -> Tokens:
+    """A_t = sum_{k >= 0} (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}) over the rest of a
+    sequence, behind whose end V is 0 (GAE, arXiv 1506.02438, equation 16); 0 where nothing is
+    trained. No gradient.
+
+    With lambda = 1 it is what is still to come of the reward, less V_t: as R1's paper compares PPO.
+
+    Args:
+      rewards: of each token; an outcome's stands at the last one.
+      values: of a critic, before each token. mask: the trained tokens of a sequence are neighbours.
+      segment_ids: as of `sequence_sum`. discount: gamma. decay: lambda.
+
+    Raises:
+      ValueError: arrays of other shapes.
+    """
+    arrays = {"rewards": rewards, "values": values, "mask": mask, "segment_ids": segment_ids}
+    check_alike(PER_TOKEN, arrays)
+    trained = mask > 0
+    rewards, values = (jnp.where(trained, x, 0) for x in jax.lax.stop_gradient((rewards, values)))
+    goes_on = trained[:, :-1] & trained[:, 1:]
+    if segment_ids is not None:
+        goes_on &= segment_ids[:, :-1] == segment_ids[:, 1:]
+    goes_on = jnp.pad(goes_on, ((0, 0), (0, 1)))  # to the token behind
+    after = jnp.where(goes_on, jnp.roll(values, -1, axis=1), 0)
+    errors = rewards + discount * after - values
+
+    def add(
+        later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        (a, b), (c, d) = later, earlier
+        return a * c, d + c * b
+
+    factors = discount * decay * goes_on.astype(errors.dtype)
+    return jax.lax.associative_scan(add, (factors, errors), reverse=True, axis=1)[1]
+
+
 def _scored(rewards: Rewards) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which rewards are scored, the rewards in float32 with 0 for the others, and their number."""
     if jnp.ndim(rewards) != 2:

@@ -5,6 +5,7 @@ Those of groups are in tests/test_advantages.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from r1jax.objectives.advantages import (
+    generalised_advantages,
     leave_one_out_advantages,
     penalise_advantages,
     rewards_as_advantages,
@@ -68,6 +70,33 @@ def test_a_token_answers_for_the_kl_behind_it() -> None:
         alone = function(jnp.asarray([5.0]), kl, 0.5, mask)
         np.testing.assert_array_equal(alone[0, [1, 2, 4]], [2, 2.5, 3.5])
     assert not jax.grad(lambda x: penalise_advantages(kl, x, 0.5, mask).sum())(kl).any()
+
+
+@pytest.mark.parametrize(("discount", "decay"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (0.9, 0.0)])
+def test_generalised_advantages_against_loops(discount: float, decay: float) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.asarray([[1] * 5 + [2] * 4 + [0] * 2, [1] * 3 + [2] * 3 + [3] * 5])
+    mask = np.asarray([[0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1]]) > 0
+    rewards, values = rng.normal(size=(2, *ids.shape))
+    expected = np.zeros(ids.shape)
+    for r, segment in {(row, each) for row in range(2) for each in ids[row]}:
+        advantage = after = 0.0
+        for t in np.flatnonzero((ids[r] == segment) & mask[r])[::-1]:
+            error = rewards[r, t] + discount * after - values[r, t]
+            advantage = error + discount * decay * advantage
+            expected[r, t], after = advantage, values[r, t]
+    junk = [np.where(mask, x, np.nan) for x in (rewards, values)]
+    with jax.enable_x64(True):
+        for function in both(partial(generalised_advantages, discount=discount, decay=decay)):
+            np.testing.assert_allclose(function(*junk, mask, ids), expected, rtol=1e-12)
+
+
+def test_with_a_decay_of_1_they_are_the_return_less_the_value() -> None:
+    rewards, values = jnp.asarray([[0.0, 0, 1]]), jnp.asarray([[0.2, 0.5, 0.9]])
+    out = generalised_advantages(rewards, values, jnp.ones((1, 3)))
+    np.testing.assert_allclose(out, [[0.8, 0.5, 0.1]], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"values has shape \(1, 2\)"):
+        generalised_advantages(rewards, values[:, :2], jnp.ones((1, 3)))
 
 
 def test_what_does_not_fit_is_refused() -> None:

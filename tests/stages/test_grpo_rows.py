@@ -26,9 +26,11 @@ from r1jax.models import (
     token_log_probs,
 )
 from r1jax.models.balance import imbalance_of, loads_of, make_after_update
+from r1jax.objectives.objective import make_objective
+from r1jax.policy_step import make_policy_step
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
-from r1jax.settings.objective import GRPOConfig
+from r1jax.settings.objective import GSPO, GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.stage import LengthChange
 from r1jax.sharding import single_device
@@ -333,6 +335,29 @@ def test_an_update_of_packed_rows_is_that_of_a_sample_a_row(
     ):
         assert np.abs(b - c).max() > 1e-4 or "router" in jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_an_update_by_sequence_ratios_in_packed_rows_is_that_of_a_sample_a_row() -> None:
+    settings = GSPO(clip_low=0.01, clip_high=0.01, kl_coefficient=0.1, entropy_coefficient=0.1)
+    rl, model = stage(mask_truncated=True, objective=settings), decoder(DENSE)
+    samples = phase(rl)
+
+    def log_prob_fn(params: Any, batch: GRPOBatch) -> PolicyOutputs:
+        wanted = batch.mask > 0
+        values = token_log_probs(params, TokenRows(**batch.inputs), model, wanted=wanted)
+        return PolicyOutputs(values.log_probs, values.entropy)
+
+    single = make_policy_step(log_prob_fn, optax.sgd(1.0), make_objective(settings))
+    expected, figures = run_update(single, single_rows(samples, 32), DENSE, model)
+    (batch,) = pack_updates([samples], PackedShape(24, 6, 4, 32), single_device()).batches
+    batch = replace(batch, segment_ids=batch.inputs["segment_ids"])
+    assert batch.used_micro_batches is not None and 1 < batch.used_micro_batches < 4
+    params, metrics = run_update(make_update(rl, model, optax.sgd(1.0), 4), batch, DENSE, model)
+    for name, value in figures.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+    assert 0 < metrics["policy/sequence_clip_fraction"] < 1
+    for a, b in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
 def test_log_probs_of_packed_rows_are_those_of_a_sample_a_row() -> None:

@@ -48,6 +48,7 @@ def load(output: str, *changes: str) -> RunConfig:
     return load_config(TESTS / "tiny_dynamic.yaml", [output, *overrides])
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward_is_subtracted_before_a_phase_is_whitened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
