@@ -2,8 +2,8 @@
 
 A program takes some query rows of one slot and key head, and a part of the slot's pages, over which
 it keeps a softmax in float32; the parts are then combined (flash-decoding). It reads a stack of
-layers by index: no layer's slice is copied. Lowered and interpreted without a GPU; its speed was
-not measured. JAX 0.11 still has Triton, and deprecates it.
+layers by index: no layer's slice is copied. Interpreted, and compiled for sm_80 and sm_90 without a
+GPU: its speed was not measured. JAX 0.11 still has Triton, and deprecates it.
 """
 
 from __future__ import annotations
