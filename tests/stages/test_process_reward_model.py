@@ -229,6 +229,10 @@ def test_settings_that_do_not_fit_are_refused(changes: list[str], message: str) 
             "data.questions.fields.response: train row 0 has no response, and stages.labels.solu",
         ),
         (
+            ["stages.prm.data=mixed", "data.mixed={mixture: {labelled: 1, others: 1}}"],
+            "data.mixed.mixture: stages.prm reads labelled steps, which come from one source",
+        ),
+        (
             ["rewards.process.step_rule={separators: [x]}"],
             "rewards.process.step_rule: that of stages.prm is used; remove it",
         ),

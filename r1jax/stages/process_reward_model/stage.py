@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 def check(stage: ProcessRewardModelStage, run: ResolvedRun) -> None:
     """The rows that no stage of the run writes are labelled solutions, of right and wrong steps."""
     for _, data in stage.datasets():
+        if run.config.data[data].mixture:
+            raise run.config.refusal(
+                ("data", data, "mixture"),
+                f"stages.{stage.name} reads labelled steps, which come from one source; name one "
+                "of its parts",
+            )
         if not run.config.source_stages(data):
             _labelled(stage, data, run)
 
