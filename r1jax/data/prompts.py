@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,13 @@ class PromptStream:
             ),
         )
         self.state, self.restore = self._indices.state, self._indices.restore
+
+    def fork(self) -> PromptStream:
+        """A stream at the same position, which moves on alone."""
+        other = copy.copy(self)
+        other._indices = copy.copy(self._indices)
+        other.state, other.restore = other._indices.state, other._indices.restore
+        return other
 
     def following(self) -> int:
         """The index of the next prompt."""

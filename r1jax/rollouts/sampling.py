@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -24,9 +24,16 @@ from r1jax.processes import (
 from r1jax.rewards import RewardInput, RowScore
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, StopSearch
-from r1jax.sampler.queue import QueuedPrompt, QueueFigures, default_slots, sample_queue
+from r1jax.sampler.queue import (
+    PromptFeed,
+    QueuedPrompt,
+    QueueFigures,
+    QueueSample,
+    default_slots,
+    sample_queue,
+)
 from r1jax.settings.sampling import SamplingSection
-from r1jax.sharding import from_process_rows
+from r1jax.sharding import batch_slices, from_process_rows, process_batch_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,27 +228,88 @@ def sample_prompts(
       Each completion with its index, prompt * samples + sample.
     """
     firsts = [0] * len(prompts) if first_samples is None else first_samples
-    if options.slots is None:
-        processes = process_batch_slice(sampler.decoder.layout).count
-        everywhere = max_over_processes(len(prompts)) * processes * options.samples
-        at_once = batch * processes * options.samples
-        shards = sampler.decoder.layout.shards("slots")
-        options = replace(options, slots=default_slots(everywhere, at_once, shards))
-    model = sampler.decoder
-    queued = [
-        QueuedPrompt(np.asarray(prompt.token_ids, np.int32), prompt.id, first)
-        for prompt, first in zip(prompts, firsts, strict=True)
-    ]
+    model, count = sampler.decoder, max_over_processes(len(prompts))
     lengths = [len(prompt.token_ids) for prompt in prompts]
     rounds = sample_queue(
         params,
-        queued,
+        [_queued(prompt, first) for prompt, first in zip(prompts, firsts, strict=True)],
         model,
-        options,
+        _with_slots(options, model, count, batch),
         prompt_tokens=bucket(max_over_processes(max(lengths, default=1))),
         lengths_of_slices=gather([lengths], model.layout),
         figures=figures,
     )
+    return _completions(rounds, list(zip(prompts, firsts, strict=True)), sampler, options.samples)
+
+
+@dataclass(frozen=True)
+class FollowingPrompts:
+    """Prompts that are decided on as their queue goes on, each with the index of its first sample.
+
+    take: as `PromptFeed.following`. at_once: prompts of a process at first; which slots there are
+    follows from it, see `sample_prompts` for `batch`. longest: tokens of a prompt.
+    """
+
+    take: Callable[[bool], Sequence[Sequence[tuple[Prompt, int]]] | None]
+    at_once: int
+    batch: int
+    longest: int
+
+
+def sample_following(
+    params: Params,
+    following: FollowingPrompts,
+    sampler: LanguageModel,
+    options: GenerateOptions,
+    *,
+    figures: QueueFigures | None = None,
+) -> Iterator[list[tuple[int, Completion]]]:
+    """As `sample_prompts`, of prompts that follow; of this process they have the indices."""
+    model = sampler.decoder
+    own = batch_slices(model.layout).index(process_batch_parts(model.layout))
+    prompts: list[tuple[Prompt, int]] = []
+
+    def take(idle: bool) -> list[list[QueuedPrompt]] | None:
+        slices = following.take(idle)
+        if slices is None:
+            return None
+        prompts.extend(slices[own])
+        return [[_queued(*each) for each in of_slice] for of_slice in slices]
+
+    rounds = sample_queue(
+        params,
+        PromptFeed(take, following.at_once),
+        model,
+        _with_slots(options, model, following.at_once, following.batch),
+        prompt_tokens=bucket(following.longest),
+        figures=figures,
+    )
+    return _completions(rounds, prompts, sampler, options.samples)
+
+
+def _with_slots(
+    options: GenerateOptions, model: Decoder, prompts: int, batch: int
+) -> GenerateOptions:
+    """Options with slots for so many prompts of a process, where they do not say how many."""
+    if options.slots is not None:
+        return options
+    processes = process_batch_slice(model.layout).count
+    everywhere, at_once = (n * processes * options.samples for n in (prompts, batch))
+    slots = default_slots(everywhere, at_once, model.layout.shards("slots"))
+    return replace(options, slots=slots)
+
+
+def _queued(prompt: Prompt, first: int) -> QueuedPrompt:
+    return QueuedPrompt(np.asarray(prompt.token_ids, np.int32), prompt.id, first)
+
+
+def _completions(
+    rounds: Iterator[list[QueueSample]],
+    prompts: Sequence[tuple[Prompt, int]],
+    sampler: LanguageModel,
+    samples: int,
+) -> Iterator[list[tuple[int, Completion]]]:
+    """Completions of the samples of a queue of prompts, each with the index of its first sample."""
     while True:
         with span("rollout"):
             ended = next(rounds, None)
@@ -250,10 +318,10 @@ def sample_prompts(
         texts = completion_texts(sampler, [(sample.tokens, sample.finish) for sample in ended])
         yield [
             (
-                sample.prompt * options.samples + sample.sample,
+                sample.prompt * samples + sample.sample,
                 Completion(
-                    prompts[sample.prompt],
-                    firsts[sample.prompt] + sample.sample,
+                    prompts[sample.prompt][0],
+                    prompts[sample.prompt][1] + sample.sample,
                     sample.tokens,
                     sample.sampling_log_probs,
                     sample.finish,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -44,6 +44,20 @@ class QueuedPrompt:
 
 
 @dataclass(frozen=True)
+class PromptFeed:
+    """Prompts that are given as a queue goes on.
+
+    following: called before each return to the devices with whether all samples so far have ended
+        and are read; gives further prompts of each slice of the batch, or None: the queue ends
+        with what is under way. All processes have to give the same, by what they have in common.
+    at_once: prompts of a slice that the shapes of the programs are for.
+    """
+
+    following: Callable[[bool], Sequence[Sequence[QueuedPrompt]] | None]
+    at_once: int
+
+
+@dataclass(frozen=True)
 class QueueSample:
     """A finished sample of prompt `prompt` (its index in the queue).
 
@@ -69,7 +83,8 @@ class QueueFigures:
     """What sampling a queue took.
 
     steps: of the decode loop. slot_steps: slots x steps. busy: slot steps in which a slot had a
-    sample. repeated: tokens that were sampled again for want of pages.
+    sample. repeated: tokens that were sampled again for want of pages. dropped: tokens of samples
+    that nobody wants any more.
     page_tokens, live_tokens: summed over returns to the host, memory of the pages in use and of the
     current pages, and tokens in it.
     """
@@ -78,13 +93,14 @@ class QueueFigures:
     slot_steps: int = 0
     busy: int = 0
     repeated: int = 0
+    dropped: int = 0
     page_tokens: int = 0
     live_tokens: int = 0
 
     @property
     def slot_use(self) -> float:
         """Completion tokens for each slot and step."""
-        return (self.busy - self.repeated) / max(self.slot_steps, 1)
+        return (self.busy - self.repeated - self.dropped) / max(self.slot_steps, 1)
 
 
 def default_slots(samples: int, at_once: int, shards: int) -> int:
@@ -138,7 +154,7 @@ def slot_shape(
 
 def sample_queue(
     params: Params,
-    prompts: Sequence[QueuedPrompt],
+    prompts: Sequence[QueuedPrompt] | PromptFeed,
     model: Decoder,
     options: GenerateOptions,
     *,
@@ -164,12 +180,19 @@ def sample_queue(
     figures = QueueFigures() if figures is None else figures
     layout = model.layout
     parts = batch_slices(layout)
-    lengths = lengths_of_slices or [[len(prompt.token_ids) for prompt in prompts]]
+    feed = prompts if isinstance(prompts, PromptFeed) else None
+    queued = [] if isinstance(prompts, PromptFeed) else list(prompts)
+    lengths: Sequence[Sequence[int]]
+    if feed is not None:
+        lengths, counts = [[] for _ in parts], [feed.at_once for _ in parts]
+    else:
+        lengths = lengths_of_slices or [[len(prompt.token_ids) for prompt in queued]]
+        counts = [len(of_slice) for of_slice in lengths]
     slice_index = parts.index(process_batch_parts(layout))
     split = layout.shards("slots") // layout.shards("batch")  # shards of a part of the batch
     most = max(
-        -(-len(of_slice) // (len(its_parts) * split))
-        for of_slice, its_parts in zip(lengths, parts, strict=True)
+        -(-count // (len(its_parts) * split))
+        for count, its_parts in zip(counts, parts, strict=True)
     )
     if options.fixed_shape:
         most = sys.maxsize
@@ -180,7 +203,7 @@ def sample_queue(
     ]
     scheduler = schedulers[slice_index]
     shards = len(scheduler.shards)
-    collector = _Collector(prompts, shape, options.stop, figures)
+    collector = _Collector(queued, shape, options.stop, figures)
     draws = options.draws()
 
     def rows_to_devices(rows: np.ndarray) -> jax.Array:
@@ -190,6 +213,19 @@ def sample_queue(
     stop = np.zeros((shards, shape.slots), bool)
     unread: tuple[SlotLog, list[list[int]]] | None = None
     while True:
+        if feed is not None:
+            idle = not any(each.busy() for each in schedulers)
+            if idle and unread is not None:
+                yield collector.read(*unread, stop)
+                unread = None
+            if (further := feed.following(idle)) is None:
+                unused = [] if unread is None else collector.read(*unread, stop)
+                tokens = sum(len(sample.tokens) for sample in unused) + collector.under_way()
+                figures.dropped += len(parts) * tokens
+                return
+            for each, of_slice in zip(schedulers, further, strict=True):
+                each.add([len(prompt.token_ids) for prompt in of_slice])
+            queued += further[slice_index]
         ended = np.zeros((layout.shards("slots"), shape.prompts), bool)
         for each in schedulers:
             each.drop_ended(ended)
@@ -197,7 +233,7 @@ def sample_queue(
             state = drop_prompts(state, ended, model=model)
         while any(each.wants() for each in schedulers):
             assigned = [each.assign() for each in schedulers]
-            rows = _prompt_rows(prompts, assigned[slice_index], shape)
+            rows = _prompt_rows(queued, assigned[slice_index], shape)
             new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
             state, experts = add_prompts(params, state, new, draws, model=model, shape=shape)
             if experts is not None:
@@ -236,13 +272,21 @@ class _Scheduler:
         self.shards = shards
         self.entries = [[-1] * shape.prompts for _ in shards]
         self._shape = shape
-        self._waiting = deque(enumerate(lengths))
-        self._pages = {i: -(-length // shape.page) for i, length in enumerate(lengths)}
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._pages: dict[int, int] = {}
+        self.add(lengths)
         self._done = np.zeros((len(shards), shape.prompts), int)
         self._free = [shape.pages] * len(shards)
         self._queued = [0] * len(shards)
         self._running = [0] * len(shards)
         self._wanted = shape.slots  # samples that should wait in a queue
+
+    def add(self, lengths: Sequence[int]) -> None:
+        """Prompts of these lengths, behind those that wait."""
+        first = len(self._pages)
+        self._waiting.extend(enumerate(lengths, start=first))
+        for i, length in enumerate(lengths, start=first):
+            self._pages[i] = -(-length // self._shape.page)
 
     def drop_ended(self, ended: np.ndarray) -> None:
         """Mark entries of which all samples have ended in [shards of the mesh, entries]."""
@@ -366,7 +410,7 @@ class _Collector:
     ) -> None:
         self._shape, self._stop, self._figures = shape, stop, figures
         self._parts: dict[tuple[int, int], _Part] = {}
-        self._lengths = [len(prompt.token_ids) for prompt in prompts]
+        self._prompts = prompts
         self._prompt_experts: dict[int, np.ndarray] = {}
 
     def keep_experts(
@@ -375,7 +419,12 @@ class _Collector:
         count = rows_at_once(self._shape)
         for shard, of_shard in enumerate(assigned):
             for row, (prompt, _) in enumerate(of_shard, start=shard * count):
-                self._prompt_experts[prompt] = experts[row, : self._lengths[prompt]]
+                length = len(self._prompts[prompt].token_ids)
+                self._prompt_experts[prompt] = experts[row, :length]
+
+    def under_way(self) -> int:
+        """Tokens of samples that have not ended."""
+        return sum(part.steps for part in self._parts.values())
 
     def read(
         self, log: SlotLog, entries: Sequence[Sequence[int]], stop: np.ndarray

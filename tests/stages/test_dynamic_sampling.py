@@ -30,20 +30,22 @@ def run(output: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> tuple[A
     def tokens(completions: Sequence[Completion]) -> Tokens:
         return [[*each.prompt.token_ids.tolist(), *each.token_ids.tolist()] for each in completions]
 
-    def add(self: Any, phase: Any, of: SampledQuestions, scores: list[RowScore]) -> None:
+    def record(
+        self: Any, phase: Any, of: SampledQuestions, scores: list[RowScore], facts: Any
+    ) -> None:
         if not phase.facts:
             sampled.append([])
         for i in range(0, len(of.completions), 2):
             rewards = [score.reward for score in scores[i : i + 2]]
             sampled[-1].append((tokens(of.completions[i : i + 2]), rewards))
-        original_add(self, phase, of, scores)
+        original_record(self, phase, of, scores, facts)
 
     def training(stage: Any, groups: list[Group], advantages: np.ndarray) -> Any:
         trained.append([tokens(group.completions) for group in groups])
         return original_training(stage, groups, advantages)
 
-    original_add, original_training = PhaseSampler._add, grpo.training_samples
-    monkeypatch.setattr(PhaseSampler, "_add", add)
+    original_record, original_training = PhaseSampler._record, grpo.training_samples
+    monkeypatch.setattr(PhaseSampler, "_record", record)
     monkeypatch.setattr(grpo, "training_samples", training)
     monkeypatch.chdir(TESTS)
     config = load_config("tiny_dynamic.yaml", [f"output={output}", *changes])
@@ -83,3 +85,29 @@ def test_a_band_leaves_out_what_is_too_easy_or_too_hard(
     assert trained == [[]] and phase["groups/kept"] == phase["groups/trained"] == 0
     assert phase["groups/out_of_band"] > 0 and phase["questions/sampled"] == 12
     assert phase["optimizer/finite"] == 1 and phase["optimizer/grad_norm"] == 0
+
+
+def test_what_a_phase_trains_on_is_the_same_however_far_ahead_it_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other slots other questions are sampled in vain, and those come again."""
+    changes = ["stages.zero.max_new_tokens=4", "stages.zero.dynamic_sampling.questions_at_once=1"]
+    runs = [
+        run(tmp_path / str(slots), monkeypatch, *changes, f"stages.zero.sampling.slots={slots}")
+        for slots in (2, 12)
+    ]
+    (metrics, sampled, trained), (others, other_sampled, other_trained) = runs
+    assert trained == other_trained and sampled == other_sampled
+    for one, two in zip(metrics, others, strict=True):
+        for name, value in one.items():
+            np.testing.assert_allclose(two[name], value, atol=1e-4, err_msg=name)
+    # A phase has no question that it does not need.
+    assert all(len(set(groups[-1][1])) > 1 or len(groups) == 12 for groups in sampled)
+    dropped = [
+        json.loads(line).get("rollout/questions_dropped", 0)
+        for slots in (2, 12)
+        for line in (tmp_path / f"{slots}/tiny-dynamic-s0/stages/00-zero/timings.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    assert any(dropped) and dropped[:4] != dropped[4:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from r1jax.stages.grpo.selection import (
     draw_questions,
     group_fate,
     note_settled,
+    questions_ahead,
     questions_to_sample,
     shares,
 )
@@ -151,6 +153,20 @@ def test_phases_are_those_of_plain_python(seed: int) -> None:
     assert by_the_module() == by_hand()
 
 
+def test_questions_are_sampled_ahead_as_far_as_groups_may_be_missing() -> None:
+    assert questions_ahead(8, 0, 0, 0) == 8  # nothing is known: all may be kept
+    assert questions_ahead(8, 0, 0, 8) == 0
+    assert questions_ahead(8, 8, 20, 0) == questions_ahead(8, 5, 5, 3) == 0
+    # One of four is kept, and one counts beside the results: 2 / 5. Of five under way two are
+    # likely, and one fewer by the deviation, sqrt(5 * 0.4 * 0.6) = 1.1: six groups are missing.
+    assert questions_ahead(8, 1, 4, 5) == math.ceil((8 - 1 - 2 + math.sqrt(1.2)) / 0.4)
+    wanted = [questions_ahead(512, kept, 512, 100) for kept in (512, 400, 256, 0)]
+    assert wanted[0] == 0 and wanted == sorted(wanted)
+    # The more is under way, the less is added; and never so much that nothing were left to learn.
+    added = [questions_ahead(512, 200, 400, open_) for open_ in (0, 100, 500, 800)]
+    assert added == sorted(added, reverse=True) and added[-1] == 0 < added[2]
+
+
 def test_settled_questions_are_skipped_until_it_is_time_to_look_again() -> None:
     skip_until = {"b": 9, "c": 1}
     results = [result(1, 1, right=2), result(0, 0), result(0, 1, right=1), result()]
@@ -208,7 +224,7 @@ def test_groups_survive_the_checkpoint_to_the_bit() -> None:
         ({"pass_rate": [0.8, 0.2]}, {}, r"dynamic_sampling\.pass_rate.*0 <= low < high <= 1"),
         ({"pass_rate": [0.3, 0.4]}, {}, r"\[0.3, 0.4\]: no group of outputs_per_question = 4"),
         ({"max_questions": 3}, {}, r"max_questions = 3 is less than .* = 4, the questions of a"),
-        ({"max_questions": 6}, {}, r"max_questions = 6 is not a multiple of .* = 4"),
+        ({"max_questions": 6, "questions_at_once": 4}, {}, r"= 6 is not a multiple of .* = 4"),
         ({"questions_at_once": 8}, {}, r"questions_at_once = 8 is more than .* = 4"),
         ({"max_questions": 0}, {}, r"dynamic_sampling\.max_questions"),
         ({"look_again_after": 0}, {}, r"dynamic_sampling\.look_again_after"),

@@ -63,8 +63,9 @@ class Phase:
     that this process has. holders: by number, the slice of the batch that has a group; None: all.
     facts: of all samples, see `sample_facts`. rows: of samples.jsonl, of this process's first
     group. occurrences: of questions. passed: questions that were skipped. sampled, skipped:
-    questions. continued: samples of phases before. unfinished: that the next phase goes on with.
-    tokens: that this process has sampled. unscored: whose rewards are still computed.
+    questions. dropped: questions that were sampled in vain. continued: samples of phases before.
+    unfinished: that the next phase goes on with. tokens: that this process has sampled.
+    unscored: whose rewards are still computed.
     trained: this process's groups to train on; None: not all rewards are there.
     """
 
@@ -78,6 +79,7 @@ class Phase:
     passed: set[Question] = field(default_factory=set)
     sampled: int = 0
     skipped: int = 0
+    dropped: int = 0
     continued: int = 0
     unfinished: int = 0
     tokens: int = 0

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,9 +19,11 @@ from r1jax.processes import BatchSlice, gather, process_batch_slice
 from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import (
     Completion,
+    FollowingPrompts,
     bucket,
     completion_texts,
     generate_options,
+    sample_following,
     sample_prompts,
 )
 from r1jax.rollouts.scoring import PendingRewards, RewardScorer, check_first_rewards
@@ -30,6 +33,7 @@ from r1jax.run.train_loop import Snapshot, TrainLoop
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import QueuedPrompt, default_slots, sample_queue
 from r1jax.sharding import Layout
+from r1jax.stages.grpo.asked import PhaseQueue
 from r1jax.stages.grpo.groups import (
     Group,
     Phase,
@@ -80,6 +84,8 @@ def phase_metrics(phase: Phase, stage: GRPOStage) -> dict[str, float]:
 def prompts_at_once(stage: GRPOStage, processes: int) -> int:
     """Prompts of a process whose samples the memory is planned for, all at once."""
     part = stage.questions_per_phase // stage.rollout_batches // processes
+    if stage.goes_on:
+        return part
     return math.gcd(part, stage.questions_at_once // processes)
 
 
@@ -137,6 +143,10 @@ class PhaseSampler:
         stage = self.stage
         left = self.questions.surplus
         phase = Phase(step, Choice(len(left)), dict(enumerate(left)), [None] * len(left))
+        if stage.goes_on:
+            self._sample_until_enough(weights, phase, leave_if_stopped)
+            self._choose(phase)
+            return phase
         if self.questions.unfinished:
             phase.unscored.append(self._go_on(weights, phase, leave_if_stopped))
             self._score(phase)
@@ -233,6 +243,37 @@ class PhaseSampler:
                 for indices, each in pending
             ],
         )
+
+    def _sample_until_enough(
+        self, weights: Params, phase: Phase, leave_if_stopped: Callable[[], None]
+    ) -> None:
+        """Sample one queue, to which questions are added as long as groups may be missing."""
+        stage, share, loop = self.stage, self._share, self.loop
+        queue = PhaseQueue(
+            stage,
+            self.questions,
+            self.scorer,
+            self._layout,
+            share,
+            loop.clock,
+            phase,
+            partial(self._record, phase),
+            self.reflections,
+        )
+        following = FollowingPrompts(
+            queue.take,
+            at_once=stage.questions_per_phase // share.count,
+            batch=prompts_at_once(stage, share.count),
+            longest=self.questions.longest,
+        )
+        leave_if_stopped()
+        for ended in sample_following(
+            weights, following, self.sampler, self._options(phase), figures=phase.figures
+        ):
+            queue.ended(ended)
+            leave_if_stopped()
+        phase.dropped, tokens = queue.dropped()
+        phase.figures.dropped += share.count * tokens
 
     def _go_on(
         self, weights: Params, phase: Phase, leave_if_stopped: Callable[[], None]
@@ -341,11 +382,25 @@ class PhaseSampler:
             self._add(phase, sampled, scores)
 
     def _add(self, phase: Phase, sampled: SampledQuestions, scores: Sequence[RowScore]) -> None:
-        dynamic, samples = self.stage.dynamic_sampling, self.stage.outputs_per_question
-        questions, completions = sampled.questions, sampled.completions
-        facts = gather(sample_facts(completions, scores, self.reflections), self._layout)
+        facts = gather(sample_facts(sampled.completions, scores, self.reflections), self._layout)
         if phase.step == 0 and facts and not phase.facts:  # not at the limit, after all of them
             check_first_rewards(facts, self.scorer.rewards)
+        self._record(phase, sampled, scores, facts)
+
+    def _record(
+        self,
+        phase: Phase,
+        sampled: SampledQuestions,
+        scores: Sequence[RowScore],
+        facts: Sequence[JsonObject],
+    ) -> None:
+        """Decide on the next questions of a phase.
+
+        Args:
+          scores: of this process's samples. facts: of all samples, in the questions' order.
+        """
+        dynamic, samples = self.stage.dynamic_sampling, self.stage.outputs_per_question
+        questions, completions = sampled.questions, sampled.completions
         if not phase.rows:
             trained_at = phase.step + self.stage.mini_batches_per_rollout
             pairs = zip(completions[:samples], scores, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from r1jax.data.order import DataCursor
@@ -74,6 +75,20 @@ class Questions:
             return Question(data, self._streams[data].following())
 
         return draw_questions(following, count, self.skip_until, step, passed)
+
+    def upcoming(self, step: int, passed: set[Question]) -> Callable[[], Question]:
+        """Gives what `draw` would, one by one, and leaves the order where it is."""
+        data, passed = self._stage.data_at(step), set(passed)
+        stream = self._streams[data].fork()
+
+        def following() -> Question:
+            return Question(data, stream.following())
+
+        def upcoming() -> Question:
+            (question,) = draw_questions(following, 1, self.skip_until, step, passed).questions
+            return question
+
+        return upcoming
 
     def prompt(self, question: Question) -> Prompt:
         return self._streams[question.data].prompts[question.prompt]

@@ -5,6 +5,7 @@ Functions of what was sampled, in the order of the questions; the same in all pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -96,6 +97,24 @@ def questions_to_sample(stage: GRPOStage, choice: Choice, sampled: int) -> int:
         kept = choice.from_surplus
     enough = kept >= stage.questions_per_phase
     return 0 if enough or sampled + at_once > stage.max_questions else at_once
+
+
+def questions_ahead(wanted: int, kept: int, decided: int, under_way: int) -> int:
+    """How many questions to sample beyond those under way, which may not give groups enough.
+
+    A phase that waited for the last of its samples before it took more would leave slots idle. How
+    many it takes decides only what is sampled in vain: what it trains on, `questions_to_sample`
+    says. An eighth of `wanted` counts as kept beside the results, until these are many.
+
+    Args:
+      wanted: groups. kept: of those that are `decided`, which have their rewards.
+      under_way: questions that have none yet.
+    """
+    weight = max(1, wanted // 8)
+    share = (kept + weight) / (decided + weight)
+    # One standard deviation less than is expected.
+    likely = kept + share * under_way - math.sqrt(share * (1 - share) * under_way)
+    return max(0, math.ceil((wanted - likely) / share))
 
 
 def shares(items: Sequence[T], count: int) -> list[list[T]]:

@@ -101,8 +101,8 @@ class DynamicSampling(Section):
     questions_at_once: int | None = Field(
         None,
         ge=1,
-        description="Questions that are sampled between two decisions. Default: as many as a phase "
-        "trains on.",
+        description="A phase samples a multiple of this. Default: 1; with tokens_per_phase, where "
+        "it is what is sampled between two decisions, as many as a phase trains on.",
     )
     surplus: Literal["drop", "keep"] = Field(
         "drop",
@@ -314,7 +314,7 @@ class GRPOStage(TrainStage):
         check_multiple(
             "dynamic_sampling.max_questions",
             most,
-            "dynamic_sampling.questions_at_once (default: the questions of a phase)",
+            "dynamic_sampling.questions_at_once",
             at_once,
         )
         low, high = dynamic.pass_rate
@@ -375,7 +375,12 @@ class GRPOStage(TrainStage):
     def questions_at_once(self) -> int:
         """Questions that are sampled before the next decision how to go on."""
         given = self.dynamic_sampling and self.dynamic_sampling.questions_at_once
-        return given or self.questions_per_phase
+        return given or (1 if self.goes_on else self.questions_per_phase)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a phase is one queue, which goes on until there are groups enough."""
+        return self.dynamic_sampling is not None and self.tokens_per_phase is None
 
     @property
     def max_questions(self) -> int:
@@ -423,7 +428,7 @@ class GRPOStage(TrainStage):
                 ("rollout_batches", self.rollout_batches),
             ),
         ]
-        if self.dynamic_sampling is not None:
+        if self.dynamic_sampling is not None and not self.goes_on:
             key = ".dynamic_sampling.questions_at_once"
             divided.append(Divided(key, self.questions_at_once, "processes"))
         return divided

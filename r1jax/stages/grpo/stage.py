@@ -352,6 +352,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
 
     questions, processes = stage.questions_per_phase, len(batch_slices(sampler.layout))
     of_phase = min(new, stage.tokens_per_phase or new)
+    at_once = questions if stage.goes_on else stage.questions_at_once
     rollout = SlotRollout(
         sampler,
         processes * prompts_at_once(stage, processes),
@@ -360,7 +361,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         of_phase,
         stage.sampling,
         planned_lengths(stage.lengths, of_phase),
-        stage.questions_at_once,
+        at_once,
         stage.replay_experts,
     )
     worst = stage.max_questions / questions
@@ -385,7 +386,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         name = "weights to the sampler"
         sampling.append(_mover_program(name, model, sampler, weights, resident, 1 / phase))
         while_sampling = {**resident, "policy": weights}
-    queues = stage.max_questions / stage.questions_at_once
+    queues = stage.max_questions / at_once
     sampling += rollout.programs(while_sampling, queues / phase)
     if stage.tokens_per_phase is not None:
         limits.append(

@@ -70,6 +70,9 @@ class PhaseUpdates:
         timings["update/rows_filled"] = self.rows_filled
         if phase.figures.steps:
             timings["rollout/slot_use"] = phase.figures.slot_use
+            timings["rollout/steps"] = phase.figures.steps
+        if phase.dropped:
+            timings["rollout/questions_dropped"] = phase.dropped
         loop.log_timings(timings)
         loop.progress.update(
             loop.step,
