@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from r1jax import recipe
 from r1jax.config.load import load_config
 from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import Completion
+from r1jax.rollouts.scoring import RewardScorer
 from r1jax.stages.grpo import stage as grpo
 from r1jax.stages.grpo.groups import Group, SampledQuestions
 from r1jax.stages.grpo.phase import PhaseSampler
@@ -103,11 +106,30 @@ def test_what_a_phase_trains_on_is_the_same_however_far_ahead_it_samples(
             np.testing.assert_allclose(two[name], value, atol=1e-4, err_msg=name)
     # A phase has no question that it does not need.
     assert all(len(set(groups[-1][1])) > 1 or len(groups) == 12 for groups in sampled)
-    dropped = [
-        json.loads(line).get("rollout/questions_dropped", 0)
-        for slots in (2, 12)
-        for line in (tmp_path / f"{slots}/tiny-dynamic-s0/stages/00-zero/timings.jsonl")
-        .read_text()
-        .splitlines()
-    ]
-    assert any(dropped) and dropped[:4] != dropped[4:]
+    dropped = [timings(tmp_path / str(slots), "rollout/questions_dropped") for slots in (2, 12)]
+    assert any(dropped[0] + dropped[1]) and dropped[0] != dropped[1]
+
+
+@pytest.mark.slow
+def test_the_time_at_which_rewards_arrive_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["stages.zero.max_new_tokens=8", "stages.zero.dynamic_sampling.questions_at_once=1"]
+    metrics, *groups = run(tmp_path / "soon", monkeypatch, *changes)
+    in_order, calls = RewardScorer.in_order, itertools.count()
+
+    def late(self: Any, *args: Any) -> Any:
+        time.sleep(0.2 * (next(calls) % 3))
+        return in_order(self, *args)
+
+    monkeypatch.setattr(RewardScorer, "in_order", late)
+    other_metrics, *others = run(tmp_path / "late", monkeypatch, *changes)
+    assert metrics == other_metrics and groups == others
+    for figure in ("rollout/steps", "rollout/questions_dropped"):
+        assert timings(tmp_path / "soon", figure) == timings(tmp_path / "late", figure)
+
+
+def timings(output: Path, name: str) -> list[float]:
+    """A figure of each phase."""
+    path = output / "tiny-dynamic-s0/stages/00-zero/timings.jsonl"
+    return [json.loads(line).get(name, 0) for line in path.read_text().splitlines()]

@@ -42,7 +42,8 @@ class QuestionInQueue:
 
     number: in the order of the queue. completions: by index, of the process that samples it, as are
     pending: their rewards, with the completions' indices; and scores.
-    facts: of its samples, see `sample_facts`; None: not all rewards are there.
+    facts: of its samples, see `sample_facts`; None: not all rewards are there. kept: whether it is
+    one to train on, by these.
     """
 
     asked: Asked
@@ -51,6 +52,7 @@ class QuestionInQueue:
     pending: list[tuple[Sequence[int], PendingRewards]] = field(default_factory=list)
     scores: Sequence[RowScore] = ()
     facts: list[JsonObject] | None = None
+    kept: bool = False
 
 
 Record = Callable[[SampledQuestions, Sequence[RowScore], Sequence[JsonObject]], None]
@@ -143,7 +145,9 @@ class PhaseQueue:
             each.scores = scores[part]
             rows.append({"number": each.number, "facts": facts[part]})
         for row in gather(rows, self.layout):
-            self._queue[row["number"]].facts = row["facts"]
+            question, facts = self._queue[row["number"]], row["facts"]
+            fate = group_fate(group_result(facts), self.stage.dynamic_sampling)
+            question.facts, question.kept = facts, fate is Fate.KEPT
 
     def _decide(self) -> bool:
         """Decide on questions in their order, as far as it is known; whether that is enough."""
@@ -185,10 +189,9 @@ class PhaseQueue:
         if not self._checked and phase.step == 0 and len(known) >= stage.questions_per_phase:
             self._checked = True
             check_first_rewards([row for rows in known for row in rows], self.scorer.rewards)
-        fates = [group_fate(group_result(rows), stage.dynamic_sampling) for rows in known]
         ahead = questions_ahead(
             stage.questions_per_phase - phase.choice.from_surplus,
-            fates.count(Fate.KEPT),
+            sum(each.kept for each in self._queue),
             len(known),
             len(self._queue) - len(known),
         )

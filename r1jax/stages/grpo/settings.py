@@ -106,8 +106,9 @@ class DynamicSampling(Section):
     )
     surplus: Literal["drop", "keep"] = Field(
         "drop",
-        description="What becomes of groups beyond those that the phase trains on: keep them for "
-        "the next phase, where loss.importance_cap corrects for the weights that sampled them.",
+        description="What becomes of groups beyond those that the phase trains on, where "
+        "questions_at_once is above 1: keep them for the next phase, where loss.importance_cap "
+        "corrects for the weights that sampled them. Those sampled ahead in vain come again.",
     )
     pass_rate: tuple[float, float] = Field(
         (0.0, 1.0),
