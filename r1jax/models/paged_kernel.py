@@ -101,8 +101,12 @@ def group_pages(reads: PageList, slots: int, size_of_group: GroupSize) -> PageGr
         count = begins.sum(dtype=jnp.int32)
         return pages, starts, same.sum(1, dtype=jnp.int32), of_group, hidden, with_pages, count
 
-    arrays = jax.vmap(of_shard)(reads.pages, reads.slots, reads.filled)
-    return PageGroups(*arrays, heads=size_of_group.heads)
+    pages, starts, sizes, owners, hidden, with_pages, count = jax.vmap(of_shard)(
+        reads.pages, reads.slots, reads.filled
+    )
+    return PageGroups(
+        pages, starts, sizes, owners, hidden, with_pages, count, heads=size_of_group.heads
+    )
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def softmax_of_slots(
         return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
 
     out_specs, out_shapes = zip(result(), result(), result(value_dim), strict=True)
-    arrays = (layer.astype(jnp.int32)[None], reads.starts[0], reads.sizes[0], reads.pages[0])
-    arrays = (*arrays, reads.hidden[0], *pages)
+    groups = reads.starts[0], reads.sizes[0], reads.pages[0], reads.hidden[0]
+    arrays = [layer.astype(jnp.int32)[None], *groups, *pages]
     kernel = functools.partial(_kernel, size.tokens, blocks, parts, 1 / math.sqrt(head_dim))
     # Programs that follow each other read the same slot's pages, the later ones from the cache.
     peaks, totals, outs = pl.pallas_call(
@@ -164,7 +164,7 @@ def softmax_of_slots(
 def _columns(width: int) -> list[pl.Slice]:
     """Slices of a power of two each, as Triton wants them: 576 is 512 and 64."""
     sizes = [2**bit for bit in reversed(range(width.bit_length())) if width >> bit & 1]
-    return [pl.ds(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+    return [pl.Slice(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
 def _kernel(
