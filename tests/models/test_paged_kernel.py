@@ -258,6 +258,7 @@ def test_groups_are_as_large_as_vmem_allows() -> None:
         ("v5p:2x2x1", KernelShape(16, 6, (128, 128))),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # of a TPU
 def test_a_slice_compiles_it_with_the_vmem_that_is_estimated(
     topology: str, shape: KernelShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
