@@ -79,6 +79,7 @@ _TUNIX = {
     "checkpoint_root_directory": "output",
     "metrics_logging_options": "trackers",
     "reward_fns": "rewards",
+    "role_to_mesh": "mesh.axes, mesh.rollout.axes, mesh.rollout.devices",
 }
 _VERL = {
     "n": "stages.NAME.outputs_per_question",

@@ -26,7 +26,7 @@ from r1jax.planner.topologies import CHIPS
 from r1jax.settings.data import DataSection
 from r1jax.settings.kinds import KINDS as KINDS_OF_STAGES
 from r1jax.settings.kinds import load_kind
-from r1jax.settings.mesh import MeshSection
+from r1jax.settings.mesh import MeshSection, RolloutMesh
 from r1jax.settings.model import ModelSection
 from r1jax.settings.objective import GRPOConfig, ObjectiveSettings
 from r1jax.settings.optimizer import OptimizerSection
@@ -552,6 +552,7 @@ def test_every_hint_names_settings_that_there_are() -> None:
         "data.NAME": set(DataSection.model_fields),
         "model": set(ModelSection.model_fields),
         "mesh": set(MeshSection.model_fields),
+        "mesh.rollout": set(RolloutMesh.model_fields),
         "rewards.NAME": set(RewardSection.model_fields),
         "stages.NAME": {key for kind in KINDS_OF_STAGES for key in load_kind(kind).model_fields},
         "stages.NAME.loss": set(GRPOConfig.__dataclass_fields__),
