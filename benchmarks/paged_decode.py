@@ -33,7 +33,9 @@ Reads = PageList | PageGroups | SlotPages
 def decoder(layers: int, latents: bool) -> Decoder:
     layout = single_device()
     attention = choose_attention("auto", layout.platform)
-    execution = Execution(compute_dtype=jnp.bfloat16, attention=attention)
+    execution = Execution(
+        compute_dtype=jnp.bfloat16, attention=attention, sampler_attention="kernel"
+    )
     if not latents:
         config = ModelConfig("qwen2", 32, 1536, 8960, layers, 12, 2, 128)
         return Decoder(config, execution, layout)

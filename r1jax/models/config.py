@@ -555,11 +555,14 @@ class Execution:
     log_prob_chunk: time steps whose logits exist at once.
     expert_chunk: tokens that a device dispatches to their experts at once.
     attention: `xla` on any platform, `splash` on TPU, `flash` (Pallas) on GPU.
+    sampler_attention: over pages of the KV cache: `kernel` where the platform has one, `auto` on
+        TPU alone, as the GPU's has not been run on one; neither where `attention` is `xla`.
     """
 
     param_dtype: DTypeLike = jnp.float32
     compute_dtype: DTypeLike = jnp.bfloat16
     attention: AttentionKernel = "xla"
+    sampler_attention: Literal["auto", "xla", "kernel"] = "auto"
     remat: RematPolicy = "full"
     scan_layers: bool = True
     log_prob_chunk: int = 256

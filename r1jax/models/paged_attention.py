@@ -158,20 +158,22 @@ def kernel_reads(
     kv_heads, of_key_head, width = (
         1 if axis is None else layout.shards(axis) for axis in _split_axes(model)
     )
-    if model.execution.attention == "xla" or width > 1:
+    execution = model.execution
+    if "xla" in (execution.attention, execution.sampler_attention) or width > 1:
         return reads
     shapes = entry_shapes(model)
     shape = KernelShape(
         shapes[0][0] // kv_heads,
         tokens * config.num_attention_heads // shapes[0][0] // of_key_head,
         tuple(width for _, width in shapes),
-        jnp.dtype(model.execution.compute_dtype).itemsize,
+        jnp.dtype(execution.compute_dtype).itemsize,
     )
     page = reads.filled.shape[-1]
     if layout.platform == "tpu":
         size = group_size(shape, page, layout.mesh.devices.flat[0].device_kind)
         return reads if size is None else group_pages(reads, slots, size)
-    if layout.platform == "gpu" and tile(shape, page) is not None:
+    on_gpu = layout.platform == "gpu" and execution.sampler_attention == "kernel"
+    if on_gpu and tile(shape, page) is not None:
         return pages_of_slots(reads, slots)
     return reads
 

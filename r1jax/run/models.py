@@ -180,6 +180,7 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
         # Loops over stacked weights are slow on the CPU, whose models are small.
         scan_layers=(backend != "cpu") if scan == "auto" else scan,
         log_prob_chunk=section.log_prob_chunk,
+        sampler_attention=section.sampler_attention,
         expert_chunk=section.expert_chunk,
     )
     return Decoder(config, execution, layout)

@@ -45,6 +45,11 @@ class ModelSection(Section):
     attention: Literal["auto", "xla", "splash", "flash"] = Field(
         "auto", description="auto: splash (a Pallas kernel) on TPU, flash on GPU, else XLA's."
     )
+    sampler_attention: Literal["auto", "xla", "kernel"] = Field(
+        "auto",
+        description="Over the pages of the sampler's KV cache. auto: a Pallas kernel on TPU, XLA's "
+        "elsewhere; kernel: on GPU, too, where it was compiled and not yet run.",
+    )
     remat: Literal["none", "dots", "full"] = Field(
         "full",
         description="What is computed again in the backward pass: nothing, all but matrix "

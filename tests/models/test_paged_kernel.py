@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,15 @@ def test_the_kernel_is_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # The number of slots does not matter; that of a slot's queries does.
     assert kind_of_reads(model, slots=100_000) is PageGroups
     assert kind_of_reads(model, tokens=100_000) is PageList
-    by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
-    assert kind_of_reads(by_xla) is PageList
+    for choice in (Execution(attention="xla"), Execution(sampler_attention="xla")):
+        assert kind_of_reads(replace(model, execution=choice)) is PageList
 
 
-def test_a_gpu_has_a_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_a_kernel_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder(4, 2)
     monkeypatch.setattr(Layout, "platform", "gpu")
+    assert kind_of_reads(model, 16) is PageList
+    model = replace(model, execution=replace(model.execution, sampler_attention="kernel"))
     assert kind_of_reads(model, 16) is SlotPages
     assert kind_of_reads(model, PAGE) is PageList
     by_xla = Decoder(model.config, Execution(attention="xla"), model.layout)
