@@ -91,7 +91,7 @@ def main(
         questions_per_step=8,
         outputs_per_question=2,
         micro_batches=2,
-        loss=GRPOConfig(kl_coefficient=0.0),
+        loss=GRPOConfig(kl_coefficient=0.0, importance_cap=None),
         optimizer=OptimizerSection(learning_rate=1e-3),
         balance=BalanceSection(bias_speed=0.125, sequence_loss=0.1) if replay else BalanceSection(),
         replay_experts=replay,
