@@ -33,7 +33,6 @@ from r1jax.run.train_loop import Snapshot, TrainLoop
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import QueuedPrompt, default_slots, sample_queue
 from r1jax.sharding import Layout
-from r1jax.stages.grpo.asked import PhaseQueue
 from r1jax.stages.grpo.groups import (
     Group,
     Phase,
@@ -47,6 +46,7 @@ from r1jax.stages.grpo.groups import (
     joined,
 )
 from r1jax.stages.grpo.metrics import group_result, rollout_metrics, sample_facts
+from r1jax.stages.grpo.phase_queue import PhaseQueue
 from r1jax.stages.grpo.questions import Questions
 from r1jax.stages.grpo.selection import (
     Choice,

@@ -2,8 +2,8 @@
 
 Questions are sampled ahead of the decisions: slots that are free need not wait for the last sample
 of a question, nor for its reward. What a phase trains on, and with which question the next one
-begins, follows from the questions in their order all the same: those that were sampled in vain are
-dropped, and come again.
+begins, follows from the questions in their order all the same: those that were sampled and not
+needed are dropped, and come again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from r1jax.stages.grpo.selection import Fate, group_fate, questions_ahead, quest
 from r1jax.stages.grpo.settings import GRPOStage
 
 
-class Asked(NamedTuple):
+class QuestionDraw(NamedTuple):
     """A question, and the index of its first sample: it may come twice in a phase."""
 
     question: Question
@@ -46,7 +46,7 @@ class QuestionInQueue:
     one to train on, by these.
     """
 
-    asked: Asked
+    draw: QuestionDraw
     number: int
     completions: dict[int, Completion] = field(default_factory=dict)
     pending: list[tuple[Sequence[int], PendingRewards]] = field(default_factory=list)
@@ -76,8 +76,8 @@ class PhaseQueue:
     record: Record
     reflections: Sequence[re.Pattern[str]] = ()
     _queue: list[QuestionInQueue] = field(default_factory=list)
-    _by_question: dict[Asked, QuestionInQueue] = field(default_factory=dict)
-    _next: list[Asked] = field(default_factory=list)  # questions to decide on
+    _by_question: dict[QuestionDraw, QuestionInQueue] = field(default_factory=dict)
+    _next: list[QuestionDraw] = field(default_factory=list)  # questions to decide on
     # Of this process, whose rewards are not read; the first `_due` were whole one call before.
     _whole: list[QuestionInQueue] = field(default_factory=list)
     _due: int = 0
@@ -90,10 +90,10 @@ class PhaseQueue:
         self.phase.score_seconds += self.clock.lap("score_wait")
         if self._decide():
             return None
-        added = self._more()
+        added = self._add_questions()
         return [
             [
-                (self.questions.prompt(each.asked.question), each.asked.first_sample)
+                (self.questions.prompt(each.draw.question), each.draw.first_sample)
                 for each in added
                 if self._holder(each) == process
             ]
@@ -156,9 +156,9 @@ class PhaseQueue:
             if not self._next:
                 drawn = self.questions.draw(count, phase.step, phase.passed)
                 phase.skipped += drawn.skipped
-                asked = self._asked(iter(drawn.questions).__next__, phase.occurrences)
-                self._next = [asked() for _ in drawn.questions]
-            known = [self._by_question.get(asked) for asked in self._next]
+                draw = self._draws(iter(drawn.questions).__next__, phase.occurrences)
+                self._next = [draw() for _ in drawn.questions]
+            known = [self._by_question.get(draw) for draw in self._next]
             found = [each for each in known if each is not None and each.facts is not None]
             if len(found) < count:
                 return False
@@ -171,20 +171,20 @@ class PhaseQueue:
         own = [each for each in questions if self._holder(each) == self.share.index]
         completions = [each.completions[i] for each in own for i in range(group)]
         self.record(
-            SampledQuestions([each.asked.question for each in questions], holders, completions, []),
+            SampledQuestions([each.draw.question for each in questions], holders, completions, []),
             [score for each in own for score in each.scores],
             [row for each in questions for row in each.facts or ()],
         )
         self.phase.sampled += len(questions)
         self.phase.tokens += sum(len(each.token_ids) for each in completions)
         for each in questions:
-            del self._by_question[each.asked]
+            del self._by_question[each.draw]
         self._next = []
 
-    def _more(self) -> list[QuestionInQueue]:
+    def _add_questions(self) -> list[QuestionInQueue]:
         """Add the questions that are decided on next, and as many as are likely to be needed."""
         stage, phase = self.stage, self.phase
-        added = [self._add(asked) for asked in self._next if asked not in self._by_question]
+        added = [self._add(draw) for draw in self._next if draw not in self._by_question]
         known = [each.facts for each in self._queue if each.facts is not None]
         if not self._checked and phase.step == 0 and len(known) >= stage.questions_per_phase:
             self._checked = True
@@ -197,29 +197,30 @@ class PhaseQueue:
         )
         room = stage.max_questions - phase.sampled - len(self._next)
         upcoming = self.questions.upcoming(phase.step, phase.passed)
-        following = self._asked(upcoming, Counter(phase.occurrences))
+        following = self._draws(upcoming, Counter(phase.occurrences))
         while ahead > 0 and room > 0:
-            asked, room = following(), room - 1
-            if asked not in self._by_question:
-                added.append(self._add(asked))
+            draw, room = following(), room - 1
+            if draw not in self._by_question:
+                added.append(self._add(draw))
                 ahead -= 1
         return added
 
-    def _add(self, asked: Asked) -> QuestionInQueue:
-        question = QuestionInQueue(asked, len(self._queue))
+    def _add(self, draw: QuestionDraw) -> QuestionInQueue:
+        question = QuestionInQueue(draw, len(self._queue))
         self._queue.append(question)
-        self._by_question[asked] = question
+        self._by_question[draw] = question
         return question
 
-    def _asked(
+    def _draws(
         self, following: Callable[[], Question], occurrences: Counter[Question]
-    ) -> Callable[[], Asked]:
+    ) -> Callable[[], QuestionDraw]:
         """Questions with their first samples: twice in a phase one must not get the same random
         numbers. `occurrences` is added to."""
 
-        def asked() -> Asked:
+        def draw() -> QuestionDraw:
             question = following()
+            first_sample = occurrences[question] * self.stage.outputs_per_question
             occurrences[question] += 1
-            return Asked(question, (occurrences[question] - 1) * self.stage.outputs_per_question)
+            return QuestionDraw(question, first_sample)
 
-        return asked
+        return draw
