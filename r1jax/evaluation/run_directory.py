@@ -218,10 +218,9 @@ def read_run(run_dir: str | Path) -> Run:
     paths = {path.name.partition("-")[2]: path for path in sorted(directory.glob("stages/*-*/"))}
     # `running` is recorded while it is true, and stays when the process dies. In a copy of a
     # directory, such as one of a bucket, nobody holds a lock.
-    if (directory / LOCK).exists():
-        begun = "running" if is_locked(directory) else "stopped"
-    else:
-        begun = f"running when last saved, {info.get('saved', 'no time recorded')}"
+    begun = "running" if is_locked(directory) else "stopped"
+    if info.get("saved") and not (directory / LOCK).exists():
+        begun = f"running when last saved, {info['saved']}"
     stages = []
     for plan in config["stages"]:
         path, record = paths.get(plan["name"]), records.get(plan["name"]) or {}

@@ -232,8 +232,9 @@ def grpo(settings: GRPO | None = None) -> Objective:
 def grpo_of_config(config: GRPOConfig) -> Objective:
     """`grpo`, but a batch without sampler log-probs is not corrected, in place of refused."""
     settings = GRPO(**asdict(config))
-    needs = tuple(each for each in grpo(settings).needs if each != "sampler_log_probs")
-    return replace(grpo(settings), needs=needs)
+    # A correction is made where there is something to correct by; `token_terms` names a reference
+    # that is missing, once it is known that all arrays fit together.
+    return replace(grpo(settings), needs=())
 
 
 def dr_grpo(settings: DrGRPO | None = None) -> Objective:
