@@ -7,6 +7,7 @@ must therefore be agreed on first. With one process all of this is free.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ import jax
 import numpy as np
 from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from r1jax.sharding import Layout, batch_slices, process_batch_parts
 
@@ -208,18 +211,50 @@ def process_batch_slice(layout: Layout) -> BatchSlice:
     return BatchSlice(distinct.index(process_batch_parts(layout)), len(distinct))
 
 
+_last_devices_alone = False
+
+
+def gather_on_last_devices(alone: bool) -> None:
+    """Whether each process's last device alone takes part in what is gathered, or all of them.
+
+    Where devices are in two groups, the last one samples, and the host does not wait for an update
+    of the others. Elsewhere all take part: a collective of a few devices may not run beside an
+    update's.
+    """
+    global _last_devices_alone
+    _last_devices_alone = alone
+
+
+def _all_gather(value: np.ndarray) -> np.ndarray:
+    """[processes, ...]: the values of all processes."""
+    if not _last_devices_alone:
+        return np.asarray(multihost_utils.process_allgather(value))
+    last = {device.process_index: device for device in sorted(jax.devices(), key=lambda d: d.id)}
+    mesh = Mesh(np.asarray([last[process] for process in sorted(last)]), ("process",))
+    mine = jax.device_put(value[None], last[jax.process_index()])
+    shape, rows = (len(last), *value.shape), NamedSharding(mesh, PartitionSpec("process"))
+    parts = jax.make_array_from_single_device_arrays(shape, rows, [mine])
+    whole = _identity(NamedSharding(mesh, PartitionSpec()))(parts)
+    return np.asarray(whole.addressable_data(0))
+
+
+@functools.cache
+def _identity(sharding: NamedSharding) -> Wrapped:
+    return jax.jit(lambda value: value, out_shardings=sharding)
+
+
 def max_over_processes(value: int) -> int:
     """The largest of all processes' values."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.process_allgather(np.asarray(value, np.int64)).max())
+    return int(_all_gather(np.asarray(value, np.int64)).max())
 
 
 def min_over_processes(value: float) -> float:
     """The smallest of all processes' values, each of which is a float32's."""
     if jax.process_count() == 1:
         return value
-    return float(multihost_utils.process_allgather(np.asarray(value, np.float32)).min())
+    return float(_all_gather(np.asarray(value, np.float32)).min())
 
 
 def any_process(flag: bool) -> bool:
@@ -237,7 +272,7 @@ def gather(rows: list[T], layout: Layout) -> list[T]:
     padded[: len(data)] = data
     padded[size:].view(np.int64)[:] = (process_batch_slice(layout).index, len(data))
     slices: dict[int, list[T]] = {}
-    for message in np.asarray(multihost_utils.process_allgather(padded)):
+    for message in _all_gather(padded):
         index, length = (int(x) for x in message[size:].copy().view(np.int64))
         slices[index] = json.loads(message[:length].tobytes())
     return [row for index in sorted(slices) for row in slices[index]]

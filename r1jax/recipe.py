@@ -29,7 +29,13 @@ from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.metrics.watchdog import Watchdog
 from r1jax.peers import watched_peers
 from r1jax.planner.memory import check_memory, explained_out_of_memory
-from r1jax.processes import agree, any_process, distributed_process, wait_for_all
+from r1jax.processes import (
+    agree,
+    any_process,
+    distributed_process,
+    gather_on_last_devices,
+    wait_for_all,
+)
 from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.run.checkpointed import find_model
@@ -100,6 +106,7 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
     HEARTBEAT.begin_stage("")  # of a former run in this process
     selected = selection.stages(config)
     resolved = resolve(config)
+    gather_on_last_devices(resolved.layouts.apart)
     files = resolved.files
     cache = use_compilation_cache(config.compilation_cache, config.output)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
