@@ -33,9 +33,9 @@ def run(output: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> Any:
         batches.append(batch)
         return original[1](self, batch)
 
-    original = TrainLoop.to_devices, TrainLoop.update
+    original = TrainLoop.to_devices, TrainLoop.begin_update
     monkeypatch.setattr(TrainLoop, "to_devices", to_devices)
-    monkeypatch.setattr(TrainLoop, "update", update)
+    monkeypatch.setattr(TrainLoop, "begin_update", update)
     config = load(f"output={output}", *changes)
     assert recipe.run(config) == 0
     lines = (output / "tiny-dynamic-s0/stages/00-zero/metrics.jsonl").read_text().splitlines()
