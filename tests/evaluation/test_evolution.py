@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from r1jax.config.load import load_config
+from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.evolution import by_difficulty, figures_by_problem, pass_at_k_gain
 from r1jax.settings.reflection import compile_patterns, count_reflections
 
@@ -24,10 +25,11 @@ def rows(*problems: str, length: int = 10, text: str = "") -> list[dict[str, Any
 
 
 def test_the_papers_words_are_counted_as_words() -> None:
-    patterns = compile_patterns(load_config("tiny/deepseek_v3_r1_zero").reflections[:0])
-    assert count_reflections("wait", patterns) == 0
-    words = compile_patterns([r"\b(wait|mistake|but)\b", "aha"])
-    assert count_reflections("Wait, wait! await; but waiting. AHA, ahaha", words) == 3 + 2
+    words = compile_patterns(RunConfig.model_fields["reflections"].default)
+    text = "Wait, wait! await; but waiting. HOWEVER, I re-check this error; checked, unmistaken"
+    assert count_reflections(text, words) == 6
+    both = compile_patterns([r"\b(wait|but)\b", "aha"])
+    assert count_reflections("Wait, but await. AHA, ahaha", both) == 2 + 2
 
 
 def test_a_step_that_is_worked_again_is_reflection_in_the_miniature() -> None:
