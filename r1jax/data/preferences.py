@@ -19,7 +19,8 @@ from r1jax.data.examples import (
     missing_column,
     value_at,
 )
-from r1jax.data.order import IndexStream, fingerprint, id_bytes
+from r1jax.data.order import id_bytes
+from r1jax.data.padded_rows import pad_texts
 from r1jax.data.sources import Row, Rows
 from r1jax.data.tasks.task import PreferenceTask, Task
 from r1jax.data.tokenizers import encode_texts
@@ -206,6 +207,14 @@ class EncodedPreference:
     texts: tuple[np.ndarray, ...]
     safe: bool | None
 
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.texts))
+
+    def parts(self) -> tuple[bytes, ...]:
+        label = b"" if self.safe is None else b"%d" % self.safe
+        return (*map(id_bytes, self.texts), label)
+
 
 def encode_preferences(
     rows: Sequence[Preference],
@@ -256,27 +265,6 @@ def encode_preferences(
     return kept, report
 
 
-def pad_texts(texts: Sequence[np.ndarray], row_tokens: int) -> dict[str, np.ndarray]:
-    """Right-padded rows, one text each, as `r1jax.models.reward_head.reward_scores` takes them.
-
-    Returns `tokens`, `positions` and `segment_ids` (0: padding), int32 [texts, row_tokens], and
-    `ends`, int32 [texts], the index of each last token. Raises ValueError for a longer text.
-    """
-    lengths = np.asarray([len(text) for text in texts], np.int32)
-    if lengths.max() > row_tokens:
-        raise ValueError(f"a text of {lengths.max()} tokens does not fit into {row_tokens}")
-    steps = np.arange(row_tokens, dtype=np.int32)
-    filled = steps < lengths[:, None]
-    tokens = np.zeros(filled.shape, np.int32)
-    tokens[filled] = np.concatenate(texts)
-    return {
-        "tokens": tokens,
-        "positions": np.where(filled, steps, 0),
-        "segment_ids": filled.astype(np.int32),
-        "ends": lengths - 1,
-    }
-
-
 def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dict[str, np.ndarray]:
     """The arrays of `pad_texts`: of pairs [rows, 2, ...], chosen before rejected; of labelled
     responses [rows, ...], with `safe`, float32 [rows], 1 for safe.
@@ -286,48 +274,3 @@ def preference_arrays(rows: Sequence[EncodedPreference], row_tokens: int) -> dic
     if labels:
         return {**arrays, "safe": np.asarray(labels, np.float32)}
     return {name: array.reshape(len(rows), -1, *array.shape[1:]) for name, array in arrays.items()}
-
-
-class PreferenceIterator:
-    """An endless, seeded, resumable stream of preferences, sharded by process (`IndexStream`).
-
-    Args:
-        rows: The same on every process; pairs, or labelled responses, not both.
-        length_bucket: Rows are padded to the smallest multiple of it that holds the longest text of
-            a batch: the fewer lengths, the fewer compilations.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[EncodedPreference],
-        *,
-        seed: int,
-        length_bucket: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
-        if not rows:
-            raise ValueError("PreferenceIterator needs at least one row")
-        self._rows = rows
-        self._length_bucket = length_bucket
-        self._indices = IndexStream(
-            len(rows),
-            seed=seed,
-            fingerprint=fingerprint(
-                (row.id, (*map(id_bytes, row.texts), b"" if row.safe is None else b"%d" % row.safe))
-                for row in rows
-            ),
-            process_index=process_index,
-            process_count=process_count,
-        )
-        self.state, self.restore = self._indices.state, self._indices.restore
-
-    def take(self, n_global: int) -> dict[str, np.ndarray]:
-        """The next `n_global` rows of the global order; this process's slice of them, as arrays.
-
-        Arrays of `preference_arrays`; their row length is the same on every process.
-        """
-        indices, local = self._indices.take(n_global)
-        longest = max(len(text) for i in indices for text in self._rows[i].texts)
-        row_tokens = -(-longest // self._length_bucket) * self._length_bucket
-        return preference_arrays([self._rows[i] for i in indices[local]], row_tokens)

@@ -11,8 +11,8 @@ import numpy as np
 
 from r1jax.data.chat_template import check_template, render_prompt
 from r1jax.data.examples import as_prompt, as_text, columns_of, load_rows, missing_column, value_at
-from r1jax.data.order import IndexStream, fingerprint, id_bytes
-from r1jax.data.preferences import pad_texts
+from r1jax.data.order import id_bytes
+from r1jax.data.padded_rows import pad_texts
 from r1jax.data.sources import Row, Rows
 from r1jax.data.steps import TokenSteps, join_steps
 from r1jax.data.tokenizers import encode_texts
@@ -224,6 +224,13 @@ class EncodedSolution:
     ends: np.ndarray
     labels: np.ndarray
 
+    @property
+    def longest(self) -> int:
+        return len(self.tokens)
+
+    def parts(self) -> tuple[bytes, ...]:
+        return id_bytes(self.tokens), id_bytes(self.ends), self.labels.tobytes()
+
 
 def encode_solutions(
     prompts: Sequence[str], texts: Sequence[str], section: DataSection, steps: TokenSteps
@@ -324,49 +331,3 @@ def step_arrays(rows: Sequence[EncodedSolution], row_tokens: int) -> dict[str, n
         labels[index, row.ends[known]] = row.labels[known]
         labelled[index, row.ends[known]] = 1
     return {**arrays, "labels": labels, "labelled": labelled}
-
-
-class SolutionIterator:
-    """An endless, seeded, resumable stream of labelled solutions, sharded by process
-    (`IndexStream`).
-
-    Args:
-        rows: The same on every process.
-        length_bucket: Rows are padded to the smallest multiple of it that holds the longest text of
-            a batch: the fewer lengths, the fewer compilations.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[EncodedSolution],
-        *,
-        seed: int,
-        length_bucket: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
-        if not rows:
-            raise ValueError("SolutionIterator needs at least one row")
-        self._rows = rows
-        self._length_bucket = length_bucket
-        self._indices = IndexStream(
-            len(rows),
-            seed=seed,
-            fingerprint=fingerprint(
-                (row.id, (id_bytes(row.tokens), id_bytes(row.ends), row.labels.tobytes()))
-                for row in rows
-            ),
-            process_index=process_index,
-            process_count=process_count,
-        )
-        self.state, self.restore = self._indices.state, self._indices.restore
-
-    def take(self, n_global: int) -> dict[str, np.ndarray]:
-        """The next `n_global` rows of the global order; this process's slice, as `step_arrays`.
-
-        Their row length is the same on every process.
-        """
-        indices, local = self._indices.take(n_global)
-        longest = max(len(self._rows[i].tokens) for i in indices)
-        row_tokens = -(-longest // self._length_bucket) * self._length_bucket
-        return step_arrays([self._rows[i] for i in indices[local]], row_tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from r1jax.data.preferences import pad_texts
+from r1jax.data.padded_rows import pad_texts
 from r1jax.models import Decoder
 from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal

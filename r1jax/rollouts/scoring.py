@@ -13,7 +13,8 @@ import numpy as np
 
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
-from r1jax.data.preferences import Reads, encode_responses, pad_texts
+from r1jax.data.padded_rows import pad_texts
+from r1jax.data.preferences import Reads, encode_responses
 from r1jax.data.step_labels import encode_solutions
 from r1jax.data.steps import TokenSteps
 from r1jax.files import JsonObject

@@ -13,11 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from r1jax.data.preferences import (
     EncodedPreference,
     Preference,
-    PreferenceIterator,
     encode_preferences,
     encode_responses,
     load_preferences,
-    pad_texts,
     preference_arrays,
     scored_text,
 )
@@ -266,19 +264,6 @@ def test_nothing_left_is_an_error_with_the_count_of_each_reason(tokenizer) -> No
 # Arrays
 
 
-def test_padded_rows_by_hand() -> None:
-    arrays = pad_texts([np.asarray([5, 6, 7]), np.asarray([0])], row_tokens=4)
-    assert {name: array.tolist() for name, array in arrays.items()} == {
-        "tokens": [[5, 6, 7, 0], [0, 0, 0, 0]],
-        "positions": [[0, 1, 2, 0], [0, 0, 0, 0]],
-        "segment_ids": [[1, 1, 1, 0], [1, 0, 0, 0]],
-        "ends": [2, 0],
-    }
-    assert all(array.dtype == np.int32 for array in arrays.values())
-    with pytest.raises(ValueError, match="a text of 3 tokens does not fit into 2"):
-        pad_texts([np.arange(3)], row_tokens=2)
-
-
 def random_rows(count: int, safe: bool | None = None, start: int = 0) -> list[EncodedPreference]:
     """Row i has texts that begin with the token i."""
     rng = np.random.default_rng(0)
@@ -312,58 +297,3 @@ def test_a_pair_is_two_rows_and_a_label_a_number() -> None:
     labelled = preference_arrays(random_rows(3, safe=True), 16)
     assert labelled["tokens"].shape == (3, 16) and labelled["ends"].shape == (3,)
     assert labelled["safe"].dtype == np.float32 and labelled["safe"].tolist() == [1, 0, 1]
-
-
-def ids(arrays: dict[str, np.ndarray]) -> list[int]:
-    return arrays["tokens"][:, 0, 0].tolist()
-
-
-def test_an_epoch_visits_every_pair_once_and_a_restart_goes_on_exactly() -> None:
-    rows = random_rows(10)
-    walk = PreferenceIterator(rows, seed=3, length_bucket=4)
-    stream = []
-    for _ in range(5):
-        arrays = walk.take(4)
-        stream += ids(arrays)
-        longest = int(arrays["ends"].max()) + 1
-        assert arrays["tokens"].shape[-1] == -(-longest // 4) * 4
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-
-    walk = PreferenceIterator(rows, seed=3, length_bucket=4)
-    walk.take(6)
-    state = json.loads(json.dumps(walk.state()))
-    shards = [
-        PreferenceIterator(rows, seed=3, length_bucket=4, process_index=p, process_count=2)
-        for p in range(2)
-    ]
-    for shard in shards:
-        shard.take(2)  # Wherever it was before: restoring must forget that.
-        shard.restore(state)
-    for start in (6, 10, 14):
-        parts = [shard.take(4) for shard in shards]
-        assert [i for part in parts for i in ids(part)] == stream[start : start + 4]
-        assert len({part["tokens"].shape for part in parts}) == 1  # processes agree on shapes
-
-
-@pytest.mark.parametrize("safe", [None, True])
-def test_a_state_of_other_rows_is_refused(safe: bool | None) -> None:
-    rows = random_rows(6, safe)
-    state = PreferenceIterator(rows, seed=1, length_bucket=8).state()
-    changed = rows[2].texts[-1].copy()
-    changed[-1] += 1
-    others = [
-        rows[:-1],
-        rows[::-1],
-        [EncodedPreference(7, rows[0].texts, rows[0].safe), *rows[1:]],
-        [*rows[:2], EncodedPreference(2, (*rows[2].texts[:-1], changed), rows[2].safe), *rows[3:]],
-    ]
-    if safe:
-        others.append([EncodedPreference(r.id, r.texts, not r.safe) for r in rows])
-    for other in others:
-        with pytest.raises(ValueError, match="has changed"):
-            PreferenceIterator(other, seed=1, length_bucket=8).restore(state)
-    with pytest.raises(ValueError, match="seed 1, this run has 2"):
-        PreferenceIterator(rows, seed=2, length_bucket=8).restore(state)
-    with pytest.raises(ValueError, match="at least one row"):
-        PreferenceIterator([], seed=1, length_bucket=8)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from r1jax.data.padded_rows import PaddedRows
 from r1jax.data.step_labels import (
-    SolutionIterator,
+    EncodedSolution,
     check_both_labels,
     encode_step_labels,
     load_step_labels,
@@ -195,8 +196,8 @@ def test_the_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         ),
     )
 
-    def stream(**shares: int) -> SolutionIterator:
-        return SolutionIterator(rows, seed=3, length_bucket=8, **shares)
+    def stream(**shares: int) -> PaddedRows[EncodedSolution]:
+        return PaddedRows(rows, step_arrays, seed=3, length_bucket=8, **shares)
 
     whole = stream()
     first, state = whole.take(4), whole.state()

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from r1jax.data.preferences import pad_texts
+from r1jax.data.padded_rows import pad_texts
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.models import Decoder, Execution, ModelConfig, TokenRows, forward, logits
 from r1jax.models.reward_head import reward_scores

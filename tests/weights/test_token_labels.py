@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-from r1jax.data.preferences import pad_texts
+from r1jax.data.padded_rows import pad_texts
 from r1jax.models import Decoder, Execution, ModelConfig
 from r1jax.models.reward_head import reward_scores, token_label_logits
 from r1jax.sharding import single_device

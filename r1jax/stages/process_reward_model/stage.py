@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data.step_labels import (
-    EncodedSolution,
-    SolutionIterator,
-    check_both_labels,
-    step_arrays,
-)
+from r1jax.data.padded_rows import padded_once
+from r1jax.data.step_labels import EncodedSolution, check_both_labels, step_arrays
 from r1jax.evaluation.step_metrics import roc_auc, step_accuracy
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
@@ -27,11 +23,11 @@ from r1jax.processes import gather, process_batch_slice
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.program import batch_arrays_like, round_up
 from r1jax.run.resolve import ResolvedRun, StageRun
-from r1jax.run.seeds import seed_of
-from r1jax.run.train_loop import TrainLoop, train_loop
+from r1jax.run.train_loop import TrainLoop
 from r1jax.sharding import to_process_rows
+from r1jax.stages.padded_rows import run_on_padded_rows
 from r1jax.stages.process_reward_model.settings import NEUTRAL_LABELS, ProcessRewardModelStage
-from r1jax.stages.supervised import Measure, run_updates
+from r1jax.stages.supervised import Measure
 from r1jax.train_step import LossOutput, Metrics, TrainState, TrainStep, make_optimizer, train_step
 
 if TYPE_CHECKING:
@@ -53,34 +49,14 @@ def check(stage: ProcessRewardModelStage, run: ResolvedRun) -> None:
 
 def run(stage: ProcessRewardModelStage, run: StageRun) -> None:
     """Train on labelled solutions, resuming where a former process stopped."""
-    model, share = run.models.of(stage.name).decoder, process_batch_slice(run.layouts.training)
-    solutions, report = _labelled(stage, stage.data, run)
-    rows = SolutionIterator(
-        solutions,
-        seed=seed_of(run.config.seed, stage.name),
-        length_bucket=stage.length_bucket,
-        process_index=share.index,
-        process_count=share.count,
+    run_on_padded_rows(
+        stage,
+        run,
+        load=_labelled,
+        to_arrays=step_arrays,
+        make_update=make_update,
+        held_out=_held_out_metrics,
     )
-    held_out = None
-    if stage.held_out is not None:
-        others, others_report = _labelled(stage, stage.held_out, run)
-        report = f"{report}; held out: {others_report}"
-        held_out = _held_out_metrics(stage, run, others)
-    steps = stage.steps_for(len(solutions))
-    optimizer = make_optimizer(stage.optimizer, steps)
-    update = make_update(stage, model, optimizer)
-    with train_loop(stage, run, optimizer, update, rows, steps=steps) as loop:
-        loop.progress.print(f"{stage.name}: {report}")
-        run_updates(
-            loop,
-            stage,
-            rows,
-            tokens_in=lambda batch: share.count * int((batch["segment_ids"] > 0).sum()),
-            held_out=held_out,
-            shown=("loss", "accuracy"),
-        )
-        loop.finish()
 
 
 def _labelled(
@@ -100,23 +76,22 @@ def _labelled(
 def _held_out_metrics(
     stage: ProcessRewardModelStage, run: StageRun, rows: Sequence[EncodedSolution]
 ) -> Measure:
-    """Loss, accuracy and AUC over all labelled steps of held-out rows, in batches of one size."""
+    """Loss, accuracy and AUC over all labelled steps of held-out rows."""
     share = process_batch_slice(run.layouts.training)
-    size, count = stage.rows_per_step, stage.rows_per_step // share.count
-    of_process = slice(share.index * count, (share.index + 1) * count)
-    row_tokens = round_up(max(len(row.tokens) for row in rows), stage.length_bucket)
-    model = run.models.of(stage.name).decoder
-    outputs_of = jax.jit(partial(_held_out_outputs, model=model))
+    outputs_of = jax.jit(partial(_held_out_outputs, model=run.models.of(stage.name).decoder))
     labelled = sum(int((~np.isnan(row.labels)).sum()) for row in rows)
 
     def measure(loop: TrainLoop) -> dict[str, float]:
         loss, steps = 0.0, list[tuple[float, float]]()
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            arrays = step_arrays(filled, row_tokens)
-            arrays["labelled"][len(batch) :] = 0  # those only fill the batch
-            arrays = {name: array[of_process] for name, array in arrays.items()}
+        for arrays, real in padded_once(
+            rows,
+            step_arrays,
+            rows_per_batch=stage.rows_per_step,
+            length_bucket=stage.length_bucket,
+            process_index=share.index,
+            process_count=share.count,
+        ):
+            arrays["labelled"] *= real[:, None]
             total, probabilities = outputs_of(loop.state.params, loop.to_devices(arrays))
             loss += float(total)
             at = arrays["labelled"] > 0

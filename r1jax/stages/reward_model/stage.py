@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data.preferences import EncodedPreference, PreferenceIterator, preference_arrays
+from r1jax.data.padded_rows import padded_once
+from r1jax.data.preferences import EncodedPreference, preference_arrays
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores
@@ -25,10 +26,10 @@ from r1jax.programs.program import (
     round_up,
 )
 from r1jax.run.resolve import ResolvedRun, StageRun
-from r1jax.run.seeds import seed_of
-from r1jax.run.train_loop import TrainLoop, train_loop
+from r1jax.run.train_loop import TrainLoop
+from r1jax.stages.padded_rows import run_on_padded_rows
 from r1jax.stages.reward_model.settings import RewardModelStage
-from r1jax.stages.supervised import Measure, run_updates
+from r1jax.stages.supervised import Measure
 from r1jax.train_step import LossOutput, Metrics, TrainState, TrainStep, make_optimizer, train_step
 from r1jax.weights import hugging_face
 
@@ -46,34 +47,14 @@ def check(stage: RewardModelStage, run: ResolvedRun) -> None:
 
 def run(stage: RewardModelStage, run: StageRun) -> None:
     """Train on preference rows, resuming where a former process stopped."""
-    model, share = run.models.of(stage.name).decoder, process_batch_slice(run.layouts.training)
-    preferences, report = _preferences(stage, stage.data, run)
-    rows = PreferenceIterator(
-        preferences,
-        seed=seed_of(run.config.seed, stage.name),
-        length_bucket=stage.length_bucket,
-        process_index=share.index,
-        process_count=share.count,
+    run_on_padded_rows(
+        stage,
+        run,
+        load=_preferences,
+        to_arrays=preference_arrays,
+        make_update=make_update,
+        held_out=_held_out_metrics,
     )
-    held_out = None
-    if stage.held_out is not None:
-        others, others_report = _preferences(stage, stage.held_out, run)
-        report = f"{report}; held out: {others_report}"
-        held_out = _held_out_metrics(stage, run, others)
-    steps = stage.steps_for(len(preferences))
-    optimizer = make_optimizer(stage.optimizer, steps)
-    update = make_update(stage, model, optimizer)
-    with train_loop(stage, run, optimizer, update, rows, steps=steps) as loop:
-        loop.progress.print(f"{stage.name}: {report}")
-        run_updates(
-            loop,
-            stage,
-            rows,
-            tokens_in=lambda batch: share.count * int((batch["segment_ids"] > 0).sum()),
-            held_out=held_out,
-            shown=("loss", "accuracy"),
-        )
-        loop.finish()
 
 
 def _preferences(
@@ -86,23 +67,21 @@ def _preferences(
 def _held_out_metrics(
     stage: RewardModelStage, run: StageRun, rows: Sequence[EncodedPreference]
 ) -> Measure:
-    """Loss and accuracy over all held-out rows, in batches of one size."""
+    """Loss and accuracy over all held-out rows."""
     share = process_batch_slice(run.layouts.training)
-    size, count = stage.rows_per_step, stage.rows_per_step // share.count
-    of_process = slice(share.index * count, (share.index + 1) * count)
-    longest = max(len(text) for row in rows for text in row.texts)
-    row_tokens = -(-longest // stage.length_bucket) * stage.length_bucket
     sums_of = jax.jit(partial(_weighted_loss, model=run.models.of(stage.name).decoder))
 
     def measure(loop: TrainLoop) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            weights = np.zeros(size, np.float32)
-            weights[: len(batch)] = 1 / len(rows)
-            arrays = preference_arrays(filled[of_process], row_tokens)
-            on_devices = loop.to_devices((arrays, weights[of_process]))
+        for arrays, real in padded_once(
+            rows,
+            preference_arrays,
+            rows_per_batch=stage.rows_per_step,
+            length_bucket=stage.length_bucket,
+            process_index=share.index,
+            process_count=share.count,
+        ):
+            on_devices = loop.to_devices((arrays, real / np.float32(len(rows))))
             loss, figures = sums_of(loop.state.params, *on_devices)
             for name, value in {"loss": loss, **figures}.items():
                 totals[f"held_out/{name}"] = totals.get(f"held_out/{name}", 0.0) + float(value)
