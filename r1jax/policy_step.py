@@ -125,8 +125,8 @@ def make_policy_step(
       given), policy/clip_fraction, policy/ratio_mean, sampler/gap_mean, sampler/gap_max,
       optimizer/grad_norm, optimizer/finite; of an objective that reads whole sequences,
       policy/sequence_clip_fraction, the mean over sequences of the share that is clipped. On policy
-      the loss is near 0 by construction (advantages of a group sum to 0); read the reward and the
-      gradient norm.
+      the loss of a clipped objective is near 0 (advantages of a group sum to 0); read the reward
+      and the gradient norm.
     """
     by_sequence = "segment_ids" in objective.needs
 

@@ -93,7 +93,7 @@ def test_a_band_leaves_out_what_is_too_easy_or_too_hard(
 def test_what_a_phase_trains_on_is_the_same_however_far_ahead_it_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With other slots other questions are sampled in vain, and those come again."""
+    """With other slots other questions are sampled ahead, and those come again."""
     changes = ["stages.zero.max_new_tokens=4", "stages.zero.dynamic_sampling.questions_at_once=1"]
     runs = [
         run(tmp_path / str(slots), monkeypatch, *changes, f"stages.zero.sampling.slots={slots}")

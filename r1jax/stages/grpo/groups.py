@@ -63,7 +63,7 @@ class Phase:
     that this process has. holders: by number, the slice of the batch that has a group; None: all.
     facts: of all samples, see `sample_facts`. rows: of samples.jsonl, of this process's first
     group. occurrences: of questions. passed: questions that were skipped. sampled, skipped:
-    questions. dropped: questions that were sampled in vain. continued: samples of phases before.
+    questions. dropped: questions whose samples nothing uses. continued: samples of phases before.
     unfinished: that the next phase goes on with. tokens: that this process has sampled.
     unscored: whose rewards are still computed.
     trained: this process's groups to train on; None: not all rewards are there.

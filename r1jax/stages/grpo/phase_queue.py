@@ -116,7 +116,7 @@ class PhaseQueue:
                 self._whole.append(own[n])
 
     def dropped(self) -> tuple[int, int]:
-        """Questions that were sampled in vain, and tokens of their samples in this process."""
+        """Questions whose samples nothing uses, and tokens of their samples in this process."""
         unused = self._by_question.values()
         tokens = sum(len(c.token_ids) for each in unused for c in each.completions.values())
         return len(unused), tokens

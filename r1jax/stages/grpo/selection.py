@@ -103,7 +103,7 @@ def questions_ahead(wanted: int, kept: int, decided: int, under_way: int) -> int
     """How many questions to sample beyond those under way, which may not give groups enough.
 
     A phase that waited for the last of its samples before it took more would leave slots idle. How
-    many it takes decides only what is sampled in vain: what it trains on, `questions_to_sample`
+    many it takes decides only which samples nothing uses: what it trains on, `questions_to_sample`
     says. An eighth of `wanted` counts as kept beside the results, until these are many.
 
     Args:

@@ -108,7 +108,7 @@ class DynamicSampling(Section):
         "drop",
         description="What becomes of groups beyond those that the phase trains on, where "
         "questions_at_once is above 1: keep them for the next phase, where loss.importance_cap "
-        "corrects for the weights that sampled them. Those sampled ahead in vain come again.",
+        "corrects for the weights that sampled them. Those sampled ahead and not decided on come again.",
     )
     pass_rate: tuple[float, float] = Field(
         (0.0, 1.0),
@@ -140,8 +140,8 @@ class GRPOStage(TrainStage):
     DESCRIPTION: ClassVar[StageDescription] = StageDescription(
         title="reinforcement learning",
         leaves="weights",
-        loss_note="Near zero by design: advantages of a group sum to zero. Read reward and "
-        "gradient norm in its place.",
+        loss_note="Its level says nothing about progress: most objectives compare the samples of a "
+        "question, so that gains and losses cancel. Read reward and gradient norm in its place.",
         leading_panels=("reward",),
         shows_samples=True,
         less_memory="fewer sampling.slots, more micro_batches, fewer max_new_tokens",
