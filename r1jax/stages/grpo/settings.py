@@ -108,7 +108,7 @@ class DynamicSampling(Section):
         "drop",
         description="What becomes of groups beyond those that the phase trains on, where "
         "questions_at_once is above 1: keep them for the next phase, where loss.importance_cap "
-        "corrects for the weights that sampled them. Those sampled ahead and not decided on come again.",
+        "corrects for the weights that sampled them. Those beyond the decision come again.",
     )
     pass_rate: tuple[float, float] = Field(
         (0.0, 1.0),
