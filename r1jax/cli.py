@@ -499,12 +499,7 @@ def sample(
     ] = False,
 ) -> None:
     """Print a model's completions of a prompt as they are made."""
-    if prompt is None:
-        if sys.stdin.isatty():
-            typer.secho("prompt, then Ctrl-D:", dim=True, err=True)
-        prompt = sys.stdin.read().rstrip("\n")
-    if not prompt:
-        raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
+    prompt = _prompt_of(prompt)
 
     from pydantic import ValidationError
 
@@ -538,6 +533,56 @@ def sample(
     for index in range(1, samples):
         _heading(index, samples)
         _write(rest[index] + "\n")
+
+
+@app.command()
+def search(
+    model: Model,
+    overrides: Overrides = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Default: read from standard input.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Where the search is described; default: the run's.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Which stage with search; default: the config's last.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of JSON lines, to which the tree is added; default: searches.jsonl in the "
+            "run's directory, or beside the caller."
+        ),
+    ] = None,
+) -> None:
+    """Search the solution of a prompt as a config's stage does, print it and keep the tree."""
+    from r1jax.config.load import ConfigError, load_config
+    from r1jax.evaluation.run_directory import split_reference
+
+    directory, _ = split_reference(model)
+    described = config or (None if directory is None else directory / "config.yaml")
+    if described is None:
+        needed = "say with --config FILE how to search"
+        raise ConfigError([f"{model} is not a run's directory: {needed}"])
+    settings = load_config(described, overrides or ())
+    prompt = _prompt_of(prompt)
+
+    from r1jax import recipe
+    from r1jax.files import encode_line
+    from r1jax.run.checkpointed import find_model
+
+    settings, chosen = recipe.search_config(settings, find_model(model).path, stage)
+    text, tree = recipe.search_prompt(settings, chosen, prompt, directory)
+    _write(text + "\n")
+    out = out or (directory or Path()) / "searches.jsonl"
+    with out.open("ab") as file:
+        file.write(encode_line(tree))
+    node = tree["nodes"][tree["solutions"][0]]
+    value = node["mean_value"] if node["value"] is None else node["value"]
+    line = f"{node['state']}, value {value}; {tree['generated_tokens']} tokens generated, "
+    line += f"{len(tree['nodes']) - 1} steps; the tree is added to {out}"
+    typer.secho(line, dim=True, err=True)
 
 
 @app.command()
@@ -750,6 +795,17 @@ def _require_run(directory: Path, *, checkpoints: bool = False) -> None:
     is_run = (directory / "config.yaml").is_file()
     if not is_run and not (checkpoints and split_reference(str(directory))[0]):
         raise ConfigError([f"{directory} is not a run's directory: it has no config.yaml"])
+
+
+def _prompt_of(given: str | None) -> str:
+    """A prompt that was given, or that is read from standard input."""
+    if given is None:
+        if sys.stdin.isatty():
+            typer.secho("prompt, then Ctrl-D:", dim=True, err=True)
+        given = sys.stdin.read().rstrip("\n")
+    if not given:
+        raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
+    return given
 
 
 def _heading(index: int, samples: int) -> None:

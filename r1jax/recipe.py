@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from r1jax.processes import (
 )
 from r1jax.report.ending import ending
 from r1jax.report.page import write_report
+from r1jax.rollouts.searching import check_search, search_question
 from r1jax.run.checkpointed import find_model
 from r1jax.run.record import Record, RunFiles, open_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
@@ -274,6 +275,50 @@ def free_name(config: RunConfig, model: str) -> str:
         if isinstance(text, dict) and (text.get("model") or {}).get("path") == model:
             return name
     return names[-1]
+
+
+def search_config(
+    config: RunConfig, model_path: str, stage_name: str | None
+) -> tuple[RunConfig, Stage]:
+    """The config with the weights at `model_path` for a stage with `search`, and the stage.
+
+    stage_name: default: the last one. Its reward models may be those of other stages of the run.
+    """
+    stages = [stage for stage in config.stages if stage.dataset_search() is not None]
+    names = [stage.name for stage in stages]
+    if stage_name is not None and stage_name not in names:
+        raise ValueError(f"--stage {stage_name}: no stage with search; there are {names}")
+    if not stages:
+        raise ValueError(
+            "no stage of the config has search: {kind: beam, ...} or {kind: mcts, ...}"
+        )
+    chosen = stages[-1 if stage_name is None else names.index(stage_name)]
+    searched = chosen.model_copy(update={"weights": _SEARCHED})
+    origin = {"path": model_path, "config": None, "tokenizer": model_path}
+    section = config.section_of(config.model_of(chosen.name)).model_copy(update=origin)
+    changes: JsonObject = {"models": {**config.models, _SEARCHED: section}}
+    changes["stages"] = [searched if each is chosen else each for each in config.stages]
+    return config.model_copy(update=changes), searched
+
+
+def search_prompt(
+    config: RunConfig, stage: Stage, question: str, directory: Path | None
+) -> tuple[str, JsonObject]:
+    """The solution of a question as a stage searches it, and the row of its tree.
+
+    directory: of the run whose stages trained the reward models.
+    """
+    run = resolve(config)
+    if directory is not None:
+        files = RunFiles(directory, tuple(each.name for each in config.stages))
+        run = replace(run, files=files, models=replace(run.models, files=files))
+    wanted = stage.dataset_search()
+    assert wanted is not None
+    check_search(stage, wanted, run)
+    return search_question(stage, run, wanted, question)
+
+
+_SEARCHED = "searched"  # the name of the model that `r1jax search` is given
 
 
 def evaluation_config(config: RunConfig, model_path: str, stage_name: str | None) -> RunConfig:

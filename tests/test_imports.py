@@ -18,7 +18,7 @@ LAYERS = [
     "files settings",
     "sharding train_step objectives models sampler policy_step grpo",
     "lock checksums bucket processes peers compilation_cache checkpoints metrics config rewards",
-    "data weights evaluation",
+    "data weights evaluation search",
     "run",
     "rollouts",
     "programs pretrained",

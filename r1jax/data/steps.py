@@ -32,6 +32,14 @@ def step_ends(text: str, rule: StepRule) -> list[int]:
     return ends
 
 
+def first_step_end(text: str, rule: StepRule) -> int | None:
+    """The offset behind the first step that the rule ends in a text; None: it goes on."""
+    for match in re.finditer(rule.expression, text):
+        if text[: match.start() if rule.pattern is None else match.end()].strip():
+            return match.end()
+    return None
+
+
 def cut_steps(text: str, rule: StepRule) -> list[str]:
     """The steps of a text, with their separators: joined, they are the text.
 

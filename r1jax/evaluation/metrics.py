@@ -253,6 +253,7 @@ class _Sample(NamedTuple):
     length: float
     truncated: bool
     parts: Mapping[str, float]
+    generated: float | None  # tokens of the search that it is from
 
 
 def summarise(
@@ -267,19 +268,21 @@ def summarise(
     Args:
       samples: rows of `samples.jsonl`: `problem_id`, `sample`, `outcome` (right, wrong,
         unparseable, verifier_failed), `extracted` (text or None), `length` (tokens) and, where
-        known, `finish_reason`, `domain` and `parts` (reward name -> value). Read once.
+        known, `finish_reason`, `domain`, `parts` (reward name -> value) and, of a search,
+        `generated_tokens`. Read once.
       same_answer: text of an answer -> text that is the same for equal answers.
       ks: sizes for pass@k and cons@k; default: 2, 4, 8, ... and the number of samples.
       chosen_by: rewards by which the best of k samples is chosen, and votes are weighted.
 
     Returns:
       A JSON object: `pass_at_<k>`, `cons_at_<k>`, `mean_length` (tokens; over all samples), each
-      `{"value", "low", "high"}`; `parts`, such a figure for each reward, over the samples that have
-      it; `chosen_by`, for each of these rewards `best_of_<k>` and, of all samples and where no
-      score is below 0, `weighted_vote`; counts `problems`, `samples` (per problem), `outcomes`,
-      `unscored_samples`, `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the
-      verifier failed on every sample, figures of correctness are null. Where the rows are of
-      several domains, `by_domain` has all of this for each of them.
+      `{"value", "low", "high"}`; of searches `generated_tokens`, those of a whole search; `parts`,
+      such a figure for each reward, over the samples that have it; `chosen_by`, for each of these
+      rewards `best_of_<k>` and, of all samples and where no score is below 0, `weighted_vote`;
+      counts `problems`, `samples` (per problem), `outcomes`, `unscored_samples`,
+      `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the verifier failed on
+      every sample, figures of correctness are null. Where the rows are of several domains,
+      `by_domain` has all of this for each of them.
 
     Raises ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
@@ -297,6 +300,7 @@ def summarise(
             length=float(row["length"]),
             truncated=row.get("finish_reason") in ("length", "truncated"),
             parts=_finite(row.get("parts") or {}),
+            generated=row.get("generated_tokens"),
         )
         domains[problem] = str(row.get("domain") or "")
     if not problems:
@@ -341,6 +345,10 @@ def _figures(
     for k in ks:
         figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if some else nothing
     figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
+    generated = [[s.generated for s in row if s.generated is not None] for row in problems]
+    if all(generated):
+        means = [math.fsum(row) / len(row) for row in generated]
+        figures["generated_tokens"] = mean_over_problems(means, is_share=False)
     parts = {name: figure.to_json() for name, figure in _mean_parts(problems).items()}
     outcomes = Counter(sample.outcome for row in problems for sample in row)
     chosen = {

@@ -15,10 +15,12 @@ def before_and_after(run: Run) -> tuple[StageRecord | None, StageRecord | None]:
     `after` is the evaluation that most stages led to, of equal ones the last: an ablation behind
     the recipe is not its result. `before` is the first one on the same problems. A lone evaluation
     is the one before if it precedes all learning, else the one after. Evaluations of other models
-    (a student's) count only where there is none of the main one.
+    (a student's) and searches count only where there is none of the main one, and none without.
     """
     evaluations = run.evaluations()
     evaluations = [s for s in evaluations if run.model_of(s.name) == MODEL] or evaluations
+    # A search says what more tokens bring, not what training did.
+    evaluations = [s for s in evaluations if not s.config.get("search")] or evaluations
     if not evaluations:
         return None, None
     last = max(reversed(evaluations), key=lambda stage: len(_sources(run, stage.name)))

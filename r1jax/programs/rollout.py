@@ -23,7 +23,9 @@ from r1jax.programs.program import (
 )
 from r1jax.programs.slots import SlotRollout
 from r1jax.rollouts.scoring import make_score, row_tokens, rows_at_once
+from r1jax.rollouts.searching import search_slots
 from r1jax.settings.sampling import DatasetSampling, LengthsSection
+from r1jax.settings.search import DatasetSearch
 from r1jax.settings.stage import Stage
 
 if TYPE_CHECKING:
@@ -98,6 +100,37 @@ def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling)
     ]
     tokens = round(prompts * samples * lengths.mean)
     return StagePrograms(tuple(programs), tokens, "batch", tuple(rollout.notes()))
+
+
+def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> StagePrograms:
+    """The programs of a stage that searches; a step is a round of a batch, in which every search
+    continues as many beginnings as it may, each as long as may be.
+
+    Beginnings are padded to powers of two, of which each compiles once; the plan has the largest.
+    """
+    model, search = planning.sampler_of(stage.name), wanted.search
+    longest = longest_prompt(stage, planning.config) + wanted.max_new_tokens
+    beginnings = wanted.batch * search.prefixes
+    rollout = SlotRollout(
+        model,
+        beginnings,
+        search.expansions,
+        longest - search.max_step_tokens,
+        search.max_step_tokens,
+        wanted.sampling.model_copy(update={"slots": search_slots(wanted, model)}),
+        CutLognormal.equal(search.max_step_tokens),
+        fixed_shape=True,
+    )
+    scorers = reward_models(stage, planning)
+    resident = reward_model_weights(scorers)
+    scoring = {**resident, "weights": abstract_weights(model)}
+    steps = beginnings * search.expansions
+    programs = [
+        *rollout.programs(resident, 1.0, "steps: "),
+        *reward_programs(scorers, longest, steps, scoring),
+    ]
+    tokens = steps * search.max_step_tokens
+    return StagePrograms(tuple(programs), tokens, "round", tuple(rollout.notes()))
 
 
 def planned_lengths(given: LengthsSection | None, limit: int) -> CutLognormal:

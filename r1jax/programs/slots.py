@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -65,7 +66,7 @@ class SlotRollout:
     at_once: prompts of a batch of the stage. samples: of each prompt.
     prompt_tokens, new_tokens: at most.
     queue: prompts over all devices; None where their number depends on the data, of which a batch
-        is planned.
+        is planned. fixed_shape: see `GenerateOptions`.
     """
 
     model: Decoder
@@ -77,6 +78,7 @@ class SlotRollout:
     lengths: CutLognormal
     queue: int | None = None
     record_experts: bool = False
+    fixed_shape: bool = False
 
     def programs(
         self, resident: Mapping[str, AbstractTree], calls: float, prefix: str = ""
@@ -181,6 +183,7 @@ class SlotRollout:
             speculative=self.sampling.speculative,
             slots=self.slots,
             cache_tokens=self.sampling.cache_tokens,
+            fixed_shape=self.fixed_shape,
         )
 
     @cached_property
@@ -188,6 +191,7 @@ class SlotRollout:
         """With prompts at their longest. A budget of the cache that is too small for those is
         planned as large as they need: real prompts may be shorter."""
         prompts, time = -(-self.prompts // self.shards), bucket(self.prompt_tokens)
+        prompts = sys.maxsize if self.fixed_shape else prompts
         unlimited = replace(self.options, cache_tokens=None)
         shape = slot_shape(self.model, unlimited, prompts=prompts, prompt_tokens=time)
         if self.options.cache_tokens is None:

@@ -67,7 +67,7 @@ def _evaluated(run: Run, stage: StageRecord) -> list[tuple[StageRecord, StageRec
     if not (stage.learns and stage.description.shows_samples):
         return []
     source = run.weights_of(stage.name)
-    done = [each for each in run.evaluations() if each.summary is not None]
+    done = [e for e in run.evaluations() if e.summary is not None and not e.config.get("search")]
     of = {
         name: [each for each in done if run.weights_of(each.name) == name]
         for name in (source, stage.name)

@@ -31,6 +31,7 @@ from r1jax.report.completions import (
 from r1jax.report.evolution import evolutions
 from r1jax.report.plots import Curve, line_plot
 from r1jax.report.schedule import schedule
+from r1jax.report.searches import costs_of_accuracy, drawn_trees
 from r1jax.report.stage_table import rewards_beyond, stage_tables
 from r1jax.report.training import training
 from r1jax.report.warnings import warnings_of
@@ -102,6 +103,8 @@ def _render(run: Run) -> str:
         schedule=schedule(run),
         stage_tables=stage_tables(run, (before, after)),
         comparisons=comparisons(run),
+        costs=costs_of_accuracy(run),
+        trees=drawn_trees(run),
         groups=side_by_side(run, before, after),
         stages=stages,
         samples=samples,

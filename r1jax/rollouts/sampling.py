@@ -105,11 +105,19 @@ class Completion:
 
 
 def stop_search(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopSearch:
-    """Finds where stop strings end, in tokens; text is only looked at, ids are never re-encoded."""
+    """Finds where stop strings end, in tokens."""
+    return text_search(tokenizer, lambda text: any(string in text for string in strings))
+
+
+def text_search(tokenizer: PreTrainedTokenizerBase, is_end: Callable[[str], bool]) -> StopSearch:
+    """Finds the first tokens whose text ends a sample; text is only looked at, ids are never
+    re-encoded.
+
+    is_end: of a text; whatever follows it, the answer stays the same.
+    """
 
     def contains(tokens: np.ndarray) -> bool:
-        text = decode(tokenizer, tokens)
-        return any(string in text for string in strings)
+        return is_end(decode(tokenizer, tokens))
 
     def end(tokens: np.ndarray) -> int:
         if not contains(tokens):
@@ -121,7 +129,7 @@ def stop_search(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> S
         return high
 
     def search(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Per row [time] the number of tokens up to the end of the first stop string, or -1."""
+        """Per row [time] the number of tokens up to the first end, or -1."""
         ends = [end(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
         return np.asarray(ends, np.int32)
 

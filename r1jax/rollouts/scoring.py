@@ -368,16 +368,23 @@ class RewardModel:
         of the batch, of all processes: never more than what was answered.
         """
         chosen, questions, responses = _of_domains(completions, self.domains)
-        texts = encode_responses(
-            questions, responses, self.section, self.loaded.model.tokenizer, reads=self.reads
-        )
-        outputs = iter(self.loaded.outputs([text for text in texts if text is not None]))
-        rewards = [math.nan if text is None else float(next(outputs)) for text in texts]
+        rewards = self.rewards(questions, responses)
         scores: list[Score | None] = [None] * len(completions)
         of_chosen = _with_lowest(rewards, 0.5 if self.as_probability else 0.0)
         for i, score in zip(chosen, of_chosen, strict=True):
             scores[i] = score
         return scores
+
+    def rewards(self, questions: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """The reward of each response, nan where there is nothing to read.
+
+        All processes call it equally often.
+        """
+        texts = encode_responses(
+            questions, responses, self.section, self.loaded.model.tokenizer, reads=self.reads
+        )
+        outputs = iter(self.loaded.outputs([text for text in texts if text is not None]))
+        return [math.nan if text is None else float(next(outputs)) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -402,11 +409,18 @@ class ProcessRewardModel:
         batch, of all processes.
         """
         chosen, questions, responses = _of_domains(completions, self.domains)
-        rows = encode_solutions(questions, responses, self.section, self.steps)
-        outputs = iter(self.loaded.outputs([tokens for tokens, ends in rows if len(ends)]))
-        steps = [next(outputs)[ends].tolist() if len(ends) else [] for _, ends in rows]
+        steps = self.step_scores(questions, responses)
         rewards = [solution_score(each, self.how) if each else math.nan for each in steps]
         scores: list[Score | None] = [None] * len(completions)
         for i, score, of_steps in zip(chosen, _with_lowest(rewards, 0.5), steps, strict=True):
             scores[i] = replace(score, detail=" ".join(f"{x:.3f}" for x in of_steps) or None)
         return scores
+
+    def step_scores(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[float]]:
+        """The scores of the steps of each response, or of its beginning; [] without a step.
+
+        All processes call it equally often.
+        """
+        rows = encode_solutions(questions, responses, self.section, self.steps)
+        outputs = iter(self.loaded.outputs([tokens for tokens, ends in rows if len(ends)]))
+        return [next(outputs)[ends].tolist() if len(ends) else [] for _, ends in rows]

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from r1jax.files import JsonObject
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
+from r1jax.settings.search import DatasetSearch
 from r1jax.settings.section import Section
 from r1jax.settings.steps import StepScoring
 
@@ -168,6 +169,10 @@ class Stage(Section):
     def prompt_datasets(self) -> list[str]:
         """The datasets whose prompts are sampled."""
         return []
+
+    def dataset_search(self) -> DatasetSearch | None:
+        """The searches of the stage; None: it samples solutions at once, or none at all."""
+        return None
 
     def reward_selection(self) -> RewardSelection:
         """The rewards that score the stage's samples."""

@@ -13,6 +13,7 @@ from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import BENCHMARKS, MAX_NEW_TOKENS, fill_in, find_benchmark
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import DatasetSampling, EvaluationSampling, PlannedLengths
+from r1jax.settings.search import DatasetSearch, Search
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription, check_multiple
 
 
@@ -48,7 +49,12 @@ class EvaluateStage(Stage):
         "samples is chosen and its votes are weighted, for the summary.",
     )
     problems: int | None = Field(None, ge=1, description="Default: the whole dataset.")
-    samples_per_problem: int = Field(16, ge=1, description="Completions of each problem, k.")
+    samples_per_problem: int = Field(
+        16,
+        ge=1,
+        description="Completions of each problem, k; with search, searches, of which each gives "
+        "one (default: 1).",
+    )
     problems_per_batch: int = Field(
         32, ge=1, description="Problems that are sampled at once, over all processes."
     )
@@ -60,10 +66,15 @@ class EvaluateStage(Stage):
     )
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
     sampling: EvaluationSampling = EvaluationSampling()
+    search: Search | None = Field(
+        None, description="Search the steps of a solution, in place of sampling it at once."
+    )
     lengths: PlannedLengths = None
 
     @classmethod
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
+        if stage.get("search") is not None:
+            stage.setdefault("samples_per_problem", 1)
         name = stage.get("benchmark")
         if name is None:
             return {}
@@ -89,6 +100,11 @@ class EvaluateStage(Stage):
     def _divisible(self) -> EvaluateStage:
         samples, part = self.samples_per_problem, self.samples_at_once
         check_multiple("samples_per_problem", samples, "samples_per_batch", part)
+        if self.search is not None and self.samples_per_batch not in (None, 1):
+            raise ValueError(
+                f"samples_per_batch = {self.samples_per_batch}: with search each sample is a "
+                "search of its own, and problems_per_batch counts them; remove it"
+            )
         return self
 
     @property
@@ -106,6 +122,20 @@ class EvaluateStage(Stage):
             self.max_new_tokens,
             self.sampling,
             self.lengths,
+        )
+
+    def dataset_search(self) -> DatasetSearch | None:
+        if self.search is None:
+            return None
+        return DatasetSearch(
+            self.data,
+            self.problems,
+            self.samples_per_problem,
+            1,
+            self.problems_per_batch,
+            self.max_new_tokens,
+            self.sampling,
+            self.search,
         )
 
     def datasets(self) -> list[tuple[str, str]]:

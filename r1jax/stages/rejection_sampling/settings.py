@@ -9,6 +9,7 @@ from pydantic import Field
 from r1jax.files import JsonObject
 from r1jax.settings.rewriting import ModelRewrite, Rewrite
 from r1jax.settings.sampling import DatasetSampling, PlannedLengths, SamplingSection
+from r1jax.settings.search import DatasetSearch, Search
 from r1jax.settings.stage import (
     Divided,
     RewardSelection,
@@ -31,12 +32,20 @@ class RejectionSamplingStage(Stage):
     kind: str = "rejection_sampling"
     data: str = Field(description="The dataset whose prompts are sampled, a name in data.")
     prompts: int | None = Field(None, ge=1, description="Default: the whole dataset.")
-    samples_per_prompt: int = Field(16, ge=1, description="Completions of each prompt.")
+    samples_per_prompt: int = Field(
+        16,
+        ge=1,
+        description="Completions of each prompt; with search, of the solutions that a search has "
+        "completed, at most so many, the best first.",
+    )
     prompts_per_batch: int = Field(
         32, ge=1, description="Prompts that are sampled at once, over all processes."
     )
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
     sampling: SamplingSection = SamplingSection()
+    search: Search | None = Field(
+        None, description="Search the steps of solutions, in place of sampling them at once."
+    )
     lengths: PlannedLengths = None
     rewards: list[str] | None = Field(
         None, min_length=1, description="What decides whether it is right; default: all."
@@ -67,6 +76,20 @@ class RejectionSamplingStage(Stage):
             self.max_new_tokens,
             self.sampling,
             self.lengths,
+        )
+
+    def dataset_search(self) -> DatasetSearch | None:
+        if self.search is None:
+            return None
+        return DatasetSearch(
+            self.data,
+            self.prompts,
+            1,
+            self.samples_per_prompt,
+            self.prompts_per_batch,
+            self.max_new_tokens,
+            self.sampling,
+            self.search,
         )
 
     def datasets(self) -> list[tuple[str, str]]:

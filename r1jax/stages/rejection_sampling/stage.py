@@ -30,10 +30,11 @@ from r1jax.data.tokenizers import encode_texts
 from r1jax.files import JsonObject, read_rows, write_text
 from r1jax.programs import Planning, SlotRollout, StagePrograms, sampling_programs
 from r1jax.programs.program import longest_prompt
-from r1jax.programs.rollout import planned_lengths
+from r1jax.programs.rollout import planned_lengths, search_programs
 from r1jax.rewards.filters import TextFilter, apply_filters, load_filters
 from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
+from r1jax.rollouts.searching import check_search, store_searches
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
@@ -60,15 +61,19 @@ def check(stage: RejectionSamplingStage, run: ResolvedRun) -> None:
             tokenizer = run.models.of(stage.model_rewrite.weights).tokenizer
             render_prompt("", data, tokenizer)
     check_example_domains(stage, run, stage.prompts)
+    check_search(stage, stage.dataset_search(), run)
 
 
 def run(stage: RejectionSamplingStage, run: StageRun) -> None:
-    """Sample and score, resuming behind the last whole batch; then choose, and write the dataset.
+    """Sample or search, resuming behind the last whole batch; then choose, and write the dataset.
 
     `summary.json` says how many samples each reason removed, and rows and tokens by domain.
     """
     filters, seed = load_filters(stage.filters), seed_of(run.config.seed, stage.name)
-    clock, prompts = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "right")
+    if (search := stage.dataset_search()) is None:
+        clock, prompts = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "right")
+    else:
+        clock, prompts = store_searches(stage, run, search, seed, "right")
     by_id = {prompt.id: prompt for prompt in prompts}
     counts: Counter[str] = Counter()
     kept: list[JsonObject] = []
@@ -216,7 +221,10 @@ def _dataset_row(
 
 def programs(stage: RejectionSamplingStage, planning: Planning) -> StagePrograms:
     """The sampler, reward models, and the sampler of a rewriter."""
-    sampling = sampling_programs(stage, planning, stage.dataset_sampling())
+    if (search := stage.dataset_search()) is not None:
+        sampling = search_programs(stage, planning, search)
+    else:
+        sampling = sampling_programs(stage, planning, stage.dataset_sampling())
     rewrite = stage.model_rewrite
     if rewrite is None:
         return sampling

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from r1jax.settings.sampling import DatasetSampling, PlannedLengths, SamplingSection
+from r1jax.settings.search import DatasetSearch, Search
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
 from r1jax.settings.steps import StepRule
+
+_ALL = 1_000_000  # solutions of a search, all of which are scored
 
 
 class StepLabelsStage(Stage):
@@ -30,7 +33,12 @@ class StepLabelsStage(Stage):
         "sampled",
         description="sampled: by the stage's weights; given: the responses of data, one a row.",
     )
-    solutions_per_prompt: int = Field(4, ge=1, description="Solutions that are sampled.")
+    solutions_per_prompt: int = Field(
+        4,
+        ge=1,
+        description="Solutions that are sampled; with search, at most so many of those that it has "
+        "completed are labelled, the best first.",
+    )
     step_rule: StepRule = Field(StepRule(), description="Where the steps of a solution end.")
     continuations: int = Field(
         8, ge=1, description="Samples that go on behind each step but the last."
@@ -50,10 +58,35 @@ class StepLabelsStage(Stage):
         1024, ge=1, description="Tokens at most: of a solution, and of a continuation."
     )
     sampling: SamplingSection = SamplingSection()
+    search: Search | None = Field(
+        None,
+        description="Search each prompt once: the label of a step is then that of the solutions "
+        "that the search has completed behind it, and nothing else is sampled.",
+    )
     lengths: PlannedLengths = None
     rewards: list[str] | None = Field(
         None, min_length=1, description="What decides whether an answer is right; default: all."
     )
+
+    @model_validator(mode="after")
+    def _searches_what_it_samples(self) -> StepLabelsStage:
+        if self.search is not None and self.solutions == "given":
+            raise ValueError("solutions = 'given' with search, which makes its own; remove one")
+        return self
+
+    def dataset_search(self) -> DatasetSearch | None:
+        if self.search is None:
+            return None
+        return DatasetSearch(
+            self.data,
+            self.prompts,
+            1,
+            _ALL,
+            self.prompts_per_batch,
+            self.max_new_tokens,
+            self.sampling,
+            self.search,
+        )
 
     def dataset_sampling(self) -> DatasetSampling:
         """The sampling of solutions."""
@@ -75,7 +108,8 @@ class StepLabelsStage(Stage):
         return [self.data]
 
     def longest_sample(self) -> int:
-        return 2 * self.max_new_tokens  # a continuation follows a solution's beginning
+        # A continuation follows a solution's beginning.
+        return self.max_new_tokens * (2 if self.search is None else 1)
 
     def reward_selection(self) -> RewardSelection:
         return self.rewards

@@ -1,16 +1,18 @@
 """Labels of steps by rollouts (Math-Shepherd, Wang et al. 2023, arXiv 2312.08935, section 3).
 
 A step is as good as its continuations: each beginning of a solution, up to the end of a step, is
-continued several times, and the rewards say which continuations come out right.
+continued several times, and the rewards say which continuations come out right. Or the solutions
+are those of a search, and the continuations of a step those that its tree holds.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 
 import jax
 import numpy as np
@@ -24,7 +26,12 @@ from r1jax.files import JsonObject, encode_line, read_rows, write_text, written_
 from r1jax.metrics.recorder import Recorder
 from r1jax.programs import Planning, SlotRollout, StagePrograms, sampling_programs
 from r1jax.programs.program import longest_prompt
-from r1jax.programs.rollout import planned_lengths, reward_model_weights, reward_models
+from r1jax.programs.rollout import (
+    planned_lengths,
+    reward_model_weights,
+    reward_models,
+    search_programs,
+)
 from r1jax.rollouts.sampling import Completion, generate_options
 from r1jax.rollouts.scored_samples import (
     SAMPLES,
@@ -33,10 +40,12 @@ from r1jax.rollouts.scored_samples import (
     store_scored_samples,
 )
 from r1jax.rollouts.scoring import check_domains, check_example_domains, reward_scorer
+from r1jax.rollouts.searching import TREES, check_search, store_searches
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
 from r1jax.sampler import Finish
+from r1jax.search.tree import path_of
 from r1jax.settings.section import SettingError
 from r1jax.stages.step_labels.settings import StepLabelsStage
 
@@ -48,6 +57,7 @@ _LARGEST_SAMPLE = 2**31 - 1
 def check(stage: StepLabelsStage, run: ResolvedRun) -> None:
     """Every prompt has a reward, given solutions are there, and indices of samples are int32."""
     check_example_domains(stage, run, stage.prompts)
+    check_search(stage, stage.dataset_search(), run)
     with run.config.blaming("stages", stage.name):
         solutions = stage.solutions_per_prompt if stage.solutions == "sampled" else 1
         if solutions * stage.max_new_tokens * stage.continuations > _LARGEST_SAMPLE:
@@ -70,17 +80,18 @@ def run(stage: StepLabelsStage, run: StageRun) -> None:
     order of solutions and steps.
     """
     seed = seed_of(run.config.seed, stage.name)
+    if (search := stage.dataset_search()) is not None:
+        clock, prompts = store_searches(stage, run, search, seed, "right")
+        _write(stage, run, *_of_searches(stage, run, {prompt.id: prompt for prompt in prompts}))
+        clock.lap("write")
+        run.record.mark(stage, "done", clock.seconds)
+        return
     if stage.solutions == "sampled":
         _, prompts = store_scored_samples(stage, run, stage.dataset_sampling(), seed, "right")
     else:
         prompts = _score_given(stage, run)
     solutions, counts = _solutions(stage, run, {prompt.id: prompt for prompt in prompts})
-    if not solutions:
-        raise RunError(
-            f"{stage.name}: no solution has a step to label "
-            f"({', '.join(f'{n} {why}' for why, n in counts.items())}); raise max_new_tokens, or "
-            f"look at {run.files.home(run.directory / SAMPLES)}"
-        )
+    _check_some(stage, run, counts)
     beginnings = [each for solution in solutions for each in solution.beginnings(stage)]
     options = generate_options(
         run.models.sampler_of(stage.name),
@@ -99,9 +110,7 @@ def run(stage: StepLabelsStage, run: StageRun) -> None:
     )
     report = f"{len(solutions)} solutions, {len(beginnings)} steps to continue"
     clock = store_scored_parts(stage, run, parts, report)
-    if jax.process_index() == 0:
-        _write(stage, run, solutions, counts)
-    run.files.wait_for_files(stage.name)
+    _write(stage, run, _labelled_rows(stage, run, solutions), counts)
     clock.lap("write")
     run.record.mark(stage, "done", clock.seconds)
 
@@ -167,12 +176,75 @@ def _solutions(
     return solutions, counts
 
 
+def _check_some(stage: StepLabelsStage, run: StageRun, counts: Counter[str]) -> None:
+    """Raises RunError where no solution was kept."""
+    if not counts["kept"]:
+        raise RunError(
+            f"{stage.name}: no solution has a step to label "
+            f"({', '.join(f'{n} {why}' for why, n in counts.items())}); raise max_new_tokens, or "
+            f"look at {run.files.home(run.directory / SAMPLES)}"
+        )
+
+
+def _of_searches(
+    stage: StepLabelsStage, run: StageRun, prompts: Mapping[int, Prompt]
+) -> tuple[list[JsonObject], Counter[str]]:
+    """Labelled solutions of searches, and how many were kept and left out, and why.
+
+    The label of a step is that of the solutions behind it, each as often as it was sampled (as
+    Zhang et al. 2024, arXiv 2406.03816, estimate it from a tree).
+    """
+    rows, counts = list[JsonObject](), Counter[str](kept=0)
+    samples = read_rows(run.directory / SAMPLES)
+    for tree in read_rows(run.directory / TREES):
+        nodes, solved = tree["nodes"], list(islice(samples, len(tree["solutions"])))
+        outcomes: dict[int, list[str]] = {}
+        for node, row in zip(tree["solutions"], solved, strict=True):
+            if nodes[node]["state"] == "complete":
+                for each in path_of(nodes, node):
+                    outcomes.setdefault(each, []).extend([row["outcome"]] * nodes[node]["samples"])
+        prompt, kept = prompts[tree["problem_id"]], 0
+        for node, row in zip(tree["solutions"], solved, strict=True):
+            path = path_of(nodes, node)
+            text = prompt.prefill + row["completion"]
+            steps = cut_steps(text, stage.step_rule)
+            if nodes[node]["state"] != "complete":
+                counts["truncated"] += 1
+            elif not steps:
+                counts["without a step"] += 1
+            elif "".join(nodes[each]["text"] for each in path) != row["completion"]:
+                counts["changed by the tokenizer"] += 1
+            elif kept == stage.solutions_per_prompt:
+                counts["surplus"] += 1
+            else:
+                kept += 1
+                counts["kept"] += 1
+                lengths = list(accumulate(len(nodes[each]["text"]) for each in path))
+                ends = accumulate(len(step) for step in steps)
+                # Of each step the first beginning that holds all of it.
+                holding = [
+                    path[min(bisect_left(lengths, end - len(prompt.prefill)), len(path) - 1)]
+                    for end in ends
+                ]
+                labelled = [outcomes[each] for each in holding]
+                rows.append(_labelled_row(stage, run, prompt, row, steps, labelled))
+    _check_some(stage, run, counts)
+    return rows, counts
+
+
 def _write(
-    stage: StepLabelsStage, run: StageRun, solutions: Sequence[_Solution], counts: Counter[str]
+    stage: StepLabelsStage, run: StageRun, rows: Iterable[JsonObject], counts: Counter[str]
 ) -> None:
-    """The dataset and `summary.json`."""
-    rows = _labelled_rows(stage, run, solutions)
-    steps, right, domains = 0, 0.0, dict[str, Counter[str]]()
+    """Process 0 writes the dataset and `summary.json`; the others wait for it."""
+    if jax.process_index() == 0:
+        _write_dataset(stage, run, rows, counts)
+    run.files.wait_for_files(stage.name)
+
+
+def _write_dataset(
+    stage: StepLabelsStage, run: StageRun, rows: Iterable[JsonObject], counts: Counter[str]
+) -> None:
+    solutions, steps, right, domains = counts["kept"], 0, 0.0, dict[str, Counter[str]]()
     with written_whole(run.directory / DATASET) as partial, partial.open("wb") as file:
         for row in rows:
             known = [label for label in row["labels"] if label is not None]
@@ -183,8 +255,8 @@ def _write(
     total = sum(each["tokens"] for each in domains.values())
     summary = {
         "samples": dict(counts),
-        "rows": len(solutions),
-        "mean_tokens": total / len(solutions),
+        "rows": solutions,
+        "mean_tokens": total / solutions,
         "domains": {
             name: {"rows": each["rows"], "mean_tokens": each["tokens"] / each["rows"]}
             for name, each in sorted(domains.items())
@@ -193,7 +265,7 @@ def _write(
         "mean_label": right / steps if steps else None,
     }
     write_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-    line = f"{stage.name}: {steps} steps of {len(solutions)} solutions are labelled"
+    line = f"{stage.name}: {steps} steps of {solutions} solutions are labelled"
     line += f", {right / steps:.1%} right" if steps else ""
     Console(highlight=False).print(line, markup=False)
 
@@ -210,25 +282,37 @@ def _labelled_rows(
         ]
         # The last step has the answer: nothing is left to continue.
         outcomes.append([solution.row["outcome"]])
-        yield {
-            "prompt": solution.prompt.question,
-            "completions": list(solution.steps),
-            "labels": [step_label(each, soft=stage.label == "soft") for each in outcomes],
-            "response": solution.prompt.prefill + solution.row["completion"],
-            "answer": solution.prompt.answer,
-            "domain": solution.prompt.domain,
-            "tokens": solution.row["length"],
-            "outcome": solution.row["outcome"],
-            "right": [each.count("right") for each in outcomes],
-            "scored": [len(each) - each.count("verifier_failed") for each in outcomes],
-            "provenance": {
-                "checkpoint": run.config.weights_of(stage.name),
-                "stage": stage.name,
-                "seed": run.config.seed,
-                "problem_id": solution.row["problem_id"],
-                "sample_index": solution.row["sample"],
-            },
-        }
+        yield _labelled_row(stage, run, solution.prompt, solution.row, solution.steps, outcomes)
+
+
+def _labelled_row(
+    stage: StepLabelsStage,
+    run: StageRun,
+    prompt: Prompt,
+    row: JsonObject,
+    steps: Sequence[str],
+    outcomes: Sequence[Sequence[str]],
+) -> JsonObject:
+    """The row of a solution; outcomes: of each step, of what followed it."""
+    return {
+        "prompt": prompt.question,
+        "completions": list(steps),
+        "labels": [step_label(each, soft=stage.label == "soft") for each in outcomes],
+        "response": prompt.prefill + row["completion"],
+        "answer": prompt.answer,
+        "domain": prompt.domain,
+        "tokens": row["length"],
+        "outcome": row["outcome"],
+        "right": [each.count("right") for each in outcomes],
+        "scored": [len(each) - each.count("verifier_failed") for each in outcomes],
+        "provenance": {
+            "checkpoint": run.config.weights_of(stage.name),
+            "stage": stage.name,
+            "seed": run.config.seed,
+            "problem_id": row["problem_id"],
+            "sample_index": row["sample"],
+        },
+    }
 
 
 def step_label(outcomes: Sequence[str], *, soft: bool) -> float | bool | None:
@@ -288,6 +372,8 @@ def _score_given(stage: StepLabelsStage, run: StageRun) -> list[Prompt]:
 
 def programs(stage: StepLabelsStage, planning: Planning) -> StagePrograms:
     """The samplers of solutions and of continuations, and the scoring of reward models."""
+    if (search := stage.dataset_search()) is not None:
+        return search_programs(stage, planning, search)
     sampling = sampling_programs(stage, planning, stage.dataset_sampling())
     # A solution's beginning is at most as long as the solution.
     rollout = SlotRollout(
