@@ -29,7 +29,7 @@ class Setting:
     """One key of a config.
 
     key: dotted; NAME stands for a name of the config's, N for an index of a list. kinds: of stages
-    or, in `rewrite` and `objective`, of these; empty for other sections. type: in words.
+    or, in `rewrite`, `objective` and `search`, of these; empty for other sections. type: in words.
     default: as YAML, `required`, or empty for a section, whose keys have theirs. meaning: one or
     two sentences.
     """

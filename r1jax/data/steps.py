@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,9 @@ def step_ends(text: str, rule: StepRule) -> list[int]:
     at the end of the text to the one before.
     """
     ends, start = [], 0
-    for match in re.finditer(rule.expression, text):
-        # The match of a pattern may be the step itself, as `[^.]+\.` is.
-        content = match.start() if rule.pattern is None else match.end()
-        if text[start:content].strip():
-            ends.append(match.end())
-        start = match.end()
+    for start, is_step in _matches(text, rule):
+        if is_step:
+            ends.append(start)
     if text[start:].strip():
         ends.append(len(text))
     return ends
@@ -34,10 +31,17 @@ def step_ends(text: str, rule: StepRule) -> list[int]:
 
 def first_step_end(text: str, rule: StepRule) -> int | None:
     """The offset behind the first step that the rule ends in a text; None: it goes on."""
+    return next((end for end, is_step in _matches(text, rule) if is_step), None)
+
+
+def _matches(text: str, rule: StepRule) -> Iterator[tuple[int, bool]]:
+    """The offset behind each match of the rule, and whether a step ends there."""
+    start = 0
     for match in re.finditer(rule.expression, text):
-        if text[: match.start() if rule.pattern is None else match.end()].strip():
-            return match.end()
-    return None
+        # The match of a pattern may be the step itself, as `[^.]+\.` is.
+        content = match.start() if rule.pattern is None else match.end()
+        yield match.end(), bool(text[start:content].strip())
+        start = match.end()
 
 
 def cut_steps(text: str, rule: StepRule) -> list[str]:

@@ -46,7 +46,7 @@ def all_letters(pairs: Sequence[tuple[SearchTree, Expansion]]) -> list[list[Step
 
 def value(text: str) -> float:
     """Of a beginning: any number in 0..1, the same for the same text."""
-    return zlib.crc32(text.encode()) % 997 / 997
+    return zlib.crc32(text.encode()) / 2**32
 
 
 def scored(of: Callable[[str], float]) -> Callable[..., list[float | None]]:
