@@ -102,13 +102,17 @@ def settings_page() -> str:
         lines += [f"## {name}{also}", "", *_settings_table(list(members))]
     stages = [each for each in settings if each.key.startswith("stages.")]
     objectives = [each for each in stages if ".objective." in each.key]
-    shared = [each for each in stages if len(each.kinds) > 1 and each not in objectives]
+    searches = [each for each in stages if ".search." in each.key]
+    elsewhere = [*objectives, *searches]
+    shared = [each for each in stages if len(each.kinds) > 1 and each not in elsewhere]
     lines += ["## Stages: keys of several kinds", "", *_settings_table(shared, with_kinds=True)]
     for kind in KINDS:
-        alone = [e for e in stages if e.kinds == (kind,) and e not in objectives]
+        alone = [e for e in stages if e.kinds == (kind,) and e not in elsewhere]
         lines += [f"## Stages: {kind}", "", *_settings_table(alone)]
     lines += ["## Stages: objective of a grpo stage", ""]
     lines += _settings_table(objectives, with_kinds=True)
+    lines += ["## Stages: search of a stage that samples", ""]
+    lines += _settings_table(searches, with_kinds=True)
     rewriters = [e for e in stages if ".rewrite." in e.key and len(e.kinds) == 1]
     lines += ["## Stages: rewrite of a rejection_sampling stage", ""]
     lines += _settings_table(rewriters, with_kinds=True)

@@ -32,6 +32,9 @@ class Step:
     end: StepEnd
 
 
+_QUESTION = Step((), "", 0.0, "step")
+
+
 @dataclass
 class Node:
     """The beginning of a solution that ends with `step`.
@@ -163,6 +166,3 @@ def path_of(nodes: Sequence[JsonObject], node: int) -> list[int]:
         path.append(node)
         node = nodes[node]["parent"]
     return path[::-1]
-
-
-_QUESTION = Step((), "", 0.0, "step")
