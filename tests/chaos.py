@@ -12,10 +12,8 @@ Times are random by the seed, but what a run does at that time depends on the ma
 from __future__ import annotations
 
 import argparse
-import importlib
 import mmap
 import os
-import pkgutil
 import random
 import shutil
 import signal
@@ -26,7 +24,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,8 +40,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 os.environ.update(compiled_programs.cache())
 
 import jax  # noqa: E402
+from forked import import_everything  # noqa: E402
 
-import r1jax  # noqa: E402
 from r1jax import recipe  # noqa: E402
 from r1jax.config.load import load_config  # noqa: E402
 from r1jax.metrics.heartbeat import HEARTBEAT  # noqa: E402
@@ -274,29 +271,13 @@ def one_run(
         shutil.rmtree(output)
 
 
-def import_everything() -> None:
-    """So that a process which is started again does not import it again."""
-    names = [module.name for module in pkgutil.walk_packages(r1jax.__path__, "r1jax.")]
-    names += ["transformers.tokenization_utils_tokenizers", "transformers.integrations.mistral"]
-    names += [
-        "transformers.convert_slow_tokenizer",
-        "rich._emoji_codes",
-        "jaxlib.mlir.dialects.mhlo",
-    ]
-    scripts = ("worker", "supervisor", "__main__")
-    for name in names:
-        if not name.endswith(scripts) and "tfds" not in name:
-            with suppress(ImportError):  # of an extra
-                importlib.import_module(name)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", type=int, nargs="*", help="Numbers of KINDS; default: all.")
     options = parser.parse_args()
-    import_everything()
+    import_everything()  # so that a process which is started again does not
     kinds = [KINDS[i] for i in options.kinds or ORDER]
     folder = Path(tempfile.mkdtemp(prefix="r1jax-chaos-"))
     say(f"seed {options.seed}, in {folder}")

@@ -19,19 +19,26 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(compiled_programs.cache())
 
 
-# Files with long tests, which begin first, so that no worker is left alone with one.
+# Files that take long, which begin first, so that no worker is left alone with one.
 LONGEST_FIRST = (
     "rewards/test_hostile.py",
-    "recipe/test_schedule.py",
-    "test_bucket.py",
     "processes/test_failure.py",
-    "processes/test_processes.py",
-    "models/test_deepseek.py",
-    "models/test_decoder.py",
+    "recipe/",
+    "stages/test_process_reward_model.py",
+    "processes/",
+    "test_bucket.py",
+    "rewards/test_sandbox.py",
     "sampler/test_speculative.py",
-    "test_sharding.py",
     "stages/",
+    "sampler/",
+    "models/",
+    "config/test_packaged.py",
+    "run/",
+    "planner/",
+    "evaluation/",
     "weights/",
+    "test_sharding.py",
+    "docs/",
     "report/",
     "tpu_scripts/",
 )

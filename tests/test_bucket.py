@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -535,21 +536,13 @@ def test_cut_off_again_and_again_it_ends_the_same(
         recipe.run(config)
 
 
-def start(script: str, *arguments: object, **more: str) -> subprocess.Popen[str]:
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-    }
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        env=os.environ | environment | more,
-        cwd=TESTS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(script: str, *arguments: object) -> forked.Process:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    words = map(str, arguments)
+    return forked.Process(script, *words, env=environment, cwd=TESTS, one_output=True)
 
 
-def ended(processes: list[subprocess.Popen[str]], status: int) -> str:
+def ended(processes: list[forked.Process], status: int) -> str:
     try:
         said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -563,7 +556,7 @@ def ended(processes: list[subprocess.Popen[str]], status: int) -> str:
 def test_a_run_killed_on_a_bucket_ends_as_one_on_a_disk(storage: Storage, tmp_path: Path) -> None:
     """All kinds of files: pretraining, an evaluation, GRPO with a reference policy."""
 
-    def run(output: object, point: str, number: int) -> subprocess.Popen[str]:
+    def run(output: object, point: str, number: int) -> forked.Process:
         return start("killed_run.py", point, number, "tiny.yaml", f"output={output}")
 
     ended([run(tmp_path, "none", 0)], 0)
@@ -602,7 +595,7 @@ def test_two_processes_stopped_on_a_bucket_end_as_on_a_disk(
     plan["rewards"] = {"last_number": plan["rewards"]["last_number"]}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(plan))
 
-    def run(output: object) -> list[subprocess.Popen[str]]:
+    def run(output: object) -> list[forked.Process]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

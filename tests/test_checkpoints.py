@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,12 +48,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def run_python(script: str, *arguments: Any, timeout: float = 120) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    done = forked.run("-c", textwrap.dedent(script), *map(str, arguments), timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

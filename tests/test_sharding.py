@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -49,18 +48,8 @@ LAYOUTS: dict[str, list[Case]] = {
 def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
     one_device = {"data": 1, "fsdp": 1, "tensor": 1}
     layouts = LAYOUTS[kind]
-    environment = os.environ | devices(8)
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(SCRIPT),
-            json.dumps([(kind, *case) for case in [(one_device, False), *layouts]]),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    cases = json.dumps([(kind, *case) for case in [(one_device, False), *layouts]])
+    done = forked.run(str(SCRIPT), cases, env=os.environ | devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     one, *others = json.loads(done.stdout)
     assert one["split"] == 1
@@ -79,13 +68,8 @@ def test_samples_and_updates_agree_on_one_and_eight_devices(kind: str) -> None:
 
 def test_devices_that_share_a_row_score_it_as_one_does() -> None:
     """Log-probs, entropies, the best words, and the gradients, of a vocabulary in parts."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT.with_name("scores_on_a_mesh.py"))],
-        env=os.environ | devices(8),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = str(SCRIPT.with_name("scores_on_a_mesh.py"))
+    done = forked.run(script, env=os.environ | devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     for case in json.loads(done.stdout):
         assert len(case) == 8

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 from r1jax.metrics.heartbeat import HEARTBEAT, _Heartbeat, span
@@ -151,15 +150,10 @@ def test_a_run_that_hangs_ends_with_the_status_that_is_started_again(tmp_path: P
         "recipe.check = lambda context: time.sleep(600)\n"
         "recipe.run(load_config(sys.argv[1], sys.argv[2:]))\n"
     )
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-c", program, str(TESTS / "tiny.yaml"), f"output={tmp_path}"),
-            "watchdog={seconds: 0.5, abort: true}",
-        ],
+    ended = forked.run(
+        *("-c", program, str(TESTS / "tiny.yaml"), f"output={tmp_path}"),
+        "watchdog={seconds: 0.5, abort: true}",
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert ended.returncode == EXIT_HUNG == 134, ended.stderr
     assert "before the first stage" in ended.stderr and "in run" in ended.stderr

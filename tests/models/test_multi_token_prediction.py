@@ -257,6 +257,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     """Means over the tokens of the batch, though its parts have different numbers of them."""
     make_with_module("like V3", tmp_path)
     params, model = load(tmp_path, remat="full", log_prob_chunk=5)
+    _, plain = load(tmp_path, scan_layers=True)
     segments = np.ones_like(TOKENS)
     segments[1, 6:] = 0
     rows = TokenRows(TOKENS, positions_of(TOKENS), segments)
@@ -268,7 +269,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     own, ahead = 15 + 5, 15 + 4
 
     def both(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        scores = ahead_log_probs(params, rows, model)
+        scores = ahead_log_probs(params, rows, plain)
         first = -jnp.sum(jnp.where(trained, scores.log_probs, 0.0)) / own
         second = -jnp.sum(jnp.where(trained, scores.ahead, 0.0)) / ahead
         return first + 0.3 * second, (first, second)
@@ -280,7 +281,7 @@ def test_the_update_is_that_of_both_losses(tmp_path: Path) -> None:
     after, metrics = jax.jit(make_update(stage, model, optimizer))(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(first), rel=1e-5)
     assert float(metrics["mtp/loss"]) == pytest.approx(float(second), rel=1e-5)
-    scores = score(params, rows, model)
+    scores = score(params, rows, plain)
     accepted = int((np.asarray(scores.agrees) & trained).sum())
     assert float(metrics["mtp/acceptance"]) == pytest.approx(accepted / ahead)
     moved = jax.tree.map(lambda old, new: old - new, params, after.params)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_programs import devices
 
 from r1jax.models import (
     Decoder,
@@ -294,12 +294,7 @@ def test_a_slice_compiles_it_with_the_vmem_that_is_estimated(
 
 @pytest.mark.slow  # compiles for two meshes
 def test_devices_read_the_pages_of_their_slots_for_their_heads() -> None:
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "pages_on_a_mesh.py")],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = str(Path(__file__).parents[1] / "pages_on_a_mesh.py")
+    done = forked.run(script, env=os.environ | devices(4))
     assert done.returncode == 0, done.stderr[-3000:]
     assert max(json.loads(done.stdout)) < 1e-5

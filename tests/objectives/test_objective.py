@@ -306,7 +306,7 @@ def test_on_policy_all_have_the_gradient_of_reinforce() -> None:
         given = {"constant_length": 7} if name == "dr_grpo" else {}
         objective = make_objective(kind(**given, kl_coefficient=0.0, importance_cap=None))
         with jax.enable_x64(True):
-            gradient = jax.grad(loss_of(objective, arrays, old=False))(jnp.asarray(x))
+            gradient = jax.jit(jax.grad(loss_of(objective, arrays, old=False)))(jnp.asarray(x))
         expected = -advantages / by[objective.normalisation]
         np.testing.assert_allclose(
             [gradient[at] for at in where], expected, rtol=1e-6, err_msg=name

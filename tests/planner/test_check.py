@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 
 from r1jax.config.load import ConfigError, load_config
@@ -57,7 +56,7 @@ COMMANDS = {
     "scripts, base": ("on-slice", "v6e-8", "--", BASED),
     "scripts, reward": ("on-slice", "v6e-8", "--", MINE, "rewards.mine={function: 'a.py:f'}"),
 }
-# One process for all: JAX is slow to import. It is as one without the TPU compiler.
+# One process for all, as one without the TPU compiler.
 PROGRAM = """
 import importlib.util, json, sys
 find = importlib.util.find_spec
@@ -65,12 +64,12 @@ importlib.util.find_spec = lambda name, *a: None if name == "libtpu" else find(n
 from typer.testing import CliRunner
 from r1jax.cli import app
 done = {}
-for name, words in json.load(sys.stdin).items():
+for name, words in json.loads(sys.argv[1]).items():
     ended = CliRunner().invoke(app, words)
     done[name] = [ended.exit_code, ended.stdout, ended.stderr]
     if ended.exception and not isinstance(ended.exception, SystemExit):
         done[name][2] += repr(ended.exception)
-json.dump(done, open(sys.argv[1], "w"))
+json.dump(done, open(sys.argv[2], "w"))
 """
 
 
@@ -105,13 +104,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder / "done.json")],
-        input=json.dumps(words),
+    ended = forked.run(
+        *("-c", PROGRAM, json.dumps(words), str(folder / "done.json")),
         env=os.environ | environment,
         cwd=TESTS,
-        capture_output=True,
-        text=True,
     )
     assert ended.returncode == 0, ended.stderr
     results = json.loads((folder / "done.json").read_text())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled_programs import devices
 
 from r1jax.models.experts import Exchange, run_experts
 from r1jax.planner import hlo
@@ -22,13 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "planned_programs.py"
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What is read in programs for eight devices, which this process may not have."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run(str(SCRIPT), env=os.environ | devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import pytest
 
@@ -48,13 +47,7 @@ SMALL = ["model.config.num_hidden_layers=1", "stages.zero.micro_batches=2"]
 def run_plan(
     path: Path, *arguments: str
 ) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "r1jax", "plan", *arguments, "--json", str(path)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = forked.run("-m", "r1jax", "plan", *arguments, "--json", str(path))
     content = json.loads(path.read_text()) if path.exists() else {}
     return content, done
 
@@ -345,12 +338,7 @@ def test_evaluations_within_a_stage_and_rewriting_models_are_planned() -> None:
 
 
 def test_what_is_not_there_cannot_be_measured() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "r1jax", "plan", "tiny/r1_zero", "--measure", "--slice", "v5e:2x2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run("-m", "r1jax", "plan", "tiny/r1_zero", "--measure", "--slice", "v5e:2x2")
     assert done.returncode == 2 and "--measure needs devices that are there" in done.stderr
 
 

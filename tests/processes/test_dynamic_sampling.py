@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -34,16 +33,12 @@ def run(output: Path, processes: int, *changes: str, devices: int = 2) -> Path:
     }
     command = ["tiny_dynamic.yaml", f"output={output}", f"mesh.cpu_devices={devices // processes}"]
     started = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "one_of_many.py", str(port), str(processes), str(index)),
-                *(*command, *CHANGES, *changes),
-            ],
+        forked.Process(
+            *("one_of_many.py", str(port), str(processes), str(index)),
+            *(*command, *CHANGES, *changes),
             env=environment,
             cwd=TESTS,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            one_output=True,
         )
         for index in range(processes)
     ]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import pytest
 
@@ -101,22 +100,17 @@ def test_bad_numbers_are_named(
     assert calls == []
 
 
-def command(**environment: str) -> subprocess.Popen[str]:
+def command(**environment: str) -> forked.Process:
     """`r1jax run --dry-run` on one CPU device: reads, joins, and says how large the mesh is."""
     inherited = {name: value for name, value in os.environ.items() if name not in SIGNS}
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "r1jax", "run", "tiny_processes.yaml", "--dry-run"),
-            "mesh.cpu_devices=1",
-        ],
+    return forked.Process(
+        *("-m", "r1jax", "run", "tiny_processes.yaml", "--dry-run", "mesh.cpu_devices=1"),
         cwd=TESTS,
         env=inherited
         | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
         | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        one_output=True,
     )
 
 
@@ -130,7 +124,7 @@ def test_two_commands_are_one_run_of_two_processes() -> None:
     ]
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert "devices: 2 x cpu" in said[0]
+    assert "devices: 2 x cpu" in said[0] and "parameters: " in said[0]
     assert said[1] == ""  # process 0 speaks for all
 
 

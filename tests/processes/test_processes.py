@@ -6,17 +6,17 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors.numpy import load_file
 
@@ -26,9 +26,16 @@ from r1jax.run.resolve import check, resolve
 
 TESTS = Path(__file__).parents[1]
 RUN = "tiny-processes-s0"
+# Of tiny_processes.yaml the stage by_rule alone, on the weights of the beginning.
+_PLAN = yaml.safe_load((TESTS / "tiny_processes.yaml").read_text())
+BY_RULE = (
+    f"stages={json.dumps(_PLAN['stages'][1:2])}",
+    f"data={json.dumps({'questions': _PLAN['data']['questions']})}",
+    f"rewards={json.dumps({'last_number': _PLAN['rewards']['last_number']})}",
+)
 
 
-def start(output: Path, processes: int, *changes: str) -> list[subprocess.Popen[str]]:
+def start(output: Path, processes: int, *changes: str) -> list[forked.Process]:
     """The processes of a run on two devices in all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,23 +45,19 @@ def start(output: Path, processes: int, *changes: str) -> list[subprocess.Popen[
         "JAX_NUM_CPU_DEVICES": str(2 // processes),
     }
     return [
-        subprocess.Popen(
-            [
-                *(sys.executable, "one_of_many.py", str(port), str(processes), str(index)),
-                *("tiny_processes.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"),
-                *changes,
-            ],
+        forked.Process(
+            *("one_of_many.py", str(port), str(processes), str(index)),
+            *("tiny_processes.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"),
+            *changes,
             env=environment,
             cwd=TESTS,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            one_output=True,
         )
         for index in range(processes)
     ]
 
 
-def ended(started: list[subprocess.Popen[str]], status: int) -> list[str]:
+def ended(started: list[forked.Process], status: int) -> list[str]:
     """What the processes said, all of which must end with this exit status."""
     try:
         said = [process.communicate(timeout=900)[0] for process in started]
@@ -143,41 +146,32 @@ def test_only_the_first_process_shows_bars_of_downloads(monkeypatch: pytest.Monk
         enable_progress_bars()
 
 
-def test_only_the_first_process_speaks_and_each_signs_its_errors(tmp_path: Path) -> None:
-    def ran(*arguments: str) -> list[tuple[int, str, str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "r1jax", "run", "tiny_processes.yaml", *arguments],
-                env=os.environ
-                | {
-                    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                    "JAX_NUM_PROCESSES": "2",
-                    "JAX_PROCESS_ID": str(index),
-                },
-                cwd=TESTS,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=300) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        return [(p.returncode, *text) for p, text in zip(started, said, strict=True)]
-
-    first, second = ran(f"output={tmp_path}", "--dry-run")
-    assert first[0] == second[0] == 0, first[2] + second[2]
-    assert "parameters: " in first[1] and second[1] == ""
-    refused = ran(f"output={tmp_path}", "stages.after.problems_per_batch=5")
-    for index, (status, out, errors) in enumerate(refused):
-        assert (status, out) == (2, ""), errors
+def test_each_process_signs_its_errors(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        forked.Process(
+            *("-m", "r1jax", "run", "tiny_processes.yaml", f"output={tmp_path}"),
+            "stages.after.problems_per_batch=5",
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+            cwd=TESTS,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for index, (process, (out, errors)) in enumerate(zip(started, said, strict=True)):
+        assert (process.returncode, out) == (2, ""), errors
         assert f"[process {index}] command line: stages.after.problems_per_batch = 5" in errors
 
 
@@ -186,8 +180,7 @@ def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path) -> 
         start(
             tmp_path,
             2,
-            "stages.base.steps=2",
-            "stages.base.checkpoint_every=2",
+            *BY_RULE,
             "stages.by_rule.filters={length: {min_words: 100}}",
         ),
         1,
@@ -202,19 +195,18 @@ def test_an_empty_dataset_is_the_same_error_on_all_processes(tmp_path: Path) -> 
 
 def test_sigterm_to_one_process_stops_the_rewriting_of_all(tmp_path: Path) -> None:
     asked: list[str] = []
-    started: list[subprocess.Popen[str]] = []
+    started: list[forked.Process] = []
     server = answering(lambda: started[1].send_signal(signal.SIGTERM), asked)
     started += start(
         tmp_path,
         2,
-        "stages.base.steps=2",
-        "stages.base.checkpoint_every=2",
+        *BY_RULE,
         "stages.by_rule.rewrite={kind: endpoint, model: m, concurrency: 1, "
         f"url: 'http://127.0.0.1:{server.server_port}/v1'}}",
     )
     said = ended(started, 143)
     server.shutdown()
-    kept = rows(tmp_path / RUN / "stages/01-by_rule/rewritten.jsonl")
+    kept = rows(tmp_path / RUN / "stages/00-by_rule/rewritten.jsonl")
     assert len(kept) == len(asked) == len(set(asked))
     assert f"Stopped by SIGTERM. by_rule: {len(kept)} of " in " ".join(said[0].split())
 

@@ -6,21 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import forked
 import pytest
 
 TESTS = Path(__file__).parents[1]
 # In this order, on one run: dead in pretraining, in a save, in an export, in the evaluation; asked
-# to stop in the RL stage's first held-out evaluation (in the fourth batch, as the evaluation still
-# had two); dead in its log, asked to stop between two batches of a rollout, and in its log, dead in
-# its save, and behind its last held-out evaluation, in its export.
+# to stop in the RL stage's first held-out evaluation (in the third batch, behind those of the
+# evaluation); dead in its log, asked to stop between two batches of a rollout, and in its log, dead
+# in its save, and behind its last held-out evaluation, in its export.
 DEATHS = [
     ("log", 4),
     ("save", 1),
     ("export", 1),
     ("samples", 2),
-    ("sigterm_in_judging", 4),
+    ("sigterm_in_judging", 3),
     ("log", 4),
     ("sigterm_in_rollout", 3),
     ("sigterm", 1),
@@ -37,18 +40,22 @@ DYNAMIC_DEATHS = [("log", 3), ("sigterm_in_judging", 2), ("save", 2), ("log", 3)
 
 
 def start(
-    output: Path, cache: Path, point: str, number: int, config: tuple[str, ...] = ("tiny.yaml",)
+    output: Path,
+    point: str = "none",
+    number: int = 0,
+    config: tuple[str, ...] = ("tiny.yaml",),
+    run: Callable[..., subprocess.CompletedProcess[str]] = forked.run,
 ) -> int:
-    command = [sys.executable, str(TESTS / "killed_run.py"), point, str(number)]
-    command += [str(TESTS / config[0]), f"output={output}", *config[1:]]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [str(TESTS / "killed_run.py"), point, str(number), str(TESTS / config[0])]
+    done = run(*command, f"output={output}", *config[1:], env=environment, timeout=300)
     assert done.returncode in (0, -9, 143), done.stderr[-3000:]
     return done.returncode
+
+
+def new_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """One whose `hash` has another seed."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
 def result(output: Path) -> dict[str, bytes]:
@@ -66,12 +73,11 @@ def result(output: Path) -> dict[str, bytes]:
 def test_killed_and_resumed_ends_with_the_same_bytes(
     tmp_path: Path, deaths: list[tuple[str, int]]
 ) -> None:
-    cache = tmp_path / "cache"
-    assert start(tmp_path / "whole", cache, "none", 0) == 0
+    assert start(tmp_path / "whole", run=new_process) == 0
     for point, number in deaths:
-        code = start(tmp_path / "killed", cache, point, number)
+        code = start(tmp_path / "killed", point, number)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
-    assert start(tmp_path / "killed", cache, "none", 0) == 0
+    assert start(tmp_path / "killed") == 0
     whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert "stages/02-zero/model/model.safetensors" in whole
@@ -101,12 +107,12 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
 def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(
     tmp_path: Path, deaths: list[tuple[str, int]]
 ) -> None:
-    cache, config = tmp_path / "cache", ("tiny_dynamic.yaml",)
-    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    config = ("tiny_dynamic.yaml",)
+    assert start(tmp_path / "whole", config=config) == 0
     for point, number in deaths:
-        code = start(tmp_path / "killed", cache, point, number, config)
+        code = start(tmp_path / "killed", point, number, config)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
-    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    assert start(tmp_path / "killed", config=config) == 0
     whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     for name in whole:
@@ -143,16 +149,16 @@ def test_a_run_that_is_stopped_as_it_samples_beside_an_update_goes_on_with_the_s
     tmp_path: Path, deaths: list[tuple[str, int]]
 ) -> None:
     lag = ("stages.zero.dynamic_sampling=null", "stages.zero.phases_of_lag=1")
-    cache, config = tmp_path / "cache", ("tiny_dynamic.yaml", *lag, f"mesh={TWO_GROUPS}")
-    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    config = ("tiny_dynamic.yaml", *lag, f"mesh={TWO_GROUPS}")
+    assert start(tmp_path / "whole", config=config) == 0
     sampled_beside = False
     for point, number in deaths:
-        code = start(tmp_path / "killed", cache, point, number, config)
+        code = start(tmp_path / "killed", point, number, config)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
         kept = (tmp_path / "killed/tiny-dynamic-s0/stages/00-zero/checkpoints").glob("*/arrays")
         sampled_beside |= any("sampling" in (at / "_METADATA").read_text() for at in kept)
     assert sampled_beside
-    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    assert start(tmp_path / "killed", config=config) == 0
     whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     for name in whole:
@@ -171,14 +177,13 @@ def test_a_run_that_is_stopped_as_it_samples_beside_an_update_goes_on_with_the_s
 def test_samples_of_older_weights_are_in_the_checkpoint(
     tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
-    cache = tmp_path / "cache"
     config = ("tiny_dynamic.yaml", *(f"stages.zero.{change}" for change in changes))
-    assert start(tmp_path / "whole", cache, "none", 0, config) == 0
+    assert start(tmp_path / "whole", config=config) == 0
     # In the second phase; asked to stop in it; in the save behind the third; in the fourth.
     for point, number in [("log", 3), ("sigterm_in_judging", 2), ("save", 2), ("log", 3)]:
-        code = start(tmp_path / "killed", cache, point, number, config)
+        code = start(tmp_path / "killed", point, number, config)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
-    assert start(tmp_path / "killed", cache, "none", 0, config) == 0
+    assert start(tmp_path / "killed", config=config) == 0
     whole, killed = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     for name in whole:

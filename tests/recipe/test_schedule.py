@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from r1jax.config.lineage import edges, needs
@@ -94,21 +93,10 @@ def test_what_a_stage_could_not_use_is_refused_before_any_compute(
     assert message in str(caught.value)
 
 
-def start(output: Path, cache: Path, point: str = "none", number: int = 0) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(TESTS / "killed_run.py"), point, str(number), CONFIG]
-    done = subprocess.run(
-        [*command, f"output={output}"],
-        env=environment,
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+def start(output: Path, point: str = "none", number: int = 0) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [str(TESTS / "killed_run.py"), point, str(number), CONFIG, f"output={output}"]
+    done = forked.run(*command, env=environment, cwd=TESTS)
     assert done.returncode in (0, -9), done.stderr[-3000:]
     assert (done.returncode == 0) == (point == "none")
     return done.stdout
@@ -119,8 +107,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run, killed in each of the new stages on the way; and what its last process said."""
     folder = tmp_path_factory.mktemp("schedule")
     for point, number in (("samples", 4), ("log", 4), ("log", 12)):
-        start(folder, folder / "cache", point, number)
-    said = start(folder, folder / "cache")
+        start(folder, point, number)
+    said = start(folder)
     return folder / "tiny-r1-s0", said
 
 
@@ -130,7 +118,7 @@ def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_pat
     record = json.loads((run / "run.json").read_text())["stages"]
     assert {entry["status"] for entry in record.values()} == {"done"}
     assert len(record) == 10
-    start(tmp_path, run.parent / "cache")
+    start(tmp_path)
     whole = tmp_path / "tiny-r1-s0"
     for path in sorted(whole.glob("stages/*/*")):
         name = path.relative_to(whole)
@@ -138,7 +126,7 @@ def test_the_whole_schedule_runs_and_resumes(finished: tuple[Path, str], tmp_pat
             assert path.read_bytes() == (run / name).read_bytes(), name
     # Finished stages are skipped: what is left to say is where the report is, the result and the
     # next commands.
-    said = start(run.parent, run.parent / "cache").strip()
+    said = start(run.parent).strip()
     assert said.startswith("Report:") and "\nResult" in said and "\n  r1jax export " in said
 
 

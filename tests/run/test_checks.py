@@ -50,6 +50,7 @@ def config(
 ) -> RunConfig:
     """Pretraining, then RL on the rows of a file; with a file of rewards beside the config."""
     plan = yaml.safe_load(TINY.read_text())
+    plan["model"]["config"]["num_hidden_layers"] = 1
     base, _, zero = plan["stages"]
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -137,8 +138,8 @@ def changed(config: RunConfig, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("data", "problems", "message"),
     [
-        ("held_out", 7, "data.held_out.source = .*it has 6 rows, fewer than 7"),
-        ("mix", 13, "data.mix.mixture: 13 rows need 7 of held_out, which has 6"),
+        ("held_out", 7, "data.held_out.source = .*it has 4 rows, fewer than 7"),
+        ("mix", 13, "data.mix.mixture: 13 rows need 7 of held_out, which has 4"),
     ],
 )
 def test_more_problems_than_there_are_are_refused(

@@ -38,7 +38,6 @@ model:
 data:
   train: {source: "task:running_total", template: plain, limit: 50}
 trackers: []
-compilation_cache: null
 stages:
   - {name: base, kind: pretrain, data: train, steps: 4, rows_per_step: 4, row_tokens: 64,
      log_every: 1, checkpoint_every: 2, optimizer: {learning_rate: 0.01}}

@@ -88,7 +88,7 @@ def test_samples_are_those_of_a_batch(config: ModelConfig, scan: bool) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"slots": 1, "page": 2, "sync_every": 5, "max_new_tokens": 4},
+        {"slots": 1, "page": 2, "sync_every": 5},
         {"slots": 21, "page": 1, "max_new_tokens": 1},
         {"slots": 7, "cache_tokens": 60, "eos_ids": ()},
     ],

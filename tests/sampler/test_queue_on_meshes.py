@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
+from compiled_programs import devices
 
 SCRIPT = Path(__file__).parents[1] / "queue_on_a_mesh.py"
 ONE = {"data": 1}
@@ -27,13 +27,7 @@ CASES: list[list[Any]] = [
 
 @pytest.mark.slow  # a program is compiled for each of many meshes
 def test_a_sample_is_the_same_on_every_mesh() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(CASES)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.run(str(SCRIPT), json.dumps(CASES), env=os.environ | devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     dense, *meshes, experts, with_experts = json.loads(done.stdout.splitlines()[-1])
     for expected, found in [(dense, each) for each in meshes] + [(experts, with_experts)]:

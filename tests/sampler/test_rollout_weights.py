@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+import forked
+from compiled_programs import devices
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
@@ -54,15 +55,6 @@ for kind, sampling, axes, rollout, parts in [
 
 
 def test_weights_are_copied_from_device_to_device_in_equal_parts() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ
-        | {
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = forked.run("-c", SCRIPT, env=os.environ | devices(8) | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-3000:]

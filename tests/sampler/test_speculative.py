@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,14 +175,14 @@ def test_equal_distributions_always_agree() -> None:
 # As without drafts
 
 
-@pytest.mark.parametrize(("config", "scan"), [(GROUPED, False), (LATENT, True), (LATENT, False)])
+@pytest.mark.parametrize(("config", "scan"), [(GROUPED, False), (LATENT, True)])
 def test_greedy_samples_are_those_without_drafts(config: ModelConfig, scan: bool) -> None:
     model = decoder(config, scan)
     params = init_params(jax.random.key(5), config, model.layout)
     options = {"sampling": Sampling(temperature=0.0), "max_new_tokens": 24, "samples": 1}
     p = prompts([5, 8, 3, 1, 7, 2], time=8)
     plain = sample(p, model, params, speculative=False, **options)
-    out = sample(p, model, params, first_bucket=5, **options)
+    out = sample(p, model, params, first_bucket=12, **options)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_allclose(out.policy_log_probs, plain.policy_log_probs, atol=1e-4)
     np.testing.assert_array_equal(out.sampling_log_probs, 0.0)
@@ -215,7 +214,7 @@ def test_log_probs_are_the_models_own(config: ModelConfig) -> None:
     model = decoder(config)
     params = init_params(jax.random.key(4), config, model.layout)
     p, sampling = prompts([5, 8, 3]), Sampling(temperature=0.7, top_k=3)
-    out = sample(p, model, params, sampling=sampling, first_bucket=3)
+    out = sample(p, model, params, sampling=sampling, first_bucket=4)
     rows = np.zeros((9, 17), np.int32)
     for row in range(9):
         n = int(p.lengths[row // 3])
@@ -243,7 +242,7 @@ def test_log_probs_are_the_models_own(config: ModelConfig) -> None:
 def test_a_sample_is_the_same_in_any_batch_bucket_and_split() -> None:
     whole = sample(prompts([5, 8, 3, 7]))
     alone = sample(prompts([8], first_id=1))
-    wider = sample(prompts([5, 8, 3, 7], time=16), first_bucket=2, sync_every=1)
+    wider = sample(prompts([5, 8, 3, 7], time=16), first_bucket=4, sync_every=1)
     later = sample(replace(prompts([5, 8, 3, 7]), first_samples=1), samples=2)
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[1])
     np.testing.assert_array_equal(wider.tokens, whole.tokens)
@@ -317,13 +316,7 @@ def test_a_mesh_changes_nothing() -> None:
         [{"fsdp": 4}, {"data": 2, "tensor": 2}, "samples"],  # with another arrangement
     ]
     script = Path(__file__).parents[1] / "speculative_on_a_mesh.py"
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(cases)],
-        env=os.environ | devices(4),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = forked.run(str(script), json.dumps(cases), env=os.environ | devices(4))
     assert done.returncode == 0, done.stderr[-3000:]
     one, updated, sampled = json.loads(done.stdout)
     assert np.sum(one["accepted"]) > 4

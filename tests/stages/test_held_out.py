@@ -30,6 +30,7 @@ def config(output: Path, **changes: Any) -> RunConfig:
     in parts of 2: what divides them, and the group of 4.
     """
     plan = yaml.safe_load(TINY.read_text())
+    plan["model"]["config"]["num_hidden_layers"] = 1
     held_out = plan["data"].pop("held_out") | {"limit": 3}
     other = {**held_out, "options": {"min_terms": 6, "max_terms": 7}}
     plan["data"] |= {"a": {**held_out, "domain": "a"}, "b": {**other, "domain": "b"}}

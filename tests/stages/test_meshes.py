@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,18 +17,10 @@ TESTS = Path(__file__).parents[1]
 
 
 def run(output: Path, devices: int, *changes: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-    }
-    command = [sys.executable, "-m", "r1jax", "run", "tiny_meshes.yaml", f"output={output}"]
-    return subprocess.run(
-        [*command, f"mesh.cpu_devices={devices}", *changes],
-        env=environment,
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = ["-m", "r1jax", "run", "tiny_meshes.yaml", f"output={output}"]
+    command += [f"mesh.cpu_devices={devices}", *changes]
+    return forked.run(*command, env=environment, cwd=TESTS)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -46,10 +38,12 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "mesh",
     [
-        # Rows in pieces of time and of heads; sampling with all weights on every device.
-        "{axes: {fsdp: 2, sequence: 2, tensor: 2}, rollout: {axes: {data: 8}}}",
-        # Sampling with tensor parallelism, and a rule for that alone.
-        "{axes: {fsdp: 4}, rollout: {axes: {data: -1, tensor: 2}, rules: {vocab: null}}}",
+        # Rows in pieces of time and of heads; sampling with tensor parallelism, and a rule for that
+        # alone.
+        "{axes: {fsdp: 2, sequence: 2, tensor: 2}, "
+        "rollout: {axes: {data: -1, tensor: 2}, rules: {vocab: null}}}",
+        # Sampling with all weights on every device.
+        pytest.param("{axes: {fsdp: 4}, rollout: {axes: {data: 4}}}", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_a_mesh_is_the_run_on_one_device(on_one: Path, mesh: str, tmp_path: Path) -> None:

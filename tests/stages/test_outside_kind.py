@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
@@ -41,9 +40,7 @@ def config(plan: Path, output: str = "runs", *changes: str) -> RunConfig:
 def start(*command: str, status: int) -> str:
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = forked.run(*command, env=environment)
     assert done.returncode == status, done.stderr[-3000:]
     return done.stdout
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,15 @@ def log_probs_under(params: Any, completion: Completion) -> np.ndarray:
     padded[:, : tokens.size] = tokens
     position = np.arange(32, dtype=np.int32)[None]
     inside = (position < tokens.size).astype(np.int32)
-    model = resolve(load_config(TESTS / "tiny_dynamic.yaml")).models.of("zero").decoder
     rows = TokenRows(tokens=padded, positions=position * inside, segment_ids=inside)
-    result = jax.jit(lambda p, r: token_log_probs(p, r, model).log_probs)(params, rows)
-    return np.asarray(result)[0, len(prompt) : tokens.size]
+    return np.asarray(_log_probs()(params, rows))[0, len(prompt) : tokens.size]
+
+
+@cache
+def _log_probs() -> Callable[[Any, TokenRows], jax.Array]:
+    """Compiled once for all samples."""
+    model = resolve(load_config(TESTS / "tiny_dynamic.yaml")).models.of("zero").decoder
+    return jax.jit(lambda params, rows: token_log_probs(params, rows, model).log_probs)
 
 
 def test_a_phase_of_lag_is_sampled_before_the_update_of_the_one_before(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from tiny_checkpoint import make_model
@@ -36,20 +35,9 @@ def test_labels_by_hand() -> None:
 
 
 def start(output: Path, point: str = "none", number: int = 0, *changes: str) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_COMPILATION_CACHE_DIR": str(output.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(TESTS / "killed_run.py"), point, str(number), CONFIG]
-    done = subprocess.run(
-        [*command, f"output={output}", *changes],
-        env=environment,
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [str(TESTS / "killed_run.py"), point, str(number), CONFIG, f"output={output}"]
+    done = forked.run(*command, *changes, env=environment, cwd=TESTS)
     expected = 0 if point == "none" else 143 if point.startswith("sigterm") else -9
     assert done.returncode == expected, done.stderr[-3000:]
     return done.stdout

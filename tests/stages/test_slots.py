@@ -16,6 +16,7 @@ TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 def run(output: Path, sampling: dict[str, Any]) -> Path:
     plan = yaml.safe_load(TINY.read_text())
+    plan["model"]["config"]["num_hidden_layers"] = 1
     zero = plan["stages"][2] | {"steps": 4, "sampling": sampling}
     zero["held_out_sampling"] = sampling
     after = {"name": "after", "kind": "evaluate", "data": "held_out", "samples_per_problem": 4}

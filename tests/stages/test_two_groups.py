@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import yaml
@@ -20,6 +20,8 @@ from r1jax.run.models import make_layouts
 
 TESTS = Path(__file__).parents[1]
 LAG = ("stages.zero.dynamic_sampling=null", "stages.zero.phases_of_lag=1")
+# Two heads, of which each has keys and values: two devices share them.
+TRAINED = (*LAG, "model.config.num_key_value_heads=2")
 
 
 def mesh(training: str, sampling: str, devices: int) -> str:
@@ -33,14 +35,8 @@ def start(
     *command: str, devices: int, output: Path, status: int = 0
 ) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    done = subprocess.run(
-        [sys.executable, *command, f"mesh.cpu_devices={devices}", f"output={output}"],
-        env=environment,
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    more = (f"mesh.cpu_devices={devices}", f"output={output}")
+    done = forked.run(*command, *more, env=environment, cwd=TESTS)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
@@ -57,13 +53,13 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On one device, which samples and trains in turn."""
-    return run(tmp_path_factory.mktemp("in_turn"), 1, *LAG)
+    return run(tmp_path_factory.mktemp("in_turn"), 1, *TRAINED)
 
 
 def test_samples_come_while_the_update_runs_and_are_those_of_one_group(
     in_turn: Path, tmp_path: Path
 ) -> None:
-    command = ("two_groups.py", "tiny_dynamic.yaml", *LAG, ONE_AND_ONE)
+    command = ("two_groups.py", "tiny_dynamic.yaml", *TRAINED, ONE_AND_ONE)
     done = start(*command, devices=2, output=tmp_path)
     events = json.loads(done.stdout.rpartition("EVENTS")[2])
     of_samples = "samples, while an update runs"
@@ -97,19 +93,15 @@ def test_groups_of_several_devices_train_on_the_same_samples(
     in_turn: Path, groups: tuple[int, str, str, int], tmp_path: Path
 ) -> None:
     devices, *of_mesh = groups
-    # Two heads, of which each has keys and values.
-    heads = "model.config.num_key_value_heads=2"
-    base = in_turn if "tensor" not in str(groups) else run(tmp_path / "one", 1, *LAG, heads)
-    changes = LAG if base is in_turn else (*LAG, heads)
-    apart = run(tmp_path / "apart", devices, *changes, mesh(*of_mesh))
-    for one, two in zip(rows(base), rows(apart), strict=True):
+    apart = run(tmp_path, devices, *TRAINED, mesh(*of_mesh))
+    for one, two in zip(rows(in_turn), rows(apart), strict=True):
         assert one.keys() == two.keys()
         for name in one:
             np.testing.assert_allclose(two[name], one[name], atol=2e-4, rtol=2e-3, err_msg=name)
-    weights = [load_file(folder / "model" / "model.safetensors") for folder in (base, apart)]
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (in_turn, apart)]
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=2e-3, err_msg=name)
-    samples = [rows(each, "samples.jsonl") for each in (base, apart)]
+    samples = [rows(each, "samples.jsonl") for each in (in_turn, apart)]
     assert [row["completion"] for row in samples[0]] == [row["completion"] for row in samples[1]]
 
 

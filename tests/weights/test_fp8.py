@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -473,16 +472,9 @@ def test_each_host_reads_the_experts_of_its_devices(in_fp8: Path, tmp_path: Path
         port = free.getsockname()[1]
     paths = [str(path) for path in (in_fp8, tmp_path / "reference.npz", tmp_path / "to")]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ON_TWO_HOSTS, str(port), str(index), *paths],
-            env=os.environ
-            | {
-                "JAX_NUM_CPU_DEVICES": "4",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        forked.Process(
+            *("-c", ON_TWO_HOSTS, str(port), str(index), *paths),
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
         )
         for index in range(2)
     ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -203,16 +202,8 @@ def test_eight_devices_get_the_same_weights_and_read_each_byte_once(tmp_path: Pa
     # Small weights, so that sums in another order stay close.
     params = jax.tree.map(lambda x: 0.3 * x, random_params(config))
     export(tmp_path / "from", params, config)
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path / "from"), str(tmp_path / "to")],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            **devices(8),
-        },
-        capture_output=True,
-        text=True,
-    )
+    folders = (str(tmp_path / "from"), str(tmp_path / "to"))
+    done = forked.run("-c", ON_EIGHT_DEVICES, *folders, env=os.environ | devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["equal", "on", "8"]
     assert (tmp_path / "to" / WEIGHTS).read_bytes() == (tmp_path / "from" / WEIGHTS).read_bytes()
