@@ -50,6 +50,7 @@ class GRPOBatch:
         anything; the others cost nothing. Row n is in micro-batch n % micro_batches. None: all do.
     segment_ids: [N, T], for packed rows and an objective that reads whole sequences: equal for the
         tokens of one, which are neighbours. None: a row is one sequence.
+    kl_coefficients: [N, T], the penalty's coefficient of each token. None: the objective's.
     """
 
     inputs: PyTree
@@ -63,6 +64,7 @@ class GRPOBatch:
     samples: Int[Array, ""] | None = None
     used_micro_batches: Int[Array, ""] | None = None
     segment_ids: Int[Array, "batch time"] | None = None
+    kl_coefficients: Float[Array, "batch time"] | None = None
 
 
 class PolicyOutputs(NamedTuple):
@@ -143,6 +145,7 @@ def make_policy_step(
             batch.sampler_log_probs,
             outputs.entropy,
             batch.segment_ids,
+            batch.kl_coefficients,
         )
         terms = token_terms(objective, tokens)
         loss = jnp.sum(terms.loss * weights.tokens)
@@ -202,9 +205,10 @@ def batch_advantages(objective: Objective, batches: Sequence[GRPOBatch]) -> list
         if penalty is not None and in_reward:
             assert batch.old_log_probs is not None and batch.reference_log_probs is not None
             kl = divergence(batch.old_log_probs, batch.reference_log_probs, penalty.estimator)
-            values = penalise_advantages(
-                values, kl, penalty.coefficient, batch.mask, batch.segment_ids
-            )
+            coefficient = penalty.coefficient
+            if batch.kl_coefficients is not None:
+                kl, coefficient = batch.kl_coefficients * kl, 1.0
+            values = penalise_advantages(values, kl, coefficient, batch.mask, batch.segment_ids)
         results.append(values)
     if objective.whitened:
         results = whiten_advantages(results, [batch.mask for batch in batches])
@@ -232,8 +236,12 @@ def _check_batch(batch: GRPOBatch, objective: Objective) -> None:
         "reference_log_probs": batch.reference_log_probs,
         "sampler_log_probs": batch.sampler_log_probs,
     }
-    per_sequence = {"segment_ids": batch.segment_ids, "lengths": batch.lengths}
-    check_alike(PER_TOKEN, {"mask": batch.mask, **log_probs, **per_sequence})
+    others = {
+        "segment_ids": batch.segment_ids,
+        "lengths": batch.lengths,
+        "kl_coefficients": batch.kl_coefficients,
+    }
+    check_alike(PER_TOKEN, {"mask": batch.mask, **log_probs, **others})
     check_floating(log_probs)
     check_advantages(batch.advantages, "mask", batch.mask)
 

@@ -144,8 +144,10 @@ class RunConfig(Section):
         path = tuple(key.split(".") if isinstance(key, str) else key)
         node: object = self
         for part in path:
-            if isinstance(node, list):  # of stages
-                node = next((stage for stage in node if stage.name == part), None)
+            if isinstance(node, list):  # of stages, or of sections without a name
+                at = {str(index): each for index, each in enumerate(node)}
+                at |= {each.name: each for each in node if hasattr(each, "name")}
+                node = at.get(part)
             else:
                 node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
         plain = None if isinstance(node, Section) or not node and node != 0 else node

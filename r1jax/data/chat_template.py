@@ -36,6 +36,8 @@ question with an end mark gets no second one, which is a choice."""
 _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
 """How released models write their special tokens: `<|im_end|>`, `<｜User｜>`."""
 
+_ATTEMPT = "The first attempt."
+
 
 class RenderedPrompt(NamedTuple):
     """The text that the model continues, exactly as it is encoded, BOS included when there is one;
@@ -101,10 +103,13 @@ def _r1_zero(
     messages: Sequence[Message], section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> RenderedPrompt:
     question = _only_question(messages, section)
-    stop = "" if question.endswith((".", "?", "!", "。", "？", "！")) else "."
     # Not str.format: a question may hold braces.
-    text = R1_ZERO.replace("{stop}", stop).replace("{prompt}", question)
+    text = R1_ZERO.replace("{stop}", _full_stop(question)).replace("{prompt}", question)
     return RenderedPrompt(_with_bos(text, tokenizer), "")
+
+
+def _full_stop(text: str) -> str:
+    return "" if text.endswith((".", "?", "!", "。", "？", "！")) else "."
 
 
 def _plain(
@@ -184,6 +189,28 @@ def turn_end(
             f"token ({', '.join(map(repr, stops))}); use the tokenizer that belongs to the model",
         )
     return _TurnEnd(end, stops)
+
+
+def render_follow_up(
+    text: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, end: str
+) -> RenderedPrompt:
+    """The user's next message behind an assistant's turn, which `end` has closed.
+
+    By the chat template where the section uses it; as in R1-Zero's prompt; or as it stands.
+    """
+    if section.template == "r1_zero":
+        return RenderedPrompt(f" User: {text}{_full_stop(text)} Assistant:", "")
+    if section.template != "chat":
+        return RenderedPrompt(text, "")
+    messages = [Message("user", "Is it?"), Message("assistant", _ATTEMPT), Message("user", text)]
+    if section.system_prompt is not None:
+        messages.insert(0, Message("system", section.system_prompt))
+    whole, prefill = _chat(messages, section, tokenizer)
+    behind = whole.partition(_ATTEMPT)[2]
+    if not behind or text.strip() not in behind:
+        left_out = "what the user says" if behind else "what the assistant says"
+        raise SettingError("template", f"the chat template leaves out {left_out} in later turns")
+    return RenderedPrompt(behind.removeprefix(end), prefill)
 
 
 def render_conversation(

@@ -254,6 +254,7 @@ class _Sample(NamedTuple):
     truncated: bool
     parts: Mapping[str, float]
     generated: float | None  # tokens of the search that it is from
+    earlier: tuple[str, ...] = ()  # outcomes of the attempts before it
 
 
 def summarise(
@@ -280,9 +281,10 @@ def summarise(
       such a figure for each reward, over the samples that have it; `chosen_by`, for each of these
       rewards `best_of_<k>` and, of all samples and where no score is below 0, `weighted_vote`;
       counts `problems`, `samples` (per problem), `outcomes`, `unscored_samples`,
-      `unscored_problems`, `unanswered_samples`, `truncated_samples`. Where the verifier failed on
-      every sample, figures of correctness are null. Where the rows are of several domains,
-      `by_domain` has all of this for each of them.
+      `unscored_problems`, `unanswered_samples`, `truncated_samples`. Of samples with several
+      attempts, whose last one is the sample, `attempts`, see `attempt_figures`. Where the verifier
+      failed on every sample, figures of correctness are null. Where the rows are of several
+      domains, `by_domain` has all of this for each of them.
 
     Raises ValueError: no samples, a sample twice, or problems with different numbers of samples.
     """
@@ -301,6 +303,9 @@ def summarise(
             truncated=row.get("finish_reason") in ("length", "truncated"),
             parts=_finite(row.get("parts") or {}),
             generated=row.get("generated_tokens"),
+            earlier=tuple(turn["outcome"] for turn in row.get("turns", ()) if "outcome" in turn)[
+                :-1
+            ],
         )
         domains[problem] = str(row.get("domain") or "")
     if not problems:
@@ -356,9 +361,13 @@ def _figures(
         for name in chosen_by
         if some
     }
+    attempts = attempt_figures(
+        [[(*sample.earlier, sample.outcome) for sample in row] for row in problems]
+    )
     return {name: figure.to_json() for name, figure in figures.items()} | {
         **({"parts": parts} if parts else {}),
         **({"chosen_by": chosen} if chosen else {}),
+        **({"attempts": attempts} if attempts else {}),
         "problems": len(problems),
         "samples": correct.shape[1],
         "outcomes": dict(sorted(outcomes.items())),
@@ -366,6 +375,40 @@ def _figures(
         "unscored_problems": int(np.sum(~scored.any(axis=1))),
         "unanswered_samples": int(np.sum((classes < 0) & scored)),
         "truncated_samples": sum(sample.truncated for row in problems for sample in row),
+    }
+
+
+def attempt_figures(problems: Sequence[Sequence[Sequence[str]]]) -> JsonObject:
+    """Self-correction, of the outcomes of each sample's attempts; {} where there is one attempt.
+
+    Args:
+      problems: for each the samples, each with the outcomes of its attempts.
+
+    Returns:
+      `right_1`, `right_2`, ..., the accuracy of each attempt; `difference`, of the last and the
+      first; and the shares of samples `mended` (not right at first, right at last) and `spoilt`
+      (the other way round), each as an estimate over problems (the metrics of arXiv 2409.12917).
+      Samples with an attempt on which the verifier failed are left out.
+    """
+    if max(len(outcomes) for row in problems for outcomes in row) == 1:
+        return {}
+    rows = [
+        np.array([[o == "right" for o in each] for each in row if "verifier_failed" not in each])
+        for row in problems
+    ]
+    rows = [row.astype(float) for row in rows if len(row)]
+    if not rows:
+        return {}
+
+    def over(values: Sequence[Floats], *, is_share: bool = True) -> JsonEstimate:
+        means = [float(each.mean()) for each in values]
+        return mean_over_problems(means, is_share=is_share).to_json()
+
+    return {
+        **{f"right_{k + 1}": over([r[:, k] for r in rows]) for k in range(rows[0].shape[1])},
+        "difference": over([row[:, -1] - row[:, 0] for row in rows], is_share=False),
+        "mended": over([row[:, -1] * (1 - row[:, 0]) for row in rows]),
+        "spoilt": over([row[:, 0] * (1 - row[:, -1]) for row in rows]),
     }
 
 

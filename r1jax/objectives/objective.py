@@ -71,6 +71,7 @@ class PolicyTokens(NamedTuple):
     log_probs: of the policy that is trained; of these and of the entropy gradients are taken.
     old_log_probs: of the policy that sampled, as the trainer computes them. None: it is the same.
     sampler_log_probs: of what was really sampled from. segment_ids: as of `sequence_sum`.
+    kl_coefficients: of the penalty in the loss, at each token. None: the objective's.
     """
 
     log_probs: Tokens
@@ -81,6 +82,7 @@ class PolicyTokens(NamedTuple):
     sampler_log_probs: Tokens | None = None
     entropy: Tokens | None = None
     segment_ids: SegmentIds | None = None
+    kl_coefficients: Tokens | None = None
 
     @property
     def old(self) -> Tokens:
@@ -194,7 +196,8 @@ def token_terms(objective: Objective, tokens: PolicyTokens) -> TokenTerms:
             if penalty.weighted:
                 token_ratio = jnp.exp(_token_log_ratio(tokens))
                 added = weighted_divergence(token_ratio, *pair, penalty.estimator)
-            loss = loss + penalty.coefficient * added
+            coefficients = tokens.kl_coefficients
+            loss = loss + (penalty.coefficient if coefficients is None else coefficients) * added
     if objective.entropy_coefficient:
         if tokens.entropy is None:
             raise ValueError(
@@ -215,7 +218,12 @@ def _check(tokens: PolicyTokens) -> None:
         }
     )
     check_advantages(tokens.advantages, "log_probs", tokens.log_probs)
-    rest = {"mask": tokens.mask, "entropy": tokens.entropy, "segment_ids": tokens.segment_ids}
+    rest = {
+        "mask": tokens.mask,
+        "entropy": tokens.entropy,
+        "segment_ids": tokens.segment_ids,
+        "kl_coefficients": tokens.kl_coefficients,
+    }
     check_alike(PER_TOKEN, {"log_probs": tokens.log_probs, **rest})
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from r1jax.rollouts.searching import search_slots
 from r1jax.settings.sampling import DatasetSampling, LengthsSection
 from r1jax.settings.search import DatasetSearch
 from r1jax.settings.stage import Stage
+from r1jax.settings.turns import Turn, attempt_limits, tokens_of_turns
 
 if TYPE_CHECKING:
     from r1jax.programs.program import AbstractTree
@@ -91,14 +93,23 @@ def sampling_programs(stage: Stage, planning: Planning, wanted: DatasetSampling)
         model, prompts, samples, prompt, new_tokens, wanted.sampling, lengths, queue
     )
     calls = prompts / rollout.prompts
+    attempts, longest = 1, new_tokens
+    later: list[tuple[str, SlotRollout]] = []
+    if wanted.turns:
+        first, *_ = attempt_limits(wanted.turns, new_tokens)
+        rollout = replace(rollout, new_tokens=first, lengths=planned_lengths(wanted.lengths, first))
+        later = list(later_attempts(rollout, wanted.turns, new_tokens))
+        attempts, longest = 1 + len(later), tokens_of_turns(wanted.turns, new_tokens)
     scorers = reward_models(stage, planning)
     resident = reward_model_weights(scorers)
     scoring = {**resident, "weights": abstract_weights(model)}
     programs = [
         *rollout.programs(resident, calls),
-        *reward_programs(scorers, prompt + new_tokens, prompts * samples, scoring),
+        *(program for name, each in later for program in each.programs(resident, calls, name)),
+        *reward_programs(scorers, prompt + longest, prompts * samples * attempts, scoring),
     ]
-    tokens = round(prompts * samples * lengths.mean)
+    means = [rollout.lengths.mean, *(each.lengths.mean for _, each in later)]
+    tokens = round(prompts * samples * sum(means))
     return StagePrograms(tuple(programs), tokens, "batch", tuple(rollout.notes()))
 
 
@@ -131,6 +142,37 @@ def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> 
     ]
     tokens = steps * search.max_step_tokens
     return StagePrograms(tuple(programs), tokens, "round", tuple(rollout.notes()))
+
+
+def later_attempts(
+    first: SlotRollout, turns: Sequence[Turn], max_new_tokens: int
+) -> Iterator[tuple[str, SlotRollout]]:
+    """The queues of the attempts behind the first one, each with a prefix for its programs.
+
+    Every prompt has one sample, and is as long as all that stands before it may be.
+    """
+    before = first.prompt_tokens
+    limits = iter(attempt_limits(turns, max_new_tokens))
+    limit = 0
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
+            before += turn.context_tokens
+            continue
+        before, limit = before + limit, next(limits)
+        if number:
+            queue = None if first.queue is None else first.queue * first.samples
+            yield (
+                f"attempt {number // 2 + 1}: ",
+                replace(
+                    first,
+                    at_once=first.at_once * first.samples,
+                    samples=1,
+                    prompt_tokens=before,
+                    new_tokens=limit,
+                    lengths=planned_lengths(None, limit),
+                    queue=queue,
+                ),
+            )
 
 
 def planned_lengths(given: LengthsSection | None, limit: int) -> CutLognormal:

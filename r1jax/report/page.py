@@ -20,6 +20,7 @@ from r1jax.evaluation.metrics import Summary, votes
 from r1jax.evaluation.results import before_and_after, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import write_text
+from r1jax.report.attempts import attempts_table
 from r1jax.report.comparisons import comparisons
 from r1jax.report.completions import (
     Sample,
@@ -98,6 +99,7 @@ def _render(run: Run) -> str:
         protocol=_protocol(after if _summary(after) else before),
         votes=_votes(before, after),
         evolutions=evolutions(run),
+        attempts=attempts_table(run),
         # A base model and its reinforcement learning need no graph.
         whole_recipe=len(stages) > 2,
         schedule=schedule(run),

@@ -77,6 +77,18 @@ _PANELS = (
         {"reflection/per_completion": "matches per completion"},
         "Of the patterns in `reflections`: reflective words, or steps that are worked again.",
     ),
+    Panel(
+        "Attempts",
+        {f"attempts/right_{k}": f"attempt {k}" for k in range(1, 5)},
+        "Answers right at each attempt at a question.",
+        percent=True,
+    ),
+    Panel(
+        "Self-correction",
+        {"attempts/mended": "mended", "attempts/spoilt": "spoilt"},
+        "Wrong at first and right at last, and the other way round; shares of all samples.",
+        percent=True,
+    ),
     Panel("Longest completion", {"length/max": "tokens"}),
     Panel("Learning rate", {"optimizer/learning_rate": "after schedule"}),
 )
@@ -188,17 +200,32 @@ def _held_out(rows: Sequence[Summary]) -> list[tuple[Panel, list[Curve]]]:
     if samples > 1:
         accuracy.append(line(f"cons@{samples}", f"cons_at_{samples}"))
     length = [line("mean tokens per completion", "mean_length", band=True)]
+    attempts = _attempts(rows)
     by_domain = rows[0].get("by_domain", {})
     domains = [line(domain or "none", "pass_at_1", domain) for domain in by_domain]
     panels = [
         ("accuracy over training", f"{note}; with pass@1's {_BAND}.", True, accuracy),
         ("length over training", f"Of the same samples, with its {_BAND}.", False, length),
         ("accuracy by domain", "Of the same samples, pass@1.", True, domains),
+        ("self-correction", "Accuracy of each attempt; mended, spoilt.", True, attempts),
     ]
     return [
         (Panel(f"Held-out {title}", {}, note, percent=percent), known)
         for title, note, percent, curves in panels
         if (known := [curve for curve in curves if curve.values])
+    ]
+
+
+def _attempts(rows: Sequence[Summary]) -> list[Curve]:
+    """Curves of the accuracy of each attempt, and of the shares mended and spoilt."""
+    found = [(row["step"], row["attempts"]) for row in rows if "attempts" in row]
+    if not found:
+        return []
+    names = {name: name.replace("right_", "attempt ") for name in found[0][1]}
+    return [
+        Curve.of(label, Marker.all_of([(step, each.get(name)) for step, each in found]))
+        for name, label in names.items()
+        if name != "difference"
     ]
 
 

@@ -52,6 +52,7 @@ class Completion:
     drafted, accepted: tokens that were drafted for it, and those of them that stayed.
     experts: int [prompt + length, layers * k], which each token of the prompt and of the completion
         went to, where they were recorded.
+    earlier: attempts before it at the same question, which the prompt holds, with their scores.
     """
 
     prompt: Prompt
@@ -63,6 +64,7 @@ class Completion:
     drafted: int = 0
     accepted: int = 0
     experts: np.ndarray | None = None
+    earlier: tuple[tuple[Completion, RowScore], ...] = ()
 
     def reward_input(self, step: int = 0, max_steps: int = 0) -> RewardInput:
         """The row that rewards see: the prompt's prefilled `<think>` belongs to the answer."""
@@ -83,15 +85,17 @@ class Completion:
     def row(self, score: RowScore, step: int) -> JsonObject:
         """The row of samples.jsonl; `details` only where a reward has something to say.
 
-        Of a long reference answer it holds the beginning; the dataset has the whole.
+        Of a long reference answer it holds the beginning; the dataset has the whole. Of several
+        attempts it is the last one's, behind the question's prompt, and `turns` has all of them.
         """
+        first = self.earlier[0][0].prompt if self.earlier else self.prompt
         details = {n: part.detail for n, part in score.parts.items() if part.detail is not None}
         return {
             "step": step,
             "problem_id": self.prompt.id,
             "sample": self.sample,
             "domain": self.prompt.domain,
-            "prompt": self.prompt.text,
+            "prompt": first.text,
             "completion": self.text,
             "answer": self.prompt.answer[:_STORED_CHARACTERS],
             "reward": score.reward,
@@ -101,7 +105,30 @@ class Completion:
             **({"details": details} if details else {}),
             "length": len(self.token_ids),
             "finish_reason": self.finish.name.lower(),
+            **({"turns": self._turns(score)} if self.earlier else {}),
         }
+
+    def _turns(self, score: RowScore) -> list[JsonObject]:
+        """All attempts, and the text that stands between them as the model reads it."""
+        turns: list[JsonObject] = []
+        before: Completion | None = None
+        for attempt, its_score in (*self.earlier, (self, score)):
+            if before is not None:
+                text = attempt.prompt.text[len(before.prompt.text) + len(before.text) :]
+                turns.append({"role": "user", "text": text})
+            before = attempt
+            turns.append(
+                {
+                    "role": "assistant",
+                    "text": attempt.text,
+                    "reward": its_score.reward,
+                    "outcome": str(its_score.outcome),
+                    "extracted": its_score.extracted,
+                    "length": len(attempt.token_ids),
+                    "finish_reason": attempt.finish.name.lower(),
+                }
+            )
+        return turns
 
 
 def stop_search(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopSearch:

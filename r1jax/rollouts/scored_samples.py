@@ -22,7 +22,6 @@ from r1jax.rollouts.sampling import (
     QUEUE_BATCHES,
     Completion,
     generate_options,
-    sample_prompts,
     whole_batches,
 )
 from r1jax.rollouts.scoring import (
@@ -32,6 +31,7 @@ from r1jax.rollouts.scoring import (
     check_first_rewards,
     reward_scorer,
 )
+from r1jax.rollouts.turns import Attempts, instructions_of, sample_attempts, with_earlier
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
@@ -39,6 +39,7 @@ from r1jax.run.stop import Preempted
 from r1jax.sampler import GenerateOptions
 from r1jax.settings.sampling import DatasetSampling
 from r1jax.settings.stage import Stage
+from r1jax.settings.turns import attempt_limits
 from r1jax.sharding import Layout
 
 SAMPLES = "samples.jsonl"
@@ -55,6 +56,7 @@ class ScoredParts:
 
     parts: in the order of the rows. options: of the sampler, with the samples of a part.
     per_prompt: consecutive parts of one prompt. batch: parts at once, over all processes.
+    attempts: at each question; None: one.
     directory: of `samples.jsonl`. share_name: on the progress bar, of the share of right samples.
     left_out: columns that are not stored.
     """
@@ -66,6 +68,7 @@ class ScoredParts:
     share_name: str
     per_prompt: int = 1
     left_out: tuple[str, ...] = ()
+    attempts: Attempts | None = None
 
 
 def store_scored_samples(
@@ -86,6 +89,10 @@ def store_scored_samples(
     options = generate_options(
         sampler, wanted.sampling, samples=count, max_new_tokens=wanted.max_new_tokens, seed=seed
     )
+    attempts = None
+    if wanted.turns:
+        instructions = instructions_of(wanted.turns, [wanted.data], run, sampler)
+        attempts = Attempts(attempt_limits(wanted.turns, wanted.max_new_tokens), instructions)
     parts = ScoredParts(
         [(prompt, at) for prompt in prompts for at in range(0, wanted.samples, count)],
         options,
@@ -93,6 +100,7 @@ def store_scored_samples(
         run.directory,
         share_name,
         per_prompt=wanted.samples // count,
+        attempts=attempts,
     )
     return store_scored_parts(stage, run, parts, report), prompts
 
@@ -118,7 +126,15 @@ def store_scored_parts(stage: Stage, run: StageRun, wanted: ScoredParts, report:
         recorder.rewind({SAMPLES: offset})
         clock.lap("setup")
         for rows in chain.from_iterable(
-            scored_batches(params, parts[start : start + queue], sampler, scorer, options, batch)
+            scored_batches(
+                params,
+                parts[start : start + queue],
+                sampler,
+                scorer,
+                options,
+                batch,
+                wanted.attempts,
+            )
             for start in range(done, len(parts), queue)
         ):
             recorder.log_samples(
@@ -126,7 +142,7 @@ def store_scored_parts(stage: Stage, run: StageRun, wanted: ScoredParts, report:
                 for row in rows
             )
             done += len(rows) // count
-            tokens = sum(row["length"] for row in rows)
+            tokens = sum(sum(_lengths(row)) for row in rows)  # of all attempts
             whole_prompts = done // wanted.per_prompt
             HEARTBEAT.set_step(whole_prompts)
             progress.update(
@@ -153,17 +169,19 @@ def scored_batches(
     scorer: RewardScorer,
     options: GenerateOptions,
     batch: int,
+    attempts: Attempts | None = None,
 ) -> Iterator[list[JsonObject]]:
     """Sample parts of prompts and score every sample; gives the rows batch by batch.
 
-    All parts are one queue. Each process samples and scores its share of a batch; every process
-    gets all rows, in order. Of `batch` parts at once, over all processes. `params` is None where
-    there are no parts.
+    All parts are one queue, of several attempts one for each. Each process samples and scores its
+    share of a batch; every process gets all rows, in order. Of `batch` parts at once, over all
+    processes. `params` is None where there are no parts.
     """
     if not parts:
         return
     assert params is not None
-    layout, group = sampler.decoder.layout, options.samples
+    layout, attempts = sampler.decoder.layout, attempts or Attempts((options.max_new_tokens,))
+    group = options.samples * attempts.count
     share = process_batch_slice(layout)
     batches = [
         slice_of_process(parts[start : start + batch], batch, share)
@@ -174,13 +192,8 @@ def scored_batches(
     pending: list[tuple[list[int], PendingRewards]] = []
 
     def submitted() -> Iterator[list[tuple[int, Completion]]]:
-        for ended in sample_prompts(
-            params,
-            [prompt for prompt, _ in of_process],
-            sampler,
-            options,
-            batch=batch // share.count,
-            first_samples=[first for _, first in of_process],
+        for ended in sample_attempts(
+            params, of_process, sampler, options, attempts, batch=batch // share.count
         ):
             pending.append(([i for i, _ in ended], scorer.submit([each for _, each in ended])))
             yield ended
@@ -192,8 +205,14 @@ def scored_batches(
         pending.clear()
         span = range(first, first + len(of_batch))
         scores = scorer.with_models(of_batch, [rules.pop(i) for i in span] if rules else None)
+        of_batch, scores = with_earlier(of_batch, scores, attempts.count)
         yield _rows(of_batch, scores, scorer, layout, check=span.start == 0)
         first = span.stop
+
+
+def _lengths(row: JsonObject) -> list[int]:
+    attempts = [turn for turn in row.get("turns", [row]) if "length" in turn]
+    return [attempt["length"] for attempt in attempts]
 
 
 def _rows(

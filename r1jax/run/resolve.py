@@ -169,14 +169,18 @@ def _check_positions(run: ResolvedRun) -> None:
                 longest = max(len(prompt.token_ids) for prompt in prompts)
             if longest + new > positions:
                 section = config.model_of(stage.name)
+                key, remedy = "max_new_tokens", "max_new_tokens"
+                limit: object = getattr(stage, "max_new_tokens", new)
+                if getattr(stage, "turns", None):
+                    key, remedy, limit = "turns", "their tokens together", new
                 # Several samples may follow each other: `new` is a multiple of the setting.
-                times = new // getattr(stage, "max_new_tokens", new)
+                times = new // limit if isinstance(limit, int) else 1
                 where = section if section == MODEL else f"models.{section}"
                 raise config.refusal(
-                    f"stages.{stage.name}.max_new_tokens",
+                    f"stages.{stage.name}.{key}",
                     f"with the prompts of data.{data}, of up to {longest} tokens, a sample has "
                     f"{longest + new}, and the model max_position_embeddings = {positions}. Set "
-                    f"max_new_tokens to at most {max(1, (positions - longest) // times)}, or "
+                    f"{remedy} to at most {max(1, (positions - longest) // times)}, or "
                     f"{where}.max_position_embeddings if the model is to go further",
                 )
 

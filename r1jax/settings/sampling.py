@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from r1jax.settings.section import Section
+from r1jax.settings.turns import Turn
 
 
 class SamplingSection(Section):
@@ -85,6 +86,7 @@ class DatasetSampling:
 
     samples: completions per prompt; `samples_at_once` divides it.
     batch: parts of prompts at once, over all processes.
+    turns: attempts at each question with the user's texts between them; none: one attempt.
     """
 
     data: str
@@ -95,3 +97,4 @@ class DatasetSampling:
     max_new_tokens: int
     sampling: SamplingSection
     lengths: LengthsSection | None = None
+    turns: tuple[Turn, ...] = ()

@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from r1jax.data.example import Example
+from r1jax.data.instructions import encode_instruction
 from r1jax.data.prompts import encode_prompt
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
@@ -123,3 +124,54 @@ def test_system_prompt_and_suffix() -> None:
 def test_template_mistakes(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_prompt(EXAMPLE, section(**settings), load_tokenizer("characters:running_total"))
+
+
+# --- The user's turn between two attempts ---------------------------------------------------------
+
+CLOSED = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]<think>\n' }}{% endif %}"
+)
+TEXT = "There might be an error. Once more"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "prefill"),
+    [
+        ("plain", TEXT, ""),
+        ("r1_zero", f" User: {TEXT}. Assistant:", ""),
+        ("chat", f"\n[user]{TEXT}<eos>\n[assistant]<think>\n", "<think>\n"),
+    ],
+)
+def test_it_is_the_next_turn_of_the_template(template: str, text: str, prefill: str) -> None:
+    tokenizer = ascii_tokenizer(CLOSED)
+    made = encode_instruction(TEXT, section(template=template), tokenizer, (1,))
+    assert (made.text, made.prefill, made.end_text) == (text, prefill, "<eos>")
+    # No special token is added: what an attempt ended with stands before it already.
+    assert tokenizer.decode(list(made.token_ids)) == text
+    assert tokenizer.decode(list(made.end_ids)) == "<eos>"
+    assert made.longest == len(made.token_ids) + 1
+
+
+def test_it_stands_behind_an_attempt_as_the_chat_template_puts_it() -> None:
+    tokenizer = ascii_tokenizer(CLOSED)
+    made = encode_instruction(TEXT, section(template="chat"), tokenizer, (1,))
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "It is 3."},
+        {"role": "user", "content": TEXT},
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert whole == f"[user]1+1?<eos>\n[assistant]It is 3.{made.end_text}{made.text}"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (CLOSED.replace("{% for m in messages %}", "{% for m in messages[-1:] %}"), "leaves out"),
+        (CLOSED.replace("in messages %}", "in messages[:2] %}"), "leaves out what the user says"),
+    ],
+)
+def test_a_template_that_drops_it_is_refused(chat_template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_instruction(TEXT, section(template="chat"), ascii_tokenizer(chat_template), (1,))

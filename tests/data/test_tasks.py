@@ -9,6 +9,7 @@ from r1jax.data.example import split_of
 from r1jax.data.tasks import TASKS, task_options
 from r1jax.data.tasks.running_total import RunningTotal
 from r1jax.data.tasks.task import HELD_OUT_SHARE
+from r1jax.data.tokenizers import load_tokenizer
 
 STEP = re.compile(r"(\d+)([+-]\d+)=(\d+)")
 
@@ -122,6 +123,22 @@ def test_wrong_guesses_are_near_the_truth_and_spread_out() -> None:
     assert max(errors.values()) / 2000 < 0.1
 
 
+def test_second_attempts_follow_the_first_and_leave_other_texts_as_they_are() -> None:
+    once, twice = RunningTotal(), RunningTotal(second_attempts=0.5)
+    tokenizer = load_tokenizer("characters:running_total")
+    count = 0
+    for index in range(200):
+        first, both = once.example(index, "train"), twice.example(index, "train")
+        assert (first.prompt, first.answer) == (both.prompt, both.answer)
+        text, _, second = (both.text or "").partition("<eos>==")
+        assert text == first.text
+        count += bool(second)
+        assert not second or kind_of(both.prompt + second)
+    assert 80 < count < 120
+    ids = tokenizer("7<eos>==8", add_special_tokens=False)["input_ids"]
+    assert ids[1] == tokenizer.eos_token_id and len(ids) == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -129,6 +146,7 @@ def test_wrong_guesses_are_near_the_truth_and_spread_out() -> None:
         ({"min_terms": 1}, "options.min_terms = 1"),
         ({"guess": 0.9}, "add up to 1"),
         ({"guess_right": 1.5}, "options.guess_right = 1.5"),
+        ({"second_attempts": 2}, "options.second_attempts = 2"),
         ({"term_digits": 3}, "term_digits <= total_digits"),
         ({"guess_spread": 100}, "options.guess_spread = 100"),
         ({"min_terms": "three"}, "options: "),

@@ -238,3 +238,37 @@ def test_summarise_where_nothing_was_scored() -> None:
 def test_summarise_refuses(rows: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.summarise(rows, same_answer=same)
+
+
+def test_figures_of_several_attempts_by_hand() -> None:
+    """Two problems of two samples: mended, spoilt; right twice, and one that was not scored."""
+    problems = [
+        [("wrong", "right"), ("right", "unparseable")],
+        [("right", "right"), ("verifier_failed", "right")],
+    ]
+    figures = metrics.attempt_figures(problems)
+    assert {name: each["value"] for name, each in figures.items()} == {
+        **{"right_1": 0.75, "right_2": 0.75, "difference": 0, "mended": 0.25, "spoilt": 0.25}
+    }
+    assert metrics.attempt_figures([[("right",)], [("wrong",)]]) == {}
+    assert metrics.attempt_figures([[("verifier_failed", "right")]]) == {}
+
+
+def test_a_summary_has_the_attempts_of_its_rows() -> None:
+    rows = [
+        {
+            **{"problem_id": p, "sample": 0, "outcome": last, "extracted": None, "length": 2},
+            "turns": [
+                {"role": "assistant", "outcome": first},
+                {"role": "user", "text": "Again."},
+                {"role": "assistant", "outcome": last},
+            ],
+        }
+        for p, (first, last) in enumerate([("wrong", "right"), ("right", "right")])
+    ]
+    summary = metrics.summarise(rows, same_answer=str)
+    figures = summary["attempts"]
+    assert (figures["right_1"]["value"], figures["right_2"]["value"]) == (0.5, 1.0)
+    assert summary["pass_at_1"]["value"] == 1.0
+    without = [{k: v for k, v in row.items() if k != "turns"} for row in rows]
+    assert "attempts" not in metrics.summarise(without, same_answer=str)

@@ -23,6 +23,8 @@ from r1jax.data.tasks.task import HELD_OUT_SHARE
 
 _Draw = Callable[[], float]  # The next number of a stream, in [0, 1).
 
+_AGAIN = "<eos>=="  # the end of an attempt, and what asks for another one
+
 _TASK_KEY = 0x72756E74  # Keeps this task's random streams apart from any other task's.
 
 
@@ -39,6 +41,9 @@ class RunningTotal:
             `malformed` is worked but lacks a tag or two.
         guess_right: Share of the guesses that hit the answer.
         guess_spread: Other guesses are off by 1 .. guess_spread, evenly.
+        second_attempts: Share of the texts with another solution behind `<eos>==`, for runs with
+            two attempts at a question (`turns` with the text `==`, tokenizer
+            characters:running_total).
     """
 
     min_terms: int = 3
@@ -51,6 +56,7 @@ class RunningTotal:
     malformed: float = 0.1
     guess_right: float = 0.1
     guess_spread: int = 12
+    second_attempts: float = 0.0
 
     alphabet: ClassVar[str] = "0123456789+-= "
 
@@ -71,8 +77,9 @@ class RunningTotal:
                 "options.worked_right + worked_slip + guess + malformed = "
                 f"{sum(shares):g}: shares are at least 0 and add up to 1"
             )
-        if not 0 <= self.guess_right <= 1:
-            raise ValueError(f"options.guess_right = {self.guess_right}: a share is in 0 .. 1")
+        for name in ("guess_right", "second_attempts"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"options.{name} = {getattr(self, name)}: a share is in 0 .. 1")
         if not 1 <= self.guess_spread < 10**self.total_digits:
             raise ValueError(
                 f"options.guess_spread = {self.guess_spread}: needs 1 <= guess_spread < "
@@ -93,11 +100,14 @@ class RunningTotal:
             prompt = _expression(terms)
             if split_of(prompt, HELD_OUT_SHARE) == split:
                 break
+        text = prompt + self._solution(terms, totals, draw)
+        if self.second_attempts and draw() < self.second_attempts:
+            text += _AGAIN + self._solution(terms, totals, draw)
         return Example(
             id=index,
             prompt=prompt,
             answer=str(totals[-1]),
-            text=prompt + self._solution(terms, totals, draw),
+            text=text,
             domain="arithmetic",
         )
 

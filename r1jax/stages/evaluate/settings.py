@@ -15,6 +15,7 @@ from r1jax.settings.rewards import RewardSection
 from r1jax.settings.sampling import DatasetSampling, EvaluationSampling, PlannedLengths
 from r1jax.settings.search import DatasetSearch, Search
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription, check_multiple
+from r1jax.settings.turns import Turn, check_order, check_supported, tokens_of_turns
 
 
 class EvaluateStage(Stage):
@@ -70,6 +71,11 @@ class EvaluateStage(Stage):
         None, description="Search the steps of a solution, in place of sampling it at once."
     )
     lengths: PlannedLengths = None
+    turns: list[Turn] | None = Field(
+        None,
+        description="Several attempts at each problem, with texts of the user between them; the "
+        "last one counts, and the summary has the accuracy of each.",
+    )
 
     @classmethod
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
@@ -105,6 +111,12 @@ class EvaluateStage(Stage):
                 f"samples_per_batch = {self.samples_per_batch}: with search each sample is a "
                 "search of its own, and problems_per_batch counts them; remove it"
             )
+        if self.turns is not None:
+            check_order(self.turns)
+            check_supported(
+                "turns",
+                {"search": self.search, "sampling.speculative": self.sampling.speculative},
+            )
         return self
 
     @property
@@ -122,6 +134,7 @@ class EvaluateStage(Stage):
             self.max_new_tokens,
             self.sampling,
             self.lengths,
+            tuple(self.turns or ()),
         )
 
     def dataset_search(self) -> DatasetSearch | None:
@@ -145,6 +158,8 @@ class EvaluateStage(Stage):
         return [self.data]
 
     def longest_sample(self) -> int:
+        if self.turns is not None:
+            return tokens_of_turns(self.turns, self.max_new_tokens)
         return self.max_new_tokens
 
     def reward_selection(self) -> RewardSelection:

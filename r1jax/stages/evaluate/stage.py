@@ -14,6 +14,7 @@ from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.scored_samples import SAMPLES, store_scored_samples
 from r1jax.rollouts.scoring import check_example_domains
 from r1jax.rollouts.searching import check_search, store_searches
+from r1jax.rollouts.turns import check_turns
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.settings.names import nearest
@@ -32,6 +33,8 @@ def check(stage: EvaluateStage, run: ResolvedRun) -> None:
             )
     check_example_domains(stage, run, stage.problems)
     check_search(stage, stage.dataset_search(), run)
+    if stage.turns is not None:
+        check_turns(stage, stage.turns, stage.max_new_tokens, run)
 
 
 def run(stage: EvaluateStage, run: StageRun) -> None:

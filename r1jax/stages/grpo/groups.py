@@ -44,7 +44,8 @@ class Group:
 
 @dataclass(frozen=True)
 class SampledQuestions:
-    """Questions of all processes, and this one's completions, whose rewards are computed.
+    """Questions of all processes, and this one's completions, whose rewards are computed; all
+    attempts of each sample.
 
     holders: the slice of the batch that has each question's samples.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from r1jax.data.instructions import Instruction
 from r1jax.evaluation.metrics import summarise
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
@@ -19,6 +20,7 @@ from r1jax.rewards.maths import equivalent_key
 from r1jax.rollouts.sampling import generate_options
 from r1jax.rollouts.scored_samples import PromptPart, scored_batches
 from r1jax.rollouts.scoring import RewardScorer, check_domains
+from r1jax.rollouts.turns import Attempts, instructions_of
 from r1jax.run.resolve import ResolvedRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Snapshot, TrainLoop
@@ -44,6 +46,9 @@ class HeldOutEvaluation:
         if stage.held_out is None:
             return
         prompts, report = run.datasets.prompts(stage.held_out, self._sampler.tokenizer)
+        self._instructions: tuple[Instruction, ...] = ()
+        if stage.turns is not None:
+            self._instructions = instructions_of(stage.turns, [stage.held_out], run, self._sampler)
         domains = {prompt.domain: stage.held_out for prompt in prompts}
         check_domains(stage, domains, run.config)
         self.reports.append(f"held out: {report}")
@@ -93,8 +98,10 @@ class HeldOutEvaluation:
             max_new_tokens=self._stage.max_new_tokens_at(loop.step),
             seed=self._seed,
         )
+        limits = self._stage.attempt_limits_at(loop.step)
+        attempts = Attempts(limits, self._instructions)
         for rows in scored_batches(
-            weights, self._parts, self._sampler, scorer, options, self._batch
+            weights, self._parts, self._sampler, scorer, options, self._batch, attempts
         ):
             loop.clock.lap("held_out")
             loop.leave_if_stopped(before)

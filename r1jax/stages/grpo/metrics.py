@@ -43,9 +43,18 @@ def sample_facts(
             "drafted": completion.drafted,
             "accepted": completion.accepted,
             "reflections": count_reflections(completion.text, reflections),
+            **_attempts(completion, score),
         }
         for completion, score in zip(completions, scores, strict=True)
     ]
+
+
+def _attempts(completion: Completion, score: RowScore) -> JsonObject:
+    """The outcomes of all attempts, where there are several."""
+    if not completion.earlier:
+        return {}
+    earlier = [str(each.outcome) for _, each in completion.earlier]
+    return {"attempts": [*earlier, str(score.outcome)]}
 
 
 def rollout_metrics(
@@ -79,8 +88,32 @@ def rollout_metrics(
         "reflection/per_completion": mean(reflections),
         "reflection/share": mean([count > 0 for count in reflections]),
         "groups/zero_variance": mean(zero_variance),
+        **attempt_metrics(samples),
         **_by_domain(scored),
         **_by_drafts(samples),
+    }
+
+
+def attempt_metrics(samples: Sequence[JsonObject]) -> dict[str, float]:
+    """Accuracy of each attempt, the change from the first to the last, and the shares of samples
+    that the later attempts mended and spoilt; over samples all of whose attempts were scored.
+
+    Args:
+      samples: of `sample_facts`, where `attempts` has the outcomes of each sample's.
+    """
+    outcomes = [sample["attempts"] for sample in samples if "attempts" in sample]
+    if not outcomes:
+        return {}
+    scored = [each for each in outcomes if "verifier_failed" not in each]
+    right = np.array([[outcome == "right" for outcome in each] for each in scored], float)
+    if not scored:
+        right = np.full((1, len(outcomes[0])), np.nan)
+    first, last = right[:, 0], right[:, -1]
+    return {
+        **{f"attempts/right_{k + 1}": float(right[:, k].mean()) for k in range(right.shape[1])},
+        "attempts/difference": float((last - first).mean()),
+        "attempts/mended": float((last * (1 - first)).mean()),
+        "attempts/spoilt": float((first * (1 - last)).mean()),
     }
 
 

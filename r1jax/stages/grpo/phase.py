@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from r1jax.data.instructions import Instruction
 from r1jax.data.order import DataCursor, local_slice
 from r1jax.files import JsonObject
 from r1jax.models.parameters import Params
@@ -24,9 +25,9 @@ from r1jax.rollouts.sampling import (
     completion_texts,
     generate_options,
     sample_following,
-    sample_prompts,
 )
 from r1jax.rollouts.scoring import PendingRewards, RewardScorer, check_first_rewards
+from r1jax.rollouts.turns import Attempts, sample_attempts, with_earlier
 from r1jax.run.models import LanguageModel
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Snapshot, TrainLoop
@@ -100,6 +101,7 @@ class PhaseSampler:
     scorer: RewardScorer
     loop: TrainLoop
     reflections: Sequence[re.Pattern[str]] = ()  # counted in completions
+    instructions: tuple[Instruction, ...] = ()  # between attempts at a question
 
     @property
     def _layout(self) -> Layout:
@@ -191,13 +193,18 @@ class PhaseSampler:
         pending: list[tuple[list[int], PendingRewards]] = []
         # A preempted host has little time; a rollout may take an hour, and is done again.
         leave_if_stopped()
-        for ended in sample_prompts(
+        options = self._options(phase)
+        limits: tuple[int, ...] = (options.max_new_tokens,)
+        if stage.turns is not None:
+            limits = stage.attempt_limits_at(phase.step)
+        prompts = [self.questions.prompt(each) for each in questions]
+        for ended in sample_attempts(
             weights,
-            [self.questions.prompt(each) for each in questions],
+            list(zip(prompts, firsts[of_process], strict=True)),
             self.sampler,
-            self._options(phase),
+            options,
+            Attempts(limits, self.instructions),
             batch=prompts_at_once(stage, share.count),
-            first_samples=firsts[of_process],
             figures=phase.figures,
         ):
             sampled_at |= dict(ended)
@@ -212,7 +219,7 @@ class PhaseSampler:
             rewards = self.scorer.submit([each for _, each in ready], phase.step, stage.steps)
             pending.append(([i for i, _ in ready], rewards))
             leave_if_stopped()
-        completions = [sampled_at[i] for i in range(len(questions) * samples)]
+        completions = [sampled_at[i] for i in range(len(questions) * samples * stage.attempts)]
         phase.rollout_seconds += loop.clock.lap("rollout")
         phase.sampled += count
         phase.tokens += sum(len(each.token_ids) for each in completions)
@@ -379,7 +386,8 @@ class PhaseSampler:
             sampled = phase.unscored.pop(0)
             scores = self.scorer.in_order(sampled.completions, sampled.pending)
             phase.score_seconds += self.loop.clock.lap("score_wait")
-            self._add(phase, sampled, scores)
+            last, scores = with_earlier(sampled.completions, scores, self.stage.attempts)
+            self._add(phase, replace(sampled, completions=last), scores)
 
     def _add(self, phase: Phase, sampled: SampledQuestions, scores: Sequence[RowScore]) -> None:
         facts = gather(sample_facts(sampled.completions, scores, self.reflections), self._layout)

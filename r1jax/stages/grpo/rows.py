@@ -69,14 +69,14 @@ def packed_shape(
     def time(new_tokens: int) -> int:
         return _round_up(longest_prompt + new_tokens, stage.length_bucket)
 
-    longest = time(stage.longest_completion)
+    longest = time(stage.longest_sample())
     tokens = _LEAST_TOKENS_ON_CPU if training.platform == "cpu" else _LEAST_TOKENS
     rows = max(-(-tokens // longest) * shards, samples // _LEAST_MICRO_BATCHES)
     rows = min(_round_up(rows, shards), samples // stage.micro_batches)
     # All rows divide over the devices that sample, which may be split in another way.
     multiple = rollout.shards("batch") // math.gcd(rows, rollout.shards("batch"))
     micro_batches = _round_up(-(-samples // rows), multiple)
-    limit = longest if step is None else time(stage.max_new_tokens_at(step))
+    limit = longest if step is None else time(stage.sample_tokens_at(step))
     return PackedShape(samples, rows, micro_batches, limit)
 
 
@@ -124,14 +124,22 @@ def _round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """A sample as an update reads it.
+    """A sample as an update reads it; of several attempts, the last one.
 
-    trained: False leaves it out of the loss.
+    trained: False leaves it out of the loss. kl_coefficient: of the penalty on its tokens, where
+    attempts have their own. earlier: the attempts before it, which its prompt holds; each is a
+    sequence of the loss.
     """
 
     completion: Completion
     advantage: float
     trained: bool
+    kl_coefficient: float = 0.0
+    earlier: tuple[TrainingSample, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[TrainingSample, ...]:
+        return (*self.earlier, self)
 
     @property
     def length(self) -> int:
@@ -184,6 +192,7 @@ def pack_updates(
     *,
     keep_untrained: bool = False,
     experts: jax.ShapeDtypeStruct | None = None,
+    attempts: bool = False,
 ) -> PackedUpdates:
     """Pack this process's samples of each update; all processes call it.
 
@@ -194,18 +203,23 @@ def pack_updates(
       keep_untrained: pack samples that are left out of the loss, too: the router of a mixture of
         experts counts their tokens.
       experts: like those of tokens, [..., layers * k], where samples have them.
+      attempts: samples have several: the batches tell them apart by `segment_ids`, and have
+        `kl_coefficients`.
 
     Raises:
       ValueError: a sample is longer than a row.
     """
     row_index, micro_batch = filling_order(shape, layout)
-    kept = [[s for s in samples if s.trained or keep_untrained] for samples in updates]
+    kept = [
+        [s for s in samples if keep_untrained or any(each.trained for each in s.sequences)]
+        for samples in updates
+    ]
     packed = [pack_samples(samples, shape.time) for samples in kept]
     facts = [
         {
             # At least 1: the update is run where there is nothing to train on, too.
             "used": 1 + int(micro_batch[max(len(rows) - 1, 0)]),
-            "trained": sum(sample.trained_tokens > 0 for sample in samples),
+            "trained": sum(each.trained_tokens > 0 for s in samples for each in s.sequences),
             "samples": len(samples),
             "tokens": sum(sample.length for sample in samples),
         }
@@ -221,7 +235,10 @@ def pack_updates(
             "samples": np.int32(sum(each["samples"] for each in of_all)),
             "used_micro_batches": np.int32(used),
         }
-        batches.append(replace(row_arrays(rows, row_index, shape.time, experts), **scalars))
+        arrays = row_arrays(rows, row_index, shape.time, experts)
+        if attempts:
+            arrays = replace(arrays, **attempt_arrays(rows, row_index, shape.time))
+        batches.append(replace(arrays, **scalars))
     return PackedUpdates(batches, tokens / positions)
 
 
@@ -235,7 +252,9 @@ def pack_samples(samples: Sequence[TrainingSample], time: int) -> list[list[Trai
     if max(lengths, default=0) > time:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit into rows of {time}")
     rows = [[samples[i] for i in items] for items in best_fit_decreasing(lengths, time)]
-    return sorted(rows, key=lambda row: -sum(sample.trained_tokens for sample in row))
+    return sorted(
+        rows, key=lambda row: -sum(each.trained_tokens for s in row for each in s.sequences)
+    )
 
 
 def filling_order(shape: PackedShape, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -281,13 +300,44 @@ def row_arrays(
             tokens[r, start:end] = completion.token_ids
             positions[r, first:end] = steps[: end - first]
             segment_ids[r, first:end] = segment
-            sampler[r, start:end] = completion.sampler_log_probs
-            mask[r, start:end] = sample.trained
-            advantages[r, start:end] = sample.advantage
-            lengths[r, start:end] = sample.trained_tokens
+            for each in sample.sequences:
+                part = _tokens_of(each, first)
+                sampler[r, part] = each.completion.sampler_log_probs
+                mask[r, part] = each.trained
+                advantages[r, part] = each.advantage
+                lengths[r, part] = each.trained_tokens
             if completion.experts is not None:
                 inputs["experts"][r, first : first + len(completion.experts)] = completion.experts
             first = end
     arrays: dict[str, PyTree] = {"mask": mask, "sampler_log_probs": sampler}
     arrays |= {"advantages": advantages, "lengths": lengths}
     return GRPOBatch(inputs=inputs, **arrays)
+
+
+def attempt_arrays(
+    rows: Sequence[Sequence[TrainingSample]], row_index: np.ndarray, time: int
+) -> dict[str, PyTree]:
+    """`segment_ids`, which tell the attempts of a row's samples apart, and `kl_coefficients`.
+
+    A segment ends where its attempt does: what stands between two attempts is the later one's.
+    """
+    shape = (len(row_index), time)
+    segment_ids, coefficients = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for samples, r in zip(rows, row_index.tolist(), strict=False):
+        first = segment = 0
+        for sample in samples:
+            before = first
+            for each in sample.sequences:
+                part = _tokens_of(each, first)
+                segment += 1
+                segment_ids[r, before : part.stop] = segment
+                coefficients[r, part] = each.kl_coefficient
+                before = part.stop
+            first = before
+    return {"segment_ids": segment_ids, "kl_coefficients": coefficients}
+
+
+def _tokens_of(sequence: TrainingSample, first: int) -> slice:
+    """Where the tokens of a completion stand in a row, whose prompt begins at `first`."""
+    start = first + len(sequence.completion.prompt.token_ids)
+    return slice(start, start + len(sequence.completion.token_ids))

@@ -27,7 +27,7 @@ from r1jax.settings.objective import (
 )
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_changes
 from r1jax.settings.sampling import EvaluationSampling, PlannedLengths, SamplingSection
-from r1jax.settings.section import Section
+from r1jax.settings.section import Section, SettingError
 from r1jax.settings.stage import (
     DataChange,
     Divided,
@@ -36,6 +36,13 @@ from r1jax.settings.stage import (
     StageDescription,
     TrainStage,
     check_multiple,
+)
+from r1jax.settings.turns import (
+    TrainedTurn,
+    attempt_limits,
+    check_order,
+    check_supported,
+    tokens_of_turns,
 )
 
 
@@ -215,6 +222,11 @@ class GRPOStage(TrainStage):
         "arXiv 2501.12599): it goes on in the next phase, with the weights of then. Divides "
         "max_new_tokens. Default: every sample ends in its phase.",
     )
+    turns: list[TrainedTurn] | None = Field(
+        None,
+        description="Several attempts at each question, with texts of the user between them; each "
+        "attempt is a sequence of the loss with a return of its own. Here and held out.",
+    )
     mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
     reference_refresh_every: int | None = Field(
         400, ge=1, description="Steps after which the policy becomes the reference; null: never."
@@ -291,6 +303,8 @@ class GRPOStage(TrainStage):
             )
         if self.tokens_per_phase is not None:
             self._check_tokens_per_phase(self.tokens_per_phase)
+        if self.turns is not None:
+            self._check_turns(self.turns)
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature = 0: greedy samples of a group are all equal")
         for name, changes in (("max_new_tokens", self.max_new_tokens), ("data", self.data)):
@@ -323,6 +337,50 @@ class GRPOStage(TrainStage):
             raise ValueError(
                 f"dynamic_sampling.pass_rate = [{low:g}, {high:g}]: no group of "
                 f"outputs_per_question = {group} samples has such a share of right ones; widen it"
+            )
+
+    def _check_turns(self, turns: Sequence[TrainedTurn]) -> None:
+        check_order(turns)
+        check_supported(
+            "turns",
+            {
+                "tokens_per_phase": self.tokens_per_phase,
+                "dynamic_sampling": self.dynamic_sampling,
+                "phases_of_lag": self.phases_of_lag,
+                "replay_experts": self.replay_experts,
+                "sampling.speculative": self.sampling.speculative,
+                "held_out_sampling.speculative": self.held_out_sampling.speculative,
+                "lengths": self.lengths,
+            },
+        )
+        attempts = [turn for turn in turns if turn.role == "assistant"]
+        if not any(turn.trained for turn in attempts):
+            raise SettingError("turns", "no attempt is trained; leave out trained: false")
+        if attempts[0].improvement:
+            raise SettingError(
+                "turns.0.improvement",
+                "no attempt stands before the first one; leave it out",
+            )
+        if not any(turn.weight or turn.improvement for turn in attempts):
+            raise SettingError("turns", "no attempt has a reward: raise weight or improvement")
+        settings = self.objective or self.loss
+        coefficients = [each.kl_coefficient for each in attempts]
+        if not getattr(settings, "kl_coefficient", 1.0) and any(coefficients):
+            section = "objective" if self.objective else "loss"
+            raise SettingError(
+                "turns",
+                f"kl_coefficient of a turn with {section}.kl_coefficient = 0: there is no "
+                f"reference policy; set {section}.kl_coefficient above 0",
+            )
+        if isinstance(self.objective, ReinforcePlusPlus) and any(
+            each.trained and not (each.weight or each.improvement or each.discount)
+            for each in attempts
+        ):
+            raise SettingError(
+                "turns",
+                "objective.kind = reinforce_plus_plus compares all trained tokens of a phase, and "
+                "an attempt without a return would get advantages; choose another kind, or "
+                "trained: false",
             )
 
     def _check_tokens_per_phase(self, tokens: int) -> None:
@@ -441,7 +499,24 @@ class GRPOStage(TrainStage):
         return self.steps
 
     def longest_sample(self) -> int:
+        if self.turns is not None:
+            return tokens_of_turns(self.turns, self.longest_limit)
         return self.longest_completion
+
+    def sample_tokens_at(self, step: int) -> int:
+        """Tokens behind a prompt at most, by the limit that is in force at a step."""
+        limit = self.max_new_tokens_at(step)
+        return limit if self.turns is None else tokens_of_turns(self.turns, limit)
+
+    def attempt_limits_at(self, step: int) -> tuple[int, ...]:
+        """Tokens of each attempt at a question at most; without turns there is one."""
+        limit = self.max_new_tokens_at(step)
+        return (limit,) if self.turns is None else attempt_limits(self.turns, limit)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts at a question in each sample."""
+        return 1 if self.turns is None else len(self.turns) // 2 + 1
 
     def max_new_tokens_at(self, step: int) -> int:
         """The limit of a completion that is in force at a step."""
@@ -451,7 +526,13 @@ class GRPOStage(TrainStage):
 
     @property
     def longest_completion(self) -> int:
-        """Tokens that a completion may have at any step."""
+        """Tokens that a completion, or each attempt, may have at any step."""
+        longest = self.longest_limit
+        return longest if self.turns is None else max(attempt_limits(self.turns, longest))
+
+    @property
+    def longest_limit(self) -> int:
+        """The highest max_new_tokens of all steps."""
         if isinstance(self.max_new_tokens, int):
             return self.max_new_tokens
         return max(change.tokens for change in self.max_new_tokens)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from r1jax.data.instructions import Instruction
 from r1jax.files import JsonObject
 from r1jax.models import Decoder, TokenRows, token_log_probs
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
@@ -30,6 +31,7 @@ from r1jax.programs.program import (
     update_program,
 )
 from r1jax.programs.rollout import (
+    later_attempts,
     planned_lengths,
     reward_model_weights,
     reward_models,
@@ -43,6 +45,7 @@ from r1jax.rollouts.scoring import (
     is_scored,
     reward_scorer,
 )
+from r1jax.rollouts.turns import instructions_of
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
@@ -51,6 +54,7 @@ from r1jax.sampler import make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import in_equal_parts, weights_mover
 from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
+from r1jax.settings.turns import attempt_limits
 from r1jax.sharding import batch_slices, same_devices
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.objective import stage_objective
@@ -65,6 +69,7 @@ from r1jax.stages.grpo.rows import (
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
+from r1jax.stages.grpo.turns import check_stage_turns, turn_samples
 from r1jax.stages.grpo.updates import PhaseUpdates
 from r1jax.train_step import (
     MICRO_BATCHES,
@@ -86,6 +91,7 @@ def check(stage: GRPOStage, run: ResolvedRun) -> None:
     check_experts(stage.name, stage.balance, model, replay_experts=stage.replay_experts)
     with run.config.blaming("stages", stage.name):
         stage_objective(stage)
+    check_stage_turns(stage, run)
     check_example_domains(stage, run)
 
 
@@ -136,7 +142,13 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             return log_probs_of(loop.reference, _without_experts(log_prob_rows(batch)))
 
         reflections = compile_patterns(run.config.reflections)
-        phases = PhaseSampler(stage, seed, sampler, questions, scorer, loop, reflections)
+        instructions: tuple[Instruction, ...] = ()
+        if stage.turns is not None:
+            training = [data for _, data in stage.training_datasets()]
+            instructions = instructions_of(stage.turns, training, run, sampler)
+        phases = PhaseSampler(
+            stage, seed, sampler, questions, scorer, loop, reflections, instructions
+        )
         unscored = None
         while loop.step < stage.steps:
             first = loop.step
@@ -171,6 +183,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 row[:] = each.rewards
             advantages = objective.advantages(jnp.asarray(rewards))
             to_train = training_samples(stage, groups, np.asarray(advantages.values))
+            if stage.turns is not None:
+                to_train = turn_samples(stage, groups, objective, len(rewards))
             mini_batches = [to_train]
             if updates > 1:
                 generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
@@ -189,9 +203,10 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 row_layout,
                 keep_untrained=model.config.experts is not None,
                 experts=experts,
+                attempts=stage.turns is not None,
             )
             batches = [loop.to_devices(batch, row_layout) for batch in packed.batches]
-            if "segment_ids" in objective.needs:
+            if "segment_ids" in objective.needs and stage.turns is None:
                 batches = [replace(b, segment_ids=b.inputs["segment_ids"]) for b in batches]
 
             # 4. Old log-probs: of the weights that sampled, from which the updates move away.
@@ -296,7 +311,7 @@ def _gap_without_replay(
 def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     """Rollout, rewards, log-probs and the update; the samples of a held-out evaluation."""
     model, sampler = planning.decoder_of(stage.name), planning.sampler_of(stage.name)
-    prompt, new = longest_prompt(stage, planning.config), stage.longest_completion
+    prompt, new = longest_prompt(stage, planning.config), stage.longest_sample()
     phase, group = stage.mini_batches_per_rollout, stage.outputs_per_question
     with planning.config.blaming("stages", stage.name):
         objective = stage_objective(stage)
@@ -352,6 +367,8 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
 
     questions, processes = stage.questions_per_phase, len(batch_slices(sampler.layout))
     of_phase = min(new, stage.tokens_per_phase or new)
+    if stage.turns is not None:
+        of_phase, *_ = attempt_limits(stage.turns, stage.longest_limit)
     at_once = questions if stage.goes_on else stage.questions_at_once
     rollout = SlotRollout(
         sampler,
@@ -388,6 +405,9 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         while_sampling = {**resident, "policy": weights}
     queues = stage.max_questions / at_once
     sampling += rollout.programs(while_sampling, queues / phase)
+    if stage.turns is not None:
+        for prefix, later in later_attempts(rollout, stage.turns, stage.longest_limit):
+            sampling += later.programs(while_sampling, queues / phase, prefix)
     if stage.tokens_per_phase is not None:
         limits.append(
             "partial rollouts are planned with samples that all go on, from their longest: "
@@ -406,14 +426,17 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
             rollout,
             at_once=questions // stage.rollout_batches,
             samples=math.gcd(stage.held_out_samples, group),
-            new_tokens=new,
+            new_tokens=new if stage.turns is None else of_phase,
             sampling=stage.held_out_sampling,
-            lengths=lengths,
+            lengths=lengths if stage.turns is None else rollout.lengths,
             queue=None,
             record_experts=False,
         )
         sampling += held_out.programs(while_sampling, 0.0, "held-out ")
-    scored = round(worst * rows)
+        if stage.turns is not None:
+            for prefix, later in later_attempts(held_out, stage.turns, stage.longest_limit):
+                sampling += later.programs(while_sampling, 0.0, f"held-out {prefix}")
+    scored = round(worst * rows) * stage.attempts
     sampling += reward_programs(scorers, prompt + new, scored, {**resident, "weights": weights})
     tokens = round(rows * lengths.mean)
     return StagePrograms((*sampling, *steps), tokens, notes=tuple(notes), limits=tuple(limits))
@@ -459,8 +482,11 @@ def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
         "sequences": scalar,
         "samples": scalar,
         "used_micro_batches": scalar,
-        "segment_ids": inputs["segment_ids"] if "segment_ids" in objective.needs else None,
+        "segment_ids": None,
+        "kl_coefficients": None if stage.turns is None else per_token,
     }
+    if "segment_ids" in objective.needs or stage.turns is not None:
+        arrays["segment_ids"] = inputs["segment_ids"]
     return GRPOBatch(**arrays)
 
 
