@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -51,6 +51,7 @@ class GRPOBatch:
     segment_ids: [N, T], for packed rows and an objective that reads whole sequences: equal for the
         tokens of one, which are neighbours. None: a row is one sequence.
     kl_coefficients: [N, T], the penalty's coefficient of each token. None: the objective's.
+    teacher_log_probs: [N, T], for `log_prob_fn`, which may show them beside the policy's.
     """
 
     inputs: PyTree
@@ -65,6 +66,7 @@ class GRPOBatch:
     used_micro_batches: Int[Array, ""] | None = None
     segment_ids: Int[Array, "batch time"] | None = None
     kl_coefficients: Float[Array, "batch time"] | None = None
+    teacher_log_probs: Float[Array, "batch time"] | None = None
 
 
 class PolicyOutputs(NamedTuple):
@@ -74,12 +76,17 @@ class PolicyOutputs(NamedTuple):
     penalty: of each row, summed over its sequences; the mean over the sequences of the batch is
         added to the loss.
     counts: any pytree of arrays, which are summed over the batch for `after_update`.
+    token_loss: of each token, added to the objective's before both are weighed, such as the
+        divergence to a teacher.
+    token_metrics: by name, shown as means over trained tokens.
     """
 
     log_probs: Float[Array, "batch time"]
     entropy: Float[Array, "batch time"] | None = None
     penalty: Float[Array, " batch"] | None = None
     counts: PyTree = None
+    token_loss: Float[Array, "batch time"] | None = None
+    token_metrics: Mapping[str, Float[Array, "batch time"]] = {}
 
 
 class LogProbFn(Protocol):
@@ -148,7 +155,8 @@ def make_policy_step(
             batch.kl_coefficients,
         )
         terms = token_terms(objective, tokens)
-        loss = jnp.sum(terms.loss * weights.tokens)
+        losses = terms.loss if outputs.token_loss is None else terms.loss + outputs.token_loss
+        loss = jnp.sum(losses * weights.tokens)
         output = _with_metrics(loss, terms, outputs, batch, by_sequence=by_sequence)
         if outputs.penalty is None:
             return output
@@ -257,7 +265,12 @@ def _as_outputs(
             "[batch, time], or PolicyOutputs(log_probs, entropy)"
         )
     name = "{} returned by log_prob_fn".format
-    per_token = {name("log_probs"): outputs.log_probs, name("entropy"): outputs.entropy}
+    per_token = {
+        name("log_probs"): outputs.log_probs,
+        name("entropy"): outputs.entropy,
+        name("token_loss"): outputs.token_loss,
+        **{name(key): value for key, value in outputs.token_metrics.items()},
+    }
     check_alike(PER_TOKEN, {"mask": batch.mask, **per_token})
     check_floating(per_token)
     check_alike(PER_ROW, {"mask[:, 0]": batch.mask[:, 0], name("penalty"): outputs.penalty})
@@ -273,7 +286,9 @@ def _only_trained(outputs: PolicyOutputs, batch: GRPOBatch) -> tuple[PolicyOutpu
 
     packed = jnp.ndim(batch.advantages) == 2
     return outputs._replace(
-        log_probs=masked(outputs.log_probs), entropy=masked(outputs.entropy)
+        log_probs=masked(outputs.log_probs),
+        entropy=masked(outputs.entropy),
+        token_loss=masked(outputs.token_loss),
     ), replace(
         batch,
         advantages=masked(batch.advantages) if packed else batch.advantages,
@@ -298,6 +313,7 @@ def _with_metrics(
         "policy/clip_fraction": terms.clipped,
         "policy/ratio_mean": terms.ratio,
     }
+    values |= outputs.token_metrics
     if outputs.entropy is not None:
         values["policy/entropy"] = outputs.entropy
     maxima = {}

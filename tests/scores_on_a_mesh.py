@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.log_probs import TargetLogProbs, chunked_log_probs, wanted_log_probs
+from r1jax.models.log_probs import (
+    TargetLogProbs,
+    _TeacherTokens,
+    _wanted_log_probs,
+    chunked_log_probs,
+    wanted_log_probs,
+)
+from r1jax.objectives.distillation import Divergence
 from r1jax.sharding import Layout, make_layout
 
 VOCAB = 13  # which no number of devices divides
@@ -28,9 +35,15 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
     # Of one row most tokens, of the other few: devices have different numbers of chunks.
     wanted = jnp.asarray(rng.random((2, 16)) < np.asarray([[0.8], [0.1]]))
 
+    # A teacher, which has a token less.
+    others, other_matrix = (
+        jnp.asarray(rng.standard_normal(shape, np.float32))
+        for shape in ((2, 16, 4), (4, VOCAB - 1))
+    )
+
     def value(
         hidden: jax.Array, matrix: jax.Array, layout: Layout | None
-    ) -> tuple[jax.Array, tuple[TargetLogProbs, TargetLogProbs]]:
+    ) -> tuple[jax.Array, tuple[TargetLogProbs, ...]]:
         scores = chunked_log_probs(
             hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, most_likely=True
         )
@@ -40,7 +53,20 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
         sums = [
             jnp.sum(each.log_probs * weights) + jnp.sum(each.entropy) for each in (scores, some)
         ]
-        return sums[0] + 2 * sums[1], (scores, some)
+        total, compared = sums[0] + 2 * sums[1], []
+        for divergence in (Divergence(), Divergence("jsd", beta=0.3, top_k=5)):
+            teacher = _TeacherTokens(others, other_matrix, divergence, 0.9)
+            each = _wanted_log_probs(
+                *(hidden, matrix, targets, wanted),
+                chunk=chunk,
+                temperature=0.7,
+                layout=layout,
+                teacher=teacher,
+            )
+            assert each.comparison is not None
+            total = total + jnp.sum(each.comparison.divergence * weights)
+            compared.append(each)
+        return total, (scores, some, *compared)
 
     found = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
     one, all_of_them = found(hidden, matrix, None), found(hidden, matrix, layout)

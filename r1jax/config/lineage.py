@@ -21,7 +21,8 @@ from r1jax.settings.stage import EXTENDABLE
 
 @dataclass(frozen=True)
 class Edge:
-    """What `source` (a stage or a model) gives: `weights`, `data`, `rewriter` or `reward`."""
+    """What `source` (a stage or a model) gives: `weights`, `data`, `reward`, or what it is to the
+    stage, such as `rewriter` or `teacher`."""
 
     source: str
     target: str

@@ -245,7 +245,7 @@ class RunConfig(Section):
         if selection is None and not self.rewards:
             raise ValueError(f"{where} needs at least one entry in rewards")
         selected = self.rewards_of(stage)
-        if stage.DESCRIPTION.trains and selected and not any(r.weight for r in selected.values()):
+        if stage.needs_reward() and selected and not any(r.weight for r in selected.values()):
             raise ValueError(
                 f"{where} trains on nothing: the weights of its rewards, {', '.join(selected)}, "
                 "are all 0; give one another weight"

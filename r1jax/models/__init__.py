@@ -18,13 +18,20 @@ from r1jax.models.decoder import (
     prefill,
     right_padded,
 )
-from r1jax.models.log_probs import TokenLogProbs, token_log_probs
+from r1jax.models.log_probs import (
+    DistilledLogProbs,
+    Teacher,
+    TokenLogProbs,
+    distilled_log_probs,
+    token_log_probs,
+)
 from r1jax.models.multi_token_prediction import AheadLogProbs, ahead_log_probs
 from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, init_params
 
 __all__ = [
     "AheadLogProbs",
     "Decoder",
+    "DistilledLogProbs",
     "Execution",
     "LatentAttention",
     "Llama3RopeScaling",
@@ -32,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "ParamSpec",
     "Params",
+    "Teacher",
     "TokenLogProbs",
     "TokenRows",
     "YarnRopeScaling",
@@ -40,6 +48,7 @@ __all__ = [
     "choose_attention",
     "declare",
     "decode",
+    "distilled_log_probs",
     "forward",
     "init_params",
     "logits",

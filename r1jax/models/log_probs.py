@@ -7,6 +7,7 @@ The logits of a whole batch are the largest array of a language model's train st
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -19,10 +20,11 @@ from jax.sharding import PartitionSpec
 from r1jax.models.config import Decoder
 from r1jax.models.decoder import Routings, TokenRows, forward, unembedding
 from r1jax.models.parameters import Params
+from r1jax.objectives.distillation import Comparison, Divergence, compare_logits
 from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Bool, Float, Int, PyTree
 
     Temperature = Float[Array, ""] | float
 
@@ -48,11 +50,37 @@ class TargetLogProbs(NamedTuple):
     """Of target tokens, float32; the entropy of `chunked_log_probs` carries no gradient.
 
     most_likely: the most likely token in place of the target, or None.
+    comparison: with a teacher's logits, where there is one.
     """
 
     log_probs: Float[Array, "batch time"]
     entropy: Float[Array, "batch time"]
     most_likely: Int[Array, "batch time"] | None
+    comparison: Comparison | None = None
+
+
+@struct.dataclass
+class Teacher:
+    """A model that another one is compared with, and whose weights are constants.
+
+    params, model: of the same tokens as the student's; rows of the vocabulary beyond the smaller
+        one, which stand for no token, take no part in the comparison.
+    temperature: of both models' logits in the divergence. None: the student's.
+    """
+
+    params: Params
+    model: Decoder = struct.field(pytree_node=False)
+    divergence: Divergence = struct.field(pytree_node=False)
+    temperature: float | None = struct.field(pytree_node=False, default=None)
+
+
+class DistilledLogProbs(NamedTuple):
+    """As `TokenLogProbs`, with a comparison with the teacher: of wanted tokens, else 0."""
+
+    log_probs: Float[Array, "batch time"]
+    entropy: Float[Array, "batch time"]
+    comparison: Comparison
+    routings: Routings
 
 
 def token_log_probs(
@@ -79,18 +107,75 @@ def token_log_probs(
     elif wanted is None:
         targets = log_probs_ahead(params, output.hidden, rows, model, temperature=temperature)
     else:
-        wanted = wanted & follows(rows.segment_ids)
-        targets = wanted_log_probs(
-            output.hidden,
-            unembedding(params, model),
-            jnp.roll(rows.tokens, -1, axis=1),
-            jnp.roll(wanted, -1, axis=1),
-            chunk=model.execution.log_prob_chunk,
-            temperature=temperature,
-            layout=model.layout,
+        targets = _wanted_behind(
+            params, output.hidden, rows, wanted, model, temperature=temperature
         )
-        targets = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
     return TokenLogProbs(targets.log_probs, targets.entropy, output.routings)
+
+
+def distilled_log_probs(
+    params: Params,
+    rows: TokenRows,
+    model: Decoder,
+    teacher: Teacher,
+    *,
+    wanted: Bool[Array, "batch time"],
+    temperature: Temperature = 1.0,
+    balance: bool = False,
+) -> DistilledLogProbs:
+    """As `token_log_probs` of `wanted` tokens, with the divergence to a teacher at each of them.
+
+    Both models read the rows, and a chunk's logits exist twice: there is no array [batch, time,
+    vocab]. Beside the student's 6 FLOPs for each weight and token (8 with remat) the teacher takes
+    2, and 2 more for those of its output matrix, whose logits the backward pass computes again. In
+    memory are its weights, and a chunk of its logits in float32; nothing of it is kept between two
+    micro-batches. (Storing its K likeliest tokens takes 8 K bytes a token, and saves time only
+    where a row is trained on again.)
+
+    Args:
+      balance: as of `forward`.
+    """
+    output = forward(params, rows, model, balance=balance)
+    of_teacher = forward(teacher.params, rows._replace(experts=None), teacher.model)
+    read = _TeacherTokens(
+        jax.lax.stop_gradient(of_teacher.hidden),
+        jax.lax.stop_gradient(unembedding(teacher.params, teacher.model)),
+        teacher.divergence,
+        teacher.temperature,
+    )
+    of_rows = _wanted_behind if rows.prompt_of is None else _after_shared_prompts
+    targets = of_rows(
+        params, output.hidden, rows, wanted, model, temperature=temperature, teacher=read
+    )
+    assert targets.comparison is not None
+    return DistilledLogProbs(
+        targets.log_probs, targets.entropy, targets.comparison, output.routings
+    )
+
+
+def _wanted_behind(
+    params: Params,
+    hidden: jax.Array,
+    rows: TokenRows,
+    wanted: jax.Array,
+    model: Decoder,
+    *,
+    temperature: Temperature,
+    teacher: _TeacherTokens | None = None,
+) -> TargetLogProbs:
+    """Of wanted tokens, each by the activations of the token before it."""
+    wanted = wanted & follows(rows.segment_ids)
+    targets = _wanted_log_probs(
+        hidden,
+        unembedding(params, model),
+        jnp.roll(rows.tokens, -1, axis=1),
+        jnp.roll(wanted, -1, axis=1),
+        chunk=model.execution.log_prob_chunk,
+        temperature=temperature,
+        layout=model.layout,
+        teacher=teacher,
+    )
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
 
 
 def _after_shared_prompts(
@@ -101,6 +186,7 @@ def _after_shared_prompts(
     model: Decoder,
     *,
     temperature: Temperature,
+    teacher: _TeacherTokens | None = None,
 ) -> TargetLogProbs:
     """Of rows with `prompt_of`: the first token of a sample follows the prompt's last one."""
     assert rows.prompt_of is not None
@@ -108,17 +194,21 @@ def _after_shared_prompts(
     steps = jnp.arange(ids.shape[1], dtype=jnp.int32)
     begins = (ids != 0) & ~follows(ids)
     last = jnp.sum(ids[:, :start] != 0, axis=1) - 1
-    before = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    before = jnp.where(begins[..., None], before, jnp.roll(hidden, 1, axis=1))
+
+    def before(hidden: jax.Array) -> jax.Array:
+        of_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return jnp.where(begins[..., None], of_last, jnp.roll(hidden, 1, axis=1))
+
     predicted = (ids != 0) & ~(begins & (steps < start))
-    return wanted_log_probs(
-        before,
+    return _wanted_log_probs(
+        before(hidden),
         unembedding(params, model),
         rows.tokens,
         predicted if wanted is None else predicted & wanted,
         chunk=model.execution.log_prob_chunk,
         temperature=temperature,
         layout=model.layout,
+        teacher=None if teacher is None else replace(teacher, hidden=before(teacher.hidden)),
     )
 
 
@@ -198,8 +288,45 @@ def wanted_log_probs(
     The gradient is that of log-probs and entropy by `hidden` and `matrix`; where no gradient of the
     entropy is asked for, it costs nothing.
     """
+    return _wanted_log_probs(
+        hidden, matrix, targets, wanted, chunk=chunk, temperature=temperature, layout=layout
+    )
+
+
+def _wanted_log_probs(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    *,
+    chunk: int,
+    temperature: Temperature,
+    layout: Layout | None,
+    teacher: _TeacherTokens | None = None,
+) -> TargetLogProbs:
+    """`wanted_log_probs`, with a comparison with a teacher's logits."""
     compute = partial(_device_wanted_log_probs, chunk=chunk)
-    return _over_devices(compute, hidden, matrix, (targets, wanted), temperature, layout)
+    return _over_devices(compute, hidden, matrix, (targets, wanted), temperature, layout, teacher)
+
+
+@struct.dataclass
+class _TeacherTokens:
+    """A teacher's activations at the student's tokens, and its output matrix.
+
+    vocab: tokens that both models have; set where the matrix is cut to the student's.
+    """
+
+    hidden: jax.Array  # [batch, time, hidden], or of wanted tokens [n, hidden]
+    matrix: jax.Array  # [hidden, vocab]
+    divergence: Divergence = struct.field(pytree_node=False)
+    temperature: float | None = struct.field(pytree_node=False)
+    vocab: int = struct.field(pytree_node=False, default=0)
+
+    def cut_to(self, vocab: int) -> _TeacherTokens:
+        """As wide as the student's, whose vocabulary has `vocab` rows."""
+        width = self.matrix.shape[1]
+        matrix = jnp.pad(self.matrix[:, :vocab], ((0, 0), (0, max(0, vocab - width))))
+        return replace(self, matrix=matrix, vocab=min(vocab, width))
 
 
 def _over_devices(
@@ -209,11 +336,14 @@ def _over_devices(
     per_token: tuple[jax.Array, ...],
     temperature: Temperature,
     layout: Layout | None,
+    teacher: _TeacherTokens | None = None,
 ) -> TargetLogProbs:
     """`compute(hidden, matrix, *per_token, temperature)` of each device's tokens."""
     temperature = jnp.asarray(temperature, jnp.float32)
+    # One more argument, where there is a teacher.
+    teachers = () if teacher is None else (teacher.cut_to(matrix.shape[1]),)
     if layout is None or layout.shards("batch") * layout.shards("time") == 1:
-        return compute(hidden, matrix, *per_token, temperature)
+        return compute(hidden, matrix, *per_token, temperature, *teachers)
     batch_time, table = layout.spec(("batch", "time")), dict(layout.rules)
     # Each device computes the log-probs of its tokens. Without this, the compiler sums the matrix's
     # gradient over the devices in every chunk; here it leaves a device once. Axes that split the
@@ -224,6 +354,10 @@ def _over_devices(
     time_axes = table["time"] if parts > 1 else ()
     row_axes = (*table["batch"], *table["time"])
     matrix = jnp.pad(matrix, ((0, 0), (0, -vocab % parts)))
+    teachers = tuple(
+        replace(each, matrix=jnp.pad(each.matrix, ((0, 0), (0, -vocab % parts))))
+        for each in teachers
+    )
     first = jnp.arange(parts, dtype=jnp.int32) * (matrix.shape[1] // parts)
 
     def compute_part(
@@ -232,19 +366,25 @@ def _over_devices(
         per_token: tuple[jax.Array, ...],
         first: jax.Array,
         temperature: jax.Array,
+        *teachers: _TeacherTokens,
     ) -> TargetLogProbs:
         devices = _Devices(first[0], row_axes, time_axes, vocab)
-        return compute(hidden, matrix, *per_token, temperature, devices=devices)
+        return compute(hidden, matrix, *per_token, temperature, *teachers, devices=devices)
 
     split_vocab = PartitionSpec(None, time_axes), PartitionSpec(time_axes)
+    specs: dict[str, PyTree] = {"hidden": batch_time, "matrix": split_vocab[0]}
+    of_teachers = [replace(each, **specs) for each in teachers]
     return jax.shard_map(
         compute_part,
         mesh=layout.mesh,
-        in_specs=(batch_time, split_vocab[0], batch_time, split_vocab[1], PartitionSpec()),
+        in_specs=(
+            *(batch_time, split_vocab[0], batch_time, split_vocab[1], PartitionSpec()),
+            *of_teachers,
+        ),
         out_specs=batch_time,
         axis_names={*row_axes},
         check_vma=False,
-    )(hidden, matrix, per_token, first, temperature)
+    )(hidden, matrix, per_token, first, temperature, *teachers)
 
 
 @struct.dataclass
@@ -304,6 +444,7 @@ class _WantedTokens(NamedTuple):
     targets: jax.Array
     temperature: jax.Array
     devices: _Devices | None
+    teacher: _TeacherTokens | None
 
 
 def _device_wanted_log_probs(
@@ -312,6 +453,7 @@ def _device_wanted_log_probs(
     targets: jax.Array,
     wanted: jax.Array,
     temperature: jax.Array,
+    teacher: _TeacherTokens | None = None,
     *,
     chunk: int,
     devices: _Devices | None = None,
@@ -323,7 +465,9 @@ def _device_wanted_log_probs(
     chunks = -(-jnp.sum(wanted, dtype=jnp.int32) // at_once)
     if devices is not None:  # which may work on a chunk together
         chunks = jax.lax.pmax(chunks, devices.row_axes)
-    tokens = _WantedTokens(order, chunks, targets.reshape(-1), temperature, devices)
+    if teacher is not None:
+        teacher = replace(teacher, hidden=teacher.hidden.reshape(count, -1))
+    tokens = _WantedTokens(order, chunks, targets.reshape(-1), temperature, devices, teacher)
     results = _run_wanted(hidden.reshape(count, width), matrix, tokens, at_once)
     return jax.tree.map(lambda x: x.reshape(batch, time), results)
 
@@ -341,7 +485,8 @@ def _run_wanted(
         return jax.tree.map(lambda x, y: x.at[part].set(y, mode="drop"), results, values)
 
     zeros = jnp.zeros(len(hidden), jnp.float32)
-    return _for_wanted(write, TargetLogProbs(zeros, zeros, None), tokens, at_once)
+    comparison = None if tokens.teacher is None else Comparison(zeros, zeros)
+    return _for_wanted(write, TargetLogProbs(zeros, zeros, None, comparison), tokens, at_once)
 
 
 def _wanted_forward(
@@ -359,11 +504,16 @@ def _wanted_backward(
     if isinstance(gradient.entropy, SymbolicZero):  # only shown: its gradient is not computed
         names = ["log_probs"]
     wanted = {name: _instantiated(getattr(gradient, name)) for name in names}
+    if gradient.comparison is not None:
+        wanted["divergence"] = _instantiated(gradient.comparison.divergence)
 
     def add(part: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def values(x: jax.Array, w: jax.Array) -> list[jax.Array]:
             results = _part_log_probs(x, w, part, tokens, entropy_gradient="entropy" in wanted)
-            return [getattr(results, name) for name in wanted]
+            by_name = {"log_probs": results.log_probs, "entropy": results.entropy}
+            if results.comparison is not None:
+                by_name["divergence"] = results.comparison.divergence
+            return [by_name[name] for name in wanted]
 
         d_hidden, d_matrix = totals
         _, pull_back = jax.vjp(values, _rows(hidden, part), matrix)
@@ -411,6 +561,9 @@ def _part_log_probs(
     entropy_gradient: bool = False,
 ) -> TargetLogProbs:
     """Of wanted tokens [n], by the activations [n, hidden] before them."""
+    teacher = tokens.teacher
+    if teacher is not None:
+        teacher = replace(teacher, hidden=_rows(teacher.hidden, part)[None])
     results = _chunk_log_probs(
         hidden[None],
         matrix,
@@ -419,6 +572,7 @@ def _part_log_probs(
         most_likely=False,
         devices=tokens.devices,
         entropy_gradient=entropy_gradient,
+        teacher=teacher,
     )
     return jax.tree.map(lambda x: x[0], results)
 
@@ -436,16 +590,52 @@ def _chunk_log_probs(
     most_likely: bool,
     devices: _Devices | None,
     entropy_gradient: bool = False,
+    teacher: _TeacherTokens | None = None,
 ) -> TargetLogProbs:
     if devices is None or not devices.time_axes:
         logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-        return _from_logits(logits, targets, most_likely, entropy_gradient)
+        results = _from_logits(logits, targets, most_likely, entropy_gradient)
+        if teacher is None:
+            return results
+        return results._replace(comparison=_comparison(logits, teacher, temperature, None))
     # All devices' tokens of the chunk, for this device's part of the vocabulary.
     hidden, targets = (
         jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True) for x in (hidden, targets)
     )
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    return _from_partial_logits(logits, targets, devices, most_likely, entropy_gradient)
+    results = _from_partial_logits(logits, targets, devices, most_likely, entropy_gradient)
+    if teacher is None:
+        return results
+    of_all = jax.lax.all_gather(teacher.hidden, devices.time_axes, axis=1, tiled=True)
+    comparison = _comparison(logits, replace(teacher, hidden=of_all), temperature, devices)
+    # Equal on all devices, of which each keeps its tokens'.
+    return results._replace(
+        comparison=jax.tree.map(partial(_of_device, devices, logits.shape[-1]), comparison)
+    )
+
+
+def _comparison(
+    logits: jax.Array,
+    teacher: _TeacherTokens,
+    temperature: jax.Array,
+    devices: _Devices | None,
+) -> Comparison:
+    """With the teacher's logits, of the same tokens.
+
+    Args:
+      logits: the student's [batch, time, vocab], or this device's part of the vocabulary.
+    """
+    others = jnp.matmul(teacher.hidden, teacher.matrix, preferred_element_type=jnp.float32)
+    others = others / (temperature if teacher.temperature is None else teacher.temperature)
+    if teacher.temperature is not None:
+        logits = logits * (temperature / teacher.temperature)
+    axes = () if devices is None else devices.time_axes
+    if axes or teacher.vocab < logits.shape[-1]:
+        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        ids = ids if devices is None or not axes else devices.first + ids
+        shared = ids < teacher.vocab
+        logits, others = (jnp.where(shared, x, _NO_TOKEN) for x in (logits, others))
+    return compare_logits(logits, others, teacher.divergence, axes)
 
 
 def _from_logits(
@@ -486,14 +676,7 @@ def _from_partial_logits(
         """The sum over the parts, of this device's tokens."""
         return jax.lax.psum_scatter(x, devices.time_axes, scatter_dimension=1, tiled=True)
 
-    def local(x: jax.Array) -> jax.Array:
-        """Of what is equal on all devices, this device's tokens."""
-        count, index = (
-            x.shape[1] // jax.lax.axis_size(devices.time_axes),
-            devices.first // logits.shape[-1],
-        )
-        return jax.lax.dynamic_slice_in_dim(x, index * count, count, axis=1)
-
+    local = partial(_of_device, devices, logits.shape[-1])
     weights = jnp.exp(logits - peaks[..., None])
     weight, peak = summed(jnp.sum(weights, axis=-1)), local(peaks)
     index = targets - devices.first
@@ -511,3 +694,12 @@ def _from_partial_logits(
         best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, devices.vocab)
         best = local(jax.lax.pmin(best, devices.time_axes))
     return TargetLogProbs(target - total, values[3] - mean, best)
+
+
+def _of_device(devices: _Devices, part: int, x: jax.Array) -> jax.Array:
+    """Of [batch, all devices' time], equal on all of them, this device's tokens.
+
+    part: of the vocabulary, that a device has.
+    """
+    count, index = x.shape[1] // jax.lax.axis_size(devices.time_axes), devices.first // part
+    return jax.lax.dynamic_slice_in_dim(x, index * count, count, axis=1)

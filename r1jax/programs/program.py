@@ -231,12 +231,14 @@ class TrainBatch:
     rows, time: texts that the model reads, and tokens of each at most, by which FLOPs and memory
         are counted; the arrays may be padded further.
     micro_batches: equal parts, which pass through the model one after the other.
+    teacher: reads the rows, too; its weights are the update's last argument.
     """
 
     arrays: AbstractTree
     rows: int
     time: int
     micro_batches: int = 1
+    teacher: Decoder | None = None
 
 
 def train_programs(
@@ -285,20 +287,24 @@ def update_program(
     """One update.
 
     Args:
-      update: (state, batch) -> (state, metrics), as the loop compiles it.
+      update: (state, batch, and a teacher's weights) -> (state, metrics), as the loop compiles it.
       resident: what is in memory beside the train state and the batch.
       with_module: the module for multi-token prediction is trained, too.
     """
     state = abstract_train_state(abstract_weights(model), optimizer, model.layout)
-    forward = forward_flops(model.config, batch.rows, batch.time, with_module=with_module)
+    flops = 3 * forward_flops(model.config, batch.rows, batch.time, with_module=with_module)
+    teacher: dict[str, AbstractTree] = {}
+    if batch.teacher is not None:
+        teacher = {"teacher": abstract_weights(batch.teacher)}
+        flops += forward_flops(batch.teacher.config, batch.rows, batch.time)
     return Program(
         "update",
         model.layout.mesh.shape,
-        partial(jit_update(update, state).lower, state, batch.arrays),
-        {"weights": state.params, "optimizer": state.opt_state, "batch": batch.arrays},
+        partial(jit_update(update, state).lower, state, batch.arrays, *teacher.values()),
+        {"weights": state.params, "optimizer": state.opt_state, "batch": batch.arrays, **teacher},
         {} if resident is None else resident,
         calls=1,
-        useful_flops=3 * forward,
+        useful_flops=flops,
         temporaries=_temporaries(model, batch),
     )
 
@@ -315,5 +321,5 @@ def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:
     }
     if config.head == "language":
         chunk = rows * min(execution.log_prob_chunk, batch.time) * config.vocab_size
-        sizes["a chunk of logits"] = chunk * 4 * 2 // shards
+        sizes["a chunk of logits"] = chunk * 4 * (2 if batch.teacher is None else 4) // shards
     return sizes

@@ -171,7 +171,10 @@ def check_first_rewards(
 
     Args:
       samples: of all processes; `parts` are the rewards (nan: failed) and `details` the reasons.
+      rewards: none: then none of them can fail.
     """
+    if not rewards:
+        return
     for name, reward in rewards.items():
         of_reward = [sample for sample in samples if name in sample["parts"]]
         failed = [sample for sample in of_reward if math.isnan(float(sample["parts"][name]))]

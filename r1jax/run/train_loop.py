@@ -25,7 +25,7 @@ from r1jax.models.parameters import Params, abstract_weights
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted, RunError
-from r1jax.settings.stage import TrainStage
+from r1jax.settings.stage import TEACHER, TrainStage
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 from r1jax.train_step import (
     Batch,
@@ -83,7 +83,7 @@ class TrainLoop:
     checkpoints: Checkpoints
     progress: Progress
     clock: Clock
-    _update: TrainStep[PyTree]
+    _update: Callable[..., tuple[TrainState, Metrics]]
     _compilations: CompilationCounter
     _profiler: StepProfiler
     _bad_in_a_row: int
@@ -92,6 +92,8 @@ class TrainLoop:
     # Weights that a phase is sampled with as the update runs: a run that is stopped there goes on
     # with them. None between two phases.
     sampling: Params | None = None
+    # A teacher's weights, which are constants: of no checkpoint, and the update's last argument.
+    teacher: Params | None = None
     _timed: int = 0  # rows of timings in this process
     _warned: bool = False
     _batch_shape: tuple[int, ...] = ()
@@ -117,7 +119,8 @@ class TrainLoop:
     def begin_update(self, batch: PyTree) -> PendingUpdate:
         """As `update`, without waiting for the devices; end it before anything is saved."""
         self._batch_shape = max((x.shape for x in jax.tree.leaves(batch)), key=math.prod)
-        self.state, metrics = self._update(self.state, batch)
+        teacher = () if self.teacher is None else (self.teacher,)
+        self.state, metrics = self._update(self.state, batch, *teacher)
         self.step += 1
         return PendingUpdate(self.step, batch, metrics)
 
@@ -308,7 +311,16 @@ def train_loop(
             metadata["bad_in_a_row"],
             metadata.get("held_out_step"),
             arrays.pop(_SAMPLING, None),
+            _teacher(stage, run),
         )
+
+
+def _teacher(stage: TrainStage, run: StageRun) -> Params | None:
+    """The weights of the stage's teacher, if it has one."""
+    teachers = [use.source for use in stage.other_weights() if use.gives == TEACHER]
+    if not teachers:
+        return None
+    return run.models.weights(teachers[0], run.models.of(teachers[0]))
 
 
 def copy_weights(params: Params) -> Params:

@@ -113,6 +113,10 @@ class WeightsUse:
     gives: str
 
 
+TEACHER = "teacher"
+"""`WeightsUse.gives` of a model whose distribution is learned: a train loop loads its weights."""
+
+
 @dataclass(frozen=True)
 class RewardModelFormat:
     """What the reward model that a stage leaves was trained on, and reads.
@@ -181,6 +185,10 @@ class Stage(Section):
     def longest_sample(self) -> int:
         """Tokens that a completion of the stage may have at any time; 0: it samples none."""
         return 0
+
+    def needs_reward(self) -> bool:
+        """Whether it would train on nothing if all of its rewards had weight 0."""
+        return self.DESCRIPTION.trains
 
     def other_weights(self) -> list[WeightsUse]:
         """Weights that are read beside those that the stage starts from."""

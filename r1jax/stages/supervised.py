@@ -16,10 +16,17 @@ import numpy as np
 import optax
 
 from r1jax.data.packing import PackedRows, packed_once
-from r1jax.models import Decoder, TokenRows, ahead_log_probs, token_log_probs
+from r1jax.models import (
+    Decoder,
+    TokenRows,
+    ahead_log_probs,
+    distilled_log_probs,
+    token_log_probs,
+)
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.models.decoder import Routings
 from r1jax.models.log_probs import follows
-from r1jax.models.parameters import Params
+from r1jax.models.parameters import Params, abstract_weights
 from r1jax.objectives.normalisation import mean_weights
 from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
@@ -29,13 +36,19 @@ from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Resumable, TrainLoop, train_loop
 from r1jax.settings.stage import EpochStage
+from r1jax.stages.distillation import (
+    AGREEMENT,
+    DIVERGENCE,
+    check_teacher,
+    make_teacher,
+    teacher_decoder,
+)
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.train_step import (
     LossOutput,
     Metrics,
     TrainState,
-    TrainStep,
     make_optimizer,
     make_schedule,
     train_step,
@@ -119,8 +132,9 @@ def packed_rows(
 
 def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
     """Train on the dataset's texts, or conversations, resuming where a former process stopped."""
-    model, held_out = run.models.of(stage.name), None
+    model, held_out, teacher = run.models.of(stage.name), None, None
     if isinstance(stage, SFTStage):
+        teacher = teacher_decoder(stage, run)
         rows = packed_rows(stage, run, run.datasets.conversations(stage.data, model))
         # Counting rows means encoding all of the data: only where the epochs ask for it.
         steps = stage.steps or stage.steps_for(rows.rows_per_epoch())
@@ -129,7 +143,7 @@ def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
         rows = packed_rows(stage, run, run.datasets.texts(stage.data, model))
         steps = stage.steps
     optimizer = make_optimizer(stage.optimizer, steps)
-    update = make_update(stage, model.decoder, optimizer)
+    update = make_update(stage, model.decoder, optimizer, teacher)
     tokens = stage.rows_per_step * stage.row_tokens
     with train_loop(stage, run, optimizer, update, rows, steps=steps) as loop:
         run_updates(loop, stage, rows, tokens_in=lambda _: tokens, held_out=held_out)
@@ -142,12 +156,13 @@ def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
 
 
 def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
-    """The mean over all tokens of the held-out dataset."""
+    """Means over all tokens of the held-out dataset: of the loss, and of what compares the model
+    with a teacher."""
     if stage.held_out is None:
         return None
     model, share = run.models.of(stage.name), process_batch_slice(run.layouts.training)
     documents = run.datasets.conversations(stage.held_out, model)
-    sums_of = jax.jit(partial(_loss_sums, model=model.decoder))
+    sums_of = jax.jit(make_loss_sums(stage, model.decoder, teacher_decoder(stage, run)))
 
     def measure(loop: TrainLoop) -> dict[str, float]:
         batches = packed_once(
@@ -158,12 +173,16 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
             process_index=share.index,
             process_count=share.count,
         )
-        losses, counts = [], []
+        teacher = () if loop.teacher is None else (loop.teacher,)
+        sums: list[dict[str, float]] = []
+        counts = []
         for batch in batches:
-            loss, count = sums_of(loop.state.params, loop.to_devices(batch))
-            losses.append(float(loss))
+            of_batch, count = sums_of(loop.state.params, loop.to_devices(batch), *teacher)
+            sums.append({name: float(value) for name, value in of_batch.items()})
             counts.append(float(count))
-        return {"held_out/loss": math.fsum(losses) / max(math.fsum(counts), 1.0)}
+        tokens = max(math.fsum(counts), 1.0)
+        names = sums[0] if sums else ("loss",)
+        return {f"held_out/{n}": math.fsum(each[n] for each in sums) / tokens for n in names}
 
     return measure
 
@@ -172,6 +191,8 @@ def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
     """Settings about experts fit the model, and rows the template and the tokenizer."""
     model = run.models.of(stage.name)
     check_experts(stage.name, stage.balance, model.decoder.config)
+    if isinstance(stage, SFTStage):
+        check_teacher(stage, run)
     for _, data in stage.datasets():
         conversations = isinstance(stage, SFTStage)
         run.datasets.check_documents(data, model, stage.name, conversations=conversations)
@@ -183,14 +204,16 @@ def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StageProgra
     # The number of steps only shapes the learning rate.
     optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
     rows, shape = packed_arrays(stage, model), (stage.rows_per_step, stage.row_tokens)
+    teacher = teacher_decoder(stage, planning) if isinstance(stage, SFTStage) else None
     update, batch = (
-        make_update(stage, model, optimizer),
-        TrainBatch(rows, *shape, stage.micro_batches),
+        make_update(stage, model, optimizer, teacher),
+        TrainBatch(rows, *shape, stage.micro_batches, teacher),
     )
     with_module = bool(stage.mtp_weight)
     held_out = None
     if isinstance(stage, SFTStage) and stage.held_out is not None:
-        held_out = jax.jit(partial(_loss_sums, model=model)), (rows,)
+        read = (rows,) if teacher is None else (rows, abstract_weights(teacher))
+        held_out = jax.jit(make_loss_sums(stage, model, teacher)), read
     return train_programs(
         update, optimizer, model, batch, with_module=with_module, held_out=held_out
     )
@@ -213,11 +236,17 @@ class _Weights(NamedTuple):
 
 
 def make_update(
-    stage: PretrainStage | SFTStage, model: Decoder, optimizer: optax.GradientTransformation
-) -> TrainStep[Mapping[str, jax.Array]]:
+    stage: PretrainStage | SFTStage,
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    teacher: Decoder | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update on packed rows: `tokens`, `positions`, `segment_ids` and `trained`.
 
     Its `loss` is the next token's, whatever else is trained.
+
+    Args:
+      teacher: of a stage that distils, whose update has its weights as a third argument.
 
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
@@ -225,11 +254,24 @@ def make_update(
     check_experts(stage.name, stage.balance, model.config)
     with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
     after_update = make_after_update(stage.balance, model.config)
+    compared = _distilled_sums(stage, model, teacher)
 
-    def loss_fn(params: Params, rows: tuple[Mapping[str, jax.Array], _Weights]) -> LossOutput:
+    def loss_fn(
+        params: Params,
+        rows: tuple[Mapping[str, jax.Array], _Weights],
+        teacher_weights: Params | None = None,
+    ) -> LossOutput:
         batch, weights = rows
         count = batch["trained"].sum()
-        if with_module:
+        if compared is not None:
+            sums, routings = compared(params, batch, teacher_weights, balance=balance)
+            means = {name: (total, count) for name, total in sums.items()}
+            section = stage.distillation
+            loss = weights.loss[0] * (
+                section.coefficient * sums[DIVERGENCE]
+                + section.cross_entropy_coefficient * sums["loss"]
+            )
+        elif with_module:
             ahead_of = ahead_log_probs(params, _token_rows(batch), model, balance=balance)
             counted = _predicted_ahead(batch)
             total, ahead_count = _trained_sum(ahead_of.log_probs, batch), jnp.sum(counted)
@@ -257,7 +299,11 @@ def make_update(
             loss = loss + imbalance * weights.imbalance[0]
         return LossOutput(loss, {"tokens/trained": count.astype(jnp.float32)}, means, counts=loads)
 
-    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState,
+        batch: Mapping[str, jax.Array],
+        teacher_weights: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
         rows = stage.rows_per_step
         weights = _Weights(
             mean_weights(rows, batch["trained"].sum()),
@@ -267,7 +313,7 @@ def make_update(
         return train_step(
             state,
             (batch, weights),
-            loss_fn,
+            partial(loss_fn, teacher_weights=teacher_weights),
             optimizer,
             micro_batches=stage.micro_batches,
             after_update=after_update,
@@ -290,16 +336,71 @@ def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
     return weights[jnp.searchsorted(starts, step, side="right") - 1]
 
 
-def _loss_sums(
-    params: Params, batch: Mapping[str, jax.Array], *, model: Decoder
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the trained tokens' negative log-likelihoods, and their number.
+class _DistilledSums(Protocol):
+    """Sums over the trained tokens of a batch, by the names of metrics, and the routings."""
 
-    Args:
-      batch: `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
+    def __call__(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        teacher_weights: Params,
+        /,
+        *,
+        balance: bool = False,
+    ) -> tuple[dict[str, jax.Array], Routings]: ...
+
+
+def _distilled_sums(
+    stage: PretrainStage | SFTStage, model: Decoder, teacher: Decoder | None
+) -> _DistilledSums | None:
+    """None: the stage has no teacher."""
+    if teacher is None or not isinstance(stage, SFTStage) or stage.distillation is None:
+        return None
+    teacher_of = make_teacher(stage.distillation, teacher)
+
+    def sums(
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        teacher_weights: Params,
+        /,
+        *,
+        balance: bool = False,
+    ) -> tuple[dict[str, jax.Array], Routings]:
+        tokens = distilled_log_probs(
+            *(params, _token_rows(batch), model, teacher_of(teacher_weights)),
+            wanted=batch["trained"] > 0,
+            balance=balance,
+        )
+        return {
+            "loss": -jnp.sum(tokens.log_probs),
+            DIVERGENCE: jnp.sum(tokens.comparison.divergence),
+            AGREEMENT: jnp.sum(tokens.comparison.agrees),
+        }, tokens.routings
+
+    return sums
+
+
+def make_loss_sums(
+    stage: SFTStage, model: Decoder, teacher: Decoder | None
+) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+    """`sums(params, batch)`, with a teacher's weights as a third argument where there is one: the
+    trained tokens' negative log-likelihoods and what compares the model with the teacher, summed;
+    and the tokens' number.
+
+    The batch has `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
     """
-    log_probs = token_log_probs(params, _token_rows(batch), model).log_probs
-    return _trained_sum(log_probs, batch), batch["trained"].astype(jnp.float32).sum()
+    compared = _distilled_sums(stage, model, teacher)
+
+    def sums(
+        params: Params, batch: Mapping[str, jax.Array], teacher_weights: Params | None = None
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        count = batch["trained"].astype(jnp.float32).sum()
+        if compared is not None and teacher_weights is not None:
+            return compared(params, batch, teacher_weights)[0], count
+        log_probs = token_log_probs(params, _token_rows(batch), model).log_probs
+        return {"loss": _trained_sum(log_probs, batch)}, count
+
+    return sums
 
 
 def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:

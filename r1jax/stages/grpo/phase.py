@@ -66,6 +66,9 @@ def phase_metrics(phase: Phase, stage: GRPOStage) -> dict[str, float]:
     """
     choice = phase.choice
     metrics = rollout_metrics(phase.facts, [fate is Fate.NO_SPREAD for fate in choice.fates])
+    if not stage.rewarded:
+        of_rewards = ("reward/", "outcome/", "groups/")
+        metrics = {name: x for name, x in metrics.items() if not name.startswith(of_rewards)}
     if not stage.decides:
         return metrics
     counts = {

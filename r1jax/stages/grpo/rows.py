@@ -155,7 +155,8 @@ def training_samples(
 ) -> list[TrainingSample]:
     """Samples with their advantages [groups, samples].
 
-    Unscored samples, and truncated ones if the stage says so, are left out of the loss.
+    Unscored samples of a stage with rewards, and truncated ones if the stage says so, are left out
+    of the loss.
 
     Args:
       advantages: may have more rows, which are padding.
@@ -164,7 +165,7 @@ def training_samples(
         TrainingSample(
             completion,
             float(advantage),
-            not np.isnan(reward)
+            not (stage.rewarded and np.isnan(reward))
             and not (stage.mask_truncated and completion.finish == Finish.LENGTH),
         )
         for group, of_group in zip(groups, advantages, strict=False)

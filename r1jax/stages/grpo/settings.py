@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from r1jax.files import JsonObject
+from r1jax.settings.distillation import OnPolicyDistillation
 from r1jax.settings.names import nearest
 from r1jax.settings.objective import (
     CISPO,
@@ -35,6 +36,7 @@ from r1jax.settings.stage import (
     RewardSelection,
     StageDescription,
     TrainStage,
+    WeightsUse,
     check_multiple,
 )
 from r1jax.settings.turns import (
@@ -90,6 +92,16 @@ _Objective = Annotated[
     | Annotated[OutsideObjective, Tag("outside")],
     Discriminator(_kind),
 ]
+
+
+def _without_reference(stage: JsonObject) -> None:
+    """Of a stage without rewards: no penalty on KL to the reference unless one is given."""
+    loss, objective = stage.get("loss"), stage.get("objective")
+    if objective is None and isinstance(loss, dict | None):
+        stage["loss"] = {"kl_coefficient": 0.0, **(loss or {})}
+    if isinstance(objective, dict) and objective.get("kind") == "grpo":
+        given = loss if isinstance(loss, dict) else {}
+        objective.setdefault("kl_coefficient", given.get("kl_coefficient", 0.0))
 
 
 class DynamicSampling(Section):
@@ -159,12 +171,18 @@ class GRPOStage(TrainStage):
         description="A dataset, or which one from which step on."
     )
     rewards: list[str] | None = Field(
-        None, min_length=1, description="The rewards to add up; default: all of the config."
+        None,
+        description="The rewards to add up; default: all of the config. []: none, for distillation "
+        "alone, whose loss has a penalty on KL to the reference only where kl_coefficient is "
+        "given.",
     )
     steps: int = Field(ge=1, description="Optimizer steps.")
     questions_per_step: int = Field(32, ge=1, description="Questions of one update.")
     outputs_per_question: int = Field(
-        16, ge=2, description="Samples of a question: the group in which rewards are compared."
+        16,
+        ge=1,
+        description="Samples of a question: the group in which rewards are compared. At least 2, "
+        "or 1 without rewards.",
     )
     mini_batches_per_rollout: int = Field(
         1, ge=1, description="Updates from the samples of one rollout phase (paper: 16)."
@@ -199,6 +217,9 @@ class GRPOStage(TrainStage):
         GRPOConfig(),
         description="Settings of kind grpo. With an objective, its kind takes the keys that it "
         "knows.",
+    )
+    distillation: OnPolicyDistillation | None = Field(
+        None, description="Learn a teacher's distribution at the tokens of the samples."
     )
     balance: BalanceSection = BalanceSection()
     replay_experts: bool = Field(
@@ -246,6 +267,8 @@ class GRPOStage(TrainStage):
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:
         """Make settings of `loss` those of the objective, if one is given; `loss` is then null."""
         objective, loss = stage.get("objective"), stage.get("loss")
+        if stage.get("distillation") and stage.get("rewards") == []:
+            _without_reference(stage)
         if not isinstance(objective, dict) or not isinstance(loss, dict | None):
             return {}
         settings = _OBJECTIVES.get(_kind(objective) or "")
@@ -293,6 +316,13 @@ class GRPOStage(TrainStage):
             )
         if self.dynamic_sampling is not None:
             self._check_dynamic_sampling(self.dynamic_sampling)
+        if self.rewarded and self.outputs_per_question < 2:
+            raise ValueError(
+                "outputs_per_question = 1: rewards are compared among the samples of a question; "
+                "should be greater than or equal to 2"
+            )
+        if not self.rewarded:
+            self._check_without_rewards()
         settings = self.objective or self.loss
         if self.importance_needed and getattr(settings, "importance_cap", 1.0) is None:
             section = "objective" if self.objective else "loss"
@@ -383,6 +413,19 @@ class GRPOStage(TrainStage):
                 "trained: false",
             )
 
+    def _check_without_rewards(self) -> None:
+        if self.distillation is None:
+            raise ValueError(
+                "rewards = []: the stage would train on nothing; name a reward, or a teacher in "
+                "distillation"
+            )
+        for key in ("dynamic_sampling", "held_out", "turns"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} with rewards = []: it needs rewards, by which samples are right or "
+                    "wrong; leave it out, or name a reward, which may have weight 0"
+                )
+
     def _check_tokens_per_phase(self, tokens: int) -> None:
         limits = self.max_new_tokens
         for limit in [limits] if isinstance(limits, int) else [each.tokens for each in limits]:
@@ -403,6 +446,16 @@ class GRPOStage(TrainStage):
         return replace(
             settings, constant_length=settings.constant_length or self.longest_completion
         )
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether there are rewards; else a teacher's distribution is all that is learned."""
+        return self.rewards != []
+
+    @property
+    def samples_divergence(self) -> bool:
+        """Whether the divergence to a teacher is estimated by sampled tokens, as advantages."""
+        return self.distillation is not None and self.distillation.form == "advantage"
 
     @property
     def importance_needed(self) -> str:
@@ -463,6 +516,12 @@ class GRPOStage(TrainStage):
 
     def reward_selection(self) -> RewardSelection:
         return self.rewards
+
+    def needs_reward(self) -> bool:
+        return self.distillation is None
+
+    def other_weights(self) -> list[WeightsUse]:
+        return [] if self.distillation is None else [self.distillation.weights_use()]
 
     def prediction_module_uses(self) -> list[tuple[str, str]]:
         sections = {"sampling": self.sampling, "held_out_sampling": self.held_out_sampling}

@@ -15,11 +15,26 @@ import optax
 
 from r1jax.data.instructions import Instruction
 from r1jax.files import JsonObject
-from r1jax.models import Decoder, TokenRows, token_log_probs
+from r1jax.models import (
+    Decoder,
+    DistilledLogProbs,
+    Teacher,
+    TokenLogProbs,
+    TokenRows,
+    distilled_log_probs,
+    token_log_probs,
+)
 from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
+from r1jax.objectives.distillation import sampled_advantages
 from r1jax.objectives.objective import Objective
-from r1jax.policy_step import GRPOBatch, PolicyOutputs, batch_advantages, make_policy_step
+from r1jax.policy_step import (
+    GRPOBatch,
+    LogProbFn,
+    PolicyOutputs,
+    batch_advantages,
+    make_policy_step,
+)
 from r1jax.processes import process_batch_slice
 from r1jax.programs import Planning, Program, SlotRollout, StagePrograms, TrainBatch
 from r1jax.programs.program import (
@@ -56,6 +71,14 @@ from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.turns import attempt_limits
 from r1jax.sharding import batch_slices, same_devices
+from r1jax.stages.distillation import (
+    DIVERGENCE,
+    DistillationTerms,
+    check_teacher,
+    distillation_terms,
+    make_teacher,
+    teacher_decoder,
+)
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.objective import stage_objective
 from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics, prompts_at_once
@@ -73,6 +96,8 @@ from r1jax.stages.grpo.turns import check_stage_turns, turn_samples
 from r1jax.stages.grpo.updates import PhaseUpdates
 from r1jax.train_step import (
     MICRO_BATCHES,
+    Metrics,
+    TrainState,
     TrainStep,
     make_optimizer,
     make_schedule,
@@ -92,7 +117,9 @@ def check(stage: GRPOStage, run: ResolvedRun) -> None:
     with run.config.blaming("stages", stage.name):
         stage_objective(stage)
     check_stage_turns(stage, run)
-    check_example_domains(stage, run)
+    check_teacher(stage, run)
+    if stage.rewarded:
+        check_example_domains(stage, run)
 
 
 def run(stage: GRPOStage, run: StageRun) -> None:
@@ -104,7 +131,9 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     share = process_batch_slice(rollout_layout)
     questions = Questions(stage, run, sampler.tokenizer, rollout_layout)
     reward_sections = run.config.rewards_of(stage)
-    check_domains(stage, questions.domains, run.config)
+    if stage.rewarded:
+        check_domains(stage, questions.domains, run.config)
+    teacher = teacher_decoder(stage, run)
     schedule = make_schedule(stage.optimizer, stage.steps)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     # Devices that only sample have no rows of updates.
@@ -114,8 +143,12 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     experts = _batch(stage, model, all_steps).inputs.get("experts")
     log_probs_of, update = (
         jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
-        make_update(stage, model, optimizer, all_steps.micro_batches),
+        make_update(stage, model, optimizer, all_steps.micro_batches, teacher),
     )
+    if stage.samples_divergence:
+        assert teacher is not None
+        teacher_log_probs_of = jax.jit(make_log_probs(stage, teacher, all_steps.micro_batches))
+        towards_teacher = jax.jit(partial(_towards_teacher, stage))
     token_advantages = jax.jit(partial(batch_advantages, objective))
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
@@ -217,6 +250,13 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     )
                     for each in batches
                 ]
+            if stage.samples_divergence:
+                assert loop.teacher is not None
+                log_probs = [
+                    teacher_log_probs_of(loop.teacher, _without_experts(log_prob_rows(each)))
+                    for each in batches
+                ]
+                batches = list(map(towards_teacher, batches, log_probs))
             if objective.changes_token_advantages:
                 if loop.reference is not None:
                     batches = [
@@ -268,7 +308,18 @@ def run(stage: GRPOStage, run: StageRun) -> None:
 
 def _with_old_log_probs(stage: GRPOStage, objective: Objective) -> bool:
     """Whether they are computed before the update, which else computes them anyway."""
-    return stage.mini_batches_per_rollout > 1 or "old_log_probs" in objective.needs
+    needed = stage.samples_divergence or "old_log_probs" in objective.needs
+    return stage.mini_batches_per_rollout > 1 or needed
+
+
+def _towards_teacher(
+    stage: GRPOStage, batch: GRPOBatch, log_probs: Float[Array, "rows time"]
+) -> GRPOBatch:
+    """With the teacher's log-probs, and what they add to the advantages of trained tokens."""
+    assert stage.distillation is not None and batch.old_log_probs is not None
+    added = sampled_advantages(batch.old_log_probs, log_probs, stage.distillation.coefficient)
+    advantages = batch.advantages + jnp.where(batch.mask > 0, added, 0.0)
+    return replace(batch, advantages=advantages, teacher_log_probs=log_probs)
 
 
 def _unscored_phases(
@@ -282,7 +333,7 @@ def _unscored_phases(
     Raises:
       RunError: the first phase's rewards fail, or too many phases had nothing to train on.
     """
-    if not samples:  # all of the phase's go on
+    if not samples or not rewards:  # all of the phase's go on, or there are no rewards
         return before or 0
     if before is None:
         check_first_rewards(samples, rewards)
@@ -323,6 +374,9 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     scorers = reward_models(stage, planning)
     others = {"reference": weights} if with_reference else {}
     others |= reward_model_weights(scorers)
+    teacher = teacher_decoder(stage, planning)
+    of_teacher = {} if teacher is None else {"teacher": abstract_weights(teacher)}
+    in_update = None if stage.samples_divergence else teacher
 
     apart = not same_devices(model.layout, sampler.layout)
     row_layout = model.layout if apart else sampler.layout
@@ -330,12 +384,13 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     batch = _batch(stage, model, shape)
     waiting = [batch] * (phase - 1)  # mini-batches of the phase that are not trained on yet
     update = update_program(
-        make_update(stage, model, optimizer, shape.micro_batches),
+        make_update(stage, model, optimizer, shape.micro_batches, teacher),
         optimizer,
         model,
-        TrainBatch(batch, rows, prompt + new, rows // shape.rows),
-        resident={**others, "batch": waiting},
+        TrainBatch(batch, rows, prompt + new, rows // shape.rows, in_update),
+        resident={**others, **({} if in_update else of_teacher), "batch": waiting},
     )
+    others |= of_teacher
     lengths = planned_lengths(stage.lengths, new)
     forward = expected_flops(model.config, rows, lengths, before=prompt)
     scopes: dict[str, float] = {}
@@ -350,7 +405,11 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
             f"an update runs {used:.3g} of {shape.micro_batches} micro-batches of {shape.rows} "
             f"rows of {shape.time:,} tokens, {100 * filled:.0f} % of which are real"
         )
-    update = replace(update, useful_flops=3 * forward, scopes=scopes)
+    by_teacher = 0.0
+    if teacher is not None:
+        by_teacher = expected_flops(teacher.config, rows, lengths, before=prompt)
+    useful = 3 * forward + (by_teacher if in_update else 0.0)
+    update = replace(update, useful_flops=useful, scopes=scopes)
     resident = {**others, "optimizer": update.arguments["optimizer"]}
     log_probs = jax.jit(make_log_probs(stage, model, shape.micro_batches))
     log_probs_program = Program(
@@ -364,6 +423,23 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         scopes=scopes,
     )
     steps = [log_probs_program, update] if log_probs_program.calls else [update]
+    if teacher is not None and not in_update:
+        of_samples = jax.jit(make_log_probs(stage, teacher, shape.micro_batches))
+        read = _without_experts(log_prob_rows(batch))
+        teacher_program = replace(
+            log_probs_program,
+            name="teacher's log-probs",
+            lower=partial(of_samples.lower, of_teacher["teacher"], read),
+            arguments={**of_teacher, "batch": read.inputs},
+            resident={
+                **{name: leaf for name, leaf in resident.items() if name != "teacher"},
+                "weights": weights,
+                "batch": [replace(batch, inputs=None), *waiting],
+            },
+            calls=1,
+            useful_flops=by_teacher,
+        )
+        steps.insert(0, teacher_program)
 
     questions, processes = stage.questions_per_phase, len(batch_slices(sampler.layout))
     of_phase = min(new, stage.tokens_per_phase or new)
@@ -484,6 +560,7 @@ def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
         "used_micro_batches": scalar,
         "segment_ids": None,
         "kl_coefficients": None if stage.turns is None else per_token,
+        "teacher_log_probs": per_token if stage.samples_divergence else None,
     }
     if "segment_ids" in objective.needs or stage.turns is not None:
         arrays["segment_ids"] = inputs["segment_ids"]
@@ -535,12 +612,17 @@ def make_log_probs(
 
 
 def make_update(
-    stage: GRPOStage, model: Decoder, optimizer: optax.GradientTransformation, micro_batches: int
-) -> TrainStep[GRPOBatch]:
+    stage: GRPOStage,
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    teacher: Decoder | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """One update of the stage's policy with its objective.
 
     Args:
       micro_batches: that the rows are split into, as of `PackedShape`.
+      teacher: of a stage that distils, whose update has its weights as a third argument.
 
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
@@ -548,22 +630,51 @@ def make_update(
     check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
     balance = stage.balance.sequence_loss
 
-    def log_prob_fn(params: Params, batch: GRPOBatch) -> PolicyOutputs:
-        tokens = token_log_probs(
-            params,
-            TokenRows(**batch.inputs),
-            model,
-            temperature=stage.sampling.temperature,
-            balance=balance > 0,
-            wanted=batch.mask > 0,
-        )
+    def log_prob_fn(
+        params: Params, batch: GRPOBatch, teacher: Teacher | None = None
+    ) -> PolicyOutputs:
+        rows, wanted = TokenRows(**batch.inputs), batch.mask > 0
+        temperature, balanced = stage.sampling.temperature, balance > 0
+        tokens: TokenLogProbs | DistilledLogProbs
+        terms: DistillationTerms = {}
+        if teacher is None or stage.distillation is None:
+            tokens = token_log_probs(
+                params, rows, model, temperature=temperature, balance=balanced, wanted=wanted
+            )
+            if batch.teacher_log_probs is not None:
+                shown = {DIVERGENCE: tokens.log_probs - batch.teacher_log_probs}
+                terms = {"token_metrics": shown}
+        else:
+            tokens = distilled_log_probs(
+                *(params, rows, model, teacher),
+                temperature=temperature,
+                balance=balanced,
+                wanted=wanted,
+            )
+            terms = distillation_terms(tokens.comparison, stage.distillation.coefficient)
         penalty = balance * imbalance_of(tokens.routings) if balance else None
-        return PolicyOutputs(tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings))
+        return PolicyOutputs(
+            tokens.log_probs, tokens.entropy, penalty, loads_of(tokens.routings), **terms
+        )
 
-    return make_policy_step(
-        log_prob_fn,
-        optimizer,
-        stage_objective(stage),
-        micro_batches=micro_batches,
-        after_update=make_after_update(stage.balance, model.config),
-    )
+    def policy_step(log_prob_fn: LogProbFn) -> TrainStep[GRPOBatch]:
+        return make_policy_step(
+            log_prob_fn,
+            optimizer,
+            stage_objective(stage),
+            micro_batches=micro_batches,
+            after_update=make_after_update(stage.balance, model.config),
+        )
+
+    if teacher is None or stage.distillation is None:
+        return policy_step(log_prob_fn)
+    teacher_of = make_teacher(stage.distillation, teacher)
+
+    def update(
+        state: TrainState, batch: GRPOBatch, teacher_weights: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        if teacher_weights is None or stage.samples_divergence:  # the batch has its log-probs
+            return policy_step(log_prob_fn)(state, batch)
+        return policy_step(partial(log_prob_fn, teacher=teacher_of(teacher_weights)))(state, batch)
+
+    return update

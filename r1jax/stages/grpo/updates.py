@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from r1jax.policy_step import GRPOBatch
 from r1jax.run.train_loop import PendingUpdate, TrainLoop
+from r1jax.stages.distillation import DIVERGENCE
 from r1jax.stages.grpo.groups import Phase
 
 
@@ -32,6 +33,7 @@ class PhaseUpdates:
     apart: bool
     _pending: list[PendingUpdate] = field(default_factory=list)
     _seconds: float = 0.0
+    _divergence: float | None = None  # to a teacher, in the last update
 
     def begin(self, rows: GRPOBatch) -> None:
         self._pending.append(self.loop.begin_update(rows))
@@ -43,6 +45,8 @@ class PhaseUpdates:
         while self._pending:
             step = self._pending[0].step
             metrics = self.loop.end_update(self._pending.pop(0))
+            if DIVERGENCE in metrics:
+                self._divergence = float(metrics[DIVERGENCE])
             rate = {"optimizer/learning_rate": self.learning_rate(step - 1)}
             self.loop.recorder.log(step, {**self.facts, **metrics, **rate})
 
@@ -77,7 +81,8 @@ class PhaseUpdates:
         loop.progress.update(
             loop.step,
             {
-                "reward": self.facts["reward/mean"],
+                "reward": self.facts.get("reward/mean"),
+                "divergence": self._divergence,
                 "length": self.facts["length/mean"],
                 "held_out": self.accuracy,
                 "tokens_per_second": sampled / phase.rollout_seconds,

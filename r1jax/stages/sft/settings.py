@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from r1jax.settings.distillation import LogitDistillation
 from r1jax.settings.optimizer import BalanceSection, MTPWeight
-from r1jax.settings.stage import Divided, EpochStage, StageDescription
+from r1jax.settings.stage import Divided, EpochStage, StageDescription, WeightsUse
 
 
 class SFTStage(EpochStage):
@@ -30,6 +31,23 @@ class SFTStage(EpochStage):
     )
     mtp_weight: MTPWeight = 0.0
     balance: BalanceSection = BalanceSection()
+    distillation: LogitDistillation | None = Field(
+        None,
+        description="Learn a teacher's distribution at the assistant's tokens, alone or beside "
+        "their cross-entropy, which stays the metric `loss`.",
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> SFTStage:
+        if self.distillation is not None and self.mtp_weight:
+            raise ValueError(
+                "mtp_weight with distillation: the module for multi-token prediction has no "
+                "teacher; leave one of them out"
+            )
+        return self
+
+    def other_weights(self) -> list[WeightsUse]:
+        return [] if self.distillation is None else [self.distillation.weights_use()]
 
     def divided(self) -> list[Divided]:
         return [*super().divided(), Divided(".row_tokens", self.row_tokens, "time")]
