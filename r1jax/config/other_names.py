@@ -34,6 +34,8 @@ _TRL = {
     "reward_weights": "rewards.NAME.weight",
     "sync_ref_model": "stages.NAME.reference_refresh_every",
     "ref_model_sync_steps": "stages.NAME.reference_refresh_every",
+    "teacher_model_name_or_path": "stages.NAME.distillation.teacher",
+    "loss_top_k": "stages.NAME.distillation.top_k",
     "chat_template_kwargs": "data.NAME.chat_template_kwargs",
     "max_length": "stages.NAME.row_tokens",
     "max_seq_length": "stages.NAME.row_tokens",

@@ -42,6 +42,22 @@ _PANELS = (
     ),
     Panel("KL to the reference", {"policy/kl": "k3 estimate, nats per token"}),
     Panel(
+        "Divergence to the teacher",
+        {
+            "distillation/divergence": "training, nats per token",
+            "held_out/distillation/divergence": "held-out, nats per token",
+        },
+    ),
+    Panel(
+        "Agreement with the teacher",
+        {
+            "distillation/agreement": "training",
+            "held_out/distillation/agreement": "held-out",
+        },
+        "Share of tokens at which both have the same likeliest one.",
+        percent=True,
+    ),
+    Panel(
         "Outcomes",
         {
             "outcome/wrong": "wrong",

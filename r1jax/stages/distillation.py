@@ -11,6 +11,7 @@ from r1jax.objectives.distillation import Comparison, Divergence
 from r1jax.programs import Planning
 from r1jax.run.resolve import ResolvedRun
 from r1jax.settings.distillation import DistillationSection
+from r1jax.settings.stage import TrainStage
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.sft.settings import SFTStage
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 _SHOWN = 3  # tokens that a message names
 
 
-def check_teacher(stage: GRPOStage | SFTStage, run: ResolvedRun) -> None:
+def section_of(stage: TrainStage) -> DistillationSection | None:
+    """The stage's section, of a kind that distils."""
+    return stage.distillation if isinstance(stage, GRPOStage | SFTStage) else None
+
+
+def check_teacher(stage: TrainStage, run: ResolvedRun) -> None:
     """Raises ConfigError where the teacher's tokens are not the student's, or fewer than top_k."""
-    section = stage.distillation
-    if section is None:
+    if (section := section_of(stage)) is None:
         return
     models = [run.models.of(name) for name in (stage.name, section.teacher)]
     place = "stages", stage.name, "distillation"
@@ -49,16 +54,18 @@ def check_teacher(stage: GRPOStage | SFTStage, run: ResolvedRun) -> None:
         )
 
 
-def teacher_decoder(stage: GRPOStage | SFTStage, run: ResolvedRun | Planning) -> Decoder | None:
+def teacher_decoder(stage: TrainStage, run: ResolvedRun | Planning) -> Decoder | None:
     """What the stage's teacher computes; None: it has none."""
-    if stage.distillation is None:
+    if (section := section_of(stage)) is None:
         return None
-    name = stage.distillation.teacher
+    name = section.teacher
     return run.decoder_of(name) if isinstance(run, Planning) else run.models.of(name).decoder
 
 
-def make_teacher(section: DistillationSection, model: Decoder) -> Callable[[Params], Teacher]:
-    """Its weights -> the teacher that the section describes."""
+def make_teacher(stage: TrainStage, model: Decoder | None) -> Callable[[Params], Teacher] | None:
+    """The teacher of its weights; None: the stage has none."""
+    if (section := section_of(stage)) is None or model is None:
+        return None
     beta = 0.5 if section.beta is None else section.beta
     divergence = Divergence(section.divergence, beta, section.top_k)
     return lambda params: Teacher(params, model, divergence, section.temperature)

@@ -18,6 +18,7 @@ import optax
 from r1jax.data.packing import PackedRows, packed_once
 from r1jax.models import (
     Decoder,
+    Teacher,
     TokenRows,
     ahead_log_probs,
     distilled_log_probs,
@@ -132,9 +133,9 @@ def packed_rows(
 
 def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
     """Train on the dataset's texts, or conversations, resuming where a former process stopped."""
-    model, held_out, teacher = run.models.of(stage.name), None, None
+    model, held_out = run.models.of(stage.name), None
+    teacher = teacher_decoder(stage, run)
     if isinstance(stage, SFTStage):
-        teacher = teacher_decoder(stage, run)
         rows = packed_rows(stage, run, run.datasets.conversations(stage.data, model))
         # Counting rows means encoding all of the data: only where the epochs ask for it.
         steps = stage.steps or stage.steps_for(rows.rows_per_epoch())
@@ -162,7 +163,7 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
         return None
     model, share = run.models.of(stage.name), process_batch_slice(run.layouts.training)
     documents = run.datasets.conversations(stage.held_out, model)
-    sums_of = jax.jit(make_loss_sums(stage, model.decoder, teacher_decoder(stage, run)))
+    sums_of = jax.jit(_make_loss_sums(stage, model.decoder, teacher_decoder(stage, run)))
 
     def measure(loop: TrainLoop) -> dict[str, float]:
         batches = packed_once(
@@ -191,8 +192,7 @@ def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
     """Settings about experts fit the model, and rows the template and the tokenizer."""
     model = run.models.of(stage.name)
     check_experts(stage.name, stage.balance, model.decoder.config)
-    if isinstance(stage, SFTStage):
-        check_teacher(stage, run)
+    check_teacher(stage, run)
     for _, data in stage.datasets():
         conversations = isinstance(stage, SFTStage)
         run.datasets.check_documents(data, model, stage.name, conversations=conversations)
@@ -204,7 +204,7 @@ def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StageProgra
     # The number of steps only shapes the learning rate.
     optimizer = make_optimizer(stage.optimizer, stage.steps or 1)
     rows, shape = packed_arrays(stage, model), (stage.rows_per_step, stage.row_tokens)
-    teacher = teacher_decoder(stage, planning) if isinstance(stage, SFTStage) else None
+    teacher = teacher_decoder(stage, planning)
     update, batch = (
         make_update(stage, model, optimizer, teacher),
         TrainBatch(rows, *shape, stage.micro_batches, teacher),
@@ -213,7 +213,7 @@ def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StageProgra
     held_out = None
     if isinstance(stage, SFTStage) and stage.held_out is not None:
         read = (rows,) if teacher is None else (rows, abstract_weights(teacher))
-        held_out = jax.jit(make_loss_sums(stage, model, teacher)), read
+        held_out = jax.jit(_make_loss_sums(stage, model, teacher)), read
     return train_programs(
         update, optimizer, model, batch, with_module=with_module, held_out=held_out
     )
@@ -254,19 +254,19 @@ def make_update(
     check_experts(stage.name, stage.balance, model.config)
     with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
     after_update = make_after_update(stage.balance, model.config)
-    compared = _distilled_sums(stage, model, teacher)
+    section = stage.distillation if isinstance(stage, SFTStage) else None
+    teacher_of = make_teacher(stage, teacher)
 
     def loss_fn(
         params: Params,
         rows: tuple[Mapping[str, jax.Array], _Weights],
-        teacher_weights: Params | None = None,
+        teacher: Teacher | None = None,
     ) -> LossOutput:
         batch, weights = rows
         count = batch["trained"].sum()
-        if compared is not None:
-            sums, routings = compared(params, batch, teacher_weights, balance=balance)
+        if teacher is not None and section is not None:
+            sums, routings = _distilled_sums(params, batch, model, teacher, balance=balance)
             means = {name: (total, count) for name, total in sums.items()}
-            section = stage.distillation
             loss = weights.loss[0] * (
                 section.coefficient * sums[DIVERGENCE]
                 + section.cross_entropy_coefficient * sums["loss"]
@@ -300,9 +300,7 @@ def make_update(
         return LossOutput(loss, {"tokens/trained": count.astype(jnp.float32)}, means, counts=loads)
 
     def step(
-        state: TrainState,
-        batch: Mapping[str, jax.Array],
-        teacher_weights: Params | None = None,
+        state: TrainState, batch: Mapping[str, jax.Array], *teacher_weights: Params
     ) -> tuple[TrainState, Metrics]:
         rows = stage.rows_per_step
         weights = _Weights(
@@ -313,7 +311,9 @@ def make_update(
         return train_step(
             state,
             (batch, weights),
-            partial(loss_fn, teacher_weights=teacher_weights),
+            loss_fn
+            if teacher_of is None
+            else partial(loss_fn, teacher=teacher_of(*teacher_weights)),
             optimizer,
             micro_batches=stage.micro_batches,
             after_update=after_update,
@@ -336,71 +336,49 @@ def mtp_weight(stage: PretrainStage | SFTStage, step: jax.Array) -> jax.Array:
     return weights[jnp.searchsorted(starts, step, side="right") - 1]
 
 
-class _DistilledSums(Protocol):
-    """Sums over the trained tokens of a batch, by the names of metrics, and the routings."""
-
-    def __call__(
-        self,
-        params: Params,
-        batch: Mapping[str, jax.Array],
-        teacher_weights: Params,
-        /,
-        *,
-        balance: bool = False,
-    ) -> tuple[dict[str, jax.Array], Routings]: ...
-
-
 def _distilled_sums(
-    stage: PretrainStage | SFTStage, model: Decoder, teacher: Decoder | None
-) -> _DistilledSums | None:
-    """None: the stage has no teacher."""
-    if teacher is None or not isinstance(stage, SFTStage) or stage.distillation is None:
-        return None
-    teacher_of = make_teacher(stage.distillation, teacher)
-
-    def sums(
-        params: Params,
-        batch: Mapping[str, jax.Array],
-        teacher_weights: Params,
-        /,
-        *,
-        balance: bool = False,
-    ) -> tuple[dict[str, jax.Array], Routings]:
-        tokens = distilled_log_probs(
-            *(params, _token_rows(batch), model, teacher_of(teacher_weights)),
-            wanted=batch["trained"] > 0,
-            balance=balance,
-        )
-        return {
-            "loss": -jnp.sum(tokens.log_probs),
-            DIVERGENCE: jnp.sum(tokens.comparison.divergence),
-            AGREEMENT: jnp.sum(tokens.comparison.agrees),
-        }, tokens.routings
-
-    return sums
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    model: Decoder,
+    teacher: Teacher,
+    *,
+    balance: bool = False,
+) -> tuple[dict[str, jax.Array], Routings]:
+    """Sums over the trained tokens by the names of metrics, where `loss` is their negative
+    log-likelihood; and the routings."""
+    tokens = distilled_log_probs(
+        *(params, _token_rows(batch), model, teacher),
+        wanted=batch["trained"] > 0,
+        balance=balance,
+    )
+    sums = {
+        "loss": -jnp.sum(tokens.log_probs),
+        DIVERGENCE: jnp.sum(tokens.comparison.divergence),
+        AGREEMENT: jnp.sum(tokens.comparison.agrees),
+    }
+    return sums, tokens.routings
 
 
-def make_loss_sums(
+def _make_loss_sums(
     stage: SFTStage, model: Decoder, teacher: Decoder | None
 ) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
-    """`sums(params, batch)`, with a teacher's weights as a third argument where there is one: the
-    trained tokens' negative log-likelihoods and what compares the model with the teacher, summed;
-    and the tokens' number.
+    """`loss_sums(params, batch)`: sums over the trained tokens, and their number.
 
-    The batch has `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time].
+    The batch has `tokens`, `positions`, `segment_ids` and `trained`, each [rows, time]. Of a stage
+    that distils, the teacher's weights are a third argument.
     """
-    compared = _distilled_sums(stage, model, teacher)
+    teacher_of = make_teacher(stage, teacher)
 
-    def sums(
-        params: Params, batch: Mapping[str, jax.Array], teacher_weights: Params | None = None
+    def loss_sums(
+        params: Params, batch: Mapping[str, jax.Array], *teacher_weights: Params
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         count = batch["trained"].astype(jnp.float32).sum()
-        if compared is not None and teacher_weights is not None:
-            return compared(params, batch, teacher_weights)[0], count
+        if teacher_of is not None:
+            return _distilled_sums(params, batch, model, teacher_of(*teacher_weights))[0], count
         log_probs = token_log_probs(params, _token_rows(batch), model).log_probs
         return {"loss": _trained_sum(log_probs, batch)}, count
 
-    return sums
+    return loss_sums
 
 
 def _trained_sum(log_probs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:

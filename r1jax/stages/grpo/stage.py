@@ -666,15 +666,15 @@ def make_update(
             after_update=make_after_update(stage.balance, model.config),
         )
 
-    if teacher is None or stage.distillation is None:
+    if (teacher_of := make_teacher(stage, teacher)) is None:
         return policy_step(log_prob_fn)
-    teacher_of = make_teacher(stage.distillation, teacher)
 
     def update(
-        state: TrainState, batch: GRPOBatch, teacher_weights: Params | None = None
+        state: TrainState, batch: GRPOBatch, *teacher_weights: Params
     ) -> tuple[TrainState, Metrics]:
-        if teacher_weights is None or stage.samples_divergence:  # the batch has its log-probs
-            return policy_step(log_prob_fn)(state, batch)
-        return policy_step(partial(log_prob_fn, teacher=teacher_of(teacher_weights)))(state, batch)
+        function: LogProbFn = log_prob_fn
+        if not stage.samples_divergence:  # else the batch has the teacher's log-probs
+            function = partial(log_prob_fn, teacher=teacher_of(*teacher_weights))
+        return policy_step(function)(state, batch)
 
     return update
