@@ -33,7 +33,7 @@ from r1jax.run.reward_checks import (
 )
 from r1jax.run.stop import StopSignal
 from r1jax.settings.model import MODEL
-from r1jax.settings.stage import Divided, DividedBy, Stage
+from r1jax.settings.stage import TEACHER, Divided, DividedBy, Stage
 from r1jax.sharding import StandIn, split_cpu
 
 if TYPE_CHECKING:
@@ -150,11 +150,19 @@ def check_trackers(config: RunConfig) -> None:
         raise config.refusal("trackers", problem)
 
 
+def _teachers(stage: Stage) -> list[str]:
+    """Where weights come from that read the stage's samples, too."""
+    return [use.source for use in stage.other_weights() if use.gives == TEACHER]
+
+
 def _check_positions(run: ResolvedRun) -> None:
     """Raises ConfigError where a prompt and its completion are longer than the model may read."""
     config = run.config
-    for stage in config.stages:
-        model, new = run.models.of(stage.name), stage.longest_sample()
+    readers = [
+        (stage, source) for stage in config.stages for source in (stage.name, *_teachers(stage))
+    ]
+    for stage, reader in readers:
+        model, new = run.models.of(reader), stage.longest_sample()
         positions = stated_positions(model.section)
         if positions is None or not new:
             continue
@@ -168,7 +176,7 @@ def _check_positions(run: ResolvedRun) -> None:
                 prompts, _ = run.datasets.prompts(data, model.tokenizer)
                 longest = max(len(prompt.token_ids) for prompt in prompts)
             if longest + new > positions:
-                section = config.model_of(stage.name)
+                section = config.model_of(reader)
                 key, remedy = "max_new_tokens", "max_new_tokens"
                 limit: object = getattr(stage, "max_new_tokens", new)
                 if getattr(stage, "turns", None):
