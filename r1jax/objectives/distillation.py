@@ -88,24 +88,41 @@ def compare_logits(
         return jnp.log(total(jnp.exp(x - highest[..., None]))) + highest
 
     p, q = student.astype(jnp.float32), jax.lax.stop_gradient(teacher.astype(jnp.float32))
+    agrees = _likeliest(p, mesh_axes) == _likeliest(q, mesh_axes)
+    agrees = agrees.astype(jnp.float32)
+    kept = None if divergence.top_k is None else _among_top(q, divergence.top_k, mesh_axes)
     p, q = (x - log_total(x)[..., None] for x in (p, q))
-    likeliest = [x == peak(x)[..., None] for x in (p, q)]
-    agrees = (total(likeliest[0] & likeliest[1]) > 0).astype(jnp.float32)
     term = _term(divergence)
-    if divergence.top_k is None:
+    if kept is None:
         return Comparison(total(term(p, q)), agrees)
-    kept = q >= _kth(q, divergence.top_k, mesh_axes)
     rest = (log_total(jnp.where(kept, _NONE, x)) for x in (p, q))
     return Comparison(total(jnp.where(kept, term(p, q), 0.0)) + term(*rest), agrees)
 
 
-def _kth(x: jax.Array, k: int, mesh_axes: tuple[str, ...]) -> jax.Array:
-    """The k-th largest value over the vocabulary: [..., 1]."""
-    best, _ = jax.lax.top_k(x, min(k, x.shape[-1]))
+def _likeliest(x: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """The index of the largest value over the vocabulary, the first of equal ones."""
+    x = jax.lax.stop_gradient(x)
+    index = jnp.argmax(x, axis=-1)
+    if not mesh_axes:
+        return index
+    value = jnp.max(x, axis=-1)
+    index += jax.lax.axis_index(mesh_axes) * x.shape[-1]
+    no_index = jax.lax.axis_size(mesh_axes) * x.shape[-1]
+    best = jnp.where(value == jax.lax.pmax(value, mesh_axes), index, no_index)
+    return jax.lax.pmin(best, mesh_axes)
+
+
+def _among_top(x: jax.Array, k: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """Which of the values are the k largest over the vocabulary.
+
+    By their indices: a value that is computed twice, here and there, may be rounded in two ways.
+    """
+    best, index = jax.lax.top_k(x, min(k, x.shape[-1]))
+    kept = jnp.ones(best.shape, bool)
     if mesh_axes:
         of_all = jax.lax.all_gather(best, mesh_axes, axis=x.ndim - 1, tiled=True)
-        best, _ = jax.lax.top_k(of_all, min(k, of_all.shape[-1]))
-    return best[..., -1:]
+        kept = best >= jax.lax.top_k(of_all, min(k, of_all.shape[-1]))[0][..., -1:]
+    return jnp.put_along_axis(jnp.zeros(x.shape, bool), index, kept, axis=-1, inplace=False)
 
 
 def _term(divergence: Divergence) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -70,7 +70,9 @@ def plainly(params: Any, teacher: Any, rows: TokenRows, kept: int, temperature: 
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), compared)
 
 
-@pytest.mark.parametrize(("which", "divergence"), zip(TEACHERS, DIVERGENCES, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("which", "divergence"), list(zip(TEACHERS, DIVERGENCES, strict=True)), ids=str
+)
 def test_it_is_that_of_all_logits_with_its_gradient(which: str, divergence: Divergence) -> None:
     decoder = TEACHERS[which]
     teacher = Teacher(random_params(decoder.config), decoder, divergence, temperature=0.8)
@@ -95,7 +97,7 @@ def test_it_is_that_of_all_logits_with_its_gradient(which: str, divergence: Dive
 
     (total, full), gradients = jit(jax.value_and_grad(expected, has_aux=True))(params)
     compiled = jit(jax.value_and_grad(in_chunks, has_aux=True), static_argnums=1)
-    for chunk in (1, 4, 64):
+    for chunk in (1, 4, 64) if which == "same" else (4,):
         (got_total, got), got_gradients = compiled(params, chunk)
         np.testing.assert_allclose(got_total, total, rtol=1e-5)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(full), strict=True):

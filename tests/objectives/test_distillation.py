@@ -82,6 +82,7 @@ def test_the_tail_counts_as_one_and_never_adds() -> None:
 
 def test_agreement_and_the_teacher_is_a_constant() -> None:
     student, teacher = map(jnp.asarray, logits(5))
+    teacher = teacher.at[0].add(3 * student[0])
     compared = compare_logits(student, teacher, Divergence())
     np.testing.assert_array_equal(compared.agrees, student.argmax(-1) == teacher.argmax(-1))
     assert 0 < compared.agrees.mean() < 1
