@@ -341,7 +341,9 @@ def _over_devices(
     """`compute(hidden, matrix, *per_token, temperature)` of each device's tokens."""
     temperature = jnp.asarray(temperature, jnp.float32)
     # One more argument, where there is a teacher.
-    teachers = () if teacher is None else (teacher.cut_to(matrix.shape[1]),)
+    teachers: tuple[_TeacherTokens, ...] = ()
+    if teacher is not None:
+        teachers = (teacher.cut_to(matrix.shape[1]),)
     if layout is None or layout.shards("batch") * layout.shards("time") == 1:
         return compute(hidden, matrix, *per_token, temperature, *teachers)
     batch_time, table = layout.spec(("batch", "time")), dict(layout.rules)
