@@ -22,7 +22,7 @@ def unclipped(kl: float = 0.0) -> Objective:
 VALUE = unclipped()
 NEEDS_VALUES = replace(VALUE, needs=("values",))
 UNCORRECTED = replace(VALUE, correction=None)
-CRITIC = ppo()
+CRITIC = replace(ppo(), critic=None)
 NOTHING = 3
 
 

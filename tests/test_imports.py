@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "r1jax"
 # A package imports what stands on its own line or above. Modules of the root count as packages.
 LAYERS = [
     "files settings",
-    "sharding train_step objectives models sampler policy_step grpo",
+    "sharding train_step objectives models sampler policy_step critic_step grpo",
     "lock checksums bucket processes peers compilation_cache checkpoints metrics config rewards",
     "data weights evaluation search",
     "run",

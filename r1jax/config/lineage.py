@@ -22,7 +22,7 @@ from r1jax.settings.stage import EXTENDABLE
 @dataclass(frozen=True)
 class Edge:
     """What `source` (a stage or a model) gives: `weights`, `data`, `reward`, or what it is to the
-    stage, such as `rewriter` or `teacher`."""
+    stage, such as `rewriter`, `teacher` or `critic`."""
 
     source: str
     target: str

@@ -30,7 +30,7 @@ from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection, VerifierSection
 from r1jax.settings.section import Section, SettingError
-from r1jax.settings.stage import Leaves, Stage
+from r1jax.settings.stage import Leaves, Stage, WeightsUse
 
 
 def _of_its_kind(stage: object) -> object:
@@ -220,14 +220,18 @@ class RunConfig(Section):
                             f"{rows.replace('_', ' ')}; {where} reads "
                             f"{stage.dataset_rows_read().replace('_', ' ')}"
                         )
-            uses = [("weights", stage.weights)] if stage.weights is not None else []
-            uses += [(use.key, use.source) for use in stage.other_weights()]
-            known = [*self._names("weights", before=index), MODEL, *self.models]
-            for key, weights in uses:
-                if weights not in known:
+            uses = stage.other_weights()
+            if stage.weights is not None:
+                uses = [WeightsUse("weights", stage.weights, "weights"), *uses]
+            for use in uses:
+                known = [*self._names("weights", before=index), MODEL, *self.models]
+                if use.rewards:
+                    trained = [self.stage(n) for n in self._names("reward_model", before=index)]
+                    known += [s.name for s in trained if s.DESCRIPTION.head == "scalar"]
+                if use.source not in known:
                     raise ValueError(
-                        f"{where}.{key} = {weights!r}: neither an earlier train stage nor a model; "
-                        f"there are {known}"
+                        f"{where}.{use.key} = {use.source!r}: neither an earlier train stage nor a "
+                        f"model; there are {known}"
                     )
             for key, weights in stage.prediction_module_uses():
                 self._check_prediction_module(f"{where}.{key}", weights)

@@ -250,14 +250,18 @@ def encode_solutions(
     whole = [render_prompt(prompt, section, tokenizer) for prompt in distinct]
     rendered = [text.removesuffix(prefill) for text, prefill in whole]
     opening = dict(zip(distinct, encode_texts(rendered, tokenizer), strict=True))
-    eos = str(tokenizer.eos_token) if tokenizer.eos_token else ""
-    solutions = encode_texts([text.removesuffix(eos) for text in texts], tokenizer)
     rows = []
-    for prompt, ids in zip(prompts, solutions, strict=True):
+    for prompt, ids in zip(prompts, solution_tokens(texts, tokenizer), strict=True):
         before = opening[prompt]
         ends = np.asarray(steps.ends(ids), np.int32) + len(before)
         rows.append((np.asarray([*before, *ids], np.int32), ends.astype(np.int32)))
     return rows
+
+
+def solution_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of solutions in rows of `encode_solutions`: without an EOS."""
+    eos = str(tokenizer.eos_token) if tokenizer.eos_token else ""
+    return encode_texts([text.removesuffix(eos) for text in texts], tokenizer)
 
 
 def encode_step_labels(

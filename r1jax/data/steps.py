@@ -87,6 +87,11 @@ class TokenSteps:
         counts = self.counts(token_ids, step_ends(text, self.rule))
         return [count - 1 for count in dict.fromkeys(counts)]
 
+    def character_ends(self, token_ids: Sequence[int]) -> list[int]:
+        """How many characters of the text are there at the end of each step of `ends`."""
+        offsets = step_ends(self.decode(token_ids), self.rule)
+        return list(dict(zip(self.counts(token_ids, offsets), offsets, strict=True)).values())
+
     def counts(self, token_ids: Sequence[int], offsets: Sequence[int]) -> list[int]:
         """How many tokens hold the first characters of their text, for each number of characters,
         which increase."""

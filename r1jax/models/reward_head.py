@@ -1,4 +1,4 @@
-"""What reward models give: one number for a text, or the logits of labels for each token."""
+"""What reward models and critics give: a number for a text or for each token, or labels' logits."""
 
 from __future__ import annotations
 
@@ -56,6 +56,29 @@ def reward_scores(
     # In float32, head and sum: a loss sees differences of scores, and bfloat16 has 8 bits.
     scores = jnp.sum(last.astype(jnp.float32) * params["score"][:, 0].astype(jnp.float32), axis=-1)
     return scores.reshape(ends.shape)
+
+
+def token_values(params: Params, rows: TokenRows, model: Decoder) -> Float[Array, "rows time"]:
+    """V of a critic before each token: what its scalar head gives at the token before.
+
+    A value is that of the state in which a token is chosen: it has not read the token. What stands
+    at the first token of a segment means nothing; there nothing is trained.
+
+    Raises:
+      ValueError: the model has another head, or rows share prompts.
+    """
+    if model.config.head != "scalar":
+        raise ValueError(
+            f"a model with head = {model.config.head!r} gives no values; replace(config, "
+            "head='scalar') declares a critic"
+        )
+    if rows.prompt_of is not None:
+        raise ValueError("rows with prompt_of: a critic reads rows in which no prompt is shared")
+    hidden = forward(params, rows, model).hidden.astype(jnp.float32)
+    # In float32, as the score of a text.
+    head = params["score"][:, 0].astype(jnp.float32)
+    values = jnp.einsum("bth,h->bt", hidden, head, precision=jax.lax.Precision.HIGHEST)
+    return jnp.roll(values, 1, axis=1)
 
 
 def token_label_logits(

@@ -147,16 +147,18 @@ def generalised_advantages(
     discount: float = 1.0,
     decay: float = 1.0,
 ) -> Tokens:
-    """A_t = sum_{k >= 0} (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}) over the rest of a
-    sequence, behind whose end V is 0 (GAE, arXiv 1506.02438, equation 16); 0 where nothing is
-    trained. No gradient.
+    """A_t = sum_{k >= 0} (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}) over the trained
+    tokens of the rest of a sequence, behind whose end V is 0 (GAE, arXiv 1506.02438, equation 16);
+    0 where nothing is trained. No gradient.
 
     With lambda = 1 it is what is still to come of the reward, less V_t: as R1's paper compares PPO.
+    Tokens that are not trained, such as those of an instruction between two turns, are passed over:
+    what follows a token is the next trained one.
 
     Args:
       rewards: of each token; an outcome's stands at the last one.
-      values: of a critic, before each token. mask: the trained tokens of a sequence are neighbours.
-      segment_ids: as of `sequence_sum`. discount: gamma. decay: lambda.
+      values: of a critic, before each token. segment_ids: as of `sequence_sum`.
+      discount: gamma. decay: lambda.
 
     Raises:
       ValueError: arrays of other shapes.
@@ -165,12 +167,19 @@ def generalised_advantages(
     check_alike(PER_TOKEN, arrays)
     trained = mask > 0
     rewards, values = (jnp.where(trained, x, 0) for x in jax.lax.stop_gradient((rewards, values)))
-    goes_on = trained[:, :-1] & trained[:, 1:]
+    same = jnp.ones_like(trained[:, 1:])
     if segment_ids is not None:
-        goes_on &= segment_ids[:, :-1] == segment_ids[:, 1:]
-    goes_on = jnp.pad(goes_on, ((0, 0), (0, 1)))  # to the token behind
-    after = jnp.where(goes_on, jnp.roll(values, -1, axis=1), 0)
-    errors = rewards + discount * after - values
+        same = segment_ids[:, :-1] == segment_ids[:, 1:]
+    goes_on = jnp.pad(same, ((0, 0), (0, 1)))  # to the token behind
+    next_values = _from_the_end((goes_on & ~trained).astype(values.dtype), values)
+    after = jnp.where(goes_on, jnp.roll(next_values, -1, axis=1), 0)
+    errors = jnp.where(trained, rewards + discount * after - values, 0)
+    factors = jnp.where(goes_on, jnp.where(trained, discount * decay, 1), 0).astype(errors.dtype)
+    return jnp.where(trained, _from_the_end(factors, errors), 0)
+
+
+def _from_the_end(factors: Tokens, terms: Tokens) -> Tokens:
+    """x_t = terms_t + factors_t x_{t+1}."""
 
     def add(
         later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
@@ -178,8 +187,7 @@ def generalised_advantages(
         (a, b), (c, d) = later, earlier
         return a * c, d + c * b
 
-    factors = discount * decay * goes_on.astype(errors.dtype)
-    return jax.lax.associative_scan(add, (factors, errors), reverse=True, axis=1)[1]
+    return jax.lax.associative_scan(add, (factors, terms), reverse=True, axis=1)[1]
 
 
 def _scored(rewards: Rewards) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -119,6 +119,20 @@ class Penalty:
     weighted: bool = False
 
 
+@dataclass(frozen=True)
+class CriticTerms:
+    """How a critic's values become advantages, and what the critic learns: the returns.
+
+    discount, decay: gamma and lambda of `generalised_advantages`. value_clip: of `value_loss`.
+    whitened: the advantages are normalised over all tokens of a phase (`whiten_advantages`).
+    """
+
+    discount: float = 1.0
+    decay: float = 1.0
+    value_clip: float | None = 0.5
+    whitened: bool = True
+
+
 def _token_log_ratio(tokens: PolicyTokens) -> jax.Array:
     return log_ratio(tokens.log_probs, tokens.old_log_probs)
 
@@ -138,6 +152,9 @@ class Objective:
     whitened: advantages are normalised over all tokens of a phase (`whiten_advantages`).
     needs: names of `GRPOBatch`'s fields, or `entropy`, without which a batch is refused.
         `segment_ids` are needed only where rows hold several sequences.
+    critic: advantages are those of a critic's values; None: there is no critic.
+    by_step: the tokens of a sample may have different advantages, and `advantages`, if there is
+        such a function, may be given the rewards of all steps of a prompt's samples in its row.
     """
 
     name: str
@@ -151,6 +168,8 @@ class Objective:
     constant_length: int | None = None
     whitened: bool = False
     needs: tuple[str, ...] = ()
+    critic: CriticTerms | None = None
+    by_step: bool = False
 
     @property
     def changes_token_advantages(self) -> bool:
@@ -267,7 +286,8 @@ def gspo(settings: GSPO | None = None) -> Objective:
     def of_sequence(tokens: PolicyTokens) -> jax.Array:
         return function(tokens.log_probs, tokens.old_log_probs, tokens.mask, tokens.segment_ids)
 
-    return _named(settings, _clipped(settings), _grouped(settings), of_sequence)
+    objective = _named(settings, _clipped(settings), _grouped(settings), of_sequence)
+    return replace(objective, by_step=settings.form == "token")
 
 
 def cispo(settings: CISPO | None = None) -> Objective:
@@ -337,7 +357,11 @@ def reinforce_plus_plus(settings: ReinforcePlusPlus | None = None) -> Objective:
 def ppo(settings: PPO | None = None) -> Objective:
     """min(r A, clip(r) A) (arXiv 1707.06347, equation 7), with advantages of a critic."""
     settings = settings or PPO()
-    return _named(settings, _clipped(settings, settings.dual_clip), None)
+    objective = _named(settings, _clipped(settings, settings.dual_clip), None)
+    critic = CriticTerms(
+        settings.discount, settings.gae_lambda, settings.value_clip, settings.whiten
+    )
+    return replace(objective, critic=critic)
 
 
 def _grouped(
@@ -415,7 +439,12 @@ def _named(
         settings.constant_length,
         whitened,
         (*needs, *(["segment_ids"] if by_sequence else [])),
+        by_step=settings.kind not in _ONE_ADVANTAGE,
     )
+
+
+# Their formulas have one advantage for a sample: the others' mean, or a product over its tokens.
+_ONE_ADVANTAGE = ("rloo", "gmpo")
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:

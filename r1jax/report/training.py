@@ -81,6 +81,13 @@ _PANELS = (
     Panel("Gradient norm", {"optimizer/grad_norm": "before clipping"}),
     Panel("Clipped tokens", {"policy/clip_fraction": "share of tokens"}, percent=True),
     Panel(
+        "What the critic knows",
+        {"critic/explained_variance": "share of the returns' variance"},
+        "1 - Var(return - value) / Var(return); below 0 it is worse than one value for all tokens.",
+        percent=True,
+    ),
+    Panel("Values", {"critic/value_mean": "mean value", "critic/return_mean": "mean return"}),
+    Panel(
         "Throughput",
         {
             "tokens_per_second/rollout": "sampler, tokens/s",

@@ -83,6 +83,8 @@ class Score:
       extracted: the final answer as it was read, for votes and logs.
       detail: the reason when the verifier failed; else more about the result, for logs.
       deadline: the cause of a deadline that passed: `answer`, `reference` or `unknown`.
+      steps: of a process reward model with `per_step`: how many characters of the completion (see
+        `RewardInput`) are read where a step ends, increasing, and its score.
     """
 
     reward: float
@@ -90,6 +92,7 @@ class Score:
     extracted: str | None = None
     detail: str | None = None
     deadline: str | None = None
+    steps: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def binary(cls, right: bool, extracted: str | None = None, detail: str | None = None) -> Score:

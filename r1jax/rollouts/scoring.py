@@ -15,7 +15,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
 from r1jax.data.padded_rows import pad_texts
 from r1jax.data.preferences import Reads, encode_responses
-from r1jax.data.step_labels import encode_solutions
+from r1jax.data.step_labels import encode_solutions, solution_tokens
 from r1jax.data.steps import TokenSteps
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
@@ -291,7 +291,9 @@ def _load_reward_model(
         return RewardModel(name, reward.domains, section, reads, as_probability, loaded)
     how = reward.solution_score or steps.solution_score
     cutter = TokenSteps(model.tokenizer, steps.rule)
-    return ProcessRewardModel(name, reward.domains, section, cutter, how, loaded)
+    return ProcessRewardModel(
+        name, reward.domains, section, cutter, how, loaded, per_step=reward.per_step
+    )
 
 
 @dataclass(frozen=True)
@@ -395,6 +397,7 @@ class ProcessRewardModel:
     """A trained process reward model, for completions of its domains (None: all).
 
     section: whose template renders a prompt with its solution. steps: finds the ends of its steps.
+    per_step: scores say where the steps end.
     """
 
     name: str
@@ -403,6 +406,7 @@ class ProcessRewardModel:
     steps: TokenSteps
     how: SolutionScore
     loaded: _Loaded
+    per_step: bool = False
 
     @span("reward model")
     def score(self, completions: Sequence[Completion]) -> list[Score | None]:
@@ -415,8 +419,12 @@ class ProcessRewardModel:
         steps = self.step_scores(questions, responses)
         rewards = [solution_score(each, self.how) if each else math.nan for each in steps]
         scores: list[Score | None] = [None] * len(completions)
-        for i, score, of_steps in zip(chosen, _with_lowest(rewards, 0.5), steps, strict=True):
-            scores[i] = replace(score, detail=" ".join(f"{x:.3f}" for x in of_steps) or None)
+        of_chosen = _with_lowest(rewards, 0.5)
+        ends = self._character_ends(responses) if self.per_step else [[]] * len(chosen)
+        for i, score, of_steps, at in zip(chosen, of_chosen, steps, ends, strict=True):
+            detail = " ".join(f"{x:.3f}" for x in of_steps) or None
+            pairs = tuple(zip(at, of_steps or [score.reward], strict=False))
+            scores[i] = replace(score, detail=detail, steps=pairs)
         return scores
 
     def step_scores(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[float]]:
@@ -427,3 +435,9 @@ class ProcessRewardModel:
         rows = encode_solutions(questions, responses, self.section, self.steps)
         outputs = iter(self.loaded.outputs([tokens for tokens, ends in rows if len(ends)]))
         return [next(outputs)[ends].tolist() if len(ends) else [] for _, ends in rows]
+
+    def _character_ends(self, responses: Sequence[str]) -> list[list[int]]:
+        """Where the steps of each response end; what has no step ends as one, behind its text."""
+        tokens = solution_tokens(responses, self.steps.tokenizer)
+        ends = [self.steps.character_ends(ids) for ids in tokens]
+        return [e or [len(text) + 1] for e, text in zip(ends, responses, strict=True)]

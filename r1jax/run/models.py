@@ -22,7 +22,7 @@ from r1jax.models import (
     choose_attention,
     init_params,
 )
-from r1jax.models.parameters import Params
+from r1jax.models.parameters import Params, abstract_weights, declare, declare_head
 from r1jax.run.record import RunFiles
 from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
@@ -289,6 +289,17 @@ class LanguageModel:
         )
 
 
+def _with_zero_head(params: Params, critic: Decoder) -> Params:
+    """The decoder of `params` under a critic's head that says 0."""
+    head = {
+        name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        for name, leaf in abstract_weights(critic).items()
+        if name in declare_head(critic.config)
+    }
+    trunk = {name: params[name] for name in declare(critic.config) if name not in head}
+    return {**trunk, **head}
+
+
 @dataclass(frozen=True)
 class Models:
     """The models that a run's stages use, by their name in the config.
@@ -336,6 +347,30 @@ class Models:
             seed = seed_of(self.config.seed, "head", stage)
             return model.load(self.files.trained(source), new_head=seed)
         return self.weights(source, model)
+
+    def critic_of(self, source: str) -> LanguageModel:
+        """The value model that starts from the weights `source`: a train stage's, or a model's."""
+        return self.of(source).with_head("scalar")
+
+    def critic_weights(self, source: str, seed: int) -> Params:
+        """The first weights of `critic_of(source)`: those of a critic that the stage left, or of a
+        reward model, as they are; else a decoder's with a new head, which is 0."""
+        model = self.critic_of(source)
+        if source in self.by_name:
+            language = self.by_name[source]
+            if language.decoder.config.head == "scalar":
+                return model.load(hugging_face.resolve(str(language.section.path)))
+            if language.section.path is None:
+                return _with_zero_head(self.weights(source, language), model.decoder)
+            params = model.initial(seed)
+        else:
+            critic, trained = self.files.trained_critic(source), self.files.trained(source)
+            if (critic / "config.json").is_file():
+                return model.load(critic)
+            if self.of(source).decoder.config.head == "scalar":
+                return model.load(trained)
+            params = model.load(trained, new_head=seed)
+        return _with_zero_head(params, model.decoder)
 
     def weights(self, source: str, model: LanguageModel) -> Params:
         """The weights of `model` that the train stage `source` left, or that the config names."""

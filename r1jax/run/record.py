@@ -91,6 +91,10 @@ class RunFiles:
         """The Hugging Face directory that a train stage leaves."""
         return self.home(self.stage_directory(stage) / "model")
 
+    def trained_critic(self, stage: str) -> Path:
+        """The Hugging Face directory of its critic, where a train stage has one."""
+        return self.home(self.stage_directory(stage) / "critic")
+
 
 @dataclass(frozen=True)
 class Record:

@@ -93,6 +93,12 @@ def check_reward_models(config: RunConfig, layout: Layout) -> None:
                     "this stage trains no process reward model, which alone has step_rule and "
                     "solution_score; remove them, or name a process_reward_model stage",
                 )
+            if form.steps is None and reward.per_step:
+                raise config.refusal(
+                    (*place, "model"),
+                    "this stage trains no process reward model, which alone scores steps; remove "
+                    "per_step, or name a process_reward_model stage",
+                )
             if reward.step_rule is not None:
                 raise config.refusal(
                     (*place, "step_rule"), f"that of stages.{reward.model} is used; remove it"

@@ -56,6 +56,24 @@ class Resumable(Protocol):
     def restore(self, state: DataCursor) -> None: ...
 
 
+class CriticStart(NamedTuple):
+    """The train state of a critic: its shapes, and how the first one is made."""
+
+    abstract: TrainState
+    create: Callable[[], TrainState]
+
+
+class Beside(NamedTuple):
+    """What is kept beside the trained weights: a copy of the first ones, which is the reference
+    policy, and a critic."""
+
+    reference: bool = False
+    critic: CriticStart | None = None
+
+
+_ALONE = Beside()
+
+
 class PendingUpdate(NamedTuple):
     """An update that the devices may still compute. step: the stage's, behind it."""
 
@@ -68,9 +86,10 @@ class PendingUpdate(NamedTuple):
 class TrainLoop:
     """The state of one train loop and its one atomic checkpoint; made by `train_loop`.
 
-    A checkpoint holds weights, optimizer, step, the data cursor, the reference policy (if any) and
-    the metrics cursor; that of a run that is stopped as it samples beside an update has the weights
-    that sample, too. Random numbers are functions of (seed, step, ids): there is no key to keep.
+    A checkpoint holds weights, optimizer, step, the data cursor, the reference policy and the train
+    state of the critic (if any) and the metrics cursor; that of a run that is stopped as it samples
+    beside an update has the weights that sample, too. Random numbers are functions of (seed, step,
+    ids): there is no key to keep.
     """
 
     stage: TrainStage
@@ -94,6 +113,7 @@ class TrainLoop:
     sampling: Params | None = None
     # A teacher's weights, which are constants: of no checkpoint, and the update's last argument.
     teacher: Params | None = None
+    critic: TrainState | None = None
     _timed: int = 0  # rows of timings in this process
     _warned: bool = False
     _batch_shape: tuple[int, ...] = ()
@@ -205,6 +225,8 @@ class TrainLoop:
             arrays: dict[str, PyTree] = {"state": self.state}
             if self.reference is not None:
                 arrays["reference"] = self.reference
+            if self.critic is not None:
+                arrays["critic"] = self.critic
             if self.sampling is not None:
                 arrays[_SAMPLING] = self.sampling
             metadata = {
@@ -238,12 +260,11 @@ def train_loop(
     data: Resumable,
     *,
     steps: int,
-    with_reference: bool = False,
+    beside: Beside = _ALONE,
 ) -> Iterator[TrainLoop]:
     """Gives the loop at its newest checkpoint, or at the start; metric files are cut to match.
 
     A resumed loop never makes the initial weights: they would be in memory twice for a moment.
-    `with_reference` keeps a copy of them as the reference policy.
     """
     clock, process = Clock(), jax.process_index()
     model = run.models.of(stage.name)
@@ -263,10 +284,14 @@ def train_loop(
         checkpoints = stack.enter_context(Checkpoints(directory, keep=stage.keep_checkpoints))
         compilations = stack.enter_context(CompilationCounter())
         with span("setup"):
-            reference = {"reference": abstract.params} if with_reference else {}
+            wanted: dict[str, PyTree] = {"state": abstract}
+            if beside.reference:
+                wanted["reference"] = abstract.params
+            if beside.critic is not None:
+                wanted["critic"] = beside.critic.abstract
             notes: list[str] = []
             saved = checkpoints.restore_latest(
-                {"state": abstract, **reference},
+                wanted,
                 notes.append,
                 {_SAMPLING: lambda: abstract_weights(run.models.sampler_of(stage.name).decoder)},
             )
@@ -275,10 +300,12 @@ def train_loop(
             step = 0
             if saved is None:
                 params = run.models.initial_weights(stage.name)
-                if with_reference:
+                if beside.reference:
                     arrays["reference"] = copy_weights(params)
                 arrays["state"] = create_train_state(params, optimizer, abstract)
                 del params
+                if beside.critic is not None:
+                    arrays["critic"] = beside.critic.create()
             else:
                 step, arrays, metadata = saved
                 data.restore(metadata["data"])
@@ -312,6 +339,7 @@ def train_loop(
             metadata.get("held_out_step"),
             arrays.pop(_SAMPLING, None),
             _teacher(stage, run),
+            arrays.pop("critic", None),
         )
 
 

@@ -273,16 +273,26 @@ class ReinforcePlusPlus(_Shared):
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(_Shared):
-    """PPO's clip, with advantages of a critic (1707.06347).
+    """PPO's clip, with advantages of a critic (1707.06347; GAE, 1506.02438).
 
     clip_low, clip_high: epsilon of the ratio's interval [1 - clip_low, 1 + clip_high].
     dual_clip: for negative advantages the term is at least dual_clip * A (1912.09729); null: off.
+    gae_lambda: 1: an advantage is the return less the critic's value, without bias; below 1 the
+        values of later tokens stand for a part of it. The R1 paper compares 0.95 and 1.
+    discount: gamma, of a reward for each token that it is ahead.
+    value_clip: the critic's new value counts as no further from the old one than this, where that
+        makes its loss larger (2005.12729); null: off. 0.5 is verl's.
+    whiten: normalise the advantages over all tokens of a phase, as verl, OpenRLHF and TRL do.
     """
 
     kind: Literal["ppo"] = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
+    gae_lambda: float = 1.0
+    discount: float = 1.0
+    value_clip: float | None = 0.5
+    whiten: bool = True
     normalisation: Normalisation = "token_mean"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_in: Literal["loss", "reward"] = "reward"
@@ -291,6 +301,11 @@ class PPO(_Shared):
         super().__post_init__()
         _check_not_negative(self, "clip_low", "clip_high")
         _check_dual_clip(self.dual_clip)
+        for name in ("gae_lambda", "discount"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be in 0..1")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise ValueError(f"value_clip = {self.value_clip}: must be positive, or null for off")
 
 
 @dataclass(frozen=True, kw_only=True)

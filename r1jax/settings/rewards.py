@@ -42,6 +42,11 @@ class RewardSection(Section):
         description="Of a process reward model: minimum, product or last of the steps' scores; "
         "default: the stage's, or minimum.",
     )
+    per_step: bool = Field(
+        False,
+        description="Of a process reward model, in RL: the score of each step is the reward of its "
+        "tokens, in place of the solution's score.",
+    )
     domains: list[str] | None = Field(
         None, min_length=1, description="Rows of these domains only; default: all rows."
     )
@@ -59,6 +64,8 @@ class RewardSection(Section):
             raise ValueError(
                 "step_rule and solution_score belong to a process reward model; give model, too"
             )
+        if self.per_step and (self.model is None or self.reads is not None):
+            raise ValueError("per_step belongs to a process reward model; give model and step_rule")
         if self.reads is not None and (self.step_rule or self.solution_score):
             raise ValueError(
                 "a process reward model reads whole responses: remove reads, or step_rule and "

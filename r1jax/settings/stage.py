@@ -106,11 +106,14 @@ class Divided:
 class WeightsUse:
     """Weights that a stage reads beside those that it starts from: the setting that names them, and
     what they are to the stage.
+
+    rewards: they may be those of a reward model of whole texts, too.
     """
 
     key: str
     source: str
     gives: str
+    rewards: bool = False
 
 
 TEACHER = "teacher"

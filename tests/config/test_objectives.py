@@ -106,7 +106,7 @@ def test_one_of_the_users_with_options() -> None:
             ["objective: {kind: grpo, kl_estimator: k1}"],
             "stages.rl.objective: kl_estimator = 'k1' in the loss penalises nothing",
         ),
-        (["objective: {kind: ppo}"], "stages.rl.objective: kind ppo needs a critic"),
+        (["critic: {warmup_steps: 1}"], "critic belongs to objective.kind ppo, and this is grpo"),
         (
             ["objective: {kind: rloo, importance_cap: null}", "phases_of_lag: 1"],
             "phases_of_lag = 1 with objective.importance_cap = null: nothing would correct",

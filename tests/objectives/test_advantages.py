@@ -76,7 +76,8 @@ def test_a_token_answers_for_the_kl_behind_it() -> None:
 def test_generalised_advantages_against_loops(discount: float, decay: float) -> None:
     rng = np.random.default_rng(0)
     ids = np.asarray([[1] * 5 + [2] * 4 + [0] * 2, [1] * 3 + [2] * 3 + [3] * 5])
-    mask = np.asarray([[0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1]]) > 0
+    # Between the turns of a sample tokens may be untrained: they are passed over.
+    mask = np.asarray([[0, 1, 0, 0, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0]]) > 0
     rewards, values = rng.normal(size=(2, *ids.shape))
     expected = np.zeros(ids.shape)
     for r, segment in {(row, each) for row in range(2) for each in ids[row]}:

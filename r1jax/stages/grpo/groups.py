@@ -30,16 +30,28 @@ class Question(NamedTuple):
     prompt: int
 
 
+class StepRewards(NamedTuple):
+    """Rewards of the steps of a sample.
+
+    ends: int32 [steps], the completion's token that ends each, increasing. rewards: float32.
+    """
+
+    ends: np.ndarray
+    rewards: np.ndarray
+
+
 @dataclass(frozen=True)
 class Group:
     """The samples of one question.
 
     rewards: float32 [samples]; nan where a sample was not scored.
+    steps: of each sample, where a reward is `per_step`; these are not in `rewards`.
     """
 
     question: Question
     completions: Sequence[Completion]
     rewards: np.ndarray
+    steps: Sequence[StepRewards] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ def encode_group(group: Group) -> JsonObject:
         "prompt": group.question.prompt,
         "rewards": _encode_array(group.rewards),
         "completions": encode_completions(group.completions),
+        **({"steps": [[*map(_encode_array, each)] for each in group.steps]} if group.steps else {}),
     }
 
 
@@ -133,7 +146,8 @@ def decode_group(encoded: JsonObject, prompt_of: Callable[[Question], Prompt]) -
     """The group that was encoded, without texts."""
     question = Question(encoded["data"], encoded["prompt"])
     completions = decode_completions(encoded["completions"], prompt_of(question))
-    return Group(question, completions, _decode_array(encoded["rewards"]))
+    steps = [StepRewards(*map(_decode_array, each)) for each in encoded.get("steps", ())]
+    return Group(question, completions, _decode_array(encoded["rewards"]), steps)
 
 
 def encode_phase(phase: Phase, layout: Layout) -> JsonObject:

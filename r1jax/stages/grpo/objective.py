@@ -30,15 +30,24 @@ def stage_objective(stage: GRPOStage) -> Objective:
     if not isinstance(settings, OutsideObjective):
         return make_objective(settings)
     objective = _from_outside(settings)
+    if stage.critic is not None and objective.critic is None:
+        raise SettingError("critic", f"objective {objective.name} has none; remove it")
+    if stage.rewarded and stage.outputs_per_question == 1 and objective.critic is None:
+        raise SettingError(
+            "outputs_per_question",
+            f"objective {objective.name} has no critic, and one sample no others to be compared "
+            "with; give 2 or more",
+        )
     if lacking := [name for name in objective.needs if name not in _COMPUTED]:
         raise SettingError(
             "objective.kind",
             f"it needs {', '.join(lacking)}, and a grpo stage has {', '.join(_COMPUTED)} alone",
         )
-    if objective.advantages is None:
+    if objective.advantages is None and objective.critic is None:
         raise SettingError(
             "objective.kind",
-            "its advantages are None; give a function of rewards, by which groups are compared",
+            "its advantages are None; give a function of rewards, by which groups are compared, or "
+            "critic",
         )
     if stage.importance_needed and objective.correction is None:
         raise SettingError(

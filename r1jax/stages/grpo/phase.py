@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import numpy as np
 
 from r1jax.data.instructions import Instruction
 from r1jax.data.order import DataCursor, local_slice
+from r1jax.data.steps import TokenSteps
 from r1jax.files import JsonObject
 from r1jax.models.parameters import Params
 from r1jax.processes import BatchSlice, gather, process_batch_slice
@@ -33,7 +34,9 @@ from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import Snapshot, TrainLoop
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import QueuedPrompt, default_slots, sample_queue
+from r1jax.settings.steps import StepRule
 from r1jax.sharding import Layout
+from r1jax.stages.grpo.credit import scored_group
 from r1jax.stages.grpo.groups import (
     Group,
     Phase,
@@ -105,6 +108,10 @@ class PhaseSampler:
     loop: TrainLoop
     reflections: Sequence[re.Pattern[str]] = ()  # counted in completions
     instructions: tuple[Instruction, ...] = ()  # between attempts at a question
+
+    @cached_property
+    def _tokens(self) -> TokenSteps:
+        return TokenSteps(self.sampler.tokenizer, StepRule())
 
     @property
     def _layout(self) -> Layout:
@@ -431,8 +438,9 @@ class PhaseSampler:
                 part = slice(local, local + samples)
                 local += samples
                 if number in phase.choice.kept:
-                    rewards = np.asarray([score.reward for score in scores[part]], np.float32)
-                    phase.groups[number] = Group(question, completions[part], rewards)
+                    phase.groups[number] = scored_group(
+                        question, completions[part], scores[part], self.scorer.rewards, self._tokens
+                    )
 
     def groups(self, phase: Phase) -> list[Group]:
         """This process's groups to train on, once all rewards are there."""

@@ -126,13 +126,14 @@ def _round_up(number: int, multiple: int) -> int:
 class TrainingSample:
     """A sample as an update reads it; of several attempts, the last one.
 
+    advantage: of all tokens of the completion, or float32 [length] of each.
     trained: False leaves it out of the loss. kl_coefficient: of the penalty on its tokens, where
     attempts have their own. earlier: the attempts before it, which its prompt holds; each is a
     sequence of the loss.
     """
 
     completion: Completion
-    advantage: float
+    advantage: float | np.ndarray
     trained: bool
     kl_coefficient: float = 0.0
     earlier: tuple[TrainingSample, ...] = ()
@@ -151,9 +152,11 @@ class TrainingSample:
 
 
 def training_samples(
-    stage: GRPOStage, groups: Sequence[Group], advantages: np.ndarray
+    stage: GRPOStage,
+    groups: Sequence[Group],
+    advantages: np.ndarray | Sequence[Sequence[float | np.ndarray]],
 ) -> list[TrainingSample]:
-    """Samples with their advantages [groups, samples].
+    """Samples with their advantages [groups, samples], of samples or of their tokens.
 
     Unscored samples of a stage with rewards, and truncated ones if the stage says so, are left out
     of the loss.
@@ -164,7 +167,7 @@ def training_samples(
     return [
         TrainingSample(
             completion,
-            float(advantage),
+            advantage if isinstance(advantage, np.ndarray) else float(advantage),
             not (stage.rewarded and np.isnan(reward))
             and not (stage.mask_truncated and completion.finish == Finish.LENGTH),
         )

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from r1jax.files import JsonObject
+from r1jax.settings.critic import CriticSection
 from r1jax.settings.distillation import OnPolicyDistillation
 from r1jax.settings.names import nearest
 from r1jax.settings.objective import (
@@ -182,7 +183,8 @@ class GRPOStage(TrainStage):
         16,
         ge=1,
         description="Samples of a question: the group in which rewards are compared. At least 2, "
-        "or 1 without rewards.",
+        "or 1 without rewards, or with an objective that compares none: ppo, reinforce_plus_plus "
+        "without baseline.",
     )
     mini_batches_per_rollout: int = Field(
         1, ge=1, description="Updates from the samples of one rollout phase (paper: 16)."
@@ -217,6 +219,9 @@ class GRPOStage(TrainStage):
         GRPOConfig(),
         description="Settings of kind grpo. With an objective, its kind takes the keys that it "
         "knows.",
+    )
+    critic: CriticSection | None = Field(
+        None, description="The value model of objective kind ppo; default: all its defaults."
     )
     distillation: OnPolicyDistillation | None = Field(
         None, description="Learn a teacher's distribution at the tokens of the samples."
@@ -285,16 +290,6 @@ class GRPOStage(TrainStage):
             stage["loss"] = None
         return problems
 
-    @field_validator("objective")
-    @classmethod
-    def _has_a_critic(cls, objective: object) -> object:
-        if isinstance(objective, PPO):
-            raise ValueError(
-                "kind ppo needs a critic, whose values are its advantages, and a stage has none "
-                "yet; choose a kind that compares samples, such as grpo or rloo"
-            )
-        return objective
-
     @model_validator(mode="after")
     def _divisible(self) -> GRPOStage:
         per_rollout, mini_batches = "mini_batches_per_rollout", self.mini_batches_per_rollout
@@ -314,13 +309,9 @@ class GRPOStage(TrainStage):
                 "replay_experts = true with sampling.speculative = true: drafts that did not stay "
                 "were routed, too, and are not told apart; set one of them to false"
             )
+        self._check_critic()
         if self.dynamic_sampling is not None:
             self._check_dynamic_sampling(self.dynamic_sampling)
-        if self.rewarded and self.outputs_per_question < 2:
-            raise ValueError(
-                "outputs_per_question = 1: rewards are compared among the samples of a question; "
-                "should be greater than or equal to 2"
-            )
         if not self.rewarded:
             self._check_without_rewards()
         settings = self.objective or self.loss
@@ -342,6 +333,28 @@ class GRPOStage(TrainStage):
                 why = "; changes take place between phases"
                 check_multiple(f"{name}: step", change.step, per_rollout, mini_batches, why)
         return self
+
+    def _check_critic(self) -> None:
+        settings = self.objective_settings
+        kind, with_critic = settings.kind, isinstance(settings, PPO | OutsideObjective)
+        if self.critic is not None and not with_critic:
+            raise ValueError(f"critic belongs to objective.kind ppo, and this is {kind}: remove it")
+        if self.critic is not None and self.critic.warmup_steps >= self.steps:
+            raise ValueError(
+                f"critic.warmup_steps = {self.critic.warmup_steps} of steps = {self.steps}: the "
+                "policy would never be trained; lower it"
+            )
+        alone = with_critic or (isinstance(settings, ReinforcePlusPlus) and not settings.baseline)
+        if self.rewarded and self.outputs_per_question == 1 and not alone:
+            raise ValueError(
+                "outputs_per_question = 1: rewards are compared among the samples of a question by "
+                f"kind {kind}; should be greater than or equal to 2, or the objective ppo"
+            )
+        if self.rewarded and self.outputs_per_question == 1 and self.dynamic_sampling is not None:
+            raise ValueError(
+                "outputs_per_question = 1 with dynamic_sampling: the rewards of one sample do not "
+                "differ, and no group would be kept; leave one of them out"
+            )
 
     def _check_dynamic_sampling(self, dynamic: DynamicSampling) -> None:
         phase, group = self.questions_per_phase, self.outputs_per_question
@@ -448,6 +461,11 @@ class GRPOStage(TrainStage):
         )
 
     @property
+    def critic_settings(self) -> CriticSection:
+        """Those of the critic, where the objective has one."""
+        return self.critic or CriticSection()
+
+    @property
     def rewarded(self) -> bool:
         """Whether there are rewards; else a teacher's distribution is all that is learned."""
         return self.rewards != []
@@ -521,7 +539,10 @@ class GRPOStage(TrainStage):
         return self.distillation is None
 
     def other_weights(self) -> list[WeightsUse]:
-        return [] if self.distillation is None else [self.distillation.weights_use()]
+        uses = [] if self.distillation is None else [self.distillation.weights_use()]
+        if (source := self.critic_settings.weights) is not None:
+            uses.append(WeightsUse("critic.weights", source, "critic", rewards=True))
+        return uses
 
     def prediction_module_uses(self) -> list[tuple[str, str]]:
         sections = {"sampling": self.sampling, "held_out_sampling": self.held_out_sampling}

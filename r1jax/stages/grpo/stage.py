@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from r1jax.critic_step import CriticBatch
 from r1jax.data.instructions import Instruction
 from r1jax.files import JsonObject
 from r1jax.models import (
@@ -64,7 +65,7 @@ from r1jax.rollouts.turns import instructions_of
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import RunError
-from r1jax.run.train_loop import copy_weights, train_loop
+from r1jax.run.train_loop import Beside, copy_weights, train_loop
 from r1jax.sampler import make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import in_equal_parts, weights_mover
 from r1jax.settings.reflection import compile_patterns
@@ -78,6 +79,15 @@ from r1jax.stages.distillation import (
     distillation_terms,
     make_teacher,
     teacher_decoder,
+)
+from r1jax.stages.grpo.credit import check_step_rewards, group_advantages_of
+from r1jax.stages.grpo.critic import (
+    after_warmup,
+    check_critic,
+    critic_programs,
+    critic_state,
+    make_critic,
+    planned_critic,
 )
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
 from r1jax.stages.grpo.objective import stage_objective
@@ -115,7 +125,10 @@ def check(stage: GRPOStage, run: ResolvedRun) -> None:
     model = run.models.of(stage.name).decoder.config
     check_experts(stage.name, stage.balance, model, replay_experts=stage.replay_experts)
     with run.config.blaming("stages", stage.name):
-        stage_objective(stage)
+        objective = stage_objective(stage)
+        if objective.critic is not None:
+            check_critic(stage, run)
+        check_step_rewards(stage, objective, run.config.rewards_of(stage))
     check_stage_turns(stage, run)
     check_teacher(stage, run)
     if stage.rewarded:
@@ -127,15 +140,15 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     model, sampler = run.models.of(stage.name).decoder, run.models.sampler_of(stage.name)
     rollout_layout, seed = sampler.decoder.layout, run.config.seed
     objective = stage_objective(stage)
-    assert objective.advantages is not None
     share = process_batch_slice(rollout_layout)
     questions = Questions(stage, run, sampler.tokenizer, rollout_layout)
     reward_sections = run.config.rewards_of(stage)
     if stage.rewarded:
         check_domains(stage, questions.domains, run.config)
     teacher = teacher_decoder(stage, run)
-    schedule = make_schedule(stage.optimizer, stage.steps)
-    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    warmup_steps = stage.critic_settings.warmup_steps
+    schedule = make_schedule(stage.optimizer, stage.steps - warmup_steps)
+    optimizer = make_optimizer(stage.optimizer, stage.steps - warmup_steps)
     # Devices that only sample have no rows of updates.
     apart = run.layouts.apart
     row_layout = model.layout if apart else rollout_layout
@@ -150,8 +163,9 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         teacher_log_probs_of = jax.jit(make_log_probs(stage, teacher, all_steps.micro_batches))
         towards_teacher = jax.jit(partial(_towards_teacher, stage))
     token_advantages = jax.jit(partial(batch_advantages, objective))
+    critic = make_critic(stage, objective, run, all_steps.micro_batches)
     rollout_weights = make_rollout_weights(model, sampler.decoder)
-    group, updates = stage.outputs_per_question, stage.mini_batches_per_rollout
+    updates = stage.mini_batches_per_rollout
     held_out = HeldOutEvaluation(
         stage, run, batch=stage.questions_per_phase // stage.rollout_batches
     )
@@ -163,7 +177,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             update,
             questions,
             steps=stage.steps,
-            with_reference=objective.penalty is not None,
+            beside=Beside(objective.penalty is not None, None if critic is None else critic.start),
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
@@ -211,13 +225,12 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             facts = phase_metrics(phase, stage)
 
             # 3. Advantages, of most objectives within each prompt's group.
-            rewards = np.full((stage.questions_per_phase // share.count, group), np.nan, np.float32)
-            for row, each in zip(rewards, groups, strict=False):
-                row[:] = each.rewards
-            advantages = objective.advantages(jnp.asarray(rewards))
-            to_train = training_samples(stage, groups, np.asarray(advantages.values))
-            if stage.turns is not None:
-                to_train = turn_samples(stage, groups, objective, len(rewards))
+            prompts = stage.questions_per_phase // share.count
+            if stage.turns is None:
+                advantages = group_advantages_of(objective, groups, prompts)
+                to_train = training_samples(stage, groups, advantages)
+            else:
+                to_train = turn_samples(stage, groups, objective, prompts)
             mini_batches = [to_train]
             if updates > 1:
                 generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
@@ -257,12 +270,16 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                     for each in batches
                 ]
                 batches = list(map(towards_teacher, batches, log_probs))
-            if objective.changes_token_advantages:
+            learnt: Sequence[CriticBatch] = ()
+            if objective.changes_token_advantages or critic is not None:
                 if loop.reference is not None:
                     batches = [
                         replace(b, reference_log_probs=reference_log_probs(b)) for b in batches
                     ]
-                batches = token_advantages(batches)
+                if critic is None:
+                    batches = token_advantages(batches)
+                else:
+                    batches, learnt = critic.with_advantages(loop, batches)
             if stage.replay_experts and samples_due:
                 gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
@@ -270,7 +287,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 loop,
                 phase,
                 facts,
-                schedule,
+                lambda step: schedule(max(step - warmup_steps, 0)),
                 share.count,
                 sum(sample.length for sample in to_train),
                 packed.rows_filled,
@@ -278,13 +295,16 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 held_out.accuracy,
                 apart,
             )
-            for rows in batches:
+            for number, rows in enumerate(batches):
                 # 5. Log-probs of the reference policy.
                 if loop.reference is not None and rows.reference_log_probs is None:
                     rows = replace(rows, reference_log_probs=reference_log_probs(rows))
 
                 # 6. Update, and log.
-                updating.begin(rows)
+                of_critic = None
+                if critic is not None:
+                    of_critic = partial(critic.update, loop, learnt[number])
+                updating.begin(rows, of_critic)
                 refresh = stage.reference_refresh_every
                 if loop.reference is not None and refresh and loop.step % refresh == 0:
                     loop.reference = copy_weights(loop.state.params)
@@ -303,6 +323,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             loop.save_if_due(phases)
         weights = rollout_weights(loop.state.params)
         held_out.evaluate_if_due(loop, scorer, phases.snapshot(), weights)
+        if critic is not None:
+            critic.export(loop, run)
         loop.finish()
 
 
@@ -377,17 +399,22 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
     teacher = teacher_decoder(stage, planning)
     of_teacher = {} if teacher is None else {"teacher": abstract_weights(teacher)}
     in_update = None if stage.samples_divergence else teacher
+    critic = None if objective.critic is None else planned_critic(stage, planning)
+    beside_critic = others | of_teacher
+    if critic is not None:
+        others = others | critic_state(stage, critic)
 
     apart = not same_devices(model.layout, sampler.layout)
     row_layout = model.layout if apart else sampler.layout
     shape = packed_shape(stage, prompt, model.layout, row_layout, step=None)
     batch = _batch(stage, model, shape)
     waiting = [batch] * (phase - 1)  # mini-batches of the phase that are not trained on yet
+    train_batch = TrainBatch(batch, rows, prompt + new, rows // shape.rows)
     update = update_program(
         make_update(stage, model, optimizer, shape.micro_batches, teacher),
         optimizer,
         model,
-        TrainBatch(batch, rows, prompt + new, rows // shape.rows, in_update),
+        replace(train_batch, teacher=in_update),
         resident={**others, **({} if in_update else of_teacher), "batch": waiting},
     )
     others |= of_teacher
@@ -440,6 +467,21 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
             useful_flops=by_teacher,
         )
         steps.insert(0, teacher_program)
+    if critic is not None:
+        policy = {"weights": weights, "optimizer": update.arguments["optimizer"], "batch": waiting}
+        forward = expected_flops(critic.config, rows, lengths, before=prompt)
+        of_critic = critic_programs(
+            stage,
+            objective,
+            critic,
+            train_batch,
+            shape.micro_batches,
+            {**beside_critic, **policy},
+        )
+        steps += [
+            replace(each, useful_flops=times * forward, scopes=scopes)
+            for each, times in zip(of_critic, (1, 3), strict=True)
+        ]
 
     questions, processes = stage.questions_per_phase, len(batch_slices(sampler.layout))
     of_phase = min(new, stage.tokens_per_phase or new)
@@ -666,8 +708,9 @@ def make_update(
             after_update=make_after_update(stage.balance, model.config),
         )
 
+    warmup_steps = stage.critic_settings.warmup_steps
     if (teacher_of := make_teacher(stage, teacher)) is None:
-        return policy_step(log_prob_fn)
+        return after_warmup(policy_step(log_prob_fn), warmup_steps)
 
     def update(
         state: TrainState, batch: GRPOBatch, *teacher_weights: Params
@@ -675,6 +718,6 @@ def make_update(
         function: LogProbFn = log_prob_fn
         if not stage.samples_divergence:  # else the batch has the teacher's log-probs
             function = partial(log_prob_fn, teacher=teacher_of(*teacher_weights))
-        return policy_step(function)(state, batch)
+        return after_warmup(policy_step(function), warmup_steps)(state, batch)
 
     return update

@@ -9,6 +9,7 @@ from r1jax.policy_step import GRPOBatch
 from r1jax.run.train_loop import PendingUpdate, TrainLoop
 from r1jax.stages.distillation import DIVERGENCE
 from r1jax.stages.grpo.groups import Phase
+from r1jax.train_step import Metrics
 
 
 @dataclass
@@ -35,8 +36,14 @@ class PhaseUpdates:
     _seconds: float = 0.0
     _divergence: float | None = None  # to a teacher, in the last update
 
-    def begin(self, rows: GRPOBatch) -> None:
-        self._pending.append(self.loop.begin_update(rows))
+    def begin(self, rows: GRPOBatch, critic: Callable[[], Metrics] | None = None) -> None:
+        """Begin an update, and behind it the critic's; it is finite where both are."""
+        pending = self.loop.begin_update(rows)
+        if critic is not None:
+            metrics = pending.metrics | critic()
+            metrics["optimizer/finite"] *= metrics["critic/finite"]
+            pending = pending._replace(metrics=metrics)
+        self._pending.append(pending)
         if not self.apart:
             self._end()
 
