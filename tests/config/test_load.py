@@ -24,6 +24,7 @@ from r1jax.config.packaged import packaged_configs, packaged_meshes
 from r1jax.config.run_config import RunConfig
 from r1jax.planner.topologies import CHIPS
 from r1jax.settings.data import DataSection
+from r1jax.settings.distillation import OnPolicyDistillation
 from r1jax.settings.kinds import KINDS as KINDS_OF_STAGES
 from r1jax.settings.kinds import load_kind
 from r1jax.settings.mesh import MeshSection, RolloutMesh
@@ -561,6 +562,7 @@ def test_every_hint_names_settings_that_there_are() -> None:
         },
         "stages.NAME.optimizer": set(OptimizerSection.model_fields),
         "stages.NAME.dynamic_sampling": set(DynamicSampling.model_fields),
+        "stages.NAME.distillation": set(OnPolicyDistillation.model_fields),
     }
     for names in OTHER_NAMES.values():
         for name, here in names.items():
