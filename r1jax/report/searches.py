@@ -210,7 +210,7 @@ def tree_svg(nodes: Sequence[JsonObject], kept: set[int], path: set[int]) -> str
         index: (_LEFT + _INDENT * min(depth, 12), _ROW * row + _ROW // 2)
         for row, (index, depth) in enumerate(order)
     }
-    lines, marks = [], []
+    lines, marks = list[tuple[bool, str]](), list[str]()
     for index, _ in order:
         x, y = at[index]
         node, on_path = nodes[index], index in path
@@ -218,7 +218,8 @@ def tree_svg(nodes: Sequence[JsonObject], kept: set[int], path: set[int]) -> str
         if index:
             above_x, above_y = at[node["parent"]]
             line = f'<path d="M{above_x} {above_y + 5}V{y}H{x - 5}" fill="none"'
-            lines.append(f'{line} style="stroke:{colour};stroke-width:{2 if on_path else 1}"/>')
+            line += f' style="stroke:{colour};stroke-width:{2 if on_path else 1}"/>'
+            lines.append((on_path, line))
         fill = f"fill:{colour};fill-opacity:{_mean(node):.2f};stroke:{colour}"
         marks.append(f'<circle cx="{x}" cy="{y}" r="4.5" style="{fill}"/>')
         if node["state"] == "complete":
@@ -228,11 +229,12 @@ def tree_svg(nodes: Sequence[JsonObject], kept: set[int], path: set[int]) -> str
         text = " ".join(str(node["text"]).split()) if index else "the question"
         room = int((_WIDTH - x - 14 - _FIGURES) / _CHARACTER)
         text = text if len(text) <= room else text[: max(1, room - 1)] + "…"
-        weight = ' font-weight="700"' if on_path else ""
+        weight = ' style="font-weight:700"' if on_path else ""
         marks.append(f'<text x="{x + 12}" y="{y + 4}"{weight}>{escape(text)}</text>')
         marks.append(f'<text x="{_WIDTH}" y="{y + 4}" text-anchor="end"{weight}>{right}</text>')
     height = _ROW * len(order)
+    drawn = [line for _, line in sorted(lines, key=lambda each: each[0])]  # the path over others
     return (
         f'<svg class="tree" role="img" aria-label="The tree of a search" '
-        f'viewBox="0 0 {_WIDTH} {height}">{"".join(lines + marks)}</svg>'
+        f'viewBox="0 0 {_WIDTH} {height}">{"".join(drawn + marks)}</svg>'
     )
