@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from html_page import Page
 from typer.testing import CliRunner
 
@@ -180,18 +185,60 @@ def test_labels_of_steps_are_shares_of_the_solutions_behind_them(finished: Path)
 
 
 @pytest.mark.slow
-def test_the_tree_is_the_same_in_any_batch_and_with_any_slots(
-    directory: Path, finished: Path
-) -> None:
+def test_the_tree_is_the_same_in_any_batch(directory: Path, finished: Path) -> None:
     changes = [f"stages.{stage}.problems_per_batch=1" for stage in ("beam", "mcts")]
     for stage in ("beam", "mcts"):
-        plan = config(directory, "small", *changes, "stages.mcts.sampling.slots=3")
+        plan = config(directory, "small", *changes)
         assert recipe.run(plan, recipe.Selection(only=stage)) == 0
         again = rows(directory / "small" / "tiny-search-s0", stage, "trees.jsonl")
         for one, other in zip(rows(finished, stage, "trees.jsonl"), again, strict=True):
             assert [n["text"] for n in one["nodes"]] == [n["text"] for n in other["nodes"]]
             assert [n["visits"] for n in one["nodes"]] == [n["visits"] for n in other["nodes"]]
             assert one["solutions"] == other["solutions"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_trees_of_one(directory: Path, finished: Path) -> None:
+    """Of a batch each has its problems, and half of the slots; the rounds of one may go on when
+    the other's have ended."""
+    plan = yaml.safe_load(Path(CONFIG).read_text())
+    plan["stages"] = [each for each in plan["stages"] if each["name"] == "mcts"]
+    plan["rewards"]["even"]["function"] = "tiny_rewards:even_digits"
+    path = directory / "two.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    changes = [process_reward(directory), "mesh.axes={data: 2}", "mesh.cpu_devices=1"]
+    command = [str(path), f"output={directory / 'two'}", *changes]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "one_of_many.py", str(port), "2", str(index), *command],
+            env=environment,
+            cwd=TESTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=900)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    run = directory / "two" / finished.name
+    for one, other in zip(
+        rows(finished, "mcts", "trees.jsonl"), rows(run, "mcts", "trees.jsonl"), strict=True
+    ):
+        assert [n["text"] for n in one["nodes"]] == [n["text"] for n in other["nodes"]]
+        assert [n["visits"] for n in one["nodes"]] == [n["visits"] for n in other["nodes"]]
+        assert one["solutions"] == other["solutions"]
 
 
 @pytest.mark.slow
