@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ SMALL = ["model.config.num_hidden_layers=1", "stages.zero.micro_batches=2"]
 def run_plan(
     path: Path, *arguments: str
 ) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-    done = forked.run("-m", "r1jax", "plan", *arguments, "--json", str(path))
+    command = ["-m", "r1jax", "plan", *arguments, "--json", str(path)]
+    if "--topology" in arguments:  # JAX looks for the TPU compiler as it is imported
+        python = [sys.executable, *command]
+        done = subprocess.run(python, capture_output=True, text=True, timeout=600)
+    else:
+        done = forked.run(*command)
     content = json.loads(path.read_text()) if path.exists() else {}
     return content, done
 
