@@ -89,6 +89,30 @@ def test_beam_search_is_that_of_brute_force(width: int) -> None:
         assert len(solutions) == 3**DEPTH
 
 
+def test_beams_that_have_ended_are_among_the_best() -> None:
+    """With two beams one goes on beside the solution `a`; its best step is not as good."""
+    asked: list[list[int]] = []
+
+    def expand(pairs: Sequence[tuple[SearchTree, Expansion]]) -> list[list[Step]]:
+        asked.append([each.node for _, each in pairs])
+        made = []
+        for tree, each in pairs:
+            deep = len(tree.path(each.node))
+            steps = [letter("a", last=deep != 1), letter("b"), letter("c")]
+            made.append(steps[: each.count])
+        return made
+
+    values = {"a": 0.9, "b": 0.5, "c": 0.1, "ba": 0.4, "bb": 0.3, "bc": 0.2}
+    tree = tree_of()
+    search = beam_search(tree, beam(width=2))
+    of = scored(lambda text: values.get(text, 0.0))
+    run_searches([(tree, search)], expand, of)
+    # The question twice for the first beams, then `b`, `ba` and `baa`.
+    assert asked[0] == [0, 0]
+    assert [[text_of(tree, node) for node in each] for each in asked[1:]] == [["b"], ["ba"]]
+    assert text_of(tree, best_solution(tree, "value", lambda *_: None)) == "a"
+
+
 def test_mcts_comes_to_the_best_of_all_solutions() -> None:
     """With values of whole solutions alone, and enough paths."""
 
@@ -261,10 +285,10 @@ def test_a_solution_without_room_for_a_step_is_cut_off() -> None:
 
 
 def solutions_tree() -> SearchTree:
-    """Solutions with (answer, value, samples): x 0.5, x 0.4, y 0.8, and one without an answer."""
+    """Solutions of the answers x, x (sampled twice), y, and one without an answer."""
     tree = tree_of()
     steps = [letter(t, last=True) for t in "abcdb"]
-    for node, known in zip(tree.add(0, steps), (0.5, 0.4, 0.8, 0.9), strict=True):
+    for node, known in zip(tree.add(0, steps), (0.3, 0.3, 0.8, 0.9), strict=True):
         tree.nodes[node].value = known
     return tree
 
@@ -280,7 +304,7 @@ def test_choices_by_hand() -> None:
 
     assert ranked_solutions(tree) == [4, 3, 1, 2]
     assert best_solution(tree, "value", answer_of) == 4
-    # x: 0.5 + 2 x 0.4, as `b` was sampled twice; y: 0.8.
+    # x: 0.3 + 2 x 0.3, as `b` was sampled twice; y: 0.8.
     assert best_solution(tree, "votes", answer_of) == 1
     assert best_solution(tree, "visits", answer_of) == 4  # nothing was visited
     tree.nodes[2].visits = 3
