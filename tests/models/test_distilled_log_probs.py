@@ -136,3 +136,29 @@ def test_no_array_has_a_vocabulary_for_each_token() -> None:
     text = str(jax.make_jaxpr(jax.grad(loss))(random_params(STUDENT.config)))
     assert "f32[1,6,11]" in text  # two rows by a chunk of three
     assert "2,10,11]" not in text and "[20,11]" not in text
+
+
+def test_a_prompt_computed_once_gives_its_samples_the_same() -> None:
+    """A prompt of three tokens, padded to four, and two samples, padded to three each."""
+    tokens = np.asarray([[5, 3, 8, 0, 7, 2, 9, 6, 4, 0]], np.int32)
+    positions = np.asarray([[0, 1, 2, 0, 3, 4, 5, 3, 4, 0]], np.int32)
+    ids = np.asarray([[1, 1, 1, 0, 2, 2, 2, 3, 3, 0]], np.int32)
+    sees = np.asarray([[[1, 1, 1, 0]] * 2], bool)
+    whole = np.asarray([[5, 3, 8, 7, 2, 9], [5, 3, 8, 6, 4, 0]], np.int32)
+    single = TokenRows(
+        whole, np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6)), (whole > 0).astype(np.int32)
+    )
+    decoder, params = TEACHERS["same"], random_params(STUDENT.config)
+    teacher = Teacher(random_params(decoder.config), decoder, Divergence())
+
+    @jit
+    def divergence(rows: TokenRows) -> Any:
+        wanted = jnp.ones(rows.tokens.shape, bool)
+        got = distilled_log_probs(params, rows, STUDENT, teacher, wanted=wanted)
+        return got.comparison.divergence
+
+    shared = divergence(TokenRows(tokens, positions, ids, prompt_of=sees))[0]
+    alone = divergence(single)
+    np.testing.assert_allclose(shared[4:7], alone[0, 3:], atol=2e-5)
+    np.testing.assert_allclose(shared[7:9], alone[1, 3:5], atol=2e-5)
+    assert shared[9] == 0 and np.all(np.asarray(alone[0, 3:]) > 1e-4)

@@ -88,6 +88,9 @@ def test_a_teacher_of_other_tokens_is_refused_before_compute(tmp_path: Path) -> 
     assert 'distillation.teacher = "other": its tokens are not the student\'s' in problem
     assert "(vocab_size = 20)" in problem and "(vocab_size = 272)" in problem
     assert "Name a teacher with the student's tokenizer" in problem
+    config = load("stages.beside.objective={kind: gspo}")
+    with pytest.raises(ConfigError, match="gspo has one for each sample; set form to 'loss'"):
+        load_functions(config.stage("beside")).check(config.stage("beside"), resolve(config))
     config = load("stages.offline.distillation.top_k=21")
     with pytest.raises(ConfigError, match=r"distillation.top_k = 21: there are 20 tokens"):
         load_functions(config.stage("offline")).check(config.stage("offline"), resolve(config))

@@ -70,6 +70,7 @@ from r1jax.sampler import make_rollout_weights, reads_as_is
 from r1jax.sampler.rollout_weights import in_equal_parts, weights_mover
 from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection
+from r1jax.settings.section import SettingError
 from r1jax.settings.turns import attempt_limits
 from r1jax.sharding import batch_slices, same_devices
 from r1jax.stages.distillation import (
@@ -129,6 +130,13 @@ def check(stage: GRPOStage, run: ResolvedRun) -> None:
         if objective.critic is not None:
             check_critic(stage, run)
         check_step_rewards(stage, objective, run.config.rewards_of(stage))
+        if stage.samples_divergence and not objective.by_step:
+            raise SettingError(
+                "distillation.form",
+                "it gives the tokens of a sample different advantages, and by its formula "
+                f"{objective.name} has one for each sample; set form to 'loss', or choose grpo, "
+                "dr_grpo, dapo, cispo, sapo, reinforce_plus_plus or gspo of form token",
+            )
     check_stage_turns(stage, run)
     check_teacher(stage, run)
     if stage.rewarded:
