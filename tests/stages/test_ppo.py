@@ -153,6 +153,19 @@ def test_the_exported_critic_gives_the_values_of_the_last_phase_in_transformers(
 
 
 @pytest.mark.slow
+def test_a_directory_with_a_trained_head_is_a_critic_as_it_is(finished: Finished) -> None:
+    path = finished.directory / "stages" / "00-rl" / "critic"
+    settings = ["output=/nonexistent", f"models={json.dumps({'value': {'path': str(path)}})}"]
+    run = resolve(load_config(CONFIG, [*settings, "stages.rl.critic.weights=value"]))
+    load_functions(run.config.stages[0]).check(run.config.stages[0], run)
+    params = run.models.critic_weights("value", 0)
+    assert np.asarray(params["score"]).any()
+    language = load_config(CONFIG, ["output=/nonexistent", f"model.path={path.parent / 'model'}"])
+    fresh = resolve(language).models.critic_weights("model", 0)
+    assert not np.asarray(fresh["score"]).any() and fresh.keys() == params.keys()
+
+
+@pytest.mark.slow
 def test_stopped_within_a_phase_and_resumed_ends_with_the_same_bytes(finished: Finished) -> None:
     output = finished.directory.parents[1] / "stopped"
     config = load_config(CONFIG, [f"output={output}"])

@@ -171,10 +171,16 @@ def test_given_solutions_are_labelled_in_place_of_sampled_ones(finished: Path) -
         "data.labelled.held_out_fraction=0",
         "stages.prm.held_out=null",
         "stages.rl.steps=1",
+        "stages.rl.rewards=[process]",
+        "rewards.process.per_step=true",
     )
     written = rows(output / "tiny-process-s0" / "stages" / "01-labels" / "dataset.jsonl")
     assert [row["response"] for row in written] == [row["response"] for row in rows(labels)[:5]]
     assert {type(label) for row in written for label in row["labels"]} == {bool}
+    # In RL the steps are rewarded, and nothing else.
+    (metrics,) = rows(output / "tiny-process-s0" / "stages" / "03-rl" / "metrics.jsonl")
+    assert metrics["optimizer/grad_norm"] > 1e-4 and metrics["optimizer/finite"] == 1
+    assert metrics["reward/mean"] == pytest.approx(metrics["reward/process"])
 
 
 @pytest.mark.parametrize(
