@@ -231,6 +231,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             groups = phases.groups(phase)
             unscored = _unscored_phases(phase.facts, unscored, stage, reward_sections)
             facts = phase_metrics(phase, stage)
+            if critic is not None:  # it compares no samples: equal ones teach, too
+                del facts["groups/zero_variance"]
 
             # 3. Advantages, of most objectives within each prompt's group.
             prompts = stage.questions_per_phase // share.count
