@@ -284,6 +284,8 @@ def test_what_the_next_attempt_continues() -> None:
         ("dynamic_sampling={}", "do not go with dynamic_sampling"),
         ("phases_of_lag=1", "do not go with phases_of_lag"),
         ("tokens_per_phase=4", "do not go with tokens_per_phase"),
+        ("distillation={teacher: model}", "do not go with distillation"),
+        ("objective={kind: ppo, kl_coefficient: 0.1}", "choose a kind that compares samples"),
         ("sampling.speculative=true", "do not go with sampling.speculative = true"),
         ("objective={kind: reinforce_plus_plus, kl_coefficient: 0.1}", None),
         ("objective={kind: grpo, kl_coefficient: 0}", "there is no reference policy"),

@@ -391,6 +391,8 @@ class GRPOStage(TrainStage):
                 "dynamic_sampling": self.dynamic_sampling,
                 "phases_of_lag": self.phases_of_lag,
                 "replay_experts": self.replay_experts,
+                "critic": self.critic,
+                "distillation": self.distillation,
                 "sampling.speculative": self.sampling.speculative,
                 "held_out_sampling.speculative": self.held_out_sampling.speculative,
                 "lengths": self.lengths,
