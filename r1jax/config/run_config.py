@@ -30,7 +30,7 @@ from r1jax.settings.model import MODEL, ModelSection
 from r1jax.settings.reflection import compile_patterns
 from r1jax.settings.rewards import RewardSection, VerifierSection
 from r1jax.settings.section import Section, SettingError
-from r1jax.settings.stage import Leaves, Stage, WeightsUse
+from r1jax.settings.stage import REFERENCE, Leaves, Stage, WeightsUse
 
 
 def _of_its_kind(stage: object) -> object:
@@ -232,6 +232,14 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{where}.{use.key} = {use.source!r}: neither an earlier train stage nor a "
                         f"model; there are {known}"
+                    )
+                if use.gives == REFERENCE and self.model_of(use.source) != self.model_of(
+                    stage.name
+                ):
+                    raise ValueError(
+                        f"{where}.{use.key} = {use.source!r} has weights of the model "
+                        f"{self.model_of(use.source)!r}, and {where} trains "
+                        f"{self.model_of(stage.name)!r}; name a stage of the same model"
                     )
             for key, weights in stage.prediction_module_uses():
                 self._check_prediction_module(f"{where}.{key}", weights)

@@ -25,7 +25,7 @@ from r1jax.models.parameters import Params, abstract_weights
 from r1jax.run.record import Clock
 from r1jax.run.resolve import StageRun
 from r1jax.run.stop import Preempted, RunError
-from r1jax.settings.stage import TEACHER, TrainStage
+from r1jax.settings.stage import REFERENCE, TEACHER, TrainStage
 from r1jax.sharding import Layout, from_process_rows, move_rows, to_process_rows
 from r1jax.train_step import (
     Batch,
@@ -64,8 +64,7 @@ class CriticStart(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What is kept beside the trained weights: a copy of the first ones, which is the reference
-    policy, and a critic."""
+    """What is kept beside the trained weights: the reference policy, and a critic."""
 
     reference: bool = False
     critic: CriticStart | None = None
@@ -301,7 +300,9 @@ def train_loop(
             if saved is None:
                 params = run.models.initial_weights(stage.name)
                 if beside.reference:
-                    arrays["reference"] = copy_weights(params)
+                    arrays["reference"] = _weights_used(stage, run, REFERENCE, of=stage.name)
+                    if arrays["reference"] is None:
+                        arrays["reference"] = copy_weights(params)
                 arrays["state"] = create_train_state(params, optimizer, abstract)
                 del params
                 if beside.critic is not None:
@@ -338,17 +339,23 @@ def train_loop(
             metadata["bad_in_a_row"],
             metadata.get("held_out_step"),
             arrays.pop(_SAMPLING, None),
-            _teacher(stage, run),
+            _weights_used(stage, run, TEACHER),
             arrays.pop("critic", None),
         )
 
 
-def _teacher(stage: TrainStage, run: StageRun) -> Params | None:
-    """The weights of the stage's teacher, if it has one."""
-    teachers = [use.source for use in stage.other_weights() if use.gives == TEACHER]
-    if not teachers:
-        return None
-    return run.models.weights(teachers[0], run.models.of(teachers[0]))
+def _weights_used(
+    stage: TrainStage, run: StageRun, gives: str, of: str | None = None
+) -> Params | None:
+    """The weights that the stage has from others as `gives`, on the devices; None: it has none.
+
+    Args:
+      of: the stage whose model reads them; None: a model of their own.
+    """
+    for use in stage.other_weights():
+        if use.gives == gives:
+            return run.models.weights(use.source, run.models.of(of or use.source))
+    return None
 
 
 def copy_weights(params: Params) -> Params:

@@ -118,6 +118,8 @@ class WeightsUse:
 
 TEACHER = "teacher"
 """`WeightsUse.gives` of a model whose distribution is learned: a train loop loads its weights."""
+REFERENCE = "reference"
+"""`WeightsUse.gives` of the reference policy's first weights, of the stage's model."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from r1jax.settings.optimizer import BalanceSection, OptimizerSection, check_cha
 from r1jax.settings.sampling import EvaluationSampling, PlannedLengths, SamplingSection
 from r1jax.settings.section import Section, SettingError
 from r1jax.settings.stage import (
+    REFERENCE,
     DataChange,
     Divided,
     LengthChange,
@@ -254,6 +255,11 @@ class GRPOStage(TrainStage):
         "attempt is a sequence of the loss with a return of its own. Here and held out.",
     )
     mask_truncated: bool = Field(False, description="Leave truncated completions out of the loss.")
+    reference: str | None = Field(
+        None,
+        description="An earlier train stage of the same model, or `model`: whose weights the "
+        "reference policy has at first. Default: those that the stage starts from.",
+    )
     reference_refresh_every: int | None = Field(
         400, ge=1, description="Steps after which the policy becomes the reference; null: never."
     )
@@ -542,6 +548,8 @@ class GRPOStage(TrainStage):
 
     def other_weights(self) -> list[WeightsUse]:
         uses = [] if self.distillation is None else [self.distillation.weights_use()]
+        if self.reference is not None:
+            uses.append(WeightsUse("reference", self.reference, REFERENCE))
         if (source := self.critic_settings.weights) is not None:
             uses.append(WeightsUse("critic.weights", source, "critic", rewards=True))
         return uses

@@ -129,6 +129,12 @@ def check(stage: GRPOStage, run: ResolvedRun) -> None:
         objective = stage_objective(stage)
         if objective.critic is not None:
             check_critic(stage, run)
+        if stage.reference is not None and objective.penalty is None:
+            raise SettingError(
+                "reference",
+                f"objective {objective.name} has no penalty on KL to a reference policy; leave it "
+                "out, or set kl_coefficient above 0",
+            )
         check_step_rewards(stage, objective, run.config.rewards_of(stage))
         if stage.samples_divergence and not objective.by_step:
             raise SettingError(
