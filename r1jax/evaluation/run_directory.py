@@ -193,7 +193,8 @@ def language_models(run_dir: str | Path) -> list[Path]:
         config = _json_object(path / "config.json")
         if config is None and on_bucket(path):  # it is still being written
             continue
-        if not str((config or {}).get("architectures")).count("SequenceClassification"):
+        # Of sequences or of tokens.
+        if not str((config or {}).get("architectures")).count("Classification"):
             models.append(path)
     return models
 
