@@ -151,8 +151,8 @@ def test_key_like_nothing_known_lists_what_is() -> None:
     )
     assert (
         problem == "a.yaml:7: rewards.accuracy.q = 1: unknown key; "
-        "known here: weight, function, model, reads, template, step_rule, solution_score, domains, "
-        "options"
+        "known here: weight, function, model, reads, template, step_rule, solution_score, "
+        "per_step, domains, options"
     )
 
 
