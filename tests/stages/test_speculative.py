@@ -26,11 +26,11 @@ TINY = Path(__file__).parents[1] / "tiny.yaml"
 def config(output: Path, **of_model: Any) -> RunConfig:
     plan = yaml.safe_load(TINY.read_text())
     plan["model"] |= {"multi_token_prediction": True, **of_model}
-    plan["model"]["config"] |= {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    plan["model"]["config"]["num_nextn_predict_layers"] = 1
     base, before, zero = plan["stages"]
     weights = [{"step": 0, "weight": 0.3}, {"step": 4, "weight": 0.1}]
     base["mtp_weight"] = weights
-    zero |= {"steps": 4, "sampling": {"speculative": True}}
+    zero |= {"steps": 2, "mini_batches_per_rollout": 1, "sampling": {"speculative": True}}
     del zero["held_out"]
     before["sampling"] = {"speculative": True, "temperature": 0.9}
     plan |= {"output": str(output), "stages": [base, before, zero]}
