@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -68,11 +69,13 @@ class Hosts:
         accidents, own_changes = accidents or {}, own_changes or {}
         address = f"127.0.0.1:{free_port()}"
         started = [
-            forked.Process(
-                *("host_of_many.py", *accidents.get(i, "none 0").split()),
-                *("run", "tiny_hosts.yaml", f"output={output}", f"mesh.cpu_devices={devices}"),
-                *changes,
-                *([own_changes[i]] if i in own_changes else []),
+            subprocess.Popen(
+                [
+                    *(sys.executable, "host_of_many.py", *accidents.get(i, "none 0").split()),
+                    *("run", "tiny_hosts.yaml", f"output={output}", f"mesh.cpu_devices={devices}"),
+                    *changes,
+                    *([own_changes[i]] if i in own_changes else []),
+                ],
                 env=self._environment
                 | {
                     "JAX_COORDINATOR_ADDRESS": address if count > 1 else "",
@@ -80,7 +83,9 @@ class Hosts:
                     "JAX_PROCESS_ID": str(i),
                 },
                 cwd=TESTS,
-                one_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
                 start_new_session=True,
             )
             for i in range(count)
@@ -91,7 +96,7 @@ class Hosts:
             for process in started:
                 with suppress(ProcessLookupError):  # it has ended, and so have its workers
                     os.killpg(process.pid, signal.SIGKILL)
-        return [Ended(p.wait(), text) for p, text in zip(started, said, strict=True)]
+        return [Ended(p.returncode, text) for p, text in zip(started, said, strict=True)]
 
 
 def free_port() -> int:
