@@ -59,29 +59,6 @@ def load_figures(loads: Loads) -> dict[str, Float[Array, ""]]:
     }
 
 
-def check_experts(
-    stage_name: str, balance: BalanceSection, config: ModelConfig, *, replay_experts: bool = False
-) -> None:
-    """Raises ValueError for a setting about experts that the model has no use for."""
-    where = f"stages.{stage_name}"
-    settings = {
-        "balance.bias_speed": balance.bias_speed,
-        "balance.sequence_loss": balance.sequence_loss,
-        "replay_experts": replay_experts,
-    }
-    for key, value in settings.items():
-        if value and config.experts is None:
-            raise ValueError(
-                f"{where}.{key} = {value}: the model ({config.architecture}) has no experts; leave "
-                "it out"
-            )
-    if balance.bias_speed and config.experts is not None and not config.experts.biased:
-        raise ValueError(
-            f"{where}.balance.bias_speed = {balance.bias_speed}: with topk_method = "
-            f"{config.experts.topk_method!r} the model has no biases; use balance.sequence_loss"
-        )
-
-
 def loads_of(routings: Mapping[str, Routing]) -> Loads:
     """Stack of layers -> how many tokens chose each expert, [layers, experts]."""
     return {name: routing.load for name, routing in routings.items()}

@@ -24,7 +24,7 @@ from r1jax.models import (
     distilled_log_probs,
     token_log_probs,
 )
-from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.models.balance import imbalance_of, loads_of, make_after_update
 from r1jax.models.decoder import Routings
 from r1jax.models.log_probs import follows
 from r1jax.models.parameters import Params, abstract_weights
@@ -44,6 +44,7 @@ from r1jax.stages.distillation import (
     make_teacher,
     teacher_decoder,
 )
+from r1jax.stages.experts import check_experts
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.stages.sft.settings import SFTStage
 from r1jax.train_step import (
@@ -191,7 +192,8 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
 def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
     """Settings about experts fit the model, and rows the template and the tokenizer."""
     model = run.models.of(stage.name)
-    check_experts(stage.name, stage.balance, model.decoder.config)
+    with run.config.blaming("stages", stage.name):
+        check_experts(stage.balance, model.decoder.config)
     check_teacher(stage, run)
     for _, data in stage.datasets():
         conversations = isinstance(stage, SFTStage)
@@ -251,7 +253,7 @@ def make_update(
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
     """
-    check_experts(stage.name, stage.balance, model.config)
+    check_experts(stage.balance, model.config)
     with_module, balance = bool(stage.mtp_weight), stage.balance.sequence_loss > 0
     after_update = make_after_update(stage.balance, model.config)
     section = stage.distillation if isinstance(stage, SFTStage) else None

@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from r1jax import recipe
-from r1jax.config.load import load_config
+from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import (
     Decoder,
@@ -28,6 +28,7 @@ from r1jax.models import (
     init_params,
     token_log_probs,
 )
+from r1jax.run.resolve import check, resolve
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.settings.sampling import SamplingSection
@@ -224,11 +225,15 @@ def test_weights_of_replayed_experts_are_learned() -> None:
 
 
 def test_what_a_model_has_no_use_for_is_refused() -> None:
+    tiny = str(Path(__file__).parents[1] / "tiny.yaml")
+    config = load_config(tiny, ["stages.base.balance={bias_speed: 0.001}"])
+    with pytest.raises(ConfigError, match=r"stages.base.balance.bias_speed = 0.001: .*no experts"):
+        check(resolve(config))
     dense = replace(MODEL, config=ModelConfig("qwen2", 20, 16, 32, 1, 2, 1, 8))
     settings = {"name": "base", "data": "x", "steps": 1, "rows_per_step": 1, "row_tokens": 8}
     optimizer = OptimizerSection(learning_rate=1.0)
     stage = PretrainStage(**settings, optimizer=optimizer, balance=BalanceSection(bias_speed=0.001))
-    with pytest.raises(ValueError, match=r"stages.base.balance.bias_speed = 0.001: .*no experts"):
+    with pytest.raises(ValueError, match=r"balance.bias_speed: .*no experts"):
         supervised.make_update(stage, dense, make_optimizer(optimizer, 1))
     greedy = MixtureOfExperts(4, 1, 2, 8, topk_method="greedy")
     model = replace(MODEL, config=replace(CONFIG, experts=greedy))

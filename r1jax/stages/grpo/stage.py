@@ -25,7 +25,7 @@ from r1jax.models import (
     distilled_log_probs,
     token_log_probs,
 )
-from r1jax.models.balance import check_experts, imbalance_of, loads_of, make_after_update
+from r1jax.models.balance import imbalance_of, loads_of, make_after_update
 from r1jax.models.parameters import Params, abstract_weights
 from r1jax.objectives.distillation import sampled_advantages
 from r1jax.objectives.objective import Objective
@@ -81,6 +81,7 @@ from r1jax.stages.distillation import (
     make_teacher,
     teacher_decoder,
 )
+from r1jax.stages.experts import check_experts
 from r1jax.stages.grpo.credit import check_step_rewards, group_advantages_of
 from r1jax.stages.grpo.critic import (
     after_warmup,
@@ -124,8 +125,8 @@ if TYPE_CHECKING:
 def check(stage: GRPOStage, run: ResolvedRun) -> None:
     """Settings about experts fit the model; there is an objective; every prompt has a reward."""
     model = run.models.of(stage.name).decoder.config
-    check_experts(stage.name, stage.balance, model, replay_experts=stage.replay_experts)
     with run.config.blaming("stages", stage.name):
+        check_experts(stage.balance, model, replay_experts=stage.replay_experts)
         objective = stage_objective(stage)
         if objective.critic is not None:
             check_critic(stage, run)
@@ -599,7 +600,7 @@ def _batch(stage: GRPOStage, model: Decoder, packed: PackedShape) -> GRPOBatch:
     """The abstract batch of an update, as `pack_updates` makes it."""
     shape = packed.all_rows, packed.time
     inputs = token_arrays(model, *shape)
-    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
+    check_experts(stage.balance, model.config, replay_experts=stage.replay_experts)
     objective = stage_objective(stage)
     if stage.replay_experts:
         inputs["experts"] = expert_choices(model, shape)
@@ -685,7 +686,7 @@ def make_update(
     Raises:
       ValueError: the stage asks for something about experts that the model has no use for.
     """
-    check_experts(stage.name, stage.balance, model.config, replay_experts=stage.replay_experts)
+    check_experts(stage.balance, model.config, replay_experts=stage.replay_experts)
     balance = stage.balance.sequence_loss
 
     def log_prob_fn(
