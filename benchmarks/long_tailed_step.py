@@ -27,9 +27,10 @@ from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import QueuedPrompt, sample_queue
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.sharding import from_process_rows, split_cpu
+from r1jax.stages.grpo.log_probs import log_prob_rows, make_log_probs
+from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.rows import pack_updates, packed_shape
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import log_prob_rows, make_log_probs, make_update
 
 PROMPTS, STEPS = 16, 8
 

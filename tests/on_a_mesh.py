@@ -24,8 +24,8 @@ from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weigh
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
 from r1jax.sharding import Layout, make_layout, make_rollout_layout
+from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import make_update
 from r1jax.train_step import abstract_train_state, create_train_state, make_optimizer, shardings_of
 
 CONFIGS = {

@@ -25,7 +25,7 @@ from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
 from r1jax.sharding import make_layout
 from r1jax.stages import supervised
-from r1jax.stages.grpo import stage as grpo
+from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.train_step import abstract_train_state, jit_update, make_optimizer
@@ -81,7 +81,7 @@ def test_updates_are_lowered_with_the_gpu_kernel(
     state = abstract_train_state(weights, optimizer, model.layout)
     per_token = array(jnp.float32, ROWS, TIME)
     if kind is GRPOStage:
-        update = grpo.make_update(stage, model, optimizer, stage.micro_batches)
+        update = make_update(stage, model, optimizer, stage.micro_batches)
         batch: Any = GRPOBatch(
             inputs=inputs(),
             mask=per_token,

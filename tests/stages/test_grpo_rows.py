@@ -36,6 +36,8 @@ from r1jax.settings.stage import LengthChange
 from r1jax.sharding import single_device
 from r1jax.stages.grpo import rows as packing
 from r1jax.stages.grpo.groups import Group, Question
+from r1jax.stages.grpo.log_probs import log_prob_rows, make_log_probs
+from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.rows import (
     PackedShape,
     TrainingSample,
@@ -48,7 +50,6 @@ from r1jax.stages.grpo.rows import (
     training_samples,
 )
 from r1jax.stages.grpo.settings import GRPOStage
-from r1jax.stages.grpo.stage import log_prob_rows, make_log_probs, make_update
 
 DENSE = ModelConfig("qwen2", 20, 16, 32, 2, 2, 1, 8, tie_word_embeddings=True)
 EXPERTS = ModelConfig(
