@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import uuid
@@ -57,6 +58,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     # not cached. Uploads are cut into blocks.
     options = {"use_listings_cache": False, "block_size": _PART_BYTES}
     fsspec.config.conf["gs"] = options | fsspec.config.conf.get("gs", {})
+    # gcsfs logs each error that it raises, with a traceback.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return cast(Path, epath.Path(text))
 
 

@@ -67,6 +67,21 @@ _TRL = {
     "run_name": "name",
     "report_to": "trackers",
     "data_seed": "seed",
+    "model_init_kwargs": "model",
+    "entropy_coef": "stages.NAME.objective.entropy_coefficient",
+    "vllm_importance_sampling_clip_max": "stages.NAME.loss.importance_cap",
+    "vllm_importance_sampling_clip_min": "stages.NAME.loss.importance_floor",
+    "router_aux_loss_coef": "stages.NAME.balance",
+    "chat_template_path": "data.NAME.template",
+    "fp16": "model.compute_dtype",
+    "tf32": "model.compute_dtype",
+    "per_device_eval_batch_size": "stages.NAME.problems_per_batch",
+    "lr_scheduler_kwargs": "stages.NAME.optimizer",
+    "log_completions": "stages.NAME.samples_every",
+    "num_completions_to_print": "stages.NAME.samples_every",
+    "deepspeed": "mesh.axes",
+    "fsdp_config": "mesh.axes",
+    "vllm_tensor_parallel_size": "mesh.rollout.axes",
 }
 _TUNIX = {
     "max_tokens_to_generate": "stages.NAME.max_new_tokens",
@@ -82,6 +97,27 @@ _TUNIX = {
     "metrics_logging_options": "trackers",
     "reward_fns": "rewards",
     "role_to_mesh": "mesh.axes, mesh.rollout.axes, mesh.rollout.devices",
+    "role_to_logical_axis_rule": "mesh.rules, mesh.rollout.rules",
+    "actor_optimizer": "stages.NAME.optimizer",
+    "critic_optimizer": "stages.NAME.critic",
+    "algo_variant": "stages.NAME.objective.kind",
+    "advantage_estimator": "stages.NAME.objective.kind",
+    "policy_loss_fn": "stages.NAME.objective.kind",
+    "kl_loss_mode": "stages.NAME.objective.kl_estimator",
+    "kl_method": "stages.NAME.objective.kl_estimator",
+    "degenerate_group_masking": "stages.NAME.dynamic_sampling",
+    "overlong_filter": "stages.NAME.mask_truncated",
+    "off_policy_steps": "stages.NAME.phases_of_lag",
+    "sampler_is": "stages.NAME.loss.importance_correction",
+    "sampler_is_threshold": "stages.NAME.loss.importance_cap",
+    "gamma": "stages.NAME.objective.discount",
+    "epsilon_low": "stages.NAME.loss.clip_low",
+    "epsilon_c": "stages.NAME.loss.dual_clip",
+    "clip_range_value": "stages.NAME.objective.value_clip",
+    "checkpointing_options": "stages.NAME.checkpoint_every, stages.NAME.keep_checkpoints",
+    "tensor_parallel_size": "mesh.rollout.axes",
+    "data_parallel_size": "mesh.rollout.axes",
+    "expert_parallel_size": "mesh.rollout.axes",
 }
 _VERL = {
     "n": "stages.NAME.outputs_per_question",
@@ -159,9 +195,46 @@ NO_COUNTERPARTS: Mapping[str, str] = MappingProxyType(
         "completion_only_loss": "sft trains the assistant's part alone",
         "resume_from_checkpoint": "the same command goes on from the last checkpoint",
         "kv_cache_size": "it follows from max_prompt_tokens and max_new_tokens",
+        "rollout_engine": "the model samples itself, on the same devices",
+        "offload_to_cpu": "weights stay on the devices; mesh.axes splits them",
+        "disable_dropout": "there is no dropout",
+        "use_liger_kernel": "the vocabulary is never whole: log-probs are computed in chunks",
+        "trust_remote_code": "no code of a model directory is run",
+        "eos_token": "it is the tokenizer's and that of generation_config.json",
+        "pad_token": "it is the tokenizer's",
+        "padding_free": "rows are always packed",
+        "packing_strategy": "rows are packed, best fit first",
+        "truncation_mode": "longer rows are left out and counted",
+        "shuffle_dataset": "the order of each epoch follows from seed",
+        "remove_unused_columns": "only the columns that data.NAME.fields and the rewards name are "
+        "read",
+        "load_best_model_at_end": "any kept checkpoint can be sampled, evaluated and exported: "
+        "RUN_DIR@STEP",
+        "ref_model_mixup_alpha": "the reference becomes the policy as a whole, every "
+        "reference_refresh_every steps",
+        "top_entropy_quantile": "all tokens of a completion are trained",
+        "repetition_penalty": "the sampler draws from the policy itself, or log-probs would not be "
+        "its own",
+        "push_to_hub": "r1jax export writes a Hugging Face directory, which you upload",
+        "use_peft": "all weights are trained; there are no adapters",
+        "peft_config": "all weights are trained; there are no adapters",
+        "load_in_4bit": "weights are trained as model.param_dtype says; there is no quantization",
+        "load_in_8bit": "weights are trained as model.param_dtype says; there is no quantization",
+        "max_tool_calling_iterations": "there are no tools",
     }
 )
 """Settings there that have none here, and why."""
+
+_NO_COUNTERPARTS_FROM: Mapping[str, str] = MappingProxyType(
+    {
+        "vllm_": NO_COUNTERPARTS["use_vllm"],
+        "rollout_vllm_": NO_COUNTERPARTS["use_vllm"],
+        "rollout_sglang_": NO_COUNTERPARTS["use_vllm"],
+        "lora_": NO_COUNTERPARTS["use_peft"],
+        "bnb_": NO_COUNTERPARTS["load_in_4bit"],
+    }
+)
+"""The same, by how a name begins."""
 
 
 def other_name(key: str, section: str) -> str | None:
@@ -174,4 +247,7 @@ def other_name(key: str, section: str) -> str | None:
             own = f"{kind}.{name.partition('.')[0]}"
             here = names[key].replace(f"{kind}.NAME", own) if name else names[key]
             return f"{library}'s {key} is {here} here"
+    for beginning, why in _NO_COUNTERPARTS_FROM.items():
+        if key.startswith(beginning):
+            return f"there is none here: {why}"
     return None

@@ -57,13 +57,15 @@ def read_yaml(text: str) -> _YamlFile:
             # overridden, and what JSON cannot say (!!binary) has no place in a config.
             file.data = json.loads(json.dumps(loader.construct_document(root)))
     except (AttributeError, LookupError, OverflowError) as error:  # of PyYAML's constructors
-        file.problems.append((1, f"not valid YAML: a value does not fit its tag ({error})"))
+        line = loader.wrong_line or 1
+        file.problems.append((line, f"not valid YAML: a value does not fit its tag ({error})"))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         parts = [getattr(error, name, None) for name in ("context", "problem")]
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = " ".join(filter(None, parts)) or str(error)
         if not file.problems:  # such as a key that is no text: the cause
-            file.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {problem}"))
+            line = mark.line + 1 if mark else _line_of(error, text) or loader.wrong_line or 1
+            file.problems.append((line, f"not valid YAML: {problem}"))
     finally:
         loader.dispose()
     return file
@@ -114,8 +116,32 @@ def _note_lines(
             _note_lines(child, at, above, file)
 
 
+def _line_of(error: Exception, text: str) -> int | None:
+    """Of a character that YAML does not allow; None: the error is another one."""
+    if not isinstance(error, yaml.reader.ReaderError):
+        return None
+    return next(
+        (
+            number
+            for number, line in enumerate(text.split("\n"), start=1)
+            if yaml.reader.Reader.NON_PRINTABLE.search(line)
+        ),
+        None,
+    )
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    wrong_line: int | None = None
+    """Of the value that could not be made, the innermost one."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except Exception:
+            self.wrong_line = self.wrong_line or node.start_mark.line + 1
+            raise
 
 
 class _Dumper(yaml.SafeDumper):

@@ -249,6 +249,9 @@ def test_repeated_key_is_refused() -> None:
         ("a: !!binary aGk=\n", "a.yaml:1: not valid YAML"),
         ("a: !!timestamp x\n", "a.yaml:1: not valid YAML: a value does not fit its tag"),
         ("a: !!bool maybe\n", "a.yaml:1: not valid YAML: a value does not fit its tag"),
+        ("a: 1\nb: !!int c\n", "a.yaml:2: not valid YAML"),
+        ("a: 1\nb:\n  - !!bool maybe\n", "a.yaml:3: not valid YAML: a value does not fit its tag"),
+        ("a: 1\nb: 2\nc: d\a\n", "a.yaml:3: not valid YAML"),
         (f"base: {'x' * 5000}\n", "a.yaml:1: base: xxxxx"),
         ("a: !!python/object/apply:os.getcwd []\n", "a.yaml:1: not valid YAML"),
         ("? [x, y]\n: 1\n", "a.yaml:1: the key"),
@@ -541,6 +544,13 @@ def test_packaged_config_is_valid(name: str) -> None:
         ("steps: 4", "steps: 4\n    mini_batch_size: 1", "tunix's mini_batch_size is stages.rl.qu"),
         ("steps: 4", "steps: 4\n    num_iterations: 2", "none here: a sample is trained on once"),
         ("name: small", "name: small\nactor_rollout_ref: {}", "is model, mesh and stages here"),
+        (
+            "steps: 4",
+            "steps: 4\n    kl_loss_mode: x",
+            "tunix's kl_loss_mode is stages.rl.objective.",
+        ),
+        ("steps: 4", "steps: 4\n    vllm_server_port: 1", "none here: the model samples itself"),
+        ("name: small", "name: small\nlora_r: 8", "none here: all weights are trained"),
     ],
 )
 def test_names_of_other_libraries_get_a_hint(old: str, new: str, hint: str) -> None:
