@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from r1jax.checkpoints import kept_steps, restore_part
+import jax
+
+from r1jax.checkpoints import DamagedError, kept_steps, restore_part
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.run_directory import language_models, split_reference
@@ -32,14 +36,15 @@ def find_model(name: str, stage: str | None = None) -> FoundModel:
 
     Args:
       name: RUN_DIR: what the last finished train stage left, and of a run without one the newest
-        checkpoint; RUN_DIR@STEP: a kept checkpoint, of the last stage that has it;
-        RUN_DIR@STAGE:STEP: of that stage. A Hugging Face directory or a hub name is itself.
+        intact checkpoint, with a line on stderr about damaged newer ones; RUN_DIR@STEP: a kept
+        checkpoint, of the last stage that has it; RUN_DIR@STAGE:STEP: of that stage. A Hugging Face
+        directory or a hub name is itself.
       stage: another way to name the stage.
 
     A checkpoint is exported, once, below its stage's folder `exported`.
 
     Raises:
-      ValueError: no such checkpoint; the message lists those that are kept.
+      ValueError: no such checkpoint, or it is damaged; the message lists those that are kept.
     """
     directory, wanted = split_reference(name)
     if directory is None:
@@ -58,13 +63,35 @@ def find_model(name: str, stage: str | None = None) -> FoundModel:
     if not matching:
         if wanted is None and stage is None and not kept and config.model.path is not None:
             return FoundModel(config.model.path)  # a run that only evaluates
-        shown = ", ".join(f"{each}:{step}" for each, step in kept) or "none"
         raise ValueError(
-            f"{name}: no finished train stage and no such checkpoint; kept are {shown}, as in "
-            f"{directory}@STAGE:STEP"
+            f"{name}: no finished train stage and no such checkpoint; {_shown(files, kept)}"
         )
-    found, step = matching[-1]
-    return FoundModel(str(_export(config, files, found, step)), found, step)
+    if number:  # one of the last stage that has it, and no other step
+        matching = matching[-1:]
+    problems: list[str] = []
+    damaged: list[tuple[str, int]] = []
+    for found, step in reversed(matching):
+        try:
+            path = _export(config, files, found, step)
+        except DamagedError as error:
+            problems.append(str(error))
+            damaged.append((found, step))
+            continue
+        if problems and jax.process_index() == 0:
+            print(f"{'; '.join(problems)}. {found}:{step} is used", file=sys.stderr, flush=True)
+        return FoundModel(str(path), found, step)
+    intact = [each for each in kept if each not in damaged]
+    raise ValueError(f"{name}: {'; '.join(problems)}; {_shown(files, intact)}")
+
+
+def _shown(files: RunFiles, kept: Sequence[tuple[str, int]]) -> str:
+    """The checkpoints that may be named, and how; without those whose directory is empty."""
+    names = [f"{each}:{step}" for each, step in kept if _has_files(files, each, step)]
+    return f"kept are {', '.join(names) or 'none'}, as in {files.directory}@STAGE:STEP"
+
+
+def _has_files(files: RunFiles, stage: str, step: int) -> bool:
+    return any((_checkpoints(files, stage) / str(step)).glob("*"))
 
 
 def _kept(config: RunConfig, files: RunFiles, stage: str) -> list[tuple[str, int]]:

@@ -239,6 +239,19 @@ def test_any_kept_checkpoint_is_sampled_evaluated_and_exported(
             find_model(f"{directory}{wrong}")
     with pytest.raises(ValueError, match="no stage bass; there are base, tuned"):
         find_model(f"{directory}@bass:2")
+    # An empty directory, or one with half of its files, is no checkpoint that anything reads.
+    checkpoints = directory / "stages/00-base/checkpoints"
+    (checkpoints / "999").mkdir()
+    capfd.readouterr()
+    assert find_model(str(directory)) == find_model(f"{directory}@3")
+    (line,) = [each for each in capfd.readouterr().err.splitlines() if "is damaged" in each]
+    assert f"{checkpoints}/999 is damaged" in line and line.endswith("base:3 is used")
+    with pytest.raises(ValueError, match=r"999 is damaged .*; kept are base:2, base:3, as in "):
+        find_model(f"{directory}@999")
+    (checkpoints / "999" / "metadata").mkdir()
+    with pytest.raises(ValueError, match=r"999 is damaged .*; kept are base:2, base:3, as in "):
+        find_model(f"{directory}@base:999")
+    shutil.rmtree(checkpoints / "999")
     # Both are what the run had at that step: the same as of one that ended there.
     assert run(tmp_path / "short", ["stages.base.steps=2"]) == 0
     assert (Path(two.path) / "model.safetensors").read_bytes() == weights(tmp_path / "short")
