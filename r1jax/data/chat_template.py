@@ -7,11 +7,13 @@ of a whole conversation (supervised fine-tuning).
 from __future__ import annotations
 
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from contextlib import contextmanager
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
-
-from jinja2 import TemplateError
 
 from r1jax.data.example import Message
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
@@ -37,6 +39,13 @@ _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>")
 """How released models write their special tokens: `<|im_end|>`, `<｜User｜>`."""
 
 _ATTEMPT = "The first attempt."
+
+_RENDER_SECONDS = 5.0
+"""CPU time in which a chat template has to render one conversation; released ones take
+milliseconds."""
+
+_ADDED_CHARACTERS = 1_000_000
+"""What a chat template may write beside ten times the messages' text."""
 
 
 class RenderedPrompt(NamedTuple):
@@ -301,16 +310,62 @@ def _apply_chat_template(
             f"the tokenizer's chat template does not read it; {nearest(name, names)}remove it",
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    remedy = "mend the tokenizer's chat_template, or use template: r1_zero or plain"
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=open_answer, **given
+        with _cpu_time_limit(_RENDER_SECONDS):
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=open_answer, **given
+                )
             )
-        )
-    except (TemplateError, TypeError) as error:
+    except _TimeOverError:
         raise SettingError(
-            "template", f"the tokenizer's chat template refuses the messages: {error}"
+            "template",
+            f"the tokenizer's chat template takes longer than {_RENDER_SECONDS:g} s for one "
+            f"conversation; {remedy}",
+        ) from None
+    except Exception as error:  # A template can divide by 0, call itself without end, ...
+        raise SettingError(
+            "template",
+            "the tokenizer's chat template refuses the messages: "
+            f"{str(error) or type(error).__name__}",
         ) from error
+    limit = _ADDED_CHARACTERS + 10 * sum(len(message.content) for message in messages)
+    if len(text) > limit:
+        raise SettingError(
+            "template",
+            f"the tokenizer's chat template writes {len(text)} characters for one conversation, "
+            f"where {limit} are allowed; {remedy}",
+        )
+    return text
+
+
+class _TimeOverError(BaseException):
+    """No Exception: jinja catches those where it folds constants."""
+
+
+@contextmanager
+def _cpu_time_limit(seconds: float) -> Iterator[None]:
+    """Raises _TimeOverError in the block when this thread has computed for longer.
+
+    Python handles signals in its main thread only: in another one there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    end = time.thread_time() + seconds
+
+    def check(number: int, frame: FrameType | None) -> None:
+        if time.thread_time() > end:  # not so where the process was stopped or the machine is busy
+            raise _TimeOverError
+
+    handler = signal.signal(signal.SIGALRM, check)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 4)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def _check_markers(rendered: str, tokenizer: PreTrainedTokenizerBase) -> None:

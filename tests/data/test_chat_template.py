@@ -1,5 +1,7 @@
 """What the model is asked, to the character: BOS once, prefill found, paper's words."""
 
+import signal
+
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -10,6 +12,7 @@ from r1jax.data.instructions import encode_instruction
 from r1jax.data.prompts import encode_prompt
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
+from r1jax.settings.section import SettingError
 
 EXAMPLE = Example(id=7, prompt="What is 1+1?", answer="2", domain="maths")
 TURNS = (
@@ -124,6 +127,31 @@ def test_system_prompt_and_suffix() -> None:
 def test_template_mistakes(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_prompt(EXAMPLE, section(**settings), load_tokenizer("characters:running_total"))
+
+
+TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (TWICE.replace("BODY", "x"), "longer than 0.2 s for one conversation; mend .* chat_templ"),
+        (TWICE.replace("BODY", "{% set a = 1 %}"), "longer than 0.2 s"),
+        ("{{ 3 ** (10 ** 8) }}", "longer than 0.2 s"),
+        ("{% for i in range(99999) %}" + "x" * 99 + "{% endfor %}", "9899901 char.* 1000120 are"),
+        ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: .*recursion"),
+    ],
+)
+def test_a_template_without_end_is_refused(
+    chat_template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1jax.data.chat_template._RENDER_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    with pytest.raises(SettingError, match=message) as error:
+        encode_prompt(EXAMPLE, section(), ascii_tokenizer(chat_template))
+    assert error.value.key == "template"
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == before
 
 
 # --- The user's turn between two attempts ---------------------------------------------------------
