@@ -37,6 +37,14 @@ from r1jax.rewards.registry import (
 
 _BATCH_NAMES = {"prompts", "completions", "completion_ids"}
 _ROW_FIELDS = {field.name for field in fields(RewardInput)}
+# Of TRL's form: what `_lists` gives whatever the columns are, and the columns that it leaves out.
+_LIST_NAMES = _BATCH_NAMES | {"trainer_state", "log_extra", "log_metric"}
+_ROW_COLUMNS = ("answer", "domain", "truncated", "length")
+_NOT_IN_LISTS = ("prompt", "completion", "completion_ids", "token_ids")
+_FORMS = (
+    "(row, options), (prompts, completions, **columns), or names of fields such as "
+    f"(completion, answer, **columns); fields: {sorted(_ROW_FIELDS)}"
+)
 
 
 def load_reward(name: str, options: RewardOptions, folder: str | None = None) -> RewardEntry:
@@ -93,10 +101,12 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
 
 def as_reward(function: Callable[..., object], name: str, options: RewardOptions) -> RewardEntry:
     """The entry of a function of any of the forms; ValueError for options that it cannot take."""
+    signature = None
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a built-in function
-        parameters = []
+        pass
+    parameters = [] if signature is None else list(signature.parameters.values())
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in parameters if p.name in names and p.default is p.empty]
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -105,10 +115,10 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
         if len(needed) > 2:
             raise ValueError(
                 f"rewards.{name}: the function's parameters {names} are of no form that is "
-                "accepted: (row, options), (prompts, completions, **columns), or names of fields "
-                f"such as (completion, answer, **columns); fields: {sorted(_ROW_FIELDS)}"
+                f"accepted: {_FORMS}"
             )
         takes_options = len(names) != 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        _check_call(signature, name, ["row", "options"] if takes_options else ["row"], {})
 
         def by_position(row: RewardInput, options: RewardOptions) -> Score | None:
             return as_score(_awaited(function(row, options) if takes_options else function(row)))
@@ -120,16 +130,43 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
             f"rewards.{name}.options.{unknown[0]}: the function has no such parameter; it has "
             f"{names}"
         )
+    _check_call(signature, name, [], dict.fromkeys(needed))
+    given = {*options, *(_LIST_NAMES.union(_ROW_COLUMNS) if in_lists else _ROW_FIELDS)}
+    columns = tuple(key for key in needed if key not in given)
     call = _Call(function, names, needed, any_name)
     if not in_lists:
-        return RewardEntry(call.row, reads_answer=False, reads_columns=True)
+        return RewardEntry(call.row, reads_answer=False, reads_columns=True, columns=columns)
+    for key in columns:
+        if key in _NOT_IN_LISTS:
+            raise ValueError(
+                f"rewards.{name}: a function of lists is given no {key!r}; take prompts, "
+                "completions or completion_ids"
+            )
     annotation = next((str(p.annotation) for p in parameters if p.name == "completions"), "")
     batch = _in_lists(call, _forms_of(annotation))
 
     def alone(row: RewardInput, options: RewardOptions) -> Score | None:
         return batch([row], options)[0]
 
-    return RewardEntry(alone, reads_answer=False, reads_columns=True, batch=batch)
+    return RewardEntry(alone, reads_answer=False, reads_columns=True, batch=batch, columns=columns)
+
+
+def _check_call(
+    signature: inspect.Signature | None,
+    name: str,
+    positional: Sequence[str],
+    named: Mapping[str, None],
+) -> None:
+    """Raises ValueError for a function that cannot be called with these arguments."""
+    try:
+        if signature is not None:
+            signature.bind(*positional, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"rewards.{name}: the function {signature} cannot be called with "
+            f"({', '.join([*positional, *(f'{key}=...' for key in named)])}): {error}; forms that "
+            f"are accepted: {_FORMS}"
+        ) from None
 
 
 def as_score(value: object) -> Score | None:
@@ -224,11 +261,10 @@ def _lists(rows: Sequence[RewardInput], messages: bool) -> dict[str, object]:
     """The arguments of TRL's form; columns as the dataset has them, `answer` where it has none."""
     names = dict.fromkeys(name for row in rows for name in row.columns)
     columns = {name: [row.columns.get(name) for row in rows] for name in names}
-    for own in ("prompt", "completion", "completion_ids", "token_ids"):
+    for own in _NOT_IN_LISTS:
         columns.pop(own, None)
     fallback: dict[str, object] = {
-        name: [getattr(row, name) for row in rows]
-        for name in ("answer", "domain", "truncated", "length")
+        name: [getattr(row, name) for row in rows] for name in _ROW_COLUMNS
     }
     return {
         **fallback,

@@ -146,6 +146,7 @@ class RewardEntry:
       reads_answer: rows need a reference answer.
       reads_columns: rows need their dataset's columns and their tokens.
       batch: scores the samples of one prompt together, in place of `function`.
+      columns: those that a row must have.
     """
 
     function: RewardFunction
@@ -156,6 +157,7 @@ class RewardEntry:
     reads_answer: bool = True
     reads_columns: bool = False
     batch: BatchFunction | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def checks_references(self) -> bool:

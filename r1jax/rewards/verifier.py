@@ -197,6 +197,7 @@ class _Worker:
     def __init__(self, start: Mapping[str, Any]) -> None:
         self.rows = 0
         self.groups = False
+        self.columns: dict[str, list[str]] = {}
         self._received = b""
         self._lines: deque[bytes] = deque()
         self._ended = threading.Lock()
@@ -231,6 +232,7 @@ class _Worker:
         if "error" in reply:
             raise VerifierError(reply["error"])
         self.groups = bool(reply.get("groups"))
+        self.columns = reply["columns"]
 
     def request(self, message: Mapping[str, Any], seconds: float) -> None:
         """Writes all of `message`; the worker, which is idle, reads it at once."""
@@ -318,6 +320,9 @@ class Verifier:
       section: number of workers, deadline per row and reward, memory limit, recycling.
       folder: where files and modules of reward functions are looked for first.
 
+    Attributes:
+      columns: reward name -> the columns that its function needs, besides its options.
+
     Raises:
       ValueError: no rewards, an unknown one, or options it refuses.
       VerifierError: the workers do not start, for example because a module cannot be imported.
@@ -350,6 +355,7 @@ class Verifier:
         functions = [reward.function or name for name, reward in rewards.items()]
         self._whole_rows = any(n not in REWARDS or REWARDS[n].reads_columns for n in functions)
         self._groups = False
+        self.columns: dict[str, list[str]] = {}
         self._changed = threading.Condition()
         self._batches: deque[_Batch] = deque()
         self._open: set[Pending] = set()
@@ -453,6 +459,7 @@ class Verifier:
             with self._changed:
                 self._ready += 1
                 self._groups |= worker.groups
+                self.columns = worker.columns
                 self._changed.notify_all()
             while (batch := self._next_batch()) is not None:
                 worker = self._score(batch, worker)

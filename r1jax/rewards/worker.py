@@ -4,7 +4,8 @@ Started by `r1jax.rewards.verifier` as `python -m r1jax.rewards.worker`, so that
 the user's `__main__`, and imports neither jax nor transformers. It speaks JSON lines:
 
   in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n, "folder": d}   once
-  out  {"ready": true, "groups": whether a function wants all samples of a prompt} or {"error": why}
+  out  {"ready": true, "groups": whether a function wants all samples of a prompt, "columns": {name:
+       the columns that it needs}} or {"error": why}
   in   {"reference": text, "reward": name}   after a deadline: who is the cause?
   out  {"readable": whether the reference can be read, or null if the function cannot say}
   in   {"rows": [{"row": {field: value}, "rewards": [name, ...]}, ...]}
@@ -179,7 +180,9 @@ def main() -> None:
             _send(replies, [start["id"], 0], {"error": problem})
             return
         groups = any(entry.batch is not None for entry, _ in entries.values())
-        _send(replies, [start["id"], 0], {"ready": True, "groups": groups})
+        columns = {name: entry.columns for name, (entry, _) in entries.items()}
+        ready = {"ready": True, "groups": groups, "columns": columns}
+        _send(replies, [start["id"], 0], ready)
         while line := requests.readline():
             request = json.loads(line)
             if "reference" in request:

@@ -26,6 +26,7 @@ from r1jax.run.datasets import Datasets
 from r1jax.run.models import Layouts, Models, make_layouts, stated_positions
 from r1jax.run.record import Record, RunFiles
 from r1jax.run.reward_checks import (
+    check_columns,
     check_functions,
     check_reward_models,
     check_rewards,
@@ -135,9 +136,10 @@ def check(run: ResolvedRun) -> list[str]:
     for model in run.models.by_name.values():
         abstract_weights(model.decoder)
     check_divided(config, run.layouts)
-    check_functions(config)
+    columns = check_functions(config)
     check_reward_models(config, run.layouts.training)
     lines = check_rows(config, run.models, run.datasets)
+    check_columns(config, run.datasets, columns)
     _check_positions(run)
     return lines
 

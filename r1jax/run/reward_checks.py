@@ -51,26 +51,71 @@ def check_rewards(config: RunConfig) -> None:
             raise ConfigError([f"{_place(config, name)}{error}"]) from error
 
 
+def _key(config: RunConfig, name: str) -> tuple[str, ...]:
+    """The key of a reward of `_rewards`."""
+    if name in config.rewards:
+        return ("rewards", name)
+    stage, _, reward = name.partition(".")
+    return ("stages", stage, "rewards", reward)
+
+
 def _place(config: RunConfig, name: str) -> str:
     """The place of a reward of `_rewards`."""
-    if name in config.rewards:
-        return config.place(("rewards", name))
-    stage, _, reward = name.partition(".")
-    return config.place(("stages", stage, "rewards", reward))
+    return config.place(_key(config, name))
 
 
-def check_functions(config: RunConfig) -> None:
-    """Raises ValueError for functions from outside that cannot be imported, in a worker."""
+def check_functions(config: RunConfig) -> dict[str, list[str]]:
+    """The columns that functions from outside need, by reward: see `check_columns`.
+
+    Raises:
+      ValueError: a function cannot be imported, in a worker, or not be called.
+    """
     functions = {k: reward for k, reward in _rewards(config).items() if ":" in str(reward.function)}
     section = config.verifier.model_copy(update={"workers": 1})
     if not functions:
-        return
+        return {}
     try:
-        Verifier(functions, section, config.folder).close()
+        with Verifier(functions, section, config.folder) as verifier:
+            return verifier.columns
     except VerifierError as error:
         # A message begins with the function that it is about.
         named = [n for n, r in functions.items() if str(error).startswith(f"rewards.{r.function}:")]
         raise ConfigError([f"{_place(config, (named or list(functions))[0])}{error}"]) from error
+
+
+def check_columns(
+    config: RunConfig, datasets: Datasets, columns: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises ConfigError where a function needs a column that no row of a dataset has.
+
+    A reward of weight 0 only measures: its failures stop no run. What columns a stage of the run
+    will write is not known yet.
+
+    Args:
+      columns: of `check_functions`.
+    """
+    for stage in config.stages:
+        of_stage = isinstance(stage.reward_selection(), dict)
+        parts = (part for name in stage.prompt_datasets() for part in datasets.parts(name))
+        for data in dict.fromkeys(parts):
+            if config.source_stages(data):
+                continue
+            for name, reward in config.rewards_of(stage).items():
+                key = f"{stage.name}.{name}" if of_stage else name
+                needed = columns.get(key, ()) if reward.weight else ()
+                rows = [e.columns for e in datasets.examples(data) if needed and _is_for(reward, e)]
+                for column in needed:
+                    if not rows or any(column in row for row in rows):
+                        continue
+                    known = sorted({each for row in rows for each in row})
+                    path = _key(config, key)
+                    raise config.refusal(
+                        (*path, "function") if reward.function else path,
+                        f"its parameter {column!r} is no column of data.{data}, which stage "
+                        f"{stage.name} reads; there are {known}. Add the column, name the "
+                        f"parameter as one of these, give it a default, or set "
+                        f"{'.'.join(path)}.options.{column}; domains keeps a reward off rows",
+                    )
 
 
 def check_reward_models(config: RunConfig, layout: Layout) -> None:

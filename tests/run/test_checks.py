@@ -38,6 +38,21 @@ def nothing(completions, **columns):
 
 def level(completions, level, **columns):
     return [float(each) for each in level]
+
+def needs(completion, lvl):
+    return 1.0
+
+def lists_need(prompts, completions, lvl, **columns):
+    return [1.0] * len(completions)
+
+def may_read(completion, lvl=1, **columns):
+    return 1.0
+
+def takes_nothing():
+    return 1.0
+
+def takes_a_prompt(completions, prompt):
+    return [1.0] * len(completions)
 """
 
 
@@ -80,7 +95,10 @@ def test_references_that_cannot_be_read_are_counted_with_their_lines(tmp_path: P
     (line,) = check(resolve(few.model_copy(update={"verifier": verifier})))
     assert line.startswith("data.rows: 3 of 41 rows")
     # Functions from outside may compare with another column.
-    blank_alone = config(tmp_path, data[:40], {"my_rewards:level": {}})
+    outside: dict[str, Any] = {"my_rewards:level": {}, "my_rewards:may_read": {}}
+    outside["my_rewards:needs"] = {"options": {"lvl": 1}}  # an option in place of a column
+    outside["my_rewards:lists_need"] = {"weight": 0.0}  # it only measures
+    blank_alone = config(tmp_path, data[:40], outside)
     assert check(resolve(blank_alone)) == []
     choices = config(tmp_path, rows("A", "(b)", "12"), {"choice": {}})
     with pytest.raises(ValueError, match="1 of 3 rows .*\n.*'12': no choice: give a letter A to J"):
@@ -100,6 +118,16 @@ def test_domains_decide_whose_references_are_read(tmp_path: Path) -> None:
         ({"no_such_module:f": {}}, {}, "rewards.no_such_module:f: importing no_such_module failed"),
         ({"my_rewards.py:f": {}}, {}, "my_rewards.py has no function 'f'"),
         ({"mine": {"function": "other.py:f"}}, {}, "no file .*/other.py"),
+        (
+            {"good": {"function": "my_rewards:level"}, "mine": {"function": "my_rewards.py:needs"}},
+            {},
+            r"config.yaml:\d+: rewards.mine.function = .my_rewards.py:needs.: its parameter 'lvl' "
+            r"is no column of data.rows, which stage zero reads; there are \['answer', 'level', "
+            r"'prompt'\]. .* or set rewards.mine.options.lvl",
+        ),
+        ({"my_rewards:lists_need": {}}, {}, "rewards.my_rewards:lists_need: its parameter 'lvl'"),
+        ({"my_rewards:takes_nothing": {}}, {}, r"the function \(\) cannot be called with \(row, "),
+        ({"my_rewards:takes_a_prompt": {}}, {}, "of lists is given no 'prompt'; take prompts"),
         ({"my_rewards:level": {"options": {"a": 1}}}, {"max_prompt_tokens": 3}, "all 2 prompts"),
         (
             {"accuracy": {}},
