@@ -6,9 +6,12 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING
 
 from r1jax.bucket import download, locate, on_bucket
@@ -29,6 +32,13 @@ PAD, EOS = "<pad>", "<eos>"
 _TOKENIZER_FILES = ["tokenizer*", "*.jinja", "vocab*", "merges.txt", "*tokens*.json", "config.json"]
 # Any of which is a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+# What is read with a tokenizer.json.
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -83,20 +93,67 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a `tokenizer.json` and the files beside it; ValueError if it is broken."""
+    """The tokenizer of a `tokenizer.json` and the files beside it.
+
+    Raises ValueError, which names the file that is broken.
+    """
     from transformers import PreTrainedTokenizerFast
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, no mapping")
-        return PreTrainedTokenizerFast.from_pretrained(str(path.parent))
+        with _without_panics():
+            return PreTrainedTokenizerFast.from_pretrained(str(path.parent))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # The Rust side raises bare Exception, and its panics.
         raise ValueError(
-            f"{path} is broken: {_first_line(error)}; copy or download it again"
+            f"{_broken_file(path)} is broken: {_first_line(error)}; copy or download it again"
         ) from error
+
+
+def _broken_file(path: Path) -> Path:
+    """`path`, or the file beside it without which the tokenizer can be read."""
+    from transformers import PreTrainedTokenizerFast
+
+    present = [path.with_name(name) for name in _BESIDE if path.with_name(name).is_file()]
+    for file in (path, *present):
+        with TemporaryDirectory(prefix="r1jax-") as scratch:
+            try:
+                for each in {path, file}:
+                    shutil.copy(each, scratch)
+                with _without_panics():
+                    PreTrainedTokenizerFast.from_pretrained(scratch)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:
+                return file
+    return path
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keeps what is written to file descriptor 2 until the block ends, and drops it if that raises.
+
+    A panic of the Rust side is printed there before it becomes an exception.
+    """
+    try:
+        before = os.dup(2)
+    except OSError:  # closed, and so there is no sys.stderr either
+        yield
+        return
+    sys.stderr.flush()
+    with TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+            sys.stderr.flush()
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        kept.seek(0)
+        os.write(2, kept.read())
 
 
 def _first_line(error: BaseException) -> str:

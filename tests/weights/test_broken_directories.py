@@ -201,6 +201,35 @@ def test_a_broken_tokenizer_is_one_line(copy: Path, content: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_panic_is_one_line(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = copy / "tokenizer.json"
+    panics = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": panics}))
+    with pytest.raises(ValueError, match=r"copy/tokenizer.json is broken: ") as error:
+        load_tokenizer(str(copy))
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 1}}'),
+        ("special_tokens_map.json", b"{"),
+        ("added_tokens.json", b"{"),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_broken_file_beside_the_tokenizer_is_named(copy: Path, name: str, content: bytes) -> None:
+    if name in ("special_tokens_map.json", "added_tokens.json"):
+        # Read where tokenizer_config.json does not say the tokens.
+        (copy / "tokenizer_config.json").unlink(missing_ok=True)
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"copy/{name} is broken: .*; copy or download"):
+        load_tokenizer(str(copy))
+
+
 def test_a_directory_without_a_tokenizer_says_so(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="copy': it has none of tokenizer.json, vocab.json"):
