@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # A row of a dataset: the dataset's name and the row's index in it.
 RowKey = tuple[str, int]
 _CHECKED_ROWS = 256  # of a dataset to train on, before the run
+_LENGTH_ROWS = 4096  # of it, before it is said that no row fits
 
 Encode = Callable[[Sequence[RowKey]], list[Document]]
 
@@ -118,23 +119,44 @@ class Datasets:
         return self._documents(data, lambda _, rows: encode_documents(rows, model.tokenizer))
 
     def check_documents(
-        self, data: str, model: LanguageModel, reader: str, *, conversations: bool
+        self,
+        data: str,
+        model: LanguageModel,
+        reader: str,
+        *,
+        conversations: bool,
+        row_tokens: int,
     ) -> None:
-        """Raises ConfigError where the template, or a first row, cannot be what is trained on.
+        """Raises ConfigError where the template, or a first row, cannot be what is trained on, and
+        where no row fits into `row_tokens`.
 
-        Of each part of `data` the first `_CHECKED_ROWS` rows are encoded; of those that a stage of
-        the run writes, none. reader: the stage.
+        Of each part of `data` the first `_CHECKED_ROWS` rows are encoded, and up to `_LENGTH_ROWS`
+        as long as none fits; of those that a stage of the run writes, none. reader: the stage.
         """
+        lengths: list[int] = []
         for part in self.parts(data):
             section = self.config.data[part]
             with self.config.blaming("data", part, reader=reader):
                 if conversations:
                     check_template(section)
                     turn_end(section, model.tokenizer, model.eos_ids)
-            if not self.config.source_stages(part):
-                read = self.conversations if conversations else self.texts
-                rows, encode = read(part, model)
-                encode(rows[:_CHECKED_ROWS])
+            if self.config.source_stages(part):
+                lengths.append(0)  # not known yet
+                continue
+            read = self.conversations if conversations else self.texts
+            rows, encode = read(part, model)
+            for start in range(0, min(len(rows), _LENGTH_ROWS), _CHECKED_ROWS):
+                documents = encode(rows[start : start + _CHECKED_ROWS])
+                lengths += [len(document.tokens) for document in documents]
+                if min(lengths) <= row_tokens:
+                    break
+        if lengths and min(lengths) > row_tokens:
+            raise self.config.refusal(
+                ("stages", reader, "row_tokens"),
+                f"none of the {len(lengths)} rows of data.{data} that were looked at fits: longer "
+                f"ones are left out, and the shortest has {min(lengths)} tokens. Set row_tokens to "
+                f"at least {min(lengths)}, or give shorter rows",
+            )
 
     def check_limit(self, data: str, limit: int) -> None:
         """Raises SettingError for fewer rows than `limit`."""

@@ -190,14 +190,20 @@ def _held_out_loss(stage: SFTStage, run: StageRun) -> Measure | None:
 
 
 def check(stage: PretrainStage | SFTStage, run: ResolvedRun) -> None:
-    """Settings about experts fit the model, and rows the template and the tokenizer."""
+    """Settings about experts fit the model, and rows the template, the tokenizer and row_tokens."""
     model = run.models.of(stage.name)
     with run.config.blaming("stages", stage.name):
         check_experts(stage.balance, model.decoder.config)
     check_teacher(stage, run)
     for _, data in stage.datasets():
         conversations = isinstance(stage, SFTStage)
-        run.datasets.check_documents(data, model, stage.name, conversations=conversations)
+        run.datasets.check_documents(
+            data,
+            model,
+            stage.name,
+            conversations=conversations,
+            row_tokens=stage.row_tokens,
+        )
 
 
 def programs(stage: PretrainStage | SFTStage, planning: Planning) -> StagePrograms:

@@ -216,6 +216,24 @@ def test_what_the_run_cannot_do_is_refused_before_it(
         check(resolve(run))
 
 
+def test_rows_of_which_none_fits_are_refused(tmp_path: Path) -> None:
+    run = config(tmp_path, rows("1", "2"), {"accuracy": {}})
+    (tmp_path / "long.jsonl").write_text(f'{{"text": "{"1+" * 40}1"}}\n' * 300)
+    dataset = [f"data.rows.source=jsonl:{tmp_path}/long.jsonl", "data.rows.fields={text: text}"]
+    long = changed(run, *dataset, "stages.base.data=rows")
+    long = long.model_copy(update={"stages": long.stages[:1]})
+    with pytest.raises(
+        ConfigError,
+        match=r"config.yaml:\d+: stages.base.row_tokens = 64: none of the 300 rows of data.rows .* "
+        r"the shortest has 82 tokens. Set row_tokens to at least 82, or give shorter rows",
+    ):
+        check(resolve(long))
+    # One that fits is enough.
+    path = tmp_path / "long.jsonl"
+    path.write_text(path.read_text() + '{"text": "1+1"}\n')
+    check(resolve(long))
+
+
 def test_a_model_may_be_used_beyond_its_positions_where_the_config_says_so(tmp_path: Path) -> None:
     further = ["model.config.max_position_embeddings=19", "model.max_position_embeddings=20"]
     run = changed(config(tmp_path, rows("1", "2"), {"accuracy": {}}), *further)
