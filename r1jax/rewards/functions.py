@@ -35,6 +35,10 @@ from r1jax.rewards.registry import (
     check_reward,
 )
 
+IMPORT_REMEDY = (
+    "a module must only define its functions when it is imported: put what it does as a program "
+    "under if __name__ == '__main__'"
+)
 _BATCH_NAMES = {"prompts", "completions", "completion_ids"}
 _ROW_FIELDS = {field.name for field in fields(RewardInput)}
 # Of TRL's form: what `_lists` gives whatever the columns are, and the columns that it leaves out.
@@ -65,10 +69,13 @@ def load_reward(name: str, options: RewardOptions, folder: str | None = None) ->
     folders = [Path(folder or "."), Path.cwd()]
     try:
         module = _import(module_name, folders)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        remedy = f"is it in {folders[0].absolute()}, or is its directory on PYTHONPATH?"
+        if isinstance(error, SystemExit):
+            remedy = IMPORT_REMEDY
         raise ValueError(
             f"rewards.{name}: importing {module_name} failed: {type(error).__name__}: {error}; "
-            f"is it in {folders[0].absolute()}, or is its directory on PYTHONPATH?"
+            f"{remedy}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -25,9 +25,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1jax.rewards.functions import IMPORT_REMEDY
 from r1jax.rewards.registry import (
     REWARDS,
     Outcome,
@@ -49,12 +51,21 @@ _BATCH_ROWS = 64
 _BATCH_CHARACTERS = 1_000_000
 # Starting is imports, not rows; on a crowded machine they take a while.
 _START_SECONDS = 120.0
+_LOAD_SECONDS = 120.0  # for each reward
+_WARN_SECONDS = 10.0  # until a message says which function is awaited
 # A worker that dies between rows is replaced; one that always does is an error.
 _RETRIES = 3
 
 
 class VerifierError(RuntimeError):
-    """The pool itself cannot work: workers do not start, or it is closed."""
+    """The pool itself cannot work: workers do not start, or it is closed.
+
+    reward: the name of the reward that a worker could not load, or None.
+    """
+
+    def __init__(self, message: str, reward: str | None = None) -> None:
+        super().__init__(message)
+        self.reward = reward
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,7 @@ class _Worker:
         self.rows = 0
         self.groups = False
         self.columns: dict[str, list[str]] = {}
+        self.loading: str | None = None  # the reward whose function is being imported
         self._received = b""
         self._lines: deque[bytes] = deque()
         self._ended = threading.Lock()
@@ -225,14 +237,26 @@ class _Worker:
         try:
             self.request(self._start, _START_SECONDS)
             reply = self.receive(_START_SECONDS)
-        except _Late:
-            raise VerifierError(f"a worker did not start in {_START_SECONDS:.0f} s") from None
-        except _Died as death:
-            raise VerifierError(f"a worker did not start: {death}") from None
+            while "loading" in reply:
+                self.loading = reply["loading"]
+                reply = self.receive(_LOAD_SECONDS)
+        except (_Late, _Died) as error:
+            raise VerifierError(self._not_ready(error), self.loading) from None
         if "error" in reply:
-            raise VerifierError(reply["error"])
+            raise VerifierError(reply["error"], self.loading)
         self.groups = bool(reply.get("groups"))
         self.columns = reply["columns"]
+
+    def _not_ready(self, error: _Late | _Died) -> str:
+        late = isinstance(error, _Late)
+        if self.loading is None:
+            why = f" in {_START_SECONDS:g} s" if late else f": {error}"
+            return f"a worker did not start{why}"
+        function = self._start["rewards"][self.loading]["function"]
+        what = f"importing {function.rpartition(':')[0]}" if ":" in function else "preparing it"
+        why = f"did not end in {_LOAD_SECONDS:g} s" if late else f"ended the worker: {error}"
+        remedy = f"; {IMPORT_REMEDY}" if ":" in function else ""
+        return f"rewards.{function}: {what} {why}{remedy}"
 
     def request(self, message: Mapping[str, Any], seconds: float) -> None:
         """Writes all of `message`; the worker, which is idle, reads it at once."""
@@ -344,11 +368,12 @@ class Verifier:
         self._domains = {name: reward.domains for name, reward in rewards.items()}
         self._weights = {name: reward.weight for name, reward in rewards.items()}
         self._section = section
+        self._rewards = {
+            name: {"function": reward.function or name, "options": dict(reward.options)}
+            for name, reward in rewards.items()
+        }
         self._start = {
-            "rewards": {
-                name: {"function": reward.function or name, "options": dict(reward.options)}
-                for name, reward in rewards.items()
-            },
+            "rewards": self._rewards,
             "memory_bytes": section.memory_mb << 20,
             "folder": folder,
         }
@@ -364,6 +389,7 @@ class Verifier:
         self._closing = False
         self._error: BaseException | None = None
         self._warned: set[tuple[str, str]] = set()
+        self._loading: set[str] = set()  # rewards that a warning of slow imports named
         # One thread per worker, for as long as the pool lives: Linux ends a worker with the
         # thread that started it.
         self._threads = [
@@ -374,7 +400,9 @@ class Verifier:
             thread.start()
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._error or self._ready == section.workers)
+                started = partial(self._is_started, section.workers)
+                while not self._changed.wait_for(started, _WARN_SECONDS):
+                    self._warn_of_loading()
                 if self._error is not None:
                     raise self._error
         except BaseException:  # Ctrl-C too
@@ -386,6 +414,20 @@ class Verifier:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _is_started(self, workers: int) -> bool:
+        return self._error is not None or self._ready == workers
+
+    def _warn_of_loading(self) -> None:
+        for name in {worker.loading for worker in self._workers} - self._loading:
+            if name is not None:
+                self._loading.add(name)
+                _log.warning(
+                    "rewards.%s: %s is still being imported; that is ended after %g s",
+                    name,
+                    self._rewards[name]["function"],
+                    _LOAD_SECONDS,
+                )
 
     @property
     def pids(self) -> list[int]:

@@ -4,6 +4,7 @@ Started by `r1jax.rewards.verifier` as `python -m r1jax.rewards.worker`, so that
 the user's `__main__`, and imports neither jax nor transformers. It speaks JSON lines:
 
   in   {"rewards": {name: {"function": f, "options": o}}, "memory_bytes": n, "folder": d}   once
+  out  {"loading": name}, before each reward; {"loading": null} after the last, or {"error": why}
   out  {"ready": true, "groups": whether a function wants all samples of a prompt, "columns": {name:
        the columns that it needs}} or {"error": why}
   in   {"reference": text, "reward": name}   after a deadline: who is the cause?
@@ -166,23 +167,27 @@ def main() -> None:
         if start is None:
             return
         entries: dict[str, tuple[RewardEntry, RewardOptions]] = {}
+        # The parent knows by these messages which function ends the process, or never returns.
         try:
             for name, reward in start["rewards"].items():
+                _send(replies, [start["id"], len(entries)], {"loading": name})
                 options = reward["options"]
                 entry = load_reward(reward["function"], options, start.get("folder"))
                 entry.prepare(options)
                 entries[name] = (entry, options)
         except Exception as error:
-            _send(replies, [start["id"], 0], {"error": str(error) or type(error).__name__})
+            message = {"error": str(error) or type(error).__name__}
+            _send(replies, [start["id"], len(entries) + 1], message)
             return
+        _send(replies, [start["id"], len(entries)], {"loading": None})
         problem = _limit_memory(start["memory_bytes"])
         if problem is not None:
-            _send(replies, [start["id"], 0], {"error": problem})
+            _send(replies, [start["id"], len(entries) + 1], {"error": problem})
             return
         groups = any(entry.batch is not None for entry, _ in entries.values())
         columns = {name: entry.columns for name, (entry, _) in entries.items()}
         ready = {"ready": True, "groups": groups, "columns": columns}
-        _send(replies, [start["id"], 0], ready)
+        _send(replies, [start["id"], len(entries) + 1], ready)
         while line := requests.readline():
             request = json.loads(line)
             if "reference" in request:

@@ -59,6 +59,11 @@ def _key(config: RunConfig, name: str) -> tuple[str, ...]:
     return ("stages", stage, "rewards", reward)
 
 
+def _function(path: tuple[str, ...], function: str | None) -> tuple[str, ...]:
+    """The key that names a reward's function: `function`, or where it is not set the reward's."""
+    return path if function in (None, path[-1]) else (*path, "function")
+
+
 def _place(config: RunConfig, name: str) -> str:
     """The place of a reward of `_rewards`."""
     return config.place(_key(config, name))
@@ -78,9 +83,14 @@ def check_functions(config: RunConfig) -> dict[str, list[str]]:
         with Verifier(functions, section, config.folder) as verifier:
             return verifier.columns
     except VerifierError as error:
-        # A message begins with the function that it is about.
-        named = [n for n, r in functions.items() if str(error).startswith(f"rewards.{r.function}:")]
-        raise ConfigError([f"{_place(config, (named or list(functions))[0])}{error}"]) from error
+        if error.reward is None:
+            raise ConfigError([f"{_place(config, next(iter(functions)))}{error}"]) from error
+        path = _key(config, error.reward)
+        function = functions[error.reward].function
+        begin = f"rewards.{function}: "
+        if not str(error).startswith(begin):  # about an option
+            raise ConfigError([f"{config.place(path)}{error}"]) from error
+        raise config.refusal(_function(path, function), str(error).removeprefix(begin)) from error
 
 
 def check_columns(
@@ -110,7 +120,7 @@ def check_columns(
                     known = sorted({each for row in rows for each in row})
                     path = _key(config, key)
                     raise config.refusal(
-                        (*path, "function") if reward.function else path,
+                        _function(path, reward.function),
                         f"its parameter {column!r} is no column of data.{data}, which stage "
                         f"{stage.name} reads; there are {known}. Add the column, name the "
                         f"parameter as one of these, give it a default, or set "

@@ -20,6 +20,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.metrics.heartbeat import span
 from r1jax.planner import memory
 from r1jax.planner.dry_run import describe
+from r1jax.rewards import verifier
 from r1jax.rollouts.scoring import check_first_rewards, is_scored
 from r1jax.run import resolve as resolve_module
 from r1jax.run.resolve import check, resolve
@@ -74,6 +75,9 @@ def config(
     zero |= {"data": "rows", "steps": 2, "held_out": None}
     plan |= {"output": str(folder), "rewards": rewards, "stages": [base, zero]}
     (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "exits.py").write_text("import sys\nsys.exit(3)")
+    (folder / "ends.py").write_text("import os\nos._exit(3)")
+    (folder / "hangs.py").write_text("while True:\n    pass")
     (folder / "config.yaml").write_text(yaml.safe_dump(plan))
     return load_config(folder / "config.yaml")
 
@@ -119,6 +123,18 @@ def test_domains_decide_whose_references_are_read(tmp_path: Path) -> None:
         ({"my_rewards.py:f": {}}, {}, "my_rewards.py has no function 'f'"),
         ({"mine": {"function": "other.py:f"}}, {}, "no file .*/other.py"),
         (
+            {"mine": {"function": "exits.py:f"}},
+            {},
+            r"yaml:\d+: rewards.mine.function = .exits.py:f.: importing exits.py failed: "
+            r"SystemExit: 3; .*under if __name__ ==",
+        ),
+        (
+            {"my_rewards.py:level": {}, "mine": {"function": "ends.py:f"}},
+            {},
+            r"yaml:\d+: rewards.mine.function = .ends.py:f.: importing ends.py ended the worker: "
+            r"exit status 3; .*under if __name__ ==",
+        ),
+        (
             {"good": {"function": "my_rewards:level"}, "mine": {"function": "my_rewards.py:needs"}},
             {},
             r"config.yaml:\d+: rewards.mine.function = .my_rewards.py:needs.: its parameter 'lvl' "
@@ -157,6 +173,22 @@ def test_mistakes_of_a_later_stage_are_found_before_the_first(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check(resolve(config(tmp_path, rows("1", "2"), rewards, **dataset)))
+
+
+def test_a_module_whose_import_never_ends_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(verifier, "_LOAD_SECONDS", 2.0)
+    monkeypatch.setattr(verifier, "_WARN_SECONDS", 0.2)
+    rewards = {"good": {"function": "my_rewards.py:level"}, "mine": {"function": "hangs.py:f"}}
+    with pytest.raises(
+        ConfigError,
+        match=r"yaml:\d+: rewards.mine.function = .hangs.py:f.: importing hangs.py did not end in "
+        "2 s; .*under if __name__ ==",
+    ):
+        check(resolve(config(tmp_path, rows("1"), rewards)))
+    (said,) = [each for each in caplog.messages if "imported" in each and "mine" in each]
+    assert said == "rewards.mine: hangs.py:f is still being imported; that is ended after 2 s"
 
 
 def changed(config: RunConfig, *overrides: str) -> RunConfig:
