@@ -481,7 +481,10 @@ def sample(
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Completions; the first is streamed.")
     ] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Default: 1024, or fewer where the model's positions end."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,

@@ -21,6 +21,7 @@ from r1jax.sampler import Finish, generate_chunks
 from r1jax.settings.data import DataSection
 from r1jax.settings.model import ModelSection
 from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.section import SettingError
 from r1jax.sharding import make_layout
 from r1jax.weights import hugging_face
 
@@ -105,11 +106,7 @@ def sample(
         for i, text in enumerate(prompts)
     ]
     longest = max(len(prompt.token_ids) for prompt in encoded)
-    if longest + max_new_tokens > model.decoder.config.max_position_embeddings:
-        raise ValueError(
-            f"a prompt of {longest} tokens with max_new_tokens = {max_new_tokens}: the model has "
-            f"max_position_embeddings = {model.decoder.config.max_position_embeddings}; ask less"
-        )
+    _check_positions(longest, max_new_tokens, model.decoder)
     options = generate_options(
         language_model,
         sampling or SamplingSection(),
@@ -151,6 +148,20 @@ def log_probs(
     return results.log_probs[: len(tokens), : max(lengths)]
 
 
+def _check_positions(prompt_tokens: int, max_new_tokens: int, decoder: Decoder) -> None:
+    """Raises SettingError when the prompt and its completion have more tokens than positions."""
+    positions = decoder.config.max_position_embeddings
+    left = positions - prompt_tokens
+    if max_new_tokens > left:
+        remedy = f"lower max_new_tokens to {left}" if left > 0 else "shorten the prompt"
+        raise SettingError(
+            "max_new_tokens",
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones: the model has "
+            f"max_position_embeddings = {positions}; {remedy}",
+        )
+
+
+_MAX_NEW_TOKENS = 1024
 _UNFINISHED = "�"  # decoding ends inside a character: wait for the rest of its bytes
 
 
@@ -159,7 +170,7 @@ def stream_completions(
     prompt_text: str,
     sampling: SamplingSection,
     samples: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     seed: int,
     template: str,
 ) -> Iterator[tuple[int, str]]:
@@ -168,7 +179,11 @@ def stream_completions(
     Args:
       model_path: a Hugging Face directory, a hub name, a run's directory (its last weights), or a
         checkpoint of it, RUN_DIR@STEP.
+      max_new_tokens: None: 1024, or fewer where the model has no positions for them.
       template: `chat`, `r1_zero` or `plain`.
+
+    Raises:
+      ValueError: the prompt with max_new_tokens has more tokens than the model has positions.
     """
     directory = hugging_face.resolve(find_model(model_path).path)
     section = ModelSection(path=str(directory), multi_token_prediction=sampling.speculative)
@@ -176,6 +191,10 @@ def stream_completions(
     model = LanguageModel.resolve(section, layout)
     data = DataSection(source="jsonl:-", template=template)
     prompt = encode_prompt(Example(id=0, prompt=prompt_text, answer=""), data, model.tokenizer)
+    if max_new_tokens is None:
+        left = model.decoder.config.max_position_embeddings - len(prompt.token_ids)
+        max_new_tokens = max(1, min(_MAX_NEW_TOKENS, left))
+    _check_positions(len(prompt.token_ids), max_new_tokens, model.decoder)
     options = generate_options(
         model, sampling, samples=samples, max_new_tokens=max_new_tokens, seed=seed
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 import r1jax
+from r1jax.pretrained import stream_completions
+from r1jax.settings.sampling import SamplingSection
 
 NAMES = [
     "GRPOBatch",
@@ -76,6 +80,24 @@ def test_samples_depend_on_prompt_and_seed_alone(
         r1jax.sample(model, [])
     with pytest.raises(ValueError, match="max_new_tokens"):
         r1jax.sample(model, ["7+5=" * 300], max_new_tokens=32_000, template="plain")
+
+
+def test_a_stream_ends_where_the_positions_do(directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["max_position_embeddings"] = 8
+    (copy / "config.json").write_text(json.dumps(config))
+
+    def draw(prompt: str, max_new_tokens: int | None) -> str:
+        greedy = SamplingSection(temperature=0)
+        drawn = stream_completions(str(copy), prompt, greedy, 1, max_new_tokens, 0, "plain")
+        return "".join(text for _, text in drawn)
+
+    assert draw("7+5=", None) == draw("7+5=", 4) != ""
+    with pytest.raises(ValueError, match="of 4 tokens and 5 new ones: .* = 8; lower .* 4"):
+        draw("7+5=", 5)
+    with pytest.raises(ValueError, match="of 40000 tokens and .* = 8; shorten the prompt"):
+        draw("7+5=" * 10_000, None)
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(directory: Path) -> None:
