@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,10 @@ def resolve(
     if jax.process_index() > 0:  # the bars of downloads are process 0's, as ours are
         disable_progress_bars()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    files = RunFiles.of(config)
+    try:
+        files = RunFiles.of(config)
+    except (ValueError, ImportError) as error:
+        raise config.refusal("output", str(error)) from error
     models = Models.resolve(config, layouts, files)
     return ResolvedRun(config, layouts, models, Datasets(config, files), files)
 
@@ -126,15 +130,13 @@ def check(run: ResolvedRun) -> list[str]:
       A line for each dataset whose reference answers were read: how many cannot be.
     """
     config = run.config
-    if run.files.copy is not None:
-        check_access(config.output)
+    _check_output(run)
     check_trackers(config)
     check_rewards(config)
     for stage in config.stages:
         load_functions(stage).check(stage, run)
     _check_examples(run)
-    for model in run.models.by_name.values():
-        abstract_weights(model.decoder)
+    _check_weights(run)
     check_divided(config, run.layouts)
     columns = check_functions(config)
     check_reward_models(config, run.layouts.training)
@@ -142,6 +144,43 @@ def check(run: ResolvedRun) -> list[str]:
     check_columns(config, run.datasets, columns)
     _check_positions(run)
     return lines
+
+
+def _check_output(run: ResolvedRun) -> None:
+    """Raises ConfigError where the run's directory cannot be made; of a slice that is not there,
+    only for a bucket."""
+    config = run.config
+    if run.files.copy is not None:
+        try:
+            check_access(config.output)
+        except ValueError as error:
+            raise config.refusal("output", str(error)) from error
+        return
+    if run.layouts.training.stands_for is not None:
+        return
+    home = run.files.directory.absolute()
+    there = next(path for path in (home, *home.parents) if os.path.lexists(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".r1jax-", dir=there))
+    except OSError as error:
+        raise config.refusal(
+            "output",
+            f"no directory can be made in {there} ({error.strerror}); give a directory that can be "
+            "written to, or that can be made",
+        ) from error
+
+
+def _check_weights(run: ResolvedRun) -> None:
+    """Raises ConfigError where the mesh does not divide a dimension of a weight."""
+    config = run.config
+    sizes = config.mesh.model_fields_set
+    by_devices = "cpu_devices" in sizes and config.mesh.cpu_devices == jax.device_count()
+    for model in run.models.by_name.values():
+        try:
+            abstract_weights(model.decoder)
+        except ValueError as error:
+            key = "mesh.cpu_devices" if by_devices else "mesh.axes" if "axes" in sizes else "mesh"
+            raise config.refusal(key, f"the weight {error}") from error
 
 
 def check_trackers(config: RunConfig) -> None:

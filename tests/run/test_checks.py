@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from r1jax.sharding import Layout
 from r1jax.stages import supervised
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
+_DEVICES = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")  # which go before the config
 REWARDS = """
 def broken(row, options):
     raise KeyError("no such thing")
@@ -246,6 +249,50 @@ def test_what_the_run_cannot_do_is_refused_before_it(
     monkeypatch.setattr(Layout, "shards", lambda self, axis: run.mesh.cpu_devices)
     with pytest.raises(ConfigError, match=message):
         check(resolve(run))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("gs://", "no bucket is named; give a local path, or gs://BUCKET"),
+        ("s3://x/y", "s3:// is not known; give a local path, or gs://BUCKET"),
+        ("FOLDER/rows.jsonl", r"no directory can be made in FOLDER/rows.jsonl \(Not a directory\)"),
+        ("/proc/runs", r"no directory can be made in /proc \(.*; give a directory that can be wr"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_with_its_line(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    config(tmp_path, rows("1"), {"accuracy": {}})
+    output, message = (text.replace("FOLDER", str(tmp_path)) for text in (output, message))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"output": output}))
+    before = sorted(tmp_path.iterdir())
+    for at, run in (
+        (r"config.yaml:\d+", load_config(path)),
+        ("command line", load_config(path, [f"output={output}"])),
+    ):
+        with pytest.raises(ConfigError, match=f"{at}: output = .*: {message}"):
+            check(resolve(run))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_mesh_that_does_not_divide_a_weight_is_refused_with_its_line(tmp_path: Path) -> None:
+    config(tmp_path, rows("1"), {"accuracy": {}})
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text() + "mesh:\n  cpu_devices: 3\n")
+    line = len(path.read_text().splitlines())
+    command = [sys.executable, "-m", "r1jax", "run", str(path), "--dry-run"]
+    environment = {k: v for k, v in os.environ.items() if k not in _DEVICES} | {
+        "JAX_PLATFORMS": "cpu"
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"{path}:{line}: mesh.cpu_devices = 3: the weight embed: dimension 1 ('embed', size 16) is "
+        "not divisible by 3, the size of mesh axes ('fsdp',); make it 1 or 2, or map"
+    ), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_rows_of_which_none_fits_are_refused(tmp_path: Path) -> None:
