@@ -113,7 +113,9 @@ def check_columns(
             for name, reward in config.rewards_of(stage).items():
                 key = f"{stage.name}.{name}" if of_stage else name
                 needed = columns.get(key, ()) if reward.weight else ()
-                rows = [e.columns for e in datasets.examples(data) if needed and _is_for(reward, e)]
+                if not needed:  # reading a task's rows makes them
+                    continue
+                rows = [e.columns for e in datasets.examples(data) if _is_for(reward, e)]
                 for column in needed:
                     if not rows or any(column in row for row in rows):
                         continue
