@@ -501,7 +501,9 @@ def test_explain_says_type_default_meaning_and_other_names() -> None:
         "  a number; default 0.001",
     ]
     assert "k3 penalty" in text and "TRL: beta; verl: kl_loss_coef, kl_coef, use_kl_loss\n" in text
-    assert invoke("explain", "beta").stdout == text
+    assert invoke("explain", "use_kl_loss").stdout == text
+    both = invoke("explain", "beta").stdout  # a setting, and TRL's name of another one
+    assert both.startswith("stages.NAME.distillation.beta") and both.endswith(text)
     assert invoke("explain", "temprature").exit_code == 2
 
 

@@ -35,7 +35,7 @@ def products(step: jax.Array) -> jax.Array:
 
 def main() -> int:
     config = load_config(sys.argv[1], sys.argv[2:])
-    sample_prompts = phase.sample_prompts
+    sample_attempts = phase.sample_attempts
     begin, end = TrainLoop.begin_update, TrainLoop.end_update
 
     def begin_update(self: TrainLoop, batch: Any) -> PendingUpdate:
@@ -51,13 +51,13 @@ def main() -> int:
         return metrics
 
     def sampling(*args: Any, **options: Any) -> Iterator[Any]:
-        for ended in sample_prompts(*args, **options):
+        for ended in sample_attempts(*args, **options):
             if ended:
                 runs = begun and not begun[-1].metrics["loss"].is_ready()
                 events.append("samples, while an update runs" if runs else "samples")
             yield ended
 
-    phase.sample_prompts = sampling  # type: ignore[assignment]
+    phase.sample_attempts = sampling  # type: ignore[assignment]
     TrainLoop.begin_update = begin_update  # type: ignore[method-assign]
     TrainLoop.end_update = end_update  # type: ignore[method-assign]
     status = recipe.run(config)

@@ -90,8 +90,10 @@ def explain(name: str) -> list[Setting]:
     matches = exact or [
         each for each in settings if asked and _matches(each.key.split(".")[-len(asked) :], asked)
     ]
-    if not matches:
-        matches = [each for each in settings if each.key in _from_elsewhere(name)]
+    if not exact:  # beta is a setting's, and TRL's name of another one
+        known = {each.key for each in matches}
+        elsewhere = _from_elsewhere(name)
+        matches += [each for each in settings if each.key in elsewhere and each.key not in known]
     if not matches:
         reason = NO_COUNTERPARTS.get(name)
         near = difflib.get_close_matches(

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.objectives.shapes import check_floating, check_log_probs
-from r1jax.settings.distillation import DivergenceKind
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+    from r1jax.settings.distillation import DivergenceKind
 
 _NONE = -1e30  # the log of no probability; finite: times a weight of 0 it is 0
 

@@ -64,9 +64,11 @@ class CriticStart(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What is kept beside the trained weights: the reference policy, and a critic."""
+    """What is kept beside the trained weights: the reference policy, the teacher that the stage
+    names (an argument of its update), and a critic."""
 
     reference: bool = False
+    teacher: bool = False
     critic: CriticStart | None = None
 
 
@@ -339,7 +341,7 @@ def train_loop(
             metadata["bad_in_a_row"],
             metadata.get("held_out_step"),
             arrays.pop(_SAMPLING, None),
-            _weights_used(stage, run, TEACHER),
+            _weights_used(stage, run, TEACHER) if beside.teacher else None,
             arrays.pop("critic", None),
         )
 

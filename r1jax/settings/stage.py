@@ -118,7 +118,7 @@ class WeightsUse:
 
 TEACHER = "teacher"
 """`WeightsUse.gives` of a model whose distribution is learned: a train loop loads its weights."""
-REFERENCE = "reference"
+REFERENCE = "reference policy"
 """`WeightsUse.gives` of the reference policy's first weights, of the stage's model."""
 
 

@@ -35,7 +35,7 @@ from r1jax.programs.program import batch_array, token_arrays
 from r1jax.run.datasets import Encode, RowKey
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
-from r1jax.run.train_loop import Resumable, TrainLoop, train_loop
+from r1jax.run.train_loop import Beside, Resumable, TrainLoop, train_loop
 from r1jax.settings.stage import EpochStage
 from r1jax.stages.distillation import (
     AGREEMENT,
@@ -147,7 +147,8 @@ def run(stage: PretrainStage | SFTStage, run: StageRun) -> None:
     optimizer = make_optimizer(stage.optimizer, steps)
     update = make_update(stage, model.decoder, optimizer, teacher)
     tokens = stage.rows_per_step * stage.row_tokens
-    with train_loop(stage, run, optimizer, update, rows, steps=steps) as loop:
+    beside = Beside(teacher=isinstance(stage, SFTStage) and stage.distillation is not None)
+    with train_loop(stage, run, optimizer, update, rows, steps=steps, beside=beside) as loop:
         run_updates(loop, stage, rows, tokens_in=lambda _: tokens, held_out=held_out)
         if rows.dropped:
             loop.progress.print(

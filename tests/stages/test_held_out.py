@@ -96,7 +96,7 @@ def test_few_problems_are_one_batch_of_their_own_size(
     stage = plan.stages[0]
     assert isinstance(stage, GRPOStage)
     asked: list[Any] = []
-    monkeypatch.setattr(held_out, "scored_batches", lambda *given: asked.append(given[-1]) or [])
+    monkeypatch.setattr(held_out, "scored_batches", lambda *given: asked.append(given[-2]) or [])
     for step, batch in ((0, 1000), (2, 1000), (4, 4)):
         loop = SimpleNamespace(step=step, state=SimpleNamespace(params=None), held_out_step=None)
         evaluations = held_out.HeldOutEvaluation(stage, resolve(plan), batch=batch)

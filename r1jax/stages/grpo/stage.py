@@ -134,7 +134,11 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             update,
             questions,
             steps=stage.steps,
-            beside=Beside(objective.penalty is not None, None if critic is None else critic.start),
+            beside=Beside(
+                reference=objective.penalty is not None,
+                teacher=stage.distillation is not None,
+                critic=None if critic is None else critic.start,
+            ),
         ) as loop,
         reward_scorer(reward_sections, run) as scorer,
     ):
