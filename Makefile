@@ -29,11 +29,8 @@ quick: lint
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
-# Many of them wait, for a program that does not end or a host that does not answer: one more worker
-# than processors.
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow \
-	  --numprocesses=$$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
 
 # Kills runs N times at random times: how many end with the bytes of one that was never killed?
 N ?= 200
