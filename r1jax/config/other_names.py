@@ -69,6 +69,7 @@ _TRL = {
     "data_seed": "seed",
     "model_init_kwargs": "model",
     "entropy_coef": "stages.NAME.objective.entropy_coefficient",
+    "vllm_importance_sampling_correction": "stages.NAME.loss.importance_correction",
     "vllm_importance_sampling_clip_max": "stages.NAME.loss.importance_cap",
     "vllm_importance_sampling_clip_min": "stages.NAME.loss.importance_floor",
     "router_aux_loss_coef": "stages.NAME.balance",
@@ -239,15 +240,19 @@ _NO_COUNTERPARTS_FROM: Mapping[str, str] = MappingProxyType(
 
 def other_name(key: str, section: str) -> str | None:
     """`TRL's num_generations is ... here`, for a key of a section such as `stages.rl`; or None."""
-    if key in NO_COUNTERPARTS:
-        return f"there is none here: {NO_COUNTERPARTS[key]}"
     for library, names in OTHER_NAMES.items():
         if key in names:
             kind, _, name = section.partition(".")
             own = f"{kind}.{name.partition('.')[0]}"
             here = names[key].replace(f"{kind}.NAME", own) if name else names[key]
             return f"{library}'s {key} is {here} here"
-    for beginning, why in _NO_COUNTERPARTS_FROM.items():
-        if key.startswith(beginning):
-            return f"there is none here: {why}"
-    return None
+    why = no_counterpart(key)
+    return None if why is None else f"there is none here: {why}"
+
+
+def no_counterpart(key: str) -> str | None:
+    """Why a setting there has none here; None: it has one, or is not known."""
+    if key in NO_COUNTERPARTS or any(key in names for names in OTHER_NAMES.values()):
+        return NO_COUNTERPARTS.get(key)
+    beginnings = (why for start, why in _NO_COUNTERPARTS_FROM.items() if key.startswith(start))
+    return next(beginnings, None)

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from r1jax.config.expected import alternatives, describe, keys_of
-from r1jax.config.other_names import NO_COUNTERPARTS, OTHER_NAMES
+from r1jax.config.other_names import OTHER_NAMES, no_counterpart
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError, show
 from r1jax.settings.kinds import KINDS, load_kind
@@ -95,7 +95,7 @@ def explain(name: str) -> list[Setting]:
         elsewhere = _from_elsewhere(name)
         matches += [each for each in settings if each.key in elsewhere and each.key not in known]
     if not matches:
-        reason = NO_COUNTERPARTS.get(name)
+        reason = no_counterpart(name)
         near = difflib.get_close_matches(
             asked[-1] if asked else "", {each.key.rpartition(".")[2] for each in settings}, n=3
         )

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from random_preferences import random_rows
 
 from r1jax.data.padded_rows import PaddedRows, pad_texts, padded_once
 from r1jax.data.preferences import EncodedPreference, preference_arrays
@@ -22,22 +23,6 @@ def test_padded_rows_by_hand() -> None:
     assert all(array.dtype == np.int32 for array in arrays.values())
     with pytest.raises(ValueError, match="a text of 3 tokens does not fit into 2"):
         pad_texts([np.arange(3)], row_tokens=2)
-
-
-def random_rows(count: int, safe: bool | None = None, start: int = 0) -> list[EncodedPreference]:
-    """Row i has texts that begin with the token i."""
-    rng = np.random.default_rng(0)
-    return [
-        EncodedPreference(
-            id=i,
-            texts=tuple(
-                np.asarray([i, side, *rng.integers(0, 9, rng.integers(1, 12))], np.int32)
-                for side in range(1 if safe is not None else 2)
-            ),
-            safe=None if safe is None else i % 2 == 0,
-        )
-        for i in range(start, start + count)
-    ]
 
 
 def ids(arrays: dict[str, np.ndarray]) -> list[int]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_preferences import random_rows
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from r1jax.data.preferences import (
-    EncodedPreference,
     Preference,
     encode_preferences,
     encode_responses,
@@ -262,22 +262,6 @@ def test_nothing_left_is_an_error_with_the_count_of_each_reason(tokenizer) -> No
 
 
 # Arrays
-
-
-def random_rows(count: int, safe: bool | None = None, start: int = 0) -> list[EncodedPreference]:
-    """Row i has texts that begin with the token i."""
-    rng = np.random.default_rng(0)
-    return [
-        EncodedPreference(
-            id=i,
-            texts=tuple(
-                np.asarray([i, side, *rng.integers(0, 9, rng.integers(1, 12))], np.int32)
-                for side in range(1 if safe is not None else 2)
-            ),
-            safe=None if safe is None else i % 2 == 0,
-        )
-        for i in range(start, start + count)
-    ]
 
 
 def test_a_pair_is_two_rows_and_a_label_a_number() -> None:

@@ -28,6 +28,7 @@ from r1jax.run.resolve import ResolvedRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.train_loop import CriticStart, TrainLoop
 from r1jax.settings.section import SettingError
+from r1jax.stages.grpo.log_probs import inputs_without_experts
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import (
     Metrics,
@@ -64,7 +65,9 @@ class Critic:
         """The mini-batches of a phase as of `critic_advantages`, by the values of now."""
         assert loop.critic is not None
         values = [
-            self._values(loop.critic.params, _inputs(batch), batch.used_micro_batches)
+            self._values(
+                loop.critic.params, inputs_without_experts(batch.inputs), batch.used_micro_batches
+            )
             for batch in batches
         ]
         with_advantages: tuple[list[GRPOBatch], list[CriticBatch]]
@@ -148,11 +151,6 @@ def _optimizer(stage: GRPOStage) -> optax.GradientTransformation:
     return make_optimizer(stage.critic_settings.optimizer or stage.optimizer, stage.steps)
 
 
-def _inputs(batch: GRPOBatch) -> Inputs:
-    """The same tokens, for a model that chooses their experts itself."""
-    return {name: leaf for name, leaf in batch.inputs.items() if name != "experts"}
-
-
 def packed_values(
     params: Params,
     inputs: Inputs,
@@ -177,7 +175,10 @@ def _packed_advantages(
     results, learnt = critic_advantages(objective, packed, values)
     return (
         [replace(r, segment_ids=b.segment_ids) for r, b in zip(results, batches, strict=True)],
-        [each._replace(inputs=_inputs(b)) for each, b in zip(learnt, batches, strict=True)],
+        [
+            each._replace(inputs=inputs_without_experts(b.inputs))
+            for each, b in zip(learnt, batches, strict=True)
+        ],
     )
 
 
@@ -244,7 +245,11 @@ def critic_programs(
       batch: of the policy's update. resident: what is in memory beside the critic and the batch.
     """
     rows: GRPOBatch = batch.arrays
-    inputs, optimizer, state = _inputs(rows), _optimizer(stage), critic_state(stage, model)
+    inputs, optimizer, state = (
+        inputs_without_experts(rows.inputs),
+        _optimizer(stage),
+        critic_state(stage, model),
+    )
     values = jax.jit(partial(packed_values, model=model, micro_batches=micro_batches))
     per_token, used = rows.mask, rows.used_micro_batches
     learnt = CriticBatch(inputs, per_token, per_token, per_token, used)

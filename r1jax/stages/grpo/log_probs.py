@@ -41,9 +41,12 @@ def log_prob_rows(batch: GRPOBatch) -> LogProbRows:
 
 
 def without_experts(rows: LogProbRows) -> LogProbRows:
+    return rows._replace(inputs=inputs_without_experts(rows.inputs))
+
+
+def inputs_without_experts(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The same tokens, for a model that chooses their experts itself."""
-    inputs = {name: leaf for name, leaf in rows.inputs.items() if name != "experts"}
-    return rows._replace(inputs=inputs)
+    return {name: leaf for name, leaf in inputs.items() if name != "experts"}
 
 
 def make_log_probs(
