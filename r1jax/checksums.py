@@ -44,9 +44,10 @@ def checksums(arrays: Sequence[Array]) -> list[str]:
         replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         # A program for each shape: weights, their moments and their reference share it.
         of_array = jax.jit(_checksum, out_shardings=replicated)
-        sums = [of_array(arrays[i]) for i in indices]
-        for i, row in zip(indices, sums, strict=True):
-            results[i] = "".join(f"{part:08x}" for part in np.asarray(row))
+        for i in indices:
+            # One at a time: several small all-reduces at once may wait for each other for ever on
+            # CPU devices of several processes.
+            results[i] = "".join(f"{part:08x}" for part in np.asarray(of_array(arrays[i])))
     return results
 
 

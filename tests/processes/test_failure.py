@@ -96,6 +96,7 @@ class Hosts:
             for process in started:
                 with suppress(ProcessLookupError):  # it has ended, and so have its workers
                     os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         return [Ended(p.returncode, text) for p, text in zip(started, said, strict=True)]
 
 
