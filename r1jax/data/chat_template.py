@@ -7,11 +7,14 @@ of a whole conversation (supervised fine-tuning).
 from __future__ import annotations
 
 import re
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,6 +46,9 @@ _ATTEMPT = "The first attempt."
 _RENDER_SECONDS = 5.0
 """CPU time in which a chat template has to render one conversation; released ones take
 milliseconds."""
+
+_RENDER_BYTES = 4 << 30
+"""Memory that it may take; other threads allocate from the same limit meanwhile, and have room."""
 
 _ADDED_CHARACTERS = 1_000_000
 """What a chat template may write beside ten times the messages' text."""
@@ -312,17 +318,19 @@ def _apply_chat_template(
     turns = [{"role": message.role, "content": message.content} for message in messages]
     remedy = "mend the tokenizer's chat_template, or use template: r1_zero or plain"
     try:
-        with _cpu_time_limit(_RENDER_SECONDS):
+        with _cpu_time_limit(_RENDER_SECONDS), _memory_limit(_RENDER_BYTES):
             text = str(
                 tokenizer.apply_chat_template(
                     turns, tokenize=False, add_generation_prompt=open_answer, **given
                 )
             )
-    except _TimeOverError:
+    except (_TimeOverError, MemoryError) as error:
+        amount = f"more memory than {_RENDER_BYTES >> 20} MiB"
+        if isinstance(error, _TimeOverError):
+            amount = f"longer than {_RENDER_SECONDS:g} s"
         raise SettingError(
             "template",
-            f"the tokenizer's chat template takes longer than {_RENDER_SECONDS:g} s for one "
-            f"conversation; {remedy}",
+            f"the tokenizer's chat template takes {amount} for one conversation; {remedy}",
         ) from None
     except Exception as error:  # A template can divide by 0, call itself without end, ...
         raise SettingError(
@@ -366,6 +374,27 @@ def _cpu_time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _memory_limit(more: int) -> Iterator[None]:
+    """MemoryError in the block where the process comes to have `more` bytes more than now.
+
+    On Linux alone, and only where no limit of its address space is lower.
+    """
+    if not sys.platform.startswith("linux"):  # macOS does not keep RLIMIT_AS
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize() + more
+    if 0 <= before <= limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def _check_markers(rendered: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 """What the model is asked, to the character: BOS once, prefill found, paper's words."""
 
+import resource
 import signal
 
 import numpy as np
@@ -131,6 +132,10 @@ def test_template_mistakes(settings: dict, message: str) -> None:
 
 TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
 
+DOUBLED = (
+    "{% set s = namespace(x='x') %}{% for i in range(99) %}{% set s.x = s.x ~ s.x %}{% endfor %}"
+)
+
 
 @pytest.mark.parametrize(
     ("chat_template", "message"),
@@ -138,6 +143,9 @@ TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{
         (TWICE.replace("BODY", "x"), "longer than 0.2 s for one conversation; mend .* chat_templ"),
         (TWICE.replace("BODY", "{% set a = 1 %}"), "longer than 0.2 s"),
         ("{{ 3 ** (10 ** 8) }}", "longer than 0.2 s"),
+        ("{{ 'x' * 10 ** 10 }}", "more memory than 64 MiB for one conversation; mend"),
+        ("{{ 'x'.center(10 ** 10) }}", "more memory than 64 MiB"),
+        (DOUBLED, "more memory than 64 MiB|longer than 0.2 s"),
         ("{% for i in range(99999) %}" + "x" * 99 + "{% endfor %}", "9899901 char.* 1000120 are"),
         ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: .*recursion"),
@@ -147,11 +155,17 @@ def test_a_template_without_end_is_refused(
     chat_template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1jax.data.chat_template._RENDER_SECONDS", 0.2)
-    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    monkeypatch.setattr("r1jax.data.chat_template._RENDER_BYTES", 64 << 20)
+
+    def limits() -> tuple[object, ...]:
+        timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+        return (*timer, resource.getrlimit(resource.RLIMIT_AS))
+
+    before = limits()
     with pytest.raises(SettingError, match=message) as error:
         encode_prompt(EXAMPLE, section(), ascii_tokenizer(chat_template))
     assert error.value.key == "template"
-    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == before
+    assert limits() == before
 
 
 # --- The user's turn between two attempts ---------------------------------------------------------
