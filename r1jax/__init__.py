@@ -12,7 +12,6 @@ A name is imported when it is first used: a reward or a config needs no JAX, and
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("r1jax")
     if name not in __all__:
         raise AttributeError(f"module 'r1jax' has no attribute {name!r}")

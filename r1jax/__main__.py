@@ -10,6 +10,8 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 _FLAGS = ("--dry-run",)
 _OPTIONS = ("--from", "--until", "--only", "--restart", "--profile-steps", "--slice")
@@ -53,6 +55,10 @@ def _config_of_run(arguments: Sequence[str]) -> tuple[str, list[str], str | None
 
 def _mistakes(config: str, overrides: Sequence[str], slice_name: str | None) -> str | None:
     """What is wrong with a config, one line for each mistake; None: nothing, or no such mistake."""
+    # Where pydantic looks for plugins, in the metadata of all packages: a tenth of the time, and a
+    # config needs none. What is imported later meets the real module.
+    loader = "pydantic.plugin._loader"
+    sys.modules[loader] = cast(ModuleType, SimpleNamespace(get_plugins=tuple))
     from r1jax.config.load import ConfigError, load_config
 
     try:
@@ -61,6 +67,8 @@ def _mistakes(config: str, overrides: Sequence[str], slice_name: str | None) -> 
         return str(error)
     except Exception:
         return None  # `run` meets it again, and says it
+    finally:
+        del sys.modules[loader]
     return None
 
 

@@ -6,7 +6,6 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from r1jax.bucket import locate
 from r1jax.config.yaml_file import ConfigError, read_yaml
 
 if TYPE_CHECKING:
@@ -32,8 +31,12 @@ def find_config(name_or_path: str | Path) -> Path:
 
     Raises ConfigError, which names the nearest packaged configs.
     """
+    path = Path(name_or_path)
     try:
-        path = locate(name_or_path)
+        if "://" in str(name_or_path):
+            from r1jax.bucket import locate  # what it imports would delay each mistake in a config
+
+            path = locate(name_or_path)
         if path.is_file():
             return path
     except OSError as error:  # a name that is too long, or a folder that may not be read

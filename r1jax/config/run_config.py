@@ -84,7 +84,7 @@ class RunConfig(Section):
         default_factory=dict, description="Further models, such as a student to distil into."
     )
     mesh: MeshSection = Field(
-        MeshSection(),
+        MeshSection.model_construct(),
         description="The devices as named axes, and what is split over them; or the name of a mesh "
         "in configs/mesh.",
     )
@@ -93,7 +93,7 @@ class RunConfig(Section):
         default_factory=dict,
         description="The rewards by name; a stage adds up all, or those it names.",
     )
-    verifier: VerifierSection = VerifierSection()
+    verifier: VerifierSection = VerifierSection.model_construct()
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         ["tensorboard"], description="Where metrics are shown beside the run's own files."
     )
@@ -110,7 +110,8 @@ class RunConfig(Section):
         "paper counts (Extended Data Fig. 1).",
     )
     watchdog: _WatchdogSection | None = Field(
-        _WatchdogSection(), description="null: a process that stands still says nothing."
+        _WatchdogSection.model_construct(),
+        description="null: a process that stands still says nothing.",
     )
     compilation_cache: str | None = Field(
         "auto",

@@ -21,7 +21,11 @@ class SettingError(ValueError):
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # A validator takes long to make. It is made when it is needed, together with those of the
+    # sections inside; so defaults are made without one, by `model_construct`.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), defer_build=True
+    )
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Settings that decide no result, and may change once a stage has begun."""

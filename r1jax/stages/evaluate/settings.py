@@ -66,7 +66,7 @@ class EvaluateStage(Stage):
         "has a place in problems_per_batch, and the samples are the same.",
     )
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
-    sampling: EvaluationSampling = EvaluationSampling()
+    sampling: EvaluationSampling = EvaluationSampling.model_construct()
     search: Search | None = Field(
         None, description="Search the steps of a solution, in place of sampling it at once."
     )

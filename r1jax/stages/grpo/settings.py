@@ -208,7 +208,7 @@ class GRPOStage(TrainStage):
     length_bucket: int = Field(
         128, ge=1, description="The length of the packed rows is a multiple of this."
     )
-    sampling: SamplingSection = SamplingSection()
+    sampling: SamplingSection = SamplingSection.model_construct()
     lengths: PlannedLengths = None
     objective: _Objective | None = Field(
         None,
@@ -227,7 +227,7 @@ class GRPOStage(TrainStage):
     distillation: OnPolicyDistillation | None = Field(
         None, description="Learn a teacher's distribution at the tokens of the samples."
     )
-    balance: BalanceSection = BalanceSection()
+    balance: BalanceSection = BalanceSection.model_construct()
     replay_experts: bool = Field(
         False,
         description="Of a mixture of experts: updates send each token to the experts that it went "
@@ -272,7 +272,7 @@ class GRPOStage(TrainStage):
         100, ge=1, description="Steps between two held-out evaluations; there is one at each end."
     )
     held_out_samples: int = Field(16, ge=1, description="Samples of each held-out problem.")
-    held_out_sampling: EvaluationSampling = EvaluationSampling()
+    held_out_sampling: EvaluationSampling = EvaluationSampling.model_construct()
 
     @classmethod
     def fill_in(cls, stage: JsonObject, data: JsonObject) -> dict[str, str]:

@@ -38,7 +38,7 @@ class PretrainStage(TrainStage):
     )
     log_every: int = Field(10, ge=1, description="Steps between two lines of metrics.")
     mtp_weight: MTPWeight = 0.0
-    balance: BalanceSection = BalanceSection()
+    balance: BalanceSection = BalanceSection.model_construct()
     optimizer: OptimizerSection
 
     @model_validator(mode="after")

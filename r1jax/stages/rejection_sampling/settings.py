@@ -42,7 +42,7 @@ class RejectionSamplingStage(Stage):
         32, ge=1, description="Prompts that are sampled at once, over all processes."
     )
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of a completion at most.")
-    sampling: SamplingSection = SamplingSection()
+    sampling: SamplingSection = SamplingSection.model_construct()
     search: Search | None = Field(
         None, description="Search the steps of solutions, in place of sampling them at once."
     )

@@ -30,7 +30,7 @@ class SFTStage(EpochStage):
         ge=8, description="Tokens of a row, which conversations are packed into."
     )
     mtp_weight: MTPWeight = 0.0
-    balance: BalanceSection = BalanceSection()
+    balance: BalanceSection = BalanceSection.model_construct()
     distillation: LogitDistillation | None = Field(
         None,
         description="Learn a teacher's distribution at the assistant's tokens, alone or beside "

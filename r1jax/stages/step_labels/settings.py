@@ -57,7 +57,7 @@ class StepLabelsStage(Stage):
     max_new_tokens: int = Field(
         1024, ge=1, description="Tokens at most: of a solution, and of a continuation."
     )
-    sampling: SamplingSection = SamplingSection()
+    sampling: SamplingSection = SamplingSection.model_construct()
     search: Search | None = Field(
         None,
         description="Search each prompt once: the label of a step is then that of the solutions "
