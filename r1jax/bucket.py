@@ -97,6 +97,25 @@ def check_access(folder: str) -> None:
             ) from error
 
 
+def check_readable(path: str | os.PathLike[str]) -> Path:
+    """A path, as `locate`, whose bucket can be read; the path itself need not exist.
+
+    Raises ValueError if it cannot be; names the bucket and the reason.
+    """
+    located = locate(path)
+    if on_bucket(path):
+        bucket = os.fspath(path).removeprefix(_SCHEME).partition("/")[0]
+        try:
+            located.exists()
+        except Exception as error:  # of several libraries, with no class in common
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"cannot read gs://{bucket} ({reason}). Check the bucket's name, the network, and "
+                "that this machine's account has the role roles/storage.objectViewer on it"
+            ) from error
+    return located
+
+
 def read_range(path: Path, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of an object; large ranges in several requests at once."""
     starts = list(range(start, stop, _PART_BYTES))

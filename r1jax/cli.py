@@ -68,11 +68,45 @@ app = typer.Typer(
 ConfigName: TypeAlias = Annotated[
     str, typer.Argument(help="A YAML file, or a name that `configs` lists.")
 ]
+
+
+def _directories(
+    parameter: typer.CallbackParam, given: str | list[str] | None
+) -> str | list[str] | None:
+    """Raises ConfigError, with the argument's name, for a bucket that cannot be read."""
+    from r1jax.bucket import check_readable
+    from r1jax.config.load import ConfigError
+
+    for path in [given] if isinstance(given, str) else given or ():
+        try:
+            check_readable(path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError([f"{_shown(parameter)} {path}: {error}"]) from error
+    return given
+
+
+def _local_file(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Raises ConfigError, with the option's name, for a URL."""
+    from r1jax.config.load import ConfigError
+
+    if path is not None and re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        problem = "only a local file; copy it to or from the bucket"
+        raise ConfigError([f"{_shown(parameter)} {path}: {problem}"])
+    return path
+
+
+def _shown(parameter: typer.CallbackParam) -> str:
+    """What a user calls an option or argument."""
+    name = parameter.opts[0]
+    return name if name.startswith("-") else (parameter.metavar or name.upper()).rstrip(".")
+
+
 Model: TypeAlias = Annotated[
     str,
     typer.Argument(
         help="A run's directory (its last weights; RUN_DIR@STEP or RUN_DIR@STAGE:STEP: a kept "
-        "checkpoint), a Hugging Face directory or a hub name."
+        "checkpoint), a Hugging Face directory or a hub name.",
+        callback=_directories,
     ),
 ]
 _SLICE = "A TPU slice, v5p:4x4x8 or v5p-256, with the config's settings for it."
@@ -205,7 +239,8 @@ def plan(
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file.")
+        Path | None,
+        typer.Option("--json", help="Write everything to this file.", callback=_local_file),
     ] = None,
     check: Annotated[
         bool,
@@ -343,7 +378,8 @@ def plan_all(
         typer.Argument(help="Configs with slices. Default: all that come with r1jax."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the table to this file, after each slice.")
+        Path | None,
+        typer.Option(help="Write the table to this file, after each slice.", callback=_local_file),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is compiled for later calls.")
@@ -452,7 +488,7 @@ def evaluate(
     if directory is not None:
         settings = settings.model_copy(update={"output": str(directory / "evaluations")})
     if out is not None:
-        settings = settings.model_copy(update={"output": out})
+        settings = settings.with_output(out, "--out")
     if not benchmark:
         settings = recipe.evaluation_config(settings, weights, stage)
     if found is not None and found.step is not None:
@@ -555,7 +591,8 @@ def search(
         Path | None,
         typer.Option(
             help="A file of JSON lines, to which the tree is added; default: searches.jsonl in the "
-            "run's directory, or beside the caller."
+            "run's directory, or beside the caller.",
+            callback=_local_file,
         ),
     ] = None,
 ) -> None:
@@ -594,10 +631,16 @@ def score(
         str, typer.Option(help="A registered name, package.module:function or file.py:function.")
     ],
     source: Annotated[
-        Path, typer.Option("--in", help="JSON lines with prompt, completion and answer.")
+        Path,
+        typer.Option(
+            "--in", help="JSON lines with prompt, completion and answer.", callback=_local_file
+        ),
     ],
     target: Annotated[
-        Path, typer.Option("--out", help="The rows with reward, outcome and extracted added.")
+        Path,
+        typer.Option(
+            "--out", help="The rows with reward, outcome and extracted added.", callback=_local_file
+        ),
     ],
     option: Annotated[
         list[str] | None,
@@ -618,9 +661,16 @@ def score(
 @app.command()
 def export(
     run_directory: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="Or RUN_DIR@STEP, RUN_DIR@STAGE:STEP.")
+        str,
+        typer.Argument(
+            metavar="RUN_DIR",
+            help="Or RUN_DIR@STEP, RUN_DIR@STAGE:STEP.",
+            callback=_directories,
+        ),
     ],
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new directory.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="A new directory.", callback=_directories)
+    ],
     stage: Annotated[
         str | None, typer.Option(help="Weights as this stage left them; default: the last.")
     ] = None,
@@ -644,12 +694,15 @@ def export(
 
 @app.command()
 def report(
-    run_directories: Annotated[list[str], typer.Argument(metavar="RUN_DIR...")],
+    run_directories: Annotated[
+        list[str], typer.Argument(metavar="RUN_DIR...", callback=_directories)
+    ],
     out: Annotated[
         str | None,
         typer.Option(
             help="Folder for report.html, tables.md and results.json over seeds, which need it; or "
-            "for compare.html, by default the first run's directory."
+            "for compare.html, by default the first run's directory.",
+            callback=_directories,
         ),
     ] = None,
     compare: Annotated[

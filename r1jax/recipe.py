@@ -15,7 +15,7 @@ import jax
 import yaml
 from rich.console import Console
 
-from r1jax.bucket import copy_folder, locate
+from r1jax.bucket import check_readable, copy_folder
 from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
@@ -267,8 +267,12 @@ def free_name(config: RunConfig, model: str) -> str:
     slug = re.sub(r"[^A-Za-z0-9_.\-]+", "-", last[0] if last else "model")
     code = hashlib.sha256(model.encode()).hexdigest()[:8]
     names = [config.name, f"{config.name}-{slug}", f"{config.name}-{slug}-{code}"]
+    try:
+        output = check_readable(config.output)
+    except (ValueError, ImportError) as error:
+        raise config.refusal("output", str(error)) from error
     for name in names:
-        recorded = locate(config.output) / f"{name}-s{config.seed}" / "config.yaml"
+        recorded = output / f"{name}-s{config.seed}" / "config.yaml"
         if not recorded.is_file():
             return name
         text = yaml.safe_load(recorded.read_text(encoding="utf-8"))

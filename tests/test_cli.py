@@ -285,6 +285,34 @@ def test_eval_of_another_model_needs_a_config(
     assert Path(settings.output) == tmp_path / "out"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "eval MODEL --config CONFIG --out s3://x",
+            '--out: output = "s3://x": s3://x: s3:// is not',
+        ),
+        (
+            "eval MODEL --config CONFIG --out gs://b",
+            '--out: output = "gs://b": cannot read gs://b (',
+        ),
+        ("sample gs://b/x --prompt a", "MODEL gs://b/x: cannot read gs://b (no way). Check"),
+        ("export s3://b DEST", "RUN_DIR s3://b: s3://b: s3:// is not known"),
+        ("report gs://", "RUN_DIR gs://: gs://: no bucket is named"),
+        ("report RUN --out s3://b", "--out s3://b: s3://b: s3:// is not known"),
+        ("score --reward choice --in s3://b/x --out y", "--in s3:/b/x: only a local file"),
+    ],
+)
+def test_a_wrong_url_and_an_unreachable_bucket_are_errors_of_their_argument(
+    command: str, message: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = MagicMock(exists=MagicMock(side_effect=RuntimeError("no way")))
+    monkeypatch.setattr("etils.epath.Path", lambda path: refuses)
+    result = invoke(*command.replace("CONFIG", str(config)).split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.output and "Traceback" not in result.output
+
+
 def test_eval_of_a_run_on_benchmarks(run_directory: Path, evaluated: MagicMock) -> None:
     weights = run_directory / "stages" / "02-rl" / "model"
     weights.mkdir(parents=True)

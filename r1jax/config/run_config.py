@@ -159,6 +159,12 @@ class RunConfig(Section):
         )
         return ConfigError([f"{self.place(path)}{'.'.join(path)}{value}: {problem}"])
 
+    def with_output(self, output: str, place: str) -> RunConfig:
+        """The config with another output, which `place` says, such as an option."""
+        config = self.model_copy(update={"output": output})
+        config._places = {**self._places, ("output",): place}
+        return config
+
     @contextmanager
     def blaming(self, *section: str, reader: str = "") -> Iterator[None]:
         """Errors of the block are those of a section: of the setting that they name, or `source`.
