@@ -65,10 +65,7 @@ def row_attention(
         out = _xla(q, k, v, segment_ids)
     else:
         kernel = _splash if execution.attention == "splash" else _flash
-        value_dim = v.shape[-1]
-        # The kernels have one head size.
-        v = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - value_dim),))
-        out = _per_device(kernel, layout)(q, k, v, segment_ids)[..., :value_dim]
+        out = _per_device(kernel, layout)(q, k, v, segment_ids)
     return layout.constrain(out, ("batch", "time", "heads", None))
 
 
@@ -223,13 +220,19 @@ def _per_device(function: _Kernel, layout: Layout) -> _Kernel:
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-    """Pallas splash attention (TPU); time and head_dim are padded to what the kernel tiles."""
+    """Pallas splash attention (TPU); time and head sizes are padded to what the kernel tiles.
+
+    A key head is read where it is by all query heads that share it.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     time, heads, head_dim = q.shape[1:]
+    value_dim = v.shape[-1]
     padded = -(-time // 128) * 128
-    grow = ((0, 0), (0, padded - time), (0, 0), (0, -head_dim % 128))
-    q, k, v = (jnp.pad(x, grow).swapaxes(1, 2) for x in (q / math.sqrt(head_dim), k, v))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, -x.shape[-1] % 128))).swapaxes(1, 2)
+        for x in (q / math.sqrt(head_dim), k, v)
+    )
     ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
     block = next(size for size in (512, 256, 128) if padded % size == 0)
     sizes = splash.BlockSizes(
@@ -244,10 +247,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Arr
     )
     mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-    repeat = heads // k.shape[1]
-    k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
     out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
-    return out.swapaxes(1, 2)[:, :time, :, :head_dim]
+    return out.swapaxes(1, 2)[:, :time, :, :value_dim]
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
@@ -255,14 +256,15 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Arra
     from jax.experimental.pallas.ops.gpu import attention as flash
 
     time, heads, head_dim = q.shape[1:]
+    value_dim = v.shape[-1]
     padded = -(-time // 128) * 128
-    grow = ((0, 0), (0, padded - time), (0, 0), (0, 0))
     repeat = heads // k.shape[2]
     k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
-    q, k, v = (jnp.pad(x, grow) for x in (q, k, v))
+    v = jnp.pad(v, ((0, 0),) * 3 + ((0, head_dim - value_dim),))  # the kernel has one head size
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, 0))) for x in (q, k, v))
     ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
     kernel = functools.partial(flash.mha, sm_scale=1 / math.sqrt(head_dim), causal=True)
-    return kernel(q, k, v, ids)[:, :time]
+    return kernel(q, k, v, ids)[:, :time, :, :value_dim]
 
 
 def cached_attention(

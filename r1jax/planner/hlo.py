@@ -499,9 +499,10 @@ def _valid_products(
 # group's matrix or another array of the rows. The first is XLA's.
 _GROUPED = ("ragged-dot-none", "tgmm")
 
-# The products of a Pallas attention kernel for each query and key: scores and values forward;
-# scores, the gradient of the weights, and of the queries; and those with keys and values.
-_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Products of a Pallas attention kernel for each query and key, as wide as a key and as a value:
+# scores; values. Backward: scores, gradient of the queries; of the weights. And: scores, gradient
+# of the keys; of the weights, of the values.
+_KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
 
 
 def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
@@ -516,14 +517,14 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     if name.startswith(_GROUPED):
         rows, other = arrays
         return 2.0 * rows.elements * other.sizes[-1]
-    matrices = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
-    if matrices is None:
+    products = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
+    if products is None:
         return None
-    queries, keys = arrays[:2]
+    queries, keys, values = arrays[:3]
     # The first operand says which block of keys each block of queries goes to next.
     blocks = max(operands[0].sizes[-2:], default=1)
-    square = 2.0 * queries.elements * keys.sizes[-2]
-    return matrices * square * (blocks + 1) / (2 * blocks)
+    pairs = 2.0 * math.prod(queries.sizes[:-1]) * keys.sizes[-2] * (blocks + 1) / (2 * blocks)
+    return pairs * (products[0] * keys.sizes[-1] + products[1] * values.sizes[-1])
 
 
 def _of_pages(

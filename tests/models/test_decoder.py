@@ -194,13 +194,14 @@ def test_prefill_and_decode_give_the_logits_of_whole_rows(
 # Attention
 
 
-def attention_inputs(time: int) -> tuple[np.ndarray, ...]:
+def attention_inputs(time: int, value_dim: int = 16) -> tuple[np.ndarray, ...]:
     """q, k, v with grouped heads, segments with padding on both sides, cotangents."""
     segments = np.zeros((2, time), np.int32)
     segments[0, : time // 2], segments[0, time // 2 : time - 5] = 1, 2
     segments[1, time // 4 :] = 1
-    heads, kv_heads = (2, time, 4, 16), (2, time, 2, 16)
-    q, weights, k, v = random_floats(heads, heads, kv_heads, kv_heads)
+    heads, kv_heads = (2, time, 4), (2, time, 2)
+    shapes = (*heads, 16), (*heads, value_dim), (*kv_heads, 16), (*kv_heads, value_dim)
+    q, weights, k, v = random_floats(*shapes)
     # What comes out at padding is undefined, so nothing may depend on it.
     return q, k, v, segments, weights * (segments != 0)[..., None, None]
 
@@ -231,8 +232,11 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value_dim", [16, 9])
 @pytest.mark.parametrize("kernel", ["splash", "flash"])
-def test_kernels_equal_the_xla_path(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_equal_the_xla_path(
+    kernel: str, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Pallas' interpreter: the kernels' own arithmetic, padding and layout, on any machine."""
     from jax.experimental.pallas.ops.gpu import attention as flash
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -240,7 +244,7 @@ def test_kernels_equal_the_xla_path(kernel: str, monkeypatch: pytest.MonkeyPatch
     for module, name in ((splash, "make_splash_mha_single_device"), (flash, "mha")):
         interpreted = functools.partial(getattr(module, name), interpret=True)
         monkeypatch.setattr(module, name, interpreted)
-    inputs = attention_inputs(130)  # not a multiple of the kernels' tiles
+    inputs = attention_inputs(130, value_dim)  # not a multiple of the kernels' tiles
     execution = Execution(attention=kernel)  # type: ignore[arg-type]
     attend = functools.partial(attention.row_attention, execution=execution, layout=single_device())
     actual = attention_and_gradients(attend, inputs)

@@ -177,11 +177,20 @@ def test_groups_of_devices_in_every_notation(
 
 
 def test_attention_kernels_count_blocks_below_the_diagonal() -> None:
-    # 2 rows, 4 heads, 1,024 tokens of 128 in two blocks: three of the four squares are computed.
-    arrays = [hlo._Shape("s8", (1, 2, 2)), *[hlo._Shape("bf16", (2, 4, 1024, 128))] * 3]
-    square = 2 * (2 * 4) * 1024 * 1024 * 128
-    assert hlo._kernel_flops("splash_mha_fwd_segmented.2", arrays) == 2 * square * 3 / 4
-    assert hlo._kernel_flops("splash_mha_dkv_segmented.2", arrays) == 4 * square * 3 / 4
+    """Two rows, 1,024 tokens in two blocks: three of the four squares are computed.
+
+    4 query heads share 2 key heads of 256, whose values have 128.
+    """
+    blocks = hlo._Shape("s8", (1, 2, 2))
+    queries, keys, values = (
+        hlo._Shape("bf16", (2, heads, 1024, width))
+        for heads, width in ((4, 256), (2, 256), (2, 128))
+    )
+    arrays = [blocks, queries, keys, values]
+    square = 2 * (2 * 4) * 1024 * 1024
+    assert hlo._kernel_flops("splash_mha_fwd_segmented.2", arrays) == square * (256 + 128) * 3 / 4
+    assert hlo._kernel_flops("splash_mha_dq_segmented.2", arrays) == square * (512 + 128) * 3 / 4
+    assert hlo._kernel_flops("splash_mha_dkv_segmented.2", arrays) == square * (512 + 256) * 3 / 4
     assert hlo._kernel_flops("another_kernel", arrays) is None
 
 
