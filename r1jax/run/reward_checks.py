@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
@@ -96,10 +96,10 @@ def check_functions(config: RunConfig) -> dict[str, list[str]]:
 def check_columns(
     config: RunConfig, datasets: Datasets, columns: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises ConfigError where a function needs a column that no row of a dataset has.
+    """Raises ConfigError where a function needs a column that rows of a dataset do not have: more
+    than `verifier.max_unreadable_share` of those that it scores.
 
-    A reward of weight 0 only measures: its failures stop no run. What columns a stage of the run
-    will write is not known yet.
+    A reward of weight 0 only measures: its failures stop no run.
 
     Args:
       columns: of `check_functions`.
@@ -108,26 +108,59 @@ def check_columns(
         of_stage = isinstance(stage.reward_selection(), dict)
         parts = (part for name in stage.prompt_datasets() for part in datasets.parts(name))
         for data in dict.fromkeys(parts):
-            if config.source_stages(data):
-                continue
             for name, reward in config.rewards_of(stage).items():
                 key = f"{stage.name}.{name}" if of_stage else name
                 needed = columns.get(key, ()) if reward.weight else ()
                 if not needed:  # reading a task's rows makes them
                     continue
-                rows = [e.columns for e in datasets.examples(data) if _is_for(reward, e)]
+                rows = _scored_rows(config, datasets, data, reward)
                 for column in needed:
-                    if not rows or any(column in row for row in rows):
+                    lacking = [row for row, of_row in rows if column not in of_row]
+                    if len(lacking) <= config.verifier.max_unreadable_share * len(rows):
                         continue
-                    known = sorted({each for row in rows for each in row})
+                    known = sorted({each for _, of_row in rows for each in of_row})
                     path = _key(config, key)
+                    where, first = "no column of", lacking[0]
+                    if first is not None and len(lacking) < len(rows):
+                        label = datasets.label(data, first)
+                        where = f"not in {len(lacking)} of {len(rows)} rows ({label}) of"
                     raise config.refusal(
                         _function(path, reward.function),
-                        f"its parameter {column!r} is no column of data.{data}, which stage "
+                        f"its parameter {column!r} is {where} data.{data}, which stage "
                         f"{stage.name} reads; there are {known}. Add the column, name the "
                         f"parameter as one of these, give it a default, or set "
                         f"{'.'.join(path)}.options.{column}; domains keeps a reward off rows",
                     )
+
+
+def _scored_rows(
+    config: RunConfig, datasets: Datasets, data: str, reward: RewardSection
+) -> list[tuple[Example | None, Collection[str]]]:
+    """Each row that a reward scores, with its columns; one stands for those that a stage of the run
+    will write."""
+    writers = config.source_stages(data)  # of a dataset that is no mixture: one, or none
+    if not writers:
+        rows = (each for each in datasets.examples(data) if _is_for(reward, each))
+        return [(each, each.columns) for each in rows]
+    columns = config.stage(writers[0]).DESCRIPTION.dataset_columns
+    if not columns or (
+        reward.domains is not None and not _domains(config, datasets, data) & set(reward.domains)
+    ):
+        return []
+    return [(None, columns)]
+
+
+def _domains(config: RunConfig, datasets: Datasets, data: str) -> set[str]:
+    """The domains of a dataset's rows, also of those that a stage of the run will write."""
+    if config.data[data].domain:
+        return {str(config.data[data].domain)}
+    writers = [config.stage(name) for name in config.source_stages(data)]
+    if not writers:
+        return set(datasets.domains(data))
+    sources = (
+        part for each in writers for name in each.prompt_datasets() for part in datasets.parts(name)
+    )
+    return {domain for part in sources for domain in _domains(config, datasets, part)}
 
 
 def check_reward_models(config: RunConfig, layout: Layout) -> None:

@@ -88,5 +88,5 @@ class VerifierSection(Section):
         ge=0,
         le=1,
         description="Of a dataset's rows, how many may have a reference answer that their reward "
-        "cannot read, or a blank prompt; more refuse the run.",
+        "cannot read, or a blank prompt, or lack a column that it needs; more refuse the run.",
     )

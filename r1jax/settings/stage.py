@@ -52,6 +52,7 @@ class StageDescription:
     shows_samples: samples.jsonl holds samples of training, which the report shows by step.
     less_memory: which settings to lower, for the planner's advice.
     reward_head: of a reward model. dataset_rows: of a dataset.
+    dataset_columns: those that all of its rows have; () where they are not known before.
     """
 
     title: str
@@ -63,6 +64,7 @@ class StageDescription:
     less_memory: str = "smaller batches"
     reward_head: RewardHead = "scalar"
     dataset_rows: DatasetRows = "responses"
+    dataset_columns: tuple[str, ...] = ()
 
     @property
     def head(self) -> RewardHead | None:

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import yaml
 from r1jax import recipe
 from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
+from r1jax.data.dataset_files import DatasetRow
 from r1jax.metrics.heartbeat import span
 from r1jax.planner import memory
 from r1jax.planner.dry_run import describe
@@ -30,6 +33,7 @@ from r1jax.run.stop import RunError
 from r1jax.settings.rewards import RewardSection
 from r1jax.sharding import Layout
 from r1jax.stages import supervised
+from r1jax.stages.rejection_sampling.settings import RejectionSamplingStage
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 _DEVICES = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")  # which go before the config
@@ -176,6 +180,39 @@ def test_mistakes_of_a_later_stage_are_found_before_the_first(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check(resolve(config(tmp_path, rows("1", "2"), rewards, **dataset)))
+
+
+def test_a_column_of_few_rows_and_of_a_dataset_to_be_written_is_looked_for(tmp_path: Path) -> None:
+    needs = {"my_rewards.py:needs": {}}
+    few = [{**row, **({"lvl": 1} if i != 2 else {})} for i, row in enumerate(rows(*"123456"))]
+    with pytest.raises(
+        ConfigError, match=r"'lvl' is not in 1 of 6 rows \(.*rows.jsonl:3\) of data"
+    ):
+        check(resolve(config(tmp_path, few, needs)))
+    check(resolve(config(tmp_path, few[3:], needs)))
+    change = {
+        "name": "made",
+        "kind": "rejection_sampling",
+        "data": "train",
+        "rewards": ["accuracy"],
+    }
+    config(tmp_path, few, needs | {"accuracy": {}})
+    plan = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    plan["data"]["rows"] = {"source": "stage:made", "template": "plain"}
+    plan["stages"].insert(1, change | {"max_new_tokens": 16})
+    message = r"yaml:\d+: .*'lvl' is no column of data.rows, .* \['answer', .*, 'tokens'\]"
+    for domains, refused in ((None, True), (["maths"], True), (["other"], False)):
+        plan["data"]["train"]["domain"] = "maths"
+        plan["rewards"]["my_rewards.py:needs"] = {} if domains is None else {"domains": domains}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(plan))
+        run = resolve(load_config(tmp_path / "config.yaml"))
+        with pytest.raises(ConfigError, match=message) if refused else nullcontext():
+            check(run)
+
+
+def test_stages_write_the_columns_that_they_state() -> None:
+    stated = RejectionSamplingStage.DESCRIPTION.dataset_columns
+    assert stated == tuple(each.name for each in fields(DatasetRow))
 
 
 def test_a_module_whose_import_never_ends_is_named(

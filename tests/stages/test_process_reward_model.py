@@ -18,6 +18,7 @@ from r1jax.data.steps import cut_steps, step_ends
 from r1jax.rewards.process import solution_score
 from r1jax.run.resolve import check, resolve
 from r1jax.settings.steps import StepRule
+from r1jax.stages.step_labels.settings import StepLabelsStage
 from r1jax.stages.step_labels.stage import step_label
 
 TESTS = Path(__file__).parents[1]
@@ -58,6 +59,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_labels_are_what_the_continuations_came_to(finished: Path) -> None:
     directory = finished / "stages" / "01-labels"
     solutions, written = rows(directory / "samples.jsonl"), rows(directory / "dataset.jsonl")
+    assert tuple(written[0]) == StepLabelsStage.DESCRIPTION.dataset_columns
     continuations = iter(rows(directory / "continuations" / "samples.jsonl"))
     ended = [
         row

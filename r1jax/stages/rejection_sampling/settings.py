@@ -26,6 +26,9 @@ class RejectionSamplingStage(Stage):
     DESCRIPTION: ClassVar[StageDescription] = StageDescription(
         title="rejection sampling",
         leaves="dataset",
+        dataset_columns=(
+            *("prompt", "response", "answer", "domain", "tokens", "reward", "provenance"),
+        ),
         less_memory="a smaller prompts_per_batch",
     )
 

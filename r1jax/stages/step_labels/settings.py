@@ -23,6 +23,10 @@ class StepLabelsStage(Stage):
         title="step labels",
         leaves="dataset",
         dataset_rows="step_labels",
+        dataset_columns=(
+            *("prompt", "completions", "labels", "response", "answer", "domain", "tokens"),
+            *("outcome", "right", "scored", "provenance"),
+        ),
         less_memory="a smaller prompts_per_batch or beginnings_per_batch",
     )
 
