@@ -1,6 +1,8 @@
 """Anyone's function as a reward: loaded by its name, and called as its parameters' names say.
 
-- `f(row, options)` or `f(row)`: a `RewardInput` and the reward's options.
+- `f(row, options)` or `f(row)`: a `RewardInput` and the reward's options. The names may be others
+  where none is that of a field or of an option, and the second is named or annotated as options are
+  (`opts`, `config`, `Mapping`). What could be meant otherwise, as `(text, target)`, is refused.
 - `f(prompts, completions, **columns)`: as TRL's `GRPOTrainer` calls it, with lists. Of these names
   (`completion_ids`, `trainer_state`, `log_extra` and `log_metric` too) and the dataset's columns it
   gets those that it takes. Prompts and completions are texts or, where the dataset's prompt is a
@@ -18,6 +20,7 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
@@ -45,6 +48,12 @@ _ROW_FIELDS = {field.name for field in fields(RewardInput)}
 _LIST_NAMES = _BATCH_NAMES | {"trainer_state", "log_extra", "log_metric"}
 _ROW_COLUMNS = ("answer", "domain", "truncated", "length")
 _NOT_IN_LISTS = ("prompt", "completion", "completion_ids", "token_ids")
+FIELD_OF: Mapping[str, str] = {
+    **dict.fromkeys(("solution_str", "response", "generation", "output", "text"), "completion"),
+    **dict.fromkeys(("ground_truth", "target", "label", "reference", "solution"), "answer"),
+    "data_source": "domain",
+}
+"""What verl and others call the fields of a row -> their names here."""
 _FORMS = (
     "(row, options), (prompts, completions, **columns), or names of fields such as "
     f"(completion, answer, **columns); fields: {sorted(_ROW_FIELDS)}"
@@ -118,11 +127,12 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
     needed = [p.name for p in parameters if p.name in names and p.default is p.empty]
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     in_lists = bool(_BATCH_NAMES & set(names))
-    if not in_lists and (not names or names[0] not in _ROW_FIELDS or "options" in names[1:2]):
-        if len(needed) > 2:
+    if not in_lists and _by_position(parameters, options):
+        if len(needed) > 2 or not _may_be_row(parameters) or not _may_be_options(parameters):
+            hints = [f"{each} is {FIELD_OF[each]} here" for each in names if each in FIELD_OF]
             raise ValueError(
                 f"rewards.{name}: the function's parameters {names} are of no form that is "
-                f"accepted: {_FORMS}"
+                f"accepted: {'; '.join([_FORMS, *hints])}"
             )
         takes_options = len(names) != 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
         _check_call(signature, name, ["row", "options"] if takes_options else ["row"], {})
@@ -156,6 +166,30 @@ def as_reward(function: Callable[..., object], name: str, options: RewardOptions
         return batch([row], options)[0]
 
     return RewardEntry(alone, reads_answer=False, reads_columns=True, batch=batch, columns=columns)
+
+
+def _by_position(parameters: Sequence[inspect.Parameter], options: RewardOptions) -> bool:
+    """Whether a function may get a row and options, whatever its parameters are called."""
+    names = [parameter.name for parameter in parameters]
+    if not names or names[0] == "row" or "options" in names[1:2]:
+        return True
+    is_row = "RewardInput" in str(parameters[0].annotation)
+    return is_row or not _ROW_FIELDS.union(options) & set(names)
+
+
+def _may_be_row(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether nothing says that a first parameter is a part of a row."""
+    one = next(iter(parameters), None)
+    part = r"\b(str|int|float|bool|list|Sequence)\b"
+    return one is None or not (one.name in FIELD_OF or re.search(part, str(one.annotation)))
+
+
+def _may_be_options(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether there is no second parameter, or its name or annotation is that of options."""
+    two = next((p for p in parameters[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)), None)
+    if two is None or re.search(r"(?i)mapping|dict|options", str(two.annotation)):
+        return True
+    return bool(re.fullmatch(r"_\w*|o|(?i:\w*(opt|conf|cfg|param|setting|arg)\w*)", two.name))
 
 
 def _check_call(

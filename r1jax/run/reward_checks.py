@@ -12,6 +12,7 @@ from r1jax.data.example import Example
 from r1jax.data.prompts import check_prompts
 from r1jax.models import ModelConfig
 from r1jax.rewards import Verifier, VerifierError, check_reward, unreadable_references
+from r1jax.rewards.functions import FIELD_OF
 from r1jax.rewards.visible import is_blank
 from r1jax.run.datasets import Datasets
 from r1jax.run.models import LanguageModel, Models
@@ -121,13 +122,14 @@ def check_columns(
                     known = sorted({each for _, of_row in rows for each in of_row})
                     path = _key(config, key)
                     where, first = "no column of", lacking[0]
+                    hint = f"It is {FIELD_OF[column]} here. " if column in FIELD_OF else ""
                     if first is not None and len(lacking) < len(rows):
                         label = datasets.label(data, first)
                         where = f"not in {len(lacking)} of {len(rows)} rows ({label}) of"
                     raise config.refusal(
                         _function(path, reward.function),
                         f"its parameter {column!r} is {where} data.{data}, which stage "
-                        f"{stage.name} reads; there are {known}. Add the column, name the "
+                        f"{stage.name} reads; there are {known}. {hint}Add the column, name the "
                         f"parameter as one of these, give it a default, or set "
                         f"{'.'.join(path)}.options.{column}; domains keeps a reward off rows",
                     )

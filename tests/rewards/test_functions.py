@@ -57,6 +57,42 @@ def test_fields_and_columns_by_name() -> None:
         one(lambda a, b, c: 1.0)
 
 
+def test_names_that_could_be_meant_otherwise_are_refused() -> None:
+    def of_verl(
+        data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
+    ) -> Any:
+        return 1.0
+
+    def annotated(thing: str, more: dict[str, Any]) -> float:
+        return 1.0
+
+    def typed(r: RewardInput, more: dict[str, Any]) -> float:
+        return more["x"] * r.completion.endswith("2")
+
+    # A field or an option behind another name: all are names of fields and columns.
+    assert one(lambda level, completion: level + len(completion)) == Score(21.0, Outcome.RIGHT)
+    assert one(lambda level, most: most - level, {"most": 4}) == Score(1.0, Outcome.RIGHT)
+    assert one(typed, {"x": 3}) == Score(3.0, Outcome.RIGHT)
+    assert one(lambda sample, cfg: cfg["x"], {"x": 3}) == Score(3.0, Outcome.RIGHT)
+    for function, hint in (
+        (
+            of_verl,
+            "data_source is domain here; solution_str is completion here; ground_truth is an",
+        ),
+        (
+            lambda solution_str, ground_truth: 1.0,
+            "solution_str is completion here; ground_truth is",
+        ),
+        (lambda text: 1.0, "text is completion here"),
+        (lambda row, level: 1.0, "fields: "),
+        (lambda sample, strict=True: 1.0, "fields: "),
+        (lambda a, b: 1.0, "fields: "),
+        (annotated, "fields: "),
+    ):
+        with pytest.raises(ValueError, match=rf"my:f: the function's parameters .*{hint}"):
+            one(function)
+
+
 def test_the_form_of_trl() -> None:
     def check(
         prompts: Any, completions: Any, completion_ids: Any, answer: Any, **columns: Any
