@@ -210,6 +210,8 @@ def sample_queue(
         return from_process_rows(rows.reshape(-1, split, *rows.shape[1:]), layout)
 
     state = empty_slots(model=model, shape=shape)
+    if layout.mesh.size == 1:  # as later states are, else programs are compiled for both
+        state = jax.device_put(state, layout.replicated)
     stop = np.zeros((shards, shape.slots), bool)
     unread: tuple[SlotLog, list[list[int]]] | None = None
     while True:
