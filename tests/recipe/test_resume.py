@@ -30,9 +30,8 @@ DEATHS = [
     ("save", 1),
     ("export", 1),
 ]
-# The same, less often: what every change is tried with.
-SOME_DEATHS = [("sigterm_in_rollout", 3), ("save", 1)]
-
+# One of them: what every change is tried with.
+ONE_DEATH = [("sigterm_in_rollout", 3)]
 
 # Of dynamic sampling: dead in the second phase; asked to stop in it; dead in the save behind the
 # third, which leaves surplus, and in the fourth, which begins with that.
@@ -69,7 +68,7 @@ def result(output: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("deaths", [SOME_DEATHS, pytest.param(DEATHS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("deaths", [ONE_DEATH, pytest.param(DEATHS, marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_same_bytes(
     tmp_path: Path, deaths: list[tuple[str, int]]
 ) -> None:
@@ -101,15 +100,11 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     assert counts[1] == counts[-1]
 
 
-@pytest.mark.parametrize(
-    "deaths", [DYNAMIC_DEATHS[2:], pytest.param(DYNAMIC_DEATHS, marks=pytest.mark.slow)]
-)
-def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(
-    tmp_path: Path, deaths: list[tuple[str, int]]
-) -> None:
+@pytest.mark.slow
+def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(tmp_path: Path) -> None:
     config = ("tiny_dynamic.yaml",)
     assert start(tmp_path / "whole", config=config) == 0
-    for point, number in deaths:
+    for point, number in DYNAMIC_DEATHS:
         code = start(tmp_path / "killed", point, number, config)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
     assert start(tmp_path / "killed", config=config) == 0
@@ -133,26 +128,16 @@ def test_what_a_phase_leaves_to_the_next_is_in_the_checkpoint(
 TWO_GROUPS = "{cpu_devices: 2, axes: {data: 1}, rollout: {axes: {data: 1}, devices: 1}}"
 
 
-@pytest.mark.parametrize(
-    "deaths",
-    [
-        # Asked to stop as the second phase is sampled, beside the first update; dead in a later
-        # save.
-        [("sigterm_in_judging", 6), ("save", 1)],
-        pytest.param(
-            [("log", 3), ("sigterm_in_judging", 3), ("save", 1)],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
+@pytest.mark.slow
 def test_a_run_that_is_stopped_as_it_samples_beside_an_update_goes_on_with_the_same_weights(
-    tmp_path: Path, deaths: list[tuple[str, int]]
+    tmp_path: Path,
 ) -> None:
     lag = ("stages.zero.dynamic_sampling=null", "stages.zero.phases_of_lag=1")
     config = ("tiny_dynamic.yaml", *lag, f"mesh={TWO_GROUPS}")
     assert start(tmp_path / "whole", config=config) == 0
     sampled_beside = False
-    for point, number in deaths:
+    # In the second phase; asked to stop as one is sampled beside an update; in a later save.
+    for point, number in [("log", 3), ("sigterm_in_judging", 3), ("save", 1)]:
         code = start(tmp_path / "killed", point, number, config)
         assert code == (143 if point.startswith("sigterm") else -9), (point, number)
         kept = (tmp_path / "killed/tiny-dynamic-s0/stages/00-zero/checkpoints").glob("*/arrays")

@@ -35,6 +35,7 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "tiny-meshes-s0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -43,7 +44,7 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{axes: {fsdp: 2, sequence: 2, tensor: 2}, "
         "rollout: {axes: {data: -1, tensor: 2}, rules: {vocab: null}}}",
         # Sampling with all weights on every device.
-        pytest.param("{axes: {fsdp: 4}, rollout: {axes: {data: 4}}}", marks=pytest.mark.slow),
+        "{axes: {fsdp: 4}, rollout: {axes: {data: 4}}}",
     ],
 )
 def test_a_run_on_a_mesh_is_the_run_on_one_device(on_one: Path, mesh: str, tmp_path: Path) -> None:
