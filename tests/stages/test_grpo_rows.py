@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from r1jax.models import (
     token_log_probs,
 )
 from r1jax.models.balance import imbalance_of, loads_of, make_after_update
+from r1jax.models.parameters import Params
 from r1jax.objectives.objective import make_objective
 from r1jax.policy_step import make_policy_step
 from r1jax.rollouts.sampling import Completion
@@ -247,6 +248,7 @@ def test_rows_are_filled_micro_batch_by_micro_batch_in_every_device() -> None:
     np.testing.assert_array_equal(order % 3, micro_batch)
 
 
+@functools.cache
 def decoder(config: ModelConfig) -> Decoder:
     return Decoder(config, EXECUTION, single_device())
 
@@ -268,15 +270,18 @@ def reference_metrics(config: ModelConfig, loss: GRPOConfig, replay: bool, balan
     return run_update(step, single_rows(samples, 32), config, model)
 
 
+@functools.cache
+def row_log_probs(model: Decoder) -> Callable[[Params, Mapping[str, np.ndarray]], jax.Array]:
+    """Traced once for all updates of a model."""
+    return jit(lambda params, rows: token_log_probs(params, TokenRows(**rows), model).log_probs)
+
+
 def run_update(step: Any, batch: GRPOBatch, config: ModelConfig, model: Decoder) -> Any:
     params = random_params(config)
     trained = batch.mask > 0
-
-    def log_probs(params: Any, inputs: Any) -> Any:
-        return token_log_probs(params, TokenRows(**inputs), model).log_probs
-
-    old = jit(log_probs)(jax.tree.map(lambda x: 1.02 * x, params), batch.inputs)
-    reference = jit(log_probs)(jax.tree.map(lambda x: 0.9 * x, params), batch.inputs)
+    log_probs = row_log_probs(model)
+    old = log_probs(jax.tree.map(lambda x: 1.02 * x, params), batch.inputs)
+    reference = log_probs(jax.tree.map(lambda x: 0.9 * x, params), batch.inputs)
     batch = replace(
         batch,
         old_log_probs=jnp.where(trained, old, jnp.nan),
@@ -365,9 +370,7 @@ def test_log_probs_of_packed_rows_are_those_of_a_sample_a_row() -> None:
     rl, model, params = stage(mask_truncated=True), decoder(DENSE), random_params(DENSE)
     samples = phase(rl)
     single, found = single_rows(samples, 32), {}
-    expected = jit(lambda p, rows: token_log_probs(p, TokenRows(**rows), model).log_probs)(
-        params, single.inputs
-    )
+    expected = row_log_probs(model)(params, single.inputs)
     by_sample = [
         tuple(np.asarray(x[mask > 0]).round(4))
         for x, mask in zip(expected, single.mask, strict=True)
