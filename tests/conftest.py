@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import compiled_programs
+import forked
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,15 +31,18 @@ LONGEST_FIRST = (
     "rewards/test_sandbox.py",
     "sampler/test_speculative.py",
     "stages/",
+    "evaluation/test_benchmarks.py",
+    "config/test_distill.py",
     "sampler/",
+    "test_sharding.py",
     "models/",
+    "docs/",
     "config/test_packaged.py",
     "run/",
     "planner/",
     "evaluation/",
     "weights/",
-    "test_sharding.py",
-    "docs/",
+    "test_checkpoints.py",
     "report/",
     "tpu_scripts/",
 )
@@ -56,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays: no need to look through it again and again
+    forked.collect_rarely()
 
 
 @pytest.fixture(params=["cpu", "tpu"])

@@ -139,6 +139,11 @@ def import_everything() -> None:
                 importlib.import_module(name)
 
 
+def collect_rarely() -> None:
+    """Tracing makes many objects and hardly a cycle: looking for some takes a 20th of a run."""
+    gc.set_threshold(100_000, 50, 100)
+
+
 def _serve(folder: Path) -> list[str] | None:
     """Forks a process for each request. Returns the arguments in such a process; None at the end.
 
@@ -230,6 +235,7 @@ def main() -> None:
     import_everything()
     gc.freeze()
     gc.enable()
+    collect_rarely()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no thread of JAX runs before it sees devices
         arguments = _serve(Path(sys.argv[1]))
