@@ -254,7 +254,7 @@ def _restore(
         text = " ".join(str(error).split()).partition(" See full TensorStore")[0]
         problem = f"{type(error).__name__}: {text[:160]}"
     # The files may be unreadable for one process alone.
-    if any_process(bool(problem)):
+    if any_process(bool(problem), None):
         raise DamagedError(f"{path} is damaged ({problem or 'as another process says'})")
     if misfit:
         raise MisfitError(misfit)
@@ -262,7 +262,7 @@ def _restore(
         now = {**_checksums(arrays), _METADATA: _json_checksum(metadata)}
         saved = {**sums[_ARRAYS], _METADATA: sums[_METADATA]}
         changed = [name for name, value in now.items() if saved.get(name) != value]
-        if any_process(bool(changed)):
+        if any_process(bool(changed), None):
             names = ", ".join(changed[:3]) or "another process"
             raise DamagedError(f"{path} is damaged (values of {names} are not those saved)")
     return arrays, metadata

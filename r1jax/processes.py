@@ -211,23 +211,14 @@ def process_batch_slice(layout: Layout) -> BatchSlice:
     return BatchSlice(distinct.index(process_batch_parts(layout)), len(distinct))
 
 
-_last_devices_alone = False
+def _all_gather(value: np.ndarray, layout: Layout | None) -> np.ndarray:
+    """[processes, ...]: the values of all processes.
 
-
-def gather_on_last_devices(alone: bool) -> None:
-    """Whether each process's last device alone takes part in what is gathered, or all of them.
-
-    Where devices are in two groups, the last one samples, and the host does not wait for an update
-    of the others. Elsewhere all take part: a collective of a few devices may not run beside an
-    update's.
+    Where devices are in two groups, each process's last one alone takes part: it samples, and the
+    host does not wait for an update of the others. Elsewhere all take part: a collective of a few
+    devices may not run beside an update's.
     """
-    global _last_devices_alone
-    _last_devices_alone = alone
-
-
-def _all_gather(value: np.ndarray) -> np.ndarray:
-    """[processes, ...]: the values of all processes."""
-    if not _last_devices_alone:
+    if layout is None or not layout.apart:
         return np.asarray(multihost_utils.process_allgather(value))
     last = {device.process_index: device for device in sorted(jax.devices(), key=lambda d: d.id)}
     mesh = Mesh(np.asarray([last[process] for process in sorted(last)]), ("process",))
@@ -243,23 +234,26 @@ def _identity(sharding: NamedSharding) -> Wrapped:
     return jax.jit(lambda value: value, out_shardings=sharding)
 
 
-def max_over_processes(value: int) -> int:
-    """The largest of all processes' values."""
+def max_over_processes(value: int, layout: Layout | None) -> int:
+    """The largest of all processes' values.
+
+    layout: of the run's devices, either group; None: nothing else runs on any of them.
+    """
     if jax.process_count() == 1:
         return value
-    return int(_all_gather(np.asarray(value, np.int64)).max())
+    return int(_all_gather(np.asarray(value, np.int64), layout).max())
 
 
-def min_over_processes(value: float) -> float:
-    """The smallest of all processes' values, each of which is a float32's."""
+def min_over_processes(value: float, layout: Layout | None) -> float:
+    """The smallest of all processes' values, each of which is a float32's; see the largest."""
     if jax.process_count() == 1:
         return value
-    return float(_all_gather(np.asarray(value, np.float32)).min())
+    return float(_all_gather(np.asarray(value, np.float32), layout).min())
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(max_over_processes(int(flag)))
+def any_process(flag: bool, layout: Layout | None) -> bool:
+    """Whether the flag is set in any process; `layout` as for `max_over_processes`."""
+    return bool(max_over_processes(int(flag), layout))
 
 
 def gather(rows: list[T], layout: Layout) -> list[T]:
@@ -267,23 +261,23 @@ def gather(rows: list[T], layout: Layout) -> list[T]:
     if jax.process_count() == 1:
         return rows
     data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = max_over_processes(len(data))
+    size = max_over_processes(len(data), layout)
     padded = np.zeros(size + 16, np.uint8)
     padded[: len(data)] = data
     padded[size:].view(np.int64)[:] = (process_batch_slice(layout).index, len(data))
     slices: dict[int, list[T]] = {}
-    for message in _all_gather(padded):
+    for message in _all_gather(padded, layout):
         index, length = (int(x) for x in message[size:].copy().view(np.int64))
         slices[index] = json.loads(message[:length].tobytes())
     return [row for index in sorted(slices) for row in slices[index]]
 
 
-def from_process_zero(rows: list[T]) -> list[T]:
+def from_process_zero(rows: list[T], layout: Layout) -> list[T]:
     """The JSON rows of process 0, in every process; those of the others are ignored."""
     if jax.process_count() == 1:
         return rows
     data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    size = max_over_processes(len(data) if jax.process_index() == 0 else 0)
+    size = max_over_processes(len(data) if jax.process_index() == 0 else 0, layout)
     message = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
         message[:] = data

@@ -33,7 +33,6 @@ from r1jax.processes import (
     agree,
     any_process,
     distributed_process,
-    gather_on_last_devices,
     wait_for_all,
 )
 from r1jax.report.ending import ending
@@ -107,7 +106,6 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
     HEARTBEAT.begin_stage("")  # of a former run in this process
     selected = selection.stages(config)
     resolved = resolve(config)
-    gather_on_last_devices(resolved.layouts.apart)
     files = resolved.files
     cache = use_compilation_cache(config.compilation_cache, config.output)
     console = Console(highlight=False, quiet=jax.process_index() > 0)
@@ -128,7 +126,7 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:
-            with stop_on_signals() as stop:
+            with stop_on_signals(resolved.layouts.training) as stop:
                 for stage in left:
                     _leave_if_stopped(stage, stop)
                     _run_stage(stage, resolved, record, stop, profile)
@@ -160,7 +158,7 @@ def _lock(files: RunFiles, held: ExitStack) -> None:
             held.enter_context(locked(files.directory))
         except ValueError as error:
             problem = str(error)
-    if any_process(bool(problem)):
+    if any_process(bool(problem), None):
         raise ValueError(problem or f"{files.directory}: others are running it, process 0 says who")
 
 

@@ -71,11 +71,14 @@ class Layout:
     """A mesh and the table of logical axes; hashable, so it can be a static argument.
 
     `layout.constrain(x, ("batch", "time", None))` is a no-op on one device.
+
+    apart: of two groups of devices, of which one trains while the other samples.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     stands_for: StandIn | None = None
+    apart: bool = False
 
     @property
     def platform(self) -> str:
@@ -306,7 +309,7 @@ def make_rollout_layout(
     rules = _override(ROLLOUT_RULES, inherited or {}, {**mesh.shape, **named}, "mesh.rules")
     rules = _override(rules, overrides or {}, named, "mesh.rollout.rules")
     rollout = _layout(arranged.reshape(sizes), named, rules)
-    return replace(rollout, stands_for=training.stands_for)
+    return replace(rollout, stands_for=training.stands_for, apart=training.apart)
 
 
 def _sizes(axes: Mapping[str, int], devices: int, field: str) -> list[int]:

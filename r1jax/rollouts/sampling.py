@@ -33,7 +33,7 @@ from r1jax.sampler.queue import (
     sample_queue,
 )
 from r1jax.settings.sampling import SamplingSection
-from r1jax.sharding import batch_slices, from_process_rows, process_batch_parts
+from r1jax.sharding import Layout, batch_slices, from_process_rows, process_batch_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -220,7 +220,7 @@ def pad_prompts(
     shards = layout.shards("batch") // process_batch_slice(layout).count
     count = -(-max(len(prompts), rows or 0) // shards) * shards
     filled = [*prompts, *[prompts[-1]] * (count - len(prompts))]
-    time = bucket(max_over_processes(max(len(p.token_ids) for p in filled)))
+    time = bucket(max_over_processes(max(len(p.token_ids) for p in filled), layout))
     tokens = np.zeros((count, time), np.int32)
     for row, prompt in zip(tokens, filled, strict=True):
         row[: len(prompt.token_ids)] = prompt.token_ids
@@ -263,14 +263,14 @@ def sample_prompts(
       Each completion with its index, prompt * samples + sample.
     """
     firsts = [0] * len(prompts) if first_samples is None else first_samples
-    model, count = sampler.decoder, max_over_processes(len(prompts))
+    model, count = sampler.decoder, max_over_processes(len(prompts), sampler.decoder.layout)
     lengths = [len(prompt.token_ids) for prompt in prompts]
     rounds = sample_queue(
         params,
         [_queued(prompt, first) for prompt, first in zip(prompts, firsts, strict=True)],
         model,
         _with_slots(options, model, count, batch),
-        prompt_tokens=bucket(max_over_processes(max(lengths, default=1))),
+        prompt_tokens=bucket(max_over_processes(max(lengths, default=1), model.layout)),
         lengths_of_slices=gather([lengths], model.layout),
         figures=figures,
     )
@@ -381,7 +381,7 @@ def completion_texts(
 
 
 def whole_batches(
-    rounds: Iterator[list[tuple[int, Completion]]], sizes: Sequence[int]
+    rounds: Iterator[list[tuple[int, Completion]]], sizes: Sequence[int], layout: Layout
 ) -> Iterator[list[Completion]]:
     """Consecutive completions, each batch as soon as all processes have it and all before it.
 
@@ -396,7 +396,7 @@ def whole_batches(
         waiting |= dict(ended)
         while whole in waiting:
             whole += 1
-        complete = int(min_over_processes(bisect_right(ends, whole)))
+        complete = int(min_over_processes(bisect_right(ends, whole), layout))
         for number in range(given, complete):
             first = ends[number - 1] if number else 0
             yield [waiting.pop(i) for i in range(first, ends[number])]

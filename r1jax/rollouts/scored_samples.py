@@ -199,7 +199,7 @@ def scored_batches(
             yield ended
 
     first = 0  # completion of the batch
-    for of_batch in whole_batches(submitted(), [len(each) * group for each in batches]):
+    for of_batch in whole_batches(submitted(), [len(each) * group for each in batches], layout):
         for indices, each in pending:
             rules |= dict(zip(indices, each.rule_rows() or (), strict=False))
         pending.clear()

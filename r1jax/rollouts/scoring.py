@@ -304,16 +304,20 @@ class _Loaded:
     params: Params
     score_rows: ScoreRows
 
+    @property
+    def layout(self) -> Layout:
+        return self.model.decoder.layout
+
     def outputs(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs for token rows, in batches of one size; every process makes as many calls."""
-        layout = self.model.decoder.layout
+        layout = self.layout
         count = rows_at_once(layout) // process_batch_slice(layout).count
         outputs = [np.zeros(0)] * len(texts)
         # Of similar length together: a short text beside a long one is mostly padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, max_over_processes(len(texts)), count):
+        for start in range(0, max_over_processes(len(texts), layout), count):
             batch = order[start : start + count]
-            longest = max_over_processes(max((len(texts[i]) for i in batch), default=1))
+            longest = max_over_processes(max((len(texts[i]) for i in batch), default=1), layout)
             padding = [np.zeros(1, np.int32)] * (count - len(batch))
             arrays = pad_texts([*(texts[i] for i in batch), *padding], row_tokens(longest))
             rows = {key: from_process_rows(leaf, layout) for key, leaf in arrays.items()}
@@ -334,12 +338,13 @@ def _of_domains(
     return chosen, questions, [completions[i].prompt.prefill + completions[i].text for i in chosen]
 
 
-def _with_lowest(rewards: Sequence[float], good: float) -> list[Score]:
+def _with_lowest(rewards: Sequence[float], good: float, layout: Layout) -> list[Score]:
     """The scores of rewards, of which one above `good` counts as right.
 
     nan is a reward of what has nothing to read. It becomes the lowest of all processes, or 0.
     """
-    lowest = min_over_processes(min((x for x in rewards if not math.isnan(x)), default=math.inf))
+    lowest = min((x for x in rewards if not math.isnan(x)), default=math.inf)
+    lowest = min_over_processes(lowest, layout)
     lowest = 0.0 if lowest == math.inf else lowest
     return [
         Score(lowest, Outcome.UNPARSEABLE)
@@ -375,7 +380,7 @@ class RewardModel:
         chosen, questions, responses = _of_domains(completions, self.domains)
         rewards = self.rewards(questions, responses)
         scores: list[Score | None] = [None] * len(completions)
-        of_chosen = _with_lowest(rewards, 0.5 if self.as_probability else 0.0)
+        of_chosen = _with_lowest(rewards, 0.5 if self.as_probability else 0.0, self.loaded.layout)
         for i, score in zip(chosen, of_chosen, strict=True):
             scores[i] = score
         return scores
@@ -419,7 +424,7 @@ class ProcessRewardModel:
         steps = self.step_scores(questions, responses)
         rewards = [solution_score(each, self.how) if each else math.nan for each in steps]
         scores: list[Score | None] = [None] * len(completions)
-        of_chosen = _with_lowest(rewards, 0.5)
+        of_chosen = _with_lowest(rewards, 0.5, self.loaded.layout)
         ends = self._character_ends(responses) if self.per_step else [[]] * len(chosen)
         for i, score, of_steps, at in zip(chosen, of_chosen, steps, ends, strict=True):
             detail = " ".join(f"{x:.3f}" for x in of_steps) or None

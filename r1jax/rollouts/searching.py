@@ -160,7 +160,7 @@ class Searcher:
             [(tree, self._search(tree, texts)) for tree in trees],
             partial(self._expand, prompts=prompts),
             partial(self._score, texts=texts),
-            any_process,
+            partial(any_process, layout=self.sampler.decoder.layout),
         )
         found = []
         for (prompt, _), tree in zip(parts, trees, strict=True):

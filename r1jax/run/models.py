@@ -36,7 +36,6 @@ from r1jax.sharding import (
     make_layout,
     make_rollout_layout,
     process_batch_parts,
-    same_devices,
     split_devices,
 )
 from r1jax.weights import hugging_face
@@ -54,7 +53,7 @@ class Layouts(NamedTuple):
     @property
     def apart(self) -> bool:
         """Whether some devices train and the others sample."""
-        return not same_devices(self.training, self.rollout)
+        return self.training.apart
 
     @property
     def devices(self) -> int:
@@ -94,7 +93,7 @@ def _two_groups(
     to_train, to_sample = split_devices(devices or jax.devices(), sampling.devices)
     try:
         training = make_layout(section.axes, section.rules, to_train, in_order=True)
-        training = replace(training, stands_for=stands_for)
+        training = replace(training, stands_for=stands_for, apart=True)
         rollout = make_rollout_layout(
             training, sampling.axes, sampling.rules, inherited=section.rules, devices=to_sample
         )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from r1jax.processes import any_process
+from r1jax.sharding import Layout
 
 EXIT_PREEMPTED = 143
 """Exit status after SIGTERM (128 + 15): the state is saved, the same command goes on."""
@@ -29,24 +30,28 @@ class Preempted(Exception):
 
 @dataclass
 class StopSignal:
-    """Whether this process was told to stop; loops look at it where they can save and leave."""
+    """Whether this process was told to stop; loops look at it where they can save and leave.
 
+    layout: of the run's devices, over which processes agree.
+    """
+
+    layout: Layout | None = None
     requested: bool = False
     interrupted: bool = False  # by Ctrl-C
 
     def in_any_process(self) -> bool:
         """Whether any process was told to; all processes must make the call together."""
-        return any_process(self.requested)
+        return any_process(self.requested, self.layout)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopSignal]:
+def stop_on_signals(layout: Layout | None = None) -> Iterator[StopSignal]:
     """Gives what SIGTERM and Ctrl-C set while the block runs. A second Ctrl-C ends the process.
 
     Python calls handlers between two of its own instructions, and compiling takes minutes; so a
     thread reads the signals as they arrive.
     """
-    stop = StopSignal()
+    stop = StopSignal(layout)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     watcher = threading.Thread(target=_watch, args=(reader, stop), name="r1jax stop", daemon=True)

@@ -83,7 +83,10 @@ def _rewrite_with_endpoint(
                     stop_requested=lambda: run.stop.requested or stop.is_set(),
                 )
                 replies = thread.submit(rewriter.rewrite, drafts)
-            while any_process(replies is not None and bool(wait([replies], _LOOK_EVERY).not_done)):
+            while any_process(
+                replies is not None and bool(wait([replies], _LOOK_EVERY).not_done),
+                run.layouts.rollout,
+            ):
                 if run.stop.in_any_process():
                     stop.set()
                 HEARTBEAT.beat()  # the requests have deadlines of their own
@@ -102,7 +105,7 @@ def _rewrite_with_endpoint(
             failure = str(error)
         except Stopped as error:
             stopped = str(error)
-    failure, stopped, *texts = from_process_zero([failure, stopped, *texts])
+    failure, stopped, *texts = from_process_zero([failure, stopped, *texts], run.layouts.rollout)
     if failure is not None:
         raise RunError(f"{stage.name}: {failure}")
     if stopped is not None:
@@ -134,7 +137,10 @@ def _rewrite_with_model(
     keys = [RewriteLog.key(each, {**settings, "place": i}) for i, each in enumerate(drafts)]
     log = RewriteLog(run.directory / REWRITTEN) if jax.process_index() == 0 else None
     known = [None if log is None or key not in log else astuple(log[key]) for key in keys]
-    replies = [None if each is None else Reply(*each) for each in from_process_zero(known)]
+    replies = [
+        None if each is None else Reply(*each)
+        for each in from_process_zero(known, run.layouts.rollout)
+    ]
     options = generate_options(
         sampler,
         section.sampling,
@@ -156,7 +162,7 @@ def _rewrite_with_model(
             weights = run.models.weights(section.weights, sampler)
         every = [prompt for each in of_process for prompt in each]
         rounds = sample_prompts(weights, every, sampler, options, batch=size // share.count)
-        written = whole_batches(rounds, [len(each) for each in of_process])
+        written = whole_batches(rounds, [len(each) for each in of_process], run.layouts.rollout)
         for batch in queue:
             if run.stop.in_any_process():
                 done = sum(each is not None for each in replies)
