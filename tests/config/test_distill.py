@@ -121,6 +121,10 @@ def give_template(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+# Prompts have 128 to 256 bytes, as that of the choice: one shape for all that is sampled.
+SUM = f"1+1{'+0' * 48}?"
+
+
 def swapped(student: str, folder: Path, model: Path) -> list[str]:
     """Overrides that put tiny local data, and the model in a directory, in place of the hub's."""
     talks = [
@@ -134,11 +138,11 @@ def swapped(student: str, folder: Path, model: Path) -> list[str]:
     ]
     rows: dict[str, list[dict[str, Any]]] = {
         "train": talks,
-        "aime_2024": [{"problem": "1+1?", "answer": "2"}],
-        "math_500": [{"problem": "1+1?", "answer": "2"}],
+        "aime_2024": [{"problem": SUM, "answer": "2"}],
+        "math_500": [{"problem": SUM, "answer": "2"}],
         "gpqa_diamond": [
             {
-                "Question": "1+1?",
+                "Question": SUM,
                 "Correct Answer": "2",
                 **{f"Incorrect Answer {i}": str(2 + i) for i in (1, 2, 3)},
             }
@@ -146,7 +150,7 @@ def swapped(student: str, folder: Path, model: Path) -> list[str]:
         # In the form of the code reward, so that a row needs none of LiveCodeBench's columns.
         "livecodebench": [
             {
-                "prompt": "Print 2.",
+                "prompt": f"Print {SUM} Write nothing else, and no space.",
                 "answer": {"language": "python", "tests": [{"input": "", "output": "2\n"}]},
             }
         ],
@@ -215,7 +219,7 @@ def test_a_student_is_made_in_miniature(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     # The thought that the template opens is the prompt's, not the student's to write.
     sample = json.loads((run / "stages/02-math_500/samples.jsonl").read_text().splitlines()[0])
-    assert sample["prompt"].startswith("<eos><｜User｜>1+1?\nPlease reason step by step")
+    assert sample["prompt"].startswith(f"<eos><｜User｜>{SUM}\nPlease reason step by step")
     assert sample["prompt"].endswith("within \\boxed{}.<｜Assistant｜><think>\n")
     recipe.export_run(run, tmp_path / "exported", None)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
