@@ -77,7 +77,8 @@ def load_step_labels(section: DataSection, *, neutral: NeutralLabel) -> list[Lab
 def _solutions(
     row: Row, columns: Mapping[str, str], index: int, where: str, neutral: NeutralLabel
 ) -> tuple[LabelledSolution, ...]:
-    nested = isinstance(value_at(row, "label.steps"), list)
+    label = value_at(row, "label")
+    nested = isinstance(label, Mapping) and "steps" in label
     if nested and value_at(row, columns["completions"]) is None:
         return tuple(_of_prm800k(row, index, where, neutral))
     values = {}
@@ -115,8 +116,10 @@ def _of_prm800k(row: Row, index: int, where: str, neutral: NeutralLabel) -> list
     solutions: list[LabelledSolution] = []
     before: list[str] = []
     labels: list[float | None] = []
-    steps = value_at(row, "label.steps")
-    assert isinstance(steps, list)
+    steps = value_at(row, "label.steps") or []  # of a problem that was reported as broken
+    if not isinstance(steps, list):
+        what = f"{where}: label.steps is a {type(steps).__name__}; needs a list"
+        raise SettingError("fields.completions", what)
     for number, step in enumerate(steps, start=1):
         here = f"{where}: label.steps, step {number}"
         if not isinstance(step, Mapping):
@@ -136,8 +139,9 @@ def _of_prm800k(row: Row, index: int, where: str, neutral: NeutralLabel) -> list
                     f"{here}: chosen_completion = {chosen!r} of {len(options)} completions",
                 )
             text, label = _rated(options[chosen], here, neutral)
-        elif human is not None:
-            text, label = _rated({**human, "rating": 1}, here, neutral)
+        elif human is not None:  # written by the labeller, to be right
+            written = {"text": human} if isinstance(human, str) else human
+            (text, _), label = _rated(written, f"{here}, human_completion", neutral), 1.0
         else:
             break  # the solution ends where no completion was good
         before.append(text)

@@ -18,6 +18,7 @@ from r1jax.data.step_labels import (
     load_step_labels,
     step_arrays,
 )
+from r1jax.data.steps import cut_steps, join_steps
 from r1jax.data.tokenizers import load_tokenizer
 from r1jax.settings.data import DataSection
 from r1jax.settings.section import SettingError
@@ -99,6 +100,47 @@ def test_a_row_of_prm800k_without_a_step_is_counted(tmp_path: Path) -> None:
     assert "dropped: 2 without a label" in report
 
 
+def test_every_line_of_a_file_in_the_form_of_prm800k() -> None:
+    """Phases 1 and 2, and each way in which a labeller may end."""
+    path = Path(__file__).parents[1] / "tiny_prm800k.jsonl"
+    found = load_step_labels(DataSection(source=f"jsonl:{path}", template="plain"), neutral=None)
+    right, wrong = 1.0, 0.0
+    assert [(each.id, each.steps, each.labels) for each in found] == [
+        (0, ("1+2=4",), (wrong,)),
+        (0, ("3",), (None,)),
+        (0, ("1+2=3", "3+3=7"), (None, wrong)),
+        (0, ("1+2=3", "3+3=6", "6"), (right, right, right)),
+        (1, ("4+5=9", "9-2=8"), (None, wrong)),
+        (1, ("4+5=9", "9-2=7"), (None, right)),
+        (1, ("4+5=9", "9"), (None, None)),
+        (1, ("4+5=9",), (None,)),
+        (2, ("9-9=1",), (wrong,)),
+        (2, ("9", "9-9=9"), (None, wrong)),
+        (2, ("9", "8"), (None, wrong)),
+        (2, ("9",), (None,)),
+        (3, (), ()),
+    ]
+
+
+def test_other_spellings_of_prm800k(tmp_path: Path) -> None:
+    """A step that was written by the labeller as a text, and a problem without steps."""
+    row = json.loads(json.dumps(PRM800K))
+    row["label"]["steps"][1]["human_completion"] = "3+3=6"
+    broken = {**row, "label": {"steps": None, "finish_reason": "bad_problem"}}
+    *_, last, nothing = load_step_labels(section(tmp_path, row, broken), neutral=1.0)
+    assert (last.steps, last.labels) == (("1+2=3", "3+3=6"), (1.0, 1.0)) and nothing.steps == ()
+
+
+def test_the_last_step_of_prm800k_holds_its_answer() -> None:
+    """Which has empty lines: the documented rule leaves them within the step."""
+    rule = StepRule(pattern=r"(?<!# Answer)\n\n(?!# Answer)", join="\n\n")
+    steps = ("I add.", "It is 6.\n\n# Answer\n\n6")
+    text = join_steps(steps, rule)
+    assert text == "I add.\n\nIt is 6.\n\n# Answer\n\n6"
+    assert cut_steps(text, rule) == ["I add.\n\n", steps[1]]
+    assert len(cut_steps(text, StepRule())) == 4
+
+
 GOOD = {"prompt": "1=", "completions": ["1", "2"], "labels": [1, 0]}
 
 
@@ -133,13 +175,15 @@ def test_wrong_rows_of_prm800k_are_named(tmp_path: Path) -> None:
         (("steps", 0, "chosen_completion"), 5, "chosen_completion = 5 of 2"),
         (("steps", 0, "completions", 0, "rating"), 3, "rating = 3"),
         (("steps", 1, "completions", 0, "text"), "", "step 2 is empty"),
+        (("steps", 1, "human_completion"), 7, "step 2, human_completion: .* is a int"),
+        (("steps",), "x", "label.steps is a str"),
     ):
         row = json.loads(json.dumps(PRM800K))
         node = row["label"]
         for part in path[:-1]:
             node = node[part]
         node[path[-1]] = value
-        with pytest.raises(SettingError, match=problem):
+        with pytest.raises(SettingError, match=f"rows.jsonl:2: .*{problem}"):
             load_step_labels(section(tmp_path, PRM800K, row), neutral=1.0)
 
 

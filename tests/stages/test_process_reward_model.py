@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from tiny_checkpoint import make_model
 
+from r1jax import recipe
 from r1jax.config.load import ConfigError, load_config
+from r1jax.config.run_config import RunConfig
 from r1jax.data.steps import cut_steps, step_ends
 from r1jax.rewards.process import solution_score
 from r1jax.run.resolve import check, resolve
+from r1jax.run.selection import Selection
 from r1jax.settings.steps import StepRule
 from r1jax.stages.step_labels.settings import StepLabelsStage
 from r1jax.stages.step_labels.stage import step_label
@@ -249,6 +252,34 @@ def test_what_a_stage_could_not_use_is_refused_before_any_compute(
     with pytest.raises(ValueError) as caught:
         check(resolve(load_config(CONFIG, changes)))
     assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_file_of_prm800k_is_learnt_from_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(TESTS)
+
+    def plan(file: Path) -> RunConfig:
+        section = f"{{source: 'jsonl:{file}', template: plain}}"
+        changes = ["weights=model", "step_rule={separators: [' ']}", "neutral=wrong", "steps=2"]
+        changes = [f"stages.prm.{each}" for each in [*changes, "checkpoint_every=2"]]
+        data = [f"data.labelled={section}", f"data.others={section}"]
+        return load_config(CONFIG, [f"output={tmp_path}", *data, *changes])
+
+    file = TESTS / "tiny_prm800k.jsonl"
+    assert recipe.run(plan(file), Selection(only="prm")) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "11 of 13 labelled solutions" in said and "dropped: 2 without a label" in said, said
+    (path,) = tmp_path.glob("*/stages/02-prm/metrics.jsonl")
+    measured = rows(path)
+    assert [row["step"] for row in measured] == [1, 2]
+    assert measured[-1]["loss"] > 0 and 0 <= measured[-1]["held_out/auc"] <= 1
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(file.read_text().replace('"9-2=8", "rating": -1', '"9-2=8", "rating": 5'))
+    with pytest.raises(ConfigError) as caught:
+        check(resolve(plan(wrong)))
+    assert "wrong.jsonl:2: label.steps, step 2: rating = 5; needs -1, 0 or 1" in str(caught.value)
 
 
 def test_a_directory_that_is_no_process_reward_model_is_refused(
