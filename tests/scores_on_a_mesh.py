@@ -68,9 +68,22 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
             compared.append(each)
         return total, (scores, some, *compared)
 
+    def bonus(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+        some = wanted_log_probs(
+            hidden, matrix, targets, wanted, chunk=chunk, temperature=0.7, layout=layout
+        )
+        return jnp.sum(some.entropy * weights)
+
+    of_bonus = jax.jit(jax.grad(bonus, argnums=(0, 1)))(hidden, matrix)
+    by_hand = entropy_gradients(*(np.asarray(x) for x in (hidden, matrix, wanted * weights)), 0.7)
+    errors = {
+        f"gradient of the entropy by {name}": float(np.abs(np.asarray(got) - exact).max())
+        for name, got, exact in zip(("hidden", "matrix"), of_bonus, by_hand, strict=True)
+    }
+
     found = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
     one, all_of_them = found(hidden, matrix, None), found(hidden, matrix, layout)
-    return {
+    return errors | {
         jax.tree_util.keystr(path): float(np.abs(a - b).max())
         for (path, a), b in zip(
             jax.tree.leaves_with_path(jax.device_get(one)),
@@ -78,6 +91,18 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
             strict=True,
         )
     }
+
+
+def entropy_gradients(
+    hidden: np.ndarray, matrix: np.ndarray, weights: np.ndarray, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the sum of weights * H in float64, all logits at once: dH/dz_k = -p_k (log p_k + H)."""
+    hidden, matrix = hidden.astype(np.float64), matrix.astype(np.float64)
+    logits = hidden @ matrix / temperature
+    logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    entropy = -(np.exp(logs) * logs).sum(axis=-1, keepdims=True)
+    by_logits = -np.exp(logs) * (logs + entropy) * weights[..., None] / temperature
+    return by_logits @ matrix.T, np.einsum("bth,btv->hv", hidden, by_logits)
 
 
 if __name__ == "__main__":
