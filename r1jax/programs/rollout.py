@@ -26,7 +26,7 @@ from r1jax.programs.slots import SlotRollout
 from r1jax.rollouts.scoring import make_score, row_tokens, rows_at_once
 from r1jax.rollouts.searching import search_slots
 from r1jax.settings.sampling import DatasetSampling, LengthsSection
-from r1jax.settings.search import DatasetSearch
+from r1jax.settings.search import DatasetSearch, critic_of_search
 from r1jax.settings.stage import Stage
 from r1jax.settings.turns import Turn, attempt_limits, tokens_of_turns
 
@@ -133,6 +133,10 @@ def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> 
         fixed_shape=True,
     )
     scorers = reward_models(stage, planning)
+    if (source := critic_of_search(search)) is not None:
+        critic = planning.decoder_of(source)
+        config = replace(critic.config, head="scalar", num_nextn_predict_layers=0)
+        scorers[f"critic of {source}"] = replace(critic, config=config), False
     resident = reward_model_weights(scorers)
     scoring = {**resident, "weights": abstract_weights(model)}
     steps = beginnings * search.expansions

@@ -73,7 +73,9 @@ def _methods(stages: Sequence[StageRecord]) -> Iterator[_Method]:
         summary: Summary = stage.summary or {}
         search = stage.config.get("search")
         if search:
-            name = f"{search['kind']} by {search.get('scored_by') or 'agreement'}"
+            critic = search.get("valued_by")
+            by = search.get("scored_by") or (f"the critic of {critic}" if critic else "agreement")
+            name = f"{search['kind']} by {by}"
             cost = value_of(summary, "generated_tokens")
             if cost is not None and value_of(summary, "pass_at_1") is not None:
                 searches.setdefault(name, []).append((cost, summary["pass_at_1"]))

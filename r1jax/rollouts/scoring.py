@@ -446,3 +446,25 @@ class ProcessRewardModel:
         tokens = solution_tokens(responses, self.steps.tokenizer)
         ends = [self.steps.character_ends(ids) for ids in tokens]
         return [e or [len(text) + 1] for e, text in zip(ends, responses, strict=True)]
+
+
+@dataclass(frozen=True)
+class ValueModel:
+    """A critic, as the values of beginnings of solutions."""
+
+    loaded: _Loaded
+
+    @staticmethod
+    def load(source: str, run: ResolvedRun) -> ValueModel:
+        """The critic that a stage left, or that a name in `models` has."""
+        model = run.models.critic_of(source)
+        params = run.models.trained_critic(source)
+        return ValueModel(_Loaded(model, params, jax.jit(make_score(model.decoder, False))))
+
+    @span("reward model")
+    def values(self, texts: Sequence[np.ndarray]) -> list[float]:
+        """V behind the last token of each text, token ids [length], as the critic gives it.
+
+        All processes call it equally often.
+        """
+        return [float(value) for value in self.loaded.outputs(texts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +38,7 @@ from r1jax.rollouts.scoring import (
     ProcessRewardModel,
     RewardModel,
     RewardScorer,
+    ValueModel,
     check_domains,
     check_first_rewards,
     reward_scorer,
@@ -55,7 +56,7 @@ from r1jax.search.monte_carlo import monte_carlo_search
 from r1jax.search.rounds import Expansion, RunningSearch, run_searches
 from r1jax.search.tree import SearchTree, Step, StepEnd
 from r1jax.settings.names import nearest
-from r1jax.settings.search import AnySearch, BeamSearch, DatasetSearch
+from r1jax.settings.search import AnySearch, BeamSearch, DatasetSearch, critic_of_search
 from r1jax.settings.section import SettingError
 from r1jax.settings.stage import Stage
 from r1jax.settings.steps import StepRule
@@ -79,6 +80,8 @@ def check_search(stage: Stage, wanted: DatasetSearch | None, run: ResolvedRun) -
             raise SettingError(
                 "max_step_tokens", f"more than the stage's max_new_tokens = {max_new_tokens}"
             )
+        if (critic := critic_of_search(search)) is not None:
+            _check_critic(critic, stage, run)
         if (name := search.scored_by) is None:
             return
         if name not in rewards:
@@ -98,6 +101,28 @@ def check_search(stage: Stage, wanted: DatasetSearch | None, run: ResolvedRun) -
                 "this model reads whole solutions, and beams are chosen by their beginnings; name "
                 "a reward with a process reward model",
             )
+
+
+def _check_critic(source: str, stage: Stage, run: ResolvedRun) -> None:
+    """Raises SettingError where a stage or model has no critic that reads the policy's tokens."""
+    policy, critic = run.models.of(stage.name), run.models.of(source)
+    trained = next((each for each in run.config.stages if each.name == source), None)
+    if trained is None:
+        there = critic.decoder.config.head == "scalar"
+    else:
+        there = trained.may_leave_critic()
+    if not there:
+        raise SettingError(
+            "valued_by",
+            f"{source} has no critic; name a stage with objective: {{kind: ppo}}, or in models the "
+            "directory of a critic",
+        )
+    if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise SettingError(
+            "valued_by",
+            "its tokenizer is another one than the policy's, whose tokens a critic reads; name a "
+            "critic with the same vocab",
+        )
 
 
 def _step_rule(name: str, stage: Stage, run: ResolvedRun) -> StepRule | None:
@@ -137,7 +162,7 @@ class Searcher:
     params: Params
     search: AnySearch
     rule: StepRule
-    model: RewardModel | ProcessRewardModel | None
+    model: RewardModel | ProcessRewardModel | ValueModel | None
     options: GenerateOptions
     solution_tokens: int
     stop: Sequence[str]
@@ -229,6 +254,10 @@ class Searcher:
     ) -> Sequence[float | None]:
         if self.model is None:
             return [None] * len(pairs)
+        if isinstance(self.model, ValueModel):
+            read = [_read_by_critic(*pair, texts.prompts) for pair in pairs]
+            cut = (min(1.0, max(0.0, value)) for value in self.model.values(read))
+            return [round(value, _DIGITS_OF_VALUES) for value in cut]
         whole = isinstance(self.model, RewardModel)
         chosen = [
             i for i, (t, n) in enumerate(pairs) if not whole or t.nodes[n].state == "complete"
@@ -239,6 +268,16 @@ class Searcher:
         for i, value in zip(chosen, _values(self.model, questions, responses), strict=True):
             values[i] = round(value, _DIGITS_OF_VALUES)
         return values
+
+
+def _read_by_critic(tree: SearchTree, node: int, prompts: Mapping[int, Prompt]) -> np.ndarray:
+    """The tokens behind which a critic's value is that of a node.
+
+    Behind the last token of a solution no value is trained: its value is that of the state in which
+    this token, mostly EOS, was drawn.
+    """
+    ids = [*prompts[tree.problem].token_ids, *tree.token_ids(node)]
+    return np.asarray(ids[:-1] if tree.nodes[node].state == "complete" else ids, np.int32)
 
 
 def _values(
@@ -283,7 +322,7 @@ def make_searcher(
     """Loads the weights of the stage; its reward models are those of the scorer."""
     search, sampler = wanted.search, run.models.sampler_of(stage.name)
     models = {model.name: model for model in scorer.models}
-    name, rule = search.scored_by, search.step_rule
+    name, rule, critic = search.scored_by, search.step_rule, critic_of_search(search)
     if rule is None and name is not None:
         rule = _step_rule(name, stage, run)
     rule = StepRule() if rule is None else rule
@@ -301,12 +340,17 @@ def make_searcher(
         max_new_tokens=search.max_step_tokens,
         seed=seed,
     )
+    value_model: RewardModel | ProcessRewardModel | ValueModel | None = None
+    if name is not None:
+        value_model = models[name]
+    elif critic is not None:
+        value_model = ValueModel.load(critic, run)
     return Searcher(
         sampler,
         run.models.weights(run.config.weights_of(stage.name), sampler),
         search,
         rule,
-        None if name is None else models[name],
+        value_model,
         replace(
             options, stop=text_search(sampler.tokenizer, is_end), slots=slots, fixed_shape=True
         ),

@@ -351,6 +351,23 @@ class Models:
         """The value model that starts from the weights `source`: a train stage's, or a model's."""
         return self.of(source).with_head("scalar")
 
+    def trained_critic(self, source: str) -> Params:
+        """The critic that a stage left, or that a name in `models` has.
+
+        Raises:
+          ValueError: there is none.
+        """
+        model = self.critic_of(source)
+        if source in self.by_name:
+            language = self.by_name[source]
+            if language.decoder.config.head != "scalar":
+                raise ValueError(f"the weights of {source!r} are a decoder's, and no critic's")
+            return model.load(hugging_face.resolve(str(language.section.path)))
+        critic = self.files.trained_critic(source)
+        if not (critic / "config.json").is_file():
+            raise ValueError(f"{critic}: there is no critic of the stage {source!r}")
+        return model.load(critic)
+
     def critic_weights(self, source: str, seed: int) -> Params:
         """The first weights of `critic_of(source)`: those of a critic that the stage left, or of a
         reward model, as they are; else a decoder's with a new head, which is 0."""
@@ -358,7 +375,7 @@ class Models:
         if source in self.by_name:
             language = self.by_name[source]
             if language.decoder.config.head == "scalar":
-                return model.load(hugging_face.resolve(str(language.section.path)))
+                return self.trained_critic(source)
             if language.section.path is None:
                 return _with_zero_head(self.weights(source, language), model.decoder)
             params = model.initial(seed)

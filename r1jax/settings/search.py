@@ -85,12 +85,27 @@ class TreeSearch(SearchSection):
         "solutions, another one solutions alone. Default: no model; the value of a solution is the "
         "share of completed solutions with its answer.",
     )
+    valued_by: str | None = Field(
+        None,
+        description="In place of scored_by, a critic: an earlier train stage with objective kind "
+        "ppo, or a name in models whose weights a critic's are. Its value of each beginning, cut "
+        "to 0..1, is that of the search.",
+    )
     choose: Choice = Field(
         "visits",
         description="Of the completed solutions, the one that the most visits lead to, the one "
         "with the highest value, or the best of the answer with the most votes, each weighted by "
         "its value.",
     )
+
+    @model_validator(mode="after")
+    def _one_source_of_values(self) -> TreeSearch:
+        if self.scored_by is not None and self.valued_by is not None:
+            raise ValueError(
+                f"scored_by = {self.scored_by!r} and valued_by = {self.valued_by!r}: the values of "
+                "a search come from one of them; remove the other"
+            )
+        return self
 
     @property
     def prefixes(self) -> int:
@@ -99,6 +114,13 @@ class TreeSearch(SearchSection):
 
 
 AnySearch: TypeAlias = BeamSearch | TreeSearch
+
+
+def critic_of_search(search: AnySearch) -> str | None:
+    """The stage or model whose critic a search has its values from; None: it has none."""
+    return search.valued_by if isinstance(search, TreeSearch) else None
+
+
 Search = Annotated[
     AnySearch,
     Field(discriminator="kind"),

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from r1jax.files import JsonObject
 from r1jax.settings.optimizer import OptimizerSection
 from r1jax.settings.rewards import RewardSection
-from r1jax.settings.search import DatasetSearch
+from r1jax.settings.search import DatasetSearch, critic_of_search
 from r1jax.settings.section import Section
 from r1jax.settings.steps import StepScoring
 
@@ -199,7 +199,13 @@ class Stage(Section):
 
     def other_weights(self) -> list[WeightsUse]:
         """Weights that are read beside those that the stage starts from."""
-        return []
+        wanted = self.dataset_search()
+        source = None if wanted is None else critic_of_search(wanted.search)
+        return [] if source is None else [WeightsUse("search.valued_by", source, "critic")]
+
+    def may_leave_critic(self) -> bool:
+        """Whether a critic may be left beside the weights."""
+        return False
 
     def prediction_module_uses(self) -> list[tuple[str, str]]:
         """(key, stage or model) of settings that need the module for multi-token prediction."""

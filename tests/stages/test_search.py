@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from html_page import Page
@@ -21,11 +23,13 @@ from r1jax import recipe
 from r1jax.cli import app
 from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
+from r1jax.data.prompts import Prompt
 from r1jax.data.steps import cut_steps, first_step_end
 from r1jax.planner.dry_run import describe
 from r1jax.rollouts import searching
+from r1jax.rollouts.scoring import ValueModel
 from r1jax.run.resolve import check, resolve
-from r1jax.search.tree import path_of
+from r1jax.search.tree import SearchTree, Step, path_of
 from r1jax.settings.steps import StepRule
 from r1jax.stages.evaluate.settings import EvaluateStage
 
@@ -322,6 +326,14 @@ def test_a_plan_has_the_programs_of_a_search(directory: Path) -> None:
             ["stages.beam.search.budget_tokens=15"],
             "budget_tokens = 15 is smaller than one step: expansions x max_step_tokens = 2 x 8",
         ),
+        (
+            ["stages.mcts.search.valued_by=value"],
+            "scored_by = 'process' and valued_by = 'value': the values of a search come from one",
+        ),
+        (
+            ["stages.mcts.search.scored_by=null", "stages.mcts.search.valued_by=nobody"],
+            "stages.mcts.search.valued_by = 'nobody': neither an earlier train stage nor a model",
+        ),
         (["stages.beam.search.kind=best_first"], "stages.beam.search.kind"),
         (["stages.beam.search.wdth=2"], "did you mean width"),
         (["stages.mcts.search.exploration=-1"], "stages.mcts.search.exploration"),
@@ -345,6 +357,10 @@ def test_settings_that_do_not_fit_are_refused(
             "a function compares with the reference answer, which a search must not know",
         ),
         (
+            ["stages.mcts.search.scored_by=null", "stages.mcts.search.valued_by=model"],
+            'stages.mcts.search.valued_by = "model": model has no critic; name a stage with obj',
+        ),
+        (
             ["stages.beam.search.max_step_tokens=30", "stages.beam.max_new_tokens=24"],
             "more than the stage's max_new_tokens = 24",
         ),
@@ -356,6 +372,27 @@ def test_what_a_search_could_not_use_is_refused_before_any_compute(
     with pytest.raises(ValueError) as caught:
         check(resolve(config(directory, "refused", *changes)))
     assert message in str(caught.value) and "stages." in str(caught.value)
+
+
+def test_values_of_a_critic_by_hand() -> None:
+    """Of a beginning behind its last token, of a solution before it; cut to 0..1."""
+    read: list[list[int]] = []
+
+    def outputs(texts: Sequence[np.ndarray]) -> list[float]:
+        read.extend(text.tolist() for text in texts)
+        return [1.5, -0.25, 0.12345678]
+
+    tree = SearchTree(7, 0, solution_tokens=8, step_tokens=3)
+    steps = [((5, 6), "step"), ((5, 2), "eos"), ((8, 9, 1), "stop")]
+    first, done, stopped = tree.add(0, [Step(ids, "", -1.0, end) for ids, end in steps])
+    (later,) = tree.add(first, [Step((4,), "", -1.0, "step")])
+    prompt = Prompt(7, "", "", np.asarray([3, 1], np.int32), "", "")
+    searcher = SimpleNamespace(model=ValueModel(SimpleNamespace(outputs=outputs)))  # type: ignore[arg-type]
+    texts = SimpleNamespace(prompts={7: prompt})
+    pairs = [(tree, done), (tree, stopped), (tree, later)]
+    found = searching.Searcher._score(searcher, pairs, texts)  # type: ignore[arg-type]
+    assert read == [[3, 1, 5], [3, 1, 8, 9], [3, 1, 5, 6, 4]]
+    assert found == [1.0, 0.0, 0.123457]
 
 
 def test_a_search_is_made_once_of_each_problem_by_default() -> None:

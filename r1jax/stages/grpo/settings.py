@@ -554,6 +554,9 @@ class GRPOStage(TrainStage):
             uses.append(WeightsUse("critic.weights", source, "critic", rewards=True))
         return uses
 
+    def may_leave_critic(self) -> bool:
+        return isinstance(self.objective_settings, PPO | OutsideObjective)
+
     def prediction_module_uses(self) -> list[tuple[str, str]]:
         sections = {"sampling": self.sampling, "held_out_sampling": self.held_out_sampling}
         return [(f"{key}.speculative", self.name) for key, s in sections.items() if s.speculative]

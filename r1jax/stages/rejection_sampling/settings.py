@@ -108,10 +108,10 @@ class RejectionSamplingStage(Stage):
         return self.rewards
 
     def other_weights(self) -> list[WeightsUse]:
-        rewrite = self.model_rewrite
-        return (
-            [] if rewrite is None else [WeightsUse("rewrite.weights", rewrite.weights, "rewriter")]
-        )
+        uses, rewrite = super().other_weights(), self.model_rewrite
+        if rewrite is not None:
+            uses.append(WeightsUse("rewrite.weights", rewrite.weights, "rewriter"))
+        return uses
 
     def prediction_module_uses(self) -> list[tuple[str, str]]:
         uses = [("sampling.speculative", self.name)] if self.sampling.speculative else []
