@@ -80,8 +80,11 @@ def test_two_processes_train_on_the_groups_of_one(tmp_path: Path, changes: tuple
 
 
 @pytest.mark.slow
-def test_each_process_has_devices_that_sample_and_devices_that_train(tmp_path: Path) -> None:
-    changes = ("stages.zero.phases_of_lag=1",)
+@pytest.mark.parametrize("objective", [(), ("stages.zero.objective={kind: ppo}",)])  # and a critic
+def test_each_process_has_devices_that_sample_and_devices_that_train(
+    tmp_path: Path, objective: tuple[str, ...]
+) -> None:
+    changes = ("stages.zero.phases_of_lag=1", *objective)
     in_turn = run(tmp_path / "in_turn", 1, *changes)
     groups = "mesh.rollout={axes: {data: 2}, devices: 2}"
     same_phases(in_turn, run(tmp_path / "apart", 2, *changes, groups, devices=4))
@@ -95,6 +98,9 @@ def same_phases(one: Path, two: Path) -> None:
             if name.startswith(("questions/", "groups/", "samples/")):
                 assert shared[name] == value, name
             np.testing.assert_allclose(float(shared[name]), float(value), atol=2e-4, err_msg=name)
-    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, two)]
-    for name, value in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)
+    files = [path.relative_to(one) for path in one.glob("*/model.safetensors")]
+    assert len(files) == 1 + ("critic/loss" in phases[0])
+    for file in files:
+        weights = [load_file(folder / file) for folder in (one, two)]
+        for name, value in weights[0].items():
+            np.testing.assert_allclose(weights[1][name], value, atol=2e-4, err_msg=name)
