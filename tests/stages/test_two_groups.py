@@ -81,12 +81,13 @@ def test_samples_come_while_the_update_runs_and_are_those_of_one_group(
         assert (in_turn / name).read_bytes() == (apart / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "groups",
     [
-        pytest.param((3, "{fsdp: 2}", "{data: 1}", 1), marks=pytest.mark.slow),
+        (3, "{fsdp: 2}", "{data: 1}", 1),
         (6, "{fsdp: 2}", "{data: 2, tensor: 2}", 4),
-        pytest.param((8, "{fsdp: 2, tensor: 2}", "{data: 4}", 4), marks=pytest.mark.slow),
+        (8, "{fsdp: 2, tensor: 2}", "{data: 4}", 4),
     ],
 )
 def test_groups_of_several_devices_train_on_the_same_samples(
