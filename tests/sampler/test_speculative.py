@@ -61,6 +61,10 @@ def prompts(lengths: list[int], time: int = 8, first_id: int = 0) -> Prompts:
     return Prompts(jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids))
 
 
+# What most tests sample of, so that they share programs.
+FOUR = prompts([5, 8, 3, 7])
+
+
 def sample(p: Prompts, model: Decoder = MODEL, params: Params = PARAMS, **options: Any) -> Samples:
     settings = {"samples": 3, "max_new_tokens": 9, "seed": 0, "speculative": True, **options}
     return jax.device_get(generate(params, p, model, GenerateOptions(**settings)))
@@ -164,7 +168,7 @@ def test_equal_distributions_always_agree() -> None:
     assert kept.all() and (tokens == drafts).all()
     # All weights 0: every token is as likely, for the model and for the module.
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    out = sample(prompts([5, 8]), params=zeros)
+    out = sample(FOUR, params=zeros)
     np.testing.assert_array_equal(out.drafted, 4)  # one token, and four times two
     np.testing.assert_array_equal(out.accepted, 4)
     np.testing.assert_array_equal(out.lengths, 9)
@@ -240,23 +244,23 @@ def test_log_probs_are_the_models_own(config: ModelConfig) -> None:
 
 
 def test_a_sample_is_the_same_in_any_batch_bucket_and_split() -> None:
-    whole = sample(prompts([5, 8, 3, 7]))
+    whole = sample(FOUR)
     alone = sample(prompts([8], first_id=1))
     wider = sample(prompts([5, 8, 3, 7], time=16), first_bucket=4, sync_every=1)
-    later = sample(replace(prompts([5, 8, 3, 7]), first_samples=1), samples=2)
+    later = sample(replace(FOUR, first_samples=1), samples=2)
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[1])
     np.testing.assert_array_equal(wider.tokens, whole.tokens)
     np.testing.assert_array_equal(later.tokens, whole.tokens[:, 1:])
     assert len({row.tobytes() for row in whole.tokens.reshape(-1, 9)}) == 12
-    assert (sample(prompts([5, 8, 3, 7]), step=1).tokens != whole.tokens).any()
+    assert (sample(FOUR, step=1).tokens != whole.tokens).any()
 
 
 def test_ends_at_every_eos_and_keeps_it() -> None:
-    free = sample(prompts([5, 8, 3]), samples=8)
+    free = sample(FOUR)
     eos = (1, 3)
-    out = sample(prompts([5, 8, 3]), samples=8, eos_ids=eos)
+    out = sample(FOUR, eos_ids=eos)
     lengths = set()
-    for i, j in np.ndindex(3, 8):
+    for i, j in np.ndindex(4, 3):
         hits = np.flatnonzero(np.isin(free.tokens[i, j], eos))
         n = hits[0] + 1 if len(hits) else 9
         assert out.lengths[i, j] == n
@@ -269,7 +273,7 @@ def test_ends_at_every_eos_and_keeps_it() -> None:
 
 
 def test_stop_strings_cut_at_the_token_that_completes_them() -> None:
-    free = sample(prompts([5, 8]))
+    free = sample(FOUR)
     wanted = free.tokens[1, 0, 3:6]
 
     def stop(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -279,17 +283,17 @@ def test_stop_strings_cut_at_the_token_that_completes_them() -> None:
 
         return np.asarray([end(row, n) for row, n in zip(tokens, lengths, strict=True)])
 
-    out = sample(prompts([5, 8]), stop=stop, sync_every=2)
+    out = sample(FOUR, stop=stop, sync_every=2)
     assert out.finish[1, 0] == Finish.STOP
     assert out.lengths[1, 0] == stop(free.tokens[1, :1], np.asarray([9]))[0]
     assert (out.tokens[1, 0, out.lengths[1, 0] :] == 0).all()
 
 
 def test_parameters_change_without_compiling() -> None:
-    sample(prompts([5, 8]), sampling=Sampling(temperature=0.9))
+    sample(FOUR, sampling=Sampling(temperature=0.9))
     before = decode_speculatively._cache_size()
-    sample(prompts([4, 6]), sampling=Sampling(top_p=0.5, min_p=0.1), seed=5, eos_ids=(3,))
-    sample(prompts([4, 6]), sampling=Sampling(temperature=jnp.float32(0), top_k=3), step=9)
+    sample(prompts([4, 6, 2, 1]), sampling=Sampling(top_p=0.5, min_p=0.1), seed=5, eos_ids=(3,))
+    sample(prompts([4, 6, 2, 1]), sampling=Sampling(temperature=jnp.float32(0), top_k=3), step=9)
     assert decode_speculatively._cache_size() == before
 
 
