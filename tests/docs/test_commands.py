@@ -1,20 +1,25 @@
 """What README and docs tell people to type: every command exists, with these options and files.
 
 Each fenced command is read as the shell and the command line would; packaged configs are loaded
-with the overrides that stand there, stages and slices have to exist. (Runs themselves are in other
-tests: tests/recipe, tests/planner, tests/tpu_scripts.)
+with the overrides that stand there, stages and slices have to exist. Then each command is run as it
+is written, on one small run (`my.yaml`), whose directory stands for RUN_DIR; or `NOT_RUN` says why
+it is not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import typer
 import typer.main
@@ -194,6 +199,119 @@ def test_commands_are_found() -> None:
         (words,) = commands(wrong)
         with pytest.raises((ClickException, ValueError, LookupError, AssertionError)):
             CHECKS[words[0]](words)
+
+
+# --- Commands that are run -----------------------------------------------------------------------
+
+TESTS = Path(__file__).parents[1]
+RUN = "runs/tiny-s1"
+STANDS_FOR = {
+    **dict.fromkeys(("RUN_DIR", "RUN_OR_MODEL_DIR", "RUN_A"), RUN),
+    "RUN_B": "runs/another",
+    "RUN_DIR@300": f"{RUN}@2",
+    "DEST": "exported",
+    "my.yaml": "my.yaml",
+}
+FIRST = "r1jax run my.yaml seed=1 stages.rl.optimizer.learning_rate=1e-6"
+# A command that is run -> what it prints.
+PRINTS = {
+    FIRST: "report",
+    "r1jax eval RUN_OR_MODEL_DIR --config my.yaml": "after: key-value cache",
+    "r1jax sample RUN_OR_MODEL_DIR --prompt 7+5-3+9= --template plain": "",
+    "r1jax sample RUN_DIR@300": "",
+    "r1jax score --reward accuracy --in rows.jsonl --out scored.jsonl": "right: 1",
+    "r1jax score --reward my_rewards.py:brevity --option most=80 --in rows.jsonl --out "
+    "scored.jsonl": "right: 2",
+    "r1jax export RUN_DIR DEST": "exported: exported",
+    "r1jax report RUN_DIR": "report:",
+    "r1jax report RUN_A RUN_B --compare": "compare:",
+    "r1jax plan r1_zero/qwen2.5-32b --slice v5p:4x4x8 --check": "",
+    "r1jax plan qwen2.5-1.5b/r1_zero_gsm8k --topology v6e-16 --check": "",
+    "r1jax plan r1_zero/qwen2.5-math-7b --slice v6e:8x8 --check": "",
+    "r1jax plan qwen2.5-1.5b/r1_zero_gsm8k --topology v6e-64 --check stages.rl.micro_batches=8": "",
+    "r1jax run tiny/deepseek_v3_r1_zero": "r1_zero",
+    "r1jax run tiny/ppo seed=$seed": "ppo",
+    ".venv/bin/r1jax run tiny/r1_zero": "r1_zero",
+}
+ALSO = {"r1jax sample RUN_DIR@300": ["--prompt", "1+1=", "--template", "plain"]}
+CHECKED = ("r1jax run tiny/", ".venv/bin/r1jax run tiny/", "r1jax eval RUN")  # by --dry-run
+# The beginning of a command that is not run here -> why not, or which test runs it.
+NOT_RUN = {
+    "make ": "CI's own steps, or minutes: the Makefile's targets are looked up",
+    "pip ": "packages",
+    ".venv/bin/pip ": "packages",
+    "python3 -m venv": "packages",
+    "cp tpu_scripts": "tests/tpu_scripts: every script, with stand-ins for gcloud and kubectl",
+    "tpu_scripts/": "tests/tpu_scripts: every script, with stand-ins for gcloud and kubectl",
+    "gcloud ": "Google Cloud",
+    "ssh-": "Google Cloud",
+    "eval ": "Google Cloud",
+    "docker ": "Google Cloud",
+    "python benchmarks/": "minutes to hours, beside other libraries",
+    "r1jax plan ": "the TPU's compiler, minutes: tests/planner plans small ones",
+    "r1jax run r1_": "weights and data of the hub; tests/config/test_packaged.py",
+    "r1jax run qwen2.5": "weights and data of the hub; tests/config/test_packaged.py",
+    "r1jax run distill/": "weights and data of the hub; tests/config/test_packaged.py",
+    "r1jax run tiny/r1": "25 minutes: make r1-seeds",
+    "r1jax run tiny/": "minutes each; tests/config/test_packaged.py",
+    "r1jax eval": "benchmarks of the hub; tests/evaluation/test_benchmarks.py",
+    "r1jax report": "several seeds: tests/report/test_seeds.py",
+    "r1jax export RUN_DIR DEST --dtype fp8": "a DeepSeek model: tests/weights/test_fp8.py",
+    "r1jax search": "compiles for a minute: tests/stages/test_search.py",
+}
+
+
+def documented() -> list[str]:
+    return list(dict.fromkeys(shlex.join(words) for _, words in fenced()))
+
+
+def plainly(command: str) -> str:
+    return " ".join(shlex.split(command))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as a user has it: a config, rewards, rows; and the config's run, finished."""
+    folder = tmp_path_factory.mktemp("user")
+    plan = yaml.safe_load((TESTS / "tiny.yaml").read_text())
+    base, after, _ = plan["stages"]
+    plan["stages"] = [base | {"name": "rl", "steps": 2}, after | {"name": "after"}]
+    plan["rewards"] = {"format": {}, "my_rewards.py:brevity": {"options": {"most": 80}}}
+    (folder / "my.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    (folder / "my_rewards.py").write_text(
+        "def brevity(completion, most):\n    return float(len(completion) <= most)\n"
+    )
+    rows = [{"prompt": "1+1", "completion": f"\\boxed{{{i}}}", "answer": "2"} for i in (2, 3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(FIRST, folder)
+    assert done.returncode == 0, done.stdout[-2000:]
+    shutil.copytree(folder / RUN, folder / "runs/another")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [STANDS_FOR.get(word, word) for word in shlex.split(command.replace("$seed", "1"))[1:]]
+    words += ALSO.get(plainly(command), [])
+    if command.startswith(CHECKED):
+        words.append("--dry-run")
+    return forked.run("-m", "r1jax", *words, cwd=folder, one_output=True)
+
+
+def test_every_command_is_run_or_says_why_not() -> None:
+    known = [plainly(command) for command in documented()]
+    assert set(PRINTS) <= set(known), set(PRINTS) - set(known)
+    for command in set(known) - set(PRINTS):
+        assert command.startswith(tuple(NOT_RUN)), f"not run, and without a reason: {command}"
+    for start in NOT_RUN:
+        assert any(command.startswith(start) for command in known), f"no command: {start}"
+
+
+@pytest.mark.parametrize("command", [each for each in documented() if plainly(each) in PRINTS])
+def test_a_command_runs(command: str, folder: Path) -> None:
+    done = run(command, folder) if plainly(command) != FIRST else None
+    if done is not None:
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert PRINTS[plainly(command)] in done.stdout
 
 
 # --- Configs and tables --------------------------------------------------------------------------
