@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from r1jax import recipe
-from r1jax.config.load import load_config
+from r1jax.config.lineage import Edge, edges
+from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import TokenRows
 from r1jax.models.reward_head import token_values
+from r1jax.planner.dry_run import describe
 from r1jax.run.models import LanguageModel
-from r1jax.run.resolve import resolve
+from r1jax.run.resolve import check, resolve
 from r1jax.stages.grpo.critic import Critic
 
 TESTS = Path(__file__).parents[1]
@@ -43,9 +45,9 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def plan(output: Path) -> RunConfig:
+def plan(output: Path, **changes_of_rl: Any) -> RunConfig:
     config = yaml.safe_load((TESTS / "tiny_ppo.yaml").read_text())
-    stages = [SCORES, {**config["stages"][0], **CHOSEN}, SEARCH]
+    stages = [SCORES, {**config["stages"][0], **CHOSEN, **changes_of_rl}, SEARCH]
     labelled = {"source": "jsonl:tiny_safety.jsonl", "template": "plain"}
     changes = [f"stages={json.dumps(stages)}", f"data.labelled={json.dumps(labelled)}"]
     return load_config(TESTS / "tiny_ppo.yaml", [f"output={output}", *changes])
@@ -54,6 +56,17 @@ def plan(output: Path) -> RunConfig:
 def values_of(model: LanguageModel, params: Any, rows: TokenRows) -> np.ndarray:
     values = jax.jit(token_values, static_argnames="model")
     return np.asarray(values(params, rows, model.decoder))
+
+
+def test_a_critic_of_a_search_is_in_the_plan_and_in_the_lineage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TESTS)
+    config = plan(tmp_path)
+    assert "tree: reward models" in [each["what"] for each in describe(config)["memory"]]
+    assert Edge("rl", "tree", "critic") in edges(config)
+    with pytest.raises(ConfigError, match='valued_by = "rl": rl has no critic; name a stage with'):
+        check(resolve(plan(tmp_path, objective={"kind": "grpo"}, critic=None)))
 
 
 @pytest.mark.slow
