@@ -380,9 +380,11 @@ def _cpu_time_limit(seconds: float) -> Iterator[None]:
 def _memory_limit(more: int) -> Iterator[None]:
     """MemoryError in the block where the process comes to have `more` bytes more than now.
 
-    On Linux alone, and only where no limit of its address space is lower.
+    On Linux and in the main thread alone, and only where no limit of its address space is lower.
     """
-    if not sys.platform.startswith("linux"):  # macOS does not keep RLIMIT_AS
+    # macOS does not keep RLIMIT_AS. Two threads would each restore what the other one has set.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (sys.platform.startswith("linux") and in_main_thread):
         yield
         return
     before, most = resource.getrlimit(resource.RLIMIT_AS)
