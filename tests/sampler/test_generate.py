@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 )
 
 
-def decoder(scan: bool = False) -> Decoder:
+def decoder(scan: bool = True) -> Decoder:
     execution = Execution(compute_dtype=jnp.float32, remat="none", scan_layers=scan)
     return Decoder(CONFIG, execution, single_device())
 
