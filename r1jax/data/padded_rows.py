@@ -92,7 +92,7 @@ class PaddedRows(Generic[R]):
         Their row length is the same on every process.
         """
         indices, local = self._indices.take(n_global)
-        row_tokens = _padded(max(self._rows[i].longest for i in indices), self._length_bucket)
+        row_tokens = round_up(max(self._rows[i].longest for i in indices), self._length_bucket)
         return self._to_arrays([self._rows[i] for i in indices[local]], row_tokens)
 
 
@@ -111,7 +111,7 @@ def padded_once(
     batch.
     """
     local = local_slice(rows_per_batch, process_index, process_count)
-    row_tokens = _padded(max(row.longest for row in rows), length_bucket)
+    row_tokens = round_up(max(row.longest for row in rows), length_bucket)
     for start in range(0, len(rows), rows_per_batch):
         batch = rows[start : start + rows_per_batch]
         filled = [*batch, *[batch[-1]] * (rows_per_batch - len(batch))]
@@ -119,5 +119,5 @@ def padded_once(
         yield to_arrays(filled[local], row_tokens), real[local]
 
 
-def _padded(tokens: int, length_bucket: int) -> int:
-    return -(-tokens // length_bucket) * length_bucket
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

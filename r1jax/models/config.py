@@ -33,6 +33,8 @@ _HF_HEAD: dict[Head, str] = {
     "scalar": "ForSequenceClassification",
     "token_labels": "ForTokenClassification",
 }
+# That transformers does not have: what is written for it, nobody could load.
+_NO_HF_CLASS = ("DeepseekV2ForTokenClassification",)
 # The labels of a head, in order; transformers counts them by their names.
 _HF_LABELS: dict[Head, tuple[str, ...]] = {
     "language": (),
@@ -349,8 +351,16 @@ class ModelConfig:
         )
 
     def to_hugging_face(self) -> HuggingFaceConfig:
-        """The mapping that `from_hugging_face` inverts, readable by transformers 4 and 5."""
-        labels = _HF_LABELS[self.head]
+        """The mapping that `from_hugging_face` inverts, readable by transformers 4 and 5.
+
+        Raises ValueError where transformers has no class of such models.
+        """
+        labels, name = _HF_LABELS[self.head], _HF_FAMILY[self.architecture] + _HF_HEAD[self.head]
+        if name in _NO_HF_CLASS:
+            raise ValueError(
+                f"transformers has no {name}, so that nothing could load what is exported; train "
+                f"one of another family than {self.architecture}"
+            )
         scaling: dict[str, Any] | None = None
         if self.rope_scaling is not None:
             kind = "yarn" if isinstance(self.rope_scaling, YarnRopeScaling) else "llama3"
@@ -368,7 +378,7 @@ class ModelConfig:
         if parts or self.num_nextn_predict_layers:
             parts["num_nextn_predict_layers"] = self.num_nextn_predict_layers
         return {
-            "architectures": [_HF_FAMILY[self.architecture] + _HF_HEAD[self.head]],
+            "architectures": [name],
             "model_type": self.architecture,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,

@@ -85,10 +85,6 @@ def bytes_by_kind(*named: Mapping[str, AbstractTree]) -> Counter[str]:
     return sizes
 
 
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def forward_flops(
     config: ModelConfig, rows: int, time: float, start: int = 0, *, with_module: bool = False
 ) -> float:

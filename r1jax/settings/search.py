@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from r1jax.settings.sampling import SamplingSection
+from r1jax.settings.sampling import DatasetSampling, SamplingSection
 from r1jax.settings.section import Section
 from r1jax.settings.steps import StepRule
 
@@ -143,3 +143,21 @@ class DatasetSearch:
     max_new_tokens: int
     sampling: SamplingSection
     search: AnySearch
+
+
+def search_of_each(
+    sampled: DatasetSampling, search: AnySearch | None, solutions: int
+) -> DatasetSearch | None:
+    """A search of each prompt instead of its samples; None without `search`."""
+    if search is None:
+        return None
+    return DatasetSearch(
+        sampled.data,
+        sampled.limit,
+        searches=1,
+        solutions=solutions,
+        batch=sampled.batch,
+        max_new_tokens=sampled.max_new_tokens,
+        sampling=sampled.sampling,
+        search=search,
+    )

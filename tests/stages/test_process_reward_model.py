@@ -11,6 +11,7 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+from deepseek_models import SIZES
 from tiny_checkpoint import make_model
 
 from r1jax import recipe
@@ -18,7 +19,7 @@ from r1jax.config.load import ConfigError, load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.data.steps import cut_steps, step_ends
 from r1jax.rewards.process import solution_score
-from r1jax.run.resolve import check, resolve
+from r1jax.run.resolve import check, load_functions, resolve
 from r1jax.run.selection import Selection
 from r1jax.settings.steps import StepRule
 from r1jax.stages.step_labels.settings import StepLabelsStage
@@ -313,3 +314,17 @@ def test_a_directory_that_is_no_process_reward_model_is_refused(
         CONFIG, [f"rewards.process={{model: {tmp_path}, template: plain, {rule}}}"]
     )
     check(resolve(config))
+
+
+def test_a_model_that_transformers_could_not_load_is_refused() -> None:
+    import transformers
+
+    assert not hasattr(transformers, "DeepseekV2ForTokenClassification")
+    sizes = {key: v for key, v in SIZES.items() if key != "initializer_range"} | {"vocab_size": 20}
+    shape = transformers.DeepseekV2Config(**sizes).to_dict()
+    run = resolve(load_config(CONFIG, [f"model.config={json.dumps(shape)}"]))
+    stage = run.config.stage("prm")
+    with pytest.raises(ConfigError) as caught:
+        load_functions(stage).check(stage, run)
+    what = 'stages.prm.kind = "process_reward_model": transformers has no DeepseekV2ForToken'
+    assert str(caught.value).startswith(f"{CONFIG}:") and what in str(caught.value)

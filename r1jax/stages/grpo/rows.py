@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from r1jax.data.packing import best_fit_decreasing
+from r1jax.data.padded_rows import round_up
 from r1jax.grpo import GRPOBatch
 from r1jax.processes import gather
 from r1jax.rollouts.sampling import Completion
@@ -67,15 +68,15 @@ def packed_shape(
     shards = training.shards("batch")
 
     def time(new_tokens: int) -> int:
-        return _round_up(longest_prompt + new_tokens, stage.length_bucket)
+        return round_up(longest_prompt + new_tokens, stage.length_bucket)
 
     longest = time(stage.longest_sample())
     tokens = _LEAST_TOKENS_ON_CPU if training.platform == "cpu" else _LEAST_TOKENS
     rows = max(-(-tokens // longest) * shards, samples // _LEAST_MICRO_BATCHES)
-    rows = min(_round_up(rows, shards), samples // stage.micro_batches)
+    rows = min(round_up(rows, shards), samples // stage.micro_batches)
     # All rows divide over the devices that sample, which may be split in another way.
     multiple = rollout.shards("batch") // math.gcd(rows, rollout.shards("batch"))
-    micro_batches = _round_up(-(-samples // rows), multiple)
+    micro_batches = round_up(-(-samples // rows), multiple)
     limit = longest if step is None else time(stage.sample_tokens_at(step))
     return PackedShape(samples, rows, micro_batches, limit)
 
@@ -116,10 +117,6 @@ def expected_micro_batches(
             rows = max(len(best_fit_decreasing(part.tolist(), shape.time)) for part in parts)
             counts.append(-(-min(rows, per_slice) * slices // shape.rows))
     return float(np.mean(counts))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)

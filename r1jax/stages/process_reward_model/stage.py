@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data.padded_rows import padded_once
+from r1jax.data.padded_rows import padded_once, round_up
 from r1jax.data.step_labels import EncodedSolution, check_both_labels, step_arrays
 from r1jax.evaluation.step_metrics import roc_auc, step_accuracy
 from r1jax.models import Decoder
@@ -21,7 +21,7 @@ from r1jax.objectives.normalisation import token_weights
 from r1jax.objectives.step_loss import right_logits, step_loss
 from r1jax.processes import gather, process_batch_slice
 from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
-from r1jax.programs.program import batch_arrays_like, round_up
+from r1jax.programs.program import batch_arrays_like
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.train_loop import TrainLoop
 from r1jax.sharding import to_process_rows
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 
 def check(stage: ProcessRewardModelStage, run: ResolvedRun) -> None:
-    """The rows that no stage of the run writes are labelled solutions, of right and wrong steps."""
+    """What is trained can be exported, and the rows that no stage of the run writes are labelled
+    solutions, of right and wrong steps."""
+    try:
+        run.models.of(stage.name).decoder.config.to_hugging_face()
+    except ValueError as error:
+        raise run.config.refusal(("stages", stage.name, "kind"), str(error)) from error
     for _, data in stage.datasets():
         if run.config.data[data].mixture:
             raise run.config.refusal(

@@ -9,7 +9,7 @@ from pydantic import Field
 from r1jax.files import JsonObject
 from r1jax.settings.rewriting import ModelRewrite, Rewrite
 from r1jax.settings.sampling import DatasetSampling, PlannedLengths, SamplingSection
-from r1jax.settings.search import DatasetSearch, Search
+from r1jax.settings.search import DatasetSearch, Search, search_of_each
 from r1jax.settings.stage import (
     Divided,
     RewardSelection,
@@ -82,18 +82,7 @@ class RejectionSamplingStage(Stage):
         )
 
     def dataset_search(self) -> DatasetSearch | None:
-        if self.search is None:
-            return None
-        return DatasetSearch(
-            self.data,
-            self.prompts,
-            1,
-            self.samples_per_prompt,
-            self.prompts_per_batch,
-            self.max_new_tokens,
-            self.sampling,
-            self.search,
-        )
+        return search_of_each(self.dataset_sampling(), self.search, self.samples_per_prompt)
 
     def datasets(self) -> list[tuple[str, str]]:
         return [("data", self.data), *(("decontaminate", data) for data in self.decontaminate)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r1jax.data.padded_rows import padded_once
+from r1jax.data.padded_rows import padded_once, round_up
 from r1jax.data.preferences import EncodedPreference, preference_arrays
 from r1jax.models import Decoder
 from r1jax.models.parameters import Params
@@ -23,7 +23,6 @@ from r1jax.programs import Planning, StagePrograms, TrainBatch, train_programs
 from r1jax.programs.program import (
     batch_array,
     batch_arrays_like,
-    round_up,
 )
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.train_loop import TrainLoop

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from r1jax.settings.sampling import DatasetSampling, PlannedLengths, SamplingSection
-from r1jax.settings.search import DatasetSearch, Search
+from r1jax.settings.search import DatasetSearch, Search, search_of_each
 from r1jax.settings.stage import Divided, RewardSelection, Stage, StageDescription
 from r1jax.settings.steps import StepRule
 
@@ -79,18 +79,7 @@ class StepLabelsStage(Stage):
         return self
 
     def dataset_search(self) -> DatasetSearch | None:
-        if self.search is None:
-            return None
-        return DatasetSearch(
-            self.data,
-            self.prompts,
-            1,
-            _ALL,
-            self.prompts_per_batch,
-            self.max_new_tokens,
-            self.sampling,
-            self.search,
-        )
+        return search_of_each(self.dataset_sampling(), self.search, _ALL)
 
     def dataset_sampling(self) -> DatasetSampling:
         """The sampling of solutions."""
