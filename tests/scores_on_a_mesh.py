@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.models.log_probs import (
+from r1jax.models.chunked_log_probs import (
+    Chunks,
     TargetLogProbs,
-    _TeacherTokens,
-    _wanted_log_probs,
+    TeacherTokens,
     chunked_log_probs,
     wanted_log_probs,
 )
@@ -44,25 +44,16 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
     def value(
         hidden: jax.Array, matrix: jax.Array, layout: Layout | None
     ) -> tuple[jax.Array, tuple[TargetLogProbs, ...]]:
-        scores = chunked_log_probs(
-            hidden, matrix, targets, chunk=chunk, temperature=0.7, layout=layout, most_likely=True
-        )
-        some = wanted_log_probs(
-            hidden, matrix, targets, wanted, chunk=chunk, temperature=0.7, layout=layout
-        )
+        given, chunks = (hidden, matrix, targets), Chunks(chunk, layout)
+        scores = chunked_log_probs(*given, chunks=chunks, temperature=0.7, most_likely=True)
+        some = wanted_log_probs(*given, wanted, chunks=chunks, temperature=0.7)
         sums = [
             jnp.sum(each.log_probs * weights) + jnp.sum(each.entropy) for each in (scores, some)
         ]
         total, compared = sums[0] + 2 * sums[1], []
         for divergence in (Divergence(), Divergence("jsd", beta=0.3, top_k=5)):
-            teacher = _TeacherTokens(others, other_matrix, divergence, 0.9)
-            each = _wanted_log_probs(
-                *(hidden, matrix, targets, wanted),
-                chunk=chunk,
-                temperature=0.7,
-                layout=layout,
-                teacher=teacher,
-            )
+            teacher = TeacherTokens(others, other_matrix, divergence, 0.9)
+            each = wanted_log_probs(*given, wanted, chunks=chunks, temperature=0.7, teacher=teacher)
             assert each.comparison is not None
             total = total + jnp.sum(each.comparison.divergence * weights)
             compared.append(each)

@@ -18,13 +18,8 @@ from r1jax.models.decoder import (
     prefill,
     right_padded,
 )
-from r1jax.models.log_probs import (
-    DistilledLogProbs,
-    Teacher,
-    TokenLogProbs,
-    distilled_log_probs,
-    token_log_probs,
-)
+from r1jax.models.distilled_log_probs import DistilledLogProbs, Teacher, distilled_log_probs
+from r1jax.models.log_probs import TokenLogProbs, token_log_probs
 from r1jax.models.multi_token_prediction import AheadLogProbs, ahead_log_probs
 from r1jax.models.parameters import Params, ParamSpec, abstract_params, declare, init_params
 

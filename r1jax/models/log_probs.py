@@ -1,36 +1,28 @@
-"""Log-probabilities and entropies of given tokens, in chunks over time.
-
-The logits of a whole batch are the largest array of a language model's train step
-(128 x 4096 x 152,000 floats are 319 GB) and nothing needs them at once.
-"""
+"""Log-probs and entropies of the tokens of rows, each by the tokens before it in its segment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.sharding import PartitionSpec
 
+from r1jax.models.chunked_log_probs import (
+    Chunks,
+    TargetLogProbs,
+    TeacherTokens,
+    chunked_log_probs,
+    wanted_log_probs,
+)
 from r1jax.models.config import Decoder
 from r1jax.models.decoder import Routings, TokenRows, forward, unembedding
 from r1jax.models.parameters import Params
-from r1jax.objectives.distillation import Comparison, Divergence, compare_logits
-from r1jax.sharding import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, PyTree
+    from jaxtyping import Array, Bool, Float, Int
 
     Temperature = Float[Array, ""] | float
-
-Carry = TypeVar("Carry")
-
-_NO_TOKEN = -1e30  # finite: times a weight of 0 it is 0
 
 
 class TokenLogProbs(NamedTuple):
@@ -43,43 +35,6 @@ class TokenLogProbs(NamedTuple):
 
     log_probs: Float[Array, "batch time"]
     entropy: Float[Array, "batch time"]
-    routings: Routings
-
-
-class TargetLogProbs(NamedTuple):
-    """Of target tokens, float32; the entropy of `chunked_log_probs` carries no gradient.
-
-    most_likely: the most likely token in place of the target, or None.
-    comparison: with a teacher's logits, where there is one.
-    """
-
-    log_probs: Float[Array, "batch time"]
-    entropy: Float[Array, "batch time"]
-    most_likely: Int[Array, "batch time"] | None
-    comparison: Comparison | None = None
-
-
-@struct.dataclass
-class Teacher:
-    """A model that another one is compared with, and whose weights are constants.
-
-    params, model: of the same tokens as the student's; rows of the vocabulary beyond the smaller
-        one, which stand for no token, take no part in the comparison.
-    temperature: of both models' logits in the divergence. None: the student's.
-    """
-
-    params: Params
-    model: Decoder = struct.field(pytree_node=False)
-    divergence: Divergence = struct.field(pytree_node=False)
-    temperature: float | None = struct.field(pytree_node=False, default=None)
-
-
-class DistilledLogProbs(NamedTuple):
-    """As `TokenLogProbs`, with a comparison with the teacher: of wanted tokens, else 0."""
-
-    log_probs: Float[Array, "batch time"]
-    entropy: Float[Array, "batch time"]
-    comparison: Comparison
     routings: Routings
 
 
@@ -100,82 +55,46 @@ def token_log_probs(
       wanted: of these tokens alone; the others' values are 0, and cost no logits.
     """
     output = forward(params, rows, model, balance=balance)
-    if rows.prompt_of is not None:
-        targets = _after_shared_prompts(
-            params, output.hidden, rows, wanted, model, temperature=temperature
-        )
-    elif wanted is None:
+    if wanted is None and rows.prompt_of is None:
         targets = log_probs_ahead(params, output.hidden, rows, model, temperature=temperature)
     else:
-        targets = _wanted_behind(
+        targets = log_probs_of_wanted(
             params, output.hidden, rows, wanted, model, temperature=temperature
         )
     return TokenLogProbs(targets.log_probs, targets.entropy, output.routings)
 
 
-def distilled_log_probs(
+def log_probs_of_wanted(
     params: Params,
+    hidden: Float[Array, "batch time hidden"],
     rows: TokenRows,
-    model: Decoder,
-    teacher: Teacher,
-    *,
-    wanted: Bool[Array, "batch time"],
-    temperature: Temperature = 1.0,
-    balance: bool = False,
-) -> DistilledLogProbs:
-    """As `token_log_probs` of `wanted` tokens, with the divergence to a teacher at each of them.
-
-    Both models read the rows, and a chunk's logits exist twice: there is no array [batch, time,
-    vocab]. Beside the student's 6 FLOPs for each weight and token (8 with remat) the teacher takes
-    2, and 2 more for those of its output matrix, whose logits the backward pass computes again. In
-    memory are its weights, and a chunk of its logits in float32; nothing of it is kept between two
-    micro-batches. (Storing its K likeliest tokens takes 8 K bytes a token, and saves time only
-    where a row is trained on again.)
-
-    Args:
-      balance: as of `forward`.
-    """
-    output = forward(params, rows, model, balance=balance)
-    of_teacher = forward(teacher.params, rows._replace(experts=None), teacher.model)
-    read = _TeacherTokens(
-        jax.lax.stop_gradient(of_teacher.hidden),
-        jax.lax.stop_gradient(unembedding(teacher.params, teacher.model)),
-        teacher.divergence,
-        teacher.temperature,
-    )
-    of_rows = _wanted_behind if rows.prompt_of is None else _after_shared_prompts
-    targets = of_rows(
-        params, output.hidden, rows, wanted, model, temperature=temperature, teacher=read
-    )
-    assert targets.comparison is not None
-    return DistilledLogProbs(
-        targets.log_probs, targets.entropy, targets.comparison, output.routings
-    )
-
-
-def _wanted_behind(
-    params: Params,
-    hidden: jax.Array,
-    rows: TokenRows,
-    wanted: jax.Array,
+    wanted: Bool[Array, "batch time"] | None,
     model: Decoder,
     *,
     temperature: Temperature,
-    teacher: _TeacherTokens | None = None,
+    teacher: TeacherTokens | None = None,
 ) -> TargetLogProbs:
-    """Of wanted tokens, each by the activations of the token before it."""
-    wanted = wanted & follows(rows.segment_ids)
-    targets = _wanted_log_probs(
+    """Of wanted tokens (None: all), each by the activations, normalised, of the token before it.
+
+    teacher: with a comparison with its logits.
+    """
+    if rows.prompt_of is not None:
+        return _after_shared_prompts(params, hidden, rows, wanted, model, temperature, teacher)
+    predicted = follows(rows.segment_ids)
+    targets = wanted_log_probs(
         hidden,
         unembedding(params, model),
         jnp.roll(rows.tokens, -1, axis=1),
-        jnp.roll(wanted, -1, axis=1),
-        chunk=model.execution.log_prob_chunk,
+        jnp.roll(predicted if wanted is None else wanted & predicted, -1, axis=1),
+        chunks=_chunks(model),
         temperature=temperature,
-        layout=model.layout,
         teacher=teacher,
     )
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
+
+
+def _chunks(model: Decoder) -> Chunks:
+    return Chunks(model.execution.log_prob_chunk, model.layout)
 
 
 def _after_shared_prompts(
@@ -184,9 +103,8 @@ def _after_shared_prompts(
     rows: TokenRows,
     wanted: jax.Array | None,
     model: Decoder,
-    *,
     temperature: Temperature,
-    teacher: _TeacherTokens | None = None,
+    teacher: TeacherTokens | None,
 ) -> TargetLogProbs:
     """Of rows with `prompt_of`: the first token of a sample follows the prompt's last one."""
     assert rows.prompt_of is not None
@@ -200,14 +118,13 @@ def _after_shared_prompts(
         return jnp.where(begins[..., None], of_last, jnp.roll(hidden, 1, axis=1))
 
     predicted = (ids != 0) & ~(begins & (steps < start))
-    return _wanted_log_probs(
+    return wanted_log_probs(
         before(hidden),
         unembedding(params, model),
         rows.tokens,
         predicted if wanted is None else predicted & wanted,
-        chunk=model.execution.log_prob_chunk,
+        chunks=_chunks(model),
         temperature=temperature,
-        layout=model.layout,
         teacher=None if teacher is None else replace(teacher, hidden=before(teacher.hidden)),
     )
 
@@ -235,9 +152,8 @@ def log_probs_ahead(
         hidden,
         unembedding(params, model),
         jnp.roll(rows.tokens, -ahead, axis=1),
-        chunk=model.execution.log_prob_chunk,
+        chunks=_chunks(model),
         temperature=temperature,
-        layout=model.layout,
         most_likely=most_likely,
     )
     predicted = follows(rows.segment_ids, ahead)
@@ -248,460 +164,3 @@ def follows(segment_ids: Int[Array, "batch time"], ahead: int = 1) -> Bool[Array
     """Whether a token has `ahead` others before it in its segment."""
     same = (segment_ids[:, ahead:] == segment_ids[:, :-ahead]) & (segment_ids[:, ahead:] != 0)
     return jnp.pad(same, ((0, 0), (ahead, 0)))
-
-
-def chunked_log_probs(
-    hidden: Float[Array, "batch time hidden"],
-    matrix: Float[Array, "hidden vocab"],
-    targets: Int[Array, "batch time"],
-    *,
-    chunk: int,
-    temperature: Temperature = 1.0,
-    layout: Layout | None = None,
-    most_likely: bool = False,
-) -> TargetLogProbs:
-    """log softmax(hidden @ matrix / temperature)[targets], `chunk` time steps at once.
-
-    Each chunk's logits are recomputed in the backward pass.
-
-    Args:
-      layout: how `hidden` is split over devices along ("batch", "time"); default: it is not.
-      most_likely: return the most likely tokens, too.
-    """
-    compute = partial(_device_log_probs, chunk=chunk, most_likely=most_likely)
-    return _over_devices(compute, hidden, matrix, (targets,), temperature, layout)
-
-
-def wanted_log_probs(
-    hidden: Float[Array, "batch time hidden"],
-    matrix: Float[Array, "hidden vocab"],
-    targets: Int[Array, "batch time"],
-    wanted: Bool[Array, "batch time"],
-    *,
-    chunk: int,
-    temperature: Temperature = 1.0,
-    layout: Layout | None = None,
-) -> TargetLogProbs:
-    """As `chunked_log_probs` where `wanted`, else 0: a device's wanted tokens come first, and only
-    the chunks that hold any are computed, with as many tokens as there are in `chunk` time steps.
-
-    The gradient is that of log-probs and entropy by `hidden` and `matrix`; where no gradient of the
-    entropy is asked for, it costs nothing.
-    """
-    return _wanted_log_probs(
-        hidden, matrix, targets, wanted, chunk=chunk, temperature=temperature, layout=layout
-    )
-
-
-def _wanted_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    targets: jax.Array,
-    wanted: jax.Array,
-    *,
-    chunk: int,
-    temperature: Temperature,
-    layout: Layout | None,
-    teacher: _TeacherTokens | None = None,
-) -> TargetLogProbs:
-    """`wanted_log_probs`, with a comparison with a teacher's logits."""
-    compute = partial(_device_wanted_log_probs, chunk=chunk)
-    return _over_devices(compute, hidden, matrix, (targets, wanted), temperature, layout, teacher)
-
-
-@struct.dataclass
-class _TeacherTokens:
-    """A teacher's activations at the student's tokens, and its output matrix.
-
-    vocab: tokens that both models have; set where the matrix is cut to the student's.
-    """
-
-    hidden: jax.Array  # [batch, time, hidden], or of wanted tokens [n, hidden]
-    matrix: jax.Array  # [hidden, vocab]
-    divergence: Divergence = struct.field(pytree_node=False)
-    temperature: float | None = struct.field(pytree_node=False)
-    vocab: int = struct.field(pytree_node=False, default=0)
-
-    def cut_to(self, vocab: int) -> _TeacherTokens:
-        """As wide as the student's, whose vocabulary has `vocab` rows."""
-        width = self.matrix.shape[1]
-        matrix = jnp.pad(self.matrix[:, :vocab], ((0, 0), (0, max(0, vocab - width))))
-        return replace(self, matrix=matrix, vocab=min(vocab, width))
-
-
-def _over_devices(
-    compute: Callable[..., TargetLogProbs],
-    hidden: jax.Array,
-    matrix: jax.Array,
-    per_token: tuple[jax.Array, ...],
-    temperature: Temperature,
-    layout: Layout | None,
-    teacher: _TeacherTokens | None = None,
-) -> TargetLogProbs:
-    """`compute(hidden, matrix, *per_token, temperature)` of each device's tokens."""
-    temperature = jnp.asarray(temperature, jnp.float32)
-    # One more argument, where there is a teacher.
-    teachers: tuple[_TeacherTokens, ...] = ()
-    if teacher is not None:
-        teachers = (teacher.cut_to(matrix.shape[1]),)
-    if layout is None or layout.shards("batch") * layout.shards("time") == 1:
-        return compute(hidden, matrix, *per_token, temperature, *teachers)
-    batch_time, table = layout.spec(("batch", "time")), dict(layout.rules)
-    # Each device computes the log-probs of its tokens. Without this, the compiler sums the matrix's
-    # gradient over the devices in every chunk; here it leaves a device once. Axes that split the
-    # vocabulary stay the compiler's. But devices that share a row compute its log-probs together,
-    # with a part of the vocabulary each: none has to hold the whole matrix and its gradient in
-    # float32, 3.5 GiB each of DeepSeek-V3's.
-    vocab, parts = matrix.shape[1], layout.shards("time")
-    time_axes = table["time"] if parts > 1 else ()
-    row_axes = (*table["batch"], *table["time"])
-    matrix = jnp.pad(matrix, ((0, 0), (0, -vocab % parts)))
-    teachers = tuple(
-        replace(each, matrix=jnp.pad(each.matrix, ((0, 0), (0, -vocab % parts))))
-        for each in teachers
-    )
-    first = jnp.arange(parts, dtype=jnp.int32) * (matrix.shape[1] // parts)
-
-    def compute_part(
-        hidden: jax.Array,
-        matrix: jax.Array,
-        per_token: tuple[jax.Array, ...],
-        first: jax.Array,
-        temperature: jax.Array,
-        *teachers: _TeacherTokens,
-    ) -> TargetLogProbs:
-        devices = _Devices(first[0], row_axes, time_axes, vocab)
-        return compute(hidden, matrix, *per_token, temperature, *teachers, devices=devices)
-
-    split_vocab = PartitionSpec(None, time_axes), PartitionSpec(time_axes)
-    specs: dict[str, PyTree] = {"hidden": batch_time, "matrix": split_vocab[0]}
-    of_teachers = [replace(each, **specs) for each in teachers]
-    return jax.shard_map(
-        compute_part,
-        mesh=layout.mesh,
-        in_specs=(
-            *(batch_time, split_vocab[0], batch_time, split_vocab[1], PartitionSpec()),
-            *of_teachers,
-        ),
-        out_specs=batch_time,
-        axis_names={*row_axes},
-        check_vma=False,
-    )(hidden, matrix, per_token, first, temperature, *teachers)
-
-
-@struct.dataclass
-class _Devices:
-    """Over which a batch is split.
-
-    row_axes: mesh axes of all of them. time_axes: of those that share rows, which split the
-    vocabulary: each has the part that begins with token id `first`. vocab: size of the whole.
-    """
-
-    first: jax.Array
-    row_axes: tuple[str, ...] = struct.field(pytree_node=False)
-    time_axes: tuple[str, ...] = struct.field(pytree_node=False)
-    vocab: int = struct.field(pytree_node=False)
-
-
-def _device_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    *,
-    chunk: int,
-    most_likely: bool,
-    devices: _Devices | None = None,
-) -> TargetLogProbs:
-    batch, time, width = hidden.shape
-    chunk = min(chunk, time)
-    padded = -(-time // chunk) * chunk
-    wide = matrix.astype(jnp.float32)  # so that the chunks' gradients are summed in float32
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded - time), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padded - time)))
-
-    @jax.checkpoint
-    def compute(hidden: jax.Array, targets: jax.Array) -> TargetLogProbs:
-        narrow = wide.astype(matrix.dtype)
-        return _chunk_log_probs(hidden, narrow, targets, temperature, most_likely, devices)
-
-    if padded == chunk:
-        results = compute(hidden, targets)
-    else:
-        hidden = hidden.reshape(batch, padded // chunk, chunk, width).swapaxes(0, 1)
-        targets = targets.reshape(batch, padded // chunk, chunk).swapaxes(0, 1)
-        _, results = jax.lax.scan(lambda _, xs: (None, compute(*xs)), None, (hidden, targets))
-        results = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, padded), results)
-    return jax.tree.map(lambda x: x[:, :time], results)
-
-
-class _WantedTokens(NamedTuple):
-    """Which tokens of a device to compute, and what is needed beside activations and matrix.
-
-    order: index of each wanted token, then of tokens that do not exist. chunks: how many to run.
-    """
-
-    order: jax.Array
-    chunks: jax.Array
-    targets: jax.Array
-    temperature: jax.Array
-    devices: _Devices | None
-    teacher: _TeacherTokens | None
-
-
-def _device_wanted_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    targets: jax.Array,
-    wanted: jax.Array,
-    temperature: jax.Array,
-    teacher: _TeacherTokens | None = None,
-    *,
-    chunk: int,
-    devices: _Devices | None = None,
-) -> TargetLogProbs:
-    batch, time, width = hidden.shape
-    count, at_once = batch * time, batch * min(chunk, time)
-    size = -(-count // at_once) * at_once
-    (order,) = jnp.nonzero(wanted.reshape(-1), size=size, fill_value=count)
-    chunks = -(-jnp.sum(wanted, dtype=jnp.int32) // at_once)
-    if devices is not None:  # which may work on a chunk together
-        chunks = jax.lax.pmax(chunks, devices.row_axes)
-    if teacher is not None:
-        teacher = replace(teacher, hidden=teacher.hidden.reshape(count, -1))
-    tokens = _WantedTokens(order, chunks, targets.reshape(-1), temperature, devices, teacher)
-    results = _run_wanted(hidden.reshape(count, width), matrix, tokens, at_once)
-    return jax.tree.map(lambda x: x.reshape(batch, time), results)
-
-
-# A loop that ends when the data says so has no gradient of JAX's: each chunk's logits are computed
-# again, and the matrix's gradients summed in float32, as in `_device_log_probs`.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _run_wanted(
-    hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
-) -> TargetLogProbs:
-    """Of activations [n, hidden], `at_once` wanted tokens at once: [n]."""
-
-    def write(part: jax.Array, results: TargetLogProbs) -> TargetLogProbs:
-        values = _part_log_probs(_rows(hidden, part), matrix, part, tokens)
-        return jax.tree.map(lambda x, y: x.at[part].set(y, mode="drop"), results, values)
-
-    zeros = jnp.zeros(len(hidden), jnp.float32)
-    comparison = None if tokens.teacher is None else Comparison(zeros, zeros)
-    return _for_wanted(write, TargetLogProbs(zeros, zeros, None, comparison), tokens, at_once)
-
-
-def _wanted_forward(
-    hidden: CustomVJPPrimal, matrix: CustomVJPPrimal, tokens: _WantedTokens, at_once: int
-) -> tuple[TargetLogProbs, tuple[jax.Array, jax.Array, _WantedTokens]]:
-    plain = jax.tree.map(lambda leaf: leaf.value, (hidden, matrix, tokens))
-    return _run_wanted(*plain, at_once), plain
-
-
-def _wanted_backward(
-    at_once: int, residuals: tuple[jax.Array, jax.Array, _WantedTokens], gradient: TargetLogProbs
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden, matrix, tokens = residuals
-    names = ["log_probs", "entropy"]
-    if isinstance(gradient.entropy, SymbolicZero):  # only shown: its gradient is not computed
-        names = ["log_probs"]
-    wanted = {name: _instantiated(getattr(gradient, name)) for name in names}
-    if gradient.comparison is not None:
-        wanted["divergence"] = _instantiated(gradient.comparison.divergence)
-
-    def add(part: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        def values(x: jax.Array, w: jax.Array) -> list[jax.Array]:
-            results = _part_log_probs(x, w, part, tokens, entropy_gradient="entropy" in wanted)
-            by_name = {"log_probs": results.log_probs, "entropy": results.entropy}
-            if results.comparison is not None:
-                by_name["divergence"] = results.comparison.divergence
-            return [by_name[name] for name in wanted]
-
-        d_hidden, d_matrix = totals
-        _, pull_back = jax.vjp(values, _rows(hidden, part), matrix)
-        d_rows, d_part = pull_back([_rows(each, part) for each in wanted.values()])
-        d_matrix = d_matrix + d_part.astype(jnp.float32)
-        return d_hidden.at[part].set(d_rows, mode="drop"), d_matrix
-
-    zeros = jnp.zeros_like(hidden), jnp.zeros(matrix.shape, jnp.float32)
-    d_hidden, d_matrix = _for_wanted(add, zeros, tokens, at_once)
-    return d_hidden, d_matrix.astype(matrix.dtype), None
-
-
-def _instantiated(gradient: jax.Array | SymbolicZero) -> jax.Array:
-    if isinstance(gradient, SymbolicZero):
-        return jnp.zeros(gradient.shape, gradient.dtype)
-    return gradient
-
-
-_run_wanted.defvjp(_wanted_forward, _wanted_backward, symbolic_zeros=True)
-
-
-def _for_wanted(
-    function: Callable[[jax.Array, Carry], Carry], start: Carry, tokens: _WantedTokens, at_once: int
-) -> Carry:
-    """`function(indices of wanted tokens, value)` for all chunks that hold any."""
-
-    def advance(carry: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
-        index, value = carry
-        part = jax.lax.dynamic_slice_in_dim(tokens.order, index * at_once, at_once)
-        return index + 1, function(part, value)
-
-    # The planner reads there how often to count a loop that ends when the data says so.
-    with jax.named_scope(f"turns_if_even_{len(tokens.order) // at_once}"):
-        return jax.lax.while_loop(
-            lambda carry: carry[0] < tokens.chunks, advance, (jnp.int32(0), start)
-        )[1]
-
-
-def _part_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    part: jax.Array,
-    tokens: _WantedTokens,
-    *,
-    entropy_gradient: bool = False,
-) -> TargetLogProbs:
-    """Of wanted tokens [n], by the activations [n, hidden] before them."""
-    teacher = tokens.teacher
-    if teacher is not None:
-        teacher = replace(teacher, hidden=_rows(teacher.hidden, part)[None])
-    results = _chunk_log_probs(
-        hidden[None],
-        matrix,
-        _rows(tokens.targets, part)[None],
-        tokens.temperature,
-        most_likely=False,
-        devices=tokens.devices,
-        entropy_gradient=entropy_gradient,
-        teacher=teacher,
-    )
-    return jax.tree.map(lambda x: x[0], results)
-
-
-def _rows(values: jax.Array, part: jax.Array) -> jax.Array:
-    """values[part], and 0 for what does not exist."""
-    return jnp.asarray(values).at[part].get(mode="fill", fill_value=0)
-
-
-def _chunk_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    most_likely: bool,
-    devices: _Devices | None,
-    entropy_gradient: bool = False,
-    teacher: _TeacherTokens | None = None,
-) -> TargetLogProbs:
-    if devices is None or not devices.time_axes:
-        logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-        results = _from_logits(logits, targets, most_likely, entropy_gradient)
-        if teacher is None:
-            return results
-        return results._replace(comparison=_comparison(logits, teacher, temperature, None))
-    # All devices' tokens of the chunk, for this device's part of the vocabulary.
-    hidden, targets = (
-        jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True) for x in (hidden, targets)
-    )
-    logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    results = _from_partial_logits(logits, targets, devices, most_likely, entropy_gradient)
-    if teacher is None:
-        return results
-    of_all = jax.lax.all_gather(teacher.hidden, devices.time_axes, axis=1, tiled=True)
-    comparison = _comparison(logits, replace(teacher, hidden=of_all), temperature, devices)
-    # Equal on all devices, of which each keeps its tokens'.
-    return results._replace(
-        comparison=jax.tree.map(partial(_of_device, devices, logits.shape[-1]), comparison)
-    )
-
-
-def _comparison(
-    logits: jax.Array,
-    teacher: _TeacherTokens,
-    temperature: jax.Array,
-    devices: _Devices | None,
-) -> Comparison:
-    """With the teacher's logits, of the same tokens.
-
-    Args:
-      logits: the student's [batch, time, vocab], or this device's part of the vocabulary.
-    """
-    others = jnp.matmul(teacher.hidden, teacher.matrix, preferred_element_type=jnp.float32)
-    others = others / (temperature if teacher.temperature is None else teacher.temperature)
-    if teacher.temperature is not None:
-        logits = logits * (temperature / teacher.temperature)
-    axes = () if devices is None else devices.time_axes
-    if axes or teacher.vocab < logits.shape[-1]:
-        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        ids = ids if devices is None or not axes else devices.first + ids
-        shared = ids < teacher.vocab
-        logits, others = (jnp.where(shared, x, _NO_TOKEN) for x in (logits, others))
-    return compare_logits(logits, others, teacher.divergence, axes)
-
-
-def _from_logits(
-    logits: jax.Array, targets: jax.Array, most_likely: bool, entropy_gradient: bool
-) -> TargetLogProbs:
-    """Of logits [batch, time, vocab]."""
-    total = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    frozen, frozen_total = _frozen_unless(entropy_gradient, (logits, total))
-    mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
-    best = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if most_likely else None
-    return TargetLogProbs(target - total, frozen_total - mean, best)
-
-
-def _frozen_unless(differentiated: bool, values: Carry) -> Carry:
-    return values if differentiated else jax.lax.stop_gradient(values)
-
-
-def _from_partial_logits(
-    logits: jax.Array,
-    targets: jax.Array,
-    devices: _Devices,
-    most_likely: bool,
-    entropy_gradient: bool,
-) -> TargetLogProbs:
-    """As `_from_logits` of all parts' logits, for this device's tokens.
-
-    Args:
-      logits: [batch, all devices' time, part of vocab].
-      targets: int32 [batch, all devices' time].
-    """
-    ids = devices.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    logits = jnp.where(ids < devices.vocab, logits, _NO_TOKEN)
-    frozen = jax.lax.stop_gradient(logits)
-    peaks = jax.lax.pmax(jnp.max(frozen, axis=-1), devices.time_axes)
-
-    def summed(x: jax.Array) -> jax.Array:
-        """The sum over the parts, of this device's tokens."""
-        return jax.lax.psum_scatter(x, devices.time_axes, scatter_dimension=1, tiled=True)
-
-    local = partial(_of_device, devices, logits.shape[-1])
-    weights = jnp.exp(logits - peaks[..., None])
-    weight, peak = summed(jnp.sum(weights, axis=-1)), local(peaks)
-    index = targets - devices.first
-    inside = (index >= 0) & (index < logits.shape[-1])
-    index = jnp.clip(index, 0, logits.shape[-1] - 1)
-    target = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    target = summed(jnp.where(inside, target, 0))
-    total = jnp.log(weight) + peak
-    values = _frozen_unless(entropy_gradient, (weights, logits, weight, total))
-    mean = summed(jnp.sum(values[0] * values[1], axis=-1)) / values[2]
-    best = None
-    if most_likely:
-        # The first of the most likely, as argmax has it.
-        best = ids[jnp.argmax(frozen, axis=-1)]
-        best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, devices.vocab)
-        best = local(jax.lax.pmin(best, devices.time_axes))
-    return TargetLogProbs(target - total, values[3] - mean, best)
-
-
-def _of_device(devices: _Devices, part: int, x: jax.Array) -> jax.Array:
-    """Of [batch, all devices' time], equal on all of them, this device's tokens.
-
-    part: of the vocabulary, that a device has.
-    """
-    count, index = x.shape[1] // jax.lax.axis_size(devices.time_axes), devices.first // part
-    return jax.lax.dynamic_slice_in_dim(x, index * count, count, axis=1)

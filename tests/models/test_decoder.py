@@ -26,9 +26,9 @@ from r1jax.models import (
     prefill,
     token_log_probs,
 )
+from r1jax.models.chunked_log_probs import Chunks, chunked_log_probs
 from r1jax.models.decoder import unstack_layers
 from r1jax.models.kv_cache import empty_cache
-from r1jax.models.log_probs import chunked_log_probs
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project
 from r1jax.sharding import single_device
@@ -128,7 +128,7 @@ def test_chunked_scores_and_gradients_equal_the_plain_ones(chunk: int) -> None:
     targets = random_tokens(2, 10, vocab=13)
 
     def chunked(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
-        scores = chunked_log_probs(hidden, matrix, targets, chunk=chunk, temperature=0.5)
+        scores = chunked_log_probs(hidden, matrix, targets, chunks=Chunks(chunk), temperature=0.5)
         return jnp.sum(scores.log_probs * weights) + jnp.sum(scores.entropy)  # no gradient
 
     def plain(hidden: jax.Array, matrix: jax.Array) -> jax.Array:

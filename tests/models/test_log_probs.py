@@ -18,7 +18,7 @@ from r1jax.models import (
     TokenRows,
     token_log_probs,
 )
-from r1jax.models.log_probs import TargetLogProbs, wanted_log_probs
+from r1jax.models.chunked_log_probs import Chunks, TargetLogProbs, wanted_log_probs
 from r1jax.sharding import single_device
 
 ROWS, TIME, WIDTH, VOCAB = 3, 10, 6, 11
@@ -56,7 +56,7 @@ def test_wanted_log_probs_and_their_gradients_are_those_of_all_tokens(kind: str)
     def value(hidden: Any, matrix: Any, targets: Any, chunk: int | None, bonus: float) -> Any:
         values = plain(hidden, matrix, targets)
         if chunk is not None:
-            options: Any = {"chunk": chunk, "temperature": 0.7}
+            options: Any = {"chunks": Chunks(chunk), "temperature": 0.7}
             values = wanted_log_probs(hidden, matrix, targets, wanted, **options)
         terms = values.log_probs * weights + (bonus * values.entropy if bonus else 0)
         return jnp.sum(jnp.where(wanted, terms, 0.0)), values
