@@ -92,9 +92,9 @@ def step_rewards(
     for name, weight in weights.items():
         if name not in score.parts:
             continue
-        found = [(end - before, value) for end, value in score.parts[name].steps if end > before]
-        counts = tokens.counts(text_ids, [min(end, len(text)) for end, _ in found])
-        for (end, value), count in zip(found, counts, strict=True):
+        steps = [(end - before, value) for end, value in score.parts[name].steps if end > before]
+        counts = tokens.counts(text_ids, [min(end, len(text)) for end, _ in steps])
+        for (end, value), count in zip(steps, counts, strict=True):
             index = len(ids) - 1 if end >= len(text) else count - 1
             at[index] = at.get(index, 0.0) + weight * value
     ends = sorted(at)

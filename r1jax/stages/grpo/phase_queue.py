@@ -103,17 +103,17 @@ class PhaseQueue:
     def ended(self, samples: Sequence[tuple[int, Completion]]) -> None:
         """Samples of this process; their rewards are computed from now on."""
         group = self.stage.outputs_per_question
-        own = self._queue[self.share.index :: self.share.count]
+        queue = self._queue[self.share.index :: self.share.count]
         by_question: dict[int, list[int]] = {}
         for i, completion in samples:
-            own[i // group].completions[i % group] = completion
+            queue[i // group].completions[i % group] = completion
             by_question.setdefault(i // group, []).append(i % group)
         for n, indices in by_question.items():
-            completions = [own[n].completions[i] for i in indices]
+            completions = [queue[n].completions[i] for i in indices]
             rewards = self.scorer.submit(completions, self.phase.step, self.stage.steps)
-            own[n].pending.append((indices, rewards))
-            if len(own[n].completions) == group:
-                self._whole.append(own[n])
+            queue[n].pending.append((indices, rewards))
+            if len(queue[n].completions) == group:
+                self._whole.append(queue[n])
 
     def dropped(self) -> tuple[int, int]:
         """Questions whose samples nothing uses, and tokens of their samples in this process."""
@@ -159,20 +159,20 @@ class PhaseQueue:
                 draw = self._draws(iter(drawn.questions).__next__, phase.occurrences)
                 self._next = [draw() for _ in drawn.questions]
             known = [self._by_question.get(draw) for draw in self._next]
-            found = [each for each in known if each is not None and each.facts is not None]
-            if len(found) < count:
+            scored = [each for each in known if each is not None and each.facts is not None]
+            if len(scored) < count:
                 return False
-            self._record(found)
+            self._record(scored)
         return True
 
     def _record(self, questions: Sequence[QuestionInQueue]) -> None:
         group = self.stage.outputs_per_question
         holders = [self._holder(each) for each in questions]
-        own = [each for each in questions if self._holder(each) == self.share.index]
-        completions = [each.completions[i] for each in own for i in range(group)]
+        held = [each for each in questions if self._holder(each) == self.share.index]
+        completions = [each.completions[i] for each in held for i in range(group)]
         self.record(
             SampledQuestions([each.draw.question for each in questions], holders, completions, []),
-            [score for each in own for score in each.scores],
+            [score for each in held for score in each.scores],
             [row for each in questions for row in each.facts or ()],
         )
         self.phase.sampled += len(questions)

@@ -148,6 +148,16 @@ class TrainingSample:
         return len(self.completion.token_ids) if self.trained else 0
 
 
+def mini_batches(
+    samples: Sequence[TrainingSample], count: int, seed: int
+) -> list[list[TrainingSample]]:
+    """The samples of each update: all for one, else those of `split_evenly`."""
+    if count == 1:
+        return [list(samples)]
+    split = split_evenly([each.length for each in samples], count, np.random.default_rng(seed))
+    return [[samples[i] for i in part] for part in split]
+
+
 def training_samples(
     stage: GRPOStage,
     groups: Sequence[Group],

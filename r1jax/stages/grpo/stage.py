@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from r1jax.critic_step import CriticBatch
 from r1jax.data.instructions import Instruction
@@ -52,7 +51,7 @@ from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics
 from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.programs import abstract_batch, programs
 from r1jax.stages.grpo.questions import Questions
-from r1jax.stages.grpo.rows import pack_updates, packed_shape, split_evenly, training_samples
+from r1jax.stages.grpo.rows import mini_batches, pack_updates, packed_shape, training_samples
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.grpo.turns import check_stage_turns, turn_samples
 from r1jax.stages.grpo.updates import PhaseUpdates
@@ -194,14 +193,8 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 to_train = training_samples(stage, groups, advantages)
             else:
                 to_train = turn_samples(stage, groups, objective, prompts)
-            mini_batches = [to_train]
-            if updates > 1:
-                generator = np.random.default_rng(seed_of(seed, stage.name, "split", first))
-                lengths = [sample.length for sample in to_train]
-                split = split_evenly(lengths, updates, generator)
-                mini_batches = [[to_train[i] for i in part] for part in split]
             packed = pack_updates(
-                mini_batches,
+                mini_batches(to_train, updates, seed_of(seed, stage.name, "split", first)),
                 packed_shape(
                     stage,
                     questions.longest,
