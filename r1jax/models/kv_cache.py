@@ -96,15 +96,6 @@ def head_axes(model: Decoder) -> Axes:
     return (None, None) if model.config.latent is not None else ("kv_heads", "head_dim")
 
 
-def prompt_cache_arrays(
-    batch: int, prompt_time: int, model: Decoder
-) -> list[tuple[tuple[int, ...], Axes]]:
-    """Shape and logical axes of a layer's arrays in a `PromptCache`."""
-    heads_axis, width_axis = head_axes(model)
-    axes = ("batch", heads_axis, None, width_axis)
-    return [((batch, heads, prompt_time, width), axes) for heads, width in entry_shapes(model)]
-
-
 def cache_arrays(
     batch: int, samples: int, capacity: int, model: Decoder
 ) -> list[tuple[tuple[int, ...], Axes]]:

@@ -77,11 +77,6 @@ def _closing_braces(text: str) -> dict[int, int]:
     return closing
 
 
-def closing_brace(text: str, opening: int) -> int | None:
-    """Index of the brace that closes the one at `opening`, or None."""
-    return _closing_braces(text).get(opening)
-
-
 _SPACING = r"(?:\s|\$|\\[,;:!()\[\] ]|\\q?quad)*+"
 _JOINT = re.compile(
     rf"{_SPACING}(?:[,;&\u3001\uff0c\uff1b\u548c\u6216]{_SPACING})*+"

@@ -43,8 +43,7 @@ class GRPOConfig:
     importance_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "clip_low", "clip_high")
-        _check_dual_clip(self.dual_clip)
+        _check_clips(self)
         _check_shared(self)
 
 
@@ -97,6 +96,7 @@ class _Shared:
                 "kl_estimator = 'k1' in the loss penalises nothing, as the mean of its gradient is "
                 "0 (arXiv 2510.01555); set kl_weighted = true or kl_in = 'reward', or choose k2"
             )
+        _check_clips(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +115,6 @@ class GRPO(_Shared):
     advantage_scale: Literal["std", "none"] = "std"
     kl_coefficient: float = 0.001
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
-        _check_dual_clip(self.dual_clip)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO(_Shared):
@@ -132,10 +127,6 @@ class DrGRPO(_Shared):
     clip_low: float = 0.2
     clip_high: float = 0.2
     normalisation: Normalisation = "constant"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +146,6 @@ class DAPO(_Shared):
     advantage_scale: Literal["std", "none"] = "std"
     normalisation: Normalisation = "token_mean"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
-        _check_dual_clip(self.dual_clip)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(_Shared):
@@ -177,10 +163,6 @@ class GSPO(_Shared):
     clip_high: float = 4e-4
     advantage_scale: Literal["std", "none"] = "std"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(_Shared):
@@ -196,10 +178,6 @@ class CISPO(_Shared):
     clip_high: float = 4.0
     advantage_scale: Literal["std", "none"] = "std"
     normalisation: Normalisation = "token_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +214,6 @@ class GMPO(_Shared):
     clip_high: float = 0.4
     advantage_scale: Literal["std", "none"] = "std"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO(_Shared):
@@ -265,10 +239,6 @@ class ReinforcePlusPlus(_Shared):
     clip_high: float = 0.2
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_in: Literal["loss", "reward"] = "reward"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +269,6 @@ class PPO(_Shared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_not_negative(self, "clip_low", "clip_high")
-        _check_dual_clip(self.dual_clip)
         for name in ("gae_lambda", "discount"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be in 0..1")
@@ -333,7 +301,11 @@ def _check_not_negative(settings: object, *names: str) -> None:
             raise ValueError(f"{name} = {getattr(settings, name)}: must not be negative")
 
 
-def _check_dual_clip(factor: float | None) -> None:
+def _check_clips(settings: object) -> None:
+    """Checks those of the clip's settings that an objective has."""
+    names = ("clip_low", "clip_high")
+    _check_not_negative(settings, *(name for name in names if hasattr(settings, name)))
+    factor = getattr(settings, "dual_clip", None)
     if factor is not None and factor <= 1:
         raise ValueError(f"dual_clip = {factor}: must be above 1, or null for off")
 
@@ -357,12 +329,9 @@ def _check_shared(settings: GRPOConfig | _Shared) -> None:
         )
     length = settings.constant_length
     constant = settings.normalisation == "constant"
-    if constant != (length is not None) and not isinstance(settings, _Shared):
-        raise ValueError(
-            f"normalisation = {settings.normalisation!r} with constant_length = {length}: "
-            "constant_length belongs to normalisation 'constant'"
-        )
-    if length is not None and not constant:
+    # A stage sets what an objective of `_Shared` lacks.
+    lacking = constant and length is None and not isinstance(settings, _Shared)
+    if lacking or (length is not None and not constant):
         raise ValueError(
             f"normalisation = {settings.normalisation!r} with constant_length = {length}: "
             "constant_length belongs to normalisation 'constant'"
