@@ -81,11 +81,12 @@ def log_probs_of_wanted(
     if rows.prompt_of is not None:
         return _after_shared_prompts(params, hidden, rows, wanted, model, temperature, teacher)
     predicted = follows(rows.segment_ids)
+    wanted = predicted if wanted is None else wanted & predicted
     targets = wanted_log_probs(
         hidden,
         unembedding(params, model),
         jnp.roll(rows.tokens, -1, axis=1),
-        jnp.roll(predicted if wanted is None else wanted & predicted, -1, axis=1),
+        jnp.roll(wanted, -1, axis=1),
         chunks=_chunks(model),
         temperature=temperature,
         teacher=teacher,
