@@ -60,9 +60,8 @@ def differences(axes: dict[str, int], chunk: int) -> dict[str, float]:
         return total, (scores, some, *compared)
 
     def bonus(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
-        some = wanted_log_probs(
-            hidden, matrix, targets, wanted, chunk=chunk, temperature=0.7, layout=layout
-        )
+        chunks = Chunks(chunk, layout)
+        some = wanted_log_probs(hidden, matrix, targets, wanted, chunks=chunks, temperature=0.7)
         return jnp.sum(some.entropy * weights)
 
     of_bonus = jax.jit(jax.grad(bonus, argnums=(0, 1)))(hidden, matrix)
