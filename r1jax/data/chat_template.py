@@ -7,18 +7,12 @@ of a whole conversation (supervised fine-tuning).
 from __future__ import annotations
 
 import re
-import resource
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from r1jax.data.example import Message
+from r1jax.data.limits import TimeOverError, cpu_time_limit, memory_limit
 from r1jax.data.tokenizers import begins_with_bos, encode_texts
 from r1jax.settings.names import nearest
 from r1jax.settings.section import SettingError
@@ -318,15 +312,15 @@ def _apply_chat_template(
     turns = [{"role": message.role, "content": message.content} for message in messages]
     remedy = "mend the tokenizer's chat_template, or use template: r1_zero or plain"
     try:
-        with _cpu_time_limit(_RENDER_SECONDS), _memory_limit(_RENDER_BYTES):
+        with cpu_time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
             text = str(
                 tokenizer.apply_chat_template(
                     turns, tokenize=False, add_generation_prompt=open_answer, **given
                 )
             )
-    except (_TimeOverError, MemoryError) as error:
+    except (TimeOverError, MemoryError) as error:
         amount = f"more memory than {_RENDER_BYTES >> 20} MiB"
-        if isinstance(error, _TimeOverError):
+        if isinstance(error, TimeOverError):
             amount = f"longer than {_RENDER_SECONDS:g} s"
         raise SettingError(
             "template",
@@ -346,57 +340,6 @@ def _apply_chat_template(
             f"where {limit} are allowed; {remedy}",
         )
     return text
-
-
-class _TimeOverError(BaseException):
-    """No Exception: jinja catches those where it folds constants."""
-
-
-@contextmanager
-def _cpu_time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TimeOverError in the block when this thread has computed for longer.
-
-    Python handles signals in its main thread only: in another one there is no limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    end = time.thread_time() + seconds
-
-    def check(number: int, frame: FrameType | None) -> None:
-        if time.thread_time() > end:  # not so where the process was stopped or the machine is busy
-            raise _TimeOverError
-
-    handler = signal.signal(signal.SIGALRM, check)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 4)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-
-
-@contextmanager
-def _memory_limit(more: int) -> Iterator[None]:
-    """MemoryError in the block where the process comes to have `more` bytes more than now.
-
-    On Linux and in the main thread alone, and only where no limit of its address space is lower.
-    """
-    # macOS does not keep RLIMIT_AS. Two threads would each restore what the other one has set.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not (sys.platform.startswith("linux") and in_main_thread):
-        yield
-        return
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize() + more
-    if 0 <= before <= limit:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def _check_markers(rendered: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -64,7 +64,10 @@ class DataSection(Section):
         1024, ge=1, description="Longer prompts are left out and counted."
     )
     held_out_fraction: float = Field(
-        0.0, ge=0.0, lt=1.0, description="jsonl/hf/tfds/gym: share of rows, by a hash of the prompt."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="jsonl/hf/tfds/gym: share of rows, by a hash of the prompt.",
     )
     limit: int | None = Field(
         None, ge=1, le=10**12, description="Use only the first N rows of the split."

@@ -289,7 +289,8 @@ def test_with_a_perfect_scorer_searches_beat_samples(
 def test_the_report_draws_a_tree(finished: Path) -> None:
     page = Page.read(finished / "report.html")
     assert page.html.count('<svg class="tree"') == 5
-    assert "Search tree of stage mcts" in page.text and "Accuracy against generated tokens" in page.text
+    assert "Search tree of stage mcts" in page.text
+    assert "Accuracy against generated tokens" in page.text
     assert "beam by process" in page.text and "majority vote" in page.text
 
 
