@@ -102,7 +102,8 @@ def render_prompt(
 
     history: messages before it; where they begin with the system's, the section's is left out.
     """
-    messages = [*history, Message("user", question + section.prompt_suffix)]
+    question = f"{section.prompt_prefix}{question}{section.prompt_suffix}"
+    messages = [*history, Message("user", question)]
     if section.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", section.system_prompt))
     return TEMPLATES[section.template](messages, section, tokenizer)

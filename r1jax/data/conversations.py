@@ -32,9 +32,10 @@ def encode_conversations(
     """One document per example, rendered as `chat_template.render_conversation` says.
 
     An example is its `messages` up to the assistant's last one, or `prompt` and `response`; with
-    the section's `system_prompt` (where the messages have none) and its `prompt_suffix` (after each
-    user message). A prompt is encoded apart from the turn after it, as sampled ids follow a
-    prompt's ids. `max_prompt_tokens` has no effect. `stop_ids`: as `stop_token_ids` gives them.
+    the section's `system_prompt` (where the messages have none), and with its `prompt_prefix` and
+    `prompt_suffix` around each user message. A prompt is encoded apart from the turn after it, as
+    sampled ids follow a prompt's ids. `max_prompt_tokens` has no effect. `stop_ids`: as
+    `stop_token_ids` gives them.
 
     Raises SettingError: the template is unknown, lacks or refuses something, or has markers that
     are no tokens; an example has no response, or one that is empty or goes on after a stop token.
@@ -86,8 +87,11 @@ def _conversation(example: Example, section: DataSection) -> list[Message]:
         raise ValueError("its messages hold no answer of the assistant to a user; remove the row")
     if section.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", section.system_prompt))
-    suffix = {"user": section.prompt_suffix}
-    return [replace(each, content=each.content + suffix.get(each.role, "")) for each in messages]
+    before, behind = section.prompt_prefix, section.prompt_suffix
+    return [
+        replace(each, content=before + each.content + behind) if each.role == "user" else each
+        for each in messages
+    ]
 
 
 def _joined(pieces: Sequence[tuple[list[int], bool]], stop_ids: Collection[int]) -> Document:

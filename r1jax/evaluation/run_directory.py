@@ -25,7 +25,7 @@ from r1jax.settings.kinds import describe_kind
 from r1jax.settings.stage import StageDescription
 
 # Settings of a dataset that change how its problems are put, not which they are.
-_WORDING = ("domain", "template", "system_prompt", "prompt_suffix")
+_WORDING = ("domain", "template", "system_prompt", "prompt_prefix", "prompt_suffix")
 
 
 @dataclass(frozen=True)

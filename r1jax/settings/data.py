@@ -55,6 +55,9 @@ class DataSection(Section):
         "chat", description="chat (the tokenizer's), r1_zero (the paper's), or plain."
     )
     system_prompt: str | None = Field(None, description="System message before each prompt.")
+    prompt_prefix: str = Field(
+        "", description="Text before each prompt, as it is, such as worked examples."
+    )
     prompt_suffix: str = Field("", description="Text behind each prompt, as it is.")
     chat_template_kwargs: JsonObject | None = Field(
         None,

@@ -107,11 +107,12 @@ def test_r1_zero_is_the_published_template() -> None:
     assert text.endswith(r"User: Simplify \frac{prompt}{stop}. Assistant:")
 
 
-def test_system_prompt_and_suffix() -> None:
+def test_system_prompt_prefix_and_suffix() -> None:
+    settings = {"prompt_prefix": "Question: ", "prompt_suffix": " Think."}
     prompt = encode_prompt(
-        EXAMPLE, section(system_prompt="Be brief.", prompt_suffix=" Think."), ascii_tokenizer(TURNS)
+        EXAMPLE, section(system_prompt="Be brief.", **settings), ascii_tokenizer(TURNS)
     )
-    assert prompt.text == "[system]Be brief.[user]What is 1+1? Think.[assistant]"
+    assert prompt.text == "[system]Be brief.[user]Question: What is 1+1? Think.[assistant]"
     assert (prompt.id, prompt.question, prompt.answer, prompt.domain) == (
         (7, "What is 1+1?", "2", "maths")
     )

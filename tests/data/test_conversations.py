@@ -113,9 +113,9 @@ def test_hand_worked_document() -> None:
 @pytest.mark.parametrize("template", ["chat", "r1_zero", "plain"])
 @pytest.mark.parametrize("chat_template", [KEEPS, FORGETS, OPENS, MARKED])
 def test_what_is_given_is_what_the_sampler_is_given(template: str, chat_template: str) -> None:
-    """Token for token: prompt suffix, BOS and prefill are those of reinforcement learning."""
+    """Token for token: the prompt, with what is around it, is that of reinforcement learning."""
     example = answered("so</think>2")
-    settings = {"template": template, "prompt_suffix": " Think."}
+    settings = {"template": template, "prompt_prefix": "2+2=4. ", "prompt_suffix": " Think."}
     document = encode(example, chat_template, **settings)
     prompt = encode_prompt(example, section(**settings), tokenizer_of(chat_template))
     given = document.tokens[~document.trained]
