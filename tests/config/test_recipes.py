@@ -7,10 +7,32 @@ import re
 import pytest
 
 from r1jax.config.load import load_config
+from r1jax.data.example import split_of
 from r1jax.stages.evaluate.settings import EvaluateStage
 from r1jax.stages.grpo.settings import GRPOStage
 
 REAL = ["qwen2.5-1.5b/r1_zero_gsm8k", "qwen2.5-math-7b/r1_zero_math"]
+
+
+def test_the_small_model_is_evaluated_on_problems_that_it_does_not_train_on() -> None:
+    config = load_config("smollm2-135m/r1_zero")
+    before, rl, after = config.stages
+    assert isinstance(before, EvaluateStage) and isinstance(rl, GRPOStage)
+    assert before.model_copy(update={"name": after.name}) == after and before.data == "held_out"
+    train, held_out = config.data[str(rl.data)], config.data["held_out"]
+    # Which rows are held out follows from the question's text and the fraction alone.
+    changes = {"split": "held_out", "limit": held_out.limit}
+    assert train.model_copy(update=changes) == held_out and train.held_out_fraction == 0.1
+    # The examples end as samples do, and their sums are right.
+    sums = re.findall(
+        r"(\d+) ([+-]) (\d+) =\nAnswer: <think>.* = (\d+)</think> <answer>(\d+)<",
+        train.prompt_prefix,
+    )
+    assert [int(a) + (1 if sign == "+" else -1) * int(b) for a, sign, b, *_ in sums] == [8, 35]
+    assert all(thought == answer for *_, thought, answer in sums)
+    questions = re.findall("Question: (State .*)", train.prompt_prefix)
+    assert [split_of(question, train.held_out_fraction) for question in questions] == ["train"] * 2
+    assert rl.sampling.stop == before.sampling.stop == ["</answer>"]
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -251,6 +251,7 @@ NOT_RUN = {
     "r1jax plan ": "the TPU's compiler, minutes: tests/planner plans small ones",
     "r1jax run r1_": "weights and data of the hub; tests/config/test_packaged.py",
     "r1jax run qwen2.5": "weights and data of the hub; tests/config/test_packaged.py",
+    "r1jax run smollm2-135m": "weights of the hub, and reasoning-gym",
     "r1jax run distill/": "weights and data of the hub; tests/config/test_packaged.py",
     "r1jax run tiny/r1": "25 minutes: make r1-seeds",
     "r1jax run tiny/": "minutes each; tests/config/test_packaged.py",
