@@ -120,4 +120,5 @@ def padded_once(
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below `number`."""
     return -(-number // multiple) * multiple
