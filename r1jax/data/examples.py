@@ -16,7 +16,7 @@ from r1jax.data import livecodebench
 from r1jax.data.choices import lettered
 from r1jax.data.example import Example, Message, Role, Split, split_of
 from r1jax.data.gym import read_gym
-from r1jax.data.limits import TimeOverError, cpu_time_limit
+from r1jax.data.limits import find_all
 from r1jax.data.sources import Row, Rows, read_hub, read_jsonl, read_tfds
 from r1jax.data.tasks import TASKS, Task, task_options
 from r1jax.files import JsonObject, plain_json
@@ -30,9 +30,6 @@ TASK_EXAMPLES = 100_000
 """Examples of a `task:NAME` without `limit`; a task has no end."""
 
 T = TypeVar("T")
-
-_PATTERN_SECONDS = 5.0
-"""CPU time in which `answer_pattern` has to be found in one answer, or not."""
 
 _FIELDS = ("prompt", "answer", "text", "domain", "response", "messages")
 
@@ -223,15 +220,9 @@ def _mapping(section: DataSection, rows: Rows) -> Callable[[int], Example]:
         answer = values.get("answer", "")
         if pattern is not None:
             try:
-                with cpu_time_limit(_PATTERN_SECONDS):
-                    matches = list(pattern.finditer(answer))
-            except TimeOverError:
-                raise SettingError(
-                    "answer_pattern",
-                    f"{here}: takes longer than {_PATTERN_SECONDS:g} s to find in an answer of "
-                    f"{len(answer)} characters; a repetition inside a repetition, as (a+)+, may "
-                    "take time without end",
-                ) from None
+                matches = find_all(pattern, answer, "answer_pattern")
+            except SettingError as error:
+                raise SettingError(error.key, f"{here}: {error.problem}") from None
             if not matches:
                 raise SettingError(
                     "answer_pattern",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import sys
@@ -11,6 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from r1jax.settings.section import SettingError
+
+PATTERN_SECONDS = 5.0
+"""CPU time in which a regular expression of a config has to be found in one text, or not."""
 
 
 class TimeOverError(BaseException):
@@ -62,3 +68,22 @@ def memory_limit(more: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+def find_all(pattern: re.Pattern[str], text: str, key: str) -> list[re.Match[str]]:
+    """The matches of a config's regular expression, which do not overlap, in their order.
+
+    key: of the setting that has the pattern, in its section.
+
+    Raises:
+      SettingError: the search takes longer than PATTERN_SECONDS of CPU time.
+    """
+    try:
+        with cpu_time_limit(PATTERN_SECONDS):
+            return list(pattern.finditer(text))
+    except TimeOverError:
+        raise SettingError(
+            key,
+            f"takes longer than {PATTERN_SECONDS:g} s to find in a text of {len(text)} characters; "
+            "a repetition inside a repetition, as (a+)+, may take time without end",
+        ) from None

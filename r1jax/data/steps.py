@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from r1jax.data.limits import find_all
 from r1jax.settings.steps import StepRule
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def first_step_end(text: str, rule: StepRule) -> int | None:
 def _matches(text: str, rule: StepRule) -> Iterator[tuple[int, bool]]:
     """The offset behind each match of the rule, and whether a step ends there."""
     start = 0
-    for match in re.finditer(rule.expression, text):
+    for match in find_all(re.compile(rule.expression), text, "step_rule.pattern"):
         # The match of a pattern may be the step itself, as `[^.]+\.` is.
         content = match.start() if rule.pattern is None else match.end()
         yield match.end(), bool(text[start:content].strip())

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from r1jax.data.reflection import count_reflections
 from r1jax.evaluation.metrics import Estimate, mean_over_problems, unbiased_pass_at_k
 from r1jax.files import JsonObject
-from r1jax.settings.reflection import count_reflections
 
 # Upper ends of the classes of difficulty, by the share of right samples before training.
 _CLASSES = ((0.0, "never right"), (0.25, "to 25 %"), (0.5, "to 50 %"), (0.75, "to 75 %"))

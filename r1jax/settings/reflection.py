@@ -21,8 +21,3 @@ def compile_patterns(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         if compiled[-1].search(""):
             raise ValueError(f"{pattern!r} matches the empty text; let it match one character")
     return compiled
-
-
-def count_reflections(text: str, patterns: Sequence[re.Pattern[str]]) -> int:
-    """Matches of all patterns in a completion; those of one pattern do not overlap."""
-    return sum(1 for pattern in patterns for _ in pattern.finditer(text))

@@ -252,7 +252,7 @@ def test_an_answer_without_match_names_its_row(tmp_path: Path) -> None:
 def test_a_pattern_that_never_ends_names_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("r1jax.data.examples._PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("r1jax.data.limits.PATTERN_SECONDS", 0.2)
     source = write(tmp_path / "g.jsonl", [{"question": "q", "answer": "a" * 60 + "b"}])
     with pytest.raises(ValueError, match=r"answer_pattern: .*g\.jsonl:1: takes longer than 0.2 s"):
         load(source, **{**GSM8K_SETTINGS, "answer_pattern": "((?:a+)+)$"})

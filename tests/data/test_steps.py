@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from r1jax.data.steps import TokenSteps, cut_steps, join_steps, step_ends
+from r1jax.data.steps import TokenSteps, cut_steps, first_step_end, join_steps, step_ends
+from r1jax.settings.section import SettingError
 from r1jax.settings.steps import StepRule
 
 LINES = StepRule(separators=["\n\n"])
@@ -38,6 +39,14 @@ def test_patterns() -> None:
         StepRule(pattern="(")
     with pytest.raises(ValueError, match="not both"):
         StepRule(pattern="a", separators=["b"])
+
+
+def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1jax.data.limits.PATTERN_SECONDS", 0.2)
+    endless, text = StepRule(pattern=r"(?:[a-z]+)+;"), "a" * 60
+    for cut in (cut_steps, step_ends, first_step_end):
+        with pytest.raises(SettingError, match=r"step_rule\.pattern: takes longer than 0.2 s"):
+            cut(text, endless)
 
 
 def test_joining_puts_a_separator_where_there_is_none() -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
+from r1jax.data.reflection import count_reflections
 from r1jax.evaluation.evolution import by_difficulty, figures_by_problem, pass_at_k_gain
-from r1jax.settings.reflection import compile_patterns, count_reflections
+from r1jax.settings.reflection import compile_patterns
+from r1jax.settings.section import SettingError
 
 
 def rows(*problems: str, length: int = 10, text: str = "") -> list[dict[str, Any]]:
@@ -30,6 +32,12 @@ def test_the_papers_words_are_counted_as_words() -> None:
     assert count_reflections(text, words) == 6
     both = compile_patterns([r"\b(wait|but)\b", "aha"])
     assert count_reflections("Wait, but await. AHA, ahaha", both) == 2 + 2
+
+
+def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1jax.data.limits.PATTERN_SECONDS", 0.2)
+    with pytest.raises(SettingError, match=r"reflections: takes longer than 0.2 s .* 61 char"):
+        count_reflections("a" * 60 + "b", compile_patterns([r"(?:a+)+$"]))
 
 
 def test_a_step_that_is_worked_again_is_reflection_in_the_miniature() -> None:

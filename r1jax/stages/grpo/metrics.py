@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from r1jax.data.reflection import count_reflections
 from r1jax.files import JsonObject
 from r1jax.rewards import Outcome, RowScore
 from r1jax.rollouts.sampling import Completion
 from r1jax.sampler import Finish
-from r1jax.settings.reflection import count_reflections
 from r1jax.stages.grpo.selection import GroupResult
 
 
