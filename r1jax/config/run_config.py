@@ -192,6 +192,17 @@ class RunConfig(Section):
         compile_patterns(value)
         return value
 
+    @field_validator("compilation_cache")
+    @classmethod
+    def _is_a_directory(cls, value: str | None) -> str | None:
+        scheme, separator, bucket = (value or "").partition("://")
+        if value == "" or (separator and not (scheme == "gs" and bucket.strip("/"))):
+            raise ValueError(
+                f"{value!r} is no directory that JAX keeps programs in; give a local one, "
+                "gs://BUCKET/FOLDER, auto, or null for nowhere"
+            )
+        return value
+
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
         if MODEL in self.models:

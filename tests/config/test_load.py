@@ -140,6 +140,19 @@ def test_unknown_key_of_a_plain_dataclass_is_found() -> None:
     assert "clip_low" in problem
 
 
+@pytest.mark.parametrize("directory", ["s3://bucket/programs", "gs://", "gs:///", "''"])
+def test_a_compilation_cache_that_jax_cannot_open(directory: str) -> None:
+    problem = problem_of(GOOD, f"compilation_cache={directory}")
+    value = directory.strip("'")
+    assert (
+        "compilation_cache" in problem
+        and f"{value!r} is no directory" in problem
+        and "gs://BUCKET/FOLDER" in problem
+    )
+    for known in ("auto", "null", "gs://bucket/programs", "/tmp/programs"):
+        parse_config(GOOD, "a.yaml", [f"compilation_cache={known}"])
+
+
 def test_right_key_at_the_wrong_depth() -> None:
     problem = problem_of(replaced("    steps: 4", "    steps: 4\n    max_grad_norm: 2.0"))
     assert problem.endswith("did you mean optimizer.max_grad_norm (a number above 0)?")
