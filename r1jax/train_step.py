@@ -48,7 +48,26 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init_train_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    """The first train state of these weights, which become a part of it.
+
+    Scalars (the step, the optimizer's counts) come to the mesh of the weights, where those are on
+    one. An update leaves them there: if it first found them elsewhere, it would compile twice.
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    meshes = {
+        leaf.sharding.mesh
+        for leaf in jax.tree.leaves(params)
+        if not isinstance(leaf, jax.core.Tracer)
+        and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
+    }
+    if len(meshes) != 1:
+        return state
+    replicated = jax.NamedSharding(meshes.pop(), jax.P())
+
+    def to_mesh(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(leaf, replicated) if jnp.ndim(leaf) == 0 else leaf
+
+    return TrainState(to_mesh(state.step), params, jax.tree.map(to_mesh, state.opt_state))
 
 
 def abstract_train_state(

@@ -204,3 +204,22 @@ def test_a_state_is_created_as_its_abstract_says_and_the_update_is_compiled_once
         state, _ = update(state, batch())
     assert before.params["w"].is_deleted()  # donated
     assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_an_update_is_traced_once_from_an_initial_state(on_mesh: bool) -> None:
+    params: Any = {"w": jnp.zeros((4, 2)), "scale": jnp.ones(())}
+    if on_mesh:
+        params = jax.device_put(params, single_device().replicated)
+    traces = []
+
+    def loss(params: Any, rows: Any) -> LossOutput:
+        traces.append(rows)
+        return LossOutput(jnp.sum((rows["x"] @ params["w"] * params["scale"] - 1) ** 2), {})
+
+    optimizer = optax.adamw(optax.linear_schedule(1e-2, 1e-3, 3))
+    update = jax.jit(lambda state, rows: train_step(state, rows, loss, optimizer), donate_argnums=0)
+    state = init_train_state(params, optimizer)
+    for _ in range(3):
+        state, _ = update(state, {"x": jnp.ones((4, 4))})
+    assert len(traces) == 1 and state.step == 3
