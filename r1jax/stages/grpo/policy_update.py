@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import optax
 
@@ -31,9 +30,6 @@ from r1jax.stages.grpo.critic import after_warmup
 from r1jax.stages.grpo.objective import stage_objective
 from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.train_step import Metrics, TrainState, TrainStep
-
-if TYPE_CHECKING:
-    pass
 
 
 def make_update(

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-
-from r1jax.critic_step import CriticBatch
 from r1jax.data.instructions import Instruction
 from r1jax.files import JsonObject
-from r1jax.models.parameters import Params
-from r1jax.objectives.distillation import sampled_advantages
-from r1jax.policy_step import GRPOBatch, batch_advantages
 from r1jax.processes import process_batch_slice
 from r1jax.rollouts.scoring import (
     check_domains,
@@ -36,16 +27,10 @@ from r1jax.settings.rewards import RewardSection
 from r1jax.settings.section import SettingError
 from r1jax.stages.distillation import check_teacher, teacher_decoder
 from r1jax.stages.experts import check_experts
+from r1jax.stages.grpo.batches import make_update_batches
 from r1jax.stages.grpo.credit import check_step_rewards, group_advantages_of
 from r1jax.stages.grpo.critic import check_critic, make_critic
 from r1jax.stages.grpo.held_out import HeldOutEvaluation
-from r1jax.stages.grpo.log_probs import (
-    LogProbRows,
-    log_prob_rows,
-    make_log_probs,
-    with_old_log_probs,
-    without_experts,
-)
 from r1jax.stages.grpo.objective import stage_objective
 from r1jax.stages.grpo.phase import PhaseSampler, phase_metrics
 from r1jax.stages.grpo.policy_update import make_update
@@ -56,9 +41,6 @@ from r1jax.stages.grpo.settings import GRPOStage
 from r1jax.stages.grpo.turns import check_stage_turns, turn_samples
 from r1jax.stages.grpo.updates import PhaseUpdates
 from r1jax.train_step import make_optimizer, make_schedule
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
 
 __all__ = ["check", "programs", "run"]  # what a stage kind has
 
@@ -110,16 +92,11 @@ def run(stage: GRPOStage, run: StageRun) -> None:
     row_layout = model.layout if apart else rollout_layout
     all_steps = packed_shape(stage, questions.longest, model.layout, row_layout, step=None)
     experts = abstract_batch(stage, model, all_steps).inputs.get("experts")
-    log_probs_of, update = (
-        jax.jit(make_log_probs(stage, model, all_steps.micro_batches)),
-        make_update(stage, model, optimizer, all_steps.micro_batches, teacher),
-    )
-    if stage.samples_divergence:
-        assert teacher is not None
-        teacher_log_probs_of = jax.jit(make_log_probs(stage, teacher, all_steps.micro_batches))
-        towards_teacher = jax.jit(partial(_towards_teacher, stage))
-    token_advantages = jax.jit(partial(batch_advantages, objective))
+    update = make_update(stage, model, optimizer, all_steps.micro_batches, teacher)
     critic = make_critic(stage, objective, run, all_steps.micro_batches)
+    update_batches = make_update_batches(
+        stage, objective, model, teacher, critic, all_steps.micro_batches
+    )
     rollout_weights = make_rollout_weights(model, sampler.decoder)
     updates = stage.mini_batches_per_rollout
     held_out = HeldOutEvaluation(
@@ -144,9 +121,6 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         loop.clock.lap("setup")
         for report in questions.reports + held_out.reports:
             loop.progress.print(f"{stage.name}: {report}")
-
-        def reference_log_probs(batch: GRPOBatch) -> jax.Array:
-            return log_probs_of(loop.reference, without_experts(log_prob_rows(batch)))
 
         reflections = compile_patterns(run.config.reflections)
         instructions: tuple[Instruction, ...] = ()
@@ -208,36 +182,11 @@ def run(stage: GRPOStage, run: StageRun) -> None:
                 attempts=stage.turns is not None,
             )
             batches = [loop.to_devices(batch, row_layout) for batch in packed.batches]
-            if "segment_ids" in objective.needs and stage.turns is None:
-                batches = [replace(b, segment_ids=b.inputs["segment_ids"]) for b in batches]
 
-            # 4. Old log-probs: of the weights that sampled, from which the updates move away.
-            if with_old_log_probs(stage, objective):
-                batches = [
-                    replace(
-                        each, old_log_probs=log_probs_of(loop.state.params, log_prob_rows(each))
-                    )
-                    for each in batches
-                ]
-            if stage.samples_divergence:
-                assert loop.teacher is not None
-                log_probs = [
-                    teacher_log_probs_of(loop.teacher, without_experts(log_prob_rows(each)))
-                    for each in batches
-                ]
-                batches = list(map(towards_teacher, batches, log_probs))
-            learnt: Sequence[CriticBatch] = ()
-            if objective.changes_token_advantages or critic is not None:
-                if loop.reference is not None:
-                    batches = [
-                        replace(b, reference_log_probs=reference_log_probs(b)) for b in batches
-                    ]
-                if critic is None:
-                    batches = token_advantages(batches)
-                else:
-                    batches, learnt = critic.with_advantages(loop, batches)
+            # 4. Old log-probs, and advantages of tokens that follow from log-probs or a critic.
+            batches, learnt = update_batches.complete(loop, batches)
             if stage.replay_experts and samples_due:
-                gap = _gap_without_replay(log_probs_of, loop.state.params, batches[0])
+                gap = update_batches.gap_without_replay(loop.state.params, batches[0])
                 facts["sampler/gap_mean_without_replay"] = gap
             updating = PhaseUpdates(
                 loop,
@@ -253,8 +202,7 @@ def run(stage: GRPOStage, run: StageRun) -> None:
             )
             for number, rows in enumerate(batches):
                 # 5. Log-probs of the reference policy.
-                if loop.reference is not None and rows.reference_log_probs is None:
-                    rows = replace(rows, reference_log_probs=reference_log_probs(rows))
+                rows = update_batches.with_reference(loop, rows)
 
                 # 6. Update, and log.
                 of_critic = None
@@ -284,16 +232,6 @@ def run(stage: GRPOStage, run: StageRun) -> None:
         loop.finish()
 
 
-def _towards_teacher(
-    stage: GRPOStage, batch: GRPOBatch, log_probs: Float[Array, "rows time"]
-) -> GRPOBatch:
-    """With the teacher's log-probs, and what they add to the advantages of trained tokens."""
-    assert stage.distillation is not None and batch.old_log_probs is not None
-    added = sampled_advantages(batch.old_log_probs, log_probs, stage.distillation.coefficient)
-    advantages = batch.advantages + jnp.where(batch.mask > 0, added, 0.0)
-    return replace(batch, advantages=advantages, teacher_log_probs=log_probs)
-
-
 def _unscored_phases(
     samples: Sequence[JsonObject],
     before: int | None,
@@ -318,14 +256,3 @@ def _unscored_phases(
             f"max_bad_steps = {stage.max_bad_steps}: {first_failure(samples)}"
         )
     return phases
-
-
-def _gap_without_replay(
-    log_probs_of: Callable[[Params, LogProbRows], jax.Array], params: Params, batch: GRPOBatch
-) -> float:
-    """The mean of |sampler's log-prob - trainer's| over trained tokens, without replay."""
-    assert batch.sampler_log_probs is not None
-    rows = without_experts(log_prob_rows(batch))
-    gap = jnp.abs(log_probs_of(params, rows) - batch.sampler_log_probs)
-    trained = batch.mask > 0
-    return float(jnp.sum(jnp.where(trained, gap, 0.0)) / jnp.maximum(trained.sum(), 1))
