@@ -1,6 +1,6 @@
 """The `r1jax` command, which is also `python -m r1jax`.
 
-The commands are in `r1jax.cli`. The config of `run` is read here first: what the command line is
+`r1jax.cli` makes the commands. The config of `run` is read here first: what the command line is
 made of takes longer to import than a config takes to check, and a mistake should not wait for it.
 """
 

@@ -388,7 +388,7 @@ def test_sample_streams(stream: MagicMock, monkeypatch: pytest.MonkeyPatch) -> N
         yield 0, " late"
 
     stream.side_effect = pieces
-    monkeypatch.setattr("r1jax.cli._write", written.append)
+    monkeypatch.setattr("r1jax.commands.sample.write_model_text", written.append)
     result = invoke("sample", "dir", "--prompt", "x")
     assert result.exit_code == 0, result.exception
     assert written == ["early", " late", "\n"]
@@ -397,12 +397,12 @@ def test_sample_streams(stream: MagicMock, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_terminal_gets_no_control_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from r1jax.cli import _write
+    from r1jax.commands.console import write_model_text
 
     text = "a\x1b]0;title\x07\tb\n\u2028\u00e9"
-    _write(text)
+    write_model_text(text)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _write(text)
+    write_model_text(text)
     assert capsys.readouterr().out == text + "a]0;title\tb\n\u00e9"
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     "stages",
     "planner report",
     "recipe",
+    "commands",
     "cli",
 ]
 # For the type checker only: the protocol of a stage kind names what its functions return.

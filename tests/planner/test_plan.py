@@ -15,7 +15,7 @@ import forked
 import jax
 import pytest
 
-from r1jax.cli import _with_given_shapes as with_given_shapes
+from r1jax.commands.plan import with_given_shapes
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
