@@ -13,6 +13,11 @@ from r1jax.rewards import Outcome, RewardInput, equivalent_key, final_answer, sa
 from r1jax.rewards.maths import UnreadableAnswer, accuracy, readable_reference
 
 RIGHT = [
+    ("(100,101)", "(100, 101)"),
+    ("1,234, 5", "1234 and 5"),
+    ("(5 cm, 3 cm)", "(5,3)"),
+    ("dne", "DNE"),
+    ("no", "No."),
     ("5", r"5\,\mathrm{m}"),
     ("12", "12 cm^2"),
     ("3", r"3\ \text{square meters}"),
@@ -310,6 +315,7 @@ RIGHT = [
 ]
 
 WRONG = [
+    ("xy = 6", "6"),
     (r"5\text{ kg}", "5 g"),
     (r"5\text{ hours}", "5 minutes"),
     (r"90^\circ", "90 radians"),
