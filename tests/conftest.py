@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import compiled_programs
 import forked
 import pytest
+import undrawn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,6 +62,28 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays: no need to look through it again and again
     forked.collect_rarely()
+
+
+# Files with a test that looks at the figures of a report, and runs of every kind of stage.
+DRAWN = (
+    "report/",
+    "docs/",
+    "recipe/test_schedule.py",
+    "stages/test_turns.py",
+    "stages/test_search.py",
+    "stages/test_outside_kind.py",
+    "test_cli.py",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports have figures where a test looks at them, and nowhere else."""
+    if any(f"tests/{name}" in str(request.path) for name in DRAWN):
+        yield
+    else:
+        with undrawn.undrawn():
+            yield
 
 
 @pytest.fixture(params=["cpu", "tpu"])

@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import undrawn
 import yaml
 
 _PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -209,6 +210,8 @@ def _begin(request: dict[str, Any]) -> None:
         option = name.lower()
         if name.startswith("JAX_") and value != before.get(name) and option in jax.config.values:
             jax.config.update(option, yaml.safe_load(value))
+    if undrawn.VARIABLE in os.environ:
+        undrawn.draw_nothing()
     paths = os.environ.get("PYTHONPATH", "")
     sys.path[:1] = paths.split(os.pathsep) if paths else []
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from tiny_models import jit, random_params
 
 from r1jax import recipe
 from r1jax.config.load import ConfigError, load_config
@@ -28,6 +29,7 @@ from r1jax.models import (
     init_params,
     token_log_probs,
 )
+from r1jax.models.parameters import Params
 from r1jax.run.resolve import check, resolve
 from r1jax.sampler import GenerateOptions, Prompts, generate
 from r1jax.settings.optimizer import BalanceSection, OptimizerSection
@@ -39,9 +41,6 @@ from r1jax.stages.pretrain.settings import PretrainStage
 from r1jax.train_step import init_train_state, make_optimizer
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
-# Each program runs once: spend no time on LLVM's optimisations. XLA's own passes are the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 CONFIG = ModelConfig(
     "deepseek_v3",
     *(20, 16, 32, 2, 2, 2, 8),
@@ -55,7 +54,7 @@ MODEL = Decoder(
     single_device(),
 )
 
-# Without a dense layer, which the updates by themselves need not compile.
+# Without a dense layer, which the updates need not compile.
 ROUTED = replace(
     MODEL,
     config=replace(
@@ -69,7 +68,7 @@ ROUTED = replace(
 def config(output: Path, **grpo: Any) -> RunConfig:
     """Supervised and reinforcement learning of a small mixture of experts."""
     plan = yaml.safe_load(TINY.read_text())
-    plan["model"]["config"] = CONFIG.to_hugging_face()
+    plan["model"]["config"] = ROUTED.config.to_hugging_face()
     plan["model"]["scan_layers"] = False
     optimizer = {"learning_rate": 0.01, "weight_decay": 0.5}
     balance = {"bias_speed": 0.125, "sequence_loss": 0.01}
@@ -98,11 +97,19 @@ def test_a_run_is_balanced_and_replays_experts(tmp_path: Path) -> None:
     assert zero[0]["sampler/gap_mean_without_replay"] == pytest.approx(
         zero[0]["sampler/gap_mean"], abs=1e-4
     )
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
     biases = [load_file(each / "model/model.safetensors")[name] for each in folders]
     # Two steps of 0.125, whatever the optimizer's rate and its weight decay; then none.
     assert set(np.abs(biases[0]).tolist()) <= {0.0, 0.125, 0.25} and biases[0].any()
     assert biases[1].tobytes() == biases[0].tobytes()
+
+
+def unbiased_params(config: ModelConfig) -> Params:
+    """Random weights, before any balancing."""
+    params = random_params(config)
+    for stack in params.keys() & {"layers", "prediction"}:
+        params[stack]["router_bias"] = np.zeros_like(params[stack]["router_bias"])
+    return params
 
 
 def test_an_update_does_not_depend_on_micro_batches() -> None:
@@ -116,7 +123,7 @@ def test_an_update_does_not_depend_on_micro_batches() -> None:
         "trained": segments > 0,
     }
     optimizer = make_optimizer(OptimizerSection(learning_rate=1e-2), 10)
-    params = init_params(jax.random.key(0), ROUTED.config, ROUTED.layout)
+    params = unbiased_params(ROUTED.config)
 
     def update(**changes: Any) -> Any:
         settings = {"name": "base", "data": "x", "steps": 1, "rows_per_step": 4, "row_tokens": 12}
@@ -163,7 +170,7 @@ def test_the_module_for_the_token_after_the_next_is_balanced_too() -> None:
         optimizer=OptimizerSection(learning_rate=1e-2),
     )
     optimizer = make_optimizer(stage.optimizer, 1)
-    params = init_params(jax.random.key(0), model.config, model.layout)
+    params = unbiased_params(model.config)
     update = jit(supervised.make_update(stage, model, optimizer))
     state, metrics = update(init_train_state(params, optimizer), batch)
     for stack in ("layers", "prediction"):
@@ -219,7 +226,7 @@ def test_replayed_experts_narrow_the_gap_between_sampler_and_trainer() -> None:
 
 
 def test_weights_of_replayed_experts_are_learned() -> None:
-    params = init_params(jax.random.key(1), CONFIG, MODEL.layout)
+    params = random_params(CONFIG)
     rows = np.random.default_rng(0).integers(0, 20, (2, 8)).astype(np.int32)
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), rows.shape)
     experts = np.broadcast_to(np.asarray([5, 2], np.uint8), (2, 8, 2))
