@@ -15,8 +15,11 @@ CACHES = ROOT / ".jax_cache"
 LIMIT = 2**30  # bytes
 
 # The programs of the tests are small and run a few times: optimizing them takes ten times as long
-# as all else together.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# as all else together, and to split them for several threads an eighth of the rest.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 
 # A gather, a product and a loop: what the processors that refuse their own programs stumble over.
 PROBE = """
