@@ -10,7 +10,7 @@ GROUPED = ModelConfig(
     VOCAB,
     16,
     32,
-    2,
+    1,
     4,
     2,
     8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from r1jax.models import Decoder, Execution, ModelConfig, init_params
+from r1jax.models.parameters import Params
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
 from r1jax.sampler.queue import QueuedPrompt, QueueFigures, QueueSample, sample_queue
 from r1jax.sharding import single_device
@@ -20,13 +22,15 @@ CONFIG = ModelConfig(
 )
 
 
-def decoder(scan: bool = True) -> Decoder:
+@cache
+def model_of(layers: int, scan: bool = False) -> tuple[Decoder, Params]:
+    config = replace(CONFIG, num_hidden_layers=layers)
     execution = Execution(compute_dtype=np.float32, remat="none", scan_layers=scan)
-    return Decoder(CONFIG, execution, single_device())
+    model = Decoder(config, execution, single_device())
+    return model, init_params(jax.random.key(3), config, model.layout)
 
 
-MODEL = decoder()
-PARAMS = init_params(jax.random.key(3), CONFIG, MODEL.layout)
+ONE_LAYER = model_of(1)
 LENGTHS = [5, 8, 3, 7, 1, 6, 2, 4, 8]
 EOS = (3, 7, 11)
 OPTIONS = GenerateOptions(samples=3, max_new_tokens=24, seed=5, eos_ids=EOS, page=4, slots=4)
@@ -38,10 +42,14 @@ def queue(lengths: list[int] = LENGTHS) -> list[QueuedPrompt]:
 
 
 def run(
-    prompts: list[QueuedPrompt], options: GenerateOptions, model: Decoder = MODEL, **more: Any
+    prompts: list[QueuedPrompt],
+    options: GenerateOptions,
+    of: tuple[Decoder, Params] = ONE_LAYER,
+    **more: Any,
 ) -> dict[tuple[int, int], QueueSample]:
+    model, params = of
     found: dict[tuple[int, int], QueueSample] = {}
-    for ended in sample_queue(PARAMS, prompts, model, options, prompt_tokens=8, **more):
+    for ended in sample_queue(params, prompts, model, options, prompt_tokens=8, **more):
         for sample in ended:
             assert (sample.prompt, sample.sample) not in found
             found[sample.prompt, sample.sample] = sample
@@ -49,13 +57,18 @@ def run(
     return found
 
 
-def expected(prompts: list[QueuedPrompt], options: GenerateOptions) -> Any:
+def expected(
+    prompts: list[QueuedPrompt],
+    options: GenerateOptions,
+    of: tuple[Decoder, Params] = ONE_LAYER,
+) -> Any:
+    model, params = of
     tokens = np.zeros((len(prompts), 8), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt.token_ids)] = prompt.token_ids
     lengths = np.asarray([len(prompt.token_ids) for prompt in prompts], np.int32)
     ids = np.asarray([prompt.id for prompt in prompts], np.uint32)
-    return jax.device_get(generate(PARAMS, Prompts(tokens, lengths, ids), MODEL, options))
+    return jax.device_get(generate(params, Prompts(tokens, lengths, ids), model, options))
 
 
 def assert_same(found: dict[tuple[int, int], QueueSample], wanted: Any) -> None:
@@ -71,8 +84,8 @@ def assert_same(found: dict[tuple[int, int], QueueSample], wanted: Any) -> None:
 @pytest.mark.parametrize("scan", [False, True])
 def test_samples_are_those_of_a_batch(scan: bool) -> None:
     figures = QueueFigures()
-    found = run(queue(), OPTIONS, decoder(scan), figures=figures)
-    wanted = expected(queue(), OPTIONS)
+    found = run(queue(), OPTIONS, model_of(2, scan), figures=figures)
+    wanted = expected(queue(), OPTIONS, model_of(2))
     assert_same(found, wanted)
     assert {Finish.EOS, Finish.LENGTH} <= {sample.finish for sample in found.values()}
     assert figures.busy == sum(len(sample.tokens) for sample in found.values())
@@ -121,6 +134,8 @@ def test_further_samples_of_a_prompt_go_on_where_the_others_ended() -> None:
 def test_stop_strings_end_samples() -> None:
     def stop(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Behind the first two equal tokens in a row."""
+        if tokens.shape[1] < 2:
+            return np.full(len(tokens), -1)
         inside = np.arange(1, tokens.shape[1]) < lengths[:, None]
         equal = (tokens[:, 1:] == tokens[:, :-1]) & inside
         return np.where(equal.any(axis=1), equal.argmax(axis=1) + 2, -1)
