@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -44,16 +45,20 @@ TABLES = [[3, 7, 1, 9, 11, 2], [], [3, 5], [0], [12, 13, 14, 15, 16, 17, 18, 19,
 SLOTS = len(TABLES)
 
 
+grouped = jax.jit(group_pages, static_argnums=(1, 2))
+slotted = jax.jit(pages_of_slots, static_argnums=1)
+
+
 def page_list(filled: np.ndarray, size: int) -> PageList:
     """Of all tables, padded to `size`."""
     pages = [page for table in TABLES for page in table]
     owners = [slot for slot, table in enumerate(TABLES) for _ in table]
     rest = size - len(pages)
     return PageList(
-        jnp.asarray([pages + [0] * rest], jnp.int32),
-        jnp.asarray([owners + [SLOTS] * rest], jnp.int32),
-        jnp.asarray(np.concatenate([filled[pages], np.zeros((rest, filled.shape[1]), bool)])[None]),
-        jnp.int32(len(pages)),
+        np.asarray([pages + [0] * rest], np.int32),
+        np.asarray([owners + [SLOTS] * rest], np.int32),
+        np.concatenate([filled[pages], np.zeros((rest, filled.shape[1]), bool)])[None],
+        np.int32(len(pages)),
     )
 
 
@@ -129,10 +134,10 @@ def test_slots_attend_to_their_pages_and_their_current_page(
 
     for_kernel: PageGroups | SlotPages
     if isinstance(size, GroupSize):
-        for_kernel = group_pages(reads, SLOTS, size)
+        for_kernel = grouped(reads, SLOTS, size)
     else:
         monkeypatch.setattr(paged_kernel_gpu, "_PROGRAMS", size)
-        for_kernel = pages_of_slots(reads, SLOTS)
+        for_kernel = slotted(reads, SLOTS)
     out = attend(for_kernel, pools, jnp.int32(1))
     for slot, table in enumerate(TABLES):
         wanted = in_float64(
@@ -153,7 +158,7 @@ def test_slots_attend_to_their_pages_and_their_current_page(
 def test_groups_hold_the_pages_of_one_slot() -> None:
     filled = np.ones((POOL, PAGE), bool)
     filled[5, 1:] = False
-    of_shards = group_pages(page_list(filled, 20), SLOTS, GroupSize(1, 4 * PAGE))
+    of_shards = grouped(page_list(filled, 20), SLOTS, GroupSize(1, 4 * PAGE))
     groups = jax.tree.map(lambda leaf: leaf[0], of_shards)
     count = int(groups.count)
     assert groups.owners[:count].tolist() == [0, 0, 2, 3, 4, 4, 4]
@@ -168,17 +173,17 @@ def test_groups_hold_the_pages_of_one_slot() -> None:
 
 def test_no_page_is_read_where_none_is_listed() -> None:
     reads = PageList(
-        jnp.zeros((1, 8), jnp.int32),
-        jnp.full((1, 8), SLOTS, jnp.int32),
-        jnp.zeros((1, 8, PAGE), bool),
-        jnp.int32(0),
+        np.zeros((1, 8), np.int32),
+        np.full((1, 8), SLOTS, np.int32),
+        np.zeros((1, 8, PAGE), bool),
+        np.int32(0),
     )
-    groups = group_pages(reads, SLOTS, GroupSize(1, 2 * PAGE))
+    groups = grouped(reads, SLOTS, GroupSize(1, 2 * PAGE))
     assert groups.count.tolist() == [0]
-    pools = tuple(jnp.full((1, 1, POOL, 2, PAGE, WIDTH), jnp.nan) for _ in range(2))
-    part = paged_softmax(
-        jnp.ones((SLOTS, 2, 2, WIDTH)), pools, jnp.int32(0), groups, interpret=True
-    )
+    pools = tuple(np.full((1, 1, POOL, 2, PAGE, WIDTH), np.nan, np.float32) for _ in range(2))
+    softmax = jax.jit(functools.partial(paged_softmax, interpret=True))
+    queries = np.ones((SLOTS, 2, 2, WIDTH), np.float32)
+    part = jax.device_get(softmax(queries, pools, np.int32(0), groups))
     assert not part.total.any() and not part.out.any()
 
 
