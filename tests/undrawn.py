@@ -39,8 +39,12 @@ def undrawn() -> Iterator[None]:
     """In the block neither this process nor those that it starts draw."""
     found = [(module, function, getattr(module, function)) for module, function in _users()]
     draw_nothing()
+    before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
-    yield
-    del os.environ[VARIABLE]
-    for module, function, draws in found:
-        setattr(module, function, draws)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        for module, function, draws in found:
+            setattr(module, function, draws)
