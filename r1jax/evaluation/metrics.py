@@ -283,7 +283,8 @@ def summarise(
       counts `problems`, `samples` (per problem), `outcomes`, `unscored_samples`,
       `unscored_problems`, `unanswered_samples`, `truncated_samples`. Of samples with several
       attempts, whose last one is the sample, `attempts`, see `attempt_figures`. Where the verifier
-      failed on every sample, figures of correctness are null. Where the rows are of several
+      failed on every sample, figures of correctness are null; where the reward that judges names
+      no answers (`extracted`), votes and `unanswered_samples` are. Where the rows are of several
       domains, `by_domain` has all of this for each of them.
 
     Raises ValueError: no samples, a sample twice, or problems with different numbers of samples.
@@ -347,8 +348,10 @@ def _figures(
     figures: dict[str, Estimate] = {}
     for k in dict.fromkeys((1, *ks)):
         figures[f"pass_at_{k}"] = pass_at_k(correct, k, scored) if some else nothing
+    # A reward that gives a number judges a completion, and names no answer in it to vote with.
+    votes = some and (bool((classes >= 0).any()) or not _judged_without_answer(problems))
     for k in ks:
-        figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if some else nothing
+        figures[f"cons_at_{k}"] = cons_at_k(classes, correct, k, scored) if votes else nothing
     figures["mean_length"] = mean_over_problems(lengths.mean(axis=1), is_share=False)
     generated = [[s.generated for s in row if s.generated is not None] for row in problems]
     if all(generated):
@@ -361,6 +364,9 @@ def _figures(
         for name in chosen_by
         if some
     }
+    if not votes:
+        for each in chosen.values():
+            each.pop("weighted_vote", None)
     attempts = attempt_figures(
         [[(*sample.earlier, sample.outcome) for sample in row] for row in problems]
     )
@@ -373,7 +379,7 @@ def _figures(
         "outcomes": dict(sorted(outcomes.items())),
         "unscored_samples": int(np.sum(~scored)),
         "unscored_problems": int(np.sum(~scored.any(axis=1))),
-        "unanswered_samples": int(np.sum((classes < 0) & scored)),
+        "unanswered_samples": int(np.sum((classes < 0) & scored)) if votes or not some else None,
         "truncated_samples": sum(sample.truncated for row in problems for sample in row),
     }
 
@@ -410,6 +416,12 @@ def attempt_figures(problems: Sequence[Sequence[Sequence[str]]]) -> JsonObject:
         "mended": over([row[:, -1] * (1 - row[:, 0]) for row in rows]),
         "spoilt": over([row[:, 0] * (1 - row[:, -1]) for row in rows]),
     }
+
+
+def _judged_without_answer(problems: Sequence[Sequence[_Sample]]) -> bool:
+    """Whether a sample is right or wrong by a reward that names no answer."""
+    judged = ("right", "wrong")
+    return any(each.outcome in judged and each.answer is None for row in problems for each in row)
 
 
 def _chosen_by(

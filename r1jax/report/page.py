@@ -36,7 +36,7 @@ from r1jax.report.searches import costs_of_accuracy, drawn_trees
 from r1jax.report.stage_table import rewards_beyond, stage_tables
 from r1jax.report.training import training
 from r1jax.report.warnings import warnings_of
-from r1jax.report.wording import Figure, Plot, duration, figure, flat, paragraphs, value_of
+from r1jax.report.wording import UNKNOWN, Figure, Plot, duration, figure, flat, paragraphs, value_of
 
 
 class _Side(NamedTuple):
@@ -215,8 +215,8 @@ def _change(
 
 
 def _count(summary: Summary, name: str) -> Figure:
-    if name not in summary:
-        return Figure("–")
+    if summary.get(name) is None:
+        return UNKNOWN
     total = summary.get("problems", 0) * summary.get("samples", 0)
     return Figure(str(summary[name]), f"of {total}" if total else "")
 

@@ -97,6 +97,11 @@ def _samples(stage: StageRecord, summary: Summary) -> list[RunWarning]:
         found.append(f"the verifier failed on {_percent(failed)} of the samples; they do not count")
     if truncated >= _TRUNCATED:
         found.append(f"{_percent(truncated)} of the samples were cut off at the length limit")
+    if stage.is_evaluation and summary.get("unanswered_samples", 0) is None:
+        found.append(
+            "there are no votes (cons@k): the reward that judges names no answers; return "
+            "Score(reward, outcome, extracted=...) in place of a number"
+        )
     return [RunWarning(f"{stage.name}: {text}") for text in found]
 
 

@@ -180,6 +180,24 @@ def test_summarise() -> None:
     assert as_written["cons_at_4"]["value"] == pytest.approx(2 / 3)
 
 
+def test_a_reward_that_names_no_answers_gives_no_votes() -> None:
+    """As one that returns a number; a model that gives no answers is wrong by its votes."""
+    numbers = [
+        row(problem, sample, outcome, None)
+        for problem in (1, 2)
+        for sample, outcome in enumerate(("right", "wrong", "right"))
+    ]
+    parts = [each | {"parts": {"mine": 0.5}} for each in numbers]
+    summary = metrics.summarise(parts, same_answer=same, chosen_by=["mine"])
+    assert summary["pass_at_1"]["value"] == pytest.approx(2 / 3)
+    assert summary["cons_at_2"] == {"value": None, "low": None, "high": None}
+    assert summary["unanswered_samples"] is None
+    assert set(summary["chosen_by"]["mine"]) == {"best_of_2", "best_of_3"}
+    silent = [row(1, sample, "unparseable", None) for sample in range(3)]
+    summary = metrics.summarise(silent, same_answer=same)
+    assert summary["cons_at_3"]["value"] == 0 and summary["unanswered_samples"] == 3
+
+
 def test_figures_by_domain_are_those_of_its_rows_alone() -> None:
     rows = [each | {"domain": "code" if each["problem_id"] == 7 else "maths"} for each in ROWS]
     summary = metrics.summarise(rows, same_answer=same)

@@ -80,7 +80,7 @@ def test_groups_that_are_all_right_are_no_fault(run: Path) -> None:
 
 
 def test_evaluations_and_references_have_warnings_too(run: Path) -> None:
-    summary(run, "final-eval", unscored_samples=6, truncated_samples=24)
+    summary(run, "final-eval", unscored_samples=6, truncated_samples=24, unanswered_samples=None)
     record = json.loads((run / "run.json").read_text())
     record["references"] = ["data.a: 0 of 9 rows have", "data.b: 2 of 9 rows have\n  b.jsonl:3"]
     (run / "run.json").write_text(json.dumps(record))
@@ -88,6 +88,7 @@ def test_evaluations_and_references_have_warnings_too(run: Path) -> None:
     assert found[0] == "data.b: 2 of 9 rows have\n  b.jsonl:3"
     assert "final-eval: the verifier failed on 12.5 % of the samples; they do not count" in found
     assert "final-eval: 50 % of the samples were cut off at the length limit" in found
+    assert [line for line in found if "names no answers" in line] == found[-1:]
 
 
 @pytest.mark.parametrize(
