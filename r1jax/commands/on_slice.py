@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from typer.core import TyperGroup
 
     from r1jax.config.run_config import RunConfig
+
+_Entry = TypeVar("_Entry")
 
 
 def on_slice(ctx: typer.Context, accelerator: str, words: list[str]) -> None:
@@ -38,6 +41,7 @@ def on_slice(ctx: typer.Context, accelerator: str, words: list[str]) -> None:
     chosen = known.get(name) if given is None else given
     settings = load_config(config, parsed["overrides"] or (), chosen)
     _check_files_beside(config, settings)
+    _check_files_here(config, settings)
 
     from r1jax.planner.check import check_slice, slice_or_stand_ins
     from r1jax.planner.plan import Case
@@ -81,3 +85,35 @@ def _check_files_beside(config: str, settings: RunConfig) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _check_files_here(config: str, settings: RunConfig) -> None:
+    """Models and data of this machine's disk, which the machines of a slice read from theirs.
+
+    Raises ConfigError for relative paths, which no directory there makes right. An absolute one may
+    be mounted on both: it is printed.
+    """
+    from r1jax.config.load import ConfigError
+
+    given: dict[str, str | None] = {}
+    for name, model in {"model": settings.model, **_named("models", settings.models)}.items():
+        given |= {f"{name}.path": model.path, f"{name}.tokenizer": model.tokenizer}
+    for name, data in _named("data", settings.data).items():
+        source = str(data.source)
+        given[f"{name}.source"] = source.removeprefix("jsonl:") if "jsonl:" in source else None
+    here = {key: path for key, path in given.items() if path and Path(path).expanduser().exists()}
+    wanted = (
+        "each machine of the slice looks for it on its own disk; put it on the bucket, gs://..."
+    )
+    if problems := [
+        f"{config}: {key}: {path} is on this machine, and {wanted}"
+        for key, path in here.items()
+        if not Path(path).is_absolute()
+    ]:
+        raise ConfigError(problems)
+    for key, path in here.items():
+        typer.echo(f"{key}: {path} is on this machine; {wanted}, or mount it there, too", err=True)
+
+
+def _named(section: str, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    return {f"{section}.{name}": entry for name, entry in entries.items()}

@@ -54,6 +54,14 @@ COMMANDS = {
     "scripts, key": ("on-slice", "v6e-8", "--", MINE, "stages.zero.micro_batch=2"),
     "scripts, unknown": ("on-slice", "v3-8", "--", MINE),
     "scripts, base": ("on-slice", "v6e-8", "--", BASED),
+    "scripts, file": (
+        *("on-slice", "v6e-8", "--", MINE, "data.train.source=jsonl:tiny_pairs.jsonl"),
+        "model.tokenizer=../tests",
+    ),
+    "scripts, absolute": (
+        *("on-slice", "v6e-8", "--", MINE, "--only", "base"),
+        f"data.held_out.source=jsonl:{TESTS / 'tiny_pairs.jsonl'}",
+    ),
     "scripts, reward": ("on-slice", "v6e-8", "--", MINE, "rewards.mine={function: 'a.py:f'}"),
 }
 # One process for all, as one without the TPU compiler.
@@ -201,9 +209,13 @@ def test_what_the_scripts_ask(done: dict[str, Done]) -> None:
         ("key", "micro_batches"),
         ("base", "only the config itself is copied to the slice"),
         ("reward", "only the config is copied to the slice"),
+        ("file", "data.train.source: tiny_pairs.jsonl is on this machine"),
+        ("file", "model.tokenizer: ../tests is on this machine"),
     ):
         refused = done[f"scripts, {name}"]
         assert refused.status == 2 and message in refused.err, refused
+    absolute = done["scripts, absolute"]
+    assert "data.held_out.source: /" in absolute.err and "or mount it there, too" in absolute.err
     unknown = done["scripts, unknown"]
     assert (unknown.status, unknown.out) == (0, "")
     assert "the planner does not know this slice" in unknown.err
