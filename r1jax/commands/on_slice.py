@@ -51,6 +51,9 @@ def on_slice(ctx: typer.Context, accelerator: str, words: list[str]) -> None:
     restart = tuple(parsed["restart"] or ())
     selection = Selection(parsed["only"], parsed["first"], parsed["last"], restart)
     stages = selection.stages(settings)
+    if known and chosen is None:
+        others = ", ".join(known.values())
+        typer.echo(f"{config} has no settings for {name}; it has some for {others}", err=True)
     if is_slice(name):
         case = Case(settings, slice_or_stand_ins(name), settings.mesh)
         typer.echo("\n".join(check_slice(case, stages)), err=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from r1jax.config.yaml_file import ConfigError
 from r1jax.planner.dry_run import meshes_of
 from r1jax.planner.memory import sizes_of, too_large
-from r1jax.planner.plan import Case, UnknownShapeError, planned_stages, planning_for
+from r1jax.planner.plan import Case, UnknownShapeError, gib, planned_stages, planning_for
 from r1jax.planner.topologies import Slice, has_tpu_compiler, stand_ins, tpu_slice
 from r1jax.run.models import make_layouts
 from r1jax.run.resolve import check_divided, load_functions
@@ -40,9 +40,9 @@ def check_slice(case: Case, only: Sequence[str] | None = None) -> list[str]:
     if problems:
         raise ConfigError(problems)
     size, fullest = max(programs, default=(0, "none"))
-    hbm = "" if target.hbm is None else f" of {target.hbm / 2**30:.4g}"
+    hbm = "" if target.hbm is None else f" of the {gib(target.hbm)}"
     line += f". The mesh divides the batches; the fullest program, {fullest}, takes about "
-    return [f"{line}{size / 2**30:.3g}{hbm} GiB of a device"]
+    return [f"{line}{gib(size)}{hbm} of a device"]
 
 
 def slice_or_stand_ins(name: str) -> Slice:

@@ -13,7 +13,7 @@ import jax
 from r1jax.config.yaml_file import ConfigError
 from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.models import Decoder
-from r1jax.planner.plan import HINTS
+from r1jax.planner.plan import HINTS, gib
 from r1jax.programs import Planning
 from r1jax.programs.program import Program, bytes_by_kind
 from r1jax.rollouts.scoring import directory_section
@@ -21,8 +21,6 @@ from r1jax.run.models import build_decoder
 from r1jax.run.resolve import ResolvedRun, load_functions
 from r1jax.run.stop import RunError
 from r1jax.settings.stage import Stage
-
-_GIB = 2**30
 
 
 def planning_of(run: ResolvedRun) -> Planning:
@@ -57,10 +55,10 @@ def too_large(stages: Sequence[Stage], planning: Planning, free: float | None) -
         fullest = max(programs, key=lambda program: sizes_of(program).total(), default=None)
         if fullest is None or (needed := sizes_of(fullest).total()) <= free:
             continue
-        parts = ", ".join(f"{kind} {size / _GIB:.3g}" for kind, size in _large(fullest).items())
+        parts = ", ".join(f"{kind} {gib(size)}" for kind, size in _large(fullest).items())
         line = (
-            f"its {fullest.name} needs {needed / _GIB:.4g} GiB on each device ({parts}), and "
-            f"{free / _GIB:.4g} GiB are free. {_remedy(stage, fullest)}"
+            f"its {fullest.name} needs {gib(needed)} on each device ({parts}), and "
+            f"{gib(free)} are free. {_remedy(stage, fullest)}"
         )
         lines += planning.config.refusal(f"stages.{stage.name}", line).problems
     return lines
@@ -137,15 +135,15 @@ def _explain(text: str, stage: Stage, run: ResolvedRun) -> str:
     where = f"out of memory ({HEARTBEAT})"
     found = _ASKED.search(text)
     if found and found[1]:
-        needed = f"it needs {int(found[1]) / _GIB:.3g} GiB more"
+        needed = f"it needs {gib(int(found[1]))} more"
     else:
         needed = f"it needs {found[2]} of {found[3]}" if found else "it needs more than there is"
     free = free_here()
-    left = "" if free is None else f", and {free / _GIB:.3g} GiB are free on a device"
+    left = "" if free is None else f", and {gib(free)} are free on a device"
     programs = load_functions(stage).programs(stage, planning_of(run)).programs
     fullest = max(programs, key=lambda program: sizes_of(program).total(), default=None)
     estimate = ""
     if fullest is not None:
-        size = sizes_of(fullest).total() / _GIB
-        estimate = f" By estimate the fullest program, {fullest.name}, takes {size:.3g} GiB."
+        size = sizes_of(fullest).total()
+        estimate = f" By estimate the fullest program, {fullest.name}, takes {gib(size)}."
     return f"{where}: {needed}{left}.{estimate} {_remedy(stage, fullest)}"

@@ -372,10 +372,16 @@ def advice(program: ProgramPlan, stage: StagePlan, hbm: float, devices: int) -> 
         hints.insert(0, describe_kind(stage.kind).less_memory)
     wanted = -(-devices * program.total // hbm)
     return (
-        f"{stage.name}: {program.name} is {(program.total - hbm) / 2**30:.3g} GiB a device too "
-        f"large; its {large[0]} are {program.memory[large[0]] / 2**30:.3g} GiB. What would help: "
+        f"{stage.name}: {program.name} is {gib(program.total - hbm)} a device too "
+        f"large; its {large[0]} are {gib(program.memory[large[0]])}. What would help: "
         f"{'; '.join([*hints, f'about {wanted:.0f} such devices instead of {devices}'])}"
     )
+
+
+def gib(size: float) -> str:
+    """Bytes as text, in GiB."""
+    number = size / 2**30
+    return f"{number:,.0f} GiB" if number >= 100 else f"{number:.3g} GiB"
 
 
 # By what takes the memory.

@@ -47,6 +47,7 @@ COMMANDS = {
     "described": ("run", MINE, *FOR_EIGHT, "--dry-run"),
     "scripts": ("on-slice", "v6e-8", "--", MINE, "seed=1", "--from", "zero"),
     "scripts, other name": ("on-slice", "v5p-8", "--", MINE),
+    "scripts, none of it": ("on-slice", "v6e-16", "--", MINE, "--only", "base"),
     "scripts, given": ("on-slice", "v6e-8", "--", MINE, "--slice", "v6e:2x4"),
     "scripts, another given": ("on-slice", "v6e-8", "--", MINE, "--slice", "v5p-8"),
     "scripts, option": ("on-slice", "v6e-8", "--", MINE, "--fro", "zero"),
@@ -179,7 +180,7 @@ def test_a_check_needs_no_compiler(done: dict[str, Done]) -> None:
     assert line in done["check"].out
     refused = done["check refused"]
     assert refused.status == 2 and "is not a multiple of 8" in refused.err
-    assert done["memory"].status == 2 and "31.24 GiB are free" in done["memory"].err
+    assert done["memory"].status == 2 and "31.2 GiB are free" in done["memory"].err
 
 
 def test_plan_of_one_stage_looks_at_that_stage_alone(done: dict[str, Done]) -> None:
@@ -214,6 +215,9 @@ def test_what_the_scripts_ask(done: dict[str, Done]) -> None:
     ):
         refused = done[f"scripts, {name}"]
         assert refused.status == 2 and message in refused.err, refused
+    assert "no settings for v6e:4x4; it has some for v6e:2x4, v5p-8" in (
+        done["scripts, none of it"].err
+    )
     absolute = done["scripts, absolute"]
     assert "data.held_out.source: /" in absolute.err and "or mount it there, too" in absolute.err
     unknown = done["scripts, unknown"]

@@ -387,7 +387,7 @@ def test_memory_that_runs_out_later_is_one_message(
     message = str(ended.value)
     assert re.search(
         r"config.yaml:\d+: stages.base: out of memory \(stage base, step 0, after update\): it "
-        r"needs 4.19e\+06 GiB more, and .* GiB are free on a device. By estimate the fullest "
+        r"needs 4,194,304 GiB more, and .* GiB are free on a device. By estimate the fullest "
         r"program, update, takes .* GiB. What would help: more micro_batches",
         message,
     ), message
