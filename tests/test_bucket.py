@@ -384,6 +384,20 @@ def test_a_bucket_that_is_not_there_is_named(storage: Storage) -> None:
         check_access("gs://another/runs")
 
 
+def test_a_model_is_missing_only_where_the_bucket_could_be_asked(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"model 'gs://.*/none': nothing on the bucket"):
+        hugging_face.find_config(f"gs://{BUCKET}/none")
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("Cannot connect to host storage.googleapis.com")
+
+    monkeypatch.setattr("gcsfs.GCSFileSystem._info", no_network)
+    with pytest.raises(ValueError, match=r"cannot read gs://.*Cannot connect.*the network"):
+        hugging_face.find_config(f"gs://{BUCKET}/none")
+
+
 @pytest.mark.parametrize("path", ["gs://", "gs:///"])
 def test_a_path_on_no_bucket_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=f"{path}: no bucket is named; .*gs://BUCKET"):

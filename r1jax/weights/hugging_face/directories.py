@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from r1jax.bucket import locate, on_bucket
+from r1jax.bucket import check_readable, locate, on_bucket
 from r1jax.config.packaged import packaged_shape
 from r1jax.files import JsonObject
 from r1jax.models.config import ModelConfig
@@ -67,6 +67,7 @@ def _directory(path_or_name: str) -> Path | None:
     if path.is_dir():
         return path
     if on_bucket(path_or_name):
+        check_readable(path_or_name)  # without a network, too, nothing is a directory
         raise ValueError(f"model {path_or_name!r}: nothing on the bucket has this name")
     return None
 
