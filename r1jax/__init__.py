@@ -4,7 +4,7 @@
     texts = r1jax.sample(model, ["What is 12 plus 7?"], samples=4)    # sample it
     log_probs = r1jax.log_probs(model, [model.tokenizer.encode("12 plus 7 is 19.")])
     score = r1jax.score(texts[0][0], "19", reward="accuracy")         # a rule reward, without JAX
-    step = r1jax.make_grpo_step(log_prob_fn, optimizer)               # one GRPO update of any model
+    step = jax.jit(r1jax.make_grpo_step(log_prob_fn, optimizer))      # one GRPO update of any model
 
 A name is imported when it is first used: a reward or a config needs no JAX, and loads none.
 """

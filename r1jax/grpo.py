@@ -34,7 +34,11 @@ def make_grpo_step(
 ) -> TrainStep[GRPOBatch]:
     """`make_policy_step` with the objective of `config`:
 
-    step = jax.jit(make_grpo_step(log_prob_fn, optax.adam(1e-6)), donate_argnums=0)
+        step = jax.jit(make_grpo_step(log_prob_fn, optax.adam(1e-6)), donate_argnums=0)
+
+    So jitted it consumes the state, weights included: copy weights that are kept, such as those of
+    the reference, before `init_train_state`. The default `kl_coefficient` of 0.001 needs
+    `reference_log_probs` in each batch; with 0 there is no reference.
     """
     return make_policy_step(
         log_prob_fn,

@@ -116,6 +116,10 @@ def make_policy_step(
 
         step = jax.jit(make_policy_step(log_prob_fn, optax.adam(1e-6), gspo()), donate_argnums=0)
 
+    So jitted it consumes the state that it is given: the arrays of `state`, weights included, are
+    deleted, and the new state is what to use. Weights that are kept, such as those of the
+    reference, are copied before they become a part of a state: `jax.tree.map(jnp.copy, params)`.
+
     The gradients with several micro-batches equal those with one: each token's weight is fixed
     from the whole batch's mask before it is split.
 

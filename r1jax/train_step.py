@@ -48,7 +48,11 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init_train_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The first train state of these weights, which become a part of it.
+    """The first train state of these weights, which become a part of it: no copy is made.
+
+    A step that is jitted with `donate_argnums=0` consumes its state, so `params` cannot be used
+    after the first step. Who keeps them, say for the reference of a KL penalty, copies them first:
+    `reference = jax.tree.map(jnp.copy, params)`.
 
     Scalars (the step, the optimizer's counts) come to the mesh of the weights, where those are on
     one. An update leaves them there: if it first found them elsewhere, it would compile twice.
