@@ -535,6 +535,19 @@ def test_explain_says_type_default_meaning_and_other_names() -> None:
     assert invoke("explain", "temprature").exit_code == 2
 
 
+def test_explain_says_what_a_kind_a_reward_and_a_field_are() -> None:
+    text = invoke("explain", "sft").stdout
+    assert text.startswith("kind: sft\n  a kind of stage\n  ")
+    assert "\nstages.NAME.row_tokens" in text and "\nstages.NAME.optimizer  (" in text
+    assert "stages.NAME.optimizer.beta2" not in text and "outputs_per_question" not in text
+    text = invoke("explain", "format").stdout
+    assert text.startswith("rewards.format\n  a reward\n  1 if the completion is well formed")
+    assert "`style`" in text and "Raises" not in text and "\nrewards.NAME.weight" in text
+    text = invoke("explain", "response").stdout
+    assert text.startswith("response\n  a field of a dataset's rows\n")
+    assert "\ndata.NAME.fields\n" in text
+
+
 def test_help_waits_for_no_heavy_import() -> None:
     program = (
         "import sys; from r1jax.cli import app\n"

@@ -34,12 +34,13 @@ def explain(
         str,
         typer.Argument(
             metavar="KEY",
-            help="Whole or its end, such as stages.rl.loss.clip_low, loss or clip_low; or what "
-            "TRL, tunix or verl call it.",
+            help="Whole or its end, such as stages.rl.loss.clip_low, loss or clip_low; what TRL, "
+            "tunix or verl call it; or a kind of stage (sft), a reward (accuracy), a field of a "
+            "row (response).",
         ),
     ],
 ) -> None:
-    """Say what a config's key means: its type, default, and names in TRL, tunix and verl."""
+    """Say what a config's key, kind of stage, reward or field of a row means."""
     from r1jax.config import reference
 
     for index, each in enumerate(reference.explain(key)):

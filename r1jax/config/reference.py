@@ -20,6 +20,8 @@ from r1jax.config.expected import alternatives, describe, keys_of
 from r1jax.config.other_names import OTHER_NAMES, no_counterpart
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError, show
+from r1jax.rewards import REWARDS
+from r1jax.settings.data import FIELDS
 from r1jax.settings.kinds import KINDS, load_kind
 from r1jax.settings.stage import Stage
 
@@ -79,7 +81,9 @@ def explain(name: str) -> list[Setting]:
 
     Args:
       name: a key, whole or its end: `stages.NAME.loss.clip_low`, `stages.rl.loss.clip_low`,
-        `loss.clip_low`; or what TRL, tunix or verl call it.
+        `loss.clip_low`; or what TRL, tunix or verl call it. Or a value that has a name: a kind
+        of stage, objective, search or rewriting (`sft`, `gspo`), a reward (`accuracy`), or a field
+        of a dataset's rows (`response`).
 
     Raises:
       ConfigError: there is none; it names the nearest, or why there is none.
@@ -94,17 +98,51 @@ def explain(name: str) -> list[Setting]:
         known = {each.key for each in matches}
         elsewhere = _from_elsewhere(name)
         matches += [each for each in settings if each.key in elsewhere and each.key not in known]
+        matches += _of_value(name, settings)
     if not matches:
         reason = no_counterpart(name)
-        near = difflib.get_close_matches(
-            asked[-1] if asked else "", {each.key.rpartition(".")[2] for each in settings}, n=3
-        )
+        known = {each.key.rpartition(".")[2] for each in settings}
+        known |= {kind for each in settings for kind in each.kinds}
+        known |= {*FIELDS, *_rewards()}
+        near = difflib.get_close_matches(asked[-1] if asked else "", sorted(known), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `r1jax explain stages`"
         raise ConfigError([f"{name}: no setting of this name; {reason or hint}"])
     if len({each.key for each in matches}) > 1:
         return matches
     below = f"{matches[0].key}."
     return matches + [each for each in settings if each.key.startswith(below)]
+
+
+def _of_value(name: str, settings: Sequence[Setting]) -> list[Setting]:
+    """What there is to say of a value that has a name of its own, and of the keys that take it.
+
+    Of a kind of stage its own keys only: those of its sections would hide them.
+    """
+    if name in KINDS:
+        keys = [each for each in settings if name in each.kinds and each.key.count(".") == 2]
+        about = _first_paragraph(load_kind(name))
+        about += " Its keys follow; `r1jax explain stages.NAME.KEY` lists those of a section."
+        return [Setting(f"kind: {name}", (), "a kind of stage", "", about), *keys]
+    if keys := [each for each in settings if name in each.kinds]:
+        return keys
+    if name in _rewards():
+        about = inspect.getdoc(REWARDS[name].function) or ""
+        about = " ".join(about.partition("\n\nRaises:")[0].split())
+        keys = [each for each in settings if each.key.startswith("rewards.NAME.")]
+        return [Setting(f"rewards.{name}", (), "a reward", "", about), *keys]
+    if name in FIELDS:
+        keys = [each for each in settings if each.key == "data.NAME.fields"]
+        return [Setting(name, (), "a field of a dataset's rows", "", FIELDS[name]), *keys]
+    return []
+
+
+def _rewards() -> list[str]:
+    """Rewards that a config may name; one with `_` in front is used by others."""
+    return [name for name in REWARDS if not name.startswith("_")]
+
+
+def _first_paragraph(section: type) -> str:
+    return (inspect.getdoc(section) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def other_names_of(key: str) -> dict[str, list[str]]:
@@ -194,7 +232,7 @@ def meaning_of(section: type, name: str, field: FieldInfo) -> str:
     # Of a section what it is; of the kind of one what the section is.
     parts = [part for part in alternatives(field.annotation) if keys_of(part)]
     parts = [section] if name == "kind" else parts
-    return (inspect.getdoc(parts[0]) or "").partition("\n\n")[0].replace("\n", " ") if parts else ""
+    return _first_paragraph(parts[0]) if parts else ""
 
 
 def _docstring_entries(section: type) -> Mapping[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +11,29 @@ from pydantic import Field, model_validator
 from r1jax.files import JsonObject
 from r1jax.settings.benchmarks import fill_in, find_benchmark
 from r1jax.settings.section import Section
+
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "prompt": "The question, without a template: a text, or a list of messages that ends with "
+        "the user's.",
+        "answer": "The reference answer that rewards compare with: a text or a number; lists and "
+        "mappings become JSON.",
+        "text": "A whole text, for pretrain.",
+        "domain": "A label, which rewards may be limited to.",
+        "response": "The assistant's answer to the prompt: of sft, and of reward_model with "
+        "loss: pointwise.",
+        "messages": "A whole conversation, for sft in place of prompt and response: a list of "
+        "{role, content} or {from, value}.",
+        "chosen": "The better response to the prompt, for reward_model with loss: pairwise.",
+        "rejected": "The worse response to the prompt, for reward_model with loss: pairwise.",
+        "safe": "Whether the response is safe, true or false, for reward_model with "
+        "loss: pointwise.",
+        "completions": "The steps of a solution, a list of texts, for process_reward_model.",
+        "labels": "For each of the completions whether it is right, a list of true, false, a "
+        "number in 0..1 or null, for process_reward_model.",
+    }
+)
+"""Field of a row -> what it holds; a row of docs/data.md for each kind of stage."""
 
 
 class DataSection(Section):
@@ -35,8 +60,10 @@ class DataSection(Section):
     split: str = Field("train", description="`train` or `held_out`; or the source's own split.")
     fields: dict[str, str | None] = Field(
         default_factory=dict,
-        description="Example field (prompt, answer, text, domain, response, messages) -> source "
-        "column; a.b: key b of a; null: not read.",
+        description="Field of a row (prompt, answer, text, domain, response, messages; for reward "
+        "models also chosen, rejected, safe, completions, labels) -> the source's column with it. "
+        "Default: the column of the same name. a.b is the key b of the column a; null: the field "
+        "is not read, even if there is such a column.",
     )
     answer_pattern: str | None = Field(
         None, description="Regular expression; group 1 of its last match is the answer."
@@ -76,7 +103,10 @@ class DataSection(Section):
         None, ge=1, le=10**12, description="Use only the first N rows of the split."
     )
     options: JsonObject = Field(
-        default_factory=dict, description="Arguments of a task, of a reader."
+        default_factory=dict,
+        description="Further arguments of the source. tfds: data_dir. hf: config, revision, "
+        "data_files. task and gym: the task's own. With held_out_fraction also from_split, the "
+        "source's split that is divided.",
     )
 
     @classmethod

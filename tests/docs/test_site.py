@@ -16,6 +16,9 @@ from r1jax.cli import app
 from r1jax.config.load import ConfigError, load_config, parse_config
 from r1jax.config.other_names import OTHER_NAMES
 from r1jax.config.reference import Setting, every_setting, explain
+from r1jax.data import examples, step_labels
+from r1jax.rewards import REWARDS
+from r1jax.settings.data import FIELDS
 from r1jax.settings.kinds import KINDS, load_kind
 from r1jax.settings.objective import GRPOConfig
 from r1jax.settings.section import Section
@@ -100,6 +103,33 @@ def test_explain_a_section_with_its_keys_and_refuses_what_there_is_not() -> None
         explain("temprature")
     with pytest.raises(ConfigError, match="a sample is trained on once"):
         explain("ppo_epochs")
+
+
+def test_explain_a_value_that_has_a_name() -> None:
+    for kind in KINDS:
+        first, *keys = explain(kind)
+        assert first.key == f"kind: {kind}" and first.meaning
+        assert {"stages.NAME.kind", "stages.NAME.name"} <= {each.key for each in keys}
+        assert all(kind in each.kinds for each in keys)
+    assert "stages.NAME.objective.kind" in {each.key for each in explain("gspo")}
+    assert all("gspo" in each.kinds for each in explain("gspo"))
+    for reward in (each for each in REWARDS if not each.startswith("_")):
+        assert explain(reward)[0].meaning, reward
+    for field in FIELDS:  # some of them are settings, too
+        assert [each.key for each in explain(field)][-2:] == [field, "data.NAME.fields"]
+    assert explain("domain")[0].key == "data.NAME.domain"
+    for name, near in {"acuracy": "accuracy", "mesages": "messages", "grppo": "grpo"}.items():
+        with pytest.raises(ConfigError, match=f"did you mean.* {near}"):
+            explain(name)
+    with pytest.raises(ConfigError):
+        explain("_reference")
+
+
+def test_every_field_that_is_read_has_a_meaning() -> None:
+    read = {*examples._FIELDS, *step_labels._FIELDS, "chosen", "rejected", "safe"}
+    assert read == set(FIELDS)
+    meaning = setting("data.NAME.fields").meaning
+    assert all(field in meaning for field in FIELDS)
 
 
 def test_every_command_and_option_is_on_the_page(pages: dict[str, str]) -> None:
