@@ -11,6 +11,8 @@ import forked
 import pytest
 from tiny_checkpoint import make_model
 
+from r1jax.rewards import Outcome, score
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "library.md"
 PIECES = {
@@ -63,3 +65,14 @@ def test_the_step_on_several_devices_is_compiled_once() -> None:
     code += "assert state.params.sharding.is_fully_replicated and len(state.params.devices()) == 2"
     done = forked.run("-c", code, env={"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_reward_of_the_page_of_rewards_gives_the_answer_to_vote_on(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "extracted" in c)
+    (tmp_path / "voted.py").write_text(code)
+    reward = f"{tmp_path}/voted.py:last_number"
+    right, wrong, none = (score(text, "19", reward) for text in ("It is 19", "It is 20", ""))
+    assert (right.reward, right.extracted) == (1.0, "19")
+    assert (wrong.outcome, wrong.extracted) == (Outcome.WRONG, "20")
+    assert (none.reward, none.extracted) == (0.0, None)
