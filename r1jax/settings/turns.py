@@ -89,8 +89,8 @@ class TrainedTurn(Turn):
         ge=0,
         le=1,
         description="Of the assistant's: how much of the next attempt's return is part of this "
-        "one's. With 1, a wrong attempt that the next one mends earns more than a right one, if the "
-        "next one's improvement is above this one's weight.",
+        "one's. With 1, a wrong attempt that the next one mends earns more than a right one, if "
+        "the next one's improvement is above this one's weight.",
     )
     kl_coefficient: float | None = Field(
         None,
