@@ -37,7 +37,7 @@ def same_answer(reference: str, answer: str, *, use_sympy: bool = True) -> bool:
     r"""Whether two final answers (not completions) mean the same.
 
     Both are read into values, which are compared by their kind; docs/answers.md has the rules.
-    A reference that is not read has math-verify as its last opinion, unless the answer is a number.
+    A reference that is not read has math-verify as its last opinion, unless it is a number.
 
     Raises:
       UnreadableAnswer, UnreadableReference: no way to read one of the two.
