@@ -56,7 +56,10 @@ class _Commands(TyperGroup):
 
 
 def _print_error(error: Exception, prefix: str, with_place: bool) -> None:
-    """The message, and for errors that may be a fault of r1jax, where it was raised."""
+    """The message, and for errors that may be a fault of r1jax, where it was raised.
+
+    Those that r1jax raises itself are worded for users; others come from a library, or from Python.
+    """
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -64,9 +67,15 @@ def _print_error(error: Exception, prefix: str, with_place: bool) -> None:
     package = f"{Path(__file__).parent}{os.sep}"
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if frame.filename.startswith(package)]
-    if inside and with_place:
+    if inside and with_place and not _raised_here(frames[-1], package):
         place = f"{inside[-1].filename}:{inside[-1].lineno}"
         typer.secho(f"({place}; R1JAX_DEBUG=1 shows the traceback)", dim=True, err=True)
+
+
+def _raised_here(frame: traceback.FrameSummary, package: str) -> bool:
+    """Whether a `raise` of the package is the origin of an error; its last frame is given."""
+    statement = frame.line or "raise"  # without the source: most likely
+    return frame.filename.startswith(package) and statement.startswith("raise")
 
 
 app = typer.Typer(

@@ -34,10 +34,7 @@ def locked(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            raise ValueError(
-                f"{directory}: {_holder(path)} is running it; wait for its end or stop it, or give "
-                "this run another name, seed or output"
-            )
+            raise _refusal(directory)
         file.truncate(0)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}))
@@ -58,6 +55,22 @@ def is_locked(directory: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def refuse_locked(directory: Path) -> None:
+    """Raises ValueError, as `locked`, where a process holds the lock; keeps none, makes nothing."""
+    for _ in range(_TRIES):
+        if not is_locked(directory):
+            return
+        time.sleep(0.1)
+    raise _refusal(directory)
+
+
+def _refusal(directory: Path) -> ValueError:
+    return ValueError(
+        f"{directory}: {_holder(directory / LOCK)} is running it; wait for its end or stop it, or "
+        "give this run another name, seed or output"
+    )
 
 
 def _holder(path: Path) -> str:

@@ -15,14 +15,14 @@ import jax
 import yaml
 from rich.console import Console
 
-from r1jax.bucket import check_readable, copy_folder
+from r1jax.bucket import check_readable, copy_folder, on_bucket
 from r1jax.compilation_cache import use_compilation_cache
 from r1jax.config.lineage import needs
 from r1jax.config.run_config import RunConfig
 from r1jax.evaluation.results import write_results
 from r1jax.evaluation.run_directory import read_run
 from r1jax.files import JsonObject
-from r1jax.lock import locked
+from r1jax.lock import locked, refuse_locked
 from r1jax.metrics.compilations import CompilationCounter, memory
 from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.profiling import ProfiledSteps
@@ -39,7 +39,7 @@ from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.rollouts.searching import check_search, search_question
 from r1jax.run.checkpointed import find_model
-from r1jax.run.record import Record, RunFiles, open_record
+from r1jax.run.record import Record, RunFiles, open_record, read_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
 from r1jax.run.stop import (
@@ -66,6 +66,35 @@ def run(
     with watched_peers():
         _agree_to_start(config, selection)
         return _run(config, selection, profile)
+
+
+def review(
+    config: RunConfig, selection: Selection = EVERYTHING, profile: ProfiledSteps | None = None
+) -> list[Stage]:
+    """The stages that `run` would run, by the run's directory, which is only read.
+
+    Raises ValueError for what `run` refuses about the directory, and about the selection of its
+    stages; loads no model.
+    """
+    selected = selection.stages(config)
+    try:
+        files = RunFiles.to_read(config)
+    except (ValueError, ImportError) as error:
+        raise config.refusal("output", str(error)) from error
+    if not on_bucket(files.directory):
+        refuse_locked(files.directory)
+    return _stages_left(read_record(config, files, selection.restart), selected, profile)
+
+
+def _stages_left(
+    record: Record, selected: Sequence[str], profile: ProfiledSteps | None
+) -> list[Stage]:
+    """The selected stages that are not finished; ValueError where they cannot be run."""
+    _check_needs(record, selected)
+    if profile is not None:
+        _check_profile(record, selected, profile)
+    chosen = [stage for stage in record.config.stages if stage.name in selected]
+    return [stage for stage in chosen if record.status(stage.name) != "done"]
 
 
 def _agree_to_start(config: RunConfig, selection: Selection) -> None:
@@ -105,6 +134,8 @@ def _hash_of_code() -> str:
 def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None) -> int:
     HEARTBEAT.begin_stage("")  # of a former run in this process
     selected = selection.stages(config)
+    if not on_bucket(config.output):  # of a bucket, when it is known to be accessible
+        review(config, selection, profile)
     resolved = resolve(config)
     files = resolved.files
     cache = use_compilation_cache(config.compilation_cache, config.output)
@@ -117,11 +148,7 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         _lock(files, held)
         record = open_record(config, files, selection.restart)
         record.note_references(references)
-        _check_needs(record, selected)
-        if profile is not None:
-            _check_profile(record, selected, profile)
-        chosen = [stage for stage in config.stages if stage.name in selected]
-        left = [stage for stage in chosen if record.status(stage.name) != "done"]
+        left = _stages_left(record, selected, profile)
         check_memory(resolved, left)
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)

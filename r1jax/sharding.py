@@ -58,6 +58,14 @@ ROLLOUT_RULES: Rules = {
 }
 
 
+class UnevenError(ValueError):
+    """A mesh does not divide a dimension of an array. `mesh_axes`: those that were to split it."""
+
+    def __init__(self, message: str, mesh_axes: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.mesh_axes = mesh_axes
+
+
 @dataclass(frozen=True)
 class StandIn:
     """What devices stand in for, where nothing is computed: their platform, on how many hosts."""
@@ -93,8 +101,9 @@ class Layout:
         """The partition of an array with these logical axes.
 
         Raises:
-          ValueError: an unknown logical axis, two dimensions on one mesh axis, or (if `shape` is
-            given) a dimension that its mesh axes do not divide. Names the array, axis and sizes.
+          ValueError: an unknown logical axis, or two dimensions on one mesh axis.
+          UnevenError: `shape` has a dimension that its mesh axes do not divide. Names the array,
+            axis and sizes.
         """
         table = dict(self.rules)
         used: dict[str, str] = {}
@@ -117,11 +126,12 @@ class Layout:
                 used[target] = axis
             size = math.prod(self.mesh.shape[t] for t in targets)
             if shape is not None and shape[index] % size:
-                raise ValueError(
+                raise UnevenError(
                     f"{name}: dimension {index} ({axis!r}, size {shape[index]}) is not divisible "
                     f"by {size}, the size of mesh axes {targets}; make it "
                     f"{_either(_divisors(shape[index], self.mesh.size))}, or map {axis!r} to null "
-                    "in mesh.rules"
+                    "in mesh.rules",
+                    targets,
                 )
             parts.append(targets[0] if len(targets) == 1 else (targets or None))
         return PartitionSpec(*parts)

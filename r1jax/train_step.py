@@ -142,7 +142,11 @@ def _deal(rows: Rows, parts: int) -> Rows:
                 f"{parts} micro-batches its first dimension must be the rows, {count} as elsewhere"
             )
     if count % parts:
-        raise ValueError(f"a batch of {count} rows does not split into {parts} micro-batches")
+        near = max(n for n in range(1, parts) if count % n == 0)
+        raise ValueError(
+            f"a batch of {count} rows does not split into {parts} micro-batches; give a divisor of "
+            f"{count}, such as {near}"
+        )
     return jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
 
 

@@ -58,7 +58,7 @@ def run(
     selection = Selection(only, first, last, tuple(restart or ()))
     join_processes()
     if dry_run:
-        selection.stages(settings)  # refuses names that are not there
-        print_dry_run(settings, slice_name if process_index() is None else None)
+        target = slice_name if process_index() is None else None
+        print_dry_run(settings, target, selection, profiled)
         return
     raise typer.Exit(recipe.run(settings, selection, profiled))

@@ -6,6 +6,7 @@ stages that its weights and datasets come from; not on what it prints or its lay
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -67,13 +68,27 @@ def ingredients(config: RunConfig, name: str) -> JsonObject:
     }
 
 
+_OF_SOURCES = re.compile(r"^(\([^()]*\)\.)+")  # `(rl).(sft).`, as `ingredients` nests them
+
+
 def changes(before: JsonObject, config: RunConfig, name: str) -> list[str]:
     """What decides the result of the stage `name` and is not what it began with.
 
     Settings that decide none are left out (`Stage.FREE`), and so are those that did not exist when
-    it began and have their default.
+    it began and have their default. A setting of a stage that this one rests on is named as its own
+    would be, and once.
     """
-    return list(differences(_deciding(before), _deciding(ingredients(config, name))))
+    lines = differences(_deciding(before), _deciding(ingredients(config, name)))
+    return list(dict.fromkeys(map(_worded, lines)))
+
+
+def _worded(line: str) -> str:
+    """A line of `differences` of two ingredients, as a user would name what differs."""
+    line = _OF_SOURCES.sub("", line)
+    whole = re.match(r"\(([^()]*)\): (None -> )?", line)  # all of a source: there, or not there
+    if whole is None:
+        return line
+    return f"it rests on {whole[1]} {'now' if whole[2] else 'no longer'}"
 
 
 def extension(before: JsonObject, config: RunConfig, name: str) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 
+from r1jax.config.lineage import edges
 from r1jax.config.run_config import RunConfig
 from r1jax.files import JsonObject
 from r1jax.models import declare
 from r1jax.models.parameters import abstract_weights, is_spec
-from r1jax.planner.memory import free_here, planning_of, too_large
+from r1jax.planner.memory import free_here, planning_of, sizes_of, too_large
 from r1jax.planner.topologies import Slice
 from r1jax.programs import StagePrograms
 from r1jax.programs.program import bytes_by_kind, bytes_on_device
@@ -19,15 +21,20 @@ from r1jax.run.resolve import check, load_functions, resolve
 from r1jax.settings.stage import Stage
 
 
-def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
+def describe(
+    config: RunConfig, target: Slice | None = None, stages: Sequence[Stage] | None = None
+) -> JsonObject:
     """What `--dry-run` shows: parameters, the sharding of each weight, a memory estimate, and lines
     about rows whose reference answers cannot be read and about the most that a step may take.
-    `too_large` has the stages for which the memory does not suffice.
+    `too_large` has the stages for which the memory does not suffice; `fullest` the program that
+    needs the most, if there is one, and `free` what a device has, if that is known.
 
     Each stage has the largest that its programs have in memory at once, beside the weights.
 
     target: the slice, which need not be there; default: the devices of this machine.
+    stages: those that will run, of whose models and programs the memory is; default: all.
     """
+    chosen = config.stages if stages is None else stages
     free: float | None
     if target is None:
         run, free = resolve(config), free_here()
@@ -40,14 +47,22 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
     weights: list[JsonObject] = []
     memory: list[JsonObject] = []
     sizes: dict[str, int] = {}
+    used = _models_of(config, chosen)
     for name, model in run.models.by_name.items():
+        if name not in used:
+            continue
         prefix = f"{name}." if len(run.models.by_name) > 1 else ""
         rows = _weights(model, prefix)
         weights += rows
         sizes[name] = sum(row["bytes"] for row in rows)
         memory.append({"what": f"{prefix}weights", "bytes": sizes[name]})
-    for stage in config.stages:
+    fullest: JsonObject | None = None
+    for stage in chosen:
         called = load_functions(stage).programs(stage, planning)
+        for program in called.programs:
+            needed = sizes_of(program).total()
+            if fullest is None or needed > fullest["bytes"]:
+                fullest = {"what": f"{program.name} of {stage.name}", "bytes": needed}
         memory += stage_memory(stage, called, sizes[config.model_of(stage.name)], run.layouts)
         notes += [f"{stage.name}: {line}" for line in called.limits]
     return {
@@ -55,9 +70,18 @@ def describe(config: RunConfig, target: Slice | None = None) -> JsonObject:
         "weights": weights,
         "memory": memory,
         "notes": notes,
-        "too_large": too_large(config.stages, planning, free),
+        "too_large": too_large(chosen, planning, free),
+        "fullest": fullest,
+        "free": free,
         "devices": f"{run.layouts.devices} x {kind}, mesh {meshes_of(run.layouts)}",
     }
+
+
+def _models_of(config: RunConfig, stages: Sequence[Stage]) -> set[str]:
+    """The models whose weights the stages start from or read."""
+    names = {stage.name for stage in stages}
+    read = [edge for edge in edges(config) if edge.target in names and edge.gives != "data"]
+    return {config.model_of(name) for name in [*names, *(edge.source for edge in read)]}
 
 
 def meshes_of(layouts: Layouts) -> str:

@@ -7,8 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class RunFiles:
         copy = WorkingCopy(str(home)) if on_bucket(home) else None
         names = tuple(stage.name for stage in config.stages)
         return RunFiles(home if copy is None else copy.directory, names, copy)
+
+    @staticmethod
+    def to_read(config: RunConfig) -> RunFiles:
+        """As `of`, only to be read: those of a run on a bucket are read there, without a copy."""
+        home = locate(config.output) / f"{config.name}-s{config.seed}"
+        return RunFiles(home, tuple(stage.name for stage in config.stages))
 
     def home(self, path: Path) -> Path:
         """Where a path in the run's directory lasts: the path, or its address on the bucket."""
@@ -98,11 +104,15 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Record:
-    """The record of a run; process 0 writes it, all processes keep the same one."""
+    """The record of a run; process 0 writes it, all processes keep the same one.
+
+    forgotten: stages that run from their start, though something of them may lie there.
+    """
 
     config: RunConfig
     files: RunFiles
     content: JsonObject
+    forgotten: list[str] = field(default_factory=list)
 
     def mark(self, stage: Stage, status: str, seconds: Mapping[str, float]) -> None:
         """Note a stage's status and its seconds by phase."""
@@ -142,20 +152,13 @@ class Record:
             write_text(self.files.directory / "run.json", text)
 
 
-def open_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ()) -> Record:
-    """Create the run's directory, or continue in it if its results are still the config's.
-
-    Process 0 writes; the others wait and read the same files. What the stages in `restart` have
-    written is removed.
+def read_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ()) -> Record:
+    """The record that a run would go on with; nothing is written.
 
     Raises:
       ValueError: a stage that has begun is no longer what the config says, or rests on one in
-        `restart`.
+        `restart`; the message names all such stages.
     """
-    if jax.process_index() > 0:
-        wait_for_all("open_record")
-    files.pull()
-    files.directory.mkdir(parents=True, exist_ok=True)
     path = files.directory / "run.json"
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content: JsonObject = {"name": config.name, "seed": config.seed, "started": started}
@@ -163,8 +166,24 @@ def open_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ())
     if path.exists():
         content = _read_content(path)
     record = Record(config, files, content)
-    _restart(record, restart)
-    _refuse_stale(record)
+    _go_on(record, restart)
+    return record
+
+
+def open_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ()) -> Record:
+    """Create the run's directory, or continue in it if its results are still the config's.
+
+    Process 0 writes; the others wait and read the same files. What the stages in `restart` have
+    written is removed.
+
+    Raises ValueError as `read_record`.
+    """
+    if jax.process_index() > 0:
+        wait_for_all("open_record")
+    files.pull()
+    files.directory.mkdir(parents=True, exist_ok=True)
+    record = read_record(config, files, restart)
+    content = record.content
     content["versions"] = {
         name: version(name) for name in ("r1jax", "jax", "flax", "optax", "transformers")
     } | {"python": platform.python_version()}
@@ -177,6 +196,8 @@ def open_record(config: RunConfig, files: RunFiles, restart: Sequence[str] = ())
         "processes": jax.process_count(),
     }
     if jax.process_index() == 0:
+        for name in record.forgotten:
+            files.remove_stage(name)
         plan = config.model_dump(mode="json", exclude={"output"})
         text = yaml.safe_dump(plan, sort_keys=False, allow_unicode=True)
         write_text(files.directory / "config.yaml", text)
@@ -201,33 +222,21 @@ def _read_content(path: Path) -> JsonObject:
     return content
 
 
-def _restart(record: Record, names: Sequence[str]) -> None:
-    """Forgets stages, which then run from their start."""
-    begun = record.content["stages"]
-    for edge in edges(record.config):
-        if edge.source in names and edge.target in begun and edge.target not in names:
-            raise ValueError(
-                f"--restart {edge.source}: {edge.target}, which has begun, rests on it; give "
-                f"--restart {edge.target} as well, or another name to the new run"
-            )
-    for name in names:
-        _forget(record, name)
-
-
-def _forget(record: Record, name: str) -> None:
-    record.content["stages"].pop(name, None)
-    if jax.process_index() == 0:
-        record.files.remove_stage(name)
-
-
-def _refuse_stale(record: Record) -> None:
-    """Raises ValueError, with each difference, where a stage that has begun was something else.
+def _go_on(record: Record, restart: Sequence[str]) -> None:
+    """Forgets the stages in `restart`, and takes those that get longer as running.
 
     Settings of stages to come may change, and stages may be added. A stage that saved nothing is to
     come; a train stage may get longer, and then goes on.
+
+    Raises ValueError, with each difference, where another stage that has begun was something else,
+    or rests on one in `restart`.
     """
-    config, files = record.config, record.files
-    for name, entry in list(record.content["stages"].items()):
+    config, files, begun = record.config, record.files, record.content["stages"]
+    for name in restart:
+        begun.pop(name, None)
+        record.forgotten.append(name)
+    stale: dict[str, list[str]] = {}
+    for name, entry in list(begun.items()):
         if name not in files.stages:
             continue
         began_with = entry.get("ingredients", {})
@@ -235,16 +244,59 @@ def _refuse_stale(record: Record) -> None:
         if not changed:
             continue
         if entry["status"] != "done" and not _has_saved(record, name):
-            _forget(record, name)
+            del begun[name]
+            record.forgotten.append(name)
         elif extension(began_with, config, name) and _gets_longer(record, name, began_with):
             entry["status"] = "running"
         else:
-            state = "is finished" if entry["status"] == "done" else "was begun"
-            raise ValueError(
-                f"{files.home(files.directory)}: the stage {name} {state} with other settings "
-                f"({'; '.join(changed[:5])}). Put them back, give the new run another name, or run "
-                f"the stage anew with --restart {name}"
-            )
+            stale[name] = changed
+    again = _resting_on({*stale, *restart}, record)
+    options = " ".join(f"--restart {n}" for n in files.stages if n in {*again, *stale, *restart})
+    if stale:
+        lines = list(dict.fromkeys(line for changed in stale.values() for line in changed))
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        states = _states(record, [name for name in files.stages if name in stale])
+        those = "the stage" if len({*again, *stale}) == 1 else "these stages"
+        raise ValueError(
+            f"{files.home(files.directory)}: {states} with other settings "
+            f"({'; '.join(lines[:5])}{more}). Put them back, give the new run another name, or run "
+            f"{those} anew: the same command with {options}"
+        )
+    if again:
+        one, it = len(again) == 1, "it" if len(restart) == 1 else "them"
+        raise ValueError(
+            f"--restart {' --restart '.join(restart)}: {_listed(again)}, which "
+            f"{'has begun, rests' if one else 'have begun, rest'} on {it}; give the same command "
+            f"with {options}, or another name to the new run"
+        )
+
+
+def _resting_on(names: Set[str], record: Record) -> list[str]:
+    """The stages, other than `names`, that have begun and rest on one of them, in their order."""
+    found: list[str] = []
+    for edge in edges(record.config):  # in the order of the stages: a source comes first
+        if edge.source in {*names, *found} and edge.target not in {*names, *found}:
+            if edge.target in record.content["stages"]:
+                found.append(edge.target)
+    return found
+
+
+def _states(record: Record, names: Sequence[str]) -> str:
+    """`the stages a and b are finished, and the stage c was begun`"""
+    done = [name for name in names if record.status(name) == "done"]
+    groups = [(done, "is finished", "are finished")]
+    groups.append(([name for name in names if name not in done], "was begun", "were begun"))
+    return ", and ".join(
+        f"the stage {each[0]} {one}" if len(each) == 1 else f"the stages {_listed(each)} {many}"
+        for each, one, many in groups
+        if each
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b and c`"""
+    *some, last = names
+    return f"{', '.join(some)} and {last}" if some else last
 
 
 def _has_saved(record: Record, name: str) -> bool:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -36,7 +36,7 @@ from r1jax.run.reward_checks import (
 from r1jax.run.stop import StopSignal
 from r1jax.settings.model import MODEL
 from r1jax.settings.stage import TEACHER, Divided, DividedBy, Stage
-from r1jax.sharding import StandIn, split_cpu
+from r1jax.sharding import StandIn, UnevenError, split_cpu
 
 if TYPE_CHECKING:
     from r1jax.programs import Planning, StagePrograms
@@ -133,10 +133,10 @@ def check(run: ResolvedRun) -> list[str]:
     _check_output(run)
     check_trackers(config)
     check_rewards(config)
+    _check_weights(run)  # of which the stages' checks may ask for the layout
     for stage in config.stages:
         load_functions(stage).check(stage, run)
     _check_examples(run)
-    _check_weights(run)
     check_divided(config, run.layouts)
     columns = check_functions(config)
     check_reward_models(config, run.layouts.training)
@@ -171,16 +171,32 @@ def _check_output(run: ResolvedRun) -> None:
 
 
 def _check_weights(run: ResolvedRun) -> None:
-    """Raises ConfigError where the mesh does not divide a dimension of a weight."""
-    config = run.config
-    sizes = config.mesh.model_fields_set
-    by_devices = "cpu_devices" in sizes and config.mesh.cpu_devices == jax.device_count()
+    """Raises ConfigError where the mesh, or that for sampling, does not divide a weight."""
+    config, mesh = run.config, run.config.mesh
+    set_here, devices = mesh.model_fields_set, mesh.cpu_devices == jax.device_count()
     for model in run.models.by_name.values():
         try:
             abstract_weights(model.decoder)
-        except ValueError as error:
-            key = "mesh.cpu_devices" if by_devices else "mesh.axes" if "axes" in sizes else "mesh"
-            raise config.refusal(key, f"the weight {error}") from error
+        except UnevenError as error:
+            key = _axis_of(error, mesh.axes if "axes" in set_here else {})
+            if "cpu_devices" in set_here and devices:
+                key = ["cpu_devices"]
+            raise config.refusal(["mesh", *key], f"the weight {error}") from error
+    samples = {config.model_of(stage.name) for stage in config.stages if stage.longest_sample()}
+    for name in samples:
+        try:
+            abstract_weights(run.models.sampler_of(name).decoder)
+        except UnevenError as error:
+            key = [] if mesh.rollout is None else ["rollout", *_axis_of(error, mesh.rollout.axes)]
+            raise config.refusal(
+                ["mesh", *key], f"while sampling, the weight {error} or mesh.rollout.rules"
+            ) from error
+
+
+def _axis_of(error: UnevenError, axes: Mapping[str, int]) -> list[str]:
+    """The key, behind `mesh` or `mesh.rollout`, of an axis that does not divide a weight."""
+    sized = [axis for axis in error.mesh_axes if axes.get(axis, 1) != 1]
+    return ["axes", sized[0]] if sized else ["axes"] if axes else []
 
 
 def check_trackers(config: RunConfig) -> None:

@@ -86,22 +86,26 @@ class Divided:
     key: behind `stages.NAME`, as in `.row_tokens`, or `: rows x samples`.
     by: axis of a training row, the batch axis while sampling, or processes, which share prompts.
     divisor: the setting by which the value was divided, and what it is; such as micro_batches.
+    factors: settings whose product is the value (times the divisor), and what they are.
     """
 
     key: str
     value: int
     by: DividedBy
     divisor: tuple[str, int] | None = None
+    factors: tuple[tuple[str, int], ...] = ()
 
     def remedy(self, parts: int) -> str:
         """A setting with which `parts` divide the number; "" where none is known."""
-        if self.divisor is None:
-            name = self.key.removeprefix(".")
-            return f"{name}={-(-self.value // parts) * parts}" if self.key[:1] == "." else ""
-        name, divisor = self.divisor
+        name, divisor = self.divisor or ("", 1)
         whole = self.value * divisor
         fit = [n for n in range(1, divisor) if whole % n == 0 and whole // n % parts == 0]
-        return f"{name}={fit[-1]}" if fit else ""
+        if fit:
+            return f"{name}={fit[-1]}"
+        factors = self.factors
+        if not factors and self.divisor is None and self.key[:1] == ".":
+            factors = ((self.key[1:], self.value),)
+        return larger_factor(factors, parts * divisor) if factors else ""
 
 
 @dataclass(frozen=True)
@@ -261,17 +265,41 @@ EXTENDABLE = ("steps", "epochs")
 """How long a train stage is: more may follow where the learning rate does not depend on it."""
 
 
-def check_multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
-    """Raises ValueError, with the names of both, unless `value` is a multiple of `divisor`."""
+def larger_factor(factors: Sequence[tuple[str, int]], divisor: int) -> str:
+    """The first of several settings with the next value at which `divisor` divides the product."""
+    (name, value), *others = factors
+    step = divisor // math.gcd(divisor, math.prod(other for _, other in others))
+    return f"{name}={max(1, -(-value // step)) * step}"
+
+
+def check_multiple(
+    name: str,
+    value: int,
+    of: str,
+    divisor: int,
+    why: str = "",
+    *,
+    factors: Sequence[tuple[str, int]] = (),
+) -> None:
+    """Raises ValueError, with the names of both and a value that works, unless `value` is a
+    multiple of `divisor`.
+
+    factors: the settings, and what they are, whose product is the value; default: it is one.
+    """
     if value % divisor:
-        raise ValueError(f"{name} = {value} is not a multiple of {of} = {divisor}{why}")
+        fit = max(n for n in range(1, min(value, divisor) + 1) if value % n == 0)
+        raised = larger_factor(factors or [(name, value)], divisor)
+        raise ValueError(
+            f"{name} = {value} is not a multiple of {of} = {divisor}{why}; change one of the two, "
+            f"such as {of}={fit} or {raised}"
+        )
 
 
 def divided_rows(rows_per_step: int, micro_batches: int) -> Divided:
     """The rows of a micro-batch, which the mesh must divide."""
     divisor = ("micro_batches", micro_batches)
-    key = ".rows_per_step / micro_batches"
-    return Divided(key, rows_per_step // micro_batches, "batch", divisor)
+    key, rows = ".rows_per_step / micro_batches", ("rows_per_step", rows_per_step)
+    return Divided(key, rows_per_step // micro_batches, "batch", divisor, (rows,))
 
 
 class EpochStage(TrainStage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Annotated, ClassVar, Literal
@@ -299,11 +300,12 @@ class GRPOStage(TrainStage):
     @model_validator(mode="after")
     def _divisible(self) -> GRPOStage:
         per_rollout, mini_batches = "mini_batches_per_rollout", self.mini_batches_per_rollout
-        rows = self.questions_per_step * self.outputs_per_question
-        product = "questions_per_step x outputs_per_question"
-        check_multiple(product, rows, "micro_batches", self.micro_batches)
-        product = f"questions_per_step x {per_rollout}"
-        check_multiple(product, self.questions_per_phase, "rollout_batches", self.rollout_batches)
+        for of, divisor, factors in (
+            ("micro_batches", self.micro_batches, self._factors_of_rows),
+            ("rollout_batches", self.rollout_batches, self._factors_of_questions),
+        ):
+            product, value = " x ".join(dict(factors)), math.prod(dict(factors).values())
+            check_multiple(product, value, of, divisor, factors=factors)
         check_multiple("steps", self.steps, per_rollout, mini_batches)
         why = ": checkpoints are taken between rollout phases"
         check_multiple("checkpoint_every", self.checkpoint_every, per_rollout, mini_batches, why)
@@ -521,6 +523,18 @@ class GRPOStage(TrainStage):
         return self.dynamic_sampling is not None and self.tokens_per_phase is None
 
     @property
+    def _factors_of_rows(self) -> tuple[tuple[str, int], ...]:
+        """The settings that make up the rows of an update."""
+        questions = ("questions_per_step", self.questions_per_step)
+        return (questions, ("outputs_per_question", self.outputs_per_question))
+
+    @property
+    def _factors_of_questions(self) -> tuple[tuple[str, int], ...]:
+        """The settings that make up the questions of a phase."""
+        questions = ("questions_per_step", self.questions_per_step)
+        return (questions, ("mini_batches_per_rollout", self.mini_batches_per_rollout))
+
+    @property
     def max_questions(self) -> int:
         """Questions that a phase samples at most."""
         if self.dynamic_sampling is None:
@@ -570,14 +584,16 @@ class GRPOStage(TrainStage):
                 rows // self.micro_batches,
                 "batch",
                 ("micro_batches", self.micro_batches),
+                self._factors_of_rows,
             ),
-            Divided(product, rows, "rollout_batch"),
+            Divided(product, rows, "rollout_batch", factors=self._factors_of_rows),
             Divided(".length_bucket", self.length_bucket, "time"),
             Divided(
                 ": questions_per_step x mini_batches_per_rollout / rollout_batches",
                 self.questions_per_phase // self.rollout_batches,
                 "processes",
                 ("rollout_batches", self.rollout_batches),
+                self._factors_of_questions,
             ),
         ]
         if self.dynamic_sampling is not None and not self.goes_on:
