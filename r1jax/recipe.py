@@ -39,6 +39,7 @@ from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.rollouts.searching import check_search, search_question
 from r1jax.run.checkpointed import find_model
+from r1jax.run.example_prompt import example_prompt
 from r1jax.run.record import Record, RunFiles, open_record, read_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
@@ -50,7 +51,7 @@ from r1jax.run.stop import (
     stop_on_signals,
 )
 from r1jax.settings.stage import Stage
-from r1jax.sharding import split_cpu
+from r1jax.sharding import given_cpu_devices, split_cpu
 from r1jax.weights import hugging_face
 
 
@@ -169,7 +170,8 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         report = write_report(files.directory)
         files.push()
         console.print(f"Report: {files.home(report)}", soft_wrap=True)
-        for line in ending(read_run(files.directory), files.home(files.directory)):
+        finished, home = read_run(files.directory), files.home(files.directory)
+        for line in ending(finished, home, example_prompt(resolved), given_cpu_devices()):
             console.print(line, markup=False, soft_wrap=True)
     return 0
 

@@ -398,6 +398,9 @@ def _either(options: Sequence[object]) -> str:
     return f"{', '.join(some)} or {last}" if some else last
 
 
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
+
+
 def split_cpu(devices: int | Literal["cores"]) -> None:
     """Make JAX's CPU several devices, so that a batch split over them keeps every core busy.
 
@@ -407,7 +410,7 @@ def split_cpu(devices: int | Literal["cores"]) -> None:
     Args:
       devices: `cores` is one per core, rounded down to a power of two, which batches divide by.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if _CPU_DEVICES in os.environ.get("XLA_FLAGS", ""):
         return
     if os.environ.get("JAX_NUM_CPU_DEVICES"):
         return
@@ -416,6 +419,15 @@ def split_cpu(devices: int | Literal["cores"]) -> None:
         devices = 1 << ((cores or 1).bit_length() - 1)
     with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def given_cpu_devices() -> str:
+    """The variable of the environment that made the CPU several devices, as `NAME=VALUE`; or ""."""
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.startswith(_CPU_DEVICES)]
+    if flags:
+        return f"XLA_FLAGS={flags[-1]}"
+    count = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    return f"JAX_NUM_CPU_DEVICES={count}" if count else ""
 
 
 def single_device() -> Layout:

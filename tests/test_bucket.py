@@ -29,6 +29,7 @@ from r1jax import recipe
 from r1jax.bucket import WorkingCopy, check_access, locate, read_range
 from r1jax.checkpoints import Checkpoints
 from r1jax.cli import app
+from r1jax.config.lineage import ingredients
 from r1jax.config.load import load_config
 from r1jax.data.sources import read_jsonl
 from r1jax.data.tokenizers import load_tokenizer
@@ -343,6 +344,25 @@ def test_configs_and_data_may_lie_on_a_bucket(storage: Storage) -> None:
     assert rows.label(1) == "gs://a-bucket/data/train.jsonl:3"
     with pytest.raises(FileNotFoundError, match="gs://a-bucket/data/other.jsonl"):
         read_jsonl("gs://a-bucket/data/other.jsonl", "train", {})
+
+
+def test_a_dry_run_reads_the_record_on_the_bucket(storage: Storage) -> None:
+    config = load_config(TESTS / "tiny.yaml", ["output=gs://a-bucket/runs"])
+    copy = WorkingCopy(RUN)
+    entry = {"kind": "pretrain", "status": "done", "seconds": {}}
+    entry |= {"ingredients": ingredients(config, config.stages[0].name)}
+    record = {"name": "tiny", "seed": 0, "stages": {config.stages[0].name: entry}}
+    (copy.directory / "run.json").write_text(json.dumps(record))
+    copy.push()
+    before = storage.files(BUCKET, "runs/tiny-s0")
+    left = [stage.name for stage in config.stages[1:]]
+    assert [stage.name for stage in recipe.review(config)] == left
+    rate = f"stages.{config.stages[0].name}.optimizer.learning_rate=0.5"
+    command = ["run", str(TESTS / "tiny.yaml"), "output=gs://a-bucket/runs", rate, "--dry-run"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and refused.stdout == "", refused.output
+    assert f"{RUN}: the stage {config.stages[0].name} is finished with other" in refused.stderr
+    assert storage.files(BUCKET, "runs/tiny-s0") == before
 
 
 def test_a_hang_is_told_on_the_bucket(storage: Storage) -> None:

@@ -15,6 +15,8 @@ from rich.progress import Progress as RichProgress
 from r1jax.metrics.compilations import watched_compilations
 from r1jax.metrics.heartbeat import HEARTBEAT
 
+_NEGLIGIBLE = 0.1  # share of an interval that was compiled, with which it still says how fast it is
+
 
 class Progress:
     """Progress of one stage, on the terminal.
@@ -45,9 +47,10 @@ class Progress:
         self._console = console or Console()
         self._every_seconds = every_seconds
         self._clock = clock
-        self._began = self._printed = clock()
-        self._shown, self._devices = self._began, HEARTBEAT.device_seconds
+        self._shown = self._printed = clock()
+        self._devices = HEARTBEAT.device_seconds
         self._compiled = self._compiled_waiting = 0.0  # seconds; those within the devices' spans
+        self._left = _TimeLeft()
         self._step, self._text = start, "starting"
         self._timer: threading.Timer | None = None
         self._exit = ExitStack()
@@ -68,16 +71,16 @@ class Progress:
 
         `length` is shown in tokens, `tokens_per_second` as tok/s, others as numbers with their
         names; None is left out. Then come the seconds of a step since the last call, without
-        compilations: of waiting for the devices, and of the rest, the host's.
+        compilations: of waiting for the devices, and of the rest, the host's; and the time that
+        is left, once steps were done without compiling.
         """
         if self._silent:
             return
         now = self._clock()
-        text = "  ".join(filter(None, (_figures(figures), self._times(step, now))))
-        done = step - self.start
-        if done > 0 and step < self.total:
-            left = f"{_duration((now - self._began) / done * (self.total - step))} left"
-            text = f"{text}  {left}" if text else left
+        self._left.add(step - self._step, now - self._shown, self._compiled)
+        times, left = self._times(step, now), self._left.seconds(self.total - step)
+        shown_left = "" if left is None else f"{_duration(left)} left"
+        text = "  ".join(filter(None, (_figures(figures), times, shown_left)))
         self._text = text
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
@@ -140,6 +143,37 @@ class Progress:
     def _line(self, text: str) -> None:
         # Literal text: a completion in a message must not be taken for rich's markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft:
+    """By the steps whose programs were there already: the first ones compile for long."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+        self._intervals = 0
+        self._of_first = False  # only the first interval is known, in which data and weights came
+        self._interval, self._compiled = 0.0, 0.0  # since the last step
+
+    def add(self, steps: int, seconds: float, compiled: float) -> None:
+        """An interval in which steps were done, and how long of it was compiled."""
+        self._interval += seconds
+        self._compiled += compiled
+        if steps <= 0:
+            return
+        if self._compiled <= _NEGLIGIBLE * self._interval:
+            if self._of_first:
+                self._steps, self._seconds = 0, 0.0
+            self._of_first = self._intervals == 0
+            self._steps += steps
+            self._seconds += self._interval
+        self._intervals += 1
+        self._interval = self._compiled = 0.0
+
+    def seconds(self, steps: int) -> float | None:
+        """For so many more steps; None where there are none, or nothing is known yet."""
+        if steps <= 0 or not self._steps:
+            return None
+        return self._seconds / self._steps * steps
 
 
 def _figures(figures: Mapping[str, float | None]) -> str:

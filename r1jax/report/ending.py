@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from itertools import islice
 from pathlib import Path
 
 from r1jax.evaluation.metrics import Summary, votes
@@ -13,15 +12,24 @@ from r1jax.report.plots import endpoints
 from r1jax.report.warnings import warnings_of
 from r1jax.report.wording import figure, plural
 
-_PROMPT = "What is 12 plus 7?"
 
+def ending(
+    run: Run, home: Path, sampled: tuple[str, str] | None = None, variable: str = ""
+) -> list[str]:
+    """The lines below that of the report.
 
-def ending(run: Run, home: Path) -> list[str]:
-    """The lines below that of the report; `home`: the run's directory for the user, or its address
-    on a bucket."""
+    Args:
+      home: the run's directory for the user, or its address on a bucket.
+      sampled: a template and a prompt with which the model can be sampled; None: there is none.
+      variable: of the environment, `NAME=VALUE`, without which the mesh would not fit.
+    """
     lines = _result(run)
     lines += [f"Warning: {warning.text}" for warning in warnings_of(run)]
-    return [*lines, "Next:", *(f"  {command}" for command in _commands(run, home))]
+    return [
+        *lines,
+        "Next:",
+        *(f"  {command}" for command in _commands(run, home, sampled, variable)),
+    ]
 
 
 def _result(run: Run) -> list[str]:
@@ -73,34 +81,23 @@ def _ends_of_curve(stage: StageRecord) -> list[str]:
     values = columns.get(name, ([], []))[1]
     if not values:
         return []
+    if len(values) == 1:
+        return [f"Result of {stage.name}: {label} {values[0]:.3g} (training, the one logged value)"]
     first, last = endpoints(values)
     return [f"Result of {stage.name}: {label} {first:.3g} -> {last:.3g} (training, no interval)"]
 
 
-def _commands(run: Run, home: Path) -> list[str]:
+def _commands(run: Run, home: Path, sampled: tuple[str, str] | None, variable: str) -> list[str]:
     where = shlex.quote(str(home))
     if not language_models(home):
         return [f"r1jax report {where}"]
-    last = next((s for s in reversed(run.stages) if s.description.leaves != "dataset"), None)
-    section = _data_section(run, last)
-    template, prompt = section.get("template") or "chat", _PROMPT
-    if template == "plain" and last is not None:  # such a prompt is shown as it was given
-        rows = (row for row in islice(last.rows("samples.jsonl"), 1))
-        given = next((str(row.get("prompt", "")) for row in rows), "")
-        prompt = given if 0 < len(given) <= 60 and given.isprintable() else prompt
+    commands = []
+    if sampled is not None:
+        template, prompt = sampled
+        shown = f"--template {template} --prompt {shlex.quote(prompt)}"
+        commands.append(f"r1jax sample {where} {shown}")
     evaluates = any(stage.is_evaluation for stage in run.stages)
-    return [
-        f"r1jax sample {where} --template {template} --prompt {shlex.quote(prompt)}",
-        f"r1jax eval {where}" + ("" if evaluates else " --benchmark math_500"),
-        f"r1jax report {where}",
-        f"r1jax export {where} DEST",
-    ]
-
-
-def _data_section(run: Run, stage: StageRecord | None) -> Summary:
-    """The settings of the data of a stage; of a mixture, those of its first part."""
-    sections = run.config.get("data") or {}
-    name = None if stage is None else stage.data
-    section: Summary = sections.get(name) or {}
-    parts = list(section.get("mixture") or {})
-    return sections.get(parts[0]) or {} if parts else section
+    with_devices = f"{variable} " if variable else ""
+    benchmark = "" if evaluates else " --benchmark math_500"
+    commands.append(f"{with_devices}r1jax eval {where}{benchmark}")
+    return [*commands, f"r1jax report {where}", f"r1jax export {where} DEST"]

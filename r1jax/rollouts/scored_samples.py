@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 
 from r1jax.data.prompts import Prompt
-from r1jax.files import JsonObject
+from r1jax.files import JsonObject, read_rows
 from r1jax.metrics.heartbeat import HEARTBEAT
 from r1jax.metrics.progress import Progress
 from r1jax.metrics.recorder import Recorder
@@ -71,13 +71,39 @@ class ScoredParts:
     attempts: Attempts | None = None
 
 
+@dataclass
+class SampleMeans:
+    """The share of right samples, and their mean of tokens, of all so far: for the progress bar."""
+
+    samples: int = 0
+    right: int = 0
+    tokens: int = 0
+
+    def add(self, rows: Iterable[JsonObject], tokens: Callable[[JsonObject], int]) -> int:
+        """Counts these samples, each with its `tokens`, too; gives the tokens of them all."""
+        before = self.tokens
+        for row in rows:
+            self.samples += 1
+            self.right += row["outcome"] == "right"
+            self.tokens += tokens(row)
+        return self.tokens - before
+
+    @property
+    def share_right(self) -> float:
+        return self.right / max(self.samples, 1)
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.tokens / max(self.samples, 1)
+
+
 def store_scored_samples(
     stage: Stage, run: StageRun, wanted: DatasetSampling, seed: int, share_name: str
 ) -> tuple[Clock, list[Prompt]]:
     """Sample every prompt, score every sample and store all of them in `samples.jsonl`.
 
     Resumes behind the last queue of batches that is stored whole. The progress bar shows the share
-    of right samples as `share_name`.
+    of right samples, of all so far, as `share_name`.
 
     Returns:
       The stage's clock, and the prompts.
@@ -120,7 +146,10 @@ def store_scored_parts(stage: Stage, run: StageRun, wanted: ScoredParts, report:
     ):
         progress.print(f"{stage.name}: {report}")
         queue = batch * QUEUE_BATCHES
-        done, offset = _whole_queues(wanted.directory / SAMPLES, len(parts), count, queue)
+        path, means = wanted.directory / SAMPLES, SampleMeans()
+        done, offset = _whole_queues(path, len(parts), count, queue)
+        if done:
+            means.add(islice(read_rows(path), done * count), _tokens)
         source = run.config.weights_of(stage.name)
         params = run.models.weights(source, sampler) if done < len(parts) else None
         recorder.rewind({SAMPLES: offset})
@@ -142,14 +171,14 @@ def store_scored_parts(stage: Stage, run: StageRun, wanted: ScoredParts, report:
                 for row in rows
             )
             done += len(rows) // count
-            tokens = sum(sum(_lengths(row)) for row in rows)  # of all attempts
+            tokens = means.add(rows, _tokens)
             whole_prompts = done // wanted.per_prompt
             HEARTBEAT.set_step(whole_prompts)
             progress.update(
                 whole_prompts,
                 {
-                    wanted.share_name: sum(row["outcome"] == "right" for row in rows) / len(rows),
-                    "length": tokens / len(rows),
+                    wanted.share_name: means.share_right,
+                    "length": means.mean_tokens,
                     "tokens_per_second": tokens / clock.lap(stage.kind),
                 },
             )
@@ -210,9 +239,9 @@ def scored_batches(
         first = span.stop
 
 
-def _lengths(row: JsonObject) -> list[int]:
-    attempts = [turn for turn in row.get("turns", [row]) if "length" in turn]
-    return [attempt["length"] for attempt in attempts]
+def _tokens(row: JsonObject) -> int:
+    """Of all attempts of a sample."""
+    return sum(turn["length"] for turn in row.get("turns", [row]) if "length" in turn)
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from r1jax.rollouts.sampling import (
     sample_prompts,
     text_search,
 )
-from r1jax.rollouts.scored_samples import SAMPLES, PromptPart, slice_of_process
+from r1jax.rollouts.scored_samples import SAMPLES, PromptPart, SampleMeans, slice_of_process
 from r1jax.rollouts.scoring import (
     ProcessRewardModel,
     RewardModel,
@@ -377,6 +377,9 @@ def store_searches(
     clock, process = Clock(run.record.seconds(stage.name)), jax.process_index()
     share = process_batch_slice(sampler.decoder.layout)
     done, offsets = _whole_batches(run.directory, len(parts), wanted.batch)
+    means = SampleMeans()
+    if done:
+        means.add(_stored_answers(run.directory, done), _generated)
     with ExitStack() as opened:
         recorder = opened.enter_context(Recorder(run.directory, process_index=process))
         progress = opened.enter_context(
@@ -407,13 +410,12 @@ def store_searches(
             done += len(batch)
             whole = done // wanted.searches
             HEARTBEAT.set_step(whole)
-            tokens = sum(tree["generated_tokens"] for tree, _ in stored)
-            first = [of_search[0] for _, of_search in stored]
+            tokens = means.add((of_search[0] for _, of_search in stored), _generated)
             progress.update(
                 whole,
                 {
-                    share_name: sum(row["outcome"] == "right" for row in first) / len(first),
-                    "generated_tokens": tokens / len(stored),
+                    share_name: means.share_right,
+                    "generated_tokens": means.mean_tokens,
                     "tokens_per_second": tokens / clock.lap(stage.kind),
                 },
             )
@@ -487,6 +489,19 @@ def tree_row(found: FoundSolutions, search: AnySearch) -> JsonObject:
         "solutions": found.nodes,
         "nodes": found.tree.rows(),
     }
+
+
+def _stored_answers(directory: Path, searches: int) -> Iterator[JsonObject]:
+    """The answer of each of the first searches that are stored, the first of its solutions."""
+    rows = read_rows(directory / SAMPLES)
+    for tree in islice(read_rows(directory / TREES), searches):
+        yield list(islice(rows, len(tree["solutions"])))[0]
+
+
+def _generated(row: JsonObject) -> int:
+    """Tokens of the whole search of a solution."""
+    tokens: int = row["generated_tokens"]
+    return tokens
 
 
 def _whole_batches(directory: Path, parts: int, batch: int) -> tuple[int, dict[str, int]]:

@@ -121,8 +121,41 @@ def test_times_of_the_devices_and_of_the_host(monkeypatch: pytest.MonkeyPatch) -
         clock.now += 2
         progress.update(3, {"reward": 0.5})
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("zero 2/4  reward 0.5  device 4 s  host 3 s  ")
+    assert lines[0] == "zero 2/4  reward 0.5  device 4 s  host 3 s"
     assert "device" not in lines[1]  # nothing was waited for
+    assert lines[1].endswith("  0:02 left")  # the steps that compiled are no measure
+
+
+def test_the_time_that_is_left_is_measured_without_what_comes_once() -> None:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=120)
+    with Progress("zero", 100, console=console, every_seconds=0.0, clock=clock) as progress:
+        for step, seconds, compiled in (
+            (1, 60.0, 55.0),  # compiles
+            (2, 5.0, 0.1),  # hardly
+            (3, 40.0, 35.0),  # another program
+            (5, 10.0, 0.0),
+            (5, 3.0, 0.0),  # no step is done
+            (6, 4.0, 0.0),
+        ):
+            clock.now += seconds
+            progress._end_compiling("update", compiled)
+            progress.update(step, {})
+    left = [line.split("  ")[1:] for line in out.getvalue().splitlines()]
+    seconds_left = [[], ["8:10 left"], ["8:05 left"], ["7:55 left"], ["7:55 left"], ["8:37 left"]]
+    assert left == seconds_left
+
+    # Of the first interval, in which weights and data came, only where nothing else is known.
+    out.truncate(0)
+    with Progress("all", 9, console=console, every_seconds=0.0, clock=clock) as progress:
+        for step, seconds in ((1, 30.0), (2, 2.0), (3, 4.0)):
+            clock.now += seconds
+            progress.update(step, {})
+    assert [line.split("  ")[1] for line in out.getvalue().splitlines()] == [
+        "4:00 left",
+        "0:14 left",
+        "0:18 left",
+    ]
 
 
 def test_nested_waiting_counts_once() -> None:

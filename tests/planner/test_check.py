@@ -144,6 +144,11 @@ def test_a_remedy_is_a_setting_that_divides() -> None:
     assert Divided(".rows / n", 6, "batch", ("n", 4)).remedy(16) == ""
     assert Divided(".row_tokens", 100, "time").remedy(16) == "row_tokens=112"
     assert Divided(": rows x samples", 100, "batch").remedy(16) == ""
+    # Where no smaller divisor does, the first setting above the line is raised.
+    rows = (("rows", 7), ("samples", 6))
+    assert Divided(": rows x samples", 42, "batch", factors=rows).remedy(16) == "rows=8"
+    assert Divided(": rows x samples / n", 21, "batch", ("n", 2), rows).remedy(3) == "n=1"
+    assert Divided(": rows x samples / n", 21, "batch", ("n", 2), rows).remedy(2) == "rows=8"
 
 
 def test_every_batch_that_does_not_divide_is_named_with_what_would(

@@ -182,10 +182,25 @@ def test_the_end_says_the_result_with_intervals_and_the_next_commands(run: Path)
     model = run / "stages" / "02-r1-zero" / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
-    said = ending(read_run(run), run)
+    said = ending(read_run(run), run, ("plain", "1+1="))
     commands = [line.split()[1] for line in said[said.index("Next:") + 1 :]]
     assert commands == ["sample", "eval", "report", "export"]
     assert all(f" {run}" in line for line in said[said.index("Next:") + 1 :])
+    assert f"  r1jax sample {run} --template plain --prompt 1+1=" in said
+    # Without a prompt that its tokenizer knows there is no such command; devices are given again.
+    said = ending(read_run(run), run, None, "JAX_NUM_CPU_DEVICES=8")
+    assert said[said.index("Next:") + 1] == f"  JAX_NUM_CPU_DEVICES=8 r1jax eval {run}"
+    assert not any("r1jax sample" in line for line in said)
+
+
+def test_a_curve_of_one_value_is_no_change(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", Size(12, samples=4, steps=20, until="r1-zero"))
+    (path,) = run.glob("stages/*-base/metrics.jsonl")
+    for file in [*run.glob("stages/*-eval/*"), *run.glob("stages/*/held_out.jsonl")]:
+        file.unlink()
+    write_lines(path, [{"step": 1, "loss": 1.779}])
+    said = ending(read_run(run), run)
+    assert "Result of base: loss 1.78 (training, the one logged value)" in said
 
 
 def test_a_run_without_evaluations_says_its_held_out_problems(tmp_path: Path) -> None:
