@@ -39,7 +39,7 @@ from r1jax.report.ending import ending
 from r1jax.report.page import write_report
 from r1jax.rollouts.searching import check_search, search_question
 from r1jax.run.checkpointed import find_model
-from r1jax.run.example_prompt import example_prompt
+from r1jax.run.example_prompt import example_prompt, reads_questions
 from r1jax.run.record import Record, RunFiles, open_record, read_record
 from r1jax.run.resolve import ResolvedRun, StageRun, check, load_functions, resolve
 from r1jax.run.selection import EVERYTHING, Selection, likely_name
@@ -170,8 +170,14 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         report = write_report(files.directory)
         files.push()
         console.print(f"Report: {files.home(report)}", soft_wrap=True)
-        finished, home = read_run(files.directory), files.home(files.directory)
-        for line in ending(finished, home, example_prompt(resolved), given_cpu_devices()):
+        said = ending(
+            read_run(files.directory),
+            files.home(files.directory),
+            sampled=example_prompt(resolved),
+            benchmarks=reads_questions(resolved),
+            variable=given_cpu_devices(),
+        )
+        for line in said:
             console.print(line, markup=False, soft_wrap=True)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import linecache
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,29 @@ def test_errors_with_a_reason_are_messages(
     assert result.stderr.startswith(text)
     # Such an error may be a fault of r1jax after all: it says how to find out.
     assert "R1JAX_DEBUG=1" in result.stderr
+
+
+@pytest.mark.parametrize("problem", ["int('x')", "open('nothing.jsonl')", "json.loads('{')"])
+def test_errors_of_others_say_where_they_are_from(
+    config: Path, recipe: Any, replace: Replace, problem: str
+) -> None:
+    """Not those that r1jax itself raised with a reason, whatever that was."""
+    source = f"import json\ndef fails():\n    {problem}\ndef refuses():\n    raise ValueError(\n"
+    source += '        "data.train: no rows"\n    )\n'
+    package = Path(recipe.__file__).parent / "not_there.py"
+    functions: dict[str, Any] = {}
+    exec(compile(source, str(package), "exec"), functions)
+    lines = source.splitlines(keepends=True)
+    linecache.cache[str(package)] = (len(source), None, lines, str(package))
+    try:
+        run = replace(recipe, "run", side_effect=lambda *_: functions["fails"]())
+        result = invoke("run", config)
+        assert result.exit_code == 2, result.exception
+        assert result.stderr.endswith(f"({package}:3; R1JAX_DEBUG=1 shows the traceback)\n")
+        run.side_effect = lambda *_: functions["refuses"]()
+        assert invoke("run", config).stderr == "data.train: no rows\n"
+    finally:
+        del linecache.cache[str(package)]
 
 
 def test_a_run_that_gives_up_exits_with_its_advice(

@@ -22,7 +22,13 @@ from r1jax.models.attention import head_repeats
 from r1jax.processes import BatchSlice, process_batch_slice
 from r1jax.run.models import Layouts
 from r1jax.run.resolve import check_divided
-from r1jax.sharding import StandIn, make_layout, make_rollout_layout, process_batch_parts
+from r1jax.sharding import (
+    StandIn,
+    given_cpu_devices,
+    make_layout,
+    make_rollout_layout,
+    process_batch_parts,
+)
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
 
@@ -92,6 +98,28 @@ def test_rules_for_sampling_come_after_those_for_training() -> None:
     assert (rules["kv_heads"], rules["vocab"], rules["mlp"]) == ((), (), ("tensor",))
     # A token has no time to split; the devices of that axis take prompts.
     assert dict(make_rollout_layout(training).rules)["batch"] == ("fsdp", "sequence")
+
+
+@pytest.mark.parametrize(
+    ("variables", "given"),
+    [
+        ({}, ""),
+        ({"XLA_FLAGS": "--xla_dump_to=x"}, ""),
+        (
+            {"XLA_FLAGS": "--a=1 --xla_force_host_platform_device_count=8"},
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8",
+        ),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, "JAX_NUM_CPU_DEVICES=4"),
+    ],
+)
+def test_what_made_the_cpu_several_devices(
+    variables: dict[str, str], given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert given_cpu_devices() == given
 
 
 def split_batch(processes: Sequence[int], parts: Sequence[int]) -> Any:

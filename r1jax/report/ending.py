@@ -14,22 +14,37 @@ from r1jax.report.wording import figure, plural
 
 
 def ending(
-    run: Run, home: Path, sampled: tuple[str, str] | None = None, variable: str = ""
+    run: Run,
+    home: Path,
+    *,
+    sampled: tuple[str, str] | None = None,
+    benchmarks: bool = True,
+    variable: str = "",
 ) -> list[str]:
     """The lines below that of the report.
 
     Args:
       home: the run's directory for the user, or its address on a bucket.
       sampled: a template and a prompt with which the model can be sampled; None: there is none.
+      benchmarks: whether the model could read their questions.
       variable: of the environment, `NAME=VALUE`, without which the mesh would not fit.
     """
     lines = _result(run)
     lines += [f"Warning: {warning.text}" for warning in warnings_of(run)]
-    return [
-        *lines,
-        "Next:",
-        *(f"  {command}" for command in _commands(run, home, sampled, variable)),
-    ]
+    where, commands = shlex.quote(str(home)), []
+    if has_model := bool(language_models(home)):
+        if sampled is not None:
+            template, prompt = sampled
+            text = f"--template {template} --prompt {shlex.quote(prompt)}"
+            commands.append(f"r1jax sample {where} {text}")
+        evaluates = any(stage.is_evaluation for stage in run.stages)
+        if evaluates or benchmarks:
+            with_devices = f"{variable} " if variable else ""
+            asked = "" if evaluates else " --benchmark math_500"
+            commands.append(f"{with_devices}r1jax eval {where}{asked}")
+    commands.append(f"r1jax report {where}")
+    commands += [f"r1jax export {where} DEST"] if has_model else []
+    return [*lines, "Next:", *(f"  {command}" for command in commands)]
 
 
 def _result(run: Run) -> list[str]:
@@ -85,19 +100,3 @@ def _ends_of_curve(stage: StageRecord) -> list[str]:
         return [f"Result of {stage.name}: {label} {values[0]:.3g} (training, the one logged value)"]
     first, last = endpoints(values)
     return [f"Result of {stage.name}: {label} {first:.3g} -> {last:.3g} (training, no interval)"]
-
-
-def _commands(run: Run, home: Path, sampled: tuple[str, str] | None, variable: str) -> list[str]:
-    where = shlex.quote(str(home))
-    if not language_models(home):
-        return [f"r1jax report {where}"]
-    commands = []
-    if sampled is not None:
-        template, prompt = sampled
-        shown = f"--template {template} --prompt {shlex.quote(prompt)}"
-        commands.append(f"r1jax sample {where} {shown}")
-    evaluates = any(stage.is_evaluation for stage in run.stages)
-    with_devices = f"{variable} " if variable else ""
-    benchmark = "" if evaluates else " --benchmark math_500"
-    commands.append(f"{with_devices}r1jax eval {where}{benchmark}")
-    return [*commands, f"r1jax report {where}", f"r1jax export {where} DEST"]

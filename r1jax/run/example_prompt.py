@@ -26,13 +26,23 @@ def example_prompt(run: ResolvedRun) -> tuple[str, str] | None:
     It is a short prompt of the run's data, of the last stage that has one, or else a common one.
     None: the tokenizer can encode neither.
     """
-    stages = run.config.stages
-    trained = [stage.name for stage in stages if stage.DESCRIPTION.leaves == "weights"]
-    tokenizer = run.models.of(trained[-1] if trained else stages[-1].name).tokenizer
+    tokenizer = _tokenizer(run)
     for template, prompt in _candidates(run):
         if _encodes(prompt, template, tokenizer):
             return template, prompt
     return None
+
+
+def reads_questions(run: ResolvedRun) -> bool:
+    """Whether the run's tokenizer can encode a question in words, as those of a benchmark are."""
+    return _encodes(_COMMON, "plain", _tokenizer(run))
+
+
+def _tokenizer(run: ResolvedRun) -> PreTrainedTokenizerBase:
+    """That of the last model that the run has trained, or reads."""
+    stages = run.config.stages
+    trained = [stage.name for stage in stages if stage.DESCRIPTION.leaves == "weights"]
+    return run.models.of(trained[-1] if trained else stages[-1].name).tokenizer
 
 
 def _candidates(run: ResolvedRun) -> Iterator[tuple[str, str]]:

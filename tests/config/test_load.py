@@ -231,7 +231,10 @@ def test_ill_typed_value(old: str, new: str, expected: str) -> None:
 
 def test_rules_between_keys_are_checked() -> None:
     problem = problem_of(replaced("steps: 4", "steps: 4\n    mini_batches_per_rollout: 3"))
-    assert problem.startswith("a.yaml:9: stages.rl: steps = 4 is not a multiple of")
+    assert problem == (
+        "a.yaml:9: stages.rl: steps = 4 is not a multiple of mini_batches_per_rollout = 3; change "
+        "one of the two, such as mini_batches_per_rollout=2 or steps=6"
+    )
     problem = problem_of(replaced("data: train\n    steps", "data: trian\n    steps"))
     assert problem == "a.yaml:11: stages.rl.data = 'trian': not one of the datasets ['train']"
 

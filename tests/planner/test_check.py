@@ -148,7 +148,7 @@ def test_a_remedy_is_a_setting_that_divides() -> None:
     rows = (("rows", 7), ("samples", 6))
     assert Divided(": rows x samples", 42, "batch", factors=rows).remedy(16) == "rows=8"
     assert Divided(": rows x samples / n", 21, "batch", ("n", 2), rows).remedy(3) == "n=1"
-    assert Divided(": rows x samples / n", 21, "batch", ("n", 2), rows).remedy(2) == "rows=8"
+    assert Divided(": rows x samples / n", 21, "batch", ("n", 2), rows).remedy(4) == "rows=8"
 
 
 def test_every_batch_that_does_not_divide_is_named_with_what_would(

@@ -182,15 +182,23 @@ def test_the_end_says_the_result_with_intervals_and_the_next_commands(run: Path)
     model = run / "stages" / "02-r1-zero" / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
-    said = ending(read_run(run), run, ("plain", "1+1="))
+    said = ending(read_run(run), run, sampled=("plain", "1+1="))
     commands = [line.split()[1] for line in said[said.index("Next:") + 1 :]]
     assert commands == ["sample", "eval", "report", "export"]
     assert all(f" {run}" in line for line in said[said.index("Next:") + 1 :])
     assert f"  r1jax sample {run} --template plain --prompt 1+1=" in said
     # Without a prompt that its tokenizer knows there is no such command; devices are given again.
-    said = ending(read_run(run), run, None, "JAX_NUM_CPU_DEVICES=8")
+    said = ending(read_run(run), run, variable="JAX_NUM_CPU_DEVICES=8")
     assert said[said.index("Next:") + 1] == f"  JAX_NUM_CPU_DEVICES=8 r1jax eval {run}"
     assert not any("r1jax sample" in line for line in said)
+    # Nor is it asked the questions of a benchmark, where the run has no evaluation of its own.
+    plan = yaml.safe_load((run / "config.yaml").read_text())
+    plan["stages"] = [stage for stage in plan["stages"] if stage["kind"] != "evaluate"]
+    plan["comparisons"] = []
+    (run / "config.yaml").write_text(yaml.safe_dump(plan))
+    said = ending(read_run(run), run)
+    assert f"  r1jax eval {run} --benchmark math_500" in said
+    assert not any("eval" in line for line in ending(read_run(run), run, benchmarks=False)[-2:])
 
 
 def test_a_curve_of_one_value_is_no_change(tmp_path: Path) -> None:

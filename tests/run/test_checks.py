@@ -314,21 +314,44 @@ def test_an_output_that_cannot_be_written_is_refused_with_its_line(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_mesh_that_does_not_divide_a_weight_is_refused_with_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "devices", "problem"),
+    [
+        (
+            "cpu_devices: 3",
+            None,
+            "mesh.cpu_devices = 3: the weight embed: dimension 1 ('embed', size 16) is not "
+            "divisible by 3, the size of mesh axes ('fsdp',); make it 1 or 2, or map",
+        ),
+        (
+            "axes: {data: 1, fsdp: 1, tensor: 4}",
+            4,
+            "mesh.axes.tensor = 4: the weight layers.k: dimension 2 ('kv_heads', size 1) is not "
+            "divisible by 4, the size of mesh axes ('tensor',); make it 1, or map",
+        ),
+        (
+            "rollout: {axes: {data: 1, tensor: -1}}",
+            4,
+            "mesh.rollout.axes.tensor = -1: while sampling, the weight layers.k: dimension 2 "
+            "('kv_heads', size 1) is not divisible by 4, the size of mesh axes ('tensor',)",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_weight_is_refused_with_its_line(
+    tmp_path: Path, mesh: str, devices: int | None, problem: str
+) -> None:
     config(tmp_path, rows("1"), {"accuracy": {}})
     path = tmp_path / "config.yaml"
-    path.write_text(path.read_text() + "mesh:\n  cpu_devices: 3\n")
+    path.write_text(path.read_text() + f"mesh:\n  {mesh}\n")
     line = len(path.read_text().splitlines())
     command = [sys.executable, "-m", "r1jax", "run", str(path), "--dry-run"]
     environment = {k: v for k, v in os.environ.items() if k not in _DEVICES} | {
-        "JAX_PLATFORMS": "cpu"
+        "JAX_PLATFORMS": "cpu",
+        **({} if devices is None else {"JAX_NUM_CPU_DEVICES": str(devices)}),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"{path}:{line}: mesh.cpu_devices = 3: the weight embed: dimension 1 ('embed', size 16) is "
-        "not divisible by 3, the size of mesh axes ('fsdp',); make it 1 or 2, or map"
-    ), done.stderr
+    assert done.stderr.startswith(f"{path}:{line}: {problem}"), done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

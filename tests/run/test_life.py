@@ -109,7 +109,7 @@ def test_a_longer_run_equals_one_that_was_never_shorter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tuned is finished with other settings.*--restart tuned"):
         run(tmp_path / "a", ["stages.base.steps=8"])
     for change in ("stages.base.steps=4", "stages.base.optimizer.learning_rate=0.1"):
-        with pytest.raises(ValueError, match="base is finished with other settings"):
+        with pytest.raises(ValueError, match="base and tuned are finished with other settings"):
             run(tmp_path / "a", [change])
     with pytest.raises(ValueError, match="tuned, which has begun, rests on it"):
         run(tmp_path / "a", both, Selection(restart=("base",)))

@@ -201,8 +201,8 @@ def test_a_dry_run_shows_what_will_run_and_that_nothing_is_wrong(
     last = done.stdout.splitlines()[-1]
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
     assert last.startswith(
-        f"Nothing to refuse: {count} to run ({', '.join(stages)}); by estimate the fullest program, "
-        "update of base, needs "
+        f"Nothing to refuse: {count} to run ({', '.join(stages)}); by estimate the fullest "
+        "program, update of base, needs "
     ), last
     assert last.endswith(" on each device. The same command without --dry-run runs it.")
 
