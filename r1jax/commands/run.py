@@ -29,7 +29,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the resolved config, parameters, shardings and memory; run nothing.",
+            help="Print the resolved config, and parameters, shardings and memory of the stages "
+            "that would run; refuse what a run would; run nothing.",
         ),
     ] = False,
     profile: Annotated[
