@@ -252,7 +252,7 @@ def test_of_several_processes_each_signs_its_errors_and_only_the_first_speaks(
 def evaluated(recipe: Any, replace: Replace) -> MagicMock:
     """`recipe.run` that leaves the summary an evaluate stage leaves."""
 
-    def run(config: Any) -> int:
+    def run(config: Any, selection: Selection) -> int:
         for index, stage in enumerate(config.stages):
             directory = Path(config.output) / f"{config.name}-s{config.seed}" / "stages"
             directory = directory / f"{index:02d}-{stage.name}"
@@ -269,8 +269,10 @@ def test_eval_of_a_run_takes_its_config_and_final_weights(
 ) -> None:
     for name in ("01-sft", "02-rl"):
         (run_directory / "stages" / name / "model").mkdir(parents=True)
-    result = invoke("eval", run_directory, "stages.last.samples_per_problem=2")
+    changed = "stages.last.samples_per_problem=2"
+    result = invoke("eval", run_directory, changed, "--restart", "last")
     assert result.exit_code == 0, result.output
+    assert evaluated.call_args.args[1] == Selection(restart=("last",))
     config = evaluated.call_args.args[0]
     assert config.model.path == str(run_directory / "stages" / "02-rl" / "model")
     assert [stage.name for stage in config.stages] == ["last"]

@@ -57,6 +57,14 @@ def require_run(directory: Path, *, checkpoints: bool = False) -> None:
 ConfigName: TypeAlias = Annotated[
     str, typer.Argument(help="A YAML file, or a name that `configs` lists.")
 ]
+Restart: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--restart",
+        metavar="STAGE",
+        help="Remove what this stage has written and run it from its start; may be repeated.",
+    ),
+]
 Overrides: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1jax.commands.arguments import Model, Overrides
+from r1jax.commands.arguments import Model, Overrides, Restart
 from r1jax.commands.console import make_console, process_index
 from r1jax.commands.dry_run import print_dry_run
 
@@ -40,6 +40,7 @@ def evaluate(
             "the config's output."
         ),
     ] = None,
+    restart: Restart = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="As of `run`.")] = False,
 ) -> None:
     """Evaluate a model, or a run's final weights: on benchmarks, or as a config's stage does.
@@ -72,6 +73,7 @@ def evaluate(
 
     from r1jax import recipe
     from r1jax.processes import join_processes
+    from r1jax.run.selection import Selection
 
     join_processes()
     if directory is not None:
@@ -84,10 +86,11 @@ def evaluate(
         named = {"name": f"{settings.name}-{found.stage}-{found.step}"}
         settings = settings.model_copy(update=named)
     settings = settings.model_copy(update={"name": recipe.free_name(settings, weights)})
+    selection = Selection(restart=tuple(restart or ()))
     if dry_run:
-        print_dry_run(settings)
+        print_dry_run(settings, selection=selection)
         return
-    code = recipe.run(settings)
+    code = recipe.run(settings, selection)
     if code == 0 and not process_index():
         directory = locate(settings.output) / f"{settings.name}-s{settings.seed}"
         for each in settings.stages:

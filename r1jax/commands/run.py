@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r1jax.commands.arguments import SLICE_HELP, ConfigName, Overrides
+from r1jax.commands.arguments import SLICE_HELP, ConfigName, Overrides, Restart
 from r1jax.commands.console import process_index
 from r1jax.commands.dry_run import print_dry_run
 
@@ -17,14 +17,7 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="The first stage to run.")] = None,
     last: Annotated[str | None, typer.Option("--until", help="The last stage to run.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="The one stage to run.")] = None,
-    restart: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--restart",
-            metavar="STAGE",
-            help="Remove what this stage has written and run it from its start; may be repeated.",
-        ),
-    ] = None,
+    restart: Restart = None,
     dry_run: Annotated[
         bool,
         typer.Option(
