@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MOST = 7
 
 # The options of a command are its parameters; tfds makes a builder with its own.
-MAY_HAVE_MORE = {f"r1jax/commands/{name}.py" for name in ("run", "plan", "sample")}
+MAY_HAVE_MORE = {f"r1jax/commands/{name}.py" for name in ("run", "plan", "evaluate", "sample")}
 MAY_HAVE_OPTIONS = {"r1jax/data/tfds/r1jax_tasks/r1jax_tasks_dataset_builder.py"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -39,7 +39,4 @@ def test_settings_that_decide_nothing_may_change_once_a_stage_has_begun() -> Non
     free = ["stages.base.checkpoint_every=7", "stages.tuned.keep_checkpoints=9"]
     assert changes(began_with, load_config(CONFIG, free), "tuned") == []
     locked = load_config(CONFIG, [*free, "stages.base.rows_per_step=64"])
-    lines = changes(began_with, locked, "tuned")
-    assert lines and all(
-        line.endswith("(base).stages.base.rows_per_step: 4 -> 64") for line in lines
-    )
+    assert changes(began_with, locked, "tuned") == ["stages.base.rows_per_step: 4 -> 64"]

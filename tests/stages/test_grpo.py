@@ -229,7 +229,7 @@ def test_settings_of_a_finished_stage_cannot_change_those_of_later_ones_can(tmp_
     del later.content["stages"]["base"]
     later.mark(before, "done", {})
     with pytest.raises(
-        ValueError, match=r"stage before is finished .*\(base\)\.stages\.base\.steps"
+        ValueError, match=r"stage before is finished .*\(stages\.base\.steps: 6 -> 7\)"
     ):
         begin("stages.base.steps=7")
 
