@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.example import Example
+from r1jax.data.padded_rows import bucket
 from r1jax.data.prompts import encode_prompt
 from r1jax.models import Decoder, right_padded, token_log_probs
 from r1jax.models.parameters import Params
-from r1jax.rollouts.sampling import bucket, decode, generate_options, pad_prompts, sample_prompts
+from r1jax.rollouts.sampling import decode, generate_options, pad_prompts, sample_prompts
 from r1jax.run.checkpointed import find_model
 from r1jax.run.models import LanguageModel
 from r1jax.sampler import Finish, generate_chunks

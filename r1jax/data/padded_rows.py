@@ -119,6 +119,14 @@ def padded_once(
         yield to_arrays(filled[local], row_tokens), real[local]
 
 
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next power of two: few distinct sizes, each of which compiles once."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return size
+
+
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple that is not below `number`."""
     return -(-number // multiple) * multiple

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.data.padded_rows import bucket
 from r1jax.models import Decoder
 from r1jax.models.paged_attention import PAGE_CHUNKS, pages_at_once
 from r1jax.models.paged_cache import page_axes
@@ -20,7 +21,6 @@ from r1jax.models.paged_kernel import PAGE_KERNEL
 from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
-from r1jax.rollouts.sampling import bucket
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import default_slots, rows_at_once, slot_shape
 from r1jax.sampler.slot_state import NewPrompts, SlotShape, SlotState

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from r1jax.data.padded_rows import bucket
 from r1jax.data.prompts import Prompt
 from r1jax.files import JsonObject
 from r1jax.metrics.heartbeat import span
@@ -192,14 +193,6 @@ def generate_options(
         slots=section.slots,
         cache_tokens=section.cache_tokens,
     )
-
-
-def bucket(length: int, smallest: int = 16) -> int:
-    """The next power of two: few distinct sizes, each of which compiles once."""
-    size = smallest
-    while size < length:
-        size *= 2
-    return size
 
 
 def pad_prompts(

@@ -20,6 +20,7 @@ from r1jax.bucket import check_access
 from r1jax.config.run_config import RunConfig
 from r1jax.config.yaml_file import ConfigError
 from r1jax.data.chat_template import check_template
+from r1jax.data.padded_rows import bucket
 from r1jax.metrics.profiling import ProfiledSteps
 from r1jax.models.parameters import abstract_weights
 from r1jax.processes import agree, process_batch_slice
@@ -34,12 +35,16 @@ from r1jax.run.reward_checks import (
     check_rows,
 )
 from r1jax.run.stop import StopSignal
+from r1jax.sampler import GenerateOptions
+from r1jax.sampler.queue import slot_shape
 from r1jax.settings.model import MODEL
+from r1jax.settings.section import SettingError
 from r1jax.settings.stage import TEACHER, Divided, DividedBy, Stage
 from r1jax.sharding import StandIn, UnevenError, split_cpu
 
 if TYPE_CHECKING:
     from r1jax.programs import Planning, StagePrograms
+    from r1jax.settings.sampling import SamplingSection
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ def check(run: ResolvedRun) -> list[str]:
     lines = check_rows(config, run.models, run.datasets)
     check_columns(config, run.datasets, columns)
     _check_positions(run)
+    _check_cache_budgets(run)
     return lines
 
 
@@ -228,10 +234,7 @@ def _check_positions(run: ResolvedRun) -> None:
         ):
             if new + config.data[data].max_prompt_tokens <= positions:
                 continue
-            longest = 1  # of what a stage of the run will write
-            if not config.source_stages(data):
-                prompts, _ = run.datasets.prompts(data, model.tokenizer)
-                longest = max(len(prompt.token_ids) for prompt in prompts)
+            longest = _longest_prompt(run, data, reader)
             if longest + new > positions:
                 section = config.model_of(reader)
                 key, remedy = "max_new_tokens", "max_new_tokens"
@@ -248,6 +251,44 @@ def _check_positions(run: ResolvedRun) -> None:
                     f"{remedy} to at most {max(1, (positions - longest) // times)}, or "
                     f"{where}.max_position_embeddings if the model is to go further",
                 )
+
+
+def _longest_prompt(run: ResolvedRun, data: str, reader: str) -> int:
+    """Tokens; 1 for a dataset that a stage of the run will write."""
+    if run.config.source_stages(data):
+        return 1
+    prompts, _ = run.datasets.prompts(data, run.models.of(reader).tokenizer)
+    return max(len(prompt.token_ids) for prompt in prompts)
+
+
+def _check_cache_budgets(run: ResolvedRun) -> None:
+    """Raises ConfigError where the budget of a KV cache has no room for a sample of the longest
+    prompt, with as many slots as the stage names, or one for each part of the devices."""
+    for stage in run.config.stages:
+        sampling: SamplingSection | None = getattr(stage, "sampling", None)
+        new: int | None = getattr(stage, "max_new_tokens", None)
+        if sampling is None or new is None or sampling.cache_tokens is None:
+            continue
+        if stage.dataset_search() is not None:  # which samples steps, of solutions that have begun
+            continue
+        model = run.models.sampler_of(stage.name).decoder
+        options = GenerateOptions(
+            samples=1,
+            max_new_tokens=new,
+            seed=0,
+            speculative=sampling.speculative,
+            slots=sampling.slots or model.layout.shards("slots"),
+            cache_tokens=sampling.cache_tokens,
+        )
+        parts = [p for data in stage.prompt_datasets() for p in run.datasets.parts(data)]
+        longest = max((_longest_prompt(run, data, stage.name) for data in parts), default=1)
+        with run.config.blaming("stages", stage.name):
+            try:
+                slot_shape(model, options, prompts=sys.maxsize, prompt_tokens=bucket(longest))
+            except ValueError as error:
+                problem = str(error).partition(": ")[2]
+                problem += ", more with more slots; raise it, or leave it out"
+                raise SettingError("sampling.cache_tokens", problem) from error
 
 
 def _parts(layouts: Layouts, by: DividedBy) -> int:

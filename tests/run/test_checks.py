@@ -263,6 +263,10 @@ def test_more_problems_than_there_are_are_refused(
             r"has 20, .* max_position_embeddings = 19. Set max_new_tokens to at most 15, or mod",
         ),
         ("model.max_position_embeddings=19", r"zero.max_new_tokens = 16: .* to at most 15"),
+        (
+            "stages.zero.sampling={cache_tokens: 60}",
+            r"zero.sampling.cache_tokens = 60: .* one sample of 16 \+ 16 tokens has at least 64",
+        ),
         ("mesh.cpu_devices=3", r"stages.base.rows_per_step / micro_batches = 4 is not a multiple"),
         (
             "data.train.source=jsonl:rows.jsonl",

@@ -14,6 +14,7 @@ import numpy as np
 
 from r1jax.data.instructions import Instruction
 from r1jax.data.order import DataCursor, local_slice
+from r1jax.data.padded_rows import bucket
 from r1jax.data.steps import TokenSteps
 from r1jax.files import JsonObject
 from r1jax.models.parameters import Params
@@ -22,7 +23,6 @@ from r1jax.rewards import RowScore
 from r1jax.rollouts.sampling import (
     Completion,
     FollowingPrompts,
-    bucket,
     completion_texts,
     generate_options,
     sample_following,
