@@ -135,7 +135,10 @@ def _hash_of_code() -> str:
 def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None) -> int:
     HEARTBEAT.begin_stage("")  # of a former run in this process
     selected = selection.stages(config)
-    if not on_bucket(config.output):  # of a bucket, when it is known to be accessible
+    # Before models are loaded; of a bucket, when it is known to be accessible. Of several processes
+    # the first one opens the directory, and all hear of a refusal: a slow one would take the lock
+    # of its own run for another's.
+    if distributed_process() is None and not on_bucket(config.output):
         review(config, selection, profile)
     resolved = resolve(config)
     files = resolved.files
