@@ -103,7 +103,8 @@ def _check_files_here(config: str, settings: RunConfig) -> None:
         given |= {f"{name}.path": model.path, f"{name}.tokenizer": model.tokenizer}
     for name, data in _named("data", settings.data).items():
         source = str(data.source)
-        given[f"{name}.source"] = source.removeprefix("jsonl:") if "jsonl:" in source else None
+        is_file = source.startswith("jsonl:")
+        given[f"{name}.source"] = source.removeprefix("jsonl:") if is_file else None
     here = {key: path for key, path in given.items() if path and Path(path).expanduser().exists()}
     wanted = (
         "each machine of the slice looks for it on its own disk; put it on the bucket, gs://..."

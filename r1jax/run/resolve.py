@@ -263,7 +263,7 @@ def _longest_prompt(run: ResolvedRun, data: str, reader: str) -> int:
 
 def _check_cache_budgets(run: ResolvedRun) -> None:
     """Raises ConfigError where the budget of a KV cache has no room for a sample of the longest
-    prompt, with as many slots as the stage names, or one for each part of the devices."""
+    prompt, with one slot for each part of the devices: a queue may have fewer than are set."""
     for stage in run.config.stages:
         sampling: SamplingSection | None = getattr(stage, "sampling", None)
         new: int | None = getattr(stage, "max_new_tokens", None)
@@ -277,7 +277,7 @@ def _check_cache_budgets(run: ResolvedRun) -> None:
             max_new_tokens=new,
             seed=0,
             speculative=sampling.speculative,
-            slots=sampling.slots or model.layout.shards("slots"),
+            slots=model.layout.shards("slots"),
             cache_tokens=sampling.cache_tokens,
         )
         parts = [p for data in stage.prompt_datasets() for p in run.datasets.parts(data)]
