@@ -385,6 +385,13 @@ def test_a_model_may_be_used_beyond_its_positions_where_the_config_says_so(tmp_p
     assert resolved.models.of("zero").decoder.config.max_position_embeddings == 20
 
 
+def test_a_small_cache_is_no_reason_to_refuse_slots_that_a_short_queue_has_not(
+    tmp_path: Path,
+) -> None:
+    sampling = "stages.zero.sampling={cache_tokens: 64, slots: 50}"
+    check(resolve(changed(config(tmp_path, rows("1", "2"), {"accuracy": {}}), sampling)))
+
+
 def test_memory_that_the_machine_lacks_is_said_with_what_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
