@@ -33,9 +33,14 @@ _CHUNK_TOKENS = {"cpu": 1024}  # that are read at once: on a CPU, what its cache
 _OTHER_CHUNK_TOKENS = 32768
 
 
-def pages_at_once(page: int, platform: str) -> int:
-    """How many pages of so many tokens are read together; a page list is a multiple of it."""
-    return max(1, _CHUNK_TOKENS.get(platform, _OTHER_CHUNK_TOKENS) // page)
+def pages_at_once(page: int, platform: str, tokens: int = 1) -> int:
+    """How many pages of so many tokens are read together; a page list is a multiple of it.
+
+    tokens: that a slot reads at once. Each page is read with queries of its slot beside it: of many
+    tokens, they would take more memory than the pages do.
+    """
+    pages = max(1, _CHUNK_TOKENS.get(platform, _OTHER_CHUNK_TOKENS) // page)
+    return max(1, pages // max(1, tokens // 2))
 
 
 def paged_attention(
@@ -68,7 +73,8 @@ def paged_attention(
     seen = jnp.repeat(visible, heads // kv_heads, axis=2)
     so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
     if isinstance(reads, PageList):
-        so_far = _by_chunks(so_far, q, pages, reads, model, layer)
+        chunk = pages_at_once(reads.filled.shape[-1], model.layout.platform, tokens)
+        so_far = _by_chunks(so_far, q, pages, reads, chunk, layer)
     else:
         so_far = _combine(so_far, _by_kernel(by_key_head, pages, reads, model, layer))
     out = so_far.out / so_far.total[..., None]
@@ -107,11 +113,9 @@ def _by_chunks(
     q: jax.Array,
     pages: LayerCache,
     reads: PageList,
-    model: Decoder,
+    chunk: int,
     layer: jax.Array | None,
 ) -> PartialSoftmax:
-    chunk = pages_at_once(reads.filled.shape[-1], model.layout.platform)
-
     def of_shard(
         so_far: PartialSoftmax,
         q: jax.Array,

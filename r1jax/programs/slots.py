@@ -22,7 +22,8 @@ from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
 from r1jax.sampler import GenerateOptions
-from r1jax.sampler.queue import default_slots, rows_at_once, slot_shape
+from r1jax.sampler.queue import default_slots, slot_shape
+from r1jax.sampler.scheduler import rows_at_once
 from r1jax.sampler.slot_state import NewPrompts, SlotShape, SlotState
 from r1jax.sampler.slots import (
     END,

@@ -7,7 +7,6 @@ same prompts give the same calls of the same programs in the same order, in ever
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +16,9 @@ import numpy as np
 from r1jax.models.config import Decoder
 from r1jax.models.parameters import Params
 from r1jax.sampler.samples import Finish, GenerateOptions, StopSearch
-from r1jax.sampler.slot_state import NewPrompts, SlotLog, SlotShape, Status
+from r1jax.sampler.scheduler import Assigned, Scheduler, rows_at_once
+from r1jax.sampler.slot_state import NewPrompts, NewSuffixes, SlotLog, SlotShape, SlotState, Status
+from r1jax.sampler.slot_suffixes import extend_prompts, release_pages
 from r1jax.sampler.slots import add_prompts, decode_and_refill, drop_prompts, empty_slots
 from r1jax.sharding import (
     batch_slices,
@@ -28,6 +29,8 @@ from r1jax.sharding import (
 
 _SLOTS = 64  # of a shard: fewer leave a device idle
 _STEPS = 32  # between two returns to the host
+_LEAST_ROW = 16  # tokens that a row of prompts is padded to at least, where pages are kept
+_KEPT = 6  # prompts for each slot that are kept for others, as far as there are pages
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class QueuedPrompt:
 
     token_ids: int32 [length], of one token at least.
     id, first_sample: as of `Prompts`.
+    extends: index in the queue of an earlier prompt of the same slice whose tokens it begins with;
+        with `GenerateOptions.extended_by` their pages are shared.
     """
 
     token_ids: np.ndarray
     id: int
     first_sample: int = 0
+    extends: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class PromptFeed:
 
     following: called before each return to the devices with whether all samples so far have ended
         and are read; gives further prompts of each slice of the batch, or None: the queue ends
-        with what is under way. All processes have to give the same, by what they have in common.
+        with what is under way. All processes have to give the same, by what they have in common;
+        of the prompts of others' slices `extends` and the number of tokens count.
     at_once: prompts of a slice that the shapes of the programs are for.
     """
 
@@ -84,7 +91,8 @@ class QueueFigures:
 
     steps: of the decode loop. slot_steps: slots x steps. busy: slot steps in which a slot had a
     sample. repeated: tokens that were sampled again for want of pages. dropped: tokens of samples
-    that nobody wants any more.
+    that nobody wants any more. prefilled: tokens of prompts that were read; shared: those whose
+    pages were there.
     page_tokens, live_tokens: summed over returns to the host, memory of the pages in use and of the
     current pages, and tokens in it.
     """
@@ -94,6 +102,8 @@ class QueueFigures:
     busy: int = 0
     repeated: int = 0
     dropped: int = 0
+    prefilled: int = 0
+    shared: int = 0
     page_tokens: int = 0
     live_tokens: int = 0
 
@@ -125,9 +135,13 @@ def slot_shape(
     page += page % 2 if options.speculative else 0  # drafts come in pairs
     wanted = _SLOTS * shards if options.slots is None else options.slots
     slots = max(1, min(-(-wanted // shards), prompts * group))
+    at_hand = min(prompts, 2 * slots + 2)
+    keeps = options.extended_by and not (options.speculative or options.record_experts)
+    # What follows the full pages of a prompt begins within a page.
+    suffix_tokens = -(-(page - 1 + options.extended_by) // page) * page if keeps else 0
     shape = SlotShape(
         slots=slots,
-        prompts=min(prompts, 2 * slots + 2),
+        prompts=_KEPT * slots + at_hand if keeps else at_hand,
         pages=0,
         samples=group,
         prompt_tokens=prompt_tokens,
@@ -136,9 +150,10 @@ def slot_shape(
         steps=min(options.sync_every or _STEPS, options.max_new_tokens),
         record_experts=options.record_experts,
         speculative=options.speculative,
+        suffix_tokens=suffix_tokens,
     )
     # Of the prompts at hand, most of whose samples have ended. Where that is too few, they wait.
-    stored = min(shape.prompts, 8 * -(-slots // group) + 2)
+    stored = min(at_hand, 8 * -(-slots // group) + 2)
     at_most = slots * shape.sample_pages + stored * shape.prompt_pages + 1
     pages = at_most
     if options.cache_tokens is not None:
@@ -173,8 +188,9 @@ def sample_queue(
       figures: is added to.
 
     Raises:
-      ValueError: `options.cache_tokens` is too small for one sample, or `options.speculative`, and
-        the model has no module for multi-token prediction.
+      ValueError: `options.cache_tokens` is too small for one sample; `options.speculative`, and
+        the model has no module for multi-token prediction; or a prompt extends one with which it
+        does not begin.
     """
     options.check(model)
     figures = QueueFigures() if figures is None else figures
@@ -198,9 +214,14 @@ def sample_queue(
         most = sys.maxsize
     shape = slot_shape(model, options, prompts=most, prompt_tokens=prompt_tokens)
     schedulers = [
-        _Scheduler(shape, of_slice, [part * split + i for part in its_parts for i in range(split)])
-        for of_slice, its_parts in zip(lengths, parts, strict=True)
+        Scheduler(shape, [part * split + i for part in its_parts for i in range(split)])
+        for its_parts in parts
     ]
+    for each, its_lengths in zip(schedulers, lengths, strict=True):
+        known = queued if lengths_of_slices is None else []  # of other processes' no tokens
+        extends = [prompt.extends for prompt in known] or [None] * len(its_lengths)
+        each.add(its_lengths, extends)
+    _check_beginnings(queued, len(queued))
     scheduler = schedulers[slice_index]
     shards = len(scheduler.shards)
     collector = _Collector(queued, shape, options.stop, figures)
@@ -208,6 +229,16 @@ def sample_queue(
 
     def rows_to_devices(rows: np.ndarray) -> jax.Array:
         return from_process_rows(rows.reshape(-1, split, *rows.shape[1:]), layout)
+
+    def without_released(state: SlotState) -> SlotState:
+        first = np.full((layout.shards("slots"), shape.prompts), shape.prompt_pages, np.int32)
+        for each in schedulers:
+            each.released(first)
+        if (first == shape.prompt_pages).all():
+            return state
+        if shape.suffix_tokens:
+            return release_pages(state, first, model=model)
+        return drop_prompts(state, first == 0, model=model)
 
     state = empty_slots(model=model, shape=shape)
     if layout.mesh.size == 1:  # as later states are, else programs are compiled for both
@@ -226,20 +257,35 @@ def sample_queue(
                 figures.dropped += len(parts) * tokens
                 return
             for each, of_slice in zip(schedulers, further, strict=True):
-                each.add([len(prompt.token_ids) for prompt in of_slice])
+                each.add(
+                    [len(prompt.token_ids) for prompt in of_slice],
+                    [prompt.extends for prompt in of_slice],
+                )
             queued += further[slice_index]
-        ended = np.zeros((layout.shards("slots"), shape.prompts), bool)
+            _check_beginnings(queued, len(further[slice_index]))
         for each in schedulers:
-            each.drop_ended(ended)
-        if ended.any():
-            state = drop_prompts(state, ended, model=model)
+            each.end_prompts()
+        state = without_released(state)
         while any(each.wants() for each in schedulers):
             assigned = [each.assign() for each in schedulers]
-            rows = _prompt_rows(queued, assigned[slice_index], shape)
-            new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
-            state, experts = add_prompts(params, state, new, draws, model=model, shape=shape)
-            if experts is not None:
-                collector.keep_experts(assigned[slice_index], to_process_rows(experts))
+            state = without_released(state)  # what made room for them
+            _count_prompts(figures, assigned, schedulers, shape)
+            whole, suffixes = (_of_kind(assigned, suffix) for suffix in (False, True))
+            if any(map(any, whole)):
+                longest = max(each.longest(of) for each, of in zip(schedulers, whole, strict=True))
+                rows = _prompt_rows(queued, whole[slice_index], shape, longest)
+                new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
+                state, experts = add_prompts(params, state, new, draws, model=model, shape=shape)
+                if experts is not None:
+                    collector.keep_experts(whole[slice_index], to_process_rows(experts))
+            if any(map(any, suffixes)):
+                rows = _suffix_rows(queued, suffixes[slice_index], shape)
+                *of_prompts, bases, pages = (from_process_rows(leaf, layout) for leaf in rows)
+                behind = NewSuffixes(NewPrompts(*of_prompts), bases, pages)
+                state = extend_prompts(params, state, behind, model=model, shape=shape)
+        for each in schedulers:
+            each.make_room()
+        state = without_released(state)
         if not any(each.busy() for each in schedulers):
             break
         more = np.bool_(any(each.has_more() for each in schedulers))
@@ -262,123 +308,88 @@ def sample_queue(
         yield collector.read(*unread, stop)
 
 
-class _Scheduler:
-    """Which prompt goes to which shard of a slice of the batch, and when.
-
-    All processes follow all slices, by figures that all of them have.
-
-    shards: indices of the slice's shards among all. entries: prompt of each entry, -1: none.
-    """
-
-    def __init__(self, shape: SlotShape, lengths: Sequence[int], shards: Sequence[int]) -> None:
-        self.shards = shards
-        self.entries = [[-1] * shape.prompts for _ in shards]
-        self._shape = shape
-        self._waiting: deque[tuple[int, int]] = deque()
-        self._pages: dict[int, int] = {}
-        self.add(lengths)
-        self._done = np.zeros((len(shards), shape.prompts), int)
-        self._free = [shape.pages] * len(shards)
-        self._queued = [0] * len(shards)
-        self._running = [0] * len(shards)
-        self._wanted = shape.slots  # samples that should wait in a queue
-
-    def add(self, lengths: Sequence[int]) -> None:
-        """Prompts of these lengths, behind those that wait."""
-        first = len(self._pages)
-        self._waiting.extend(enumerate(lengths, start=first))
-        for i, length in enumerate(lengths, start=first):
-            self._pages[i] = -(-length // self._shape.page)
-
-    def drop_ended(self, ended: np.ndarray) -> None:
-        """Mark entries of which all samples have ended in [shards of the mesh, entries]."""
-        for i, shard in enumerate(self.shards):
-            for entry, prompt in enumerate(self.entries[i]):
-                if prompt >= 0 and self._done[i, entry] == self._shape.samples:
-                    ended[shard, entry] = True
-                    self.entries[i][entry] = -1
-                    self._done[i, entry] = 0
-                    self._free[i] += self._pages[prompt]
-
-    def _next_shard(self, rows: Sequence[int]) -> int | None:
-        """Where the next prompt goes: the shard with the least to do that has room for it."""
-        if not self._waiting:
-            return None
-        pages = self._pages[self._waiting[0][0]]
-        reserve = self._shape.sample_pages + self._shape.slots
-
-        def has_room(i: int) -> bool:
-            present = any(prompt >= 0 for prompt in self.entries[i])
-            return (
-                self._queued[i] < self._wanted
-                and rows[i] < rows_at_once(self._shape)
-                and -1 in self.entries[i]
-                and pages <= self._free[i] - (reserve if present else 0)
-            )
-
-        shards = [i for i in range(len(self.shards)) if has_room(i)]
-        return min(shards, key=lambda i: self._queued[i] + self._running[i], default=None)
-
-    def wants(self) -> bool:
-        return self._next_shard([0] * len(self.shards)) is not None
-
-    def assign(self) -> list[list[tuple[int, int]]]:
-        """For each shard the next prompts to prefill, each with its entry."""
-        rows: list[list[tuple[int, int]]] = [[] for _ in self.shards]
-        while (i := self._next_shard([len(row) for row in rows])) is not None:
-            prompt, _ = self._waiting.popleft()
-            entry = self.entries[i].index(-1)
-            self.entries[i][entry] = prompt
-            self._free[i] -= self._pages[prompt]
-            self._queued[i] += self._shape.samples
-            rows[i].append((prompt, entry))
-        return rows
-
-    def busy(self) -> bool:
-        return bool(self._waiting) or any(self._queued) or any(self._running)
-
-    def has_more(self) -> bool:
-        """Whether prompts wait for nothing but a shorter queue."""
-        queued, self._queued = self._queued, [0] * len(self.shards)
-        more = self.wants()
-        self._queued = queued
-        return more
-
-    def learn(self, status: Status) -> None:
-        """What the devices have come to."""
-        taken = 0
-        for i, shard in enumerate(self.shards):
-            taken = max(taken, self._queued[i] - int(status.queued[shard]))
-            self._done[i] = status.done[shard]
-            self._free[i] = int(status.free[shard])
-            self._queued[i] = int(status.queued[shard])
-            self._running[i] = int(status.running[shard])
-        # As many as may end until the next return, with a margin: the shorter the queues, the more
-        # evenly the shards end.
-        self._wanted = max(1, taken + taken // 2)
-
-
-def rows_at_once(shape: SlotShape) -> int:
-    """Prompts of a shard that are prefilled together."""
-    return -(-shape.slots // (2 * shape.samples))
+def _of_kind(
+    assigned: Sequence[Sequence[Sequence[Assigned]]], suffix: bool
+) -> list[list[list[Assigned]]]:
+    """Of each slice and shard the prompts of which a beginning is there, or the others."""
+    return [
+        [[row for row in of_shard if (row.begun.pages > 0) == suffix] for of_shard in of_slice]
+        for of_slice in assigned
+    ]
 
 
 def _prompt_rows(
-    prompts: Sequence[QueuedPrompt], assigned: Sequence[Sequence[tuple[int, int]]], shape: SlotShape
+    prompts: Sequence[QueuedPrompt],
+    assigned: Sequence[Sequence[Assigned]],
+    shape: SlotShape,
+    longest: int,
 ) -> list[np.ndarray]:
-    """The rows to prefill: the arrays of `NewPrompts` on the host."""
+    """The rows to prefill: the arrays of `NewPrompts` on the host.
+
+    They are padded to the longest prompt of the queue; where pages are kept, those that are read
+    whole are mostly short: to a power of two then, each of which compiles once.
+    """
+    time = shape.prompt_tokens
+    while shape.suffix_tokens and time >= 2 * max(longest, _LEAST_ROW // 2) and time % 2 == 0:
+        time //= 2
+    return _rows(prompts, assigned, shape, time)
+
+
+def _suffix_rows(
+    prompts: Sequence[QueuedPrompt], assigned: Sequence[Sequence[Assigned]], shape: SlotShape
+) -> list[np.ndarray]:
+    """The arrays of `NewSuffixes` on the host, those of its prompts first."""
+    rows = _rows(prompts, assigned, shape, shape.suffix_tokens)
+    bases, shared = np.zeros_like(rows[1]), np.zeros_like(rows[1])
+    for shard, of_shard in enumerate(assigned):
+        for row, each in enumerate(of_shard, start=shard * rows_at_once(shape)):
+            bases[row], shared[row] = each.begun
+    return [*rows, bases, shared]
+
+
+def _rows(
+    prompts: Sequence[QueuedPrompt],
+    assigned: Sequence[Sequence[Assigned]],
+    shape: SlotShape,
+    time: int,
+) -> list[np.ndarray]:
+    """The arrays of `NewPrompts`, with so many tokens a row: those behind the pages there are."""
     count = rows_at_once(shape)
     size = len(assigned) * count
-    tokens = np.zeros((size, shape.prompt_tokens), np.int32)
+    tokens = np.zeros((size, time), np.int32)
     lengths, ids = np.ones(size, np.int32), np.zeros(size, np.uint32)
     firsts, entries = np.zeros(size, np.int32), np.full(size, shape.prompts, np.int32)
     for shard, of_shard in enumerate(assigned):
-        for row, (index, entry) in enumerate(of_shard, start=shard * count):
+        for row, (index, entry, begun) in enumerate(of_shard, start=shard * count):
             prompt = prompts[index]
+            read = prompt.token_ids[begun.pages * shape.page :]
+            tokens[row, : len(read)] = read
             lengths[row] = len(prompt.token_ids)
-            tokens[row, : lengths[row]] = prompt.token_ids
             ids[row], firsts[row], entries[row] = prompt.id, prompt.first_sample, entry
     return [tokens, lengths, ids, firsts, entries]
+
+
+def _check_beginnings(prompts: Sequence[QueuedPrompt], count: int) -> None:
+    """Raises ValueError where one of the last `count` does not begin with what it extends."""
+    for index in range(len(prompts) - count, len(prompts)):
+        if (before := prompts[index].extends) is None:
+            continue
+        beginning = prompts[before].token_ids
+        if not np.array_equal(prompts[index].token_ids[: len(beginning)], beginning):
+            raise ValueError(f"prompt {index} does not begin with the tokens of prompt {before}")
+
+
+def _count_prompts(
+    figures: QueueFigures,
+    assigned: Sequence[Sequence[Sequence[Assigned]]],
+    schedulers: Sequence[Scheduler],
+    shape: SlotShape,
+) -> None:
+    for scheduler, of_slice in zip(schedulers, assigned, strict=True):
+        for row in (row for of_shard in of_slice for row in of_shard):
+            shared = row.begun.pages * shape.page
+            figures.shared += shared
+            figures.prefilled += scheduler.known.lengths[row.prompt] - shared
 
 
 def _count(figures: QueueFigures, status: Status, shape: SlotShape) -> None:
@@ -415,12 +426,10 @@ class _Collector:
         self._prompts = prompts
         self._prompt_experts: dict[int, np.ndarray] = {}
 
-    def keep_experts(
-        self, assigned: Sequence[Sequence[tuple[int, int]]], experts: np.ndarray
-    ) -> None:
+    def keep_experts(self, assigned: Sequence[Sequence[Assigned]], experts: np.ndarray) -> None:
         count = rows_at_once(self._shape)
         for shard, of_shard in enumerate(assigned):
-            for row, (prompt, _) in enumerate(of_shard, start=shard * count):
+            for row, (prompt, *_) in enumerate(of_shard, start=shard * count):
                 length = len(self._prompts[prompt].token_ids)
                 self._prompt_experts[prompt] = experts[row, :length]
 

@@ -157,6 +157,9 @@ class GenerateOptions:
     page: of `sample_queue`: tokens in a page of the KV cache; default: 16 on a CPU, else 64.
     fixed_shape: of `sample_queue`: a short queue has the slots of a long one, so that queues of all
         lengths share their programs.
+    extended_by: of `sample_queue`: the pages of prompts are kept for prompts that extend them by at
+        most so many tokens (`QueuedPrompt.extends`); 0: they are not. Neither are they with
+        `speculative` or `record_experts`, which need more of a prompt than its pages.
 
     Raises:
       ValueError: a count below 1, or `speculative` with `record_experts`.
@@ -177,6 +180,7 @@ class GenerateOptions:
     cache_tokens: int | None = None
     page: int | None = None
     fixed_shape: bool = False
+    extended_by: int = 0
 
     def __post_init__(self) -> None:
         if self.speculative and self.record_experts:

@@ -29,6 +29,8 @@ class SlotShape:
     page: tokens of a page.
     steps: between two returns to the host.
     speculative: the module for multi-token prediction drafts.
+    suffix_tokens: that are read of a prompt whose other pages are there, at most, in whole pages;
+        0: no pages are kept for further prompts.
     """
 
     slots: int
@@ -41,6 +43,7 @@ class SlotShape:
     steps: int
     record_experts: bool = False
     speculative: bool = False
+    suffix_tokens: int = 0
 
     @property
     def entries(self) -> int:
@@ -196,6 +199,19 @@ class NewPrompts:
     ids: UInt32[Array, " shards_rows"]
     first_samples: Int[Array, " shards_rows"]
     entry: Int[Array, " shards_rows"]
+
+
+@struct.dataclass
+class NewSuffixes:
+    """Prompts whose first pages are those of others.
+
+    prompts: `tokens` are those behind these pages, `lengths` are of the whole prompts.
+    bases: the entry that each has its first pages from. shared: how many.
+    """
+
+    prompts: NewPrompts
+    bases: Int[Array, " shards_rows"]
+    shared: Int[Array, " shards_rows"]
 
 
 def of_prompt(

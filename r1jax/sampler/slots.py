@@ -153,11 +153,33 @@ def add_prompts(
     hidden = last_token(hidden, new.lengths).reshape(shards, -1, hidden.shape[-1])
     new = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), new)
 
-    entries, present = state.prompts, new.entry < shape.prompts
+    present = new.entry < shape.prompts
     index = jnp.arange(shape.prompt_pages)
     wanted = present[..., None] & (index * shape.page < new.lengths[..., None])
     ids = free_pages(state.cache, wanted.reshape(shards, -1)).reshape(wanted.shape)
     tables = jnp.where(wanted, ids, -1)
+
+    first_tokens = _first_tokens(params, hidden, new, draws, model, shape)
+    cache = store_prompts(state.cache, cached, tables, new.lengths)
+    state = with_prompts(replace(state, cache=cache), new, tables, hidden, shape, first_tokens)
+    return laid_out(state, model), cached.experts
+
+
+def with_prompts(
+    state: SlotState,
+    new: NewPrompts,
+    tables: Int[Array, "shards rows pages"],
+    hidden: Float[Array, "shards rows hidden"],
+    shape: SlotShape,
+    first_tokens: DrawnTokens | None = None,
+) -> SlotState:
+    """The state with prompts [shards, rows] in their entries, and their samples in the queue.
+
+    Args:
+      tables: their pages, which the cache has.
+      hidden, first_tokens: as of `PromptEntries`.
+    """
+    shards, entries, present = len(state.running), state.prompts, new.entry < shape.prompts
 
     def put(old: jax.Array, rows: jax.Array) -> jax.Array:
         return put_rows(old, new.entry, rows)
@@ -169,9 +191,8 @@ def add_prompts(
     at = (at + order[..., None] * shape.samples + sample) % state.queue.shape[1]
     at = jnp.where(present[..., None], at, state.queue.shape[1])
     queue = put_rows(state.queue, at.reshape(shards, -1), requests.reshape(shards, -1))
-    state = replace(
+    return replace(
         state,
-        cache=store_prompts(state.cache, cached, tables, new.lengths),
         prompts=PromptEntries(
             tables=put(entries.tables, tables),
             lengths=put(entries.lengths, new.lengths),
@@ -179,14 +200,11 @@ def add_prompts(
             ids=put(entries.ids, new.ids),
             first_samples=put(entries.first_samples, new.first_samples),
             done=put(entries.done, jnp.zeros_like(new.entry)),
-            first_tokens=jax.tree.map(
-                put, entries.first_tokens, _first_tokens(params, hidden, new, draws, model, shape)
-            ),
+            first_tokens=jax.tree.map(put, entries.first_tokens, first_tokens),
         ),
         queue=queue,
         queued=state.queued + present.sum(axis=1) * shape.samples,
     )
-    return _laid_out(state, model), cached.experts
 
 
 def _first_tokens(
@@ -224,7 +242,7 @@ def drop_prompts(
         cache=release(state.cache, jnp.where(ended, tables, -1)),
         prompts=replace(state.prompts, tables=jnp.where(ended, -1, tables)),
     )
-    return _laid_out(state, model)
+    return laid_out(state, model)
 
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
@@ -329,7 +347,7 @@ def decode_and_refill(
     log = jax.tree.map(
         lambda leaf: model.layout.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), log
     )
-    return _laid_out(state, model), log, status
+    return laid_out(state, model), log, status
 
 
 # --- Parts of a step -----------------------------------------------------------------------------
@@ -412,7 +430,7 @@ def _over_shards(leaf: jax.Array, model: Decoder) -> jax.Array:
     return model.layout.constrain(leaf, ("slots", *(None,) * (leaf.ndim - 1)))
 
 
-def _laid_out(state: SlotState, model: Decoder) -> SlotState:
+def laid_out(state: SlotState, model: Decoder) -> SlotState:
     """The state as `empty_slots` lays it out: another layout would compile the programs again."""
     axes = page_axes(model)
 
