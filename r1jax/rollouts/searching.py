@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,6 @@ from r1jax.rollouts.sampling import (
     Completion,
     completion_texts,
     generate_options,
-    sample_prompts,
     text_search,
 )
 from r1jax.rollouts.scored_samples import SAMPLES, PromptPart, SampleMeans, slice_of_process
@@ -43,17 +42,18 @@ from r1jax.rollouts.scoring import (
     check_first_rewards,
     reward_scorer,
 )
+from r1jax.rollouts.search_queue import SearchQueue
 from r1jax.run.models import LanguageModel
 from r1jax.run.record import Clock
 from r1jax.run.resolve import ResolvedRun, StageRun
 from r1jax.run.seeds import seed_of
 from r1jax.run.stop import Preempted
 from r1jax.sampler import Finish, GenerateOptions
-from r1jax.sampler.queue import default_slots
+from r1jax.sampler.queue import QueueFigures, QueueSample, default_slots
 from r1jax.search.beam import beam_search
 from r1jax.search.choice import agreement, best_solution, ranked_solutions
 from r1jax.search.monte_carlo import monte_carlo_search
-from r1jax.search.rounds import Expansion, RunningSearch, run_searches
+from r1jax.search.rounds import RunningSearch, search_rounds
 from r1jax.search.tree import SearchTree, Step, StepEnd
 from r1jax.settings.names import nearest
 from r1jax.settings.search import AnySearch, BeamSearch, DatasetSearch, critic_of_search
@@ -155,7 +155,7 @@ class Searcher:
     """Searches problems with a model's weights.
 
     rule: where a step ends. model: whose values decide; None: agreement does. options: of the
-    sampler of steps.
+    sampler of steps. figures: of all queues, added up.
     """
 
     sampler: LanguageModel
@@ -166,6 +166,7 @@ class Searcher:
     options: GenerateOptions
     solution_tokens: int
     stop: Sequence[str]
+    figures: QueueFigures = field(default_factory=QueueFigures)
 
     def find(self, parts: Sequence[PromptPart], solutions: int = 1) -> list[FoundSolutions]:
         """Search this process's parts: prompts, each with which search of it this is.
@@ -181,12 +182,18 @@ class Searcher:
             SearchTree(prompt.id, number, self.solution_tokens, self.search.max_step_tokens)
             for prompt, number in parts
         ]
-        run_searches(
-            [(tree, self._search(tree, texts)) for tree in trees],
-            partial(self._expand, prompts=prompts),
-            partial(self._score, texts=texts),
-            partial(any_process, layout=self.sampler.decoder.layout),
-        )
+        searches = [(tree, self._search(tree, texts)) for tree in trees]
+        agree = partial(any_process, layout=self.sampler.decoder.layout)
+        SearchQueue(
+            self.params,
+            self.sampler,
+            self.options,
+            prompts,
+            search_rounds(searches, partial(self._score, texts=texts), agree),
+            self.solution_tokens - self.search.max_step_tokens,
+            self._step,
+            self.figures,
+        ).run()
         found = []
         for (prompt, _), tree in zip(parts, trees, strict=True):
             if self.model is None:
@@ -217,36 +224,13 @@ class Searcher:
 
         return monte_carlo_search(tree, search, value_of)
 
-    def _expand(
-        self, pairs: Sequence[tuple[SearchTree, Expansion]], prompts: dict[int, Prompt]
-    ) -> list[list[Step]]:
-        beginnings = []
-        for tree, expansion in pairs:
-            prompt = prompts[tree.problem]
-            ids = np.asarray([*prompt.token_ids, *tree.token_ids(expansion.node)], np.int32)
-            beginnings.append(replace(prompt, token_ids=ids))
-        rounds = sample_prompts(
-            self.params,
-            beginnings,
-            self.sampler,
-            self.options,
-            batch=len(beginnings),
-            first_samples=[tree.first_sample(each.node) + each.first for tree, each in pairs],
-        )
-        completions = dict(each for ended in rounds for each in ended)
-        count = self.options.samples
-        return [
-            [self._step(completions[index * count + sample]) for sample in range(count)]
-            for index in range(len(pairs))
-        ]
-
-    def _step(self, completion: Completion) -> Step:
-        ids, text, end = completion.token_ids, completion.text, _ENDS[completion.finish]
+    def _step(self, sample: QueueSample, text: str) -> Step:
+        ids, end = sample.tokens, _ENDS[sample.finish]
         if int(ids[-1]) in self.options.eos_ids:  # in whose text the rule may have ended a step
             end, (text,) = "eos", completion_texts(self.sampler, [(ids, Finish.EOS)])
         elif end == "step" and any(string in text for string in self.stop):
             end = "stop"
-        log_prob = round(float(completion.sampler_log_probs.sum()), _DIGITS_OF_LOG_PROBS)
+        log_prob = round(float(sample.sampling_log_probs.sum()), _DIGITS_OF_LOG_PROBS)
         return Step(tuple(ids.tolist()), text, log_prob, end)
 
     def _score(
@@ -352,7 +336,11 @@ def make_searcher(
         rule,
         value_model,
         replace(
-            options, stop=text_search(sampler.tokenizer, is_end), slots=slots, fixed_shape=True
+            options,
+            stop=text_search(sampler.tokenizer, is_end),
+            slots=slots,
+            fixed_shape=True,
+            extended_by=search.max_step_tokens,
         ),
         wanted.max_new_tokens,
         stop,

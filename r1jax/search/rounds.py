@@ -24,18 +24,19 @@ class Expansion:
 
 
 RunningSearch: TypeAlias = Generator[Sequence[Expansion], None, None]
-ExpandSteps = Callable[[Sequence[tuple[SearchTree, Expansion]]], Sequence[Sequence[Step]]]
-"""The steps of each expansion, `count` of them."""
+SearchRounds: TypeAlias = Generator[
+    list[tuple[SearchTree, Expansion]], Sequence[Sequence[Step]], None
+]
+"""Gives the expansions of a round, and is sent the steps of each, `count` of them."""
 ScoreNodes = Callable[[Sequence[tuple[SearchTree, int]]], Sequence[float | None]]
 """The value of each node, in 0..1, or None."""
 
 
-def run_searches(
+def search_rounds(
     searches: Sequence[tuple[SearchTree, RunningSearch]],
-    expand: ExpandSteps,
     score: ScoreNodes,
     any_process: Callable[[bool], bool] = bool,
-) -> None:
+) -> SearchRounds:
     """Take all searches to their ends, in rounds.
 
     Args:
@@ -48,9 +49,10 @@ def run_searches(
         if not any_process(bool(going)):
             return
         pairs = [(tree, expansion) for tree, _, wanted in going for expansion in wanted]
+        made = yield pairs
         new = [
             (tree, node)
-            for (tree, expansion), steps in zip(pairs, expand(pairs), strict=True)
+            for (tree, expansion), steps in zip(pairs, made, strict=True)
             for node in tree.add(expansion.node, steps)
         ]
         for (tree, node), value in zip(new, score(new), strict=True):

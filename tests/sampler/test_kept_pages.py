@@ -14,14 +14,12 @@ from tiny_models import random_params
 from r1jax.models import Decoder, Execution
 from r1jax.models.parameters import Params
 from r1jax.sampler import GenerateOptions
-from r1jax.sampler.prompt_pages import KnownPrompts, PromptPages
 from r1jax.sampler.queue import (
     PromptFeed,
     QueuedPrompt,
     QueueFigures,
     QueueSample,
     sample_queue,
-    slot_shape,
 )
 from r1jax.sampler.scheduler import Scheduler
 from r1jax.sampler.slot_state import Status

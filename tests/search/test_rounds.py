@@ -14,7 +14,13 @@ import pytest
 from r1jax.search.beam import beam_search
 from r1jax.search.choice import agreement, best_solution, ranked_solutions
 from r1jax.search.monte_carlo import monte_carlo_search, puct_scores
-from r1jax.search.rounds import Expansion, RunningSearch, affordable, run_searches
+from r1jax.search.rounds import (
+    Expansion,
+    RunningSearch,
+    ScoreNodes,
+    affordable,
+    search_rounds,
+)
 from r1jax.search.tree import SearchTree, Step
 from r1jax.settings.search import BeamSearch, TreeSearch
 
@@ -51,6 +57,21 @@ def value(text: str) -> float:
 
 def scored(of: Callable[[str], float]) -> Callable[..., list[float | None]]:
     return lambda pairs: [of(text_of(tree, node)) for tree, node in pairs]
+
+
+def run_searches(
+    searches: Sequence[tuple[SearchTree, RunningSearch]],
+    expand: Callable[[Sequence[tuple[SearchTree, Expansion]]], list[list[Step]]],
+    score: ScoreNodes,
+) -> None:
+    rounds = search_rounds(searches, score)
+    wanted = next(rounds, None)
+    while wanted is not None:
+        steps = expand(wanted)
+        try:
+            wanted = rounds.send(steps)
+        except StopIteration:
+            return
 
 
 def finish(tree: SearchTree, search: RunningSearch, of: Callable[[str], float] = value) -> None:
