@@ -117,7 +117,8 @@ def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> 
     """The programs of a stage that searches; a step is a round of a batch, in which every search
     continues as many beginnings as it may, each as long as may be.
 
-    Beginnings are padded to powers of two, of which each compiles once; the plan has the largest.
+    Those that are read whole are padded to powers of two, of which each compiles once; the plan has
+    the largest. The others go on from what is in the KV cache, which stays while they are scored.
     """
     model, search = planning.sampler_of(stage.name), wanted.search
     longest = longest_prompt(stage, planning.config) + wanted.max_new_tokens
@@ -131,6 +132,7 @@ def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> 
         wanted.sampling.model_copy(update={"slots": search_slots(wanted, model)}),
         CutLognormal.equal(search.max_step_tokens),
         fixed_shape=True,
+        extended_by=search.max_step_tokens,
     )
     scorers = reward_models(stage, planning)
     if (source := critic_of_search(search)) is not None:
@@ -138,7 +140,12 @@ def search_programs(stage: Stage, planning: Planning, wanted: DatasetSearch) -> 
         config = replace(critic.config, head="scalar", num_nextn_predict_layers=0)
         scorers[f"critic of {source}"] = replace(critic, config=config), False
     resident = reward_model_weights(scorers)
-    scoring = {**resident, "weights": abstract_weights(model)}
+    scoring = {
+        **resident,
+        "weights": abstract_weights(model),
+        "cache": rollout.state.cache,
+        "slots": vars(rollout.state) | {"cache": None},
+    }
     steps = beginnings * search.expansions
     programs = [
         *rollout.programs(resident, 1.0, "steps: "),

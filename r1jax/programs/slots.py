@@ -24,7 +24,8 @@ from r1jax.programs.program import Program, batch_array, expected_flops, forward
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.queue import default_slots, slot_shape
 from r1jax.sampler.scheduler import rows_at_once
-from r1jax.sampler.slot_state import NewPrompts, SlotShape, SlotState
+from r1jax.sampler.slot_state import NewPrompts, NewSuffixes, SlotShape, SlotState
+from r1jax.sampler.slot_suffixes import SUFFIX_PAGES, extend_prompts
 from r1jax.sampler.slots import (
     END,
     TAKE,
@@ -67,7 +68,8 @@ class SlotRollout:
     at_once: prompts of a batch of the stage. samples: of each prompt.
     prompt_tokens, new_tokens: at most.
     queue: prompts over all devices; None where their number depends on the data, of which a batch
-        is planned. fixed_shape: see `GenerateOptions`.
+        is planned. fixed_shape, extended_by: see `GenerateOptions`. With `extended_by` a queue goes
+        through several rounds; what is planned is one in which all prompts extend others.
     """
 
     model: Decoder
@@ -80,6 +82,7 @@ class SlotRollout:
     queue: int | None = None
     record_experts: bool = False
     fixed_shape: bool = False
+    extended_by: int = 0
 
     def programs(
         self, resident: Mapping[str, AbstractTree], calls: float, prefix: str = ""
@@ -101,15 +104,35 @@ class SlotRollout:
         new, draws = self.new_prompts, jax.eval_shape(self.options.draws)
         static = {"model": self.model, "shape": shape}
         prefills = calls * work.prefills
+        suffixes = self.new_suffixes if shape.suffix_tokens else None
         yield Program(
             f"{prefix}prefill",
             mesh.shape,
             partial(add_prompts.lower, weights, state, new, draws, **static),
             {**arguments, "batch": new},
             resident,
-            prefills,
+            prefills if suffixes is None else 0.0,
             useful_flops=forward_flops(config, self.prompts, self.prompt_tokens) / work.prefills,
         )
+        if suffixes is not None:
+            pages = shape.suffix_tokens // shape.page
+            read = rows_at_once(shape) * shape.prompt_pages
+            chunk = pages_at_once(shape.page, self.model.layout.platform, shape.page)
+            start = max(0, self.prompt_tokens - self.extended_by)
+            of_all = forward_flops(config, self.prompts, self.extended_by, start)
+            yield Program(
+                f"{prefix}prefill of suffixes",
+                mesh.shape,
+                partial(extend_prompts.lower, weights, state, suffixes, **static),
+                {**arguments, "batch": suffixes},
+                resident,
+                prefills,
+                turns=pages,
+                useful_flops=of_all / work.prefills,
+                prepare=partial(prepare_suffixes, shape=shape),
+                trial_turns=pages,
+                scopes={PAGE_CHUNKS: read / chunk + 0.5, PAGE_KERNEL: read, SUFFIX_PAGES: pages},
+            )
         decodes = work.steps / shape.steps
         of_all = expected_flops(
             config, self.prompts * self.samples, self.lengths, start=self.prompt_tokens
@@ -185,6 +208,7 @@ class SlotRollout:
             slots=self.slots,
             cache_tokens=self.sampling.cache_tokens,
             fixed_shape=self.fixed_shape,
+            extended_by=self.extended_by,
         )
 
     @cached_property
@@ -264,13 +288,23 @@ class SlotRollout:
     @cached_property
     def new_prompts(self) -> NewPrompts:
         """The rows of a prefill."""
+        return self._rows(self.shape.prompt_tokens)
+
+    @cached_property
+    def new_suffixes(self) -> NewSuffixes:
+        """The rows of a prefill of suffixes."""
+        prompts = self._rows(self.shape.suffix_tokens)
+        return NewSuffixes(prompts, prompts.lengths, prompts.lengths)
+
+    def _rows(self, tokens: int) -> NewPrompts:
         rows = self.shards * rows_at_once(self.shape)
 
         def row(dtype: type[np.generic], *rest: int) -> PyTree:
             return batch_array(self.model, (rows, *rest), dtype)
 
-        tokens = row(np.int32, self.shape.prompt_tokens)
-        return NewPrompts(tokens, row(np.int32), row(np.uint32), row(np.int32), row(np.int32))
+        return NewPrompts(
+            row(np.int32, tokens), row(np.int32), row(np.uint32), row(np.int32), row(np.int32)
+        )
 
     @cached_property
     def decode_arguments(self) -> tuple[AbstractTree, ...]:
@@ -306,3 +340,28 @@ def prepare_slots(arguments: PyTree, shape: SlotShape, pages: int) -> PyTree:
     sampling = draws.sampling.replace(temperature=one, top_p=one)
     draws = draws.replace(sampling=sampling, eos_ids=jnp.full_like(draws.eos_ids, -1))
     return weights, state, jnp.zeros_like(stop), jnp.zeros_like(more), draws
+
+
+def prepare_suffixes(arguments: PyTree, shape: SlotShape) -> PyTree:
+    """Arguments for suffixes at their longest, behind as many pages as a prompt may have."""
+    weights, state, new = arguments
+    pages = shape.suffix_tokens // shape.page
+    shared = max(0, shape.prompt_pages - pages)
+    columns = jnp.arange(shape.prompt_pages)
+    tables = jnp.where(columns < shared, columns, -1)
+    used = jnp.arange(shape.pages) < shared
+    like = state.prompts.tables
+    state = replace(
+        state,
+        prompts=replace(
+            state.prompts, tables=jnp.broadcast_to(tables.astype(like.dtype), like.shape)
+        ),
+        cache=replace(state.cache, used=jnp.broadcast_to(used, state.cache.used.shape)),
+    )
+    lengths = jnp.full_like(new.shared, (shared + pages) * shape.page)
+    prompts = replace(new.prompts, lengths=lengths, entry=jnp.zeros_like(new.prompts.entry))
+    return (
+        weights,
+        state,
+        NewSuffixes(prompts, jnp.zeros_like(new.bases), jnp.full_like(new.shared, shared)),
+    )
