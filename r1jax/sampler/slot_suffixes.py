@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from r1jax.models.config import Decoder
 from r1jax.models.decoder import SlotTokens, decode_slots, unstack_layers
+from r1jax.models.kv_cache import StackCache
 from r1jax.models.paged_attention import pages_at_once
 from r1jax.models.paged_cache import (
     OF_DECODER,
@@ -52,6 +53,7 @@ def extend_prompts(
     shared = present[..., None] & (columns < new.shared[..., None])
     tables = jnp.where(shared, tables, -1)
     counts = jnp.where(present, prompts.lengths - new.shared * page, 0)
+    pages = -(-jnp.max(counts) // page)
     # Pages that are filled, one for each row, in place of those of the slots.
     filling = empty_pages(shards, rows, 1, page, model).current
     list_size = suffix_list_size(model, shape, rows)
@@ -70,14 +72,24 @@ def extend_prompts(
             jnp.broadcast_to(causal, (shards, rows, page, page)),
             list_pages(cache, tables, list_size),
         )
-        read, cache, _ = decode_slots(
-            layers, tokens, replace(cache, current=filling), model, record_experts=False
-        )
-        # All layers have read the pool before a page of any is written: else it would be copied.
-        pages, read = jax.lax.optimization_barrier((cache.pages, read))
+
+        def read_tokens(cache: PagedCache) -> tuple[jax.Array, dict[str, StackCache]]:
+            read, written, _ = decode_slots(
+                layers, tokens, replace(cache, current=filling), model, record_experts=False
+            )
+            return read, written.current
+
+        def nothing(cache: PagedCache) -> tuple[jax.Array, dict[str, StackCache]]:
+            return jnp.zeros((shards, rows, page, hidden.shape[-1]), hidden.dtype), filling
+
+        # As one operation, which reads the pool before a page of any layer is written: in between,
+        # the pool would be copied.
+        read, current = jax.lax.cond(index < pages, read_tokens, nothing, cache)
         filled = (at < counts[..., None]) * jnp.uint8(OF_DECODER)
         needed = counts > index * page
-        cache, ids = keep_current(replace(cache, pages=pages, current_filled=filled), needed)
+        cache, ids = keep_current(
+            replace(cache, current=current, current_filled=filled), needed
+        )
         place = columns == (new.shared + index)[..., None]
         tables = jnp.where(place & needed[..., None], ids[..., None], tables)
         last = counts - 1 - index * page
@@ -92,7 +104,7 @@ def extend_prompts(
     )
     with jax.named_scope(SUFFIX_PAGES):
         cache, tables, hidden = jax.lax.fori_loop(
-            0, -(-jnp.max(counts) // page), read_page, (cache, tables, hidden)
+            0, pages, read_page, (cache, tables, hidden)
         )
     cache = replace(cache, current=slots, current_filled=slots_filled)
     state = with_prompts(replace(state, cache=cache), prompts, tables, hidden, shape)
