@@ -87,9 +87,7 @@ def extend_prompts(
         read, current = jax.lax.cond(index < pages, read_tokens, nothing, cache)
         filled = (at < counts[..., None]) * jnp.uint8(OF_DECODER)
         needed = counts > index * page
-        cache, ids = keep_current(
-            replace(cache, current=current, current_filled=filled), needed
-        )
+        cache, ids = keep_current(replace(cache, current=current, current_filled=filled), needed)
         place = columns == (new.shared + index)[..., None]
         tables = jnp.where(place & needed[..., None], ids[..., None], tables)
         last = counts - 1 - index * page
@@ -103,9 +101,7 @@ def extend_prompts(
         state.cache, current={}, current_filled=jnp.zeros((shards, rows, page), jnp.uint8)
     )
     with jax.named_scope(SUFFIX_PAGES):
-        cache, tables, hidden = jax.lax.fori_loop(
-            0, pages, read_page, (cache, tables, hidden)
-        )
+        cache, tables, hidden = jax.lax.fori_loop(0, pages, read_page, (cache, tables, hidden))
     cache = replace(cache, current=slots, current_filled=slots_filled)
     state = with_prompts(replace(state, cache=cache), prompts, tables, hidden, shape)
     return laid_out(state, model)
