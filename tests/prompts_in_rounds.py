@@ -94,6 +94,7 @@ def run(of: tuple[Decoder, Params], rounds: Rounds, options: GenerateOptions = O
     for ended in sample_queue(
         params, feed, model, options, prompt_tokens=LONGEST, figures=rounds.figures
     ):
+        assert rounds.figures.steps < 5000  # else it goes on for ever
         rounds.found |= {(each.prompt, each.sample): each for each in ended}
     assert len(rounds.found) == len(rounds.given) * options.samples
     return rounds.found

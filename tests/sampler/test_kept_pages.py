@@ -12,12 +12,16 @@ import forked
 import numpy as np
 import pytest
 from compiled_programs import devices
-from prompts_in_rounds import LONGEST, OPTIONS, PAGE, Rounds, Samples, model_of, run
+from prompts_in_rounds import LONGEST, OPTIONS, PAGE, STEP, Rounds, Samples, model_of, run
 
+from r1jax.programs.lengths import CutLognormal
+from r1jax.programs.program import bytes_on_device
+from r1jax.programs.slots import SlotRollout
 from r1jax.sampler.prompt_pages import Begun, KnownPrompts, PromptPages
 from r1jax.sampler.queue import PromptFeed, QueuedPrompt, QueueFigures, sample_queue, slot_shape
 from r1jax.sampler.scheduler import Scheduler
 from r1jax.sampler.slot_state import Status
+from r1jax.settings.sampling import SamplingSection
 
 SCRIPT = Path(__file__).parents[1] / "prompts_in_rounds.py"
 
@@ -159,6 +163,16 @@ def test_with_drafts_and_recorded_experts_nothing_is_kept(change: dict[str, bool
     assert shape == slot_shape(model, without, prompts=9, prompt_tokens=LONGEST)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_pool_is_not_copied_where_suffixes_are_read(scan: bool) -> None:
+    model, _ = model_of("dense", scan)
+    lengths = CutLognormal.equal(STEP)
+    planned = SlotRollout(model, 64, 4, 2000, STEP, SamplingSection(), lengths, extended_by=STEP)
+    (program,) = (each for each in planned.programs({}, 1.0) if "suffixes" in each.name)
+    memory = program.lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < bytes_on_device(planned.state.cache.pages) / 4
+
+
 @pytest.mark.slow  # programs are compiled for eight devices
 def test_shards_share_pages_of_their_own() -> None:
     cases = [
@@ -244,3 +258,20 @@ def test_what_others_build_on_stays_and_the_longest_unused_goes() -> None:
     assert held.has_room(5, held.begun(5), 0)
     put(held, 5, ended=False)
     assert held.free == 0 and held.entries[last] == 3 and held.entries[child] == 5
+
+
+def test_what_has_no_page_of_its_own_is_not_built_on() -> None:
+    held = pages_of(8, 10, 11, extends=(None, 0, 1))
+    first = put(held, 0)
+    second = put(held, 1, ended=False)
+    assert held.begun(2) == Begun(first, 2)
+    put(held, 2, ended=False)
+    held.end(second)
+    assert held.entries[second] == -1
+
+
+def test_what_a_prompt_goes_on_from_does_not_make_room_for_it() -> None:
+    held = pages_of(40, 48, 52, extends=(None, 0, 0), pages=12)
+    put(held, 0)
+    assert held.has_room(1, held.begun(1), 0)
+    assert not held.has_room(2, held.begun(2), 0)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,11 @@ from r1jax.config.run_config import RunConfig
 from r1jax.data.prompts import Prompt
 from r1jax.data.steps import cut_steps, first_step_end
 from r1jax.planner.dry_run import describe
+from r1jax.planner.memory import planning_of, sizes_of
 from r1jax.rollouts import searching
 from r1jax.rollouts.scoring import ValueModel
-from r1jax.run.resolve import check, resolve
+from r1jax.run.resolve import check, load_functions, resolve
+from r1jax.sampler.queue import QueueFigures
 from r1jax.search.tree import SearchTree, Step, path_of
 from r1jax.settings.steps import StepRule
 from r1jax.stages.evaluate.settings import EvaluateStage
@@ -194,22 +197,70 @@ def test_the_tree_is_the_same_in_any_batch(directory: Path, finished: Path) -> N
     for stage in ("beam", "mcts"):
         plan = config(directory, "small", *changes)
         assert recipe.run(plan, recipe.Selection(only=stage)) == 0
-        again = rows(directory / "small" / "tiny-search-s0", stage, "trees.jsonl")
-        for one, other in zip(rows(finished, stage, "trees.jsonl"), again, strict=True):
-            assert [n["text"] for n in one["nodes"]] == [n["text"] for n in other["nodes"]]
-            assert [n["visits"] for n in one["nodes"]] == [n["visits"] for n in other["nodes"]]
-            assert one["solutions"] == other["solutions"]
+        assert_same_trees(directory / "small" / finished.name, finished, stage)
+
+
+def assert_same_trees(run: Path, other: Path, stage: str) -> None:
+    trees = rows(run, stage, "trees.jsonl"), rows(other, stage, "trees.jsonl")
+    for one, two in zip(*trees, strict=True):
+        assert [n["text"] for n in one["nodes"]] == [n["text"] for n in two["nodes"]]
+        assert [n["visits"] for n in one["nodes"]] == [n["visits"] for n in two["nodes"]]
+        assert one["solutions"] == two["solutions"]
+
+
+def with_options(patch: pytest.MonkeyPatch, **changes: int) -> QueueFigures:
+    """Searchers get these options of the sampler; their figures, added up."""
+    figures, make = QueueFigures(), searching.make_searcher
+
+    def made(*args: Any) -> searching.Searcher:
+        searcher = make(*args)
+        return replace(searcher, options=replace(searcher.options, **changes), figures=figures)
+
+    patch.setattr(searching, "make_searcher", made)
+    return figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["beam", "mcts"])
+def test_trees_of_pages_that_are_kept_are_those_without(
+    directory: Path, finished: Path, stage: str
+) -> None:
+    """The prompt is read once for all searches of a problem, and each step that is gone on from
+    once; of pages of two tokens perhaps the last one again."""
+    figures = {}
+    for name, extended_by in (("kept", 8), ("unkept", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            figures[name] = with_options(patch, page=2, extended_by=extended_by)
+            assert recipe.run(config(directory, name), recipe.Selection(only=stage)) == 0
+        assert_same_trees(directory / name / finished.name, finished, stage)
+    kept, unkept = figures["kept"], figures["unkept"]
+    assert unkept.shared == 0 and kept.shared + kept.prefilled == unkept.prefilled
+    problems, expanded = dict[int, int](), 0
+    for tree in rows(finished, stage, "trees.jsonl"):
+        problems[tree["problem_id"]] = len(tree["prompt"])  # a token for each character
+        parents = [node["parent"] for node in tree["nodes"][1:]]
+        # Expansions of the question in several parts read its last page each.
+        expanded += sum(tree["nodes"][node]["tokens"] for node in set(parents) - {0})
+        expanded += 2 * len(parents)
+    assert kept.prefilled <= sum(problems.values()) + expanded
+    assert kept.shared > kept.prefilled
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_trees_of_one(directory: Path, finished: Path) -> None:
     """Of a batch each has its problems, and half of the slots; the rounds of one may go on when
     the other's have ended."""
-    plan = yaml.safe_load(Path(CONFIG).read_text())
-    plan["stages"] = [each for each in plan["stages"] if each["name"] == "mcts"]
-    plan["rewards"]["even"]["function"] = "tiny_rewards:even_digits"
+    longer = ["stages.mcts.max_new_tokens=64", "stages.mcts.search.budget_tokens=240"]
+    with pytest.MonkeyPatch.context() as patch:
+        figures = with_options(patch)
+        plan = config(directory, "one", *longer)
+        assert recipe.run(plan, recipe.Selection(only="mcts")) == 0
+    assert figures.shared > 100  # in pages of 16 tokens
+    written = yaml.safe_load(Path(CONFIG).read_text())
+    written["stages"] = [each for each in written["stages"] if each["name"] == "mcts"]
+    written["rewards"]["even"]["function"] = "tiny_rewards:even_digits"
     path = directory / "two.yaml"
-    path.write_text(yaml.safe_dump(plan))
+    path.write_text(yaml.safe_dump(written))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -218,6 +269,7 @@ def test_two_processes_make_the_trees_of_one(directory: Path, finished: Path) ->
         "JAX_NUM_CPU_DEVICES": "1",
     }
     changes = [process_reward(directory), "mesh.axes={data: 2}", "mesh.cpu_devices=1"]
+    changes += longer
     command = [str(path), f"output={directory / 'two'}", *changes]
     started = [
         subprocess.Popen(
@@ -236,13 +288,7 @@ def test_two_processes_make_the_trees_of_one(directory: Path, finished: Path) ->
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    run = directory / "two" / finished.name
-    for one, other in zip(
-        rows(finished, "mcts", "trees.jsonl"), rows(run, "mcts", "trees.jsonl"), strict=True
-    ):
-        assert [n["text"] for n in one["nodes"]] == [n["text"] for n in other["nodes"]]
-        assert [n["visits"] for n in one["nodes"]] == [n["visits"] for n in other["nodes"]]
-        assert one["solutions"] == other["solutions"]
+    assert_same_trees(directory / "two" / finished.name, directory / "one" / finished.name, "mcts")
 
 
 @pytest.mark.slow
@@ -318,6 +364,22 @@ def test_a_plan_has_the_programs_of_a_search(directory: Path) -> None:
     described = describe(config(directory, "planned"))
     lines = [each["what"] for each in described["memory"]]
     assert "beam: key-value cache" in lines and "mcts: state of the slots" in lines
+
+
+def test_a_search_keeps_its_cache_while_its_steps_are_scored(directory: Path) -> None:
+    run = resolve(config(directory, "planned"))
+    beam = next(each for each in run.config.stages if each.name == "beam")
+    programs = {
+        each.name: each for each in load_functions(beam).programs(beam, planning_of(run)).programs
+    }
+    assert [*programs] == [
+        "steps: prefill",
+        "steps: prefill of suffixes",
+        "steps: decode and refill",
+        "reward process",
+    ]
+    sizes = {name: sizes_of(program) for name, program in programs.items()}
+    assert len({each["cache"] for each in sizes.values()}) == 1 and sizes["reward process"]["cache"]
 
 
 @pytest.mark.parametrize(
