@@ -269,8 +269,9 @@ def _check_cache_budgets(run: ResolvedRun) -> None:
         new: int | None = getattr(stage, "max_new_tokens", None)
         if sampling is None or new is None or sampling.cache_tokens is None:
             continue
-        if stage.dataset_search() is not None:  # which samples steps, of solutions that have begun
-            continue
+        begun, search = 0, stage.dataset_search()
+        if search is not None:  # which samples steps, of solutions that have begun
+            new, begun = search.search.max_step_tokens, new - search.search.max_step_tokens
         model = run.models.sampler_of(stage.name).decoder
         options = GenerateOptions(
             samples=1,
@@ -284,7 +285,8 @@ def _check_cache_budgets(run: ResolvedRun) -> None:
         longest = max((_longest_prompt(run, data, stage.name) for data in parts), default=1)
         with run.config.blaming("stages", stage.name):
             try:
-                slot_shape(model, options, prompts=sys.maxsize, prompt_tokens=bucket(longest))
+                tokens = bucket(longest + begun)
+                slot_shape(model, options, prompts=sys.maxsize, prompt_tokens=tokens)
             except ValueError as error:
                 problem = str(error).partition(": ")[2]
                 problem += ", more with more slots; raise it, or leave it out"

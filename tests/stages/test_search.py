@@ -427,6 +427,11 @@ def test_settings_that_do_not_fit_are_refused(
             ["stages.beam.search.max_step_tokens=30", "stages.beam.max_new_tokens=24"],
             "more than the stage's max_new_tokens = 24",
         ),
+        (  # of a beginning of 16 + 24 - 8 tokens, and a step
+            ["stages.mcts.sampling.cache_tokens=70"],
+            "stages.mcts.sampling.cache_tokens = 70: a KV cache for 1 x 1 slots and one sample of 32 "
+            "+ 8 tokens has at least 80",
+        ),
     ],
 )
 def test_what_a_search_could_not_use_is_refused_before_any_compute(
