@@ -226,23 +226,23 @@ def test_trees_of_pages_that_are_kept_are_those_without(
     directory: Path, finished: Path, stage: str
 ) -> None:
     """The prompt is read once for all searches of a problem, and each step that is gone on from
-    once; of pages of two tokens perhaps the last one again."""
+    once."""
     figures = {}
     for name, extended_by in (("kept", 8), ("unkept", 0)):
         with pytest.MonkeyPatch.context() as patch:
-            figures[name] = with_options(patch, page=2, extended_by=extended_by)
+            figures[name] = with_options(patch, page=1, extended_by=extended_by)
             assert recipe.run(config(directory, name), recipe.Selection(only=stage)) == 0
         assert_same_trees(directory / name / finished.name, finished, stage)
     kept, unkept = figures["kept"], figures["unkept"]
     assert unkept.shared == 0 and kept.shared + kept.prefilled == unkept.prefilled
-    problems, expanded = dict[int, int](), 0
+    questions, steps, begun = dict[int, int](), 0, 0
     for tree in rows(finished, stage, "trees.jsonl"):
-        problems[tree["problem_id"]] = len(tree["prompt"])  # a token for each character
-        parents = [node["parent"] for node in tree["nodes"][1:]]
-        # Expansions of the question in several parts read its last page each.
-        expanded += sum(tree["nodes"][node]["tokens"] for node in set(parents) - {0})
-        expanded += 2 * len(parents)
-    assert kept.prefilled <= sum(problems.values()) + expanded
+        questions[tree["problem_id"]] = len(tree["prompt"])  # a token for each character
+        expanded = {node["parent"] for node in tree["nodes"][1:]} - {0}
+        steps += sum(tree["nodes"][node]["tokens"] for node in expanded)
+        begun += 2 if stage == "beam" else 1  # expansions of the question, each of `expansions`
+    further = begun - len(questions)  # which read the question's last token
+    assert kept.prefilled == sum(questions.values()) + steps + further
     assert kept.shared > kept.prefilled
 
 
@@ -429,7 +429,7 @@ def test_settings_that_do_not_fit_are_refused(
         ),
         (  # of a beginning of 16 + 24 - 8 tokens, and a step
             ["stages.mcts.sampling.cache_tokens=70"],
-            "stages.mcts.sampling.cache_tokens = 70: a KV cache for 1 x 1 slots and one sample of 32 "
+            "cache_tokens = 70: a KV cache for 1 x 1 slots and one sample of 32 "
             "+ 8 tokens has at least 80",
         ),
     ],
