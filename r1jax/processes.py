@@ -192,23 +192,13 @@ class BatchSlice:
 
 
 def process_batch_slice(layout: Layout) -> BatchSlice:
-    """The slice of the batch that this process's devices hold.
+    """This process's slice of the batch.
 
-    Processes whose devices hold the same rows (a tensor axis that spans hosts) have the same slice,
-    and read and score the same rows. Raises ValueError if two hold some, but not all, in common.
+    Processes whose devices hold rows in common (a tensor axis that spans hosts) have the same
+    slice, and read and score the same rows.
     """
-    if layout.stands_for is not None:
-        return BatchSlice(0, min(layout.stands_for.hosts, layout.shards("batch")))
-    distinct = batch_slices(layout)
-    if sum(map(len, distinct)) != layout.shards("batch"):
-        processes = sorted({device.process_index for device in layout.mesh.devices.flat})
-        held = {process: process_batch_parts(layout, process) for process in processes}
-        raise ValueError(
-            f"mesh = {dict(layout.mesh.shape)}: processes hold overlapping parts of a batch "
-            f"({', '.join(f'{n}: {parts}' for n, parts in held.items())}); put the axes that "
-            "the batch is split over first"
-        )
-    return BatchSlice(distinct.index(process_batch_parts(layout)), len(distinct))
+    slices = batch_slices(layout)
+    return BatchSlice(slices.index(process_batch_parts(layout)), len(slices))
 
 
 def _all_gather(value: np.ndarray, layout: Layout | None) -> np.ndarray:

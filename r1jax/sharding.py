@@ -158,8 +158,8 @@ class Layout:
 def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
     """This process's rows [n, ...] as its slice of an array that is split along the batch.
 
-    They fill the parts of the batch that its devices hold, in the batch's order; the parts of a
-    process need not be neighbours, since a TPU slice's devices are not arranged host by host. A
+    They fill the parts of the slice, in the batch's order; these need not be neighbours, since a
+    TPU slice's devices are not arranged host by host, and its devices may hold some of them only. A
     scalar, equal on all processes, is replicated.
 
     Raises:
@@ -171,7 +171,7 @@ def from_process_rows(rows: np.ndarray, layout: Layout) -> jax.Array:
     parts = process_batch_parts(layout)
     if len(rows) % len(parts):
         raise ValueError(
-            f"{len(rows)} rows do not divide by {len(parts)}, the parts of the batch on this "
+            f"{len(rows)} rows do not divide by {len(parts)}, the parts of the batch of this "
             "process; change the number of rows or mesh.axes"
         )
     size = len(rows) // len(parts)
@@ -208,24 +208,71 @@ def same_devices(one: Layout, other: Layout) -> bool:
 
 
 def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]:
-    """Indices of the batch's equal parts that a process's devices (default: this one's) hold."""
+    """Indices of the batch's equal parts in the slice of a process (default: this one)."""
     process = jax.process_index() if process is None else process
-    slices = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
-    devices = [device for device in layout.mesh.devices.flat if device.process_index == process]
-    return sorted({slices[device][0].start or 0 for device in devices})
+    held = _held_parts(layout)[process]
+    return next(parts for parts in batch_slices(layout) if not held.isdisjoint(parts))
 
 
 def batch_slices(layout: Layout) -> list[list[int]]:
-    """The parts of the batch that processes hold, each slice once, in the batch's order."""
-    processes = {device.process_index for device in layout.mesh.devices.flat}
-    held = {tuple(process_batch_parts(layout, process)) for process in processes}
-    return [list(parts) for parts in sorted(held)]
+    """The slices of the batch that processes have, as indices of its parts; in the batch's order.
+
+    They are apart and equally large. Processes whose devices hold a part in common (a tensor axis
+    that spans hosts) have one slice, the parts of all of them: each reads and scores all its rows,
+    and gives its devices what they hold. Where that makes unequal slices, all have the whole batch.
+    """
+    slices: list[set[int]] = []
+    for held in _held_parts(layout).values():
+        apart = [parts for parts in slices if parts.isdisjoint(held)]
+        slices = [*apart, held.union(*(parts for parts in slices if parts not in apart))]
+    if len({len(parts) for parts in slices}) > 1:
+        slices = [set().union(*slices)]
+    return sorted(sorted(parts) for parts in slices)
 
 
-def to_process_rows(array: jax.Array) -> np.ndarray:
-    """The rows of an array split along the batch that this process's devices hold; a scalar."""
+def _held_parts(layout: Layout) -> dict[int, set[int]]:
+    """Of each process that has devices of the mesh, the parts of the batch that they hold.
+
+    Devices that stand in for others are on as many hosts as those, in order.
+    """
+    places = layout.sharding(("batch",)).devices_indices_map((layout.shards("batch"),))
+    devices = list(layout.mesh.devices.flat)
+    held: dict[int, set[int]] = {}
+    for i, device in enumerate(devices):
+        process = device.process_index
+        if layout.stands_for is not None:
+            process = i * layout.stands_for.hosts // len(devices)
+        held.setdefault(process, set()).add(places[device][0].start or 0)
+    return held
+
+
+def _lacks_rows(layout: Layout) -> bool:
+    """Whether a process's devices hold some, but not all, parts of its slice of the batch."""
+    return any(
+        len(held) < len(process_batch_parts(layout, process))
+        for process, held in _held_parts(layout).items()
+    )
+
+
+def constrain_to_read(rows: jax.Array, layout: Layout) -> jax.Array:
+    """In a compiled program: rows of the batch, so that `to_process_rows` need not gather them."""
+    first = None if _lacks_rows(layout) else "batch"
+    return layout.constrain(rows, (first, *(None,) * (rows.ndim - 1)))
+
+
+def to_process_rows(array: jax.Array, layout: Layout) -> np.ndarray:
+    """The rows of this process's slice of an array that is split along the batch; a scalar.
+
+    All processes have to call it in the same order: devices of others may hold some of the rows.
+    """
     if array.is_fully_addressable or not array.ndim:
         return np.asarray(array)
+    if _lacks_rows(layout):
+        if not array.is_fully_replicated:
+            array = jax.jit(_same, out_shardings=layout.replicated)(array)
+        rows = np.asarray(array.addressable_data(0))
+        in_parts = np.split(rows, layout.shards("batch"))
+        return np.concatenate([in_parts[part] for part in process_batch_parts(layout)])
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 

@@ -24,6 +24,7 @@ from r1jax.run.models import Layouts
 from r1jax.run.resolve import check_divided
 from r1jax.sharding import (
     StandIn,
+    batch_slices,
     given_cpu_devices,
     make_layout,
     make_rollout_layout,
@@ -149,9 +150,41 @@ def test_the_parts_of_a_process_need_not_be_neighbours() -> None:
     assert process_batch_slice(apart) == BatchSlice(0, 2)
     # A tensor axis that spans hosts: they read the same rows.
     assert process_batch_slice(split_batch((0, 1, 2, 3), (0, 0, 1, 1))) == BatchSlice(0, 2)
-    overlapping = split_batch((0, 1, 0, 1, 2), (0, 1, 2, 3, 0))
-    with pytest.raises(ValueError, match=r"overlapping parts .*0: \[0, 2\].*2: \[0\]"):
-        process_batch_slice(overlapping)
+
+
+def test_processes_that_hold_parts_in_common_have_one_slice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parts of all of them, by way of others too."""
+    # Pairs of a tensor axis across hosts of four devices, as the devices of a v6e:4x4 are arranged.
+    pairs = split_batch(
+        (0, 0, 0, 1, 0, 1, 1, 1, 2, 2, 2, 3, 2, 3, 3, 3), [i // 2 for i in range(16)]
+    )
+    assert batch_slices(pairs) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for process, index in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        monkeypatch.setattr(jax, "process_index", lambda i=process: i)
+        assert process_batch_slice(pairs) == BatchSlice(index, 2)
+        assert process_batch_parts(pairs) == batch_slices(pairs)[index]
+    # 0 and 2 have no part in common, but each one with 1.
+    chain = split_batch((0, 0, 1, 1, 2, 2), (0, 0, 0, 1, 1, 1))
+    assert batch_slices(chain) == [[0, 1]]
+    # Slices are equal: where processes with parts in common would have more, all have all.
+    unequal = split_batch((0, 0, 1, 1, 2, 2), (0, 1, 1, 2, 3, 3))
+    assert batch_slices(unequal) == [[0, 1, 2, 3]]
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    assert process_batch_slice(unequal) == BatchSlice(0, 1)
+
+
+def test_devices_that_stand_in_are_on_hosts_in_their_order() -> None:
+    def slices(hosts: int, *parts: int) -> list[list[int]]:
+        layout = split_batch([0] * len(parts), parts)
+        layout.stands_for = StandIn("tpu", hosts)
+        return batch_slices(layout)
+
+    assert slices(2, 0, 1, 2, 3) == [[0, 1], [2, 3]]
+    assert slices(2, 0, 1, 0, 1) == [[0, 1]]
+    assert slices(2, 0, 0, 1, 1, 2, 2) == [[0, 1, 2]]
+    assert slices(4, 0, 0, 1, 1, 2, 2, 3, 3) == [[0], [1], [2], [3]]
 
 
 def test_bad_meshes_are_refused_by_name() -> None:
@@ -202,7 +235,7 @@ def test_heads_that_do_not_divide_are_told_with_what_would() -> None:
     assert head_repeats(16, 4, layout) == 2
 
 
-def test_a_row_that_time_does_not_divide_is_refused() -> None:
+def test_a_row_that_time_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("tiny/r1_zero", ["stages.zero.length_bucket=20"])
     layout = make_layout({"data": 1, "sequence": 1}, devices=jax.devices()[:1])
     check_divided(config, Layouts(layout, layout))
@@ -211,7 +244,7 @@ def test_a_row_that_time_does_not_divide_is_refused() -> None:
         shape = {"data": 1, "sequence": 8}
 
     object.__setattr__(layout, "mesh", Mesh())
-    object.__setattr__(layout, "stands_for", StandIn("cpu", hosts=1))
+    monkeypatch.setattr("r1jax.run.resolve.process_batch_slice", lambda _: BatchSlice(0, 1))
     with pytest.raises(
         ValueError, match=r"stages.base.row_tokens = \d+ .* 8|length_bucket = 20 .* 8"
     ):

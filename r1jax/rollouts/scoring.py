@@ -321,7 +321,7 @@ class _Loaded:
             padding = [np.zeros(1, np.int32)] * (count - len(batch))
             arrays = pad_texts([*(texts[i] for i in batch), *padding], row_tokens(longest))
             rows = {key: from_process_rows(leaf, layout) for key, leaf in arrays.items()}
-            scored = to_process_rows(self.score_rows(self.params, rows))
+            scored = to_process_rows(self.score_rows(self.params, rows), layout)
             for i, value in zip(batch, scored, strict=False):
                 outputs[i] = value
         return outputs

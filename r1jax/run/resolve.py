@@ -313,12 +313,7 @@ def check_divided(
         for stage, number in numbers
         if number.by != "processes" and number.value % (parts := _parts(layouts, number.by))
     ]
-    try:
-        processes = process_batch_slice(layouts.rollout).count
-    except ValueError:  # such a mesh is another mistake
-        if not problems:
-            raise
-        processes = 1
+    processes = process_batch_slice(layouts.rollout).count
     problems += [
         _not_divided(config, stage, number, processes)
         for stage, number in numbers

@@ -160,7 +160,8 @@ class TrainLoop:
         path = self.run.directory / "bad_batches" / f"step-{step:06d}{suffix}.npz"
         path.parent.mkdir(exist_ok=True)
         leaves = jax.tree.leaves_with_path(batch)
-        rows = {jax.tree_util.keystr(key): to_process_rows(leaf) for key, leaf in leaves}
+        layout = self.run.layouts.training
+        rows = {jax.tree_util.keystr(key): to_process_rows(leaf, layout) for key, leaf in leaves}
         np.savez(path, **rows)  # type: ignore[arg-type]  # its stub takes the names for options
         home = self.run.files.home(path)
         self.progress.print(f"step {step}: loss or gradient not finite, update skipped ({home})")

@@ -182,7 +182,7 @@ def generate_chunks(
 def _search(stop: StopSearch, samples: Samples, layout: Layout) -> jax.Array:
     if layout.shards("sample") > 1:
         samples = move_rows(samples, layout)
-    tokens, lengths = to_process_rows(samples.tokens), to_process_rows(samples.lengths)
+    tokens, lengths = (to_process_rows(x, layout) for x in (samples.tokens, samples.lengths))
     ends = stop(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
     return from_process_rows(np.asarray(ends, np.int32).reshape(lengths.shape), layout)
 

@@ -21,6 +21,7 @@ from r1jax.sampler.slot_state import NewPrompts, NewSuffixes, SlotLog, SlotShape
 from r1jax.sampler.slot_suffixes import extend_prompts, release_pages
 from r1jax.sampler.slots import add_prompts, decode_and_refill, drop_prompts, empty_slots
 from r1jax.sharding import (
+    Layout,
     batch_slices,
     from_process_rows,
     process_batch_parts,
@@ -224,7 +225,7 @@ def sample_queue(
     _check_beginnings(queued, len(queued))
     scheduler = schedulers[slice_index]
     shards = len(scheduler.shards)
-    collector = _Collector(queued, shape, options.stop, figures)
+    collector = _Collector(queued, shape, options.stop, figures, layout)
     draws = options.draws()
 
     def rows_to_devices(rows: np.ndarray) -> jax.Array:
@@ -277,7 +278,8 @@ def sample_queue(
                 new = NewPrompts(*(from_process_rows(leaf, layout) for leaf in rows))
                 state, experts = add_prompts(params, state, new, draws, model=model, shape=shape)
                 if experts is not None:
-                    collector.keep_experts(whole[slice_index], to_process_rows(experts))
+                    of_process = to_process_rows(experts, layout)
+                    collector.keep_experts(whole[slice_index], of_process)
             if any(map(any, suffixes)):
                 rows = _suffix_rows(queued, suffixes[slice_index], shape)
                 *of_prompts, bases, pages = (from_process_rows(leaf, layout) for leaf in rows)
@@ -412,7 +414,7 @@ class _Part:
 
 
 class _Collector:
-    """Puts completions together from the logs of this process's slots."""
+    """Puts completions together from the logs of the slots of this process's slice of the batch."""
 
     def __init__(
         self,
@@ -420,8 +422,10 @@ class _Collector:
         shape: SlotShape,
         stop: StopSearch | None,
         figures: QueueFigures,
+        layout: Layout,
     ) -> None:
         self._shape, self._stop, self._figures = shape, stop, figures
+        self._layout = layout
         self._parts: dict[tuple[int, int], _Part] = {}
         self._prompts = prompts
         self._prompt_experts: dict[int, np.ndarray] = {}
@@ -445,7 +449,7 @@ class _Collector:
         Args:
           entries: the prompt of each entry when the log was written.
         """
-        host: SlotLog = jax.tree.map(to_process_rows, log)
+        host: SlotLog = jax.tree.map(lambda leaf: to_process_rows(leaf, self._layout), log)
         drawn = (host.tokens, host.policy_log_probs, host.sampling_log_probs)
         arrays = [
             np.asarray(leaf) for leaf in (*drawn, host.experts, host.drafts) if leaf is not None

@@ -59,6 +59,7 @@ from r1jax.sampler.slot_state import (
     Status,
     of_prompt,
 )
+from r1jax.sharding import constrain_to_read
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -344,9 +345,7 @@ def decode_and_refill(
         free=whole((~state.cache.used).sum(axis=1)),
         live=whole(live.sum(axis=(1, 2)) + current.sum(axis=(1, 2))),
     )
-    log = jax.tree.map(
-        lambda leaf: model.layout.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), log
-    )
+    log = jax.tree.map(lambda leaf: constrain_to_read(leaf, model.layout), log)
     return laid_out(state, model), log, status
 
 

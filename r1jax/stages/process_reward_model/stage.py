@@ -82,7 +82,8 @@ def _held_out_metrics(
     stage: ProcessRewardModelStage, run: StageRun, rows: Sequence[EncodedSolution]
 ) -> Measure:
     """Loss, accuracy and AUC over all labelled steps of held-out rows."""
-    share = process_batch_slice(run.layouts.training)
+    layout = run.layouts.training
+    share = process_batch_slice(layout)
     outputs_of = jax.jit(partial(_held_out_outputs, model=run.models.of(stage.name).decoder))
     labelled = sum(int((~np.isnan(row.labels)).sum()) for row in rows)
 
@@ -100,9 +101,10 @@ def _held_out_metrics(
             total, probabilities = outputs_of(loop.state.params, loop.to_devices(arrays))
             loss += float(total)
             at = arrays["labelled"] > 0
-            pairs = zip(to_process_rows(probabilities)[at], arrays["labels"][at], strict=True)
+            scored = to_process_rows(probabilities, layout)
+            pairs = zip(scored[at], arrays["labels"][at], strict=True)
             of_batch = [(float(score), float(label)) for score, label in pairs]
-            steps += gather(of_batch, run.layouts.training)
+            steps += gather(of_batch, layout)
         scores, labels = ([step[i] for step in steps] for i in (0, 1))
         return {
             "held_out/loss": loss / labelled,
