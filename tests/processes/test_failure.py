@@ -32,6 +32,15 @@ HOST = socket.gethostname()
 INTERLEAVED = ("mesh.axes={fsdp: 2, data: 2}", "mesh.rollout={axes: {data: 4}}")
 # Each host samples half of the answers to every question.
 SPLIT_ANSWERS = ("mesh.axes={fsdp: 2}", "mesh.rollout={axes: {sample: 2}, rules: {sample: sample}}")
+# Of six parts of the batch, which are pairs of devices, each host has one and a half: the first two
+# hosts read three of them, the others the rest.
+PAIRS_ACROSS = ("mesh.axes={data: 6, tensor: 2}", "mesh.rules={kv_heads: null}")
+ONLY_SAMPLED_IN_PAIRS = (
+    "mesh.axes={data: 6}",
+    "mesh.rules={kv_heads: null}",
+    "mesh.rollout={axes: {data: 3, tensor: 2}}",
+)
+IN_SIXES = ("stages.tuned.rows_per_step=12", "stages.rl.questions_per_step=12")
 ON_FOUR_HOSTS = "mesh.axes={data: 2, fsdp: 4}"  # each of which has its own part of the weights
 
 
@@ -240,6 +249,40 @@ def test_hosts_that_share_the_answers_to_a_question_run_as_one_process(
     )
     assert [row["completion"] for row in found] == [row["completion"] for row in wanted]
     assert sum(row["completion"].endswith(("7", "42")) for row in found) > 5
+
+
+@pytest.fixture(scope="module")
+def alone_in_sixes(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone_in_sixes")
+    ended = hosts.run(output, 1, 1, *IN_SIXES)
+    assert statuses(ended) == [0], told(ended)
+    return output
+
+
+def test_hosts_that_hold_some_parts_in_common_run_and_go_on_as_one_process(
+    hosts: Hosts, alone_in_sixes: Path, tmp_path: Path
+) -> None:
+    changes = (*PAIRS_ACROSS, *IN_SIXES)
+    ended = hosts.run(tmp_path, 4, 3, *changes, accidents={2: "killed_before_an_update 3"})
+    assert statuses(ended)[2] == -signal.SIGKILL, told(ended)
+    assert checkpoints(tmp_path, "01-rl") == ["2"]
+    ended = hosts.run(tmp_path, 4, 3, *changes)
+    assert statuses(ended) == [0, 0, 0, 0], told(ended)
+    assert "rl: resumed at step 2" in ended[0].said
+    assert_equal_runs(tmp_path, alone_in_sixes)
+
+
+def test_hosts_that_sample_some_parts_in_common_run_as_one_process(
+    hosts: Hosts, alone_in_sixes: Path, tmp_path: Path
+) -> None:
+    """They train on parts of their own. Of three parts each reads all."""
+    ended = hosts.run(tmp_path, 2, 3, *ONLY_SAMPLED_IN_PAIRS, *IN_SIXES)
+    assert statuses(ended) == [0, 0], told(ended)
+    assert_equal_runs(tmp_path, alone_in_sixes)
+    found, wanted = (
+        rows(output / RUN / "stages/01-rl/samples.jsonl") for output in (tmp_path, alone_in_sixes)
+    )
+    assert [row["completion"] for row in found] == [row["completion"] for row in wanted]
 
 
 def test_when_the_first_is_killed_the_others_name_it(hosts: Hosts, tmp_path: Path) -> None:

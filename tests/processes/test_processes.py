@@ -35,19 +35,29 @@ BY_RULE = (
 )
 
 
-def start(output: Path, processes: int, *changes: str) -> list[forked.Process]:
-    """The processes of a run on two devices in all."""
+def start(
+    output: Path, processes: int, *changes: str, devices: int = 2, pairs_across: bool = False
+) -> list[forked.Process]:
+    """The processes of a run on so many devices in all.
+
+    pairs_across: see one_of_many.py.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_NUM_CPU_DEVICES": str(2 // processes),
+        "JAX_NUM_CPU_DEVICES": str(devices // processes),
+        "PAIRS_ACROSS": "1" if pairs_across else "",
     }
     return [
         forked.Process(
             *("one_of_many.py", str(port), str(processes), str(index)),
-            *("tiny_processes.yaml", f"output={output}", f"mesh.cpu_devices={2 // processes}"),
+            *(
+                "tiny_processes.yaml",
+                f"output={output}",
+                f"mesh.cpu_devices={devices // processes}",
+            ),
             *changes,
             env=environment,
             cwd=TESTS,
@@ -72,15 +82,16 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow  # three processes run a whole recipe
-def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path) -> None:
-    ended(start(tmp_path / "one", 1), 0)
-    said = ended(start(tmp_path / "two", 2), 0)
-    # Process 0 speaks; the others have nothing to say.
-    assert all(words in said[0] for words in ("by_rule: ", "(stage 1 of", "Report:", "Next:"))
-    assert not any(words in said[1] for words in ("Report:", "Next:", "by_rule", "distilled"))
-    one, two = tmp_path / "one" / RUN, tmp_path / "two" / RUN
-    assert json.loads((two / "run.json").read_text())["hardware"]["processes"] == 2
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole recipe, run by one process."""
+    output = tmp_path_factory.mktemp("one")
+    ended(start(output, 1), 0)
+    return output / RUN
+
+
+def assert_equal_recipes(two: Path, one: Path) -> None:
+    """Samples and datasets of all stages, and to float tolerance metrics and weights."""
     found = sorted(path.relative_to(one) for path in one.glob("stages/*/*"))
     assert len([path for path in found if path.name == "model"]) == 6
     for path in found:
@@ -104,6 +115,17 @@ def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path) -> None:
                 np.testing.assert_allclose(
                     weights[1][key], value, atol=2e-4, err_msg=f"{name}: {key}"
                 )
+
+
+@pytest.mark.slow  # three processes run a whole recipe
+def test_two_processes_run_every_kind_of_stage_as_one(one: Path, tmp_path: Path) -> None:
+    said = ended(start(tmp_path, 2), 0)
+    # Process 0 speaks; the others have nothing to say.
+    assert all(words in said[0] for words in ("by_rule: ", "(stage 1 of", "Report:", "Next:"))
+    assert not any(words in said[1] for words in ("Report:", "Next:", "by_rule", "distilled"))
+    two = tmp_path / RUN
+    assert json.loads((two / "run.json").read_text())["hardware"]["processes"] == 2
+    assert_equal_recipes(two, one)
     # Of the last batches process 1 had nothing: of prompts, of drafts, and of readable texts.
     for stage in ("01-by_rule", "02-by_model", "07-after"):
         assert len(rows(two / "stages" / stage / "samples.jsonl")) == 12 * 4
@@ -111,6 +133,17 @@ def test_two_processes_run_every_kind_of_stage_as_one(tmp_path: Path) -> None:
     assert len(rows(two / "stages/02-by_model/dataset.jsonl")) < 8
     (last,) = rows(two / "stages/06-rl/metrics.jsonl")[-1:]
     assert {"domain/general", "domain/maths", "reward/helpful", "reward/safety"} <= last.keys()
+
+
+@pytest.mark.slow  # three processes run a whole recipe
+def test_processes_that_hold_some_parts_in_common_run_every_kind_of_stage_as_one(
+    one: Path, tmp_path: Path
+) -> None:
+    """Of four parts of the batch the first process's devices hold three, the second's, too."""
+    mesh = ("mesh.axes={data: 4, tensor: 2}", "mesh.rules={kv_heads: null}")
+    whole = ("stages.helpful_model.micro_batches=1", "stages.rl.micro_batches=1")
+    ended(start(tmp_path, 2, *mesh, *whole, devices=8, pairs_across=True), 0)
+    assert_equal_recipes(tmp_path / RUN, one)
 
 
 @pytest.mark.parametrize(
