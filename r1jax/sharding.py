@@ -81,12 +81,14 @@ class Layout:
     `layout.constrain(x, ("batch", "time", None))` is a no-op on one device.
 
     apart: of two groups of devices, of which one trains while the other samples.
+    one_slice: every process reads the whole batch, whatever parts its devices hold.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     stands_for: StandIn | None = None
     apart: bool = False
+    one_slice: bool = False
 
     @property
     def platform(self) -> str:
@@ -225,9 +227,38 @@ def batch_slices(layout: Layout) -> list[list[int]]:
     for held in _held_parts(layout).values():
         apart = [parts for parts in slices if parts.isdisjoint(held)]
         slices = [*apart, held.union(*(parts for parts in slices if parts not in apart))]
-    if len({len(parts) for parts in slices}) > 1:
+    if layout.one_slice or len({len(parts) for parts in slices}) > 1:
         slices = [set().union(*slices)]
     return sorted(sorted(parts) for parts in slices)
+
+
+def in_same_slices(one: Layout, other: Layout) -> tuple[Layout, Layout]:
+    """Layouts in which a process has the same slice, so that it trains on what it has sampled.
+
+    Where the two split the batch differently over processes, every process has the whole batch.
+    """
+    if _slice_of_each(one) == _slice_of_each(other):
+        return one, other
+    return replace(one, one_slice=True), replace(other, one_slice=True)
+
+
+def slices_within(layout: Layout, other: Layout) -> bool:
+    """Whether processes with the same slice of a batch in `layout` have the same in `other`, too.
+
+    The same processes have devices of both.
+    """
+    first, second = _slice_of_each(layout), _slice_of_each(other)
+    pairs = {(index, second[process]) for process, index in first.items()}
+    return len(pairs) == len(set(first.values()))
+
+
+def _slice_of_each(layout: Layout) -> dict[int, int]:
+    """Of each process that has devices of the mesh, the index of its slice."""
+    slices = batch_slices(layout)
+    return {
+        process: next(i for i, parts in enumerate(slices) if not held.isdisjoint(parts))
+        for process, held in _held_parts(layout).items()
+    }
 
 
 def _held_parts(layout: Layout) -> dict[int, set[int]]:

@@ -140,6 +140,7 @@ def split_batch(processes: Sequence[int], parts: Sequence[int]) -> Any:
         shards=lambda _: max(parts) + 1,
         sharding=lambda _: SimpleNamespace(devices_indices_map=lambda _: Placed()),
         stands_for=None,
+        one_slice=False,
     )
 
 

@@ -23,7 +23,7 @@ from r1jax.models import Decoder
 from r1jax.models.parameters import Params
 from r1jax.models.reward_head import reward_scores, token_label_logits
 from r1jax.objectives.step_loss import right_logits
-from r1jax.processes import max_over_processes, min_over_processes, process_batch_slice
+from r1jax.processes import gather, max_over_processes, min_over_processes, process_batch_slice
 from r1jax.rewards import Outcome, Pending, RowScore, Score, Verifier
 from r1jax.rewards.process import solution_score
 from r1jax.rewards.verifier import combine
@@ -36,7 +36,7 @@ from r1jax.settings.model import ModelSection
 from r1jax.settings.rewards import RewardSection
 from r1jax.settings.stage import Stage
 from r1jax.settings.steps import SolutionScore, StepScoring
-from r1jax.sharding import Layout, from_process_rows, to_process_rows
+from r1jax.sharding import Layout, from_process_rows, slices_within, to_process_rows
 from r1jax.weights import hugging_face
 
 if TYPE_CHECKING:
@@ -284,9 +284,8 @@ def _load_reward_model(
             f"rewards.{name}.model = {source!r} is no reward_model stage of this run: a directory "
             "needs reads (summary or response), or step_rule of a process reward model, too"
         )
-    loaded = _Loaded(
-        model, model.load(directory), jax.jit(make_score(model.decoder, as_probability))
-    )
+    score = jax.jit(make_score(model.decoder, as_probability))
+    loaded = _Loaded(model, model.load(directory), score, run.layouts.rollout)
     if steps is None:
         return RewardModel(name, reward.domains, section, reads, as_probability, loaded)
     how = reward.solution_score or steps.solution_score
@@ -298,19 +297,33 @@ def _load_reward_model(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A reward model on the devices, and what it computes."""
+    """A reward model on the devices, and what it computes.
+
+    sampling: the layout whose slices of the batch the processes' texts are.
+    """
 
     model: LanguageModel
     params: Params
     score_rows: ScoreRows
+    sampling: Layout
 
     @property
     def layout(self) -> Layout:
         return self.model.decoder.layout
 
     def outputs(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs for token rows, in batches of one size; every process makes as many calls."""
-        layout = self.layout
+        """Outputs for this process's token rows; every process makes as many calls."""
+        if slices_within(self.layout, self.sampling):
+            return self._outputs(texts, self.layout)
+        # Processes that read the same rows here have sampled others: all read the texts of all.
+        slices = gather([[text.tolist() for text in texts]], self.sampling)
+        first = sum(map(len, slices[: process_batch_slice(self.sampling).index]))
+        everywhere = [np.asarray(text, np.int32) for of_slice in slices for text in of_slice]
+        outputs = self._outputs(everywhere, replace(self.layout, one_slice=True))
+        return outputs[first : first + len(texts)]
+
+    def _outputs(self, texts: Sequence[np.ndarray], layout: Layout) -> list[np.ndarray]:
+        """In batches of one size."""
         count = rows_at_once(layout) // process_batch_slice(layout).count
         outputs = [np.zeros(0)] * len(texts)
         # Of similar length together: a short text beside a long one is mostly padding.
@@ -459,7 +472,8 @@ class ValueModel:
         """The critic that a stage left, or that a name in `models` has."""
         model = run.models.critic_of(source)
         params = run.models.trained_critic(source)
-        return ValueModel(_Loaded(model, params, jax.jit(make_score(model.decoder, False))))
+        score = jax.jit(make_score(model.decoder, False))
+        return ValueModel(_Loaded(model, params, score, run.layouts.rollout))
 
     @span("reward model")
     def values(self, texts: Sequence[np.ndarray]) -> list[float]:

@@ -32,10 +32,9 @@ from r1jax.settings.stage import RewardHead
 from r1jax.sharding import (
     Layout,
     StandIn,
-    batch_slices,
+    in_same_slices,
     make_layout,
     make_rollout_layout,
-    process_batch_parts,
     split_devices,
 )
 from r1jax.weights import hugging_face
@@ -68,8 +67,7 @@ def make_layouts(
     """The devices (default: all), arranged as a config's mesh says.
 
     Raises:
-      ValueError: it does not fit them, or the two groups of `mesh.rollout.devices` give a process
-        unlike slices of the batch.
+      ValueError: it does not fit them.
     """
     if section.rollout is not None and section.rollout.devices is not None:
         return _two_groups(section, section.rollout, devices, stands_for)
@@ -100,22 +98,7 @@ def _two_groups(
     except ValueError as error:
         groups = f"{len(to_train)} devices train and {sampling.devices} sample"
         raise ValueError(f"{error}. By mesh.rollout.devices {groups}") from error
-    if stands_for is None:
-        slices = [_slices_of_processes(layout) for layout in (training, rollout)]
-        if slices[0] != slices[1]:
-            raise ValueError(
-                f"mesh.rollout.axes = {dict(sampling.axes)}: processes hold other slices of the "
-                f"batch than with mesh.axes = {dict(section.axes)} ({slices[1]} and {slices[0]}); "
-                "split the batch over as many processes in both"
-            )
-    return Layouts(training, rollout)
-
-
-def _slices_of_processes(layout: Layout) -> list[int]:
-    """For each process the index of the slice of the batch that its devices hold."""
-    slices = batch_slices(layout)
-    processes = sorted({device.process_index for device in layout.mesh.devices.flat})
-    return [slices.index(process_batch_parts(layout, process)) for process in processes]
+    return Layouts(*in_same_slices(training, rollout))
 
 
 def build_decoder(section: ModelSection, layout: Layout) -> tuple[Decoder, JsonObject | None]:

@@ -90,6 +90,15 @@ def test_each_process_has_devices_that_sample_and_devices_that_train(
     same_phases(in_turn, run(tmp_path / "apart", 2, *changes, groups, devices=4))
 
 
+@pytest.mark.slow
+def test_processes_that_train_on_other_parts_than_they_sample_do_as_one(tmp_path: Path) -> None:
+    """A pair of devices that samples lies across both: each reads all rows, and trains on half."""
+    changes = ("stages.zero.phases_of_lag=1", "model.config.num_key_value_heads=2")
+    in_turn = run(tmp_path / "in_turn", 1, *changes)
+    groups = "mesh.rollout={axes: {tensor: 2}, devices: 2}"
+    same_phases(in_turn, run(tmp_path / "apart", 2, *changes, groups, devices=4))
+
+
 def same_phases(one: Path, two: Path) -> None:
     phases = rows(one / "metrics.jsonl")
     for alone, shared in zip(phases, rows(two / "metrics.jsonl"), strict=True):

@@ -136,13 +136,18 @@ def test_two_processes_run_every_kind_of_stage_as_one(one: Path, tmp_path: Path)
 
 
 @pytest.mark.slow  # three processes run a whole recipe
+@pytest.mark.parametrize("sampling", [(), ("mesh.rollout={axes: {data: 8}}",)])
 def test_processes_that_hold_some_parts_in_common_run_every_kind_of_stage_as_one(
-    one: Path, tmp_path: Path
+    sampling: tuple[str, ...], one: Path, tmp_path: Path
 ) -> None:
-    """Of four parts of the batch the first process's devices hold three, the second's, too."""
+    """Of four parts of the batch the first process's devices hold three, the second's, too.
+
+    Where each samples a half, reward models, which read rows as they are trained on, have the texts
+    of both.
+    """
     mesh = ("mesh.axes={data: 4, tensor: 2}", "mesh.rules={kv_heads: null}")
     whole = ("stages.helpful_model.micro_batches=1", "stages.rl.micro_batches=1")
-    ended(start(tmp_path, 2, *mesh, *whole, devices=8, pairs_across=True), 0)
+    ended(start(tmp_path, 2, *mesh, *sampling, *whole, devices=8, pairs_across=True), 0)
     assert_equal_recipes(tmp_path / RUN, one)
 
 
