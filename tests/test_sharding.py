@@ -29,6 +29,7 @@ from r1jax.sharding import (
     make_layout,
     make_rollout_layout,
     process_batch_parts,
+    slices_within,
 )
 
 SCRIPT = Path(__file__).parent / "on_a_mesh.py"
@@ -174,6 +175,17 @@ def test_processes_that_hold_parts_in_common_have_one_slice(
     assert batch_slices(unequal) == [[0, 1, 2, 3]]
     monkeypatch.setattr(jax, "process_index", lambda: 2)
     assert process_batch_slice(unequal) == BatchSlice(0, 1)
+
+
+def test_one_layouts_slices_within_anothers() -> None:
+    halves, pair = split_batch((0, 0, 1, 1), (0, 1, 2, 3)), split_batch((0, 1), (0, 0))
+    across = split_batch((0, 0, 1, 1), (0, 1, 1, 2))
+    for whole in (pair, across):
+        # Who has the same rows of the whole may have sampled other halves, but not the reverse.
+        assert slices_within(halves, whole) and not slices_within(whole, halves)
+        assert slices_within(whole, whole) and slices_within(whole, pair)
+    halves.one_slice = True
+    assert batch_slices(halves) == [[0, 1, 2, 3]] and slices_within(pair, halves)
 
 
 def test_devices_that_stand_in_are_on_hosts_in_their_order() -> None:
