@@ -221,15 +221,31 @@ def batch_slices(layout: Layout) -> list[list[int]]:
 
     They are apart and equally large. Processes whose devices hold a part in common (a tensor axis
     that spans hosts) have one slice, the parts of all of them: each reads and scores all its rows,
-    and gives its devices what they hold. Where that makes unequal slices, all have the whole batch.
+    and gives its devices what they hold. Where that makes unequal slices, some are joined.
     """
     slices: list[set[int]] = []
     for held in _held_parts(layout).values():
         apart = [parts for parts in slices if parts.isdisjoint(held)]
         slices = [*apart, held.union(*(parts for parts in slices if parts not in apart))]
-    if layout.one_slice or len({len(parts) for parts in slices}) > 1:
-        slices = [set().union(*slices)]
+    slices = [set().union(*slices)] if layout.one_slice else _equalised(slices)
     return sorted(sorted(parts) for parts in slices)
+
+
+def _equalised(slices: Sequence[set[int]]) -> list[set[int]]:
+    """Equally large unions of the slices: the smallest for which the largest first fit."""
+    in_order = sorted(slices, key=lambda parts: (-len(parts), min(parts)))
+    total = sum(map(len, slices))
+    for size in (n for n in _divisors(total, total) if n >= len(in_order[0])):
+        joined: list[set[int]] = []
+        for parts in in_order:
+            into = next((each for each in joined if len(each) + len(parts) <= size), None)
+            if into is None:
+                joined.append(set(parts))
+            else:
+                into |= parts
+        if len(joined) * size == total:
+            break
+    return joined
 
 
 def in_same_slices(one: Layout, other: Layout) -> tuple[Layout, Layout]:

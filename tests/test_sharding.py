@@ -170,7 +170,13 @@ def test_processes_that_hold_parts_in_common_have_one_slice(
     # 0 and 2 have no part in common, but each one with 1.
     chain = split_batch((0, 0, 1, 1, 2, 2), (0, 0, 0, 1, 1, 1))
     assert batch_slices(chain) == [[0, 1]]
-    # Slices are equal: where processes with parts in common would have more, all have all.
+    # Slices are equal. Pairs as in a v6e:4x4: processes 0 and 2 have four parts, 1 and 3 two each.
+    held = {0: (0, 3, 7), 1: (1, 2), 2: (3, 6, 7), 3: (4, 5)}
+    slice_4x4 = split_batch(*zip(*((p, part) for p in held for part in held[p]), strict=True))
+    assert batch_slices(slice_4x4) == [[0, 3, 6, 7], [1, 2, 4, 5]]
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    assert process_batch_slice(slice_4x4) == BatchSlice(1, 2)
+    # Of three parts and one no two equal slices can be made.
     unequal = split_batch((0, 0, 1, 1, 2, 2), (0, 1, 1, 2, 3, 3))
     assert batch_slices(unequal) == [[0, 1, 2, 3]]
     monkeypatch.setattr(jax, "process_index", lambda: 2)
