@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ from r1jax.run.stop import (
     StopSignal,
     stop_on_signals,
 )
+from r1jax.run.tpu_compiler import unset_flags
 from r1jax.settings.stage import Stage
 from r1jax.sharding import given_cpu_devices, split_cpu
 from r1jax.weights import hugging_face
@@ -154,6 +156,8 @@ def _run(config: RunConfig, selection: Selection, profile: ProfiledSteps | None)
         record.note_references(references)
         left = _stages_left(record, selected, profile)
         check_memory(resolved, left)
+        if warning := unset_flags(jax.devices()[0].device_kind, os.environ):
+            console.print(f"Warning: {warning}", markup=False, soft_wrap=True)
         if cache is not None and left:
             console.print(f"Compiled programs are kept in {cache}", soft_wrap=True)
         try:

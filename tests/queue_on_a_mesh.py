@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from on_a_mesh import CONFIGS
 
 from r1jax.models import Decoder, Execution, init_params
 from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample
-from r1jax.sampler.queue import QueuedPrompt, sample_queue
+from r1jax.sampler.queue import QueuedPrompt, QueueFigures, sample_queue
 from r1jax.sharding import make_layout, make_rollout_layout
 
 PROMPTS = 16
@@ -26,7 +27,8 @@ def main(
     rules: dict[str, str],
     scan: bool,
     slots: int | None,
-) -> dict[str, list[list[float]]]:
+    prompts_of_queue: int = PROMPTS,
+) -> dict[str, Any]:
     config = CONFIGS[kind]
     layout = make_layout(axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
     execution = Execution(
@@ -46,6 +48,7 @@ def main(
         eos_ids=(3, 4, 5),
         record_experts=config.experts is not None,
     )
+    steps = 0
     if slots is None:
         prompts = Prompts(tokens, lengths, np.arange(PROMPTS, dtype=np.uint32))
         out = jax.device_get(generate(weights, prompts, sampler, options))
@@ -60,15 +63,19 @@ def main(
             log_probs = out.policy_log_probs[i, j, :length]
             found[i, j] = (out.tokens[i, j, :length], log_probs, experts)
     else:
-        queue = [QueuedPrompt(tokens[i, : lengths[i]], id=i) for i in range(PROMPTS)]
+        queue = [QueuedPrompt(tokens[i, : lengths[i]], id=i) for i in range(prompts_of_queue)]
         options = replace(options, slots=slots, page=4, sync_every=5)
+        figures = QueueFigures()
+        ended = sample_queue(weights, queue, sampler, options, prompt_tokens=8, figures=figures)
         found = {
             (each.prompt, each.sample): (each.tokens, each.policy_log_probs, each.experts)
-            for ended in sample_queue(weights, queue, sampler, options, prompt_tokens=8)
-            for each in ended
+            for batch in ended
+            for each in batch
         }
+        steps = figures.steps
     order = sorted(found)
     return {
+        "steps": steps,
         "tokens": [found[at][0].tolist() for at in order],
         "log_probs": [found[at][1].tolist() for at in order],
         "experts": [[] if found[at][2] is None else found[at][2].tolist() for at in order],

@@ -24,6 +24,7 @@ from jax.stages import Lowered
 from r1jax.files import JsonObject, JsonValue
 from r1jax.planner import hlo
 from r1jax.planner.topologies import Slice, quiet
+from r1jax.run.tpu_compiler import compiler_options
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -70,7 +71,9 @@ class Compiler:
     """
 
     def __init__(self, target: Slice, *, quick: bool = False, cache: Path | None = None) -> None:
-        self._options: JsonObject = {"exec_time_optimization_effort": -1.0} if quick else {}
+        self._options: JsonObject = dict(compiler_options(target.devices[0].device_kind))
+        if quick:
+            self._options["exec_time_optimization_effort"] = -1.0
         versions = [_RECORD, jax.__version__, _libtpu()]
         self._context = json.dumps([target.name, self._options, *versions])
         self._cache = cache

@@ -22,7 +22,7 @@ from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
 from r1jax.sampler import GenerateOptions
-from r1jax.sampler.queue import default_slots, slot_shape
+from r1jax.sampler.queue import default_slots, pieces_of_prompt, slot_shape
 from r1jax.sampler.scheduler import rows_at_once
 from r1jax.sampler.slot_state import NewPrompts, NewSuffixes, SlotShape, SlotState
 from r1jax.sampler.slot_suffixes import SUFFIX_PAGES, extend_prompts
@@ -198,9 +198,23 @@ class SlotRollout:
         return self.model.layout.shards("slots")
 
     @cached_property
+    def pieces(self) -> int:
+        """Of each prompt, see `pieces_of_prompt`."""
+        if self.fixed_shape:
+            return 1
+        parts = self.model.layout.shards("batch")
+        prompts = -(-self.prompts // parts)  # as many in each part
+        return pieces_of_prompt(prompts, self.samples, self.shards // parts)
+
+    @property
+    def prompts_of_shard(self) -> int:
+        """Pieces of prompts that a shard takes, at most."""
+        return -(-self.prompts * self.pieces // self.shards)
+
+    @cached_property
     def options(self) -> GenerateOptions:
         return GenerateOptions(
-            self.samples,
+            self.samples // self.pieces,
             self.new_tokens,
             seed=0,
             record_experts=self.record_experts,
@@ -215,7 +229,7 @@ class SlotRollout:
     def shape(self) -> SlotShape:
         """With prompts at their longest. A budget of the cache that is too small for those is
         planned as large as they need: real prompts may be shorter."""
-        prompts, time = -(-self.prompts // self.shards), bucket(self.prompt_tokens)
+        prompts, time = self.prompts_of_shard, bucket(self.prompt_tokens)
         prompts = sys.maxsize if self.fixed_shape else prompts
         unlimited = replace(self.options, cache_tokens=None)
         shape = slot_shape(self.model, unlimited, prompts=prompts, prompt_tokens=time)
@@ -234,10 +248,11 @@ class SlotRollout:
     @cached_property
     def work(self) -> SlotWork:
         shape, lengths, shards = self.shape, self.lengths, self.shards
-        samples = -(-self.prompts // shards) * self.samples
+        group = self.options.samples
+        samples = self.prompts_of_shard * group
         prompt_pages = -(-self.prompt_tokens // shape.page)
         # Each slot has a part of its prompt, some of whose samples have ended, and fills a page.
-        wanted = self.pages_of_sample + 1 + 2 * prompt_pages / self.samples
+        wanted = self.pages_of_sample + 1 + 2 * prompt_pages / group
         running = max(1, min(shape.slots, int(shape.pages / wanted)))
         taken = slot_steps(lengths, samples, running, shards)
         # Of drafts none stays, as a plan counts them: each step fills two entries for one token.
@@ -253,8 +268,8 @@ class SlotRollout:
         # The first prompts fill the slots; then a shard prefills when its queue is short, and all
         # others with it, at a return to the host.
         at_once = rows_at_once(shape)
-        first = min(samples, running) / self.samples
-        later = max(0.0, samples / self.samples - first)
+        first = min(samples, running) / group
+        later = max(0.0, samples / group - first)
         returns = taken.steps / shape.steps
         none = (1 - min(1.0, later / returns)) ** shards
         prefills = max(1.0, first / at_once) + returns * (1 - none)

@@ -6,6 +6,7 @@ same prompts give the same calls of the same programs in the same order, in ever
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ _SLOTS = 64  # of a shard: fewer leave a device idle
 _STEPS = 32  # between two returns to the host
 _LEAST_ROW = 16  # tokens that a row of prompts is padded to at least, where pages are kept
 _KEPT = 6  # prompts for each slot that are kept for others, as far as there are pages
+_LARGEST_SHARE = 1.1  # of a shard's work, by the mean of all
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,22 @@ def default_slots(samples: int, at_once: int, shards: int) -> int:
     return min(at_once, max(_SLOTS * shards, samples // 4))
 
 
+def pieces_of_prompt(prompts: int, samples: int, shards: int) -> int:
+    """Into how many pieces of equally many samples each prompt of a queue is split.
+
+    A piece stays in one shard, which computes the prompt's KV cache. There are more than one where
+    the shards would else get unequal shares: few prompts leave some of them without any.
+
+    Args:
+      prompts: of a slice of the batch. shards: of that slice.
+    """
+    for pieces in range(1, samples + 1):
+        share = prompts * pieces / shards
+        if samples % pieces == 0 and math.ceil(share) <= _LARGEST_SHARE * share:
+            return pieces
+    return samples
+
+
 def slot_shape(
     model: Decoder, options: GenerateOptions, *, prompts: int, prompt_tokens: int
 ) -> SlotShape:
@@ -195,6 +213,54 @@ def sample_queue(
     """
     options.check(model)
     figures = QueueFigures() if figures is None else figures
+    if isinstance(prompts, PromptFeed):
+        yield from _sample_queue(
+            params, prompts, model, options, prompt_tokens, lengths_of_slices, figures
+        )
+        return
+    lengths = lengths_of_slices or [[len(prompt.token_ids) for prompt in prompts]]
+    whole = options.fixed_shape or options.extended_by  # pages of a piece are not shared
+    pieces = 1 if whole else _pieces_of_slices(lengths, options.samples, model)
+    samples = options.samples // pieces
+    queued = [
+        replace(prompt, first_sample=prompt.first_sample + piece * samples)
+        for prompt in prompts
+        for piece in range(pieces)
+    ]
+    of_pieces = None
+    if lengths_of_slices is not None:
+        of_pieces = [[length for length in of_slice for _ in range(pieces)] for of_slice in lengths]
+    options = replace(options, samples=samples)
+    for ended in _sample_queue(params, queued, model, options, prompt_tokens, of_pieces, figures):
+        yield [
+            replace(
+                each,
+                prompt=each.prompt // pieces,
+                sample=each.prompt % pieces * samples + each.sample,
+            )
+            for each in ended
+        ]
+
+
+def _pieces_of_slices(lengths: Sequence[Sequence[int]], samples: int, model: Decoder) -> int:
+    """`pieces_of_prompt` of the slice whose shards have most to do."""
+    layout = model.layout
+    split = layout.shards("slots") // layout.shards("batch")
+    counts = zip(map(len, lengths), map(len, batch_slices(layout)), strict=True)
+    _, count, parts = max((count / parts, count, parts) for count, parts in counts)
+    return pieces_of_prompt(count, samples, parts * split)
+
+
+def _sample_queue(
+    params: Params,
+    prompts: Sequence[QueuedPrompt] | PromptFeed,
+    model: Decoder,
+    options: GenerateOptions,
+    prompt_tokens: int,
+    lengths_of_slices: Sequence[Sequence[int]] | None,
+    figures: QueueFigures,
+) -> Iterator[list[QueueSample]]:
+    """As `sample_queue`, of prompts all of whose samples stay in one shard."""
     layout = model.layout
     parts = batch_slices(layout)
     feed = prompts if isinstance(prompts, PromptFeed) else None

@@ -13,7 +13,13 @@ import pytest
 from r1jax.models import Decoder, Execution, ModelConfig, init_params
 from r1jax.models.parameters import Params
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
-from r1jax.sampler.queue import QueuedPrompt, QueueFigures, QueueSample, sample_queue
+from r1jax.sampler.queue import (
+    QueuedPrompt,
+    QueueFigures,
+    QueueSample,
+    pieces_of_prompt,
+    sample_queue,
+)
 from r1jax.sharding import single_device
 
 VOCAB = 23
@@ -129,6 +135,40 @@ def test_further_samples_of_a_prompt_go_on_where_the_others_ended() -> None:
     for (i, j), sample in later.items():
         length = int(wanted.lengths[i, j + 1])
         np.testing.assert_array_equal(sample.tokens, wanted.tokens[i, j + 1, :length])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "shards", "pieces"),
+    [
+        (2, 8, 8, 4),  # a quarter of two prompts' samples for each
+        (1, 8, 8, 8),
+        (1, 4, 8, 4),  # more shards than samples
+        (3, 6, 2, 2),  # one would have two prompts, and the other one
+        (5, 16, 4, 4),
+        (64, 16, 4, 1),
+        (15, 64, 16, 1),  # one shard of sixteen has none
+        (7, 8, 4, 4),  # with halves one shard would have three of fourteen, and others four
+        (0, 8, 4, 1),
+    ],
+)
+def test_few_prompts_are_split_over_the_shards(
+    prompts: int, samples: int, shards: int, pieces: int
+) -> None:
+    assert pieces_of_prompt(prompts, samples, shards) == pieces
+
+
+def test_samples_of_a_prompt_that_is_split_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = expected(queue(), OPTIONS)
+    monkeypatch.setattr("r1jax.sampler.queue.pieces_of_prompt", lambda *_: OPTIONS.samples)
+    prompts = [replace(prompt, first_sample=0) for prompt in queue()]
+    assert_same(run(prompts, OPTIONS), wanted)
+    later = run(
+        [replace(prompt, first_sample=1) for prompt in prompts], replace(OPTIONS, samples=3)
+    )
+    for (i, j), sample in later.items():
+        if j + 1 < OPTIONS.samples:
+            length = int(wanted.lengths[i, j + 1])
+            np.testing.assert_array_equal(sample.tokens, wanted.tokens[i, j + 1, :length])
 
 
 def test_stop_strings_end_samples() -> None:

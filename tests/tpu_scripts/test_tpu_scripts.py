@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from r1jax.recipe import EXIT_PREEMPTED
+from r1jax.run.tpu_compiler import VARIABLE, unset_flags
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tpu_scripts"
@@ -787,6 +788,21 @@ def test_the_manifest_is_the_job(cloud: Cloud) -> None:
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     words = [*container["command"], *map(expanded, container["args"])]
     assert words == ["r1jax", "run", "tiny/r1_zero", "output=gs://a-bucket/runs", *AWKWARD]
+
+
+@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-slice", ""), ("tpu7x", "TPU7x")])
+def test_a_chip_gets_the_options_of_its_compiler(cloud: Cloud, accelerator: str, kind: str) -> None:
+    cloud.settings |= {"GKE_ACCELERATOR": accelerator, "GKE_TOPOLOGY": "4x4x4" if kind else "4x4"}
+    cloud.save()
+    cloud.run("gke/launch.sh", "tiny/r1_zero")
+    (slices,) = yaml.safe_load((cloud.folder / "applied.yaml").read_text())["spec"][
+        "replicatedJobs"
+    ]
+    (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
+    (variable,) = container["env"]
+    assert variable["name"] == VARIABLE
+    assert bool(variable["value"]) == bool(kind)
+    assert unset_flags(kind, {VARIABLE: variable["value"]}) is None
 
 
 def action(manifest: dict[str, Any], *, exit_code: int, disrupted: bool = False) -> str:

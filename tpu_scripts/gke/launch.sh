@@ -42,12 +42,18 @@ chips=$((${GKE_TOPOLOGY//x/*}))
 does not divide"
 # shellcheck disable=SC2034 # by name, below
 HOSTS=$((chips / CHIPS_PER_HOST)) SPOT=
+# shellcheck disable=SC2034 # what r1jax/run/tpu_compiler.py has for the chip
+LIBTPU_INIT_ARGS=
+# shellcheck disable=SC2034
+if [[ $kind == tpu7x ]]; then
+  LIBTPU_INIT_ARGS=--xla_tpu_control_large_2nd_minor_layout_for_x16=false
+fi
 # shellcheck disable=SC2034
 if [[ $GKE_SPOT == yes ]]; then SPOT='cloud.google.com/gke-spot: "true"'; fi
 
 manifest=$(<"$SCRIPTS/gke/jobset.yaml")
 for name in SLICE SLICES HOSTS RESTARTS SERVICE_ACCOUNT GKE_ACCELERATOR GKE_TOPOLOGY SPOT IMAGE \
-  CHIPS_PER_HOST; do
+  CHIPS_PER_HOST LIBTPU_INIT_ARGS; do
   manifest=${manifest//"{{$name}}"/"${!name}"}
 done
 # Last, as a user's words may have braces.
