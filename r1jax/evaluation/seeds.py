@@ -21,6 +21,8 @@ from r1jax.evaluation.results import evaluation, wall_seconds
 from r1jax.evaluation.run_directory import Run, StageRecord, read_run
 from r1jax.files import JsonObject
 
+# How names of figures begin that lie in 0..1 whatever the seed.
+_SHARES = ("pass_at_", "cons_at_", "best_of_", "weighted_vote", "right_", "mended", "spoilt")
 # What runs of one config may differ in: their seed, where they are stored, and texts about them.
 _MAY_DIFFER = ("seed", "name", "output", "title", "notes", "comparisons")
 _DIFFERENCES_SHOWN = 8
@@ -105,7 +107,7 @@ def _summary_over_seeds(summaries: Sequence[Summary]) -> JsonObject:
         values = [summary.get(name) for summary in summaries]
         tables = [value if isinstance(value, Mapping) else {} for value in values]
         if any("value" in table for table in tables):
-            is_share = name.startswith(("pass_at_", "cons_at_"))
+            is_share = name.startswith(_SHARES)
             figures = [math.nan if (v := t.get("value")) is None else float(v) for t in tables]
             merged[name] = mean_over_seeds(figures, is_share=is_share).to_json()
         elif any(any(isinstance(inner, Mapping) for inner in table.values()) for table in tables):

@@ -6,7 +6,7 @@ from r1jax.evaluation.run_directory import Run
 from r1jax.report.wording import Figure, Heading, Table, figure
 
 
-def attempts_table(run: Run) -> Table | None:
+def attempts_table(run: Run, over: str = "problems") -> Table | None:
     """Accuracy of each attempt, the difference, and the shares of samples that were mended and
     spoilt; None where no evaluation has several attempts."""
     rows: list[tuple[Heading, list[Figure]]] = []
@@ -29,5 +29,5 @@ def attempts_table(run: Run) -> Table | None:
     columns = [Heading(name.replace("right_", "attempt "), "right") for name in rights]
     columns += [Heading("difference", "last and first attempt")]
     columns += [Heading("mended", "wrong, then right"), Heading("spoilt", "right, then wrong")]
-    lead = "Shares of all samples, with 95 % intervals over problems in small print."
+    lead = f"Shares of all samples, with 95 % intervals over {over} in small print."
     return Table("Self-correction", lead, columns, rows)

@@ -20,9 +20,11 @@ from r1jax.evaluation.seeds import (
     seed_of,
 )
 from r1jax.files import write_json, write_text
+from r1jax.report.attempts import attempts_table
 from r1jax.report.comparisons import comparisons
 from r1jax.report.page import headline, template
 from r1jax.report.plots import Dots, Marker, band_plot, dot_plot
+from r1jax.report.searches import costs_of_accuracy
 from r1jax.report.stage_table import checkpoints, measures, stage_by_stage, tables
 from r1jax.report.wording import (
     Figure,
@@ -79,6 +81,8 @@ def _render(runs: Sequence[Run]) -> str:
         stages=stage_by_stage(rows, [checkpoints(run) for run in runs] if several else ()),
         each_seed=_each_seed(runs),
         comparisons=comparisons(mean, runs if several else ()),
+        attempts=attempts_table(mean, "seeds" if several else "problems"),
+        costs=costs_of_accuracy(mean),
         curves=_curves(runs),
         wall=_wall_table(runs),
         wall_by_seed=_wall_by_seed(runs),
@@ -102,6 +106,10 @@ def _markdown_tables(runs: Sequence[Run]) -> str:
     for compared in comparisons(mean, runs if len(runs) > 1 else ()):
         parts += [f"## {plain(compared.table.title)}\n", markdown(compared.table)]
         parts += [f"{plain(text)}\n" for text in (compared.counted, *compared.note)]
+    if attempts := attempts_table(mean, "seeds" if len(runs) > 1 else "problems"):
+        parts += [f"## {attempts.title}\n", markdown(attempts)]
+    for cost in costs_of_accuracy(mean):
+        parts += [f"## {plain(cost.table.title)}\n", markdown(cost.table)]
     wall = _wall_table(runs)
     parts += [f"## {wall.title}\n", markdown(wall)]
     for table in _each_seed(runs):

@@ -433,3 +433,38 @@ def test_a_comparison_in_an_unfinished_run(tmp_path: Path) -> None:
 
 def test_without_comparisons_there_is_none(tmp_path: Path) -> None:
     assert comparisons(read_run(few(tmp_path, 1)[0])) == []
+
+
+def test_attempts_and_searches_over_seeds(tmp_path: Path) -> None:
+    def estimate(value: float) -> dict[str, float]:
+        return {"value": value, "low": value, "high": value}
+
+    runs = few(tmp_path)
+    for seed, run in enumerate(runs):
+        (path,) = run.glob("stages/*final-eval/summary.json")
+        right = 0.9 + 0.1 * seed
+        attempts = {"right_1": 0.5, "right_2": right, "difference": right - 0.5}
+        attempts |= {"mended": 0.05, "spoilt": 0.0}
+        edit(
+            path,
+            lambda summary, found=attempts: summary.update(
+                attempts={name: estimate(value) for name, value in found.items()},
+                generated_tokens=estimate(100.0 + 20 * found["right_2"]),
+            ),
+        )
+        for name in ("config.yaml", "run.json"):
+
+            def with_search(content: Any) -> None:
+                for stage in content.get("stages", []):
+                    if isinstance(stage, dict) and stage.get("name") == "final-eval":
+                        stage["search"] = {"kind": "beam", "scored_by": "process"}
+
+            edit(run / name, with_search)
+    tables = write_seeds_report(runs, tmp_path / "out")
+    text = next(path for path in tables if path.suffix == ".md").read_text()
+    assert "## Self-correction" in text
+    # Half of 0.1, times 12.7 of Student's t, is below 0 and above 1.
+    assert "95.0 % (31.5 – 100.0)" in text and "45.0 % (−18.5 – 108.5)" in text
+    assert "| beam by process | 119 |" in text
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Self-correction" in page and "beam by process" in page
