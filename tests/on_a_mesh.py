@@ -38,7 +38,11 @@ CONFIGS = {
         experts=MixtureOfExperts(8, 1, 3, 8, first_k_dense_replace=1, n_group=4, topk_group=2),
     ),
 }
-experts._LEAST_BUFFER = 4
+
+
+def small_buffers() -> None:
+    """Exchanges of experts in several rounds; of scripts alone, as it changes the process."""
+    experts._LEAST_BUFFER = 4
 
 
 def main(
@@ -123,4 +127,5 @@ def main(
 
 
 if __name__ == "__main__":
+    small_buffers()
     print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))

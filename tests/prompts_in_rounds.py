@@ -14,7 +14,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from on_a_mesh import CONFIGS
+from on_a_mesh import CONFIGS, small_buffers
 
 from r1jax.models import Decoder, Execution, init_params
 from r1jax.models.parameters import Params
@@ -112,4 +112,5 @@ def main(kind: str, scan: bool, devices: int, width: int, slots: int, kept: bool
 
 
 if __name__ == "__main__":
+    small_buffers()
     print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from on_a_mesh import CONFIGS
+from on_a_mesh import CONFIGS, small_buffers
 
 from r1jax.models import Decoder, Execution, init_params
 from r1jax.sampler import GenerateOptions, Prompts, generate, make_rollout_weights, to_sample
@@ -83,4 +83,5 @@ def main(
 
 
 if __name__ == "__main__":
+    small_buffers()
     print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))
