@@ -7,6 +7,7 @@ table that maps those names to mesh axes. A new sharding is a new table.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,7 @@ def process_batch_parts(layout: Layout, process: int | None = None) -> list[int]
     return next(parts for parts in batch_slices(layout) if not held.isdisjoint(parts))
 
 
+@functools.cache
 def batch_slices(layout: Layout) -> list[list[int]]:
     """The slices of the batch that processes have, as indices of its parts; in the batch's order.
 
@@ -277,6 +279,7 @@ def _slice_of_each(layout: Layout) -> dict[int, int]:
     }
 
 
+@functools.cache  # a mesh may have hundreds of devices, and every batch asks
 def _held_parts(layout: Layout) -> dict[int, set[int]]:
     """Of each process that has devices of the mesh, the parts of the batch that they hold.
 
@@ -293,6 +296,7 @@ def _held_parts(layout: Layout) -> dict[int, set[int]]:
     return held
 
 
+@functools.cache
 def _lacks_rows(layout: Layout) -> bool:
     """Whether a process's devices hold some, but not all, parts of its slice of the batch."""
     return any(
