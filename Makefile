@@ -55,10 +55,12 @@ bench: .venv/installed
 plan-all: .libtpu/installed
 	PYTHONPATH=.libtpu $(BIN)/r1jax plan-all --cache .libtpu/compiled --out configs/PLANS.md $(PLAN_FLAGS)
 
-# The tests that need the TPU compiler: 700 MB, for which `test` does not ask, and .ci/run does.
-test-plans: .venv/installed-test .libtpu/installed
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
-	  tests/planner/test_plan.py tests/planner/test_table.py tests/models/test_paged_kernel.py
+# The tests that need the compilers of TPUs and GPUs: 1 GB, for which `test` does not ask, and
+# .ci/run does.
+test-plans: .venv/installed-test .libtpu/installed .cuda/installed
+	PYTHONPATH=.libtpu:.cuda $(BIN)/python -m pytest -k slice \
+	  tests/planner/test_plan.py tests/planner/test_gpus.py tests/planner/test_table.py \
+	  tests/models/test_paged_kernel.py
 
 # The versions that the tests ran with, without what belongs to one machine.
 lock: .venv/installed-test .venv/installed-docs
@@ -69,7 +71,7 @@ wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv .libtpu build dist site
+	rm -rf .venv .libtpu .cuda build dist site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -95,8 +97,20 @@ clean:
 	  "$$($(BIN)/python -c "$$LIBTPU")"
 	@touch $@
 
+# The GPU compiler: JAX's CUDA plug-in and NVIDIA's assembler, without CUDA's libraries (0.3 GB).
+.cuda/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .cuda \
+	  --no-deps $$($(BIN)/python -c "$$CUDA") nvidia-cuda-nvcc-cu12
+	@touch $@
+
 define LIBTPU
 from importlib.metadata import requires
 print(next(r.partition(";")[0] for r in requires("jax") if r.startswith("libtpu")))
 endef
 export LIBTPU
+
+define CUDA
+from importlib.metadata import version
+print(*(f"jax-cuda12-{part}=={version('jax')}" for part in ("plugin", "pjrt")))
+endef
+export CUDA

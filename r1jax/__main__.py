@@ -26,8 +26,10 @@ def main() -> None:
         print(f"\033[31m{mistakes}\033[0m" if sys.stderr.isatty() else mistakes, file=sys.stderr)
         sys.exit(2)
     from r1jax.cli import app
+    from r1jax.run.gpu_memory import take_gpu_memory
 
     gc.enable()
+    take_gpu_memory()
     app()
 
 

@@ -94,12 +94,12 @@ def plan(
     from r1jax.planner.check import check_slice, slice_or_stand_ins
     from r1jax.planner.plan import Case, PlanOptions, parse_mesh, plan_case
     from r1jax.planner.report import as_json, print_plans
-    from r1jax.planner.topologies import attached, fake_devices, tpu_slice
+    from r1jax.planner.topologies import attached, fake_devices, find_slice
 
     if fake is not None:
         targets = [fake_devices(fake)]
     else:
-        find, names = slice_or_stand_ins if check else tpu_slice, slices or topology or ()
+        find, names = slice_or_stand_ins if check else find_slice, slices or topology or ()
         targets = [find(slice_name(name)) for name in names] or [attached()]
     # A config for each slice, or one for all.
     pairs = zip(settings if slices else settings * len(targets), targets, strict=True)
@@ -163,7 +163,7 @@ def plan_all(
     from r1jax.config.packaged import packaged_configs
     from r1jax.planner.plan import Case, Plan, PlanOptions, distinct_stages, plan_case
     from r1jax.planner.report import as_markdown, has_margin
-    from r1jax.planner.topologies import tpu_slice
+    from r1jax.planner.topologies import find_slice
 
     names = configs or [name for name in packaged_configs() if slices_of(name)]
     waiting = [(name, slice_name) for name in names for slice_name in slices_of(name)]
@@ -182,7 +182,7 @@ def plan_all(
                 cache=cache,
                 progress=lambda line, name=name: status.update(f"{name}: {line}"),  # type: ignore[misc]
             )
-            case = Case(settings, tpu_slice(slice_name), settings.mesh)
+            case = Case(settings, find_slice(slice_name), settings.mesh)
             planned.append((name, plan_case(case, options)))
             if out is not None:
                 out.write_text(as_markdown(planned, waiting), encoding="utf-8")

@@ -12,7 +12,7 @@ from r1jax.config.yaml_file import ConfigError
 from r1jax.planner.dry_run import meshes_of
 from r1jax.planner.memory import sizes_of, too_large
 from r1jax.planner.plan import Case, UnknownShapeError, gib, planned_stages, planning_for
-from r1jax.planner.topologies import Slice, has_tpu_compiler, stand_ins, tpu_slice
+from r1jax.planner.topologies import Slice, find_slice, has_compiler, stand_ins
 from r1jax.run.models import make_layouts
 from r1jax.run.resolve import check_divided, load_functions
 
@@ -47,4 +47,4 @@ def check_slice(case: Case, only: Sequence[str] | None = None) -> list[str]:
 
 def slice_or_stand_ins(name: str) -> Slice:
     """The slice as its compiler knows it, or CPU devices in its place where there is none."""
-    return tpu_slice(name) if has_tpu_compiler() else stand_ins(name)
+    return find_slice(name) if has_compiler(name) else stand_ins(name)

@@ -1,8 +1,10 @@
-"""How long a program takes at best: the roofline of its operations on a chip.
+"""How long a program takes: the roofline of its operations on a chip.
 
 Each operation takes the longer of its products at peak speed and its bytes at the bandwidth of HBM,
 one after the other. Exchange between devices runs beside them, over the links of its mesh axes. A
-program takes the longer of both; real ones take longer.
+program takes the longer of both; real ones take longer. Of a chip whose efficiency was measured,
+the shares of the peaks that programs reach take the place of the peaks, and no operation takes less
+time than a kernel.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from r1jax.planner.chips import Efficiency
 from r1jax.planner.hlo import Collective, Cost, axes_of
 from r1jax.planner.topologies import Slice
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, at best: all products at peak speed, every byte at full bandwidth."""
+    """Seconds of a call: of all products alone, of all bytes in HBM, of all exchange; together."""
 
     compute: float
     memory: float
@@ -42,22 +45,25 @@ class Traffic:
     seconds: float | None
 
 
+_PERFECT = Efficiency(1.0, 1.0, 0.0, (), "")
+
+
 def times(cost: Cost, target: Slice) -> Times | None:
     """None where nothing is known about the chip."""
     chip = target.chip
     if chip is None:
         return None
+    reached = chip.efficiency or _PERFECT
     flops, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
-    on_chip = sum(
-        each.times * max(each.flops / flops, each.bytes / bandwidth) for each in cost.operations
-    )
+    compute = memory = on_chip = 0.0
+    for each in cost.operations:
+        products = each.flops / (flops * reached.of_kernel(each.kernel))
+        moved = each.bytes / (bandwidth * reached.hbm_bandwidth)
+        compute += each.times * products
+        memory += each.times * moved
+        on_chip += each.times * max(products, moved, reached.launch_seconds)
     network = sum(each.times * _seconds(each, target) for each in cost.collectives)
-    return Times(
-        compute=cost.flops / flops,
-        memory=cost.bytes / bandwidth,
-        network=network,
-        total=max(on_chip, network),
-    )
+    return Times(compute, memory, network, max(on_chip, network))
 
 
 def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]:
@@ -77,11 +83,4 @@ def traffic(cost: Cost, target: Slice, mesh: Mapping[str, int]) -> list[Traffic]
 
 
 def _seconds(each: Collective, target: Slice) -> float:
-    assert target.chip is not None
-    sent = each.bytes
-    if each.kind == "all-to-all":
-        # What goes to a far device passes through those between: n / 4 links on average in a ring
-        # that is used both ways.
-        size = len(each.group)
-        sent *= max(1.0, size / 4 * size / (size - 1))
-    return sent / target.bandwidth(each.group)
+    return each.bytes / target.bandwidth(each.group, each.kind)

@@ -96,12 +96,16 @@ class Module:
 
 
 @dataclass(frozen=True)
-class _Operation:
-    """Work of one device: what it computes and moves at a time, and how often."""
+class Operation:
+    """Work of one device: what it computes and moves at a time, and how often.
+
+    kernel: its name, of kernels that XLA does not make.
+    """
 
     flops: float
     bytes: float
     times: float
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Cost:
     unknown: kernels whose products could not be counted.
     """
 
-    operations: tuple[_Operation, ...]
+    operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
     unknown: tuple[str, ...] = ()
 
@@ -245,7 +249,7 @@ class _Counter:
     ) -> None:
         self._module = module
         self._trips, self._larger_share, self._scopes = unknown_trips, larger_share, scopes
-        self._operations: list[_Operation] = []
+        self._operations: list[Operation] = []
         self._collectives: list[Collective] = []
         self._unknown: dict[str, None] = {}
 
@@ -278,17 +282,19 @@ class _Counter:
             sent = _size(operands) * _sent(kind, len(group))
             if len(group) > 1:
                 self._collectives.append(Collective(kind, sent, group, times))
-            self._operations.append(_Operation(0.0, 2 * _hbm(operands), times))
+            self._operations.append(Operation(0.0, 2 * _hbm(operands), times))
         elif each.opcode == "send" and "megascale_transfer_type" in each.rest:
             self._between_slices(each, computation, times)
         else:
-            if each.name.startswith(PAGE_KERNEL):
+            name = _kernel_name(each)
+            if name.startswith(PAGE_KERNEL):
                 flops, moved = _of_pages(each, computation, self._scopes.get(PAGE_KERNEL))
             else:
                 flops = self._flops(each, computation)
                 moved = _bytes(each, computation, computations)
             if flops or moved:
-                self._operations.append(_Operation(flops, moved, times))
+                kernel = name if _is_kernel(each) else ""
+                self._operations.append(Operation(flops, moved, times, kernel))
             if each.opcode == "fusion":  # collectives that were fused with the products beside them
                 for name in each.called:
                     self._fused_collectives(computations[name], times)
@@ -356,12 +362,27 @@ class _Counter:
                 for name in each.called
                 for instruction in inner[name].instructions.values()
             )
-        if each.opcode == "custom-call" and "tpu_custom_call" in each.rest:
-            flops = _kernel_flops(each.name, operands)
+        if _is_kernel(each):
+            name = _kernel_name(each)
+            flops = _kernel_flops(name, operands)
             if flops is None:
-                self._unknown[re.sub(r"[.\d]+$", "", each.name)] = None
+                self._unknown[re.sub(r"[.\d]+$", "", name)] = None
             return flops or 0.0
         return 0.0
+
+
+# Of Pallas on TPU, of Pallas on GPU.
+_KERNEL_CALLS = ("tpu_custom_call", "gpu.triton")
+
+
+def _is_kernel(each: _Instruction) -> bool:
+    return each.opcode == "custom-call" and any(name in each.rest for name in _KERNEL_CALLS)
+
+
+def _kernel_name(each: _Instruction) -> str:
+    """The name that a Pallas kernel has in its source; of any other instruction its own."""
+    path = re.search(r'op_name="(?:[^"]*?/)?([^"/]+)/pallas_call"', each.rest)
+    return path[1] if path and "gpu.triton" in each.rest else each.name
 
 
 def _operands(each: _Instruction, computation: _Computation) -> list[_Shape]:
@@ -503,6 +524,10 @@ _GROUPED = ("ragged-dot-none", "tgmm")
 # scores; values. Backward: scores, gradient of the queries; of the weights. And: scores, gradient
 # of the keys; of the weights, of the values.
 _KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+# Of JAX's kernel on GPU, which takes [batch, time, heads, head_dim]; one kernel goes backward, and
+# computes the scores and the gradient of the weights twice. The last: no products.
+_GPU_KERNELS = {"mha_forward": (1, 1), "mha_backward": (4, 3), "mha_preprocess_backward": (0, 0)}
+_GPU_BLOCK = 128  # of queries and of keys
 
 
 def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
@@ -517,6 +542,12 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     if name.startswith(_GROUPED):
         rows, other = arrays
         return 2.0 * rows.elements * other.sizes[-1]
+    if name in _GPU_KERNELS:
+        queries, keys = arrays[:2]
+        batch, time, heads, width = queries.sizes
+        blocks = -(-time // _GPU_BLOCK)
+        pairs = 2.0 * batch * heads * time * keys.sizes[1] * (blocks + 1) / (2 * blocks)
+        return pairs * sum(_GPU_KERNELS[name]) * width
     products = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
     if products is None:
         return None

@@ -13,6 +13,7 @@ from r1jax.config.packaged import packaged_meshes, read_mesh
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import hlo
+from r1jax.planner.chips import Efficiency
 from r1jax.planner.compiler import Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.topologies import Slice
@@ -90,7 +91,8 @@ class StagePlan:
 class Plan:
     """A config on a slice, its devices arranged as a mesh.
 
-    sampling_mesh: while they sample, where that differs. refused: why it cannot be.
+    sampling_mesh: while they sample, where that differs. refused: why it cannot be. efficiency: by
+        which times are made, where they are not those of a perfect machine.
     """
 
     target: str
@@ -100,6 +102,7 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     sampling_mesh: dict[str, int] | None = None
     refused: str = ""
+    efficiency: Efficiency | None = None
 
     @property
     def fits(self) -> bool:
@@ -160,6 +163,7 @@ def plan(case: Case, options: PlanOptions = _ALL) -> Plan:
         hbm=target.hbm,
         stages=tuple(_plan_stage(stage, planning, compiler, target, options) for stage in planned),
         sampling_mesh=None if mesh.rollout is None else dict(rollout_layout.mesh.shape),
+        efficiency=None if target.chip is None else target.chip.efficiency,
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from r1jax.files import JsonObject
+from r1jax.planner.chips import Efficiency
 from r1jax.planner.plan import Plan, StagePlan, advice
 
 
@@ -31,7 +32,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
             for table in (_memory(plan, stage), _work(stage), _exchange(stage)):
                 if table.row_count:
                     console.print(table, markup=False)
-            console.print(_step(stage), markup=False, highlight=False)
+            console.print(_step(stage, plan.efficiency), markup=False, highlight=False)
             named = {program.name: program.problem for program in stage.programs}
             problems = [f"{stage.name}: {name}: {why}" for name, why in named.items() if why]
             for line in [*stage.notes, *problems, *_advice(plan, stage)]:
@@ -43,6 +44,9 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
             if plan.refused:
                 line = f"{_mesh(plan.mesh)} on {plan.target}: {plan.refused}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for efficiency in dict.fromkeys(plan.efficiency for plan in plans):
+        if efficiency is not None:
+            console.print(_reached(efficiency), markup=False, highlight=False, soft_wrap=True)
     programs = [each for plan in plans for stage in plan.stages for each in stage.programs]
     kernels = dict.fromkeys(name for program in programs for name in program.unknown_kernels)
     if kernels:
@@ -181,10 +185,11 @@ def _exchange(stage: StagePlan) -> Table:
     return table
 
 
-def _step(stage: StagePlan) -> str:
+def _step(stage: StagePlan, efficiency: Efficiency | None) -> str:
     line = f"A {stage.unit} of {stage.name}"
     if stage.seconds:
-        line += f", at best: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
+        how = "at best" if efficiency is None else "by measured efficiency"
+        line += f", {how}: {_seconds(stage.seconds)}, {stage.tokens:,} tokens, "
         line += f"{_rate(stage)} tokens/s, MFU {_share(stage.utilisation)}"
     else:
         line += f": {stage.tokens:,} tokens; no time to tell"
@@ -192,6 +197,16 @@ def _step(stage: StagePlan) -> str:
         rate = stage.tokens / stage.measured
         line += f"; measured: {_seconds(stage.measured)}, {rate:,.0f} tokens/s"
     return line
+
+
+def _reached(efficiency: Efficiency) -> str:
+    shares = {"products": efficiency.flops, "HBM": efficiency.hbm_bandwidth}
+    shares |= {kernel: share for kernel, share in efficiency.kernels}
+    listed = ", ".join(f"{name} {_share(share)}" for name, share in shares.items())
+    return (
+        f"Times by shares of the peaks ({listed}) and at least "
+        f"{_seconds(efficiency.launch_seconds)} for each kernel: {efficiency.source}"
+    )
 
 
 def _advice(plan: Plan, stage: StagePlan) -> list[str]:

@@ -1,6 +1,9 @@
-"""Slices that a run may be planned for: TPUs that are not there, CPUs that are not many.
+"""Devices that a run may be planned for: slices of TPUs and hosts of GPUs that are not there, CPUs
+that are not many.
 
-The TPU compiler (`libtpu`) knows a slice by its name alone, on any machine.
+A slice is named by its kind and shape: `v5p:4x4x8`, `h200:8` (a host of eight GPUs), or several,
+`2xv5e:16x16`, `4xh200:8`. The compilers of TPUs (`libtpu`) and of GPUs (JAX's CUDA plug-in) compile
+for them on any machine.
 """
 
 from __future__ import annotations
@@ -17,56 +20,13 @@ from dataclasses import dataclass
 
 import jax
 
+from r1jax.planner.chips import CHIPS, KINDS, Chip, Switch, Torus
+from r1jax.planner.gpu_targets import target_config
 from r1jax.sharding import StandIn
 
-
-@dataclass(frozen=True)
-class Chip:
-    """What one chip has.
-
-    hbm: bytes. flops: peak in bfloat16, per second. hbm_bandwidth, link_bandwidth: bytes per
-    second, the latter of one link in one direction. dimensions: of the torus. wraps: an axis of so
-    many chips, or a multiple, is a ring; a shorter one a line. devices: what JAX sees of a chip.
-    between_slices: bytes per second of a chip's share in the data-centre network, where published.
-    """
-
-    hbm: float
-    flops: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dimensions: int
-    wraps: int
-    devices: int = 1
-    between_slices: float | None = None
-
-
-_GIB = 2**30
-
-# Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x): peak
-# bfloat16 FLOP/s, bandwidth of HBM, and the bandwidth of a chip's interconnect, both directions of
-# all its links (v4 600 GB/s, v5e 400, v5p 1,200, v6e 800, TPU7x 1,200): six links in a 3D torus,
-# four in a 2D one. Slices of v4, v5p and TPU7x have rings along axes of whole cubes of
-# 4 x 4 x 4, those of v5e and v6e along axes of 16. HBM is what the compiler leaves to a program, a
-# little less than the 32, 16, 95, 32 and 192 GiB that the chips have. Between slices: 6.4 Tbit/s of
-# 256 chips (v5e), 50 Gbit/s of a chip (v5p), 25.6 Tbit/s of 256 chips (v6e).
-CHIPS = {
-    "v4": Chip(30.75 * _GIB, 275e12, 1228e9, 50e9, 3, 4),
-    "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16, between_slices=3.125e9),
-    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 100e9, 3, 4, between_slices=6.25e9),
-    "v6e": Chip(31.24 * _GIB, 918e12, 1638e9, 100e9, 2, 16, between_slices=12.5e9),
-    "tpu7x": Chip(189.48 * _GIB, 2307e12, 7380e9, 100e9, 3, 4, devices=2),
-}
 # As on Cloud's machines: without it, the compiler takes the two cores of a v4 chip for devices.
 _SETTINGS = {"v4": {"chip_config_name": "megacore"}}
-# What JAX calls the chips that are attached.
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-}
+_GPU_COMPILERS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 @dataclass(frozen=True)
@@ -92,57 +52,106 @@ class Slice:
         positions = [device.coords for device in self.devices]
         return tuple(1 + max(row) - min(row) for row in zip(*positions, strict=True))
 
-    def bandwidth(self, group: Sequence[int]) -> float:
+    def bandwidth(self, group: Sequence[int], kind: str = "all-gather") -> float:
         """Bytes per second that a device can send to a group of devices (indices of `devices`).
 
-        A group that crosses slices waits for the network between them.
+        A group that crosses slices or hosts waits for the network between them.
+
+        kind: of the collective.
         """
         assert self.chip is not None
+        network, between = self.chip.network, self.chip.between_slices
+        if isinstance(network, Switch):
+            hosts = [self.devices[i].process_index for i in group]
+            if (inside := hosts.count(hosts[0])) == len(hosts):
+                return network.bandwidth
+            assert between is not None
+            if kind == "all-to-all":  # a device sends by its adapter what leaves its host
+                return between * (len(hosts) - 1) / (len(hosts) - inside)
+            # Rings that leave a host by another device each use the adapters of all of them.
+            return min(network.bandwidth, between * inside)
         if len({getattr(self.devices[i], "slice_index", 0) for i in group}) > 1:
-            assert self.chip.between_slices is not None
-            return self.chip.between_slices / self.chip.devices
-        return self.links(group) * self.chip.link_bandwidth
+            assert between is not None
+            return between / self.chip.devices
+        links = self.links(group) * network.link_bandwidth
+        if kind == "all-to-all":
+            # What goes to a far device passes through those between: n / 4 links on average in a
+            # ring that is used both ways.
+            size = len(group)
+            return links / max(1.0, size / 4 * size / (size - 1))
+        return links
 
     def links(self, group: Sequence[int]) -> float:
-        """Links of a device, counted in one direction, that a group of devices can talk over.
+        """Links of a device in a torus, in one direction, that a group of devices can talk over.
 
         Along each axis of the torus that the group extends over: two where the axis is a ring and
         the group all of it, else one. What lies in between is assumed to be free.
         """
-        assert self.chip is not None
+        assert self.chip is not None and isinstance(self.chip.network, Torus)
         positions = zip(*(self.devices[i].coords for i in group), strict=True)
         links = 0.0
         for size, row in zip(self.shape, positions, strict=True):
             if (extent := len(set(row))) > 1:
-                links += 2 if extent == size and size % self.chip.wraps == 0 else 1
+                links += 2 if extent == size and size % self.chip.network.wraps == 0 else 1
         # The two halves of a TPU7x share its links; between them it is six times as fast as a link
         # (cloud.google.com/tpu/docs/tpu7x, "Dual-chiplet architecture").
         return links / self.chip.devices if links else 6.0
 
 
-def _parsed(name: str) -> tuple[int, str, str]:
-    """How many slices, of which kind, of which shape; ValueError where there are no such."""
-    known = ", ".join(_example(chip) for chip in CHIPS)
+@dataclass(frozen=True)
+class _Name:
+    """The parts of a slice's name: `2xv6e:4x8` is two slices of the kind v6e, shape (4, 8)."""
+
+    slices: int
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def devices(self) -> int:
+        return self.slices * math.prod(self.shape) * self.chip.devices
+
+    @property
+    def hosts(self) -> int:
+        network, chips = self.chip.network, math.prod(self.shape)
+        if isinstance(network, Switch):
+            return self.slices
+        # A host has 4 chips; of the 2D kinds, up to 8 are on one.
+        return self.slices * (1 if network.dimensions == 2 and chips <= 8 else -(-chips // 4))
+
+
+def _parsed(name: str) -> _Name:
+    """Raises ValueError where there are no such devices."""
     parts = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if parts is None or parts[2] not in CHIPS:
         raise ValueError(
-            f"--topology {name}: no such slice; should be KIND:SHAPE, such as {known}, or "
+            f"--topology {name}: no such slice; should be KIND:SHAPE, such as {_examples()}, or "
             "2xKIND:SHAPE for two of them"
         )
-    slices, kind, shape = int(parts[1] or 1), parts[2], parts[3]
-    chip = CHIPS[kind]
-    if slices > 1 and chip.between_slices is None:
-        several = ", ".join(kind for kind, each in CHIPS.items() if each.between_slices)
+    parsed = _Name(int(parts[1] or 1), parts[2], tuple(map(int, parts[3].split("x"))))
+    chip, kind, network = parsed.chip, parsed.kind, parsed.chip.network
+    if parsed.slices > 1 and chip.between_slices is None:
+        alike = {n: each for n, each in CHIPS.items() if each.platform == chip.platform}
+        several = ", ".join(n for n, each in alike.items() if each.between_slices)
         raise ValueError(
             f"--topology {name}: the network between slices of {kind} is not known here; that of "
             f"{several} is"
         )
-    if shape.count("x") + 1 != chip.dimensions:
+    if isinstance(network, Switch):
+        if len(parsed.shape) != 1 or not 1 <= parsed.shape[0] <= network.devices:
+            raise ValueError(
+                f"--topology {name}: a host has up to {network.devices} {kind.upper()}, such as "
+                f"{_example(kind)}; 2x{_example(kind)} are two hosts"
+            )
+    elif len(parsed.shape) != network.dimensions:
         raise ValueError(
-            f"--topology {name}: a slice of {kind} has {chip.dimensions} dimensions, such as "
+            f"--topology {name}: a slice of {kind} has {network.dimensions} dimensions, such as "
             f"{_example(kind)}"
         )
-    return slices, kind, shape
+    return parsed
 
 
 def is_slice(name: str) -> bool:
@@ -153,8 +162,13 @@ def is_slice(name: str) -> bool:
         return False
 
 
-def has_tpu_compiler() -> bool:
-    """Whether `tpu_slice` can be had on this machine."""
+def has_compiler(name: str) -> bool:
+    """Whether `find_slice` can be had of such devices on this machine.
+
+    Raises ValueError: no such slice.
+    """
+    if _parsed(name).chip.platform == "gpu":
+        return any(importlib.util.find_spec(each) is not None for each in _GPU_COMPILERS)
     return importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
 
 
@@ -163,51 +177,73 @@ def stand_ins(name: str) -> Slice:
 
     Raises ValueError: no such slice, or JAX has started with fewer devices.
     """
-    slices, kind, shape = _parsed(name)
-    chip, chips = CHIPS[kind], math.prod(map(int, shape.split("x")))
-    # A host has 4 chips; of the 2D kinds, up to 8 are on one.
-    hosts = slices * (1 if chip.dimensions == 2 and chips <= 8 else -(-chips // 4))
-    devices = fake_devices(slices * chips * chip.devices).devices
-    return Slice(name, devices, chip, StandIn("tpu", hosts))
+    parsed = _parsed(name)
+    devices = fake_devices(parsed.devices).devices
+    return Slice(name, devices, parsed.chip, StandIn(parsed.chip.platform, parsed.hosts))
 
 
-def tpu_slice(name: str) -> Slice:
-    """A slice by its name, such as `v5p:4x4x8`, or several, `2xv5p:4x4x8`; none need be there.
+def find_slice(name: str) -> Slice:
+    """A slice by its name, such as `v5p:4x4x8` or `2xh200:8`; none need be there.
 
-    Raises ValueError: no such slice, or no TPU compiler on this machine.
+    Raises ValueError: no such slice, or no compiler for it on this machine.
     """
-    slices, kind, shape = _parsed(name)
-    chip, known = CHIPS[kind], ", ".join(_example(chip) for chip in CHIPS)
-    if not has_tpu_compiler():
+    parsed = _parsed(name)
+    platform = parsed.chip.platform
+    if not has_compiler(name):
+        extra, kind = {"tpu": ("tpu", "TPU"), "gpu": ("cuda", "GPU")}[platform]
         raise ValueError(
-            f"--topology {name} needs the TPU compiler: pip install 'r1jax[tpu]' (no TPU is "
-            "needed); or use --fake-devices N"
+            f"--topology {name} needs the {kind} compiler: pip install 'r1jax[{extra}]' (no {kind} "
+            "is needed); or use --fake-devices N"
         )
+    _use_cpu()
+    try:
+        with quiet():
+            devices = _tpus(parsed) if platform == "tpu" else _gpus(parsed)
+    except Exception as error:  # JAX passes on whatever the plug-in raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"--topology {name}: the {platform.upper()} compiler knows no such slice "
+            f"({reason[:200]}); others are {_examples()}"
+        ) from error
+    return Slice(name, devices, parsed.chip)
+
+
+def _tpus(name: _Name) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     # There may be no cloud around this machine, and no TPU is used: another process may have it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    _use_cpu()
-    try:
-        with quiet():
-            topology = topologies.get_topology_desc(
-                topology_name=f"{kind}:{shape}",
-                platform="tpu",
-                **({"num_slices": slices} if slices > 1 else {}),
-                **_SETTINGS.get(kind, {}),
-            )
-    except Exception as error:  # JAX passes on whatever the plug-in raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"--topology {name}: the TPU compiler knows no such slice ({reason[:200]}); others are "
-            f"{known}"
-        ) from error
-    return Slice(name, tuple(topology.devices), chip)
+    topology = topologies.get_topology_desc(
+        topology_name=f"{name.kind}:{'x'.join(map(str, name.shape))}",
+        platform="tpu",
+        **({"num_slices": name.slices} if name.slices > 1 else {}),
+        **_SETTINGS.get(name.kind, {}),
+    )
+    return tuple(topology.devices)
+
+
+def _gpus(name: _Name) -> tuple[jax.Device, ...]:
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        topology_name=name.kind,
+        platform="cuda",
+        target_config=target_config(name.kind),
+        topology=f"1x{name.slices}x{name.shape[0]}",  # slices, hosts of each, devices of each
+    )
+    return tuple(topology.devices)
 
 
 def _example(kind: str) -> str:
-    return f"{kind}:{'4x4' if CHIPS[kind].dimensions == 2 else '4x4x4'}"
+    network = CHIPS[kind].network
+    if isinstance(network, Switch):
+        return f"{kind}:{network.devices}"
+    return f"{kind}:{'4x4' if network.dimensions == 2 else '4x4x4'}"
+
+
+def _examples() -> str:
+    return ", ".join(_example(kind) for kind in CHIPS)
 
 
 def fake_devices(count: int) -> Slice:
@@ -226,7 +262,7 @@ def fake_devices(count: int) -> Slice:
 def attached() -> Slice:
     devices = jax.devices()
     kind = devices[0].device_kind
-    return Slice(f"{len(devices)} x {kind}", tuple(devices), CHIPS.get(_KINDS.get(kind, "")))
+    return Slice(f"{len(devices)} x {kind}", tuple(devices), CHIPS.get(KINDS.get(kind, "")))
 
 
 def _use_cpu() -> None:

@@ -37,7 +37,7 @@ from r1jax.models.paged_kernel import (
     vmem_bytes,
 )
 from r1jax.models.paged_kernel_gpu import SlotPages, pages_of_slots, tile
-from r1jax.planner.topologies import tpu_slice
+from r1jax.planner.topologies import find_slice
 from r1jax.sharding import Layout, single_device
 
 LAYERS, POOL, PAGE, WIDTH = 2, 24, 4, 16
@@ -270,7 +270,7 @@ def test_groups_are_as_large_as_vmem_allows() -> None:
 def test_a_slice_compiles_it_with_the_vmem_that_is_estimated(
     topology: str, shape: KernelShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = tpu_slice(topology).devices[0]
+    device = find_slice(topology).devices[0]
     placed = jax.sharding.SingleDeviceSharding(device)
     size = group_size(shape, 64, device.device_kind)
     assert size is not None

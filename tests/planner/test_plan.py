@@ -20,6 +20,7 @@ from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo
+from r1jax.planner.chips import CHIPS, Chip, Torus
 from r1jax.planner.plan import (
     Case,
     PlanOptions,
@@ -29,7 +30,7 @@ from r1jax.planner.plan import (
     parse_mesh,
     plan,
 )
-from r1jax.planner.topologies import CHIPS, Chip, Slice, tpu_slice
+from r1jax.planner.topologies import Slice, find_slice
 from r1jax.programs import Planning, SlotRollout
 from r1jax.programs.lengths import CutLognormal
 from r1jax.programs.program import expected_flops, forward_flops
@@ -217,9 +218,9 @@ def test_links_of_rings_lines_and_planes() -> None:
 
 
 def test_a_roofline_by_hand() -> None:
-    chip = Chip(hbm=1, flops=100, hbm_bandwidth=10, link_bandwidth=2, dimensions=1, wraps=4)
+    chip = Chip("tpu", hbm=1, flops=100, hbm_bandwidth=10, network=Torus(2, 1, 4))
     four = cube((4,), chip)
-    operations = (hlo._Operation(200, 10, 3), hlo._Operation(0, 50, 1))
+    operations = (hlo.Operation(200, 10, 3), hlo.Operation(0, 50, 1))
     gather = hlo.Collective("all-gather", 8, (0, 1, 2, 3), 5)
     found = estimate.times(hlo.Cost(operations, (gather,)), four)
     assert found is not None
@@ -367,15 +368,15 @@ def test_a_given_shape_takes_the_place_of_a_path() -> None:
 def test_slices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("v9:4x4", "v5p", "v5p:4x"):
         with pytest.raises(ValueError, match=f"{name}: no such slice.*v5p:4x4x4"):
-            tpu_slice(name)
+            find_slice(name)
     with pytest.raises(ValueError, match="has 3 dimensions, such as v5p:4x4x4"):
-        tpu_slice("v5p:4x4")
+        find_slice("v5p:4x4")
     with pytest.raises(ValueError, match="between slices of v4 is not known.*v5e, v5p, v6e is"):
-        tpu_slice("2xv4:2x2x2")
+        find_slice("2xv4:2x2x2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'r1jax\[tpu\]'"):
-        tpu_slice("v5p:4x4x4")
+        find_slice("v5p:4x4x4")
 
 
 def test_speculative_rollouts_are_planned_with_the_caches_that_they_have() -> None:
