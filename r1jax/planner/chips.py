@@ -73,10 +73,28 @@ class Chip:
 
 
 _GIB = 2**30
-# A host of eight (DGX H100 and H200, HGX): NVLink 4 gives a GPU 900 GB/s, both directions together;
-# each GPU has a network adapter of 400 Gbit/s.
+# A host of eight (DGX H100 and H200, HGX): NVLink 4 gives a GPU 900 GB/s, both directions together.
 _NVLINK = Switch(450e9, 8)
-_NETWORK = 50e9
+
+# One H200, JAX 0.11.2: its products reach 670 to 790 TFLOP/s, its copies 3.3 to 4.3 TB/s; JAX's
+# attention kernel, bfloat16, 12 heads of 128, takes 0.85 ms forward and 2.55 backward of 8 rows of
+# 2,048 tokens, 1.7 and 9.3 of 2 of 8,192 (the harmonic mean of the two lengths' shares). A kernel's
+# least time is what a token of 256 samples takes, between layers in a loop and one by one. What
+# else was measured there, and not fitted: benchmarks/gpu_estimates.py.
+_H200 = Efficiency(
+    flops=0.74,
+    hbm_bandwidth=0.8,
+    launch_seconds=2.5e-6,
+    kernels=(("mha_forward", 0.17), ("mha_backward", 0.156)),
+    source="measured on one H200 with JAX 0.11.2 (benchmarks/gpu_estimates.py)",
+)
+
+
+def _gpu(mebibytes: int, flops: float, hbm_bandwidth: float, efficiency: Efficiency) -> Chip:
+    hbm = GPU_MEMORY_SHARE * mebibytes * 2**20
+    between = 50e9  # each GPU of such a host has a network adapter of 400 Gbit/s
+    return Chip("gpu", hbm, flops, hbm_bandwidth, _NVLINK, 1, between, efficiency)
+
 
 # Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x): peak
 # bfloat16 FLOP/s, bandwidth of HBM, and the bandwidth of a chip's interconnect, both directions of
@@ -87,20 +105,16 @@ _NETWORK = 50e9
 # 256 chips (v5e), 50 Gbit/s of a chip (v5p), 25.6 Tbit/s of 256 chips (v6e).
 #
 # NVIDIA's data sheets of the H100 SXM and H200 SXM: 989 TFLOP/s of dense bfloat16; 80 GB at 3.35
-# TB/s, 141 GB at 4.8 TB/s. HBM is the part that a run takes of what the driver shows (81,559 and
-# 143,771 MiB).
+# TB/s, 141 GB at 4.8 TB/s. HBM is the part that a run takes of what the driver shows, in MiB. The
+# H100's shares of the peaks are those of the H200, which has the same multiprocessors.
 CHIPS = {
     "v4": Chip("tpu", 30.75 * _GIB, 275e12, 1228e9, Torus(50e9, 3, 4)),
     "v5e": Chip("tpu", 15.75 * _GIB, 197e12, 819e9, Torus(50e9, 2, 16), between_slices=3.125e9),
     "v5p": Chip("tpu", 95 * _GIB, 459e12, 2765e9, Torus(100e9, 3, 4), between_slices=6.25e9),
     "v6e": Chip("tpu", 31.24 * _GIB, 918e12, 1638e9, Torus(100e9, 2, 16), between_slices=12.5e9),
     "tpu7x": Chip("tpu", 189.48 * _GIB, 2307e12, 7380e9, Torus(100e9, 3, 4), devices=2),
-    "h100": Chip(
-        "gpu", GPU_MEMORY_SHARE * 81_559 * 2**20, 989e12, 3350e9, _NVLINK, between_slices=_NETWORK
-    ),
-    "h200": Chip(
-        "gpu", GPU_MEMORY_SHARE * 143_771 * 2**20, 989e12, 4800e9, _NVLINK, between_slices=_NETWORK
-    ),
+    "h100": _gpu(81_559, 989e12, 3350e9, _H200),
+    "h200": _gpu(143_771, 989e12, 4800e9, _H200),
 }
 # What JAX calls those that are attached.
 KINDS = {

@@ -248,7 +248,7 @@ NOT_RUN = {
     "eval ": "Google Cloud",
     "docker ": "Google Cloud",
     "python benchmarks/": "minutes to hours, beside other libraries",
-    "r1jax plan ": "the TPU's compiler, minutes: tests/planner plans small ones",
+    "r1jax plan ": "the compilers of TPUs and GPUs, minutes: tests/planner plans small ones",
     "r1jax run r1_": "weights and data of the hub; tests/config/test_packaged.py",
     "r1jax run qwen2.5": "weights and data of the hub; tests/config/test_packaged.py",
     "r1jax run smollm2-135m": "weights of the hub, and reasoning-gym",
@@ -357,6 +357,7 @@ MADE_BY = {
     "| published": ("published",),
     "| lengths | r1jax |": ("benchmarks/beside_peers.py",),
     "| figure | value |": ("benchmarks/long_tail.py",),
+    "| program | estimated |": ("benchmarks/gpu_estimates.py",),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,6 +80,21 @@ def test_measured_efficiency_by_hand() -> None:
     assert found.compute == pytest.approx(3 * 4 + 2 * 4 + 5 / 50)
 
 
+def test_estimates_are_near_what_was_measured_on_a_card(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Updates within a tenth, a decoded token within a fifth; and the documents' table is that."""
+    root = Path(__file__).parents[2]
+    script = runpy.run_path(str(root / "benchmarks" / "gpu_estimates.py"))
+    found = script["estimates"]()
+    assert len(found) == 6
+    for program, estimated, measured in found:
+        near = 0.1 if program.startswith("update") else 0.2
+        assert estimated == pytest.approx(measured, rel=near), program
+    script["main"]()
+    assert capsys.readouterr().out in (root / "docs" / "speed.md").read_text()
+
+
 def test_products_of_jax_attention_kernels_on_gpu() -> None:
     """Forward: scores and values, of the blocks on and below the diagonal. Backward: seven."""
     x, target = "bf16[2,256,3,64]", 'custom_call_target="__gpu$xla.gpu.triton"'
@@ -118,7 +134,7 @@ def test_a_slice_of_gpus_is_compiled_for(name: str, tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    # The plug-in says, as JAX is imported, that there is no driver; of the compiler nothing is seen.
+    # As JAX is imported, the plug-in says that there is no driver; the compiler says nothing.
     said = ("absl::InitializeLog()", "Could not find cuda drivers")
     assert all(any(text in line for text in said) for line in done.stderr.splitlines())
     (found,) = json.loads(path.read_text())["plans"]
