@@ -241,6 +241,7 @@ class TrainLoop:
             # First the lines that the metrics' cursor counts on, then the checkpoint that has it.
             self.run.files.push()
             self.checkpoints.save(self.step, arrays, metadata)
+            self._compilations.recompiled()  # checksums of each shape, which are no new lengths
             self.clock.lap("checkpoint")
         self.run.record.mark(self.stage, "running", self.clock.seconds)
 

@@ -173,9 +173,12 @@ def test_what_is_compiled_again_behind_the_first_steps_is_said_once(
         return state, {"optimizer/finite": jnp.float32(1), "sum": batch["tokens"].sum()}
 
     said = []
+    (tmp_path / "stage" / "tiny-s0").mkdir(parents=True)  # the run's, for its record
     with loop_of(tmp_path / "stage", update) as loop:
         capsys.readouterr()
         for tokens in (8, 16, 24, 24, 32, 40):
+            if tokens == 32:  # a checkpoint's checksums compile for each shape, and are not said
+                loop.save_if_due(Stream())  # at step 4
             loop.update({"tokens": np.ones((2, tokens)), "weights": np.ones(2)})
             loop.log_timings({})
             said.append(capsys.readouterr().out)
@@ -184,7 +187,8 @@ def test_what_is_compiled_again_behind_the_first_steps_is_said_once(
     assert "(batches of [2, 32])" in said[4]
     rows = [json.loads(x) for x in (tmp_path / "stage" / "timings.jsonl").read_text().splitlines()]
     counts = [row["compile_count"] for row in rows]
-    assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1, 0, 1, 1]
+    new = [b - a for a, b in itertools.pairwise(counts)]
+    assert new[:3] == [1, 1, 0] and new[3] > 2 and new[4] == 1  # the fourth has the checkpoint's
     named = {"compile_seconds", "cache_hits", "cache_misses", "memory_bytes", "memory_peak_bytes"}
     assert all(row.keys() >= named for row in rows)
 
