@@ -371,8 +371,8 @@ class _Counter:
         return 0.0
 
 
-# Of Pallas on TPU, of Pallas on GPU.
-_KERNEL_CALLS = ("tpu_custom_call", "gpu.triton")
+# Of Pallas on TPU, of Pallas on GPU, of cuDNN's attention.
+_KERNEL_CALLS = ("tpu_custom_call", "gpu.triton", "__cudnn$fmha")
 
 
 def _is_kernel(each: _Instruction) -> bool:
@@ -380,7 +380,9 @@ def _is_kernel(each: _Instruction) -> bool:
 
 
 def _kernel_name(each: _Instruction) -> str:
-    """The name that a Pallas kernel has in its source; of any other instruction its own."""
+    """The name that a Pallas kernel has in its source, or cuDNN's; of other instructions theirs."""
+    if cudnn := re.search(r"__cudnn\$(fmha\w+)", each.rest):
+        return cudnn[1]
     path = re.search(r'op_name="(?:[^"]*?/)?([^"/]+)/pallas_call"', each.rest)
     return path[1] if path and "gpu.triton" in each.rest else each.name
 
@@ -524,9 +526,11 @@ _GROUPED = ("ragged-dot-none", "tgmm")
 # scores; values. Backward: scores, gradient of the queries; of the weights. And: scores, gradient
 # of the keys; of the weights, of the values.
 _KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
-# Of JAX's kernel on GPU, which takes [batch, time, heads, head_dim]; one kernel goes backward, and
-# computes the scores and the gradient of the weights twice. The last: no products.
-_GPU_KERNELS = {"mha_forward": (1, 1), "mha_backward": (4, 3), "mha_preprocess_backward": (0, 0)}
+# On GPU, of queries [batch, time, heads, head_dim] and values as wide: JAX's kernel, whose gradient
+# computes the scores and the gradient of the weights twice, and another one without products; and
+# cuDNN's.
+_GPU_KERNELS = {"mha_forward": 2, "mha_backward": 7, "mha_preprocess_backward": 0}
+_GPU_KERNELS |= {"fmhaSoftmax": 2, "fmhaSoftmaxBackward": 5}
 _GPU_BLOCK = 128  # of queries and of keys
 
 
@@ -547,7 +551,7 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
         batch, time, heads, width = queries.sizes
         blocks = -(-time // _GPU_BLOCK)
         pairs = 2.0 * batch * heads * time * keys.sizes[1] * (blocks + 1) / (2 * blocks)
-        return pairs * sum(_GPU_KERNELS[name]) * width
+        return pairs * _GPU_KERNELS[name] * width
     products = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
     if products is None:
         return None

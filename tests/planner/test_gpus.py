@@ -95,8 +95,8 @@ def test_estimates_are_near_what_was_measured_on_a_card(
     assert capsys.readouterr().out in (root / "docs" / "speed.md").read_text()
 
 
-def test_products_of_jax_attention_kernels_on_gpu() -> None:
-    """Forward: scores and values, of the blocks on and below the diagonal. Backward: seven."""
+def test_products_of_attention_kernels_on_gpu() -> None:
+    """Of the blocks on and below the diagonal: scores and values; backward five, or seven."""
     x, target = "bf16[2,256,3,64]", 'custom_call_target="__gpu$xla.gpu.triton"'
     text = f"""HloModule jit_f, num_partitions=1
 
@@ -115,6 +115,10 @@ ENTRY %main (q: {x}, k: {x}, v: {x}, ids: s32[2,256]) -> {x} {{
         assert found.flops == 2 * products * pairs * 64 and not found.unknown
         assert [each.kernel for each in found.operations] == [kernel]
         assert found.bytes == 4 * 2 * 256 * 3 * 64 * 2 + 2 * 256 * 4
+    for direction, products in ("", 2), ("Backward", 5):
+        call = f'custom_call_target="__cudnn$fmhaSoftmax{direction}"'
+        found = hlo.cost(hlo.parse(text.replace(target, call).replace("NAME", "x=1")))
+        assert found.flops == 2 * products * pairs * 64 and not found.unknown
     other = 'metadata={op_name="jit(step)/another/pallas_call"}'
     assert hlo.cost(hlo.parse(text.replace("NAME", other))).unknown == ("another",)
 
