@@ -45,7 +45,7 @@ def test_names_of_hosts() -> None:
             ValueError, match=f"{name}: a host has up to 8 H200, such as h200:8; 2x"
         ):
             find_slice(name)
-    assert stand_ins("2xh200:1").stands_for == StandIn("gpu", 2)
+    assert stand_ins("h200:1").stands_for == StandIn("gpu", 1)
 
 
 def test_a_device_sends_by_nvlink_inside_a_host_and_by_its_adapter_between_hosts() -> None:
