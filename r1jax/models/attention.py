@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
+from r1jax.models import cudnn_attention
 from r1jax.models.config import AttentionKernel, Execution
 from r1jax.sharding import Layout
 
@@ -38,14 +39,16 @@ def row_attention(
 
     Args:
       k, v: heads is a multiple of kv_heads, and value_dim at most head_dim.
-      segment_ids: equal ids attend to each other, 0 is padding.
+      segment_ids: equal ids, which are neighbours, attend to each other; 0 is padding, which may
+        be anywhere.
       prompt_of: as of `TokenRows`.
 
     Returns:
       Undefined (but finite) where segment_ids is 0.
 
     Raises:
-      ValueError: samples share a prompt, with a kernel that cannot do it.
+      ValueError: samples share a prompt, or the arrays are of a kind, with a kernel that cannot do
+        it.
     """
     repeat = head_repeats(q.shape[2], k.shape[2], layout)
     if repeat > 1:
@@ -64,8 +67,9 @@ def row_attention(
     elif execution.attention == "xla":
         out = _xla(q, k, v, segment_ids)
     else:
-        kernel = _splash if execution.attention == "splash" else _flash
-        out = _per_device(kernel, layout)(q, k, v, segment_ids)
+        cudnn = functools.partial(_cudnn, device=layout.mesh.devices.flat[0])
+        kernels: dict[str, _Kernel] = {"splash": _splash, "flash": _flash, "cudnn": cudnn}
+        out = _per_device(kernels[execution.attention], layout)(q, k, v, segment_ids)
     return layout.constrain(out, ("batch", "time", "heads", None))
 
 
@@ -90,18 +94,17 @@ def choose_attention(requested: Literal["auto"] | AttentionKernel, backend: str)
     """`auto` becomes the kernel of the backend; an impossible choice is refused.
 
     Args:
-      requested: `auto`, `xla`, `splash` or `flash`.
       backend: `cpu`, `gpu` or `tpu`.
     """
-    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "flash"}
     if requested == "auto":
+        kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "flash"}
         return kernels.get(backend, "xla")
-    for needed, kernel in kernels.items():
-        if requested == kernel and backend != needed:
-            raise ValueError(
-                f"model.attention = {requested!r} needs a {needed}, this is a {backend}; "
-                "use auto or xla"
-            )
+    needed = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}.get(requested, backend)
+    if needed != backend:
+        raise ValueError(
+            f"model.attention = {requested!r} needs a {needed}, this is a {backend}; "
+            "use auto or xla"
+        )
     return requested
 
 
@@ -265,6 +268,16 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Arra
     ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
     kernel = functools.partial(flash.mha, sm_scale=1 / math.sqrt(head_dim), causal=True)
     return kernel(q, k, v, ids)[:, :time, :, :value_dim]
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, *, device: jax.Device
+) -> jax.Array:
+    """cuDNN (GPU), which reads the heads of keys and values by one stride: they are of one size."""
+    cudnn_attention.check(q, v, device)
+    value_dim = v.shape[-1]
+    v = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - value_dim),))
+    return cudnn_attention.packed_attention(q, k, v, ids, _flash)[..., :value_dim]
 
 
 def cached_attention(

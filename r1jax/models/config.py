@@ -17,7 +17,7 @@ Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar", "token_labels"]
 # A `config.json`.
 HuggingFaceConfig = dict[str, Any]
-AttentionKernel = Literal["xla", "splash", "flash"]
+AttentionKernel = Literal["xla", "splash", "flash", "cudnn"]
 RematPolicy = Literal["none", "dots", "full"]
 
 # A transformers class is named by the family and the head.
