@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MASKED = -1e30  # finite: a fully masked (padding) row must give numbers, not NaN
 _QUERY_CHUNK = 1024  # rows longer than this are attended in blocks of queries
+_SPLASH_BLOCK = 512  # tokens; the default of MaxText and axlearn
 _ATTENTION = ("batch", None, "attention_heads", None)  # queries, keys and values of whole rows
 
 
@@ -222,22 +223,33 @@ def _per_device(function: _Kernel, layout: Layout) -> _Kernel:
     )
 
 
+def splash_blocks(time: int) -> tuple[int, int]:
+    """Tokens of a block of splash attention, and of a row padded to whole blocks.
+
+    The fewest blocks of at most 512 tokens, and then the smallest that TPUs tile: small blocks cost
+    a step each whatever they hold, and large ones compute more beside the diagonal.
+    """
+    blocks = -(-time // _SPLASH_BLOCK)
+    block = -(-time // (128 * blocks)) * 128
+    return block, blocks * block
+
+
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
     """Pallas splash attention (TPU); time and head sizes are padded to what the kernel tiles.
 
-    A key head is read where it is by all query heads that share it.
+    A key head is read where it is by all query heads that share it. (So does the kernel's
+    multi-query form, mapped over the key heads: it has the same steps, and reads the same blocks.)
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     time, heads, head_dim = q.shape[1:]
     value_dim = v.shape[-1]
-    padded = -(-time // 128) * 128
+    block, padded = splash_blocks(time)
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, -x.shape[-1] % 128))).swapaxes(1, 2)
         for x in (q / math.sqrt(head_dim), k, v)
     )
     ids = jnp.pad(ids, ((0, 0), (0, padded - time)))
-    block = next(size for size in (512, 256, 128) if padded % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -252,6 +252,18 @@ def test_kernels_equal_the_xla_path(
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_splash_attention_are_the_fewest_blocks_that_are_not_larger_than_needed() -> None:
+    assert [attention.splash_blocks(t) for t in (1, 128, 300, 512, 640, 2048, 2176, 2304, 8192)] == [
+        *((128, 128), (128, 128), (384, 384), (512, 512), (384, 768)),
+        *((512, 2048), (512, 2560), (512, 2560), (512, 8192)),
+    ]
+    for time in range(1, 3000, 7):
+        block, padded = attention.splash_blocks(time)
+        assert block <= 512 and block % 128 == 0 and padded % block == 0
+        # Less would need more blocks: neither fewer of them nor smaller ones hold the row.
+        assert padded >= time > max(padded - 512, (padded // block) * (block - 128))
+
+
 def test_attention_is_chosen_by_backend() -> None:
     assert [attention.choose_attention("auto", b) for b in ("cpu", "gpu", "tpu")] == [
         "xla",
