@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from r1jax.models import cudnn_attention
+from r1jax.models import cudnn_attention, flash_attention_gpu
 from r1jax.models.config import AttentionKernel, Execution
 from r1jax.sharding import Layout
 
@@ -69,7 +69,9 @@ def row_attention(
         out = _xla(q, k, v, segment_ids)
     else:
         cudnn = functools.partial(_cudnn, device=layout.mesh.devices.flat[0])
-        kernels: dict[str, _Kernel] = {"splash": _splash, "flash": _flash, "cudnn": cudnn}
+        kernels: dict[AttentionKernel, _Kernel] = {
+            **{"splash": _splash, "flash": _flash, "flash_packed": _flash_packed, "cudnn": cudnn}
+        }
         out = _per_device(kernels[execution.attention], layout)(q, k, v, segment_ids)
     return layout.constrain(out, ("batch", "time", "heads", None))
 
@@ -100,7 +102,7 @@ def choose_attention(requested: Literal["auto"] | AttentionKernel, backend: str)
     if requested == "auto":
         kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "flash"}
         return kernels.get(backend, "xla")
-    needed = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}.get(requested, backend)
+    needed = backend if requested == "xla" else "tpu" if requested == "splash" else "gpu"
     if needed != backend:
         raise ValueError(
             f"model.attention = {requested!r} needs a {needed}, this is a {backend}; "
@@ -267,7 +269,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Arr
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-    """Pallas flash attention (GPU, Triton)."""
+    """JAX's Pallas flash attention (GPU, Triton), which JAX 0.11 deprecates: keys are repeated."""
     from jax.experimental.pallas.ops.gpu import attention as flash
 
     time, heads, head_dim = q.shape[1:]
@@ -282,10 +284,15 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Arra
     return kernel(q, k, v, ids)[:, :time, :, :value_dim]
 
 
+def _flash_packed(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+    """This package's (GPU, Triton)."""
+    return flash_attention_gpu.flash_attention(q, k, v, ids)
+
+
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, *, device: jax.Device
 ) -> jax.Array:
-    """cuDNN (GPU), which reads the heads of keys and values by one stride: they are of one size."""
+    """cuDNN (GPU), which has one offset for keys and values: their heads are of one size."""
     cudnn_attention.check(q, v, device)
     value_dim = v.shape[-1]
     v = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - value_dim),))

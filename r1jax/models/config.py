@@ -17,7 +17,7 @@ Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v2", "deepseek_v3"]
 Head = Literal["language", "scalar", "token_labels"]
 # A `config.json`.
 HuggingFaceConfig = dict[str, Any]
-AttentionKernel = Literal["xla", "splash", "flash", "cudnn"]
+AttentionKernel = Literal["xla", "splash", "flash", "flash_packed", "cudnn"]
 RematPolicy = Literal["none", "dots", "full"]
 
 # A transformers class is named by the family and the head.
@@ -564,7 +564,9 @@ class Execution:
         (faster on the CPU, where loops over stacked weights copy them).
     log_prob_chunk: time steps whose logits exist at once.
     expert_chunk: tokens that a device dispatches to their experts at once.
-    attention: `xla` on any platform, `splash` on TPU, `flash` (Pallas) on GPU.
+    attention: over whole rows: `xla` on any platform, `splash` on TPU; on GPU `flash`, which is
+        JAX's Pallas kernel, and two that were not run on one: `flash_packed`, this package's, and
+        `cudnn`.
     sampler_attention: over pages of the KV cache: `kernel` where the platform has one, `auto` on
         TPU alone, as the GPU's has not been run on one; neither where `attention` is `xla`.
     """

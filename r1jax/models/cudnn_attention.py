@@ -1,10 +1,10 @@
 """Causal attention over packed rows by cuDNN, forward and backward, on GPUs from Hopper on.
 
 cuDNN reads segments where they lie in the rows, by their lengths and offsets. JAX's public function
-takes lengths only, so this file binds the two primitives below it: the only private names of JAX in
-the package, the same in JAX 0.10 and 0.11. They are bound directly because
-`fused_attention_stablehlo.dot_product_attention`, up to JAX 0.11.0, gives cuDNN the offsets of query
-heads for the keys, too: with grouped heads it reads the keys of other tokens, without an error.
+takes lengths only, so this file binds the two primitives below it, which are private, and the same
+in JAX 0.10 and 0.11. It does not call `fused_attention_stablehlo.dot_product_attention` above them,
+which up to JAX 0.11.0 gives cuDNN the offsets of query heads for the keys, too: with grouped heads
+it reads the keys of other tokens, without an error (jax-ml/jax#39521).
 
 Every token is in a segment, padding as well: cuDNN does not write outputs or gradients of tokens
 between segments, and not all of its engines honour gaps between them.

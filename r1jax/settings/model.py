@@ -42,8 +42,13 @@ class ModelSection(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of activations, and of the weights that are computed with."
     )
-    attention: Literal["auto", "xla", "splash", "flash"] = Field(
-        "auto", description="auto: splash (a Pallas kernel) on TPU, flash on GPU, else XLA's."
+    attention: Literal["auto", "xla", "splash", "flash", "flash_packed", "cudnn"] = Field(
+        "auto",
+        description="Over whole rows. auto: splash (a Pallas kernel) on TPU, flash (JAX's Pallas "
+        "kernel) on GPU, else XLA's. On GPU also flash_packed and, from Hopper on and in bfloat16, "
+        "cudnn: both read key heads where they are and pass over other segments; they were "
+        "compiled for GPUs and not yet run on one. cudnn's gradients differ in their last bits "
+        "from run to run, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true.",
     )
     sampler_attention: Literal["auto", "xla", "kernel"] = Field(
         "auto",

@@ -18,12 +18,13 @@ import pytest
 from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
-from r1jax.models import Decoder, abstract_params, choose_attention
+from r1jax.models import Decoder, Execution, abstract_params, choose_attention
+from r1jax.models.attention import row_attention
 from r1jax.models.paged_kernel_gpu import SlotPages, softmax_of_slots
 from r1jax.run.models import build_decoder
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
-from r1jax.sharding import make_layout
+from r1jax.sharding import make_layout, single_device
 from r1jax.stages import supervised
 from r1jax.stages.grpo.policy_update import make_update
 from r1jax.stages.grpo.settings import GRPOStage
@@ -99,6 +100,27 @@ def test_updates_are_lowered_with_the_gpu_kernel(
     assert program.count(KERNEL) >= 3
 
 
+@pytest.mark.parametrize(
+    ("attention", "kernels"), [("flash", 3), ("flash_packed", 3), ("cudnn", 2)]
+)
+def test_attention_and_its_gradient_are_lowered(attention: Any, kernels: int) -> None:
+    """In the shape of Qwen2.5-1.5B; key heads are repeated for the first alone."""
+    queries, keys = array(jnp.bfloat16, 8, 2048, 12, 128), array(jnp.bfloat16, 8, 2048, 2, 128)
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        execution, layout = Execution(attention=attention), single_device()
+        return jnp.sum(row_attention(q, k, v, ids, execution, layout).astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    program = for_cuda(gradient, queries, keys, keys, array(jnp.int32, 8, 2048))
+    calls = [line for line in program.splitlines() if "stablehlo.custom_call" in line]
+    of_cudnn = [line for line in calls if "__cudnn$" in line]
+    chosen = of_cudnn if attention == "cudnn" else [line for line in calls if KERNEL in line]
+    assert len(chosen) == kernels
+    takes_keys = ["tensor<8x2048x2x128xbf16>" in line for line in chosen]
+    assert all(takes_keys) if attention != "flash" else not any(takes_keys)
+
+
 def test_sampling_is_lowered(model: Decoder) -> None:
     weights = abstract_params(model.config, model.layout, jnp.float32)
     prompts = Prompts(
@@ -140,3 +162,7 @@ def test_auto_is_the_kernel_of_the_devices_and_others_are_refused() -> None:
     assert chosen == {"cpu": "xla", "gpu": "flash", "tpu": "splash"}
     with pytest.raises(ValueError, match="'splash' needs a tpu, this is a gpu; use auto or xla"):
         choose_attention("splash", "gpu")
+    for kernel in ("flash", "flash_packed", "cudnn"):
+        assert choose_attention(kernel, "gpu") == kernel
+        with pytest.raises(ValueError, match=f"'{kernel}' needs a gpu, this is a tpu"):
+            choose_attention(kernel, "tpu")

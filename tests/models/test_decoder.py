@@ -21,6 +21,7 @@ from r1jax.models import (
     ModelConfig,
     TokenRows,
     attention,
+    flash_attention_gpu,
     forward,
     logits,
     prefill,
@@ -233,7 +234,7 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(
 
 
 @pytest.mark.parametrize("value_dim", [16, 9])
-@pytest.mark.parametrize("kernel", ["splash", "flash"])
+@pytest.mark.parametrize("kernel", ["splash", "flash", "flash_packed"])
 def test_kernels_equal_the_xla_path(
     kernel: str, value_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +242,10 @@ def test_kernels_equal_the_xla_path(
     from jax.experimental.pallas.ops.gpu import attention as flash
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    for module, name in ((splash, "make_splash_mha_single_device"), (flash, "mha")):
+    for module, name in (
+        *((splash, "make_splash_mha_single_device"), (flash, "mha")),
+        (flash_attention_gpu, "flash_attention"),
+    ):
         interpreted = functools.partial(getattr(module, name), interpret=True)
         monkeypatch.setattr(module, name, interpreted)
     inputs = attention_inputs(130, value_dim)  # not a multiple of the kernels' tiles
@@ -253,7 +257,9 @@ def test_kernels_equal_the_xla_path(
 
 
 def test_rows_of_splash_attention_are_the_fewest_blocks_that_are_not_larger_than_needed() -> None:
-    assert [attention.splash_blocks(t) for t in (1, 128, 300, 512, 640, 2048, 2176, 2304, 8192)] == [
+    assert [
+        attention.splash_blocks(t) for t in (1, 128, 300, 512, 640, 2048, 2176, 2304, 8192)
+    ] == [
         *((128, 128), (128, 128), (384, 384), (512, 512), (384, 768)),
         *((512, 2048), (512, 2560), (512, 2560), (512, 8192)),
     ]

@@ -1,7 +1,8 @@
-"""cuDNN's attention over packed rows: what it is given, read as cuDNN reads it, and its program.
+"""Attention over packed rows on GPUs, beside attention by ids in float64.
 
-No test runs cuDNN. A stand-in in float64 sees flat memory, lengths and offsets alone, as cuDNN's
-documentation has them; what no segment covers, it leaves as NaN.
+The Pallas kernel runs in the interpreter. No test runs cuDNN: a stand-in in float64 sees flat
+memory, lengths and offsets alone, as cuDNN's documentation has them; what no segment covers, it
+leaves as NaN.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 from r1jax.models import Execution, attention, cudnn_attention
 from r1jax.models.attention import row_attention
 from r1jax.models.cudnn_attention import check, find_segments, packed_attention, segments_a_row
+from r1jax.models.flash_attention_gpu import flash_attention, ranges_of
 from r1jax.sharding import single_device
 
 # Padding in front, between and behind; a row of padding; a segment of one token; ids as they come.
@@ -33,7 +35,7 @@ HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
 
 def arrays(ids: np.ndarray, value_dim: int = HEAD_DIM) -> list[np.ndarray]:
-    """Queries, keys, values and cotangents, which are 0 at padding."""
+    """Queries, keys, values and cotangents, which are 0 at padding: nothing may depend on it."""
     rng = np.random.default_rng(0)
     sizes = (HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, value_dim), (HEADS, value_dim)
     made = [rng.normal(size=(*ids.shape, *size)).astype(np.float32) for size in sizes]
@@ -67,7 +69,7 @@ def expected_of(ids: np.ndarray, q: Any, k: Any, v: Any, d_out: Any) -> tuple[An
     """Output and gradients by the ids alone; nothing at padding."""
     out = np.zeros((*ids.shape, HEADS, v.shape[3]))
     grads = [np.zeros(x.shape) for x in (q, k, v)]
-    for row, segment in {(r, i) for r, row in enumerate(ids.tolist()) for i in row if i}:
+    for row, segment in {(row, i) for (row, _), i in np.ndenumerate(ids) if i}:
         where = row, np.flatnonzero(ids[row] == segment)
         found = of_one_segment(*(x[where] for x in (q, k, v, d_out)))
         out[where] = found[0]
@@ -140,7 +142,9 @@ def test_packed_rows_with_grouped_heads_as_cudnn_reads_them() -> None:
     # Padding has numbers, which no gradient reaches.
     assert all(np.isfinite(x).all() for x in found)
     found[0] = jnp.where((IDS != 0)[..., None, None], out, 0)
-    for name, a, b in zip("out q k v".split(), found, expected_of(IDS, q, k, v, d_out), strict=True):
+    for name, a, b in zip(
+        "out q k v".split(), found, expected_of(IDS, q, k, v, d_out), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(attend(q, k, v), out, atol=1e-6)
 
@@ -208,8 +212,8 @@ def test_programs_have_cudnns_calls_with_key_heads_as_they_are() -> None:
             lowered = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
         except (TypeError, AttributeError, ImportError) as error:
             raise AssertionError(
-                f"JAX {jax.__version__} has other cuDNN primitives: r1jax/models/cudnn_attention.py "
-                "binds them, and only jax.nn.dot_product_attention is promised to stay"
+                f"JAX {jax.__version__} has other cuDNN primitives than those that "
+                "r1jax/models/cudnn_attention.py binds; they are private, and may change"
             ) from error
         lines = [x for x in lowered.as_text().splitlines() if "__cudnn$fmhaSoftmax" in x]
         assert len(lines) == calls
@@ -221,6 +225,53 @@ def test_programs_have_cudnns_calls_with_key_heads_as_they_are() -> None:
             assert ("tensor<16x6x256xf32>" in line) == (calls == 2)
 
 
+def long_rows() -> np.ndarray:
+    """Segments that begin and end within, at and across blocks of 128 and of 64 tokens."""
+    ids = np.zeros((2, 300), np.int32)
+    for segment, (start, end) in {7: (3, 64), 2: (64, 65), 9: (70, 270)}.items():
+        ids[0, start:end] = segment
+    ids[1, :128], ids[1, 128:] = 1, 2
+    return ids
+
+
+@pytest.mark.parametrize("value_dim", [HEAD_DIM, 5])
+def test_the_pallas_kernel_over_packed_rows_with_grouped_heads(value_dim: int) -> None:
+    ids = long_rows()
+    q, k, v, d_out = arrays(ids, value_dim)
+    out, vjp = jax.vjp(lambda *x: flash_attention(*x, ids, interpret=True), q, k, v)
+    found = [out, *jax.jit(vjp)(jnp.asarray(d_out))]
+    assert all(np.isfinite(x).all() for x in found)
+    found[0] = jnp.where((ids != 0)[..., None, None], out, 0)
+    for name, a, b in zip(
+        "out q k v".split(), found, expected_of(ids, q, k, v, d_out), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_blocks_of_other_segments_are_not_read() -> None:
+    ids = long_rows()[1:]
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, d_out: Any) -> list[jax.Array]:
+        out, vjp = jax.vjp(lambda *x: flash_attention(*x, ids, interpret=True), q, k, v)
+        return [out, *vjp(d_out)]
+
+    expected = run(*arrays(ids))
+    for others, those in (slice(128), slice(128, None)), (slice(128, None), slice(128)):
+        spoilt = arrays(ids)
+        for x in spoilt:
+            x[:, others] = np.nan  # a mask would not help: 0 x NaN is NaN
+        for a, b in zip(run(*spoilt), expected, strict=True):
+            np.testing.assert_array_equal(a[:, those], b[:, those])
+
+
+def test_ranges_are_the_runs_of_equal_ids() -> None:
+    starts, ends = ranges_of(jnp.asarray(IDS))
+    assert starts[0].tolist() == [0] * 3 + [3] * 4 + [7] * 2 + [9] + [10] * 4 + [14] * 2
+    assert ends[0].tolist() == [3] * 3 + [7] * 4 + [9] * 2 + [10] + [14] * 4 + [16] * 2
+    assert starts[1:].tolist() == [[0] * 16] * 2 and ends[1:].tolist() == [[16] * 16] * 2
+
+
 class Ampere:
     compute_capability = "8.0"
 
@@ -228,7 +279,12 @@ class Ampere:
 @pytest.mark.parametrize(
     ("q", "value_dim", "device", "reason"),
     [
-        (array(1, 64, 2, 64, dtype=jnp.float32), 64, None, "compute_dtype is float32; or use flash"),
+        (
+            array(1, 64, 2, 64, dtype=jnp.float32),
+            64,
+            None,
+            "compute_dtype is float32; or use flash",
+        ),
         (array(1, 64, 2, 192), 128, None, "at most 128, a multiple of 8"),
         (array(1, 64, 2, 60), 60, None, "at most 128, a multiple of 8"),
         (array(1, 64, 2, 64), 128, None, "values of 128"),
