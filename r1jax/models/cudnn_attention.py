@@ -111,7 +111,8 @@ def packed_attention(
       otherwise: computes the same of the same arguments, for rows of more segments than the program
         has room for (`segments_a_row`).
     """
-    return _attend(q, k, v, segment_ids, otherwise, keep=False)[0]
+    segments = find_segments(segment_ids, segments_a_row(q.shape[1]))
+    return _attend(q, k, v, segment_ids, segments, otherwise, keep=False)[0]
 
 
 def _attend(
@@ -119,12 +120,11 @@ def _attend(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array,
+    segments: Segments,
     otherwise: Attention,
     *,
     keep: bool,
 ) -> tuple[jax.Array, ...]:
-    segments = find_segments(segment_ids, segments_a_row(q.shape[1]))
-
     def by_cudnn() -> tuple[jax.Array, ...]:
         return forward(q, k, v, segments, keep=keep)
 
@@ -137,18 +137,28 @@ def _attend(
     return jax.lax.cond(segments.fit, by_cudnn, by_another)
 
 
+class _Saved(NamedTuple):
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+    segments: Segments
+    out: jax.Array
+    statistics: jax.Array
+
+
 def _attend_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, otherwise: Attention
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, statistics = _attend(q, k, v, segment_ids, otherwise, keep=True)
-    return out, (q, k, v, segment_ids, out, statistics)
+) -> tuple[jax.Array, _Saved]:
+    segments = find_segments(segment_ids, segments_a_row(q.shape[1]))
+    out, statistics = _attend(q, k, v, segment_ids, segments, otherwise, keep=True)
+    return out, _Saved(q, k, v, segment_ids, segments, out, statistics)
 
 
 def _attend_backward(
-    otherwise: Attention, saved: tuple[jax.Array, ...], d_out: jax.Array
+    otherwise: Attention, saved: _Saved, d_out: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    q, k, v, segment_ids, out, statistics = saved
-    segments = find_segments(segment_ids, segments_a_row(q.shape[1]))
+    q, k, v, segment_ids, segments, out, statistics = saved
 
     def by_cudnn() -> tuple[jax.Array, ...]:
         return backward(q, k, v, segments, (out, statistics), d_out)
