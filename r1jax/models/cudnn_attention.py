@@ -23,6 +23,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
+# Name of the conditionals, for a planner: the branch that does most is not cuDNN's.
+CUDNN_ATTENTION = "cudnn_attention"
 _MOST_SEGMENTS = 64
 _TOKENS_OF_A_SEGMENT = 128
 _LARGEST_HEAD = 128  # of what cuDNN differentiates on every GPU with packed rows
@@ -134,7 +136,8 @@ def _attend(
         unused = (jnp.zeros(x.shape, x.dtype) for x in shapes[1:])
         return (otherwise(q, k, v, segment_ids), *unused)
 
-    return jax.lax.cond(segments.fit, by_cudnn, by_another)
+    with jax.named_scope(CUDNN_ATTENTION):
+        return jax.lax.cond(segments.fit, by_cudnn, by_another)
 
 
 class _Saved(NamedTuple):
@@ -167,7 +170,8 @@ def _attend_backward(
         _, vjp = jax.vjp(lambda q, k, v: otherwise(q, k, v, segment_ids), q, k, v)
         return tuple(vjp(d_out))
 
-    return (*jax.lax.cond(segments.fit, by_cudnn, by_another), None)
+    with jax.named_scope(CUDNN_ATTENTION):
+        return (*jax.lax.cond(segments.fit, by_cudnn, by_another), None)
 
 
 packed_attention.defvjp(_attend_forward, _attend_backward)

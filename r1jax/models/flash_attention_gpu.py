@@ -6,8 +6,8 @@ of keys outside the ranges are never read, and only blocks at their ends are mas
 keys and values add up in registers over the query heads that share them: no atomic sums, so that
 they are the same in each run.
 
-The algorithm is FlashAttention-2's (arXiv 2307.08691). Interpreted, and compiled for sm_90 without
-a GPU: its speed was not measured.
+The algorithm is FlashAttention-2's (arXiv 2307.08691). Interpreted, and compiled for sm_80 and
+sm_90 without a GPU: its speed was not measured.
 """
 
 from __future__ import annotations

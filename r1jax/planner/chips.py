@@ -79,9 +79,10 @@ _NVLINK = Switch(450e9, 8)
 # One H200, JAX 0.11.2: its products reach 670 to 790 TFLOP/s, its copies 3.3 to 4.3 TB/s. Causal
 # attention, bfloat16, 12 heads of 128, forward and backward: JAX's kernel takes 0.85 and 2.55 ms of
 # 8 rows of 2,048 tokens, 1.7 and 9.3 ms of 2 of 8,192; cuDNN's without segments 0.50 and 0.90, 1.05
-# and 2.35 ms (harmonic means of the two lengths' shares). A kernel's least time is what a token of
-# 256 samples takes, between layers in a loop and one by one. What else was measured there, and not
-# fitted: benchmarks/gpu_estimates.py.
+# and 2.35 ms (harmonic means of the two lengths' shares). This package's kernel was not measured,
+# and is taken for JAX's. A kernel's least time is what a token of 256 samples takes, between layers
+# in a loop and one by one. What else was measured there, and not fitted:
+# benchmarks/gpu_estimates.py.
 _H200 = Efficiency(
     flops=0.74,
     hbm_bandwidth=0.8,
@@ -89,6 +90,7 @@ _H200 = Efficiency(
     kernels=(
         ("mha_forward", 0.17),
         ("mha_backward", 0.156),
+        ("flash_attention", 0.156),
         ("fmhaSoftmaxBackward", 0.37),
         ("fmhaSoftmax", 0.29),
     ),

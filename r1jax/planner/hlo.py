@@ -532,6 +532,12 @@ _KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv":
 _GPU_KERNELS = {"mha_forward": 2, "mha_backward": 7, "mha_preprocess_backward": 0}
 _GPU_KERNELS |= {"fmhaSoftmax": 2, "fmhaSoftmaxBackward": 5}
 _GPU_BLOCK = 128  # of queries and of keys
+# This package's kernel over packed rows, as if a row had one segment: of keys, and of values.
+_PACKED_KERNELS = {
+    "flash_attention": (1, 1),
+    "flash_attention_dq": (2, 1),
+    "flash_attention_dkv": (2, 2),
+}
 
 
 def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
@@ -546,12 +552,15 @@ def _kernel_flops(name: str, operands: Sequence[_Shape]) -> float | None:
     if name.startswith(_GROUPED):
         rows, other = arrays
         return 2.0 * rows.elements * other.sizes[-1]
-    if name in _GPU_KERNELS:
+    if name in _GPU_KERNELS or name in _PACKED_KERNELS:
         queries, keys = arrays[:2]
         batch, time, heads, width = queries.sizes
         blocks = -(-time // _GPU_BLOCK)
         pairs = 2.0 * batch * heads * time * keys.sizes[1] * (blocks + 1) / (2 * blocks)
-        return pairs * _GPU_KERNELS[name] * width
+        if name in _GPU_KERNELS:
+            return pairs * _GPU_KERNELS[name] * width
+        of_keys, of_values = _PACKED_KERNELS[name]
+        return pairs * (of_keys * width + of_values * arrays[2].sizes[3])
     products = next((n for known, n in _KERNELS.items() if name.startswith(known)), None)
     if products is None:
         return None

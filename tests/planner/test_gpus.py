@@ -119,6 +119,13 @@ ENTRY %main (q: {x}, k: {x}, v: {x}, ids: s32[2,256]) -> {x} {{
         call = f'custom_call_target="__cudnn$fmhaSoftmax{direction}"'
         found = hlo.cost(hlo.parse(text.replace(target, call).replace("NAME", "x=1")))
         assert found.flops == 2 * products * pairs * 64 and not found.unknown
+    # Two key heads for the three of queries, values of 32: scores, gradients of keys; values.
+    text = text.replace(f"%k = {x}", "%k = bf16[2,256,2,64]")
+    text = text.replace(f"%v = {x}", "%v = bf16[2,256,2,32]")
+    for kernel, widths in ("", 64 + 32), ("_dq", 2 * 64 + 32), ("_dkv", 2 * 64 + 2 * 32):
+        path = f'metadata={{op_name="jit(step)/flash_attention{kernel}/pallas_call"}}'
+        found = hlo.cost(hlo.parse(text.replace("NAME", path)))
+        assert found.flops == 2 * widths * pairs and not found.unknown
     other = 'metadata={op_name="jit(step)/another/pallas_call"}'
     assert hlo.cost(hlo.parse(text.replace("NAME", other))).unknown == ("another",)
 
