@@ -208,7 +208,8 @@ def _device_log_probs(
     @jax.checkpoint
     def compute(hidden: jax.Array, targets: jax.Array) -> TargetLogProbs:
         narrow = wide.astype(matrix.dtype)
-        return _chunk_log_probs(hidden, narrow, targets, temperature, most_likely, devices)
+        results, _ = _chunk_log_probs(hidden, narrow, targets, temperature, most_likely, devices)
+        return results
 
     if padded == chunk:
         results = compute(hidden, targets)
@@ -259,58 +260,135 @@ def _device_wanted_log_probs(
     return jax.tree.map(lambda x: x.reshape(batch, time), results)
 
 
-# A loop that ends when the data says so has no gradient of JAX's: each chunk's logits are computed
-# again, and the matrix's gradients summed in float32, as in `_device_log_probs`.
+# A loop that ends when the data says so has no gradient of JAX's. This one keeps two numbers of a
+# token, and reads a chunk's logits, computed again, once.
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _run_wanted(
     hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
 ) -> TargetLogProbs:
     """Of activations [n, hidden], `at_once` wanted tokens at once: [n]."""
+    results, _ = _wanted_chunks(hidden, matrix, tokens, at_once)
+    return results
 
-    def write(part: jax.Array, results: TargetLogProbs) -> TargetLogProbs:
-        values = _part_log_probs(_rows(hidden, part), matrix, part, tokens)
-        return jax.tree.map(lambda x, y: x.at[part].set(y, mode="drop"), results, values)
+
+def _wanted_chunks(
+    hidden: jax.Array, matrix: jax.Array, tokens: _WantedTokens, at_once: int
+) -> tuple[TargetLogProbs, jax.Array]:
+    """And of each token the log of the sum of its logits' exponentials."""
+
+    def write(
+        part: jax.Array, results: tuple[TargetLogProbs, jax.Array]
+    ) -> tuple[TargetLogProbs, jax.Array]:
+        teacher = tokens.teacher
+        if teacher is not None:
+            teacher = replace(teacher, hidden=_rows(teacher.hidden, part)[None])
+        values = _chunk_log_probs(
+            _rows(hidden, part)[None],
+            matrix,
+            _rows(tokens.targets, part)[None],
+            tokens.temperature,
+            most_likely=False,
+            devices=tokens.devices,
+            teacher=teacher,
+        )
+        return jax.tree.map(lambda x, y: x.at[part].set(y[0], mode="drop"), results, values)
 
     zeros = jnp.zeros(len(hidden), jnp.float32)
     comparison = None if tokens.teacher is None else Comparison(zeros, zeros)
-    return _for_wanted(write, TargetLogProbs(zeros, zeros, None, comparison), tokens, at_once)
+    start = TargetLogProbs(zeros, zeros, None, comparison), zeros
+    return _for_wanted(write, start, tokens, at_once)
+
+
+class _Residuals(NamedTuple):
+    """Of the forward pass: its arguments, and of each token the log of the sum, and the entropy."""
+
+    hidden: jax.Array
+    matrix: jax.Array
+    tokens: _WantedTokens
+    total: jax.Array
+    entropy: jax.Array
 
 
 def _wanted_forward(
     hidden: CustomVJPPrimal, matrix: CustomVJPPrimal, tokens: _WantedTokens, at_once: int
-) -> tuple[TargetLogProbs, tuple[jax.Array, jax.Array, _WantedTokens]]:
-    plain = jax.tree.map(lambda leaf: leaf.value, (hidden, matrix, tokens))
-    return _run_wanted(*plain, at_once), plain
+) -> tuple[TargetLogProbs, _Residuals]:
+    plain = tuple(jax.tree.map(lambda leaf: leaf.value, x) for x in (hidden, matrix, tokens))
+    results, total = _wanted_chunks(plain[0], plain[1], plain[2], at_once)
+    return results, _Residuals(plain[0], plain[1], plain[2], total, results.entropy)
 
 
 def _wanted_backward(
-    at_once: int, residuals: tuple[jax.Array, jax.Array, _WantedTokens], gradient: TargetLogProbs
+    at_once: int, residuals: _Residuals, gradient: TargetLogProbs
 ) -> tuple[jax.Array, jax.Array, None]:
-    hidden, matrix, tokens = residuals
-    names = ["log_probs", "entropy"]
-    if isinstance(gradient.entropy, SymbolicZero):  # only shown: its gradient is not computed
-        names = ["log_probs"]
-    wanted = {name: _instantiated(getattr(gradient, name)) for name in names}
+    hidden, matrix, tokens, total, entropy = residuals
+    devices, temperature = tokens.devices, tokens.temperature
+    by_log_prob = _instantiated(gradient.log_probs)
+    by_entropy = by_divergence = None
+    if not isinstance(gradient.entropy, SymbolicZero):  # else only shown: it costs nothing
+        by_entropy = gradient.entropy
     if gradient.comparison is not None:
-        wanted["divergence"] = _instantiated(gradient.comparison.divergence)
+        by_divergence = _instantiated(gradient.comparison.divergence)
 
     def add(part: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        def values(x: jax.Array, w: jax.Array) -> list[jax.Array]:
-            results = _part_log_probs(x, w, part, tokens, entropy_gradient="entropy" in wanted)
-            by_name = {"log_probs": results.log_probs, "entropy": results.entropy}
-            if results.comparison is not None:
-                by_name["divergence"] = results.comparison.divergence
-            return [by_name[name] for name in wanted]
+        def of_part(values: jax.Array) -> jax.Array:
+            return _of_all(_rows(values, part)[None], devices)
 
+        rows = of_part(hidden)
+        logits = _logits(rows, matrix, temperature, devices)
+        d_logits = _logits_gradient(
+            logits,
+            of_part(tokens.targets) - (0 if devices is None else devices.first),
+            of_part(total),
+            of_part(by_log_prob),
+            None if by_entropy is None else (of_part(by_entropy), of_part(entropy)),
+        )
+        if tokens.teacher is not None and by_divergence is not None:
+            teacher = replace(tokens.teacher, hidden=_rows(tokens.teacher.hidden, part)[None])
+
+            def divergence(logits: jax.Array) -> jax.Array:
+                return _comparison(logits, teacher, temperature, devices).divergence
+
+            _, pull_back = jax.vjp(divergence, logits)
+            d_logits += pull_back(_rows(by_divergence, part)[None])[0]
+        d_rows, d_part = _product_gradients(rows, matrix, d_logits / temperature)
+        if devices is not None and devices.time_axes:  # each has summed over its part
+            axes = devices.time_axes
+            d_rows = jax.lax.psum_scatter(d_rows, axes, scatter_dimension=1, tiled=True)
         d_hidden, d_matrix = totals
-        _, pull_back = jax.vjp(values, _rows(hidden, part), matrix)
-        d_rows, d_part = pull_back([_rows(each, part) for each in wanted.values()])
-        d_matrix = d_matrix + d_part.astype(jnp.float32)
-        return d_hidden.at[part].set(d_rows, mode="drop"), d_matrix
+        d_rows = d_rows[0].astype(hidden.dtype)
+        return d_hidden.at[part].set(d_rows, mode="drop"), d_matrix + d_part
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(matrix.shape, jnp.float32)
     d_hidden, d_matrix = _for_wanted(add, zeros, tokens, at_once)
     return d_hidden, d_matrix.astype(matrix.dtype), None
+
+
+def _logits_gradient(
+    logits: jax.Array,
+    targets: jax.Array,
+    total: jax.Array,
+    by_log_prob: jax.Array,
+    by_entropy: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """The gradient by logits x [batch, time, vocab], in one pass over them.
+
+    With p = exp(x - total), that of a log-prob is [token is the target] - p, and that of an entropy
+    H is -p (x - total + H).
+
+    Args:
+      targets: index into these logits; another one where another device has the target.
+      total: log sum exp of the whole vocabulary's logits.
+      by_log_prob: the gradient by each log-prob.
+      by_entropy: that by each entropy, and the entropy.
+    """
+    logs = logits - total[..., None]
+    probs = jnp.exp(logs)
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    gradient = by_log_prob[..., None] * (is_target - probs)
+    if by_entropy is None:
+        return gradient
+    by_entropy_, entropy = by_entropy
+    return gradient - by_entropy_[..., None] * probs * (logs + entropy[..., None])
 
 
 def _instantiated(gradient: jax.Array | SymbolicZero) -> jax.Array:
@@ -339,31 +417,6 @@ def _for_wanted(
         )[1]
 
 
-def _part_log_probs(
-    hidden: jax.Array,
-    matrix: jax.Array,
-    part: jax.Array,
-    tokens: _WantedTokens,
-    *,
-    entropy_gradient: bool = False,
-) -> TargetLogProbs:
-    """Of wanted tokens [n], by the activations [n, hidden] before them."""
-    teacher = tokens.teacher
-    if teacher is not None:
-        teacher = replace(teacher, hidden=_rows(teacher.hidden, part)[None])
-    results = _chunk_log_probs(
-        hidden[None],
-        matrix,
-        _rows(tokens.targets, part)[None],
-        tokens.temperature,
-        most_likely=False,
-        devices=tokens.devices,
-        entropy_gradient=entropy_gradient,
-        teacher=teacher,
-    )
-    return jax.tree.map(lambda x: x[0], results)
-
-
 def _rows(values: jax.Array, part: jax.Array) -> jax.Array:
     """values[part], and 0 for what does not exist."""
     return jnp.asarray(values).at[part].get(mode="fill", fill_value=0)
@@ -376,29 +429,73 @@ def _chunk_log_probs(
     temperature: jax.Array,
     most_likely: bool,
     devices: _Devices | None,
-    entropy_gradient: bool = False,
     teacher: TeacherTokens | None = None,
-) -> TargetLogProbs:
+) -> tuple[TargetLogProbs, jax.Array]:
+    """Of this device's tokens [batch, time], and the log of each one's sum of exponentials."""
+    logits = _logits(_of_all(hidden, devices), matrix, temperature, devices)
     if devices is None or not devices.time_axes:
-        logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-        results = _from_logits(logits, targets, most_likely, entropy_gradient)
-        if teacher is None:
-            return results
-        return results._replace(comparison=_comparison(logits, teacher, temperature, None))
-    # All devices' tokens of the chunk, for this device's part of the vocabulary.
-    hidden, targets = (
-        jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True) for x in (hidden, targets)
-    )
-    logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    results = _from_partial_logits(logits, targets, devices, most_likely, entropy_gradient)
-    if teacher is None:
-        return results
-    of_all = jax.lax.all_gather(teacher.hidden, devices.time_axes, axis=1, tiled=True)
-    comparison = _comparison(logits, replace(teacher, hidden=of_all), temperature, devices)
-    # Equal on all devices, of which each keeps its tokens'.
-    return results._replace(
-        comparison=jax.tree.map(partial(_of_device, devices, logits.shape[-1]), comparison)
-    )
+        results, total = _from_logits(logits, targets, most_likely)
+    else:
+        targets = _of_all(targets, devices)
+        results, total = _from_partial_logits(logits, targets, devices, most_likely)
+    if teacher is not None:
+        comparison = _comparison(logits, teacher, temperature, devices)
+        results = results._replace(comparison=comparison)
+    return results, total
+
+
+def _of_all(x: jax.Array, devices: _Devices | None) -> jax.Array:
+    """[batch, time, ...] of the tokens of all devices that share this one's rows."""
+    if devices is None or not devices.time_axes:
+        return x
+    return jax.lax.all_gather(x, devices.time_axes, axis=1, tiled=True)
+
+
+def _logits(
+    hidden: jax.Array, matrix: jax.Array, temperature: jax.Array, devices: _Devices | None
+) -> jax.Array:
+    """[batch, time, vocab] in float32; far below all others, where no token is."""
+    logits = _product(hidden, matrix) / temperature
+    if devices is None or not devices.time_axes:
+        return logits
+    ids = devices.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.where(ids < devices.vocab, logits, _NO_TOKEN)
+
+
+@jax.custom_vjp
+def _product(
+    hidden: Float[Array, "batch time hidden"], matrix: Float[Array, "hidden vocab"]
+) -> Float[Array, "batch time vocab"]:
+    """In float32. Its gradients are products in the dtype of its arguments, as any layer's are: by
+    default those of float32 logits would be products in float32, at half the speed or less."""
+    return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _product_forward(
+    hidden: jax.Array, matrix: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(hidden, matrix), (hidden, matrix)
+
+
+def _product_backward(
+    residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    hidden, matrix = residuals
+    d_hidden, d_matrix = _product_gradients(hidden, matrix, gradient)
+    return d_hidden.astype(hidden.dtype), d_matrix.astype(matrix.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _product_gradients(
+    hidden: jax.Array, matrix: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of `_product` by its arguments, in float32."""
+    gradient = gradient.astype(hidden.dtype)
+    d_hidden = jnp.einsum("btv,hv->bth", gradient, matrix, preferred_element_type=jnp.float32)
+    d_matrix = jnp.einsum("bth,btv->hv", hidden, gradient, preferred_element_type=jnp.float32)
+    return d_hidden, d_matrix
 
 
 def _comparison(
@@ -407,12 +504,13 @@ def _comparison(
     temperature: jax.Array,
     devices: _Devices | None,
 ) -> Comparison:
-    """With the teacher's logits, of the same tokens.
+    """With the teacher's logits, of this device's tokens.
 
     Args:
-      logits: the student's [batch, time, vocab], or this device's part of the vocabulary.
+      logits: the student's [batch, time, vocab]; where devices share rows, of the tokens of all of
+        them and this device's part of the vocabulary.
     """
-    others = jnp.matmul(teacher.hidden, teacher.matrix, preferred_element_type=jnp.float32)
+    others = _product(_of_all(teacher.hidden, devices), teacher.matrix)
     others = others / (temperature if teacher.temperature is None else teacher.temperature)
     if teacher.temperature is not None:
         logits = logits * (temperature / teacher.temperature)
@@ -422,40 +520,39 @@ def _comparison(
         ids = ids if devices is None or not axes else devices.first + ids
         shared = ids < teacher.vocab
         logits, others = (jnp.where(shared, x, _NO_TOKEN) for x in (logits, others))
-    return compare_logits(logits, others, teacher.divergence, axes)
+    comparison = compare_logits(logits, others, teacher.divergence, axes)
+    if devices is None or not axes:
+        return comparison
+    # Equal on all devices, of which each keeps its tokens'.
+    return jax.tree.map(partial(_of_device, devices, logits.shape[-1]), comparison)
 
 
 def _from_logits(
-    logits: jax.Array, targets: jax.Array, most_likely: bool, entropy_gradient: bool
-) -> TargetLogProbs:
-    """Of logits [batch, time, vocab]."""
-    total = jax.nn.logsumexp(logits, axis=-1)
+    logits: jax.Array, targets: jax.Array, most_likely: bool
+) -> tuple[TargetLogProbs, jax.Array]:
+    """Of logits [batch, time, vocab]; and the log of the sum of their exponentials."""
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    frozen, frozen_total = _frozen_unless(entropy_gradient, (logits, total))
-    mean = jnp.sum(jnp.exp(frozen - frozen_total[..., None]) * frozen, axis=-1)
+    frozen = jax.lax.stop_gradient(logits)
+    peak = jnp.max(frozen, axis=-1)
+    # Both sums are of one pass.
+    weights = jnp.exp(logits - peak[..., None])
+    weight = jnp.sum(weights, axis=-1)
+    total = jnp.log(weight) + peak
+    mean = jnp.sum(jax.lax.stop_gradient(weights) * frozen, axis=-1) / weight
+    entropy = jax.lax.stop_gradient(total - mean)
     best = jnp.argmax(frozen, axis=-1).astype(jnp.int32) if most_likely else None
-    return TargetLogProbs(target - total, frozen_total - mean, best)
-
-
-def _frozen_unless(differentiated: bool, values: Carry) -> Carry:
-    return values if differentiated else jax.lax.stop_gradient(values)
+    return TargetLogProbs(target - total, entropy, best), total
 
 
 def _from_partial_logits(
-    logits: jax.Array,
-    targets: jax.Array,
-    devices: _Devices,
-    most_likely: bool,
-    entropy_gradient: bool,
-) -> TargetLogProbs:
+    logits: jax.Array, targets: jax.Array, devices: _Devices, most_likely: bool
+) -> tuple[TargetLogProbs, jax.Array]:
     """As `_from_logits` of all parts' logits, for this device's tokens.
 
     Args:
       logits: [batch, all devices' time, part of vocab].
       targets: int32 [batch, all devices' time].
     """
-    ids = devices.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    logits = jnp.where(ids < devices.vocab, logits, _NO_TOKEN)
     frozen = jax.lax.stop_gradient(logits)
     peaks = jax.lax.pmax(jnp.max(frozen, axis=-1), devices.time_axes)
 
@@ -472,15 +569,16 @@ def _from_partial_logits(
     target = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     target = summed(jnp.where(inside, target, 0))
     total = jnp.log(weight) + peak
-    values = _frozen_unless(entropy_gradient, (weights, logits, weight, total))
-    mean = summed(jnp.sum(values[0] * values[1], axis=-1)) / values[2]
+    mean = summed(jnp.sum(jax.lax.stop_gradient(weights) * frozen, axis=-1)) / weight
+    entropy = jax.lax.stop_gradient(total - mean)
     best = None
     if most_likely:
         # The first of the most likely, as argmax has it.
+        ids = devices.first + jnp.arange(logits.shape[-1], dtype=jnp.int32)
         best = ids[jnp.argmax(frozen, axis=-1)]
         best = jnp.where(jnp.max(frozen, axis=-1) == peaks, best, devices.vocab)
         best = local(jax.lax.pmin(best, devices.time_axes))
-    return TargetLogProbs(target - total, values[3] - mean, best)
+    return TargetLogProbs(target - total, entropy, best), total
 
 
 def _of_device(devices: _Devices, part: int, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -18,7 +19,12 @@ from r1jax.models import (
     TokenRows,
     token_log_probs,
 )
-from r1jax.models.chunked_log_probs import Chunks, TargetLogProbs, wanted_log_probs
+from r1jax.models.chunked_log_probs import (
+    Chunks,
+    TargetLogProbs,
+    chunked_log_probs,
+    wanted_log_probs,
+)
 from r1jax.sharding import single_device
 
 ROWS, TIME, WIDTH, VOCAB = 3, 10, 6, 11
@@ -73,6 +79,28 @@ def test_wanted_log_probs_and_their_gradients_are_those_of_all_tokens(kind: str)
             np.testing.assert_allclose(getattr(values, name), expected, atol=2e-5)
         for a, b in zip(got_gradients, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_no_product_of_log_probs_in_bfloat16_is_one_of_float32(wanted: bool) -> None:
+    """Which a GPU computes at half the speed, and a gradient of float32 logits asks for."""
+    hidden = jnp.zeros((ROWS, TIME, WIDTH), jnp.bfloat16)
+    matrix = jnp.zeros((WIDTH, VOCAB), jnp.bfloat16)
+    targets = jnp.zeros((ROWS, TIME), jnp.int32)
+
+    def loss(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+        if wanted:
+            chunks = Chunks(4)
+            values = wanted_log_probs(hidden, matrix, targets, targets == 0, chunks=chunks)
+        else:
+            values = chunked_log_probs(hidden, matrix, targets, chunks=Chunks(4))
+        return jnp.sum(values.log_probs)
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    program = both.lower(hidden, matrix).as_text()
+    products = re.findall(r"stablehlo.dot_general.* : \((.*?)\) -> ", program)
+    assert len(products) == 4  # logits, those again, and two gradients
+    assert not any("f32" in operands.replace("bf16", "") for operands in products)
 
 
 PROMPTS, SAMPLES = [[5, 3, 8], [4], [6, 6, 1, 2]], [[[7, 2, 9], [1], [3, 3]]] * 3
