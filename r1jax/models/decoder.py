@@ -251,7 +251,7 @@ def run_rows(
         x, cache, routing = _layer(x, weights, cos, sin, model, attend, mix)
         return layout.constrain(x, activation), (cache, routing)
 
-    body = remat(body, execution.remat)
+    body = remat(body, execution.remat, scanned=execution.scan_layers)
     caches: dict[str, Any] = {}
     routings: dict[str, Routing | None] = {}
     for name in stacks:

@@ -20,6 +20,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, Execution, abstract_params, choose_attention
 from r1jax.models.attention import row_attention
+from r1jax.models.config import RematPolicy
 from r1jax.models.paged_kernel_gpu import SlotPages, softmax_of_slots
 from r1jax.run.models import build_decoder
 from r1jax.sampler import GenerateOptions, Prompts
@@ -72,10 +73,7 @@ def stage_of(config: RunConfig, kind: type) -> Any:
     return next(stage for stage in config.stages if isinstance(stage, kind))
 
 
-@pytest.mark.parametrize("kind", [GRPOStage, PretrainStage])
-def test_updates_are_lowered_with_the_gpu_kernel(
-    config: RunConfig, model: Decoder, kind: type
-) -> None:
+def lowered_update(config: RunConfig, model: Decoder, kind: type) -> str:
     stage = stage_of(config, kind)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     weights = abstract_params(model.config, model.layout, jnp.float32)
@@ -95,9 +93,23 @@ def test_updates_are_lowered_with_the_gpu_kernel(
         update = supervised.make_update(stage, model, optimizer)
         batch = {**inputs(), "trained": array(jnp.bool_, ROWS, TIME)}
         batch = jax.tree.map(lambda x: array(x.dtype, stage.rows_per_step, TIME), batch)
-    program = for_cuda(jit_update(update, state), state, batch)
+    return for_cuda(jit_update(update, state), state, batch)
+
+
+@pytest.mark.parametrize("kind", [GRPOStage, PretrainStage])
+def test_updates_are_lowered_with_the_gpu_kernel(
+    config: RunConfig, model: Decoder, kind: type
+) -> None:
     # Forward, its recomputation, and two of the backward pass, or more.
-    assert program.count(KERNEL) >= 3
+    assert lowered_update(config, model, kind).count(KERNEL) >= 3
+
+
+def test_remat_dots_keeps_what_attention_gave(config: RunConfig, model: Decoder) -> None:
+    def kernels(remat: RematPolicy) -> int:
+        execution = replace(model.execution, remat=remat)
+        return lowered_update(config, replace(model, execution=execution), GRPOStage).count(KERNEL)
+
+    assert kernels("none") == kernels("dots") < kernels("full")
 
 
 @pytest.mark.parametrize(
