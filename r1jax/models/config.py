@@ -559,7 +559,8 @@ def _check_number(key: str, value: object) -> None:
 class Execution:
     """How the same function is computed: none of these fields changes the mathematics.
 
-    remat: what the backward pass keeps of a layer, see `r1jax.models.remat`.
+    remat: what the backward pass keeps of a layer, see `r1jax.models.remat`; `auto`: what fits.
+    device_memory: bytes of a device, for `auto`; None: not known.
     scan_layers: one compiled layer body in a loop (fast to compile), or an unrolled network
         (faster on the CPU, where loops over stacked weights copy them).
     log_prob_chunk: time steps whose logits exist at once.
@@ -575,7 +576,8 @@ class Execution:
     compute_dtype: DTypeLike = jnp.bfloat16
     attention: AttentionKernel = "xla"
     sampler_attention: Literal["auto", "xla", "kernel"] = "auto"
-    remat: RematPolicy = "full"
+    remat: RematPolicy | Literal["auto"] = "full"
+    device_memory: int | None = None
     scan_layers: bool = True
     log_prob_chunk: int = 256
     expert_chunk: int = 4096

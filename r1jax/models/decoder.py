@@ -25,7 +25,7 @@ from r1jax.models.paged_attention import kernel_reads, paged_attention
 from r1jax.models.paged_cache import OF_DECODER, PagedCache, PageList, write_current
 from r1jax.models.parameters import Params
 from r1jax.models.primitives import project, rms_norm, swiglu
-from r1jax.models.remat import remat
+from r1jax.models.remat import remat, remat_policy
 from r1jax.models.rope import rotate, rotations
 from r1jax.sharding import Axes, Layout
 
@@ -251,7 +251,7 @@ def run_rows(
         x, cache, routing = _layer(x, weights, cos, sin, model, attend, mix)
         return layout.constrain(x, activation), (cache, routing)
 
-    body = remat(body, execution.remat, scanned=execution.scan_layers)
+    body = remat(body, remat_policy(model, *x.shape[:2]), scanned=execution.scan_layers)
     caches: dict[str, Any] = {}
     routings: dict[str, Routing | None] = {}
     for name in stacks:

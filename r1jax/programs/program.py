@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig, declare
 from r1jax.models.parameters import ParamSpec, abstract_weights, is_spec
+from r1jax.models.remat import kept_values, remat_policy
 from r1jax.programs.lengths import CutLognormal
 from r1jax.sampler import to_sample
 from r1jax.settings.stage import Stage
@@ -268,7 +269,19 @@ def train_programs(
                 useful_flops=forward_flops(model.config, batch.rows, batch.time),
             )
         ]
-    return StagePrograms(tuple(programs), batch.rows * batch.time)
+    tokens = batch.rows * batch.time
+    return StagePrograms(tuple(programs), tokens, limits=remat_limits(model, batch))
+
+
+def remat_limits(model: Decoder, batch: TrainBatch) -> tuple[str, ...]:
+    """What `remat: auto` is in the update, as `StagePrograms` shows it."""
+    if model.execution.remat != "auto":
+        return ()
+    rows = batch.rows // batch.micro_batches
+    policy = remat_policy(model, rows, batch.time)
+    line = f"remat: auto is {policy} for micro-batches of {rows:,} rows of {batch.time:,} tokens"
+    unknown = model.execution.device_memory is None
+    return (f"{line}, as the devices' memory is not known" if unknown else line,)
 
 
 def update_program(
@@ -309,8 +322,8 @@ def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:
     """Gradients, the activations that remat keeps, and a chunk of logits with its gradients."""
     config, execution = model.config, model.execution
     shards, rows = model.layout.shards("batch"), batch.rows // batch.micro_batches
-    kept = {"full": 1, "dots": 8, "none": 20}[execution.remat] * config.hidden_size
-    values = rows * batch.time * config.num_hidden_layers * kept
+    policy = remat_policy(model, rows, batch.time)
+    values = rows * batch.time * kept_values(config, policy)
     sizes = {
         "gradients": bytes_on_device(abstract_weights(model)),
         "activations": values * jnp.dtype(execution.compute_dtype).itemsize // shards,

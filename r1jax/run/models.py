@@ -23,6 +23,7 @@ from r1jax.models import (
     init_params,
 )
 from r1jax.models.parameters import Params, abstract_weights, declare, declare_head
+from r1jax.processes import min_over_processes
 from r1jax.run.record import RunFiles
 from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
@@ -159,6 +160,7 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
         compute_dtype=jnp.dtype(section.compute_dtype),
         attention=choose_attention(section.attention, backend),
         remat=section.remat,
+        device_memory=_memory_of(layout) if section.remat == "auto" else None,
         # Loops over stacked weights are slow on the CPU, whose models are small.
         scan_layers=(backend != "cpu") if scan == "auto" else scan,
         log_prob_chunk=section.log_prob_chunk,
@@ -166,6 +168,16 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
         expert_chunk=section.expert_chunk,
     )
     return Decoder(config, execution, layout)
+
+
+def _memory_of(layout: Layout) -> int | None:
+    """Bytes that JAX may have of a device, the least of all processes', which decide alike; None of
+    a CPU, or where the devices are only compiled for."""
+    here = [each for each in layout.mesh.devices.flat if each in jax.local_devices()]
+    stats = here[0].memory_stats() if here else None
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int(min_over_processes(stats["bytes_limit"], layout))
 
 
 @jax.jit

@@ -55,10 +55,12 @@ class ModelSection(Section):
         description="Over the pages of the sampler's KV cache. auto: a Pallas kernel on TPU, XLA's "
         "elsewhere; kernel: on GPU, too, where it was compiled and not yet run.",
     )
-    remat: Literal["none", "dots", "full"] = Field(
+    remat: Literal["none", "dots", "full", "auto"] = Field(
         "full",
-        description="What is computed again in the backward pass: nothing, all but matrix "
-        "products, or each layer. Less memory, more compute.",
+        description="What is computed again in the backward pass: nothing (none), all but matrix "
+        "products and attention (dots), or each layer (full). Less memory, more compute. auto: "
+        "dots where a micro-batch's activations fit the devices' memory by an estimate, else full; "
+        "--dry-run says which.",
     )
     scan_layers: bool | Literal["auto"] = Field(
         "auto",

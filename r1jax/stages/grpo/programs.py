@@ -20,6 +20,7 @@ from r1jax.programs.program import (
     expected_flops,
     expert_choices,
     longest_prompt,
+    remat_limits,
     token_arrays,
     update_program,
 )
@@ -172,7 +173,7 @@ def programs(stage: GRPOStage, planning: Planning) -> StagePrograms:
         stage.replay_experts,
     )
     worst = stage.max_questions / questions
-    limits = []
+    limits = [*remat_limits(model, train_batch)]
     if stage.dynamic_sampling is not None:
         limits.append(
             f"dynamic sampling is planned at its limit, where a phase samples "
