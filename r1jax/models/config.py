@@ -563,7 +563,9 @@ class Execution:
     device_memory: bytes of a device, for `auto`; None: not known.
     scan_layers: one compiled layer body in a loop (fast to compile), or an unrolled network
         (faster on the CPU, where loops over stacked weights copy them).
-    log_prob_chunk: time steps whose logits exist at once.
+    log_prob_chunk, log_prob_tokens: time steps whose logits exist at once on a device, and tokens
+        that these are at least: a GPU is slow with few, of which each chunk reads and writes the
+        output matrix's gradient.
     expert_chunk: tokens that a device dispatches to their experts at once.
     attention: over whole rows: `xla` on any platform, `splash` on TPU; on GPU `flash`, which is
         JAX's Pallas kernel, and two that were not run on one: `flash_packed`, this package's, and
@@ -580,7 +582,12 @@ class Execution:
     device_memory: int | None = None
     scan_layers: bool = True
     log_prob_chunk: int = 256
+    log_prob_tokens: int = 1
     expert_chunk: int = 4096
+
+    def logit_steps(self, rows: int, time: int) -> int:
+        """How many time steps' logits exist at once, of a device's rows of `time` tokens."""
+        return min(max(self.log_prob_chunk, -(-self.log_prob_tokens // rows)), time)
 
 
 @dataclass(frozen=True)

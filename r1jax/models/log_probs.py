@@ -87,15 +87,16 @@ def log_probs_of_wanted(
         unembedding(params, model),
         jnp.roll(rows.tokens, -1, axis=1),
         jnp.roll(wanted, -1, axis=1),
-        chunks=_chunks(model),
+        chunks=_chunks(model, hidden),
         temperature=temperature,
         teacher=teacher,
     )
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), targets)
 
 
-def _chunks(model: Decoder) -> Chunks:
-    return Chunks(model.execution.log_prob_chunk, model.layout)
+def _chunks(model: Decoder, hidden: jax.Array) -> Chunks:
+    rows = max(1, hidden.shape[0] // model.layout.shards("batch"))
+    return Chunks(model.execution.logit_steps(rows, hidden.shape[1]), model.layout)
 
 
 def _after_shared_prompts(
@@ -124,7 +125,7 @@ def _after_shared_prompts(
         unembedding(params, model),
         rows.tokens,
         predicted if wanted is None else predicted & wanted,
-        chunks=_chunks(model),
+        chunks=_chunks(model, hidden),
         temperature=temperature,
         teacher=None if teacher is None else replace(teacher, hidden=before(teacher.hidden)),
     )
@@ -153,7 +154,7 @@ def log_probs_ahead(
         hidden,
         unembedding(params, model),
         jnp.roll(rows.tokens, -ahead, axis=1),
-        chunks=_chunks(model),
+        chunks=_chunks(model, hidden),
         temperature=temperature,
         most_likely=most_likely,
     )

@@ -48,7 +48,8 @@ def remat_policy(model: Decoder, rows: int, time: int) -> RematPolicy:
         for leaf in jax.tree.leaves(abstract_weights(model))
     )
     kept = tokens * kept_values(config, "dots") * jnp.dtype(execution.compute_dtype).itemsize
-    at_once = -(-rows // layout.shards("batch")) * min(execution.log_prob_chunk, time)
+    rows = -(-rows // layout.shards("batch"))
+    at_once = rows * execution.logit_steps(rows, time)
     logits = at_once * config.vocab_size * (4 + 2)  # and their gradient in the compute dtype
     fits = _COPIES * weights + kept + logits <= _OF_MEMORY * execution.device_memory
     return "dots" if fits else "full"

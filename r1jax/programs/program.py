@@ -329,6 +329,7 @@ def _temporaries(model: Decoder, batch: TrainBatch) -> dict[str, int]:
         "activations": values * jnp.dtype(execution.compute_dtype).itemsize // shards,
     }
     if config.head == "language":
-        chunk = rows * min(execution.log_prob_chunk, batch.time) * config.vocab_size
+        steps = execution.logit_steps(max(1, rows // shards), batch.time)
+        chunk = rows * steps * config.vocab_size
         sizes["a chunk of logits"] = chunk * 4 * (2 if batch.teacher is None else 4) // shards
     return sizes

@@ -154,7 +154,7 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
         config = replace(config, max_position_embeddings=section.max_position_embeddings)
     # Of the mesh, not of this process: a run may be compiled for devices that are not attached.
     backend = layout.platform
-    scan = section.scan_layers
+    scan, chunk = section.scan_layers, section.log_prob_chunk
     execution = Execution(
         param_dtype=jnp.dtype(section.param_dtype),
         compute_dtype=jnp.dtype(section.compute_dtype),
@@ -163,7 +163,8 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
         device_memory=_memory_of(layout) if section.remat == "auto" else None,
         # Loops over stacked weights are slow on the CPU, whose models are small.
         scan_layers=(backend != "cpu") if scan == "auto" else scan,
-        log_prob_chunk=section.log_prob_chunk,
+        log_prob_chunk=256 if chunk == "auto" else chunk,
+        log_prob_tokens=2048 if chunk == "auto" and backend == "gpu" else 1,
         sampler_attention=section.sampler_attention,
         expert_chunk=section.expert_chunk,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,7 +66,11 @@ class ModelSection(Section):
         "auto",
         description="Compile one layer and loop over them: compiles faster. auto: on accelerators.",
     )
-    log_prob_chunk: int = Field(256, ge=1, description="Time steps whose logits exist at once.")
+    log_prob_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Time steps whose logits exist at once. auto: 256, and on a GPU so many that a "
+        "device has 2,048 tokens at once.",
+    )
     expert_chunk: int = Field(
         4096, ge=1, description="Tokens that a device sends to their experts at once."
     )

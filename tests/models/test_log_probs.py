@@ -103,6 +103,28 @@ def test_no_product_of_log_probs_in_bfloat16_is_one_of_float32(wanted: bool) -> 
     assert not any("f32" in operands.replace("bf16", "") for operands in products)
 
 
+def test_few_rows_have_more_time_steps_at_once() -> None:
+    def steps(rows: int, time: int) -> int:
+        return Execution(log_prob_chunk=256, log_prob_tokens=2048).logit_steps(rows, time)
+
+    assert [steps(1, 8192), steps(3, 8192), steps(8, 8192)] == [2048, 683, 256]
+    assert [steps(1, 100), steps(32, 8192)] == [100, 256]
+    config = ModelConfig("qwen2", VOCAB, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
+    params, rows = random_params(config), single_rows()
+
+    def largest(tokens: int) -> tuple[jax.Array, int]:
+        execution = Execution(compute_dtype=jnp.float32, log_prob_chunk=1, log_prob_tokens=tokens)
+        model = Decoder(config, execution, single_device())
+        both = jit(lambda params: token_log_probs(params, rows, model).log_probs)
+        text = both.lower(params).as_text()
+        chunks = [int(n) for n in re.findall(rf"tensor<9x(\d+)x{VOCAB}xf32>", text)]
+        return both(params), max(chunks)
+
+    (one, few), (same, more) = largest(1), largest(27)
+    assert (few, more) == (1, 3)
+    np.testing.assert_allclose(one, same, atol=1e-6)
+
+
 PROMPTS, SAMPLES = [[5, 3, 8], [4], [6, 6, 1, 2]], [[[7, 2, 9], [1], [3, 3]]] * 3
 PROMPT_TIME, TIME_OF_SAMPLE = 5, 4
 
