@@ -10,10 +10,14 @@ counts, the compiling one left out; a floor is what the given peaks allow.
     decode     `sample_queue`, --slots samples of 8 a prompt, prompts of 256 and 512 new tokens,
                beside reading the weights and the live keys and values once a step
     update     log-probs, and an update of a GRPO step, of 32 x 2,048 and 8 x 8,192 tokens: the
-               share of the peak FLOP/s that the model's products are (6 N + attention)
+               share of the peak FLOP/s that the model's products are (6 N + attention), what
+               compiling took, and the memory of the program and of the process so far
 
     python benchmarks/accelerator.py [PART ...] --bandwidth 4800 --tflops 989    # an H200
+    python benchmarks/accelerator.py update --remat full --micro-batches 4       # and so on
     python benchmarks/accelerator.py --tiny --repeats 1                          # tries the script
+
+A whole step of 32 x 16 samples of 512 tokens is `r1jax run benchmarks/grpo_step.yaml`.
 
 Nothing of it was measured so far.
 """
@@ -46,6 +50,7 @@ from r1jax.models import (
 from r1jax.models.attention import row_attention
 from r1jax.models.config import AttentionKernel
 from r1jax.models.parameters import Params
+from r1jax.models.remat import remat_policy
 from r1jax.programs.program import forward_flops
 from r1jax.sampler import GenerateOptions
 from r1jax.sampler.distribution import Sampling, draw
@@ -56,7 +61,7 @@ from r1jax.train_step import map_micro_batches
 Kernel = Callable[..., jax.Array]  # of queries, keys and values
 
 SAMPLES, PROMPT, SEGMENTS = 8, 256, 4
-UPDATES = [(32, 2048, 8), (8, 8192, 8)]  # rows, their tokens, micro-batches
+UPDATES = [(32, 2048), (8, 8192)]  # rows, their tokens
 PARTS = ("attention", "draw", "decode", "update")
 _NO_SEGMENTS = "cuDNN, no segments"
 
@@ -69,7 +74,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--slots", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--new", type=int, default=512, help="tokens of a sample in `decode`")
-    parser.add_argument("--remat", choices=["none", "dots", "full"], default="full")
+    parser.add_argument("--remat", choices=["none", "dots", "full", "auto"], default="auto")
+    parser.add_argument("--micro-batches", type=int, help="of `update`; default: 8")
     parser.add_argument("--unrolled", action="store_true", help="layers one after the other")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, short rows")
@@ -94,6 +100,8 @@ def model_of(options: argparse.Namespace) -> Decoder:
         attention=choose_attention("auto", layout.platform),
         sampler_attention="xla" if layout.platform == "cpu" else "kernel",
         remat=options.remat,
+        device_memory=memory_stats().get("bytes_limit"),
+        log_prob_tokens=2048 if layout.platform == "gpu" else 1,
         scan_layers=not options.unrolled,
     )
     if options.tiny:
@@ -101,6 +109,11 @@ def model_of(options: argparse.Namespace) -> Decoder:
     else:
         config = ModelConfig("qwen2", 151_936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True)
     return Decoder(config, execution, layout)
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes of the device: what JAX may have, and the most that it had; none where it is a CPU."""
+    return jax.devices()[0].memory_stats() or {}
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -243,8 +256,8 @@ def _decode(options: argparse.Namespace, slots: int, params: Params, model: Deco
 
 
 def update(options: argparse.Namespace) -> None:
-    for rows, length, micro_batches in [(4, 32, 2)] if options.tiny else UPDATES:
-        _update(options, rows, length, micro_batches)
+    for rows, length in [(4, 32)] if options.tiny else UPDATES:
+        _update(options, rows, length, options.micro_batches or (2 if options.tiny else 8))
 
 
 def _update(options: argparse.Namespace, rows: int, length: int, micro_batches: int) -> None:
@@ -277,7 +290,10 @@ def _update(options: argparse.Namespace, rows: int, length: int, micro_batches: 
     made = make_grpo_step(
         log_prob_fn, optimizer, GRPOConfig(kl_coefficient=0.001), micro_batches=micro_batches
     )
-    step, state = jax.jit(made, donate_argnums=0), init_train_state(params, optimizer)
+    state = init_train_state(params, optimizer)
+    began = time.perf_counter()
+    step = jax.jit(made, donate_argnums=0).lower(state, batch).compile()
+    compiled = time.perf_counter() - began
 
     def one() -> jax.Array:
         nonlocal state
@@ -288,6 +304,14 @@ def _update(options: argparse.Namespace, rows: int, length: int, micro_batches: 
     for name, (flops, spent) in taken.items():
         share = flops / spent / options.tflops / 1e12
         print(f"{name}, {rows} x {length}: {spent:.3f} s, {share:.1%} of the peak", flush=True)
+    policy, program = remat_policy(model, rows // micro_batches, length), step.memory_analysis()
+    held, peak = program.argument_size_in_bytes, memory_stats().get("peak_bytes_in_use", 0)
+    print(
+        f"  {micro_batches} micro-batches, remat {policy}; compiled in {compiled:.0f} s; GiB: "
+        f"{held / 2**30:.2f} of arguments, {program.temp_size_in_bytes / 2**30:.2f} of "
+        f"temporaries, {peak / 2**30:.2f} the process's peak so far",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
