@@ -106,6 +106,14 @@ def test_every_spelling_of_a_number(text: str, number: float) -> None:
     assert rl(GOOD, f"stages.rl.optimizer.learning_rate={text}").optimizer.learning_rate == number
 
 
+def test_the_steps_that_are_measured_are_a_config() -> None:
+    config = load_config(Path(__file__).parents[2] / "benchmarks/grpo_step.yaml")
+    (stage,) = config.stages
+    assert isinstance(stage, GRPOStage)
+    assert (stage.questions_per_step, stage.outputs_per_question) == (32, 16)
+    assert stage.max_new_tokens == 512 and config.model.remat == "auto"
+
+
 def test_dumped_config_reads_back_equal() -> None:
     text = replaced("name: small", 'name: small\ntitle: "1e-4"\nnotes: "two\\n  lines: # and\\n"')
     config = parse_config(text, "a.yaml", ["stages.rl.optimizer.epsilon=1e-30"])
