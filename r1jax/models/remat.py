@@ -86,12 +86,14 @@ def remat(layer: Callable[P, R], policy: RematPolicy, *, scanned: bool) -> Calla
       policy: `none` recomputes nothing; `dots` keeps what matrix products and kernels give, those
         of attention too; `full` keeps the inputs.
       scanned: the layer is the body of a loop. There the compiler cannot merge what is computed
-        again with the first time, and needs no barriers, across which nothing is fused.
+        again with the first time, and `dots` does without barriers, across which nothing is fused:
+        a GPU copied all that was kept. With `full` they keep a TPU's memory down.
     """
     if policy == "none":
         return layer
-    saved = _products if policy == "dots" else None
-    return jax.checkpoint(layer, policy=saved, prevent_cse=not scanned)
+    if policy == "full":
+        return jax.checkpoint(layer)
+    return jax.checkpoint(layer, policy=_products, prevent_cse=not scanned)
 
 
 def _products(primitive: Primitive, *inputs: object, **params: object) -> bool:
