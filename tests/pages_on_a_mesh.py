@@ -33,7 +33,7 @@ def difference(latents: bool) -> float:
     arrays = 1 if latents else 2
     q = numbers(SHARDS, SLOTS, TOKENS, HEADS, WIDTH)
     pools = tuple(numbers(1, SHARDS, 8, kv_heads, PAGE, WIDTH) for _ in range(arrays))
-    current = tuple(numbers(SHARDS, SLOTS, kv_heads, PAGE, WIDTH) for _ in range(arrays))
+    current = tuple(numbers(1, SHARDS, SLOTS, kv_heads, PAGE, WIDTH) for _ in range(arrays))
     visible = jnp.ones((SHARDS, SLOTS, TOKENS, PAGE), bool)
     filled = jnp.asarray(rng.random((SHARDS, 4, PAGE)) < 0.7)
     pages = jnp.asarray([[3, 1, 7, 0], [2, 5, 0, 0]], jnp.int32)
@@ -49,10 +49,9 @@ def difference(latents: bool) -> float:
         def run(q, pools, current, reads, visible):  # type: ignore[no-untyped-def]
             return paged_attention(q, pools, current, reads, visible, model, layer=jnp.int32(0))
 
-        of_shards = jax.tree.map(lambda x: x[shards], (q, current, reads, visible))
-        stored = tuple(pool[:, shards] for pool in pools)
-        q_, current_, reads_, visible_ = of_shards
-        return np.asarray(run(q_, stored, current_, reads_, visible_))
+        q_, reads_, visible_ = jax.tree.map(lambda x: x[shards], (q, reads, visible))
+        stored, filling = (tuple(x[:, shards] for x in stack) for stack in (pools, current))
+        return np.asarray(run(q_, stored, filling, reads_, visible_))
 
     alone = [attend({"data": 1}, slice(i, i + 1)) for i in range(SHARDS)]
     together = attend({"data": 2, "tensor": 2}, slice(None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -97,6 +98,21 @@ def unstack_layers(params: Params, model: Decoder) -> Params:
     """
     if model.execution.scan_layers or isinstance(params["layers"], tuple):
         return params
+    return _split_layers(params, model)
+
+
+def unstack_layers_of_slots(params: Params, model: Decoder) -> Params:
+    """As `unstack_layers`, for `decode_slots`: on a GPU they are split in any case.
+
+    A scan copies each layer's weights there before it multiplies with them, at every token: that
+    moves their bytes three times. Split, they are copied once for all tokens of a call.
+    """
+    if model.layout.platform == "gpu" and not isinstance(params["layers"], tuple):
+        return _split_layers(params, model)
+    return unstack_layers(params, model)
+
+
+def _split_layers(params: Params, model: Decoder) -> Params:
     return params | {
         name: tuple(
             jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(len(layers))
@@ -449,7 +465,7 @@ def decode_slots(
     """Run the decoder on a few new tokens of every slot.
 
     Args:
-      params: as `unstack_layers` returns them.
+      params: as `unstack_layers_of_slots` returns them.
       record_experts: return the experts of each token, too.
 
     Returns:
@@ -488,11 +504,10 @@ def run_slot_tokens(
         def of_slots(q: jax.Array, entries: LayerCache, w: Params) -> tuple[jax.Array, LayerCache]:
             entries = kv_cache.padded(entries, model)
             written = write_current(stored, entries, new.entry, index)
-            current = written if index is None else _of_layer(written, layer)
-            rest: Any = (pages, current, reads, new.visible, model)
+            rest: Any = (pages, written, reads, new.visible, model)
             latent = model.config.latent
             if latent is not None:
-                wide = absorbed_queries(q, w["kv_up"], latent, current[0].shape[-1])
+                wide = absorbed_queries(q, w["kv_up"], latent, written[0].shape[-1])
                 out = paged_attention(wide, *rest, layer=index)
                 return values_of_latents(out, w["kv_up"], latent), written
             return paged_attention(q, *rest, layer=index), written
@@ -526,6 +541,7 @@ def _run_layers(
     """Run these stacks of layers on activations of a few new tokens [rows, samples, tokens, ...].
 
     Args:
+      params: layers may be split where the caches are stacked.
       caches: what is carried from layer to layer, and written.
       attend: given a stack's name, a layer and its cache (that of its stack where layers are
         scanned), attention of that layer.
@@ -563,7 +579,16 @@ def _run_layers(
     written: dict[str, StackCache] = {}
     routings: dict[str, Routing | None] = {}
     for name in stacks:
-        if model.execution.scan_layers:
+        outputs: list[Routing | None] = []
+        if model.execution.scan_layers and isinstance(params[name], tuple):
+            # One trace for all layers.
+            of_stack = jax.jit(partial(run, name))
+            stored: Any = caches[name]
+            for index, weights in enumerate(params[name]):
+                x, stored, routing = of_stack(jnp.int32(index), x, stored, weights)
+                outputs.append(routing)
+            written[name], routings[name] = stored, _stacked(outputs)
+        elif model.execution.scan_layers:
 
             def scanned(
                 carry: tuple[jax.Array, Any], xs: tuple[Params, jax.Array], name: str = name
@@ -578,10 +603,10 @@ def _run_layers(
                 scanned, carry, (params[name], indices)
             )
         else:
-            outputs = []
+            layers = []
             for index, (weights, stored) in enumerate(zip(params[name], caches[name], strict=True)):
-                x, *output = run(name, index, x, stored, weights)
-                outputs.append(output)
-            written[name] = tuple(layer_cache for layer_cache, _ in outputs)
-            routings[name] = _stacked([routing for _, routing in outputs])
+                x, layer_cache, routing = run(name, index, x, stored, weights)
+                layers.append(layer_cache)
+                outputs.append(routing)
+            written[name], routings[name] = tuple(layers), _stacked(outputs)
     return split(x), written, _without_dense(routings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from r1jax.models.paged_kernel import (
     group_size,
     paged_softmax,
 )
-from r1jax.models.paged_kernel_gpu import SlotPages, pages_of_slots, softmax_of_slots, tile
+from r1jax.models.paged_kernel_gpu import (
+    CurrentPages,
+    SlotPages,
+    pages_of_slots,
+    softmax_of_slots,
+    tile,
+)
 from r1jax.sharding import Axes
 
 if TYPE_CHECKING:
@@ -61,22 +68,27 @@ def paged_attention(
     Args:
       pages: keys and values [shards, pages, kv_heads, page, head_dim]; latents are both, given
         once. With `layer`, those of its stack: its pages are read by index, no layer is copied.
-      current: those of the current pages [shards, slots, kv_heads, page, head_dim], of the layer.
+      current: those of the current pages [shards, slots, kv_heads, page, head_dim]; or of a stack.
       reads: from `kernel_reads`; a list is read by XLA, a chunk at a time.
       visible: which entries of the current page each token attends to, one at least.
     """
     shards, slots, tokens, heads, head_dim = q.shape
-    kv_heads = current[0].shape[2]
+    kv_heads = current[0].shape[-3]
     q = q.reshape(shards, slots, tokens, kv_heads, -1, head_dim)
     by_key_head = q.transpose(0, 1, 3, 2, 4, 5)
-    q = by_key_head.reshape(shards, slots, kv_heads, -1, head_dim)
-    seen = jnp.repeat(visible, heads // kv_heads, axis=2)
-    so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
-    if isinstance(reads, PageList):
-        chunk = pages_at_once(reads.filled.shape[-1], model.layout.platform, tokens)
-        so_far = _by_chunks(so_far, q, pages, reads, chunk, layer)
+    if isinstance(reads, SlotPages):
+        so_far = _by_gpu_kernel(by_key_head, pages, current, reads, visible, model, layer)
     else:
-        so_far = _combine(so_far, _by_kernel(by_key_head, pages, reads, model, layer))
+        if layer is not None:
+            current = tuple(jax.lax.dynamic_index_in_dim(x, layer, 0, False) for x in current)
+        q = by_key_head.reshape(shards, slots, kv_heads, -1, head_dim)
+        seen = jnp.repeat(visible, heads // kv_heads, axis=2)
+        so_far = jax.vmap(_partial_softmax)(q, current[0], current[-1], seen)
+        if isinstance(reads, PageList):
+            chunk = pages_at_once(reads.filled.shape[-1], model.layout.platform, tokens)
+            so_far = _by_chunks(so_far, q, pages, reads, chunk, layer)
+        else:
+            so_far = _combine(so_far, _by_tpu_kernel(by_key_head, pages, reads, model, layer))
     out = so_far.out / so_far.total[..., None]
     out = out.reshape(shards, slots, kv_heads, tokens, -1, out.shape[-1])
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(shards, slots, tokens, heads, -1)
@@ -178,7 +190,7 @@ def kernel_reads(
         return reads if size is None else group_pages(reads, slots, size)
     on_gpu = layout.platform == "gpu" and execution.sampler_attention == "kernel"
     if on_gpu and tile(shape, page) is not None:
-        return pages_of_slots(reads, slots)
+        return pages_of_slots(reads, slots, shape.rows)
     return reads
 
 
@@ -188,33 +200,72 @@ def _split_axes(model: Decoder) -> Axes:
     return kv_heads, None if model.config.latent is None else "heads", width
 
 
-def _by_kernel(
-    q: jax.Array,
+def _by_tpu_kernel(
+    q: Float[Array, "shards slots kv_heads tokens group head_dim"],
     pages: LayerCache,
-    reads: PageGroups | SlotPages,
+    reads: PageGroups,
+    model: Decoder,
+    layer: jax.Array | None,
+) -> PartialSoftmax:
+    """Attention to the listed pages; `group` are the query heads of a key head."""
+    interpret = model.layout.platform != "tpu"
+
+    def of_device(rows: jax.Array, pages: LayerCache, reads: PageGroups, layer: jax.Array) -> Any:
+        return paged_softmax(rows, pages, layer, reads, interpret=interpret)
+
+    return _over_devices(of_device, q, (pages,), (reads,), model, layer)
+
+
+def _by_gpu_kernel(
+    q: Float[Array, "shards slots kv_heads tokens group head_dim"],
+    pages: LayerCache,
+    current: LayerCache,
+    reads: SlotPages,
+    visible: Bool[Array, "shards slots tokens page"],
+    model: Decoder,
+    layer: jax.Array | None,
+) -> PartialSoftmax:
+    """Attention to all pages, the current one included."""
+    interpret = model.layout.platform != "gpu"
+    hidden = jnp.where(visible, 0.0, _MASKED).astype(jnp.float32)
+
+    def of_device(
+        rows: jax.Array,
+        pages: LayerCache,
+        current: LayerCache,
+        reads: SlotPages,
+        hidden: jax.Array,
+        layer: jax.Array,
+    ) -> PartialSoftmax:
+        filling = CurrentPages(current, hidden[0])
+        return softmax_of_slots(rows, pages, filling, layer, reads, interpret=interpret)
+
+    return _over_devices(of_device, q, (pages, current), (reads, hidden), model, layer)
+
+
+def _over_devices(
+    kernel: Callable[..., PartialSoftmax],
+    q: Float[Array, "shards slots kv_heads tokens group head_dim"],
+    stored: tuple[LayerCache, ...],
+    of_slots: tuple[Any, ...],
     model: Decoder,
     layer: jax.Array | None,
 ) -> PartialSoftmax:
     """Each device reads its shard's pages, for its query heads.
 
     Args:
-      q: [shards, slots, kv_heads, tokens, query heads of a key head, head_dim].
+      kernel: given the rows of queries [slots, kv_heads, rows, head_dim], `stored` of stacks of
+        layers, `of_slots` of a single shard, and the layer.
     """
     layout = model.layout
     if layer is None:
-        layer, pages = jnp.int32(0), tuple(stored[None] for stored in pages)
+        layer, stored = jnp.int32(0), jax.tree.map(lambda x: x[None], stored)
 
-    def of_device(
-        q: jax.Array, pages: LayerCache, reads: PageGroups | SlotPages, layer: jax.Array
-    ) -> PartialSoftmax:
+    def of_device(q: jax.Array, *rest: Any) -> PartialSoftmax:
         rows = q.reshape(*q.shape[1:3], -1, q.shape[-1])
-        if isinstance(reads, PageGroups):
-            interpret = layout.platform != "tpu"
-            partial = paged_softmax(rows, pages, layer, reads, interpret=interpret)
-        else:
-            interpret = layout.platform != "gpu"
-            partial = softmax_of_slots(rows, pages, layer, reads, interpret=interpret)
-        return PartialSoftmax(*(x.reshape(*q.shape[:-1], *x.shape[3:]) for x in partial))
+        return PartialSoftmax(
+            *(x.reshape(*q.shape[:-1], *x.shape[3:]) for x in kernel(rows, *rest))
+        )
 
     over_devices = of_device
     if layout.mesh.size > 1:
@@ -225,12 +276,12 @@ def _by_kernel(
             mesh=layout.mesh,
             in_specs=(
                 of_queries,
-                layout.spec((None, *page_axes(model))),
-                layout.spec(("slots",)),
+                *[layout.spec((None, *page_axes(model)))] * len(stored),
+                *[layout.spec(("slots",))] * len(of_slots),
                 PartitionSpec(),
             ),
             out_specs=of_queries,
             check_vma=False,
         )
-    partial = over_devices(q, pages, reads, layer)
+    partial = over_devices(q, *stored, *of_slots, layer)
     return PartialSoftmax(*(x.reshape(*x.shape[:3], -1, *x.shape[5:]) for x in partial))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 PAGE_KERNEL = "paged_attention"  # its name in a compiled program, by which the planner finds it
+GROUP_KERNEL = "paged_attention_of_groups"  # the same for slots that read pages together
 
 _MASKED = -1e30
 _GROUP_TOKENS = 2048  # of the pages that are read together, at most

@@ -7,6 +7,7 @@ The text is that of `compiled.as_text()`: the program of one device, after optim
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def cost(
       largest_branch: of a conditional, count the branch that does most, else that with the least.
       scopes: where the data decides, by the beginning of the name of a `jax.named_scope`: turns of
         the loop in it, or how often (0 to 1) the conditional in it takes the branch that does most;
-        of `PAGE_KERNEL`: the pages that a call reads.
+        of `PAGE_KERNEL` and `GROUP_KERNEL`: the pages that a call reads.
     """
     counter = _Counter(module, unknown_trips, float(largest_branch), scopes or {})
     return counter.visit(module.computations[module.entry], 1.0)
@@ -288,7 +289,8 @@ class _Counter:
         else:
             name = _kernel_name(each)
             if name.startswith(PAGE_KERNEL):
-                flops, moved = _of_pages(each, computation, self._scopes.get(PAGE_KERNEL))
+                pages = self._scopes.get(name, self._scopes.get(PAGE_KERNEL))
+                flops, moved = _of_pages(each, computation, pages)
             else:
                 flops = self._flops(each, computation)
                 moved = _bytes(each, computation, computations)
@@ -576,10 +578,13 @@ def _of_pages(
 ) -> tuple[float, float]:
     """FLOPs and bytes of the kernel that reads so many pages of a cache; default: all of them."""
     operands = _operands(each, computation)
-    # Keys and values, or latents: [layers, 1, pages, heads, page, width].
-    pools = [shape for shape in operands if len(shape.sizes) == 6]
+    # Keys and values, or latents: [layers, 1, pages, heads, page, width]. On a GPU the pages that
+    # the slots fill follow behind another operand: all of them are read.
+    runs = itertools.groupby(operands, lambda shape: len(shape.sizes) == 6)
+    pools, *filling = [list(shapes) for of_pages, shapes in runs if of_pages]
     queries = next(shape for shape in operands if len(shape.sizes) == 4)
     read = pools[0].sizes[2] if pages is None else pages
+    read += sum(stacks[0].sizes[2] for stacks in filling)
     scores = sum(math.prod(pool.sizes[3:]) for pool in (pools[0], pools[-1]))
     page = sum(math.prod(pool.sizes[3:]) * pool.bytes / pool.elements for pool in pools)
     others = [shape for shape in operands if len(shape.sizes) != 6]

@@ -17,7 +17,7 @@ from r1jax.data.padded_rows import bucket
 from r1jax.models import Decoder
 from r1jax.models.paged_attention import PAGE_CHUNKS, pages_at_once
 from r1jax.models.paged_cache import page_axes
-from r1jax.models.paged_kernel import PAGE_KERNEL
+from r1jax.models.paged_kernel import GROUP_KERNEL, PAGE_KERNEL
 from r1jax.models.parameters import abstract_weights
 from r1jax.programs.lengths import CutLognormal, normal_maximum, slot_steps
 from r1jax.programs.program import Program, batch_array, expected_flops, forward_flops
@@ -49,7 +49,8 @@ class SlotWork:
 
     running: slots that have pages for samples of such lengths.
     steps: of decoding. use: completion tokens for each slot and step.
-    pages: that a step reads, on the shard with most of them, on average.
+    pages: that a step reads, on the shard with most of them, on average. of_prompts: those of them
+        that are of prompts, once for each slot. shared: once for each prompt, as a GPU reads them.
     chunks: in which they are read. prefills: calls.
     """
 
@@ -57,6 +58,8 @@ class SlotWork:
     steps: float
     use: float
     pages: float
+    of_prompts: float
+    shared: float
     chunks: float
     prefills: float
 
@@ -134,6 +137,8 @@ class SlotRollout:
                 scopes={PAGE_CHUNKS: read / chunk + 0.5, PAGE_KERNEL: read, SUFFIX_PAGES: pages},
             )
         decodes = work.steps / shape.steps
+        section, on_gpu = self.sampling, self.model.layout.platform == "gpu"
+        with_filters = section.top_p < 1 or section.top_k > 0 or section.min_p > 0
         of_all = expected_flops(
             config, self.prompts * self.samples, self.lengths, start=self.prompt_tokens
         )
@@ -148,14 +153,15 @@ class SlotRollout:
             calls * decodes,
             makes="log",
             turns=filled_pages,
-            larger_branch=self.sampling.top_p < 1 or self.sampling.top_k > 0,
+            larger_branch=with_filters,
             useful_flops=of_all / decodes,
             prepare=partial(prepare_slots, shape=shape, pages=round(self.pages_of_sample)),
             temporaries={"log": self.log_bytes},
             trial_turns=filled_pages,
             scopes={
                 PAGE_CHUNKS: work.chunks,
-                PAGE_KERNEL: work.pages,
+                PAGE_KERNEL: work.pages - (work.of_prompts if on_gpu else 0.0),
+                GROUP_KERNEL: work.shared,
                 TAKE: end_in_a_step,
                 END: end_in_a_step,
                 WITHIN_PAGE: shape.steps / filled_pages,
@@ -263,6 +269,8 @@ class SlotRollout:
         variance = lengths.moment(3) / (3 * lengths.mean) - done**2
         spread = math.sqrt(running * variance) / page * taken.use * normal_maximum(shards)
         pages = samples * max(0.0, read) / taken.steps + spread
+        of_prompts = samples * prompt_pages * lengths.mean / taken.steps
+        shared = min(of_prompts, 2 * running * prompt_pages / group)
         chunk = pages_at_once(shape.page, self.model.layout.platform)
         chunks = min(pages / chunk + 0.5, self.state.reads.pages.shape[1] / chunk)
         # The first prompts fill the slots; then a shard prefills when its queue is short, and all
@@ -273,7 +281,10 @@ class SlotRollout:
         returns = taken.steps / shape.steps
         none = (1 - min(1.0, later / returns)) ** shards
         prefills = max(1.0, first / at_once) + returns * (1 - none)
-        return SlotWork(running, taken.steps, taken.use, pages, chunks, prefills)
+        of_prompts, shared = min(pages, of_prompts), min(pages, shared)
+        return SlotWork(
+            running, taken.steps, taken.use, pages, of_prompts, shared, chunks, prefills
+        )
 
     @cached_property
     def state(self) -> SlotState:

@@ -45,12 +45,8 @@ def filter_logits(
       The sampling distribution's unnormalised log-probs.
     """
 
-    def column(value: Real | Whole) -> jax.Array:
-        array = jnp.asarray(value)
-        return array.reshape(array.shape + (1,) * (3 - array.ndim)) if array.ndim else array
-
-    temperature = column(sampling.temperature)
-    top_p, top_k, min_p = column(sampling.top_p), column(sampling.top_k), column(sampling.min_p)
+    temperature = _column(sampling.temperature)
+    top_p, top_k, min_p = map(_column, (sampling.top_p, sampling.top_k, sampling.min_p))
     scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
     vocab = logits.shape[-1]
 
@@ -73,6 +69,12 @@ def filter_logits(
     return jnp.where(temperature == 0, jnp.where(peak, 0.0, _REMOVED), filtered)
 
 
+def _column(value: Real | Whole) -> jax.Array:
+    """A parameter such that it broadcasts against [batch, samples, vocab]."""
+    array = jnp.asarray(value)
+    return array.reshape(array.shape + (1,) * (3 - array.ndim)) if array.ndim else array
+
+
 def draw(
     logits: Float[Array, "batch samples vocab"],
     keys: Key[Array, "batch samples"],
@@ -92,9 +94,57 @@ def draw(
       Tokens, the log-prob under the policy softmax(logits / temperature) (temperature 1 when
       greedy), and the log-prob under the filtered distribution that it was drawn from.
     """
-    filtered = filter_logits(logits, sampling)
-    tokens = draw_filtered(filtered, _uniforms(keys, position, 2))
-    return tokens, *drawn_log_probs(tokens, logits, filtered, sampling)
+    uniforms = _uniforms(keys, position, 2)
+
+    def with_filters(logits: jax.Array) -> tuple[jax.Array, ...]:
+        filtered = filter_logits(logits, sampling)
+        tokens = draw_filtered(filtered, uniforms)
+        return tokens, *drawn_log_probs(tokens, logits, filtered, sampling)
+
+    def without(logits: jax.Array) -> tuple[jax.Array, ...]:
+        return _draw_unfiltered(logits, uniforms, sampling)
+
+    # A branch gives what it has drawn: one that gave logits would copy them.
+    tokens, policy, drawn = jax.lax.cond(_filters(sampling), with_filters, without, logits)
+    return tokens, policy, drawn
+
+
+def _filters(sampling: Sampling) -> Bool[Array, ""]:
+    """Whether any row has a filter that is on."""
+    on = (jnp.any(sampling.top_p < 1), jnp.any(sampling.top_k > 0), jnp.any(sampling.min_p > 0))
+    return on[0] | on[1] | on[2]
+
+
+def _draw_unfiltered(
+    logits: Float[Array, "batch samples vocab"],
+    uniforms: Float[Array, "batch samples 2"],
+    sampling: Sampling,
+) -> tuple[
+    Int[Array, "batch samples"], Float[Array, "batch samples"], Float[Array, "batch samples"]
+]:
+    """As `draw` where no filter is on, in two passes over the logits: maxima, sums of exp.
+
+    A block of the vocabulary is drawn by its sum, and its logits alone are read again.
+    """
+    greedy = jnp.broadcast_to(_column(sampling.temperature) == 0, (*logits.shape[:-1], 1))
+    temperature = jnp.where(greedy, 1.0, _column(sampling.temperature))
+    blocks = _blocks(logits, -jnp.inf)
+    peaks = jnp.max(blocks, axis=-1)
+    best = jnp.max(peaks, axis=-1, keepdims=True) / temperature  # division by it is monotone
+    sums = jnp.sum(jnp.exp(blocks / temperature[..., None] - best[..., None]), axis=-1)
+    greedy = greedy[..., 0]
+    block = jnp.where(greedy, _argmax(peaks), _first_above(sums, uniforms[..., 0]))
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    scaled = inside / temperature - best  # at most 0
+    entry = jnp.where(greedy, _argmax(inside), _first_above(jnp.exp(scaled), uniforms[..., 1]))
+    drawn = jnp.take_along_axis(scaled, entry[..., None], axis=-1)[..., 0]
+    log_prob = drawn - jnp.log(jnp.sum(sums, axis=-1))
+    return block * blocks.shape[-1] + entry, log_prob, jnp.where(greedy, 0.0, log_prob)
+
+
+def _argmax(values: jax.Array) -> jax.Array:
+    """The first index of the highest value, int32 [...]."""
+    return jnp.argmax(values, axis=-1).astype(jnp.int32)
 
 
 def draw_filtered(
@@ -193,14 +243,20 @@ def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
       weights: float32 [..., vocab], not negative, some positive. 0 is never drawn.
       uniforms: [..., 2] in [0, 1).
     """
-    vocab = weights.shape[-1]
-    width = math.isqrt(vocab - 1) + 1
-    count = -(-vocab // width)
-    padding = [(0, 0)] * (weights.ndim - 1) + [(0, count * width - vocab)]
-    blocks = jnp.pad(weights, padding).reshape(*weights.shape[:-1], count, width)
+    blocks = _blocks(weights, 0.0)
     block = _first_above(jnp.sum(blocks, axis=-1), uniforms[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * width + _first_above(inside, uniforms[..., 1])
+    return block * blocks.shape[-1] + _first_above(inside, uniforms[..., 1])
+
+
+def _blocks(values: jax.Array, rest: float) -> jax.Array:
+    """[..., vocab] -> [..., blocks, width], about as many as they are wide; `rest` behind them."""
+    vocab = values.shape[-1]
+    width = math.isqrt(vocab - 1) + 1
+    count = -(-vocab // width)
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, count * width - vocab)]
+    padded = jnp.pad(values, padding, constant_values=rest)
+    return padded.reshape(*values.shape[:-1], count, width)
 
 
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:

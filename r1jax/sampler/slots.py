@@ -27,7 +27,7 @@ from r1jax.models.decoder import (
     last_token,
     logits,
     prefill,
-    unstack_layers,
+    unstack_layers_of_slots,
 )
 from r1jax.models.kv_cache import StackCache
 from r1jax.models.multi_token_prediction import prefill_with_module
@@ -267,7 +267,7 @@ def decode_and_refill(
     Returns:
       The state; the log, split over the batch alone; and the status, replicated.
     """
-    layers = unstack_layers(params, model)
+    layers = unstack_layers_of_slots(params, model)
     state = _end(state, stop.reshape(state.running.shape) & state.running, shape)
     first = state.step
     log = empty_log(model, shape)
@@ -364,7 +364,7 @@ def draw_and_read(
     """One token of every slot.
 
     Args:
-      layers: weights, as `unstack_layers` returns them.
+      layers: weights, as `unstack_layers_of_slots` returns them.
       pages: the pool's, which the state's cache is without.
 
     Returns:

@@ -21,7 +21,8 @@ from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, Execution, abstract_params, choose_attention
 from r1jax.models.attention import row_attention
 from r1jax.models.config import RematPolicy
-from r1jax.models.paged_kernel_gpu import SlotPages, softmax_of_slots
+from r1jax.models.paged_cache import PageList
+from r1jax.models.paged_kernel_gpu import CurrentPages, pages_of_slots, softmax_of_slots
 from r1jax.run.models import build_decoder
 from r1jax.sampler import GenerateOptions, Prompts
 from r1jax.sampler.generate import decode_until, start
@@ -156,17 +157,24 @@ def test_pages_are_read_by_a_kernel(kv_heads: int, rows: int, width: int) -> Non
     pools = (array(jnp.bfloat16, layers, 1, 99, kv_heads, page, width),) * (
         2 if width == 128 else 1
     )
-    reads = SlotPages(
-        array(jnp.int32, 1, listed),
-        array(jnp.int32, 1, slots),
-        array(jnp.int32, 1, slots),
-        array(jnp.float32, 1, listed, page),
+    current = CurrentPages(
+        tuple(array(jnp.bfloat16, layers, 1, slots, *pool.shape[3:]) for pool in pools),
+        array(jnp.float32, slots, 1, page),
     )
+    listed_pages = PageList(
+        array(jnp.int32, 1, listed),
+        array(jnp.int32, 1, listed),
+        array(jnp.bool_, 1, listed, page),
+        array(jnp.int32),
+    )
+    reads = jax.eval_shape(lambda listed: pages_of_slots(listed, slots, rows), listed_pages)
     q = array(jnp.bfloat16, slots, kv_heads, rows, width)
-    program = for_cuda(jax.jit(softmax_of_slots), q, pools, array(jnp.int32), reads)
-    assert program.count(KERNEL) == 1
+    program = for_cuda(jax.jit(softmax_of_slots), q, pools, current, array(jnp.int32), reads)
+    # Slots whose queries fill a product of their own share no page.
+    assert program.count(KERNEL) == (2 if rows == 6 else 1)
     # Pages are read in place: of the stack, the kernel is given all layers.
-    assert "dynamic_slice" not in program and "gather" not in program
+    assert "dynamic_slice" not in program
+    assert not any(f"x{page}x{width}x" in line for line in program.splitlines() if "gather" in line)
 
 
 def test_auto_is_the_kernel_of_the_devices_and_others_are_refused() -> None:

@@ -46,7 +46,7 @@ SLOTS = len(TABLES)
 
 
 grouped = jax.jit(group_pages, static_argnums=(1, 2))
-slotted = jax.jit(pages_of_slots, static_argnums=1)
+slotted = jax.jit(pages_of_slots, static_argnums=(1, 2))
 
 
 def page_list(filled: np.ndarray, size: int) -> PageList:
@@ -117,7 +117,7 @@ def test_slots_attend_to_their_pages_and_their_current_page(
 
     arrays = 1 if latent else 2
     pools = [numbers(LAYERS, 1, POOL, kv_heads, page, width) for _ in range(arrays)]
-    current = [numbers(1, SLOTS, kv_heads, page, width) for _ in range(arrays)]
+    current = [numbers(LAYERS, 1, SLOTS, kv_heads, page, width) for _ in range(arrays)]
     q = numbers(1, SLOTS, tokens, heads, width)
     filled = rng.random((POOL, page)) < 0.7
     filled[3] = False  # a page may hold nothing, as the first of a slot
@@ -125,34 +125,102 @@ def test_slots_attend_to_their_pages_and_their_current_page(
     visible[..., 0] = True
     reads = page_list(filled, 20)
 
-    def attend(reads: Any, pools: list[np.ndarray], layer: Any) -> jax.Array:
+    def attend(reads: Any, stored: tuple[Any, Any], layer: Any) -> jax.Array:
         @jax.jit
         def run(q: jax.Array, pools: Any, current: Any, reads: Any, visible: jax.Array) -> Any:
             return paged_attention(q, pools, current, reads, visible, model, layer=layer)
 
-        return run(q, tuple(map(jnp.asarray, pools)), tuple(current), reads, jnp.asarray(visible))
+        return run(q, *(tuple(map(jnp.asarray, x)) for x in stored), reads, jnp.asarray(visible))
 
     for_kernel: PageGroups | SlotPages
     if isinstance(size, GroupSize):
         for_kernel = grouped(reads, SLOTS, size)
     else:
         monkeypatch.setattr(paged_kernel_gpu, "_PROGRAMS", size)
-        for_kernel = slotted(reads, SLOTS)
-    out = attend(for_kernel, pools, jnp.int32(1))
+        for_kernel = slotted(reads, SLOTS, tokens * heads // kv_heads)
+    out = attend(for_kernel, (pools, current), jnp.int32(1))
     for slot, table in enumerate(TABLES):
         wanted = in_float64(
             q[0, slot],
             [pool[1, 0, table].swapaxes(1, 2).reshape(-1, kv_heads, width) for pool in pools],
-            [each[0, slot].swapaxes(0, 1) for each in current],
+            [each[1, 0, slot].swapaxes(0, 1) for each in current],
             filled[table].reshape(-1),
             visible[0, slot],
         )
         np.testing.assert_allclose(out[0, slot], wanted, atol=2e-6, err_msg=f"slot {slot}")
     # Of layers that are not stacked; and as XLA computes it.
-    apart = [pool[1] for pool in pools]
+    apart = [pool[1] for pool in pools], [each[1] for each in current]
     np.testing.assert_allclose(attend(for_kernel, apart, None), out, atol=1e-6)
     monkeypatch.setattr("r1jax.models.paged_attention.pages_at_once", lambda *_: 4)
-    np.testing.assert_allclose(attend(reads, pools, jnp.int32(1)), out, atol=2e-6)
+    np.testing.assert_allclose(attend(reads, (pools, current), jnp.int32(1)), out, atol=2e-6)
+
+
+# Slots 0, 2, 5 and 7 have two pages of a prompt in common, and two of them a third; slots 1 and 6
+# another one's only page, after which slot 6 has nothing.
+SHARING = [[4, 9, 1, 3], [7, 2], [4, 9, 5], [], [6, 8], [4, 9, 1, 0], [7], [4, 9], [11]]
+
+
+@pytest.mark.parametrize("rows", [16, 20, 64])
+def test_slots_read_the_pages_of_their_prompt_together(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to four slots, or three, or none."""
+    rng, page, width, slots = np.random.default_rng(rows), 16, 16, len(SHARING)
+    model, tokens = decoder(2 * rows, 2), 1
+    filled = rng.random((12, page)) < 0.7
+    pages = [page for table in SHARING for page in table]
+    owners = [slot for slot, table in enumerate(SHARING) for _ in table]
+    rest = 24 - len(pages)
+    reads = PageList(
+        np.asarray([pages + [0] * rest], np.int32),
+        np.asarray([owners + [slots] * rest], np.int32),
+        np.concatenate([filled[pages], np.zeros((rest, page), bool)])[None],
+        np.int32(len(pages)),
+    )
+    by_slot = slotted(reads, slots, rows)
+    if rows == 64:
+        assert by_slot.groups is None
+        together: list[list[int]] = []
+    else:
+        groups = jax.device_get(by_slot.groups)
+        listed = zip(groups.members[0], *(x[0] for x in groups.lists), strict=True)
+        found = [(*sorted(m[m < slots]), *pages[start : start + n]) for m, start, n in listed]
+        together = [each for each in found if each]
+        four = [(0, 2, 5, 7, 4, 9)] if rows == 16 else [(0, 2, 5, 4, 9)]
+        assert sorted(together) == sorted([*four, (1, 6, 7)])
+    # Every page of a slot is read once, by the slot or by its group.
+    own = np.asarray(by_slot.lists.sizes[0])
+    shared = {0: 2, 2: 2, 5: 2, 1: 1, 6: 1} | ({7: 2} if rows == 16 else {})
+    if rows == 64:
+        shared = {}
+    assert own.tolist() == [len(table) - shared.get(i, 0) for i, table in enumerate(SHARING)]
+
+    def numbers(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    pools = [numbers(LAYERS, 1, 12, 2, page, width) for _ in range(2)]
+    current = [numbers(LAYERS, 1, slots, 2, page, width) for _ in range(2)]
+    q = numbers(1, slots, tokens, 2 * rows, width)
+    visible = rng.random((1, slots, tokens, page)) < 0.5
+    visible[..., 0] = True
+
+    @jax.jit
+    def run(q: Any, pools: Any, current: Any, reads: Any, visible: Any) -> jax.Array:
+        return paged_attention(q, pools, current, reads, visible, model, layer=jnp.int32(1))
+
+    for programs in (0, 1000):  # one for each slot and head; more of them than pages
+        monkeypatch.setattr(paged_kernel_gpu, "_PROGRAMS", programs)
+        run.clear_cache()
+        out = run(q, tuple(pools), tuple(current), by_slot, visible)
+        for slot, table in enumerate(SHARING):
+            wanted = in_float64(
+                q[0, slot],
+                [pool[1, 0, table].swapaxes(1, 2).reshape(-1, 2, width) for pool in pools],
+                [each[1, 0, slot].swapaxes(0, 1) for each in current],
+                filled[table].reshape(-1),
+                visible[0, slot],
+            )
+            np.testing.assert_allclose(out[0, slot], wanted, atol=2e-6, err_msg=f"slot {slot}")
 
 
 def test_groups_hold_the_pages_of_one_slot() -> None:

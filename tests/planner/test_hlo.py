@@ -216,6 +216,33 @@ ENTRY %main (q: {query}, k: {pool}, v: {pool}) -> f32[3,2,16,128] {{
         assert not found.unknown
 
 
+def test_the_kernels_of_a_gpu_read_the_listed_pages_and_all_that_are_being_filled() -> None:
+    pool, filling = "bf16[7,1,100,2,64,128]", "bf16[7,1,3,2,64,128]"
+    query, hidden = "bf16[3,2,6,128]", "f32[3,1,64]"
+    path = 'metadata={op_name="jit(f)/NAME/pallas_call"}'
+    text = f"""HloModule jit_f, num_partitions=1
+
+ENTRY %main (q: {query}, k: {pool}, v: {pool}, h: {hidden}) -> {query} {{
+  %q = {query}{{3,2,1,0}} parameter(0)
+  %k = {pool}{{5,4,3,2,1,0}} parameter(1)
+  %v = {pool}{{5,4,3,2,1,0}} parameter(2)
+  %h = {hidden}{{2,1,0}} parameter(3)
+  %a = {filling}{{5,4,3,2,1,0}} parameter(4)
+  %b = {filling}{{5,4,3,2,1,0}} parameter(5)
+  ROOT %pallas_call.3 = {query}{{3,2,1,0}} custom-call(%q, %k, %v, %h, %a, %b),
+    custom_call_target="__gpu$xla.gpu.triton", {path}
+}}
+""".replace(",\n   ", ",")
+    one = 2 * (2 * 64 * 128)
+    rest = 2 * (3 * 2 * 6 * 128 * 2) + 3 * 64 * 4
+    scopes = {"paged_attention": 12.5, "paged_attention_of_groups": 4.0}
+    for name, listed in scopes.items():
+        found = hlo.cost(hlo.parse(text.replace("NAME", name)), scopes=scopes)
+        assert found.bytes == (listed + 3) * one * 2 + rest
+        assert found.flops == (listed + 3) * one * 6 * 2
+        assert [each.kernel for each in found.operations] == [name]
+
+
 def test_grouped_products_count_all_rows() -> None:
     # What XLA makes of a ragged product on TPU: 4,096 rows by four matrices. And its gradient.
     tiles = [hlo._Shape("s32", (5,)), hlo._Shape("s32", (35,))]

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from r1jax.models import Decoder, Execution, ModelConfig, init_params
+from r1jax.models.decoder import decode_slots
+from r1jax.models.paged_cache import PageList
+from r1jax.models.paged_kernel_gpu import SlotPages, pages_of_slots
 from r1jax.models.parameters import Params
 from r1jax.sampler import Finish, GenerateOptions, Prompts, Sampling, generate
 from r1jax.sampler.queue import (
@@ -20,7 +23,7 @@ from r1jax.sampler.queue import (
     pieces_of_prompt,
     sample_queue,
 )
-from r1jax.sharding import single_device
+from r1jax.sharding import Layout, single_device
 
 VOCAB = 23
 CONFIG = ModelConfig(
@@ -96,6 +99,39 @@ def test_samples_are_those_of_a_batch(scan: bool) -> None:
     assert {Finish.EOS, Finish.LENGTH} <= {sample.finish for sample in found.values()}
     assert figures.busy == sum(len(sample.tokens) for sample in found.values())
     assert figures.slot_use > 0.8  # 27 samples through 4 slots
+
+
+def test_a_gpu_splits_layers_that_are_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = expected(queue(), OPTIONS, model_of(3))
+    monkeypatch.setattr(Layout, "platform", "gpu")
+    split: list[bool] = []
+
+    def decode(layers: Params, *rest: Any, **more: Any) -> Any:
+        split.append(isinstance(layers["layers"], tuple))
+        return decode_slots(layers, *rest, **more)
+
+    monkeypatch.setattr("r1jax.sampler.slots.decode_slots", decode)
+    assert_same(run(queue(), OPTIONS, model_of(3, scan=True)), wanted)
+    assert split and all(split)
+
+
+def test_the_kernel_of_a_gpu_samples_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted; slots of a prompt read its page together."""
+    config = replace(CONFIG, num_hidden_layers=2, head_dim=16)
+    execution = Execution(compute_dtype=np.float32, remat="none", scan_layers=True)
+    model = Decoder(config, execution, single_device())
+    of = model, init_params(jax.random.key(3), config, model.layout)
+    options = replace(OPTIONS, page=16, slots=6)
+    by_kernel: list[SlotPages] = []
+
+    def reads_of_kernel(reads: PageList, slots: int, tokens: int, model: Decoder) -> SlotPages:
+        by_kernel.append(pages_of_slots(reads, slots, 2 * tokens))
+        return by_kernel[-1]
+
+    monkeypatch.setattr("r1jax.models.decoder.kernel_reads", reads_of_kernel)
+    found = run(queue(), options, of)
+    assert by_kernel and by_kernel[0].groups is not None
+    assert_same(found, expected(queue(), options, of))
 
 
 @pytest.mark.parametrize(
