@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from r1jax.models.remat import KEPT_OF_ATTENTION
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -154,7 +157,10 @@ def _attend_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, otherwise: Attention
 ) -> tuple[jax.Array, _Saved]:
     segments = find_segments(segment_ids, segments_a_row(q.shape[1]))
-    out, statistics = _attend(q, k, v, segment_ids, segments, otherwise, keep=True)
+    out, statistics = (
+        checkpoint_name(x, KEPT_OF_ATTENTION)
+        for x in _attend(q, k, v, segment_ids, segments, otherwise, keep=True)
+    )
     return out, _Saved(q, k, v, segment_ids, segments, out, statistics)
 
 

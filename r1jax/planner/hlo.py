@@ -411,7 +411,7 @@ def _trip_count(each: _Instruction, computation: _Computation, module: Module) -
     compares a counter with a constant. Tokens travel to their experts as often as the busiest of
     them needs (`r1jax.models.experts`): as often as if all were equally busy.
     """
-    for pattern in (r'turns_if_even_(\d+)/while"', r'known_trip_count\D*?"n":"?(\d+)'):
+    for pattern in (r'turns_if_even_(\d+)\)*/while"', r'known_trip_count\D*?"n":"?(\d+)'):
         if match := re.search(pattern, each.rest):
             return int(match[1])
     bound = _bound(module.computations[each.attribute("condition")], module)

@@ -20,7 +20,7 @@ from r1jax.config.run_config import RunConfig
 from r1jax.grpo import GRPOBatch
 from r1jax.models import Decoder, Execution, abstract_params, choose_attention
 from r1jax.models.attention import row_attention
-from r1jax.models.config import RematPolicy
+from r1jax.models.config import AttentionKernel, RematPolicy
 from r1jax.models.paged_cache import PageList
 from r1jax.models.paged_kernel_gpu import CurrentPages, pages_of_slots, softmax_of_slots
 from r1jax.run.models import build_decoder
@@ -105,10 +105,14 @@ def test_updates_are_lowered_with_the_gpu_kernel(
     assert lowered_update(config, model, kind).count(KERNEL) >= 3
 
 
-def test_remat_dots_keeps_what_attention_gave(config: RunConfig, model: Decoder) -> None:
+@pytest.mark.parametrize(("attention", "call"), [("flash", KERNEL), ("cudnn", "__cudnn$fmha")])
+def test_remat_dots_keeps_what_attention_gave(
+    config: RunConfig, model: Decoder, attention: AttentionKernel, call: str
+) -> None:
     def kernels(remat: RematPolicy) -> int:
-        execution = replace(model.execution, remat=remat)
-        return lowered_update(config, replace(model, execution=execution), GRPOStage).count(KERNEL)
+        execution = replace(model.execution, remat=remat, attention=attention)
+        changed = replace(model, execution=execution)
+        return lowered_update(config, changed, GRPOStage).count(call)
 
     assert kernels("none") == kernels("dots") < kernels("full")
 

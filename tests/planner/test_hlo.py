@@ -70,6 +70,19 @@ def test_scopes_say_what_the_data_decides() -> None:
     assert hlo.cost(module, unknown_trips=4).flops == 4 * (4 + 1) * 3 * 2 * 16**3
 
 
+def test_turns_of_a_name_count_in_a_gradient_too() -> None:
+    """JAX writes `transpose(jvp(turns_if_even_7))` where the scope is differentiated."""
+
+    def program(x: jax.Array) -> jax.Array:
+        with jax.named_scope("turns_if_even_7"):
+            return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=3)[0].sum()
+
+    x = jnp.ones((16, 16))
+    for function, products in (program, 1), (jax.grad(program), 3):
+        module = hlo.parse(jax.jit(function).lower(x).compile().as_text())
+        assert hlo.cost(module).flops == products * 7 * 2 * 16**3
+
+
 # As the TPU compiler writes them.
 LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
