@@ -3,7 +3,7 @@
 h200_programs.json has the operations of six programs of commit 201b63f, Qwen2.5-1.5B's shape in
 bfloat16, as XLA of JAX 0.10.2 compiles them for an H200: FLOPs, bytes, how often, and the name of a
 kernel that XLA did not make. They were measured there with JAX 0.11.2, once each. The shares of the
-peaks that the estimate uses (r1jax/planner/chips.py) are of products, copies and the attention
+peaks that the estimate uses (r1jax/run/chips.py) are of products, copies and the attention
 kernel, each measured alone. The least time of a kernel is fitted to the two tokens of 32 x 8
 samples; nothing is fitted to the other four programs.
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from r1jax.planner.chips import CHIPS
 from r1jax.planner.estimate import times
 from r1jax.planner.hlo import Cost, Operation
 from r1jax.planner.topologies import Slice
+from r1jax.run.chips import CHIPS
 
 MEASURED = Path(__file__).with_name("h200_programs.json")
 

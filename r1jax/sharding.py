@@ -69,10 +69,14 @@ class UnevenError(ValueError):
 
 @dataclass(frozen=True)
 class StandIn:
-    """What devices stand in for, where nothing is computed: their platform, on how many hosts."""
+    """What devices stand in for, where nothing is computed: their platform, on how many hosts.
+
+    memory: bytes of a device, where that is known.
+    """
 
     platform: str
     hosts: int
+    memory: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r1jax.planner.chips import Efficiency
 from r1jax.planner.hlo import Collective, Cost, axes_of
 from r1jax.planner.topologies import Slice
+from r1jax.run.chips import Efficiency
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.models.cudnn_attention import CUDNN_ATTENTION
 from r1jax.planner import hlo
-from r1jax.planner.chips import Efficiency
 from r1jax.planner.compiler import Compiler, DoesNotFit
 from r1jax.planner.estimate import Times, Traffic, times, traffic
 from r1jax.planner.topologies import Slice
 from r1jax.programs import Planning, Program
 from r1jax.programs.program import bytes_by_kind, longest_prompt
 from r1jax.rollouts.scoring import directory_section
+from r1jax.run.chips import Efficiency
 from r1jax.run.models import Layouts, decoder_of, make_layouts
 from r1jax.run.resolve import check_divided, load_functions
 from r1jax.run.selection import Selection

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from r1jax.files import JsonObject
-from r1jax.planner.chips import Efficiency
 from r1jax.planner.plan import Plan, StagePlan, advice
+from r1jax.run.chips import Efficiency
 
 
 def as_json(config: str, plans: Sequence[Plan]) -> JsonObject:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import jax
 
-from r1jax.planner.chips import CHIPS, KINDS, Chip, Switch, Torus
 from r1jax.planner.gpu_targets import target_config
+from r1jax.run.chips import CHIPS, KINDS, Chip, Switch, Torus
 from r1jax.sharding import StandIn
 
 # As on Cloud's machines: without it, the compiler takes the two cores of a v4 chip for devices.
@@ -178,8 +178,9 @@ def stand_ins(name: str) -> Slice:
     Raises ValueError: no such slice, or JAX has started with fewer devices.
     """
     parsed = _parsed(name)
-    devices = fake_devices(parsed.devices).devices
-    return Slice(name, devices, parsed.chip, StandIn(parsed.chip.platform, parsed.hosts))
+    chip, devices = parsed.chip, fake_devices(parsed.devices).devices
+    stands_for = StandIn(chip.platform, parsed.hosts, int(chip.hbm / chip.devices))
+    return Slice(name, devices, chip, stands_for)
 
 
 def find_slice(name: str) -> Slice:

@@ -24,6 +24,7 @@ from r1jax.models import (
 )
 from r1jax.models.parameters import Params, abstract_weights, declare, declare_head
 from r1jax.processes import min_over_processes
+from r1jax.run.chips import CHIPS, KINDS
 from r1jax.run.record import RunFiles
 from r1jax.run.seeds import seed_of
 from r1jax.sampler import to_sample
@@ -172,10 +173,16 @@ def decoder_of(section: ModelSection, config: ModelConfig, layout: Layout) -> De
 
 
 def _memory_of(layout: Layout) -> int | None:
-    """Bytes that JAX may have of a device, the least of all processes', which decide alike; None of
-    a CPU, or where the devices are only compiled for."""
-    here = [each for each in layout.mesh.devices.flat if each in jax.local_devices()]
-    stats = here[0].memory_stats() if here else None
+    """Bytes that a program may have of a device, the least of all processes', which decide alike;
+    of devices that are not there by their kind. None where it is not known, as of a CPU."""
+    if layout.stands_for is not None:
+        return layout.stands_for.memory
+    devices = list(layout.mesh.devices.flat)
+    here = [each for each in devices if each in jax.local_devices()]
+    if not here:
+        chip = CHIPS.get(KINDS.get(devices[0].device_kind, ""))
+        return None if chip is None else int(chip.hbm / chip.devices)
+    stats = here[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
     return int(min_over_processes(stats["bytes_limit"], layout))

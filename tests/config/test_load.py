@@ -22,7 +22,7 @@ from r1jax.config.load import (
 from r1jax.config.other_names import OTHER_NAMES
 from r1jax.config.packaged import packaged_configs, packaged_meshes
 from r1jax.config.run_config import RunConfig
-from r1jax.planner.chips import CHIPS
+from r1jax.run.chips import CHIPS
 from r1jax.settings.data import DataSection
 from r1jax.settings.distillation import OnPolicyDistillation
 from r1jax.settings.kinds import KINDS as KINDS_OF_STAGES

@@ -14,10 +14,16 @@ from typing import Any
 
 import pytest
 
+from r1jax.config.load import load_config
+from r1jax.models import ModelConfig
+from r1jax.models.remat import remat_policy
 from r1jax.planner import estimate, hlo
-from r1jax.planner.chips import CHIPS, Chip, Efficiency, Switch
 from r1jax.planner.topologies import Slice, find_slice, is_slice, stand_ins
+from r1jax.run.chips import CHIPS, Chip, Efficiency, Switch
+from r1jax.run.models import decoder_of, make_layouts
 from r1jax.sharding import StandIn
+
+SHAPE = Path(__file__).parents[2] / "configs/models/Qwen/Qwen2.5-Math-1.5B.json"
 
 needs_compiler = pytest.mark.skipif(
     all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)),
@@ -45,7 +51,19 @@ def test_names_of_hosts() -> None:
             ValueError, match=f"{name}: a host has up to 8 H200, such as h200:8; 2x"
         ):
             find_slice(name)
-    assert stand_ins("h200:1").stands_for == StandIn("gpu", 1)
+    assert stand_ins("h200:1").stands_for == StandIn("gpu", 1, int(CHIPS["h200"].hbm))
+
+
+def test_what_the_backward_pass_keeps_is_decided_by_the_memory_of_the_gpu() -> None:
+    """A model whose activations fit an H200; their memory is not that of this machine."""
+    config = load_config("qwen2.5-1.5b/r1_zero_gsm8k")
+    shape = ModelConfig.from_hugging_face(json.loads(SHAPE.read_text()))
+    target = stand_ins("h200:1")
+    layouts = make_layouts(config.mesh, target.devices, target.stands_for)
+    decoder = decoder_of(config.model, shape, layouts.training)
+    assert config.model.remat == "auto"
+    assert decoder.execution.device_memory == int(0.9 * 143_771 * 2**20)
+    assert [remat_policy(decoder, rows, 2048) for rows in (4, 64)] == ["dots", "full"]
 
 
 def test_a_device_sends_by_nvlink_inside_a_host_and_by_its_adapter_between_hosts() -> None:

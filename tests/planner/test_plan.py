@@ -20,7 +20,6 @@ from r1jax.config.load import load_config
 from r1jax.config.run_config import RunConfig
 from r1jax.models import Decoder, ModelConfig
 from r1jax.planner import estimate, hlo
-from r1jax.planner.chips import CHIPS, Chip, Torus
 from r1jax.planner.plan import (
     Case,
     PlanOptions,
@@ -34,6 +33,7 @@ from r1jax.planner.topologies import Slice, find_slice
 from r1jax.programs import Planning, SlotRollout
 from r1jax.programs.lengths import CutLognormal
 from r1jax.programs.program import expected_flops, forward_flops
+from r1jax.run.chips import CHIPS, Chip, Torus
 from r1jax.run.models import decoder_of as decoder_in
 from r1jax.run.models import make_layouts
 from r1jax.run.resolve import load_functions
