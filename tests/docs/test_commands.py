@@ -357,6 +357,7 @@ MADE_BY = {
     "| published": ("published",),
     "| lengths | r1jax |": ("benchmarks/beside_peers.py",),
     "| figure | value |": ("benchmarks/long_tail.py",),
+    "| 96 held-out sums": ("smollm2-135m/r1_zero",),
     "| program | estimated |": ("benchmarks/gpu_estimates.py",),
 }
 
