@@ -58,9 +58,9 @@ plan-all: .libtpu/installed
 # The tests that need the compilers of TPUs and GPUs: 1 GB, for which `test` does not ask, and
 # .ci/run does.
 test-plans: .venv/installed-test .libtpu/installed .cuda/installed
-	PYTHONPATH=.libtpu:.cuda $(BIN)/python -m pytest -k slice \
-	  tests/planner/test_plan.py tests/planner/test_gpus.py tests/planner/test_table.py \
-	  tests/models/test_paged_kernel.py
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest -k slice \
+	  tests/planner/test_plan.py tests/planner/test_table.py tests/models/test_paged_kernel.py
+	PYTHONPATH=.cuda $(BIN)/python -m pytest -k slice tests/planner/test_gpus.py
 
 # The versions that the tests ran with, without what belongs to one machine.
 lock: .venv/installed-test .venv/installed-docs
