@@ -436,7 +436,8 @@ def test_the_first_run_of_the_readme_fits_the_example(cloud: Cloud) -> None:
     assert "on v6e:4x4: mesh data 1, fsdp 16, tensor 1. The mesh divides the batches" in said
     (line,) = [line for line in said.splitlines() if "on v6e:4x4" in line]
     (shown,) = re.findall(r"^qwen2.* on v6e:4x4: .*$", (ROOT / "docs/pods.md").read_text(), re.M)
-    pattern = r"(program, ).*( takes about ).*( of the 31)"  # they follow the config, and the compiler
+    # The program and its size follow the config, and the compiler.
+    pattern = r"(program, ).*( takes about ).*( of the 31)"
     assert re.sub(pattern, r"\1\2\3", shown) == re.sub(pattern, r"\1\2\3", line)
     assert "GiB of a device" in said and "queued-resources create" in said
 
