@@ -2,11 +2,11 @@
 
     r1jax export RUN_DIR DIRECTORY
     r1jax eval DIRECTORY --config CONFIG --out EVALUATION stages.after.sampling.temperature=0 \\
-      stages.after.samples_per_problem=1
+      stages.after.samples_per_problem=1 model.compute_dtype=float32
     python benchmarks/beside_transformers.py DIRECTORY EVALUATION/.../samples.jsonl
 
-Prints how many completions are the same text, and the share of right answers that the evaluation
-found: equal texts have equal rewards. Both compute in float32, on a CPU (needs torch).
+Prints how many completions are the same text, and how many answers the evaluation found right:
+equal texts have equal rewards. Both compute in float32, on a CPU (needs torch).
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def plan(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="A TPU slice with the config as it is, without settings for it; may be repeated."
+            help="A TPU slice, or hosts of GPUs such as h200:8 and 4xh200:8, with the config as it "
+            "is, without settings for it; may be repeated."
         ),
     ] = None,
     mesh: Annotated[

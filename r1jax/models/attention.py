@@ -70,7 +70,10 @@ def row_attention(
     else:
         cudnn = functools.partial(_cudnn, device=layout.mesh.devices.flat[0])
         kernels: dict[AttentionKernel, _Kernel] = {
-            **{"splash": _splash, "flash": _flash, "flash_packed": _flash_packed, "cudnn": cudnn}
+            "splash": _splash,
+            "flash": _flash,
+            "flash_packed": _flash_packed,
+            "cudnn": cudnn,
         }
         out = _per_device(kernels[execution.attention], layout)(q, k, v, segment_ids)
     return layout.constrain(out, ("batch", "time", "heads", None))

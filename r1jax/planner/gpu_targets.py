@@ -34,14 +34,12 @@ dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{name}"
 """
-# The name that JAX gives the device, bytes per second, bytes of memory.
-_TARGETS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 3_350_000_000_000, 81_559 << 20),
-    "h200": ("NVIDIA H200", 4_800_000_000_000, 143_771 << 20),
-}
 
 
-def target_config(kind: str) -> str:
-    """The description of `h100` or `h200`."""
-    name, bandwidth, memory = _TARGETS[kind]
+def hopper(name: str, bandwidth: int, memory: int) -> str:
+    """The description of a GPU of compute capability 9.0.
+
+    Args:
+      name: as JAX has it. bandwidth: bytes per second of its memory. memory: bytes.
+    """
     return _HOPPER.format(name=name, bandwidth=bandwidth, memory=memory)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import jax
 
-from r1jax.planner.gpu_targets import target_config
+from r1jax.planner.gpu_targets import hopper
 from r1jax.run.chips import CHIPS, KINDS, Chip, Switch, Torus
+from r1jax.run.gpu_memory import GPU_MEMORY_SHARE
 from r1jax.sharding import StandIn
 
 # As on Cloud's machines: without it, the compiler takes the two cores of a v4 chip for devices.
@@ -227,10 +228,12 @@ def _tpus(name: _Name) -> tuple[jax.Device, ...]:
 def _gpus(name: _Name) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
+    chip, device_kind = name.chip, next(each for each in KINDS if KINDS[each] == name.kind)
+    memory = round(chip.hbm / GPU_MEMORY_SHARE)
     topology = topologies.get_topology_desc(
         topology_name=name.kind,
         platform="cuda",
-        target_config=target_config(name.kind),
+        target_config=hopper(device_kind, int(chip.hbm_bandwidth), memory),
         topology=f"1x{name.slices}x{name.shape[0]}",  # slices, hosts of each, devices of each
     )
     return tuple(topology.devices)

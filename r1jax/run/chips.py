@@ -98,10 +98,10 @@ _H200 = Efficiency(
 )
 
 
-def _gpu(mebibytes: int, flops: float, hbm_bandwidth: float, efficiency: Efficiency) -> Chip:
+def _hopper(mebibytes: int, hbm_bandwidth: float) -> Chip:
     hbm = GPU_MEMORY_SHARE * mebibytes * 2**20
     between = 50e9  # each GPU of such a host has a network adapter of 400 Gbit/s
-    return Chip("gpu", hbm, flops, hbm_bandwidth, _NVLINK, 1, between, efficiency)
+    return Chip("gpu", hbm, 989e12, hbm_bandwidth, _NVLINK, 1, between, _H200)
 
 
 # Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x): peak
@@ -121,8 +121,8 @@ CHIPS = {
     "v5p": Chip("tpu", 95 * _GIB, 459e12, 2765e9, Torus(100e9, 3, 4), between_slices=6.25e9),
     "v6e": Chip("tpu", 31.24 * _GIB, 918e12, 1638e9, Torus(100e9, 2, 16), between_slices=12.5e9),
     "tpu7x": Chip("tpu", 189.48 * _GIB, 2307e12, 7380e9, Torus(100e9, 3, 4), devices=2),
-    "h100": _gpu(81_559, 989e12, 3350e9, _H200),
-    "h200": _gpu(143_771, 989e12, 4800e9, _H200),
+    "h100": _hopper(81_559, 3350e9),
+    "h200": _hopper(143_771, 4800e9),
 }
 # What JAX calls those that are attached.
 KINDS = {

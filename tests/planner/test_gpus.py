@@ -54,6 +54,20 @@ def test_names_of_hosts() -> None:
     assert stand_ins("h200:1").stands_for == StandIn("gpu", 1, int(CHIPS["h200"].hbm))
 
 
+def test_a_command_takes_most_of_a_gpu_unless_the_environment_says_otherwise() -> None:
+    variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    code = (
+        "import atexit, os, runpy, sys\n"
+        "sys.argv = ['r1jax', '--help']\n"
+        f"atexit.register(lambda: print(os.environ[{variable!r}]))\n"
+        "runpy.run_module('r1jax', run_name='__main__', alter_sys=True)"
+    )
+    for given, expected in ({}, "0.9"), ({variable: "0.5"}, "0.5"):
+        environment = {k: v for k, v in os.environ.items() if k != variable} | given
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        assert done.stdout.decode().splitlines()[-1] == expected
+
+
 def test_what_the_backward_pass_keeps_is_decided_by_the_memory_of_the_gpu() -> None:
     """A model whose activations fit an H200; their memory is not that of this machine."""
     config = load_config("qwen2.5-1.5b/r1_zero_gsm8k")
